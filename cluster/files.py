@@ -1,0 +1,43 @@
+"""Files that are either whole or not there: write beside, fsync, rename."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """This user's folder on this machine for what can be made again."""
+    folder = Path(tempfile.gettempdir()) / f"heliostat-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text`; a crash leaves the old file or the new one."""
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    with building.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    building.rename(path)
+    _sync(path.parent)
+
+
+def commit_folder(building: Path, final: Path) -> None:
+    """Give a finished folder its name, after all that is in it has reached the disk.
+
+    Raises OSError if `final` is there already and not empty.
+    """
+    for path in sorted(building.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(building)
+    building.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""The connection to Ray: the cluster that the user names, or a local one that ends with us."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ClusterError, SpecError
+
+PACKAGES = ("cluster", "trainers", "tuning")
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str | None = None, code: Path | None = None, exclude: tuple[str, ...] = ()
+) -> Iterator[bool]:
+    """Connect to `address`, else to RAY_ADDRESS, else to this machine's Ray, else start one.
+
+    `code` is a folder of the user's that workers must be able to import from; it travels with
+    the job, without what `exclude` names in gitignore's notation. A Ray that was started here is
+    stopped at the end; a connection that was there before is used and left alone.
+    Yields whether the Ray was started here, so that it cannot grow.
+    Raises ClusterError when the cluster does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    runtime_env: dict[str, Any] = {}
+    # A submitted job brings its own working directory, which Ray lets nobody change.
+    if code is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        runtime_env = {"working_dir": str(code), "excludes": list(exclude)}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and Path("~/.ray/auth_token").expanduser().exists():
+        # Ray turns authentication on by itself for a cluster it starts, never for a client.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        ray.init(
+            address=address,
+            runtime_env=runtime_env,
+            include_dashboard=None if address else False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = f"the cluster at {address}" if address else "a local Ray"
+        raise ClusterError(f"cannot connect to {where}: {reason}") from error
+    try:
+        yield bool(ray._private.worker._global_node.is_head())
+    finally:
+        ray.shutdown()
+
+
+def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:
+    """What the cluster lacks today for `workers` workers, in one phrase, or None."""
+    import ray
+
+    have = ray.cluster_resources()
+    for resource, amount in per_worker.items():
+        if amount * workers > have.get(resource, 0):
+            return (
+                f"{workers} x {amount:g} {resource} asked for, "
+                f"the cluster has {have.get(resource, 0):g}"
+            )
+    return None
+
+
+def check_packages(folder: Path) -> None:
+    """Raise SpecError if another distribution, or `folder`, hides one of our three packages.
+
+    Their names are common words; a stranger's `cluster` would fail later and obscurely.
+    """
+    import importlib.util
+
+    home = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec and spec.origin else None
+        if found is None or found.parent.parent != home:
+            raise SpecError(
+                f"the package {name!r} that Python finds is not Heliostat's but {found}; "
+                "uninstall the other distribution or use a virtual environment of its own"
+            )
+        for other in (folder / name, folder / f"{name}.py"):
+            if other.exists() and other.resolve().parent != home:
+                raise SpecError(f"{other}: hides Heliostat's own package {name!r}; rename it")

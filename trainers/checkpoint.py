@@ -1,0 +1,165 @@
+"""Saves of a run's state: whole or not there, checked when read, and never unpickled.
+
+A checkpoint is a folder `step-00000120` with `state.safetensors`, which holds the tensors of
+model and optimizer by name, and `manifest.json`, with the size and SHA-256 of the tensor file.
+It gets its name when both have reached the disk. The numbers of the training rule (learning
+rate, weight decay) are not in it: they are a function of the spec and the step.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from cluster.errors import CheckpointError
+from cluster.files import commit_folder
+
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder; written by its first worker."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Save the state after `step` steps; returns when it has been copied, not yet written.
+
+        `before_commit` is called in the writing thread before the checkpoint gets its name.
+        Waits for the save before this one, and raises what went wrong with it.
+        """
+        self.wait()
+        tensors, _ = _state_of(model, optimizer)
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = writer.submit(self._write, step, copies, before_commit)
+        writer.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk; raise what went wrong with it."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def settled(self) -> Path | None:
+        """The newest checkpoint, after the save under way."""
+        self.wait()
+        return self._all()[-1] if self._all() else None
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], before_commit: Callable[[], None]
+    ) -> None:
+        final = self._folder / f"step-{step:08d}"
+        if final.exists():
+            return
+        building = self._folder / f".{final.name}"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        save_file(tensors, building / STATE)
+        manifest = {"step": step, "files": {STATE: _digest(building / STATE)}}
+        (building / MANIFEST).write_text(json.dumps(manifest))
+        before_commit()
+        commit_folder(building, final)
+        for old in self._all()[: -self._keep]:
+            shutil.rmtree(old)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; damaged ones are passed over."""
+        for path in reversed(self._all()):
+            try:
+                _verified(path)
+            except CheckpointError as error:
+                print(f"{error}; passed over", flush=True)
+                continue
+            return path
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint's state into `model` and `optimizer`; returns the steps it has done.
+
+    Raises CheckpointError if it is damaged or does not fit.
+    """
+    manifest = _verified(path)
+    wanted, rule = _state_of(model, optimizer)
+    with safe_open(path / STATE, framework="pt") as file:
+        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in wanted.items():
+        found = tuple(state[name].shape) if name in state else None
+        if found != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{path}: does not fit the model: {name} is {found}, not {tuple(tensor.shape)}"
+            )
+    state |= rule
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=_section(state, "model."),
+        optim_state_dict=_section(state, "optimizer."),
+        options=StateDictOptions(flatten_optimizer_state_dict=True),
+    )
+    return int(manifest["step"])
+
+
+def _state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What steps change, as tensors by name; and the numbers of the optimizer's rule by name."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=options)
+    flat: dict[str, Any] = {f"model.{k}": v for k, v in weights.items()}
+    flat |= {f"optimizer.{k}": v for k, v in optimizer_state.items()}
+    tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
+    return tensors, {k: v for k, v in flat.items() if k not in tensors}
+
+
+def _section(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are what it says; CheckpointError otherwise."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            if (path / name).stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{path}: {name} is truncated")
+            if _digest(path / name) != expected:
+                raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs)")
+        with safe_open(path / STATE, framework="pt"):
+            return manifest
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: is not a checkpoint: {error}") from error

@@ -1,0 +1,157 @@
+"""The verbs of training: `train` and `ui`."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from cluster.cli import Subparsers, run_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainers.loop import Outcome
+    from trainers.run import Run
+    from trainers.track import Row
+
+
+def add_verbs(verbs: Subparsers) -> None:
+    train = verbs.add_parser(
+        "train",
+        parents=[run_options()],
+        help="train one model",
+        description="Train the model that SPEC describes with Ray Train, tracked in MLflow.",
+    )
+    train.add_argument("spec", nargs="?", help="a file, a shipped spec's name, or module:Class")
+    train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted")
+    train.add_argument(
+        "--from",
+        dest="source",
+        metavar="RUN",
+        help="start from the newest checkpoint of another run or trial",
+    )
+    train.set_defaults(command=train_command)
+    ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs")
+    ui.add_argument("--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db")
+    ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
+    ui.set_defaults(command=ui_command)
+
+
+def train_command(args: argparse.Namespace) -> int:
+    from cluster.errors import SpecError
+    from trainers import run
+
+    if args.resume:
+        unfinished = run.resumed_run(args.resume, run.storage_of(args.spec), args.set)
+    elif args.spec:
+        unfinished = run.new_run(args.spec, args.set, args.name, args.source)
+    else:
+        raise SpecError("train: needs a spec, or --resume RUN")
+    folder, spec = unfinished.folder, unfinished.spec
+    start = time.monotonic()
+    with run.at_work(folder, spec, args.address, args.verbose) as (console, stop):
+        console.print(
+            f"[bold]{unfinished.key}[/]: {spec.workload}, {unfinished.samples:,} samples, "
+            f"{unfinished.total_steps:,} steps of {spec.train.global_batch}, "
+            f"workers: {spec.scale.workers}"
+        )
+        with ProgressBar(console, unfinished.total_steps) as progress:
+            outcome, tracked = run.execute(unfinished, progress.watch, stop)
+        _show_outcome(console, unfinished, outcome, tracked, time.monotonic() - start)
+    return 0 if outcome.complete else 130
+
+
+class ProgressBar:
+    """Steps, samples/s, loss and time left; a line per evaluation where there is no terminal."""
+
+    def __init__(self, console: "Console", total_steps: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self._console = console
+        self._newest: dict[str, float] = {}
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            "steps",
+            "{task.description}",
+            TimeRemainingColumn(compact=True),
+            "left",
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._total_steps = total_steps
+        self._task = self._bar.add_task("starting", total=total_steps)
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def watch(self, step: int, rows: "list[Row]") -> None:
+        evaluated = ""
+        for name, value, row_step, _ in rows:
+            self._newest[name] = value
+            if name.startswith(("val/", "test/")):
+                evaluated = f"step {row_step}/{self._total_steps}"
+        if step:
+            self._bar.update(self._task, completed=step, description=self._summary())
+        if evaluated and not self._console.is_terminal:
+            self._console.print(f"{evaluated}  {self._summary()}")
+
+    def _summary(self) -> str:
+        shown = {"train/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}
+        parts = [form.format(self._newest[k]) for k, form in shown.items() if k in self._newest]
+        parts += [
+            f"{k} {v:.4f}" for k, v in self._newest.items() if k.startswith(("val/", "test/"))
+        ]
+        return "  ".join(parts)
+
+
+def _show_outcome(
+    console: "Console", run: "Run", outcome: "Outcome", tracked: "dict[str, Any]", wall_s: float
+) -> None:
+    """The end of a run: its metrics as MLflow has them, and where everything is."""
+    from rich.table import Table
+
+    from trainers.checkpoint import Checkpoints
+    from trainers.run import short_path
+
+    metrics = tracked.get("metrics", outcome.metrics)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name in sorted(metrics, key=lambda name: (not name.startswith("test/"), name)):
+        if name.startswith(("test/", "val/", "train/loss")):
+            table.add_row(name, f"[bold]{metrics[name]:.4f}[/]")
+    table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
+    table.add_row("wall time", f"{wall_s:.0f} s")
+    newest = Checkpoints(run.folder / "checkpoints", keep=1).newest()
+    table.add_row("checkpoint", short_path(newest) if newest else "none")
+    if "unsent" in tracked:
+        table.add_row("tracking", f"[yellow]{tracked['unsent']}; kept in {run.folder / 'track'}[/]")
+    else:
+        table.add_row("model", tracked["model_uri"] or "none")
+        table.add_row("MLflow run", f"{tracked['run_id']} (heliostat ui)")
+    console.print(table)
+    if not outcome.complete:
+        console.print(
+            f"stopped after step {outcome.step} of {outcome.total_steps}, saved; go on with\n"
+            f"  heliostat train --resume {short_path(run.folder)}"
+        )
+
+
+def ui_command(args: argparse.Namespace) -> int:
+    import os
+    import subprocess
+    import sys
+
+    from trainers.track import default_uri
+
+    uri = args.uri or default_uri()
+    if uri.startswith(("http://", "https://")):
+        print(f"MLflow's pages are at {uri}")
+        return 0
+    print(f"MLflow on {uri}: http://127.0.0.1:{args.port}  (Ctrl-C ends it)", flush=True)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    server = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", *server, "--port", str(args.port), "--workers", "1"]
+    return subprocess.run(command, check=False).returncode

@@ -1,0 +1,148 @@
+"""Trained models that others can load: weights as safetensors, beside what rebuilds the network.
+
+An exported model is a folder with `model.safetensors`, `spec.yaml` (the spec's sections
+`workload`, `data` and `model`), `signature.json` (dtypes and shapes) and, for a user's own
+workload, its source under `code/`. In MLflow it is a `pyfunc` model without a pickle in it.
+"""
+
+import inspect
+import json
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch import nn
+
+from cluster.config import check, read_yaml, write_yaml
+from cluster.files import commit_folder
+from trainers.spec import RunSpec
+from trainers.workloads.base import SHIPPED, Workload, load_workload
+
+WEIGHTS, SPEC, SIGNATURE, CODE = "model.safetensors", "spec.yaml", "signature.json", "code"
+
+
+def export_model(folder: Path, spec: RunSpec, workload: Workload, network: nn.Module) -> None:
+    """Write the model to `folder`, in place of what was there."""
+    building = folder.with_name(f".{folder.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_weights(network, str(building / WEIGHTS))
+    sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
+    write_yaml(sections, building / SPEC)
+    (building / SIGNATURE).write_text(json.dumps(_signature(workload, network)))
+    if spec.workload not in SHIPPED:
+        _copy_code(type(workload), building / CODE)
+    shutil.rmtree(folder, ignore_errors=True)
+    commit_folder(building, folder)
+
+
+def _signature(workload: Workload, network: nn.Module) -> dict[str, Any]:
+    """dtype and shape of input and output, where these are single tensors; -1 is the batch."""
+    example = workload.example()
+    if not isinstance(example, torch.Tensor):
+        return {}
+    network.eval()
+    with torch.inference_mode():
+        output = network(example.to(next(network.parameters()).device))
+    tensors = {"input": example, "output": output}
+    return {
+        name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": [-1, *value.shape[1:]]}
+        for name, value in tensors.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _copy_code(workload: type[Workload], folder: Path) -> None:
+    """The module that defines the workload, with the package around it if there is one."""
+    source = inspect.getsourcefile(workload)
+    if source is None:
+        return
+    parts = workload.__module__.split(".")
+    if len(parts) == 1:
+        folder.mkdir()
+        shutil.copy(source, folder)
+        return
+    package = Path(source).parents[len(parts) - 2]
+    only_python = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, folder / package.name, ignore=only_python)
+
+
+def load_model(source: str | Path) -> nn.Module:
+    """The trained network of a run, in evaluation mode, on the CPU.
+
+    `source` is an exported folder or MLflow's URI of the model, such as `models:/m-...`.
+    Nothing is unpickled; the code of a user's own workload is imported.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        import mlflow
+
+        folder = Path(mlflow.artifacts.download_artifacts(str(source)))
+    found = sorted(folder.rglob(WEIGHTS))
+    if not found:
+        raise FileNotFoundError(f"{source}: no {WEIGHTS} in it")
+    folder = found[0].parent
+    if (folder / CODE).is_dir() and str(folder / CODE) not in sys.path:
+        sys.path.append(str(folder / CODE))
+    sections = read_yaml(folder / SPEC)
+    workload = load_workload(sections["workload"])
+    network = workload(
+        check(workload.Data, sections["data"]), check(workload.Model, sections["model"])
+    ).build()
+    network = network.to(_dtype(folder / WEIGHTS))
+    load_weights(network, str(folder / WEIGHTS))
+    return network.eval()
+
+
+def _dtype(path: Path) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+class _Predictor:
+    """The network as MLflow's pyfunc flavour wants it: arrays in, arrays out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def predict(self, data: npt.NDArray[Any], params: Any = None) -> npt.NDArray[Any]:
+        with torch.inference_mode():
+            output: torch.Tensor = self.network(torch.from_numpy(np.asarray(data)))
+        return np.asarray(output)
+
+
+def _load_pyfunc(path: str) -> _Predictor:
+    """What MLflow calls to load the model."""
+    return _Predictor(load_model(path))
+
+
+def log_to_mlflow(folder: Path, run_id: str) -> None:
+    """Keep an exported model with an MLflow run, as a model of its own."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    tensors = json.loads((folder / SIGNATURE).read_text())
+    schemas = {
+        name: Schema([TensorSpec(np.dtype(tensor["dtype"]), tuple(tensor["shape"]))])
+        for name, tensor in tensors.items()
+    }
+    signature = ModelSignature(schemas["input"], schemas.get("output")) if schemas else None
+    with mlflow.start_run(run_id=run_id):
+        mlflow.pyfunc.log_model(
+            name="model",
+            loader_module="trainers.export",
+            data_path=str(folder),
+            signature=signature,
+            pip_requirements=[f"{name}=={version(name)}" for name in ("heliostat", "torch")],
+        )

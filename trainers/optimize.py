@@ -1,0 +1,49 @@
+"""The optimizer and its learning rate, as functions of the spec and the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from trainers.spec import OptimizerSpec, ScheduleSpec
+
+
+def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
+    """The spec's optimizer over all weights that are trained.
+
+    Weight decay is for matrices and kernels; biases and norms go without, as is usual.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if spec.name == "adamw":
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True)
+    nesterov = spec.momentum > 0
+    return torch.optim.SGD(
+        groups, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
+    """The rate of step `step`, counted from 0, in a run of `total_steps`."""
+    return spec.lr * _share_of_peak(spec.schedule, step, total_steps)
+
+
+def _share_of_peak(schedule: ScheduleSpec, step: int, total_steps: int) -> float:
+    warmup_steps = round(schedule.warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule.name == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    progress = min(1.0, progress)
+    fall = progress if schedule.name == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1.0 - (1.0 - schedule.final) * fall

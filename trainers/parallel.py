@@ -1,0 +1,64 @@
+"""Which device a worker computes on, and how a model is spread over the workers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainers.spec import ScaleSpec, TrainSpec
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of `world` workers that train together, and the device it computes on."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all workers, in place; collective."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def decided_by_first(self, value: Any) -> Any:
+        """The first worker's value, on all of them; collective."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait_for_all(self) -> None:
+        """Return when all workers have called this; collective."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def distribute(model: nn.Module, scale: ScaleSpec, worker: Worker) -> nn.Module:
+    """The model as the loop calls it: itself on one worker, wrapped on several; collective."""
+    if worker.world == 1:
+        return model
+    devices = [worker.device] if worker.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def weights_dtype(train: TrainSpec) -> torch.dtype:
+    """The dtype in which weights and optimizer state are kept."""
+    return torch.float64 if train.precision == "fp64" else torch.float32
+
+
+@contextmanager
+def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
+    """Forward passes in here are computed in the spec's precision."""
+    if train.precision != "bf16":
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        yield

@@ -1,0 +1,69 @@
+"""Random numbers as a pure function of (seed, position in the run, draw, element).
+
+A sample's numbers are the same on any worker, at any world size, and after any number of
+restarts. They come from splitmix64 (Steele, Lea and Flood, OOPSLA 2014) used as a hash of a
+counter, in int64 arithmetic that wraps, so that they are the same on every device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser, element by element, on int64."""
+    x = (x ^ _logical_shift(x, 30)) * _FIRST
+    x = (x ^ _logical_shift(x, 27)) * _SECOND
+    return x ^ _logical_shift(x, 31)
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix_seed(*parts: int) -> int:
+    """One seed in [0, 2**63) from several numbers, such as (seed, epoch)."""
+    state = 0
+    for part in parts:
+        x = (state + (part + 1) * _GOLDEN) & _MASK
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
+        state = x ^ x >> 31
+    return state >> 1
+
+
+class SampleRandom:
+    """Random numbers for the samples at `positions` [B] of the run's stream of samples.
+
+    Every draw is a new one: the n-th draw of a step is the same whenever the step is done.
+    """
+
+    def __init__(self, seed: int, positions: Tensor) -> None:
+        self._keys_B = _mix(positions * _signed(_GOLDEN) + _signed(mix_seed(seed)))
+        self._draws = 0
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
+        self._draws += 1
+        count = math.prod(shape)
+        elements = torch.arange(count, device=self._keys_B.device) + _signed(self._draws << 40)
+        bits = _mix(self._keys_B[:, None] ^ _mix(elements * _signed(_GOLDEN)))
+        unit = _logical_shift(bits, 40).to(torch.float32) * 2.0**-24
+        return unit.reshape(-1, *shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, float32, of shape [B, *shape] (Box and Muller, 1958)."""
+        radius = torch.sqrt(-2.0 * torch.log1p(-self.uniform(*shape)))
+        return radius * torch.cos(2.0 * math.pi * self.uniform(*shape))

@@ -1,0 +1,203 @@
+"""What a training run is: every field of the file, with its unit and its default."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from cluster.config import ModelT, Spec, check, did_you_mean, read_yaml
+from cluster.errors import SpecError
+
+if TYPE_CHECKING:
+    from trainers.workloads.base import Workload
+
+SpecT = TypeVar("SpecT", bound="RunSpec")
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ScheduleSpec(Spec):
+    """The learning rate over the steps of the run, as a share of `optimizer.lr`."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls from its peak after the warm-up to `final` at the last step."""
+    warmup: Fraction = 0.05
+    """Share of all steps in which the rate rises linearly from zero."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Rate at the last step, as a share of the peak. Ignored by `constant`."""
+
+
+class OptimizerSpec(Spec):
+    """How gradients become new weights."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled for adamw, L2 for sgd. Applied to weights of two or more dimensions only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of adamw's running mean and variance."""
+    momentum: Fraction = 0.9
+    """Nesterov momentum of sgd; 0 turns it off."""
+    schedule: ScheduleSpec = ScheduleSpec()
+
+
+class TrainSpec(Spec):
+    """How long, on what batches, how exactly."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training split. 10 when neither `epochs` nor `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps, instead of `epochs`."""
+    global_batch: PositiveInt = 64
+    """Samples per optimizer step, over all workers together."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides the initial weights, the order of samples, augmentation and dropout."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 computes under autocast with fp32 weights."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the whole gradient; longer ones are scaled down to it."""
+    evaluate_every: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between evaluations on the validation split."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSpec":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps exclude each other; give one")
+        return self
+
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps of the whole run over a training split of `samples` samples."""
+        if self.steps is not None:
+            return self.steps
+        return self.steps_at(10.0 if self.epochs is None else self.epochs, samples)
+
+    def steps_at(self, epochs: float, samples: int) -> int:
+        """The first step by whose end `epochs` epochs have been seen."""
+        return max(1, math.ceil(epochs * samples / self.global_batch - 1e-9))
+
+
+class ScaleSpec(Spec):
+    """How many workers, on what, and how the model is spread over them."""
+
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Number of workers, or [min, max] to train on as many as the cluster has."""
+    accelerator: str = "auto"
+    """auto (a GPU each where the cluster has any), cpu, gpu, or a type such as H100."""
+    parallel: Literal["auto", "ddp"] = "auto"
+    """How the model is spread. auto is ddp as soon as there are two workers."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that Ray reserves for each worker."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often lost workers are replaced before the run fails. Preemptions don't count."""
+
+    @field_validator("workers")
+    @classmethod
+    def _in_order(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError("must be [min, max] with min <= max")
+        return workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class CheckpointSpec(Spec):
+    """When the state of the run is saved, and how many of the saves are kept."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between saves; once per epoch when not given. The last step is always saved."""
+    keep: PositiveInt = 2
+    """How many of the newest saves stay on disk."""
+
+
+class TrackingSpec(Spec):
+    """Where MLflow is, and what is sent there."""
+
+    uri: str | None = None
+    """MLflow tracking URI; MLFLOW_TRACKING_URI when not given, else sqlite:///mlflow.db here."""
+    experiment: str = "heliostat"
+    """Name of the MLflow experiment; made when it does not exist."""
+    every_steps: PositiveInt = 10
+    """Steps between training metrics. Each is the mean over the steps since the one before."""
+
+
+class RunSpec(Spec):
+    """One training run, and with `sweep` a family of them."""
+
+    workload: str
+    """What to train: a shipped workload by name, or your own as module:Class."""
+    storage: str = "runs"
+    """Folder for data sets, checkpoints and results; shared by all nodes of a cluster."""
+    data: dict[str, Any] = {}
+    """What the workload's data set is made from; the fields are the workload's own."""
+    model: dict[str, Any] = {}
+    """The model's hyperparameters; the fields are the workload's own."""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    train: TrainSpec = TrainSpec()
+    scale: ScaleSpec = ScaleSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    sweep: dict[str, Any] | None = None
+    """What `heliostat sweep` varies."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "RunSpec":
+        workers, batch = self.scale.workers, self.train.global_batch
+        if isinstance(workers, int) and batch % workers:
+            raise ValueError(
+                f"train.global_batch {batch} cannot be shared evenly by scale.workers {workers}"
+            )
+        if self.scale.max_workers > batch:
+            raise ValueError(
+                f"train.global_batch {batch} gives some of scale.workers "
+                f"{self.scale.max_workers} no sample"
+            )
+        return self
+
+
+SPECS = Path(__file__).parent / "specs"
+
+
+def find_spec(name: str) -> tuple[str, dict[str, Any]]:
+    """The short name and the plain data of a spec file, a shipped spec or a `module:Class`."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path.stem, read_yaml(path)
+    if ":" in name:
+        return name.partition(":")[2].lower(), {"workload": name}
+    shipped = {file.stem: file for file in SPECS.glob("*.yaml")}
+    if name not in shipped:
+        hint = did_you_mean(name, shipped)
+        raise SpecError(f"no spec {name!r}: neither a file, nor module:Class, nor shipped{hint}")
+    return name, read_yaml(shipped[name])
+
+
+def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Workload"]:
+    """Plain data as a checked spec with all defaults filled in, and the workload it describes."""
+    from trainers.workloads.base import load_workload
+
+    name = data.get("workload")
+    if not isinstance(name, str):
+        raise SpecError(f"workload: must name a workload (got {name!r})")
+    workload = load_workload(name)
+    mistakes: list[str] = []
+
+    def checked(model: type[ModelT], part: Any, prefix: str = "") -> ModelT | None:
+        try:
+            return check(model, part, prefix)
+        except SpecError as error:
+            mistakes.append(str(error))
+            return None
+
+    spec = checked(spec_type, data)
+    own_data = checked(workload.Data, data.get("data", {}), "data.")
+    own_model = checked(workload.Model, data.get("model", {}), "model.")
+    if spec is None or own_data is None or own_model is None:
+        raise SpecError("\n".join(dict.fromkeys(mistakes)))
+    sections = {"data": own_data.model_dump(), "model": own_model.model_dump()}
+    return spec.model_copy(update=sections), workload(own_data, own_model)

@@ -1,0 +1,117 @@
+"""What a user writes: a data set, a model, a loss. Nothing in it knows Ray, MLflow or devices."""
+
+import importlib
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from cluster.config import Spec, did_you_mean
+from cluster.errors import SpecError
+from trainers.random import SampleRandom
+
+Batch = dict[str, Tensor]
+"""Columns of the data set, each [B, ...] in the column's own dtype."""
+
+SHIPPED = {"vision": "trainers.workloads.vision:Vision"}
+
+
+class Workload(ABC):
+    """Base of every workload.
+
+    `Data` and `Model` are the fields of the spec's `data` and `model` sections; an instance
+    holds their checked values as `self.data` and `self.model`.
+    """
+
+    class Data(Spec):
+        """Fields of the spec's section `data`."""
+
+    class Model(Spec):
+        """Fields of the spec's section `model`."""
+
+    def __init__(self, data: Any, model: Any) -> None:
+        self.data = data
+        self.model = model
+
+    @abstractmethod
+    def dataset(self) -> dict[str, pa.Table]:
+        """The splits `train` and `val`, and `test` where no trial may look.
+
+        Columns hold numbers of one shape for all rows; `trainers.data.table` makes such a table
+        from numpy arrays. Called once on one machine; the result is kept as Parquet files.
+        """
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A fresh model on the CPU. The global random state has been seeded by the caller."""
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        """Change a training batch at random, drawing from `random` alone."""
+        return batch
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model says about a batch."""
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """What training minimises the mean of, for each sample: [B]."""
+
+    def metrics(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """What evaluation takes the mean of over a split, for each sample: [B] each."""
+        return {}
+
+    def example(self) -> Any | None:
+        """An input of the model as a batch of one, for the exported model's signature."""
+        return None
+
+
+def load_workload(name: str) -> type[Workload]:
+    """The class that a spec's `workload` names; SpecError when there is none.
+
+    `module:Class` is looked up in the working folder first, as Python does for a script.
+    """
+    target = SHIPPED.get(name, name)
+    module_name, colon, class_name = target.partition(":")
+    if not colon:
+        raise SpecError(f"workload: no workload {name!r}" + did_you_mean(name, SHIPPED))
+    folder = str(Path.cwd())
+    if name not in SHIPPED and folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0] and error.name != module_name:
+            raise SpecError(f"workload: {module_name} does not import: {error}") from error
+        raise SpecError(f"workload: no module {module_name!r} in {folder}") from None
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        place = f"{frame.filename}:{frame.lineno}"
+        raise SpecError(f"workload: {module_name} does not import: {reason} ({place})") from error
+    found = getattr(module, class_name, None)
+    workloads = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Workload) and value is not Workload
+    }
+    if found is None:
+        hint = did_you_mean(class_name, workloads)
+        raise SpecError(f"workload: {module_name} has no class {class_name!r}{hint}")
+    if class_name not in workloads:
+        raise SpecError(f"workload: {target} is not a subclass of trainers.Workload")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise SpecError(f"workload: {target} does not define {', '.join(missing)}")
+    workload: type[Workload] = found
+    return workload
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights, which its floating-point inputs must have."""
+    return next(model.parameters()).dtype

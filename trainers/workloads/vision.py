@@ -1,0 +1,367 @@
+"""Image recognition: a small residual network that says which class an image belongs to.
+
+**Data.** `digits` is scikit-learn's copy of the UCI set "Optical Recognition of Handwritten
+Digits" (Alpaydin and Kaynak, 1998): 1,797 digits as 8 x 8 pixels of 17 grey levels, which the
+networks see as 0 to 255. Own images come from a folder (one sub-folder per class, or `train/` and
+optionally `val/` and `test/` that hold them) or from Parquet. A set that comes unsplit is split
+class by class in the order of a hash of the images' encoded bytes, so that the split depends on
+nothing else, neither on names nor on `size`, and copies of an image never part.
+
+**Model.** A ResNet of basic blocks (He et al., CVPR 2016, doi:10.1109/CVPR.2016.90), the last
+normalisation of each block starting at zero (Goyal et al. 2017, arXiv:1706.02677), with group
+normalisation (Wu and He, ECCV 2018, arXiv:1803.08494) in place of batch normalisation: a sample's
+result must not depend on which others its worker happens to hold.
+
+**What it shows, and what not.** BASELINES
+The writers of this split's three parts overlap: it measures new images, not new hands. The first
+stage works at the full resolution, which suits images of up to about 64 pixels.
+"""
+
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from cluster.config import Spec
+from cluster.errors import DataError
+from trainers.data import table
+from trainers.random import SampleRandom
+from trainers.workloads.base import Batch, Workload
+
+# Suffixes of arrays and tensors: N images of the set, B of the batch, C channels, H x W pixels,
+# S stages of the network (resolution halves from one to the next), K classes.
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Pillow's other readers are stubs, or start programs (Ghostscript)."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Vision(Workload):
+    """Images of one size, one label each."""
+
+    class Data(Spec):
+        """Where the images come from, and what they are turned into."""
+
+        source: str = "digits"
+        """digits; or a folder of class folders, a Parquet file, or a folder of Parquet files
+        with the columns image (encoded) and label. A relative path is kept as absolute."""
+        size: Annotated[int, Field(ge=2, le=4096)] = 8
+        """Height and width in pixels. Images of another size or shape are resized to it."""
+        channels: Literal[1, 3] = 1
+        """1 for grey levels, 3 for RGB."""
+        classes: Annotated[int, Field(ge=2)] = 10
+        """Number of classes. The data set is checked against it."""
+        val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+        """Share of each class to validate on, where the source has no val folder of its own."""
+        test_fraction: Fraction = 0.2
+        """Share of each class to hold out for testing, where the source comes unsplit."""
+
+        @field_validator("source")
+        @classmethod
+        def _absolute(cls, source: str) -> str:
+            return source if source == "digits" else str(Path(source).expanduser().absolute())
+
+        @model_validator(mode="after")
+        def _leaves_some(self) -> "Vision.Data":
+            if self.val_fraction + self.test_fraction >= 1:
+                raise ValueError("val_fraction + test_fraction must be less than 1")
+            return self
+
+    class Model(Spec):
+        """The network, and how it is kept from learning the images by heart."""
+
+        width: Annotated[int, Field(ge=4)] = 24
+        """Channels of the first stage; every further stage has twice as many."""
+        blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 1, 1)
+        """Residual blocks of each stage. Stages after the first halve the resolution."""
+        dropout: Fraction = 0.0
+        """Share of the features that the classifier does not see in a training step."""
+        label_smoothing: Fraction = 0.0
+        """Share of each training label that is spread evenly over all classes."""
+        augment: Annotated[float, Field(ge=0)] = 0.0
+        """Largest random change of a training image. 0 is none; 1 turns by up to 12 degrees,
+        scales by up to 10 % and shifts by up to 12 % of the side; others are in proportion."""
+
+    data: Data
+    model: Model
+
+    def dataset(self) -> dict[str, pa.Table]:
+        found = {split: _decode(samples, self.data) for split, samples in _find(self.data)}
+        if "all" in found:
+            found = _cut(found["all"], self.data.val_fraction, self.data.test_fraction)
+        elif "val" not in found:
+            found |= _cut(found["train"], self.data.val_fraction, 0.0)
+        return {split: images.as_table() for split, images in found.items()}
+
+    def build(self) -> nn.Module:
+        return ResNet(self.data.channels, self.data.classes, self.model)
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        if self.model.augment == 0:
+            return batch
+        return {**batch, "image": _moved(batch["image"], self.model.augment, random)}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Unnormalised log-probabilities [B, K]."""
+        logits_BK: Tensor = model(batch["image"])
+        return logits_BK
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy in nats; the labels are smoothed where gradients are recorded.
+
+        Evaluation records none, so its loss is that of the true labels, which can be compared
+        between trials of different smoothing.
+        """
+        smoothing = self.model.label_smoothing if torch.is_grad_enabled() else 0.0
+        return F.cross_entropy(output, batch["label"], reduction="none", label_smoothing=smoothing)
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"accuracy": (output.argmax(-1) == batch["label"]).float()}
+
+    def example(self) -> Tensor:
+        shape = (1, self.data.channels, self.data.size, self.data.size)
+        return torch.zeros(shape, dtype=torch.uint8)
+
+
+class ResNet(nn.Module):
+    """Class scores [B, K] of images [B, C, H, W] with values 0 to 255, uint8 or floating."""
+
+    def __init__(self, channels: int, classes: int, spec: Vision.Model) -> None:
+        super().__init__()
+        width_S = [spec.width * 2**stage for stage in range(len(spec.blocks))]
+        self.stem = nn.Conv2d(channels, spec.width, 3, padding=1, bias=False)
+        self.norm = _norm(spec.width)
+        blocks, inputs = [], spec.width
+        for stage, (width, count) in enumerate(zip(width_S, spec.blocks, strict=True)):
+            for block in range(count):
+                blocks.append(Block(inputs, width, stride=2 if stage > 0 and block == 0 else 1))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.classifier = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        x_BCHW = image_BCHW.to(self.stem.weight.dtype) / 127.5 - 1
+        x_BCHW = self.blocks(F.relu(self.norm(self.stem(x_BCHW))))
+        logits_BK: Tensor = self.classifier(self.dropout(x_BCHW.mean((2, 3))))
+        return logits_BK.to(self.stem.weight.dtype)  # autocast stops here: the loss is exact
+
+
+class Block(nn.Module):
+    """Two convolutions and what they are added to; the identity at first, where shapes allow."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.norm1 = _norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = _norm(width)
+        nn.init.zeros_(self.norm2.weight)
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or inputs != width:
+            conv = nn.Conv2d(inputs, width, 1, stride, bias=False)
+            self.skip = nn.Sequential(conv, _norm(width))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
+        return F.relu(self.norm2(self.conv2(y_BCHW)) + self.skip(x_BCHW))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    """Up to 8 groups of at least 4 channels: a group of one, at one pixel, would be constant."""
+    groups = max(g for g in (1, 2, 4, 8) if channels % g == 0 and channels >= 4 * g)
+    return nn.GroupNorm(groups, channels)
+
+
+def _moved(image_BCHW: Tensor, strength: float, random: SampleRandom) -> Tensor:
+    """Images turned, scaled and shifted at random, as floating point; black comes in at the rim.
+
+    Coordinates run from -1 to 1 over the image. The grid is made without `affine_grid`, whose
+    matrix product autocast would round to bf16.
+    """
+    if not image_BCHW.is_floating_point():
+        image_BCHW = image_BCHW.float()
+    height, width = image_BCHW.shape[-2:]
+    draw_B4 = strength * (2 * random.uniform(4).to(image_BCHW.dtype) - 1)
+    turn_B11, grow_B11, right_B11, down_B11 = draw_B4[:, :, None, None].unbind(1)
+    angle_B11, scale_B11 = math.radians(12) * turn_B11, torch.exp(0.1 * grow_B11)
+    x_W = (2 * torch.arange(width, device=draw_B4.device, dtype=draw_B4.dtype) + 1) / width - 1
+    y_H = (2 * torch.arange(height, device=draw_B4.device, dtype=draw_B4.dtype) + 1) / height - 1
+    cos_B11, sin_B11 = scale_B11 * torch.cos(angle_B11), scale_B11 * torch.sin(angle_B11)
+    from_x_BHW = cos_B11 * x_W - sin_B11 * y_H[:, None] + 2 * 0.12 * right_B11
+    from_y_BHW = sin_B11 * x_W + cos_B11 * y_H[:, None] + 2 * 0.12 * down_B11
+    grid_BHW2 = torch.stack([from_x_BHW, from_y_BHW], dim=-1)
+    return F.grid_sample(image_BCHW, grid_BHW2, align_corners=False)
+
+
+class _Sample(NamedTuple):
+    """An image before it is decoded."""
+
+    where: str
+    content: bytes | Path
+    label: int
+
+
+class _Images(NamedTuple):
+    """Decoded images, each with a hash of what it was decoded from."""
+
+    image_NCHW: npt.NDArray[np.uint8]
+    label_N: npt.NDArray[np.int64]
+    key_N: npt.NDArray[np.uint64]
+
+    def rows(self, index_N: npt.NDArray[Any]) -> "_Images":
+        return _Images(*(column[index_N] for column in self))
+
+    def as_table(self) -> pa.Table:
+        """In the order of the hashes, so that the names of files have no say in training."""
+        ordered = self.rows(np.lexsort((self.label_N, self.key_N)))
+        return table(image=ordered.image_NCHW, label=ordered.label_N)
+
+
+def _cut(images: _Images, val: float, test: float) -> dict[str, _Images]:
+    """Shares of each class in the order of the hashes; copies of an image are one."""
+    place_N = np.empty(len(images.key_N))
+    for label in np.unique(images.label_N):
+        members = np.flatnonzero(images.label_N == label)
+        contents, rank = np.unique(images.key_N[members], return_inverse=True)
+        place_N[members] = (rank + 0.5) / len(contents)
+    parts = {"train": (test + val, 1.0), "val": (test, test + val), "test": (0.0, test)}
+    cut = {
+        split: images.rows((start <= place_N) & (place_N < stop))
+        for split, (start, stop) in parts.items()
+    }
+    return {split: rows for split, rows in cut.items() if len(rows.key_N)}
+
+
+def _decode(samples: list[_Sample], data: Vision.Data) -> _Images:
+    image_NCHW = np.empty((len(samples), data.channels, data.size, data.size), np.uint8)
+    key_N = np.empty(len(samples), np.uint64)
+
+    def decode(item: tuple[int, _Sample]) -> None:
+        index, (where, content, _) = item
+        try:
+            encoded = content.read_bytes() if isinstance(content, Path) else content
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                if image.mode[0] in "IF":  # Pillow would clip them to 255
+                    raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+                upright = ImageOps.exif_transpose(image)  # cameras turn the label, not the pixels
+                grey_or_rgb = upright.convert("L" if data.channels == 1 else "RGB")
+                # Pillow's bilinear filter grows with the scale: it does not alias.
+                resized = grey_or_rgb.resize((data.size, data.size), Image.Resampling.BILINEAR)
+        except UnidentifiedImageError:
+            raise DataError(f"{where}: is no image ({', '.join(FORMATS)})") from None
+        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{where}: cannot be decoded: {reason}") from None
+        pixels_HWC = np.asarray(resized).reshape(data.size, data.size, data.channels)
+        image_NCHW[index] = pixels_HWC.transpose(2, 0, 1)
+        key_N[index] = int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(decode, enumerate(samples)):
+            pass  # map raises the first error, and drops what is still to be done
+    return _Images(image_NCHW, np.array([s.label for s in samples], np.int64), key_N)
+
+
+def _find(data: Vision.Data) -> Iterator[tuple[str, list[_Sample]]]:
+    """The source's splits; one that comes unsplit is called `all`."""
+    source = Path(data.source)
+    if data.source == "digits":
+        yield "all", _digits(data)
+    elif not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    elif source.is_file():
+        yield "all", _parquet(source, data)
+    elif files := sorted(source.glob("[!.]*.parquet")):
+        yield "all", [sample for file in files for sample in _parquet(file, data)]
+    elif not (source / "train").is_dir() or not _folders(source / "train"):
+        yield "all", _class_folders(source, data)
+    else:
+        for folder in _folders(source):
+            if folder.name not in ("train", "val", "test"):
+                raise DataError(f"{folder}: beside train there may be val and test alone")
+            yield folder.name, _class_folders(folder, data)
+
+
+def _digits(data: Vision.Data) -> list[_Sample]:
+    from sklearn.datasets import load_digits
+
+    if data.classes != 10:
+        raise DataError(f"digits: has 10 classes, data.classes is {data.classes}")
+    bunch = load_digits()
+    pixels_NHW = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    return [
+        _Sample(f"digits: image {index}", b"P5 8 8 255\n" + pixels_HW.tobytes(), int(label))
+        for index, (pixels_HW, label) in enumerate(zip(pixels_NHW, bunch.target, strict=True))
+    ]
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _class_folders(path: Path, data: Vision.Data) -> list[_Sample]:
+    """The images of one sub-folder per class. Files of other kinds and hidden ones are not seen."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    folders = _folders(path)
+    if len(folders) != data.classes:
+        found = f"has {len(folders)} class folders"
+        raise DataError(f"{path}: {found}, data.classes is {data.classes}")
+    samples = []
+    for label, folder in enumerate(folders):
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        )
+        if not files:
+            raise DataError(f"{folder}: class folder without images")
+        samples += [_Sample(str(file), file, label) for file in files]
+    return samples
+
+
+def _parquet(path: Path, data: Vision.Data) -> list[_Sample]:
+    """The rows of a file whose images are encoded bytes, or a struct that holds them as `bytes`."""
+    try:
+        rows = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: is not readable as Parquet: {str(error).splitlines()[0]}"
+        ) from None
+    for column in ("image", "label"):
+        if column not in rows.column_names:
+            raise DataError(f"{path}: no column {column!r} (has: {', '.join(rows.column_names)})")
+    if not pa.types.is_integer(rows.schema.field("label").type):
+        raise DataError(f"{path}: label is {rows.schema.field('label').type}, not an integer")
+    samples = []
+    for row, (image, label) in enumerate(
+        zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)
+    ):
+        where = f"{path}: row {row}"
+        content = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(content, bytes):
+            raise DataError(f"{where}: image holds no encoded bytes")
+        if label is None or not 0 <= label < data.classes:
+            found = f"label {label} is out of range for data.classes {data.classes}"
+            raise DataError(f"{where}: {found}")
+        samples.append(_Sample(where, content, label))
+    return samples
