@@ -21,7 +21,7 @@ def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
     Yields the console that still writes to the terminal. With `verbose` nothing is redirected.
     """
     if verbose:
-        yield Console(highlight=False)
+        yield Console(highlight=False, soft_wrap=True)
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -32,7 +32,7 @@ def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
     os.close(target)
     try:
         with os.fdopen(terminal, "w", closefd=False) as file:
-            yield Console(file=file, highlight=False)
+            yield Console(file=file, highlight=False, soft_wrap=True)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -89,7 +89,7 @@ class Checkpoints:
         """The newest checkpoint that is whole; damaged ones are passed over."""
         for path in reversed(self._all()):
             try:
-                _verified(path)
+                manifest_of(path)
             except CheckpointError as error:
                 print(f"{error}; passed over", flush=True)
                 continue
@@ -105,17 +105,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
     Raises CheckpointError if it is damaged or does not fit.
     """
-    manifest = _verified(path)
+    manifest = manifest_of(path)
     wanted, rule = _state_of(model, optimizer)
-    with safe_open(path / STATE, framework="pt") as file:
-        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, tensor in wanted.items():
-        found = tuple(state[name].shape) if name in state else None
-        if found != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{path}: does not fit the model: {name} is {found}, not {tuple(tensor.shape)}"
-            )
-    state |= rule
+    state = {**_tensors(path, wanted), **rule}
     set_state_dict(
         model,
         optimizer,
@@ -124,6 +116,27 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         options=StateDictOptions(flatten_optimizer_state_dict=True),
     )
     return int(manifest["step"])
+
+
+def load_network(path: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights alone into `model`; raises as `load` does."""
+    manifest_of(path)
+    wanted = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(_section(_tensors(path, wanted), "model."))
+
+
+def _tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """The tensors of a checkpoint by name, of the names and shapes that are wanted."""
+    with safe_open(path / STATE, framework="pt") as file:
+        there = set(file.keys())
+        state = {name: file.get_tensor(name) for name in wanted if name in there}
+    for name, tensor in wanted.items():
+        found = list(state[name].shape) if name in state else "missing"
+        if found != list(tensor.shape):
+            raise CheckpointError(
+                f"{path}: does not fit the model: {name} is {found}, not {list(tensor.shape)}"
+            )
+    return state
 
 
 def _state_of(
@@ -150,7 +163,7 @@ def _digest(path: Path) -> dict[str, Any]:
         }
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def manifest_of(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are what it says; CheckpointError otherwise."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())

@@ -22,14 +22,18 @@ from torch import nn
 
 from cluster.config import check, read_yaml, write_yaml
 from cluster.files import commit_folder
+from trainers.checkpoint import load_network
+from trainers.parallel import weights_dtype
 from trainers.spec import RunSpec
 from trainers.workloads.base import SHIPPED, Workload, load_workload
 
 WEIGHTS, SPEC, SIGNATURE, CODE = "model.safetensors", "spec.yaml", "signature.json", "code"
 
 
-def export_model(folder: Path, spec: RunSpec, workload: Workload, network: nn.Module) -> None:
-    """Write the model to `folder`, in place of what was there."""
+def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
+    """Write the model that a checkpoint holds to `folder`, in place of what was there."""
+    network = workload.build().to(weights_dtype(spec.train))
+    load_network(checkpoint, network)
     building = folder.with_name(f".{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints, load
 from trainers.data import Batches, open_split, rows, share
-from trainers.export import export_model
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import Worker, compute_precision, distribute, weights_dtype
 from trainers.random import SampleRandom, mix_seed
@@ -58,7 +57,7 @@ def train(
     """Train from the newest checkpoint in `folder`, or from the start, to the last step.
 
     Stops early, with its state saved, when the reporter says so. `dataset` is what
-    `trainers.data.prepare` made. The trained model is exported to `folder / "model"`.
+    `trainers.data.prepare` made.
     Every worker calls this with the same arguments but its own `worker` and `reporter`.
     """
     worker = worker or Worker()
@@ -141,8 +140,6 @@ def train(
 
     if first:
         checkpoints.wait()
-        if done == total:
-            export_model(folder / "model", spec, workload, network)
         reporter.flush()
     worker.wait_for_all()
     return Outcome(done, total, metrics, meter.samples_per_s())

@@ -62,3 +62,9 @@ def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(device.type, dtype=torch.bfloat16):
         yield
+
+
+def local_device(scale: ScaleSpec) -> torch.device:
+    """The device of a process that Ray has given at most one accelerator."""
+    gpu = scale.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", 0) if gpu else torch.device("cpu")

@@ -26,6 +26,7 @@ from cluster.session import missing_resources, ray_session
 from cluster.terminal import quiet
 from trainers.checkpoint import Checkpoints
 from trainers.data import prepare, rows
+from trainers.export import export_model
 from trainers.loop import Outcome, train
 from trainers.parallel import Worker
 from trainers.spec import RunSpec, ScaleSpec, find_spec, resolve
@@ -43,7 +44,7 @@ from trainers.workloads.base import Workload
 if TYPE_CHECKING:
     from rich.console import Console
 
-SPEC, ENVIRONMENT = "spec.yaml", "environment.json"
+SPEC, ENVIRONMENT, MODEL = "spec.yaml", "environment.json", "model"
 POLL_S = 0.2
 
 Watcher = Callable[[int, list[Row]], None]
@@ -216,7 +217,7 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     import ray
 
     tracking = run.spec.tracking
-    tracker = start_tracker(run.folder / "track", str(tracking.uri), tracking.experiment)
+    tracker = start_tracker(run.folder / "track", str(tracking.uri), tracking.experiment, run.key)
     tracker.start.remote(tracked_run(run.key, run.data))
     for name in (SPEC, ENVIRONMENT):
         tracker.artifact.remote(run.key, str(run.folder / name))
@@ -230,7 +231,7 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         drain(tracker, timeout_s=10)
         raise
     if outcome.complete:
-        tracker.model.remote(run.key, str(run.folder / "model"))
+        tracker.model.remote(run.key, str(run.folder / MODEL))
         tracker.finish.remote(run.key, "FINISHED")
     else:
         tracker.finish.remote(run.key, "KILLED", {"heliostat.reason": "stopped"})
@@ -284,12 +285,18 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
     asked = False
-    while thread.is_alive():
-        thread.join(POLL_S)
-        if stop.is_set() and not asked:
-            ray.get(tracker.request_stop.remote(job.key))
-            asked = True
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if stop.is_set() and not asked:
+                ray.get(tracker.request_stop.remote(job.key))
+                asked = True
+            watch(*ray.get(tracker.watch.remote(job.key)))
         watch(*ray.get(tracker.watch.remote(job.key)))
+    except SystemExit:  # Ray Tune ends the trial that this run is
+        tracker.request_stop.remote(job.key)
+        thread.join()
+        raise
     if errors:
         raise TrainingError(_reason(errors[0])) from errors[0]
     return outcome[0]
@@ -333,7 +340,11 @@ def _worker(config: dict[str, Any]) -> Outcome:
     try:
         spec, workload = resolve(job.data, RunSpec)
         reporter = TrackerReporter(config["tracker"], job.key) if rank == 0 else SilentReporter()
-        return train(spec, workload, job.dataset, job.folder, reporter, worker)
+        outcome = train(spec, workload, job.dataset, job.folder, reporter, worker)
+        newest = Checkpoints(job.folder / "checkpoints", keep=1).newest()
+        if rank == 0 and outcome.complete and newest is not None:
+            export_model(job.folder / MODEL, spec, workload, newest)
+        return outcome
     except Exception as error:
         if _lost_peer(error):
             raise LostWorkerError(str(error)) from error

@@ -48,6 +48,11 @@ class TrackedRun:
         return self.key.rpartition("/")[2]
 
 
+def now_ms() -> int:
+    """Milliseconds since the epoch, MLflow's unit."""
+    return time.time_ns() // 1_000_000
+
+
 def default_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite file in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
@@ -140,7 +145,7 @@ class Tracker:
 
     def finish(self, run: str, status: str, tags: Mapping[str, str] | None = None) -> None:
         """End a run as FINISHED, FAILED or KILLED."""
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         self._append(
             {"do": "finish", "run": run, "status": status, "tags": dict(tags or {}), "at": now}
         )
@@ -398,7 +403,7 @@ class TrackerReporter:
         self._stop = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         rows = [(name, float(value), step, now) for name, value in metrics.items()]
         with self._lock:
             self._rows += rows
@@ -458,14 +463,17 @@ class SilentReporter:
         return False
 
 
-def start_tracker(folder: Path, uri: str, experiment: str) -> Any:
-    """The tracker of a train or sweep as a Ray actor on this machine, its spool in `folder`."""
+def start_tracker(folder: Path, uri: str, experiment: str, name: str) -> Any:
+    """The tracker of a train or sweep as a Ray actor on this machine, its spool in `folder`.
+
+    Whoever has no handle finds the actor by `name`, the key of the train or sweep.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Tracker).options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+        name=name, num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     )
     return actor.remote(str(folder), uri, experiment)
 

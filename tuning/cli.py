@@ -2,7 +2,17 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.cli import Subparsers, run_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tuning.report import Leaderboard
+    from tuning.trial import Sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,4 +46,162 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version="heliostat 0.1.0")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.add_verbs(verbs)
+    add_verbs(verbs)
     return top
+
+
+def add_verbs(verbs: Subparsers) -> None:
+    sweep = verbs.add_parser(
+        "sweep",
+        parents=[run_options()],
+        help="train many variants and find the best",
+        description="Run the trials of SPEC's section `sweep` with Ray Tune, tracked in MLflow.",
+    )
+    sweep.add_argument("spec", nargs="?", help="a file or a shipped spec's name")
+    sweep.add_argument("--resume", metavar="SWEEP", help="go on with a sweep that was interrupted")
+    sweep.set_defaults(command=sweep_command)
+    schema = verbs.add_parser(
+        "schema",
+        help="print the JSON schema of a spec file",
+        description="Print the JSON schema of spec files, from which an editor completes them.",
+    )
+    schema.add_argument(
+        "workload", nargs="?", help="with the fields of this workload's data and model"
+    )
+    schema.set_defaults(command=schema_command)
+
+
+def sweep_command(args: argparse.Namespace) -> int:
+    from cluster.errors import SpecError
+    from trainers import run
+    from trainers.spec import resolve
+    from tuning import sweep as sweeps
+    from tuning.space import SweepRunSpec
+
+    if args.resume:
+        if args.set:
+            raise SpecError("--set: cannot change a sweep that has begun")
+        sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec))
+    elif args.spec:
+        sweep = sweeps.new_sweep(args.spec, args.set, args.name)
+    else:
+        raise SpecError("sweep: needs a spec, or --resume SWEEP")
+    spec, _ = resolve(sweep.data, SweepRunSpec)
+    with run.at_work(sweep.folder, spec, args.address, args.verbose) as (console, _):
+        console.print(
+            f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
+            f"{spec.sweep.search} and {spec.sweep.scheduler.name}, "
+            f"{sweeps.concurrency(spec)} at a time"
+        )
+        with SweepProgress(console, sweep) as progress:
+            board, tracked = sweeps.execute(sweep, progress.watch)
+        _show_board(console, sweep, board, tracked)
+    return 0 if len(board.ended) == spec.sweep.total_trials else 130
+
+
+class SweepProgress:
+    """Trials ended, running and the best so far; a line per ended trial without a terminal."""
+
+    def __init__(self, console: "Console", sweep: "Sweep") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        self._console, self._sweep = console, sweep
+        self._running: set[int] = set()
+        self._ended: set[int] = set()
+        self._best: tuple[float, int] | None = None
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            "trials",
+            "{task.description}",
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=sweep.spec.total_trials)
+
+    def __enter__(self) -> "SweepProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def watch(self, event: str, trial: int, result: "Mapping[str, Any]") -> None:
+        if event == "start":
+            self._running.add(trial)
+        value = result.get(self._sweep.spec.metric)
+        if value is not None:
+            sign = 1 if self._sweep.spec.mode == "max" else -1
+            if self._best is None or sign * value > sign * self._best[0]:
+                self._best = (value, trial)
+        if event in ("stop", "done", "error"):
+            self._running.discard(trial)
+            self._ended.add(trial)
+            if not self._console.is_terminal:
+                self._console.print(f"trial {trial:04d} {event}  {self._summary()}")
+        self._bar.update(self._task, completed=len(self._ended), description=self._summary())
+
+    def _summary(self) -> str:
+        text = f"{len(self._running)} running"
+        if self._best is not None:
+            text += f"  best {self._sweep.spec.metric} {self._best[0]:.4f} (trial {self._best[1]})"
+        return text
+
+
+def _show_board(
+    console: "Console", sweep: "Sweep", board: "Leaderboard", tracked: "Mapping[str, Any]"
+) -> None:
+    """The end of a sweep: who won, what mattered, and how to go on."""
+    from rich.table import Table
+
+    from trainers.checkpoint import Checkpoints
+    from trainers.run import short_path
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
+    for column in ("trial", sweep.spec.metric, "epochs", *sweep.spec.parameters):
+        table.add_column(column, justify="right")
+    for standing in board.standings[:10]:
+        epochs = f"{standing.epoch:.1f}" + ("" if standing.complete else " stopped")
+        values = [_shown(standing.parameters[path]) for path in sweep.spec.parameters]
+        table.add_row(f"{standing.number:04d}", f"{standing.value:.4f}", epochs, *values)
+    console.print(table)
+    for number, reason in board.failed.items():
+        console.print(f"trial {number:04d} failed: {reason}", style="red")
+    if board.importances:
+        shares = "  ".join(f"{path} {share:.2f}" for path, share in board.importances.items())
+        console.print(f"importance: {shares}")
+    if "unsent" in tracked:
+        console.print(f"{tracked['unsent']}; kept in {sweep.folder / 'track'}", style="yellow")
+    else:
+        console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
+    folder = short_path(sweep.folder)
+    if len(board.ended) < sweep.spec.total_trials:
+        console.print(
+            f"stopped with {len(board.ended)} of {sweep.spec.total_trials} trials ended; "
+            f"go on with\n  heliostat sweep --resume {folder}"
+        )
+    if board.best is not None:
+        trial = short_path(sweep.trial_folder(board.best.number))
+        newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints", 1).newest()
+        console.print(
+            f"best checkpoint: {short_path(newest) if newest else 'none'}\n"
+            f"train it afresh: heliostat train {folder}/best.yaml\n"
+            f"train it further: heliostat train {folder}/best.yaml --from {trial} "
+            "--set train.epochs=N"
+        )
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def schema_command(args: argparse.Namespace) -> int:
+    import json
+
+    from trainers.workloads.base import load_workload
+    from tuning.space import file_schema
+
+    workload = load_workload(args.workload) if args.workload else None
+    print(json.dumps(file_schema(workload), indent=2))
+    return 0

@@ -23,10 +23,9 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -42,7 +41,7 @@ from trainers.random import SampleRandom
 from trainers.workloads.base import Batch, Workload
 
 # Suffixes of arrays and tensors: N images of the set, B of the batch, C channels, H x W pixels,
-# S stages of the network (resolution halves from one to the next), K classes.
+# K classes.
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Pillow's other readers are stubs, or start programs (Ghostscript)."""
@@ -106,7 +105,7 @@ class Vision(Workload):
             found = _cut(found["all"], self.data.val_fraction, self.data.test_fraction)
         elif "val" not in found:
             found |= _cut(found["train"], self.data.val_fraction, 0.0)
-        return {split: images.as_table() for split, images in found.items()}
+        return {split: rows.drop_columns("key") for split, rows in found.items()}
 
     def build(self) -> nn.Module:
         return ResNet(self.data.channels, self.data.classes, self.model)
@@ -143,15 +142,16 @@ class ResNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, spec: Vision.Model) -> None:
         super().__init__()
-        width_S = [spec.width * 2**stage for stage in range(len(spec.blocks))]
         self.stem = nn.Conv2d(channels, spec.width, 3, padding=1, bias=False)
         self.norm = _norm(spec.width)
-        blocks, inputs = [], spec.width
-        for stage, (width, count) in enumerate(zip(width_S, spec.blocks, strict=True)):
+        self.blocks = nn.Sequential()
+        inputs = spec.width
+        for stage, count in enumerate(spec.blocks):
+            width = spec.width * 2**stage
             for block in range(count):
-                blocks.append(Block(inputs, width, stride=2 if stage > 0 and block == 0 else 1))
+                halve = stage > 0 and block == 0
+                self.blocks.append(Block(inputs, width, stride=2 if halve else 1))
                 inputs = width
-        self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(inputs, classes)
         for module in self.modules():
@@ -220,38 +220,24 @@ class _Sample(NamedTuple):
     label: int
 
 
-class _Images(NamedTuple):
-    """Decoded images, each with a hash of what it was decoded from."""
-
-    image_NCHW: npt.NDArray[np.uint8]
-    label_N: npt.NDArray[np.int64]
-    key_N: npt.NDArray[np.uint64]
-
-    def rows(self, index_N: npt.NDArray[Any]) -> "_Images":
-        return _Images(*(column[index_N] for column in self))
-
-    def as_table(self) -> pa.Table:
-        """In the order of the hashes, so that the names of files have no say in training."""
-        ordered = self.rows(np.lexsort((self.label_N, self.key_N)))
-        return table(image=ordered.image_NCHW, label=ordered.label_N)
+def _cut(rows: pa.Table, val: float, test: float) -> dict[str, pa.Table]:
+    """Shares of each class in the order of the keys; copies of an image count as one."""
+    key_N, label_N = rows["key"].to_numpy(), rows["label"].to_numpy()
+    place_N = np.empty(len(rows))
+    for label in np.unique(label_N):
+        members = np.flatnonzero(label_N == label)
+        keys, rank = np.unique(key_N[members], return_inverse=True)
+        place_N[members] = (rank + 0.5) / len(keys)
+    in_test, in_train = place_N < test, place_N >= test + val
+    parts = {"train": in_train, "val": ~in_train & ~in_test, "test": in_test}
+    return {split: rows.filter(pa.array(mask)) for split, mask in parts.items() if mask.any()}
 
 
-def _cut(images: _Images, val: float, test: float) -> dict[str, _Images]:
-    """Shares of each class in the order of the hashes; copies of an image are one."""
-    place_N = np.empty(len(images.key_N))
-    for label in np.unique(images.label_N):
-        members = np.flatnonzero(images.label_N == label)
-        contents, rank = np.unique(images.key_N[members], return_inverse=True)
-        place_N[members] = (rank + 0.5) / len(contents)
-    parts = {"train": (test + val, 1.0), "val": (test, test + val), "test": (0.0, test)}
-    cut = {
-        split: images.rows((start <= place_N) & (place_N < stop))
-        for split, (start, stop) in parts.items()
-    }
-    return {split: rows for split, rows in cut.items() if len(rows.key_N)}
+def _decode(samples: list[_Sample], data: Vision.Data) -> pa.Table:
+    """Columns image, label and key, a hash of the encoded image, in the order of the keys.
 
-
-def _decode(samples: list[_Sample], data: Vision.Data) -> _Images:
+    In this order the names of files have no say, neither in the split nor in training.
+    """
     image_NCHW = np.empty((len(samples), data.channels, data.size, data.size), np.uint8)
     key_N = np.empty(len(samples), np.uint64)
 
@@ -269,8 +255,7 @@ def _decode(samples: list[_Sample], data: Vision.Data) -> _Images:
         except UnidentifiedImageError:
             raise DataError(f"{where}: is no image ({', '.join(FORMATS)})") from None
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(f"{where}: cannot be decoded: {reason}") from None
+            raise DataError(f"{where}: cannot be decoded: {_reason(error)}") from None
         pixels_HWC = np.asarray(resized).reshape(data.size, data.size, data.channels)
         image_NCHW[index] = pixels_HWC.transpose(2, 0, 1)
         key_N[index] = int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
@@ -278,7 +263,9 @@ def _decode(samples: list[_Sample], data: Vision.Data) -> _Images:
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(decode, enumerate(samples)):
             pass  # map raises the first error, and drops what is still to be done
-    return _Images(image_NCHW, np.array([s.label for s in samples], np.int64), key_N)
+    label_N = np.array([sample.label for sample in samples], np.int64)
+    rows = table(image=image_NCHW, label=label_N, key=key_N)
+    return rows.sort_by([("key", "ascending"), ("label", "ascending")])
 
 
 def _find(data: Vision.Data) -> Iterator[tuple[str, list[_Sample]]]:
@@ -295,10 +282,12 @@ def _find(data: Vision.Data) -> Iterator[tuple[str, list[_Sample]]]:
     elif not (source / "train").is_dir() or not _folders(source / "train"):
         yield "all", _class_folders(source, data)
     else:
-        for folder in _folders(source):
-            if folder.name not in ("train", "val", "test"):
-                raise DataError(f"{folder}: beside train there may be val and test alone")
-            yield folder.name, _class_folders(folder, data)
+        for split, folder in _folders(source).items():
+            if split not in ("train", "val", "test"):
+                raise DataError(f"{folder}: only val and test may stand beside train")
+            if _folders(folder).keys() != _folders(source / "train").keys():
+                raise DataError(f"{folder}: its class folders are not those of train")
+            yield split, _class_folders(folder, data)
 
 
 def _digits(data: Vision.Data) -> list[_Sample]:
@@ -314,24 +303,25 @@ def _digits(data: Vision.Data) -> list[_Sample]:
     ]
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _folders(path: Path) -> dict[str, Path]:
+    """The visible sub-folders, sorted by name."""
+    return {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."}
 
 
 def _class_folders(path: Path, data: Vision.Data) -> list[_Sample]:
     """The images of one sub-folder per class. Files of other kinds and hidden ones are not seen."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     folders = _folders(path)
     if len(folders) != data.classes:
         found = f"has {len(folders)} class folders"
         raise DataError(f"{path}: {found}, data.classes is {data.classes}")
     samples = []
-    for label, folder in enumerate(folders):
+    for label, folder in enumerate(folders.values()):
         files = sorted(
             file
             for file in folder.rglob("*")
-            if file.suffix.lower() in suffixes
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.suffix.lower() in readable
+            and not any(part[0] == "." for part in file.relative_to(folder).parts)
         )
         if not files:
             raise DataError(f"{folder}: class folder without images")
@@ -344,9 +334,7 @@ def _parquet(path: Path, data: Vision.Data) -> list[_Sample]:
     try:
         rows = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: is not readable as Parquet: {str(error).splitlines()[0]}"
-        ) from None
+        raise DataError(f"{path}: is not readable as Parquet: {_reason(error)}") from None
     for column in ("image", "label"):
         if column not in rows.column_names:
             raise DataError(f"{path}: no column {column!r} (has: {', '.join(rows.column_names)})")
@@ -361,7 +349,11 @@ def _parquet(path: Path, data: Vision.Data) -> list[_Sample]:
         if not isinstance(content, bytes):
             raise DataError(f"{where}: image holds no encoded bytes")
         if label is None or not 0 <= label < data.classes:
-            found = f"label {label} is out of range for data.classes {data.classes}"
-            raise DataError(f"{where}: {found}")
+            allowed = f"data.classes {data.classes}"
+            raise DataError(f"{where}: label {label} is out of range for {allowed}")
         samples.append(_Sample(where, content, label))
     return samples
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

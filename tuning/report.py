@@ -1,0 +1,96 @@
+"""What a sweep came to: the leaderboard, which parameters mattered, the best trial's spec."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import write_yaml
+from tuning.search import Journal, study_of
+from tuning.trial import ENDED, FAILED, LAST, Sweep
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A trial as it stands."""
+
+    number: int
+    parameters: Mapping[str, Any]
+    value: float
+    """The metric at its last evaluation, which is also what its newest checkpoint gives."""
+    step: int
+    epoch: float
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """All trials that were evaluated at least once, the best first."""
+
+    standings: list[Standing]
+    ended: list[int]
+    """Numbers of the trials that will not go on: complete, stopped or failed."""
+    failed: dict[int, str]
+    """Number of a failed trial -> why."""
+    importances: dict[str, float]
+    """Share of the metric's variance that each parameter explains (fANOVA); adds up to 1."""
+
+    @property
+    def best(self) -> Standing | None:
+        return self.standings[0] if self.standings else None
+
+
+def leaderboard(sweep: Sweep) -> Leaderboard:
+    """Read from the sweep's folder, whether it is finished or not."""
+    journal = Journal(sweep.folder / "journal.jsonl")
+    standings, ended, failed = [], [], {}
+    for number, parameters in journal.parameters.items():
+        folder = sweep.trial_folder(number)
+        if (folder / FAILED).exists():
+            failed[number] = (folder / FAILED).read_text()
+        if (folder / ENDED).exists() or number in failed:
+            ended.append(number)
+        if (folder / LAST).exists() and number not in failed:
+            last = json.loads((folder / LAST).read_text())
+            value = last[sweep.spec.metric]
+            standings.append(
+                Standing(number, parameters, value, last["step"], last["epoch"], last["complete"])
+            )
+    sign = -1 if sweep.spec.mode == "max" else 1
+    standings.sort(key=lambda s: (s.value != s.value, sign * s.value))  # NaN comes last
+    return Leaderboard(standings, ended, failed, importances(sweep, journal))
+
+
+def importances(sweep: Sweep, journal: Journal) -> dict[str, float]:
+    """fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) by Optuna; {} with too few trials.
+
+    Stopped trials count with the value at which they were stopped.
+    """
+    import optuna
+
+    study = study_of(sweep.spec, journal)
+    trials = [_with_value(trial) for trial in study.trials]
+    known = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    values = {trial.value for trial in known}
+    if len(known) < 4 or len(values) < 2:
+        return {}
+    plain = optuna.create_study(direction=study.direction.name.lower())
+    plain.add_trials(known)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(plain, evaluator=evaluator)
+    return {str(path): float(share) for path, share in found.items()}
+
+
+def _with_value(trial: Any) -> Any:
+    from optuna.trial import TrialState, create_trial
+
+    if trial.state is not TrialState.PRUNED or not trial.intermediate_values:
+        return trial
+    value = list(trial.intermediate_values.values())[-1]
+    return create_trial(value=value, params=trial.params, distributions=trial.distributions)
+
+
+def write_best(sweep: Sweep, best: Standing, path: Path) -> None:
+    """The best trial's spec as a file that `heliostat train` takes."""
+    write_yaml(sweep.trial_spec(best.parameters), path)

@@ -1,0 +1,68 @@
+"""Which trials go on: the spec's scheduler as Ray Tune's own."""
+
+import math
+from typing import Any
+
+from tuning.space import Distribution, SweepSpec
+
+TIME = "epoch"
+"""What schedulers measure progress by: trials with different batches have different steps."""
+
+
+def build_scheduler(sweep: SweepSpec, epochs: float) -> Any:
+    """Ray Tune's scheduler for trials of `epochs` epochs."""
+    from ray.tune import schedulers
+
+    spec = sweep.scheduler
+    if spec.name == "asha":
+        return schedulers.AsyncHyperBandScheduler(
+            time_attr=TIME,
+            # A trial ends by itself; being stopped there would only look like a verdict.
+            max_t=math.ceil(epochs) + 1,
+            grace_period=spec.grace_epochs,
+            reduction_factor=spec.reduction,
+        )
+    if spec.name == "median":
+        return schedulers.MedianStoppingRule(
+            time_attr=TIME, grace_period=spec.grace_epochs, min_samples_required=3
+        )
+    if spec.name == "pbt":
+        return schedulers.PopulationBasedTraining(
+            time_attr=TIME,
+            perturbation_interval=spec.every_epochs,
+            hyperparam_mutations={
+                path: _mutation(distribution) for path, distribution in sweep.parameters.items()
+            },
+            custom_explore_fn=_Clip(sweep),
+            synch=False,
+        )
+    return schedulers.FIFOScheduler()
+
+
+def _mutation(distribution: Distribution) -> Any:
+    """The domain that pbt draws new values from."""
+    from ray import tune
+
+    low, high = distribution.bounds or (0, 0)
+    if distribution.choice is not None:
+        return tune.choice(distribution.choice)
+    if distribution.kind == "uniform":
+        return tune.uniform(low, high)
+    if distribution.kind == "loguniform":
+        return tune.loguniform(low, high)
+    if distribution.kind == "integer":
+        return tune.randint(int(low), int(high) + 1)
+    return tune.lograndint(int(low), int(high) + 1)
+
+
+class _Clip:
+    """pbt multiplies values by 0.8 or 1.2; this keeps them where the spec wants them."""
+
+    def __init__(self, sweep: SweepSpec) -> None:
+        self._bounds = {path: d.bounds for path, d in sweep.parameters.items()}
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        for path, bounds in self._bounds.items():
+            if bounds is not None:
+                config[path] = min(max(config[path], bounds[0]), bounds[1])
+        return config

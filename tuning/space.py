@@ -1,0 +1,156 @@
+"""What a sweep is: which fields it varies and how, for which metric, with how many trials."""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config import Spec, with_value
+from cluster.errors import SpecError
+from trainers.spec import PositiveInt, RunSpec, resolve
+
+if TYPE_CHECKING:
+    from trainers.workloads.base import Workload
+
+
+class Distribution(Spec):
+    """Where the values of one field come from: exactly one of these."""
+
+    uniform: tuple[float, float] | None = None
+    """[low, high], both included."""
+    loguniform: tuple[float, float] | None = None
+    """[low, high] with low > 0, uniform in the logarithm."""
+    integer: tuple[int, int] | None = None
+    """[low, high], both included."""
+    log_integer: tuple[int, int] | None = None
+    """[low, high] with low >= 1, uniform in the logarithm."""
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    """The values themselves, of any kind that the field takes."""
+
+    @model_validator(mode="after")
+    def _one_kind_in_order(self) -> "Distribution":
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"must have exactly one of {known}")
+        kind, value = next(iter(given.items()))
+        if kind != "choice":
+            if value[0] > value[1]:
+                raise ValueError(f"{kind} must be [low, high] with low <= high")
+            if "log" in kind and value[0] <= 0:
+                raise ValueError(f"{kind} needs low > 0")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Lowest and highest value; None for a choice."""
+        return self.uniform or self.loguniform or self.integer or self.log_integer
+
+    def corners(self) -> list[Any]:
+        """The values that every other one lies between; for a choice, all of them."""
+        return list(self.bounds or self.choice or ())
+
+
+class SchedulerSpec(Spec):
+    """Which trials go on and which are stopped."""
+
+    name: Literal["asha", "median", "pbt", "none"] = "asha"
+    grace_epochs: Annotated[float, Field(gt=0)] = 1
+    """Epochs that every trial may do before it can be stopped (asha, median)."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """asha goes on with one in so many trials at each rung."""
+    every_epochs: Annotated[float, Field(gt=0)] = 2
+    """Epochs between pbt's exploitations."""
+
+
+class ResourcesSpec(Spec):
+    """What Ray reserves for a trial of one worker."""
+
+    cpu: Annotated[float, Field(gt=0)] = 1
+    gpu: Annotated[float, Field(ge=0)] = 0
+    """GPUs; a fraction lets several trials share one."""
+
+
+class SweepSpec(Spec):
+    """What `heliostat sweep` varies, and how it judges."""
+
+    parameters: Annotated[dict[str, Distribution], Field(min_length=1)]
+    """Dotted path of a field of this file -> where its values come from."""
+    metric: str = "val/loss"
+    """Metric of evaluation that trials are compared by."""
+    mode: Literal["min", "max"] = "min"
+    search: Literal["random", "grid", "tpe", "cmaes"] = "tpe"
+    scheduler: SchedulerSpec = SchedulerSpec()
+    trials: PositiveInt = 16
+    """How many; grid ignores it and tries every combination once."""
+    concurrency: PositiveInt | None = None
+    """Trials at a time; as many as the cluster holds when not given."""
+    resources: ResourcesSpec = ResourcesSpec()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the search; the trials' own seed is train.seed."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SweepSpec":
+        if self.search == "grid":
+            for path, distribution in self.parameters.items():
+                if distribution.choice is None:
+                    raise ValueError(f"grid needs a choice for every parameter, {path} has none")
+        if not self.metric.startswith("val/"):
+            raise ValueError(f"metric must be one of validation, val/... (got {self.metric!r})")
+        return self
+
+    @property
+    def total_trials(self) -> int:
+        return len(self.combinations()) if self.search == "grid" else self.trials
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """All combinations of the choices, in the order of the file."""
+        values = [distribution.choice or [] for distribution in self.parameters.values()]
+        return [dict(zip(self.parameters, each, strict=True)) for each in product(*values)]
+
+
+class SweepRunSpec(RunSpec):
+    """A spec with a sweep in it."""
+
+    sweep: SweepSpec  # type: ignore[assignment]
+
+
+def check_parameters(data: Mapping[str, Any], sweep: SweepSpec) -> None:
+    """Raise a SpecError if a value that the sweep may choose is not one that its field takes."""
+    for path, distribution in sweep.parameters.items():
+        if path.partition(".")[0] in ("sweep", "storage", "tracking", "workload", "data"):
+            raise SpecError(f"sweep.parameters.{path}: cannot be varied within a sweep")
+        for value in distribution.corners():
+            try:
+                resolve(trial_data(data, {path: value}), RunSpec)
+            except SpecError as error:
+                raise SpecError(f"sweep.parameters.{path}: {error}") from None
+
+
+def trial_data(data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain spec of one trial: the sweep's with the trial's values, and no sweep."""
+    result = {key: value for key, value in data.items() if key != "sweep"}
+    for path, value in parameters.items():
+        result = with_value(result, path, value)
+    return result
+
+
+def file_schema(workload: "type[Workload] | None") -> dict[str, Any]:
+    """The JSON schema of a spec file, with the fields of `workload` where one is given."""
+    schema = RunSpec.model_json_schema()
+    parts: dict[str, type[Spec]] = {"sweep": SweepSpec}
+    if workload is not None:
+        parts |= {"data": workload.Data, "model": workload.Model}
+    for section, model in parts.items():
+        part = model.model_json_schema()
+        schema["$defs"] |= part.pop("$defs", {})
+        schema["properties"][section] |= part
+        schema["properties"][section].pop("additionalProperties", None)
+        schema["properties"][section].pop("anyOf", None)
+        schema["properties"][section]["additionalProperties"] = False
+    return schema

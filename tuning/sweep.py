@@ -1,0 +1,207 @@
+"""From a spec to Ray Tune and back: one sweep, its trials, its end."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cluster.config import override, read_yaml
+from cluster.errors import SpecError
+from cluster.files import write_atomic
+from trainers import run
+from trainers.data import prepare, rows
+from trainers.spec import find_spec, resolve
+from trainers.track import drain, now_ms, start_tracker
+from tuning.report import Leaderboard, leaderboard, write_best
+from tuning.schedule import build_scheduler
+from tuning.search import JournaledSearch
+from tuning.space import SweepRunSpec, check_parameters
+from tuning.trial import ENDED, FAILED, Sweep, run_trial
+
+JOURNAL, BEST, TUNE = "journal.jsonl", "best.yaml", "tune"
+
+Watcher = Callable[[str, int, dict[str, Any]], None]
+"""Told of a trial's `start`, `result`, `stop`, `done` and `error`, with its number and result."""
+
+_watchers: dict[str, Watcher] = {}
+"""By sweep: Tune pickles its callbacks, and what watches a sweep lives in one process only."""
+
+
+def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
+    """A new sweep of the spec `name`, in a folder of its own."""
+    stem, data = find_spec(name)
+    data = override(data, overrides)
+    if not data.get("sweep"):
+        raise SpecError(f"sweep: {name} has no such section; it says what to vary")
+    spec, _ = resolve(data, SweepRunSpec)
+    data = run.settled(spec)
+    check_parameters(data, spec.sweep)
+    spec, workload = resolve(data, SweepRunSpec)
+    dataset = prepare(workload, Path(spec.storage))
+    folder = run.create_folder(
+        Path(spec.storage), sweep_name or run.unique_name(f"{stem}-sweep"), data
+    )
+    return Sweep(data, spec.sweep, dataset, folder)
+
+
+def resumed_sweep(name: str, storage: Path) -> Sweep:
+    """An earlier sweep, to go on with."""
+    folder = run.find_folder(name, storage)
+    data = read_yaml(folder / run.SPEC)
+    if "sweep" not in data:
+        raise SpecError(f"--resume {name}: is a single run; use heliostat train --resume")
+    spec, workload = resolve(data, SweepRunSpec)
+    return Sweep(data, spec.sweep, prepare(workload, Path(spec.storage)), folder)
+
+
+def execute(sweep: Sweep, watch: Watcher) -> tuple[Leaderboard, dict[str, Any]]:
+    """Run a sweep, or what is left of it, in the Ray that is connected.
+
+    Ctrl-C ends it early with its state saved. Returns what the trials came to, and what MLflow
+    has of the sweep (`Tracker.read`, or `unsent`).
+    """
+    import ray
+
+    spec, _ = resolve(sweep.data, SweepRunSpec)
+    tracking = spec.tracking
+    tracker = start_tracker(
+        sweep.folder / "track", str(tracking.uri), tracking.experiment, sweep.key
+    )
+    tracker.start.remote(run.tracked_run(sweep.key, sweep.data, kind="sweep"))
+    for name in (run.SPEC, run.ENVIRONMENT):
+        tracker.artifact.remote(sweep.key, str(sweep.folder / name))
+    _watchers[sweep.key] = watch
+    try:
+        _tuner(sweep, spec, tracker).fit()
+    finally:
+        del _watchers[sweep.key]
+        board = leaderboard(sweep)
+        finished = len(board.ended) == sweep.spec.total_trials
+        if board.best is not None:
+            write_best(sweep, board.best, sweep.folder / BEST)
+            tracker.artifact.remote(sweep.key, str(sweep.folder / BEST))
+            if finished:
+                now = now_ms()
+                best = (f"best/{sweep.spec.metric}", board.best.value, 0, now)
+                tracker.log.remote(sweep.key, [best], 0)
+        reason = {} if finished else {"heliostat.reason": "stopped"}
+        tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", reason)
+        unsent = drain(tracker, timeout_s=60)
+    return board, {"unsent": unsent} if unsent else ray.get(tracker.read.remote(sweep.key))
+
+
+def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any) -> tune.Tuner:
+    """Ray's tuner, taken up where it was if it has been here before."""
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, sweep=sweep, tracker=tracker), _resources(spec)
+    )
+    path = str(sweep.folder / TUNE)
+    if tune.Tuner.can_restore(path):
+        return tune.Tuner.restore(path, trainable, resume_errored=True)
+    samples = rows(sweep.dataset, "train")
+    epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
+    # Ray warns of the old output engine, and prints tables of its own, unless told not to.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            metric=sweep.spec.metric,
+            mode=sweep.spec.mode,
+            search_alg=JournaledSearch(sweep.spec, sweep.folder / JOURNAL),
+            scheduler=build_scheduler(sweep.spec, epochs),
+            num_samples=sweep.spec.total_trials,
+            max_concurrent_trials=concurrency(spec),
+            reuse_actors=True,
+            trial_dirname_creator=_folder_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            storage_path=str(sweep.folder),
+            callbacks=[_Follower(sweep)],
+            failure_config=tune.FailureConfig(max_failures=spec.scale.max_restarts),
+            verbose=0,
+        ),
+    )
+
+
+def _folder_name(trial: Any) -> str:
+    return f"trial-{trial.config['trial']:04d}-{trial.trial_id}"
+
+
+def _resources(spec: SweepRunSpec) -> dict[str, float]:
+    """What Tune reserves for a trial; a trial of several workers lets Ray Train do that."""
+    if spec.scale.max_workers > 1:
+        return {"cpu": 0.01}
+    return {name: amount for name, amount in spec.sweep.resources.model_dump().items() if amount}
+
+
+def concurrency(spec: SweepRunSpec) -> int:
+    """Trials at a time: the spec's, else as many as the cluster has room for today, at least 1.
+
+    Tune does not see what the workers of a trial need, and would start too many.
+    """
+    import ray
+
+    if spec.sweep.concurrency is not None:
+        return spec.sweep.concurrency
+    workers = spec.scale.max_workers
+    if workers > 1:
+        each = run.scaling(spec.scale).resources_per_worker
+        needs = {name: amount * workers for name, amount in each.items()}
+    else:
+        needs = {name.upper(): amount for name, amount in _resources(spec).items()}
+    have = ray.cluster_resources()
+    room = min(int(have.get(name, 0) / amount) for name, amount in needs.items())
+    return max(1, min(room, spec.sweep.total_trials))
+
+
+class _Follower(tune.Callback):  # type: ignore[misc]
+    """Keeps MLflow's child runs, the trials' folders and whoever watches up to date."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+
+    def _tracker(self) -> Any:
+        import ray
+
+        return ray.get_actor(self._sweep.key)  # a resumed sweep has another one than before
+
+    def _tell(self, event: str, trial: Any) -> None:
+        watch = _watchers.get(self._sweep.key)
+        if watch is not None:
+            watch(event, trial.config["trial"], trial.last_result or {})
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = trial.config["trial"]
+        tracked = run.tracked_run(
+            self._sweep.trial_key(number),
+            self._sweep.trial_spec(trial.config),
+            parent=self._sweep.key,
+            kind="trial",
+        )
+        self._tracker().start.remote(tracked)
+        self._tell("start", trial)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._tell("result", trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number, complete = trial.config["trial"], bool(trial.last_result.get("complete"))
+        tags = {} if complete else {"heliostat.stopped": self._sweep.spec.scheduler.name}
+        ended = json.dumps({"complete": complete, "step": trial.last_result.get("step")})
+        write_atomic(self._sweep.trial_folder(number) / ENDED, ended)
+        self._tracker().finish.remote(self._sweep.trial_key(number), "FINISHED", tags)
+        self._tell("done" if complete else "stop", trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = trial.config["trial"]
+        failed = self._sweep.trial_folder(number) / FAILED
+        reason = failed.read_text() if failed.exists() else "its worker was lost too often"
+        tags = {"heliostat.reason": reason}
+        self._tracker().finish.remote(self._sweep.trial_key(number), "FAILED", tags)
+        self._tell("error", trial)

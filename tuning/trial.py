@@ -1,0 +1,156 @@
+"""One trial, as Ray Tune runs it: the training loop in Tune's own worker, or Ray Train inside.
+
+A trial's identity is its number in the sweep's journal, and all that it does is in a folder of
+that number. So it does not matter whether Tune remembers it: a trial that starts again goes on
+from its newest checkpoint, and one that had ended says so again.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import TrainingError
+from cluster.files import write_atomic
+from trainers.checkpoint import Checkpoints, manifest_of
+from trainers.data import rows
+from trainers.loop import train
+from trainers.parallel import Worker, local_device
+from trainers.run import Job, explain, run_workers
+from trainers.spec import RunSpec, resolve
+from trainers.track import Row, TrackerReporter
+from tuning.space import SweepSpec, trial_data
+
+LAST, ENDED, FAILED = "last.json", "ended.json", "failed.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all trials of a sweep share."""
+
+    data: Mapping[str, Any]
+    """The sweep's whole spec as plain data."""
+    spec: SweepSpec
+    dataset: Path
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:04d}"
+
+    def trial_key(self, number: int) -> str:
+        return f"{self.key}/{number:04d}"
+
+    def trial_spec(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain spec of the trial with these values."""
+        return trial_data(self.data, {path: parameters[path] for path in self.spec.parameters})
+
+
+def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
+    """Ray Tune's trainable. Reports every evaluation; Tune may end it at any report."""
+    from ray import tune
+
+    number = config["trial"]
+    folder = sweep.trial_folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / FAILED).exists():  # Ray tries again what a second attempt would not change
+        raise TrainingError((folder / FAILED).read_text())
+    last = json.loads((folder / LAST).read_text()) if (folder / LAST).exists() else {}
+    exploited = tune.get_checkpoint()
+    if exploited is not None:
+        with exploited.as_directory() as source:
+            _adopt(Path(source), folder / "checkpoints")
+    elif last and ((folder / ENDED).exists() or last["complete"]):
+        tune.report(last)
+        return
+    data = sweep.trial_spec(config)
+    try:
+        spec, workload = resolve(data, RunSpec)
+        progress = _Progress(sweep, spec, folder, passes_checkpoints=_exploits(sweep))
+        if spec.scale.max_workers > 1:
+            job = Job(data, sweep.dataset, folder, sweep.trial_key(number), threads=1)
+            run_workers(job, tracker, progress.watch, threading.Event())
+        else:
+            _set_threads(sweep)
+            worker = Worker(device=local_device(spec.scale))
+            reporter = _TrialReporter(tracker, sweep.trial_key(number), progress)
+            train(spec, workload, sweep.dataset, folder, reporter, worker)
+    except Exception as error:
+        write_atomic(folder / FAILED, explain(error))
+        raise TrainingError(explain(error)) from error
+
+
+def _exploits(sweep: Sweep) -> bool:
+    return sweep.spec.scheduler.name == "pbt"
+
+
+def _set_threads(sweep: Sweep) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, int(sweep.spec.resources.cpu)))
+
+
+def _adopt(source: Path, checkpoints: Path) -> None:
+    """Make another trial's checkpoint the only one of this trial."""
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.copytree(source, checkpoints / f"step-{manifest_of(source)['step']:08d}")
+
+
+class _Progress:
+    """Tells Ray Tune of a trial's evaluations."""
+
+    def __init__(self, sweep: Sweep, spec: RunSpec, folder: Path, passes_checkpoints: bool) -> None:
+        samples = rows(sweep.dataset, "train")
+        self._steps = spec.train.total_steps(samples)
+        self._epoch_steps = samples / spec.train.global_batch
+        self._metric = sweep.spec.metric
+        self._folder, self._passes_checkpoints = folder, passes_checkpoints
+        self._seen: dict[int, dict[str, float]] = {}
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """Blocks until Tune has decided; SystemExit is Tune's way to end a trial."""
+        from ray import tune
+
+        if self._metric not in metrics:
+            raise TrainingError(
+                f"sweep.metric: the workload has no {self._metric} (it has {', '.join(metrics)})"
+            )
+        result = {
+            **metrics,
+            "step": step,
+            "epoch": step / self._epoch_steps,
+            "complete": step == self._steps,
+        }
+        checkpoint = Checkpoints(self._folder / "checkpoints", keep=1).newest()
+        write_atomic(self._folder / LAST, json.dumps(result))
+        if self._passes_checkpoints and checkpoint is not None:
+            tune.report(result, checkpoint=tune.Checkpoint.from_directory(checkpoint))
+        else:
+            tune.report(result)
+
+    def watch(self, step: int, rows: list[Row]) -> None:
+        """Report the evaluations among the metrics that the workers sent."""
+        for name, value, row_step, _ in rows:
+            if name.startswith("val/"):
+                self._seen.setdefault(row_step, {})[name] = value
+        for evaluated in sorted(self._seen):
+            self.report(self._seen.pop(evaluated), evaluated)
+
+
+class _TrialReporter(TrackerReporter):
+    """Tells the tracker everything, and Ray Tune of each evaluation."""
+
+    def __init__(self, tracker: Any, run: str, progress: _Progress) -> None:
+        super().__init__(tracker, run)
+        self._progress = progress
+
+    def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+        checkpoints.wait()
+        self.flush()
+        self._progress.report(metrics, step)
