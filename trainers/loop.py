@@ -19,7 +19,7 @@ from trainers.checkpoint import Checkpoints, load
 from trainers.data import Batches, open_split, rows, share
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import Worker, compute_precision, distribute, weights_dtype
-from trainers.random import SampleRandom, mix_seed
+from trainers.random import SampleRandom, mix_seed, seed_device
 from trainers.spec import RunSpec
 from trainers.track import Reporter
 from trainers.workloads.base import Batch, Workload
@@ -67,7 +67,7 @@ def train(
     evaluations = milestones(spec.train.evaluate_every, spec, samples)
     saves = save_points(spec, samples)
 
-    torch.manual_seed(mix_seed(spec.train.seed))
+    seed_device(torch.device("cpu"), mix_seed(spec.train.seed))
     network = workload.build().to(worker.device, weights_dtype(spec.train))
     model = distribute(network, spec.scale, worker)
     optimizer = build_optimizer(spec.optimizer, network)
@@ -91,7 +91,7 @@ def train(
         positions, batch = batches.at(step)
         batch = _on_device(batch, worker.device, weights_dtype(spec.train))
         random = SampleRandom(spec.train.seed, positions.to(worker.device))
-        torch.manual_seed(mix_seed(spec.train.seed, step, worker.rank))
+        seed_device(worker.device, mix_seed(spec.train.seed, step, worker.rank))
         batch = workload.augment(batch, random)
         with compute_precision(spec.train, worker.device):
             loss_B = workload.loss(workload.forward(model, batch), batch)

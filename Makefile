@@ -1,0 +1,27 @@
+# Two commands: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+NAME := digits-demo-$(shell date +%m%d-%H%M%S)
+
+.PHONY: setup demo test lint
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/heliostat sweep digits --name $(NAME)
+	$(BIN)/heliostat train runs/$(NAME)/best.yaml --name $(NAME)-best --set scale.workers=2
+	@echo "see every run and trial: $(BIN)/heliostat ui"
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
