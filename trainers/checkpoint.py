@@ -18,16 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from cluster.errors import CheckpointError
 from cluster.files import commit_folder
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
+MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 class Checkpoints:
@@ -51,8 +47,8 @@ class Checkpoints:
         Waits for the save before this one, and raises what went wrong with it.
         """
         self.wait()
-        tensors, _ = _state_of(model, optimizer)
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        state = _state_of(model, optimizer)
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = writer.submit(self._write, step, copies, before_commit)
         writer.shutdown(wait=False)
@@ -105,54 +101,62 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
     Raises CheckpointError if it is damaged or does not fit.
     """
-    manifest = manifest_of(path)
-    wanted, rule = _state_of(model, optimizer)
-    state = {**_tensors(path, wanted), **rule}
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=_section(state, "model."),
-        optim_state_dict=_section(state, "optimizer."),
-        options=StateDictOptions(flatten_optimizer_state_dict=True),
-    )
-    return int(manifest["step"])
+    step = int(manifest_of(path)["step"])
+    tensors = _read(path)
+    _load_network(path, tensors, model)
+    names = _names(model)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
+    for key, tensor in tensors.items():
+        if key.startswith(OPTIMIZER):
+            name, _, part = key.removeprefix(OPTIMIZER).rpartition("/")
+            if name not in found:
+                raise CheckpointError(f"{path}: does not fit the optimizer: {name} is unknown")
+            found[name][part] = tensor
+    for weight, name in names.items():
+        # Moments lie beside their weight; the step count stays where it is read.
+        optimizer.state[weight] = {
+            part: value.to(weight.device) if value.ndim else value
+            for part, value in found[name].items()
+        }
+    return step
 
 
 def load_network(path: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights alone into `model`; raises as `load` does."""
     manifest_of(path)
-    wanted = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    model.load_state_dict(_section(_tensors(path, wanted), "model."))
+    _load_network(path, _read(path), model)
 
 
-def _tensors(path: Path, wanted: dict[str, Tensor]) -> dict[str, Any]:
-    """The tensors of a checkpoint by name, of the names and shapes that are wanted."""
-    with safe_open(path / STATE, framework="pt") as file:
-        there = set(file.keys())
-        state = {name: file.get_tensor(name) for name in wanted if name in there}
-    for name, tensor in wanted.items():
-        found = list(state[name].shape) if name in state else "missing"
-        if found != list(tensor.shape):
+def _load_network(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    state = {}
+    for name, wanted in model.state_dict().items():
+        tensor = tensors.get(MODEL + name)
+        found = "missing" if tensor is None else list(tensor.shape)
+        if tensor is None or found != list(wanted.shape):
             raise CheckpointError(
-                f"{path}: does not fit the model: {name} is {found}, not {list(tensor.shape)}"
+                f"{path}: does not fit the model: {name} is {found}, not {list(wanted.shape)}"
             )
+        state[name] = tensor
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with safe_open(path / STATE, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that steps change, by name: `model.NAME`, and `optimizer.NAME/PART` of each weight."""
+    state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    for weight, name in _names(model).items():
+        for part, value in optimizer.state[weight].items():
+            state[f"{OPTIMIZER}{name}/{part}"] = torch.as_tensor(value)
     return state
 
 
-def _state_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What steps change, as tensors by name; and the numbers of the optimizer's rule by name."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    weights, optimizer_state = get_state_dict(model, optimizer, options=options)
-    flat: dict[str, Any] = {f"model.{k}": v for k, v in weights.items()}
-    flat |= {f"optimizer.{k}": v for k, v in optimizer_state.items()}
-    tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
-    return tensors, {k: v for k, v in flat.items() if k not in tensors}
-
-
-def _section(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The weights that are trained, with their names."""
+    return {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import platform
 import secrets
 import shutil
@@ -265,7 +266,8 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     trainer = _trainer_class()(
         _worker,
-        train_loop_config={"job": job, "tracker": tracker},
+        # Plain data: Ray's controller unpickles it too, and need not import torch for that.
+        train_loop_config={"job": pickle.dumps(job), "tracker": tracker},
         scaling_config=scaling(spec.scale),
         run_config=RunConfig(
             name=secrets.token_hex(4),
@@ -331,7 +333,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
     import ray.train.torch
     import torch
 
-    job: Job = config["job"]
+    job: Job = pickle.loads(config["job"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     cores = (os.cpu_count() or 1) // context.get_local_world_size()
