@@ -63,6 +63,7 @@ class SampleRandom:
     """
 
     def __init__(self, seed: int, positions: Tensor) -> None:
+        self.positions = positions
         self._keys_B = _mix(positions * _signed(_GOLDEN) + _signed(mix_seed(seed)))
         self._draws = 0
 

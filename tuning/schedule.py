@@ -1,6 +1,7 @@
 """Which trials go on: the spec's scheduler as Ray Tune's own."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from tuning.space import Distribution, SweepSpec
@@ -27,7 +28,7 @@ def build_scheduler(sweep: SweepSpec, epochs: float) -> Any:
             time_attr=TIME, grace_period=spec.grace_epochs, min_samples_required=3
         )
     if spec.name == "pbt":
-        return schedulers.PopulationBasedTraining(
+        return _population()(
             time_attr=TIME,
             perturbation_interval=spec.every_epochs,
             hyperparam_mutations={
@@ -37,6 +38,25 @@ def build_scheduler(sweep: SweepSpec, epochs: float) -> Any:
             synch=False,
         )
     return schedulers.FIFOScheduler()
+
+
+def _population() -> Any:
+    """Ray's PBT, which takes its first values from our search as well as from Ray's own.
+
+    It refuses searchers because they would not hear of changed values; ours learns nothing
+    from trials that were changed, it only numbers them.
+    """
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    class Population(PopulationBasedTraining):  # type: ignore[misc]
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+        def _get_new_config(self, trial: Any, trial_to_clone: Any) -> Any:
+            config, operations = super()._get_new_config(trial, trial_to_clone)
+            return {**config, "trial": trial.config["trial"]}, operations  # its own number
+
+    return Population
 
 
 def _mutation(distribution: Distribution) -> Any:

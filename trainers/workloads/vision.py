@@ -1,20 +1,23 @@
 """Image recognition: a small residual network that says which class an image belongs to.
 
-**Data.** `digits` is scikit-learn's copy of the UCI set "Optical Recognition of Handwritten
-Digits" (Alpaydin and Kaynak, 1998): 1,797 digits as 8 x 8 pixels of 17 grey levels, which the
-networks see as 0 to 255. Own images come from a folder (one sub-folder per class, or `train/` and
-optionally `val/` and `test/` that hold them) or from Parquet. A set that comes unsplit is split
-class by class in the order of a hash of the images' encoded bytes, so that the split depends on
-nothing else, neither on names nor on `size`, and copies of an image never part.
+**Data.** `digits` is scikit-learn's copy of the test part of the UCI set "Optical Recognition of
+Handwritten Digits" (Alpaydin and Kaynak, 1998): 1,797 digits by 13 writers, 8 x 8 pixels of 17
+grey levels, here scaled to 0..255. Own images come from a folder of class folders, from one with
+`train/` and optionally `val/` and `test/` that hold class folders, or from Parquet. What comes
+unsplit is split class by class in the order of a hash of the encoded images, so that the split
+depends on nothing else, neither on names nor on `size`, and copies of an image never part.
 
 **Model.** A ResNet of basic blocks (He et al., CVPR 2016, doi:10.1109/CVPR.2016.90), the last
 normalisation of each block starting at zero (Goyal et al. 2017, arXiv:1706.02677), with group
 normalisation (Wu and He, ECCV 2018, arXiv:1803.08494) in place of batch normalisation: a sample's
 result must not depend on which others its worker happens to hold.
 
-**What it shows, and what not.** BASELINES
-The writers of this split's three parts overlap: it measures new images, not new hands. The first
-stage works at the full resolution, which suits images of up to about 64 pixels.
+**Measured** on the 359 test digits, trained on the 1,258 of `train` alone: `specs/digits.yaml`
+99.7, 99.4 and 99.7 % right with the seeds 0, 1 and 2; on the pixels as 0..16, scikit-learn's
+`KNeighborsClassifier(3)` 98.9 % and `SVC(gamma=0.001)`, an RBF kernel, 98.9 %. One digit is 0.28 %.
+
+**Not shown:** new hands (all parts hold digits of the same writers), and large images (the first
+stage keeps the full resolution, which suits up to about 64 pixels).
 """
 
 import hashlib
@@ -40,8 +43,7 @@ from trainers.data import table
 from trainers.random import SampleRandom
 from trainers.workloads.base import Batch, Workload
 
-# Suffixes of arrays and tensors: N images of the set, B of the batch, C channels, H x W pixels,
-# K classes.
+# Suffixes: N images of the set, B of the batch, C channels, H x W pixels, K classes.
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Pillow's other readers are stubs, or start programs (Ghostscript)."""
@@ -149,8 +151,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(spec.blocks):
             width = spec.width * 2**stage
             for block in range(count):
-                halve = stage > 0 and block == 0
-                self.blocks.append(Block(inputs, width, stride=2 if halve else 1))
+                self.blocks.append(Block(inputs, width, stride=2 if stage and not block else 1))
                 inputs = width
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(inputs, classes)
@@ -177,8 +178,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.norm2.weight)
         self.skip: nn.Module = nn.Identity()
         if stride > 1 or inputs != width:
-            conv = nn.Conv2d(inputs, width, 1, stride, bias=False)
-            self.skip = nn.Sequential(conv, _norm(width))
+            self.skip = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), _norm(width))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
@@ -194,20 +194,20 @@ def _norm(channels: int) -> nn.GroupNorm:
 def _moved(image_BCHW: Tensor, strength: float, random: SampleRandom) -> Tensor:
     """Images turned, scaled and shifted at random, as floating point; black comes in at the rim.
 
-    Coordinates run from -1 to 1 over the image. The grid is made without `affine_grid`, whose
-    matrix product autocast would round to bf16.
+    The grid, -1 to 1 over the image, is made without `affine_grid`: its matrix product may be
+    rounded to bf16 or TF32, and differently for another size of the batch.
     """
     if not image_BCHW.is_floating_point():
         image_BCHW = image_BCHW.float()
-    height, width = image_BCHW.shape[-2:]
     draw_B4 = strength * (2 * random.uniform(4).to(image_BCHW.dtype) - 1)
     turn_B11, grow_B11, right_B11, down_B11 = draw_B4[:, :, None, None].unbind(1)
     angle_B11, scale_B11 = math.radians(12) * turn_B11, torch.exp(0.1 * grow_B11)
-    x_W = (2 * torch.arange(width, device=draw_B4.device, dtype=draw_B4.dtype) + 1) / width - 1
-    y_H = (2 * torch.arange(height, device=draw_B4.device, dtype=draw_B4.dtype) + 1) / height - 1
+    height, width = image_BCHW.shape[-2:]
+    x_W = (2 * torch.arange(width, device=draw_B4.device) + 1) / width - 1
+    y_H1 = (2 * torch.arange(height, device=draw_B4.device)[:, None] + 1) / height - 1
     cos_B11, sin_B11 = scale_B11 * torch.cos(angle_B11), scale_B11 * torch.sin(angle_B11)
-    from_x_BHW = cos_B11 * x_W - sin_B11 * y_H[:, None] + 2 * 0.12 * right_B11
-    from_y_BHW = sin_B11 * x_W + cos_B11 * y_H[:, None] + 2 * 0.12 * down_B11
+    from_x_BHW = cos_B11 * x_W - sin_B11 * y_H1 + 2 * 0.12 * right_B11
+    from_y_BHW = sin_B11 * x_W + cos_B11 * y_H1 + 2 * 0.12 * down_B11
     grid_BHW2 = torch.stack([from_x_BHW, from_y_BHW], dim=-1)
     return F.grid_sample(image_BCHW, grid_BHW2, align_corners=False)
 
@@ -218,54 +218,6 @@ class _Sample(NamedTuple):
     where: str
     content: bytes | Path
     label: int
-
-
-def _cut(rows: pa.Table, val: float, test: float) -> dict[str, pa.Table]:
-    """Shares of each class in the order of the keys; copies of an image count as one."""
-    key_N, label_N = rows["key"].to_numpy(), rows["label"].to_numpy()
-    place_N = np.empty(len(rows))
-    for label in np.unique(label_N):
-        members = np.flatnonzero(label_N == label)
-        keys, rank = np.unique(key_N[members], return_inverse=True)
-        place_N[members] = (rank + 0.5) / len(keys)
-    in_test, in_train = place_N < test, place_N >= test + val
-    parts = {"train": in_train, "val": ~in_train & ~in_test, "test": in_test}
-    return {split: rows.filter(pa.array(mask)) for split, mask in parts.items() if mask.any()}
-
-
-def _decode(samples: list[_Sample], data: Vision.Data) -> pa.Table:
-    """Columns image, label and key, a hash of the encoded image, in the order of the keys.
-
-    In this order the names of files have no say, neither in the split nor in training.
-    """
-    image_NCHW = np.empty((len(samples), data.channels, data.size, data.size), np.uint8)
-    key_N = np.empty(len(samples), np.uint64)
-
-    def decode(item: tuple[int, _Sample]) -> None:
-        index, (where, content, _) = item
-        try:
-            encoded = content.read_bytes() if isinstance(content, Path) else content
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                if image.mode[0] in "IF":  # Pillow would clip them to 255
-                    raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
-                upright = ImageOps.exif_transpose(image)  # cameras turn the label, not the pixels
-                grey_or_rgb = upright.convert("L" if data.channels == 1 else "RGB")
-                # Pillow's bilinear filter grows with the scale: it does not alias.
-                resized = grey_or_rgb.resize((data.size, data.size), Image.Resampling.BILINEAR)
-        except UnidentifiedImageError:
-            raise DataError(f"{where}: is no image ({', '.join(FORMATS)})") from None
-        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
-            raise DataError(f"{where}: cannot be decoded: {_reason(error)}") from None
-        pixels_HWC = np.asarray(resized).reshape(data.size, data.size, data.channels)
-        image_NCHW[index] = pixels_HWC.transpose(2, 0, 1)
-        key_N[index] = int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(decode, enumerate(samples)):
-            pass  # map raises the first error, and drops what is still to be done
-    label_N = np.array([sample.label for sample in samples], np.int64)
-    rows = table(image=image_NCHW, label=label_N, key=key_N)
-    return rows.sort_by([("key", "ascending"), ("label", "ascending")])
 
 
 def _find(data: Vision.Data) -> Iterator[tuple[str, list[_Sample]]]:
@@ -297,8 +249,9 @@ def _digits(data: Vision.Data) -> list[_Sample]:
         raise DataError(f"digits: has 10 classes, data.classes is {data.classes}")
     bunch = load_digits()
     pixels_NHW = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    header = b"P5 8 8 255\n"  # what makes a PGM file of raw pixels
     return [
-        _Sample(f"digits: image {index}", b"P5 8 8 255\n" + pixels_HW.tobytes(), int(label))
+        _Sample(f"digits: image {index}", header + pixels_HW.tobytes(), int(label))
         for index, (pixels_HW, label) in enumerate(zip(pixels_NHW, bunch.target, strict=True))
     ]
 
@@ -313,16 +266,14 @@ def _class_folders(path: Path, data: Vision.Data) -> list[_Sample]:
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     folders = _folders(path)
     if len(folders) != data.classes:
-        found = f"has {len(folders)} class folders"
-        raise DataError(f"{path}: {found}, data.classes is {data.classes}")
+        raise DataError(f"{path}: has {len(folders)} class folders, data.classes is {data.classes}")
     samples = []
     for label, folder in enumerate(folders.values()):
-        files = sorted(
+        files = [
             file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in readable
-            and not any(part[0] == "." for part in file.relative_to(folder).parts)
-        )
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in readable and "/." not in str(file).removeprefix(str(folder))
+        ]
         if not files:
             raise DataError(f"{folder}: class folder without images")
         samples += [_Sample(str(file), file, label) for file in files]
@@ -334,26 +285,65 @@ def _parquet(path: Path, data: Vision.Data) -> list[_Sample]:
     try:
         rows = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is not readable as Parquet: {_reason(error)}") from None
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: is not readable as Parquet: {reason}") from None
     for column in ("image", "label"):
         if column not in rows.column_names:
             raise DataError(f"{path}: no column {column!r} (has: {', '.join(rows.column_names)})")
     if not pa.types.is_integer(rows.schema.field("label").type):
         raise DataError(f"{path}: label is {rows.schema.field('label').type}, not an integer")
     samples = []
-    for row, (image, label) in enumerate(
-        zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)
-    ):
-        where = f"{path}: row {row}"
+    for number, columns in enumerate(rows.select(["image", "label"]).to_pylist()):
+        row, image, label = f"{path}: row {number}", columns["image"], columns["label"]
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
-            raise DataError(f"{where}: image holds no encoded bytes")
+            raise DataError(f"{row}: image holds no encoded bytes")
         if label is None or not 0 <= label < data.classes:
-            allowed = f"data.classes {data.classes}"
-            raise DataError(f"{where}: label {label} is out of range for {allowed}")
-        samples.append(_Sample(where, content, label))
+            raise DataError(f"{row}: label {label} is out of range for data.classes {data.classes}")
+        samples.append(_Sample(row, content, label))
     return samples
 
 
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _decode(samples: list[_Sample], data: Vision.Data) -> pa.Table:
+    """Columns image, label and key, a hash of the encoded image; in the order of the keys."""
+    image_NCHW = np.empty((len(samples), data.channels, data.size, data.size), np.uint8)
+    key_N = np.empty(len(samples), np.uint64)
+
+    def decode(index: int) -> None:
+        where, content, _ = samples[index]
+        try:
+            encoded = content.read_bytes() if isinstance(content, Path) else content
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                if image.mode[0] in "IF":  # Pillow would clip these to 255
+                    raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+                upright = ImageOps.exif_transpose(image)  # cameras turn the label, not the pixels
+                grey_or_rgb = upright.convert("L" if data.channels == 1 else "RGB")
+                # Pillow's bilinear filter grows with the scale: it does not alias.
+                resized = grey_or_rgb.resize((data.size, data.size), Image.Resampling.BILINEAR)
+        except UnidentifiedImageError:
+            raise DataError(f"{where}: is no image ({', '.join(FORMATS)})") from None
+        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{where}: cannot be decoded: {reason}") from None
+        pixels_HWC = np.asarray(resized).reshape(data.size, data.size, data.channels)
+        image_NCHW[index] = pixels_HWC.transpose(2, 0, 1)
+        key_N[index] = int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, range(len(samples))))  # raises the first error, drops the rest
+    label_N = np.array([sample.label for sample in samples], np.int64)
+    rows = table(image=image_NCHW, label=label_N, key=key_N)
+    return rows.sort_by([("key", "ascending"), ("label", "ascending")])
+
+
+def _cut(rows: pa.Table, val: float, test: float) -> dict[str, pa.Table]:
+    """Shares of each class in the order of the keys; copies of an image count as one."""
+    key_N, label_N = rows["key"].to_numpy(), rows["label"].to_numpy()
+    place_N = np.empty(len(rows))
+    for label in np.unique(label_N):
+        members = np.flatnonzero(label_N == label)
+        keys, rank = np.unique(key_N[members], return_inverse=True)
+        place_N[members] = (rank + 0.5) / len(keys)
+    in_test, in_train = place_N < test, place_N >= test + val
+    parts = {"train": in_train, "val": ~in_train & ~in_test, "test": in_test}
+    return {split: rows.filter(pa.array(mask)) for split, mask in parts.items() if mask.any()}

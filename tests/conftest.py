@@ -1,0 +1,236 @@
+"""What tests share: workloads as users write them, one Ray, one MLflow server, the command line."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SPIRALS_SOURCE = '''\
+"""Two spirals in the plane: which of them does a point lie on?"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trainers import Spec, Workload, table
+
+
+class Spirals(Workload):
+    class Data(Spec):
+        points: int = 400
+        noise: float = 0.05
+
+    class Model(Spec):
+        width: int = 16
+        dropout: float = 0.1
+
+    def dataset(self):
+        random, count = np.random.default_rng(0), self.data.points
+        label = np.arange(count) % 2
+        radius = random.uniform(0.2, 1.0, count)
+        angle = 2 * np.pi * radius + np.pi * label
+        point = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        point += self.data.noise * random.standard_normal(point.shape)
+        ends = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}
+        slices = {k: slice(round(a * count), round(b * count)) for k, (a, b) in ends.items()}
+        point = point.astype(np.float32)
+        return {k: table(point=point[part], label=label[part]) for k, part in slices.items()}
+
+    def build(self):
+        width = self.model.width
+        first = [nn.Linear(2, width), nn.ReLU(), nn.Dropout(self.model.dropout)]
+        return nn.Sequential(*first, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(self, model, batch):
+        return model(batch["point"])
+
+    def loss(self, output, batch):
+        return F.cross_entropy(output, batch["label"], reduction="none")
+
+    def metrics(self, output, batch):
+        return {"accuracy": (output.argmax(-1) == batch["label"]).float()}
+
+    def example(self):
+        return torch.zeros(1, 2)
+'''
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder of a user who wrote `spirals.py`; what is imported from it is forgotten.
+
+    `spirals:Spirals` has 400 points: 280 to train, 60 to validate, 60 to test.
+    """
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "spirals.py").write_text(SPIRALS_SOURCE)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Bytecode is matched by second and size: a file that a test writes anew could be missed.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield folder
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+            del sys.modules[name]
+
+
+FAULTY_SOURCE = '''
+"""Digits with faults that happen once, at an exact sample."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from trainers.workloads.vision import Vision
+
+
+class Faulty(Vision):
+    class Data(Vision.Data):
+        fault: str = "none"
+        position: int = 0
+        marker: str = ""
+
+    def augment(self, batch, random):
+        batch = super().augment(batch, random)
+        if self.data.position in random.positions.tolist():
+            marker = Path(self.data.marker)
+            if self.data.fault == "kill" and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.data.fault == "raise":
+                raise KeyError("no such feature")
+            if self.data.fault == "nan":
+                batch["image"] = torch.full_like(batch["image"].double(), float("nan"))
+        return batch
+'''
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of workloads that this process and all Ray workers can import."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "faulty.py").write_text(FAULTY_SOURCE)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path.append(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(modules: Path) -> Iterator[str]:
+    """The address of a Ray of four CPUs that all tests share."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=300_000_000,
+        logging_level="ERROR",
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a real MLflow server of one worker on SQLite."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
+            *("--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=(folder / "log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    _wait_until(lambda: _healthy(uri), 120, lambda: (folder / "log").read_text())
+    yield uri
+    os.killpg(server.pid, signal.SIGTERM)
+    server.wait(20)
+
+
+def _healthy(uri: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def _wait_until(
+    true: Callable[[], bool], timeout_s: float, why: Callable[[], str] = lambda: ""
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {why()}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """Returns as soon as its first argument gives True; fails when that takes too long."""
+    return _wait_until
+
+
+@pytest.fixture(scope="session")
+def spirals_source() -> str:
+    return SPIRALS_SOURCE
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The installed command, used from a folder as a user would."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """In a process group of its own, so that a test can end all of it."""
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("heliostat")), *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What it prints; the exit code has to be `code`."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == code, output
+        return output
+
+
+@pytest.fixture
+def heliostat(tmp_path: Path, ray_cluster: str, mlflow_server: str) -> CommandLine:
+    """The command line in an empty folder, with the shared Ray and MLflow in its environment."""
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": ray_cluster,
+        "MLFLOW_TRACKING_URI": mlflow_server,
+        "COLUMNS": "200",
+    }
+    environment.pop("PYTHONPATH", None)
+    return CommandLine(tmp_path, environment)

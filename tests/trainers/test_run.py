@@ -1,0 +1,172 @@
+"""Runs on the real Ray Train: several workers, killed workers, mistakes in the user's code."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from cluster.errors import SpecError, TrainingError
+from trainers import run
+from trainers.loop import Outcome
+from trainers.spec import RunSpec, resolve
+
+STEPS = 30
+
+TINY = {
+    "workload": "faulty:Faulty",
+    "model": {"width": 4, "blocks": [1, 1]},
+    "train": {"steps": STEPS, "global_batch": 64, "precision": "fp64", "evaluate_every": 0.5},
+    "checkpoint": {"every_steps": 7},
+    "tracking": {"every_steps": 1},
+}
+
+
+@dataclass
+class Done:
+    outcome: Outcome
+    tracked: dict[str, Any]
+    folder: Path
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, Any]:
+        return load_file(self.folder / "model" / "model.safetensors")
+
+
+Runner = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_server: str) -> Runner:
+    """Runs the tiny spec with some fields changed, to its end."""
+    storage = tmp_path_factory.mktemp("storage")
+
+    def runner(**sections: dict[str, Any]) -> Done:
+        data: dict[str, Any] = {**TINY, "storage": str(storage)}
+        data["tracking"] = {**data["tracking"], "uri": mlflow_server}
+        for name, values in sections.items():
+            data[name] = {**data.get(name, {}), **values}
+        spec, workload = resolve(data, RunSpec)
+        full = run.settled(spec)
+        folder = run.create_folder(storage, run.unique_name("tiny"), full)
+        dataset = run.prepare(workload, storage)
+        one = run.Run(full, spec, workload, dataset, folder)
+        losses: dict[int, float] = {}
+
+        def watch(step: int, rows: list[Any]) -> None:
+            losses.update({row[2]: row[1] for row in rows if row[0] == "train/loss"})
+
+        outcome, tracked = run.execute(one, watch, threading.Event())
+        return Done(outcome, tracked, folder, losses)
+
+    return runner
+
+
+@pytest.fixture(scope="module")
+def one_worker(train: Runner) -> Done:
+    return train()
+
+
+@pytest.fixture(scope="module")
+def two_workers(train: Runner) -> Done:
+    return train(scale={"workers": 2})
+
+
+def test_two_workers_give_the_losses_of_one(one_worker: Done, two_workers: Done) -> None:
+    assert sorted(one_worker.losses) == sorted(two_workers.losses) == list(range(1, STEPS + 1))
+    for step, loss in one_worker.losses.items():
+        assert two_workers.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
+    for name, value in one_worker.outcome.metrics.items():
+        assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(
+    workers: int, train: Runner, one_worker: Done, two_workers: Done, tmp_path: Path
+) -> None:
+    marker = tmp_path / "killed"
+    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
+    killed = train(scale={"workers": workers}, data=fault)
+    undisturbed = one_worker if workers == 1 else two_workers
+    assert marker.exists(), "no worker was killed"
+    assert killed.outcome.complete
+    for name, weight in undisturbed.weights().items():
+        assert killed.weights()[name].equal(weight), name
+
+
+def test_steps_done_again_after_a_kill_are_tracked_once(
+    train: Runner, tmp_path: Path, mlflow_server: str
+) -> None:
+    import mlflow
+
+    fault = {"fault": "kill", "position": 20 * 64, "marker": str(tmp_path / "killed")}
+    done = train(data=fault)
+    client = mlflow.MlflowClient(mlflow_server)
+    history = client.get_metric_history(done.tracked["run_id"], "train/loss")
+    assert [metric.step for metric in history] == list(range(1, STEPS + 1))
+    assert {m.step: m.value for m in history} == done.losses
+
+
+def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(mlflow_server)
+    found = client.get_run(two_workers.tracked["run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optimizer.lr"] == "0.001"
+    assert found.data.params["train.steps"] == str(STEPS)
+    assert found.data.params["model.blocks"] == "[1, 1]"
+    assert found.data.metrics["test/accuracy"] == two_workers.outcome.metrics["test/accuracy"]
+    names = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"spec.yaml", "environment.json"} <= names
+    assert two_workers.tracked["model_uri"].startswith("models:/m-")
+
+
+def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
+    train: Runner, mlflow_server: str
+) -> None:
+    import mlflow
+
+    with pytest.raises(TrainingError, match=r"KeyError: 'no such feature' \(.*faulty.py:\d+\)"):
+        train(data={"fault": "raise", "position": 3 * 64})
+    client = mlflow.MlflowClient(mlflow_server)
+    experiment = client.get_experiment_by_name("heliostat").experiment_id
+    failed = client.search_runs([experiment], "attributes.status = 'FAILED'", max_results=1)[0]
+    assert "no such feature" in failed.data.tags["heliostat.reason"]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(train: Runner) -> None:
+    with pytest.raises(TrainingError, match="the loss is nan at step 6"):
+        train(data={"fault": "nan", "position": 5 * 64})
+
+
+def test_a_finished_run_is_only_read_again(two_workers: Done, ray_cluster: str) -> None:
+    again = run.resumed_run(str(two_workers.folder), Path("runs"), [])
+    outcome, tracked = run.execute(again, lambda *_: None, threading.Event())
+    assert outcome.complete
+    assert outcome.step == STEPS
+    assert tracked["run_id"] == two_workers.tracked["run_id"]
+    assert tracked["model_uri"] == two_workers.tracked["model_uri"]
+
+
+def test_only_what_does_not_change_the_result_may_be_set_on_resume(one_worker: Done) -> None:
+    with pytest.raises(SpecError, match=r"--set train\.seed=1: cannot change in a resumed run"):
+        run.resumed_run(str(one_worker.folder), Path("runs"), ["train.seed=1"])
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    with (
+        run.exclusive(tmp_path),
+        pytest.raises(SpecError, match="another process is working on this run"),
+        run.exclusive(tmp_path),
+    ):
+        pass
+
+
+def test_the_environment_names_versions() -> None:
+    packages = json.loads(json.dumps(run.environment()))["packages"]
+    assert packages["ray"] == "2.60.0"

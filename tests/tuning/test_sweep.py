@@ -1,0 +1,239 @@
+"""Sweeps on the real Ray Tune: killed drivers, failed trials, several workers, exploitation."""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from cluster.config import read_yaml, write_yaml
+from cluster.errors import SpecError
+from trainers.checkpoint import Checkpoints
+from trainers.spec import RunSpec, resolve
+from tuning import sweep as sweeps
+from tuning.report import Leaderboard
+from tuning.trial import Sweep
+
+Wait = Callable[..., None]
+
+TINY: dict[str, Any] = {
+    "workload": "faulty:Faulty",
+    "model": {"width": 4, "blocks": [1], "augment": 0.0},
+    "train": {"epochs": 4, "global_batch": 128},
+    "sweep": {
+        "parameters": {
+            "optimizer.lr": {"loguniform": [1e-4, 1e-1]},
+            "model.width": {"choice": [4, 8]},
+        },
+        "metric": "val/loss",
+        "mode": "min",
+        "trials": 6,
+        "concurrency": 2,
+    },
+    "tracking": {"every_steps": 1},
+}
+
+
+@pytest.fixture
+def run_sweep(
+    tmp_path: Path, ray_cluster: str, mlflow_server: str
+) -> Callable[..., tuple[Sweep, Leaderboard, dict[str, Any]]]:
+    """Runs the tiny sweep with some fields changed, to its end."""
+
+    def runner(*overrides: str) -> tuple[Sweep, Leaderboard, dict[str, Any]]:
+        spec = tmp_path / "tiny.yaml"
+        write_yaml({**TINY, "storage": str(tmp_path)}, spec)
+        tracking = f"tracking.uri={mlflow_server}"
+        sweep = sweeps.new_sweep(str(spec), [tracking, *overrides], None)
+        board, tracked = sweeps.execute(sweep, lambda *_: None)
+        return sweep, board, tracked
+
+    return runner
+
+
+def children(uri: str, run_id: str) -> list[Any]:
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'"))
+
+
+def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
+    run_sweep: Any, mlflow_server: str
+) -> None:
+    sweep, board, tracked = run_sweep("sweep.trials=8", "sweep.scheduler.reduction=2")
+    found = children(mlflow_server, tracked["run_id"])
+    assert sorted(run.data.tags["mlflow.runName"] for run in found) == [
+        f"{number:04d}" for number in range(8)
+    ]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    stopped = {r.data.tags["mlflow.runName"] for r in found if "heliostat.stopped" in r.data.tags}
+    by_board = {f"{s.number:04d}" for s in board.standings if not s.complete}
+    assert stopped == by_board
+    assert stopped, "asha stopped none of eight trials"
+    for run in found:
+        standing = next(s for s in board.standings if f"{s.number:04d}" == run.info.run_name)
+        assert float(run.data.params["optimizer.lr"]) == standing.parameters["optimizer.lr"]
+        assert run.data.metrics["val/loss"] == standing.value
+    assert tracked["status"] == "FINISHED"
+    assert tracked["metrics"]["best/val/loss"] == board.best.value
+    assert sum(board.importances.values()) == pytest.approx(1)
+    newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints", 1).newest()
+    assert newest is not None
+    assert newest.name == f"step-{board.best.step:08d}"
+    best, _ = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)
+    assert best.optimizer.lr == board.best.parameters["optimizer.lr"]
+    assert best.sweep is None
+
+
+def test_a_grid_tries_every_combination_once(run_sweep: Any) -> None:
+    _, board, _ = run_sweep(
+        "sweep.search=grid",
+        "sweep.scheduler.name=none",
+        "train.epochs=1",
+        "sweep.parameters={optimizer.lr: {choice: [0.001, 0.01]}, model.blocks: "
+        "{choice: [[1], [1, 1]]}}",
+    )
+    tried = sorted(
+        (s.parameters["optimizer.lr"], s.parameters["model.blocks"]) for s in board.standings
+    )
+    assert tried == [(0.001, [1]), (0.001, [1, 1]), (0.01, [1]), (0.01, [1, 1])]
+
+
+def test_a_failed_trial_is_told_in_a_line_and_the_others_go_on(
+    run_sweep: Any, mlflow_server: str
+) -> None:
+    _, board, tracked = run_sweep(
+        "data.fault=nan",
+        "data.position=640",
+        "sweep.search=grid",
+        "train.epochs=null",
+        "train.steps=8",
+        "sweep.parameters={train.global_batch: {choice: [64, 128]}}",
+    )
+    assert board.failed == {1: "the loss is nan at step 6"}
+    assert [s.number for s in board.standings] == [0]
+    by_name = {r.info.run_name: r for r in children(mlflow_server, tracked["run_id"])}
+    assert by_name["0001"].info.status == "FAILED"
+    assert by_name["0001"].data.tags["heliostat.reason"] == "the loss is nan at step 6"
+    assert by_name["0000"].info.status == "FINISHED"
+
+
+def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
+    _, board, tracked = run_sweep("scale.workers=2", "sweep.trials=2", "sweep.scheduler.name=none")
+    assert [s.complete for s in board.standings] == [True, True]
+    for run in children(mlflow_server, tracked["run_id"]):
+        assert run.data.params["scale.workers"] == "2"
+        assert "train/loss" in run.data.metrics
+
+
+def test_pbt_goes_on_from_the_better_trials_weights(run_sweep: Any) -> None:
+    sweep, board, _ = run_sweep(
+        "sweep.scheduler={name: pbt, every_epochs: 1}",
+        "sweep.search=random",
+        "sweep.trials=4",
+        "sweep.concurrency=4",
+        "train.epochs=6",
+        "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
+    )
+    assert [s.complete for s in board.standings] == [True] * 4
+    assert (sweep.folder / "tune").exists()
+    policies = list((sweep.folder / "tune").glob("pbt_policy_*.txt"))
+    assert policies, "no trial took over another one's weights"
+
+
+def test_a_sweep_whose_driver_was_killed_ends_with_the_trials_it_was_to_have(
+    heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
+) -> None:
+    (heliostat.folder / "spirals.py").write_text(spirals_source)
+    (heliostat.folder / "s.yaml").write_text("""
+workload: spirals:Spirals
+train: {epochs: 20, global_batch: 16}
+sweep:
+  parameters: {optimizer.lr: {loguniform: [1e-4, 1e-1]}}
+  metric: val/accuracy
+  mode: max
+  scheduler: {name: none}
+  trials: 8
+  concurrency: 2
+""")
+    process = heliostat.start("sweep", "s.yaml", "--name", "cut")
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    folder = heliostat.folder / "runs" / "cut"
+    ended = "trials/*/ended.json"
+    wait_until(lambda: len(list(folder.glob(ended))) >= 3, 90, lambda: "".join(lines))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/checkpoints/*")}
+    done = {path.parent.name for path in folder.glob(ended)}
+
+    output = heliostat("sweep", "--resume", "runs/cut")
+    run_id = re.search(r"MLflow run: (\w+)", output)[1]
+    found = children(mlflow_server, run_id)
+    assert sorted(run.info.run_name for run in found) == [f"{n:04d}" for n in range(8)]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    client = mlflow.MlflowClient(mlflow_server)
+    for run in found:
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")]
+        assert len(steps) == len(set(steps)) == 20
+    again = {
+        path: path.stat().st_mtime_ns
+        for path in before
+        if path.parent.parent.name in done and path.exists()
+    }
+    assert again == {path: before[path] for path in again}, "a finished trial was trained again"
+    assert len(again) >= 3
+
+
+def test_ctrl_c_keeps_the_sweep_and_says_how_to_go_on(
+    heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
+) -> None:
+    (heliostat.folder / "spirals.py").write_text(spirals_source)
+    (heliostat.folder / "s.yaml").write_text("""
+workload: spirals:Spirals
+train: {epochs: 200, global_batch: 16}
+sweep: {parameters: {optimizer.lr: {loguniform: [1e-4, 1e-1]}}, trials: 2, concurrency: 2}
+""")
+    process = heliostat.start("sweep", "s.yaml", "--name", "cut")
+    folder = heliostat.folder / "runs" / "cut"
+    wait_until(lambda: len(list(folder.glob("trials/*/last.json"))) == 2, 90)
+    os.kill(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 130, output
+    assert "heliostat sweep --resume runs/cut" in output
+    run_id = re.search(r"MLflow run: (\w+)", output)[1]
+    assert mlflow.MlflowClient(mlflow_server).get_run(run_id).info.status == "KILLED"
+
+
+def test_bad_sweeps_name_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = tmp_path / "tiny.yaml"
+    write_yaml(TINY, spec)
+    cases = {
+        "sweep.parameters={optimizer.lrr: {uniform: [0, 1]}}": (
+            "sweep.parameters.optimizer.lrr: optimizer.lrr: unknown key; did you mean 'lr'?"
+        ),
+        "sweep.parameters={optimizer.lr: {uniform: [-1, 1]}}": (
+            "sweep.parameters.optimizer.lr: optimizer.lr: must be greater than 0 (got -1.0)"
+        ),
+        "sweep.parameters={optimizer.lr: {uniform: [1, 0]}}": (
+            "sweep.parameters.optimizer.lr: uniform must be [low, high] with low <= high"
+        ),
+        "sweep.search=gird": "sweep.search: must be 'random', 'grid', 'tpe' or 'cmaes' (got 'gird')",
+        "sweep.metric=accuracy": "sweep: metric must be one of validation",
+        "sweep=null": "sweep: ",
+    }
+    for override, message in cases.items():
+        with pytest.raises(SpecError) as error:
+            sweeps.new_sweep(str(spec), [override], None)
+        assert str(error.value).startswith(message), override
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs" / "tiny").exists()
