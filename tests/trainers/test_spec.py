@@ -229,7 +229,6 @@ class TestLoadWorkload:
             ("x = 1\n  y = 2\n", 2, "IndentationError"),
             ("\n\n\nimport json\njson.loads('{')\n", 5, "JSONDecodeError"),
             ("import torch\ntorch.zeros(2) @ torch.zeros(3)\n", 2, "RuntimeError"),
-            ("import sys\nsys.exit('no data here')\n", 2, "SystemExit"),
         ],
     )
     def test_the_place_is_in_the_users_file(
@@ -265,7 +264,7 @@ BAD_SPECS = {
     "--set unknown": ("", ["--set", "train.stesp=3"], "train.stesp: unknown key; did you mean "),
     "--set below a leaf": ("storage: x", ["--set", "storage.x=3"], "storage: has no key 'x'"),
     "--from nothing": ("", ["--from", "absent"], "--from absent: no checkpoint there"),
-    "no val split": ("data: {points: 2}", [], "the data set of spirals has no samples in its "),
+    "no val split": ("data: {points: 1}", [], "the data set of spirals has no samples in its "),
 }
 BAD_ARGUMENTS = {
     "missing file": (["absent.yaml"], "absent.yaml: No such file or directory"),
@@ -286,8 +285,8 @@ def test_a_bad_spec_is_one_line_on_stderr_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     case: str,
 ) -> None:
-    # Nobody listens there: a run that came as far as Ray would end with exit code 1.
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    # No address: a run that came as far as Ray would end with exit code 1.
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     (own_folder / "broken.py").write_text("nu\n")
     (own_folder / "runs" / "taken").mkdir(parents=True)
     importlib.invalidate_caches()
