@@ -32,7 +32,8 @@ def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
     os.close(target)
     try:
         with os.fdopen(terminal, "w", closefd=False) as file:
-            yield Console(file=file, highlight=False, soft_wrap=True)
+            width = None if file.isatty() else 200  # a pipe has no width to fit into
+            yield Console(file=file, highlight=False, soft_wrap=True, width=width)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -79,7 +79,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield folder
     for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(tmp_path):
             del sys.modules[name]
 
 
@@ -122,8 +122,21 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modules")
     (folder / "faulty.py").write_text(FAULTY_SOURCE)
     os.environ["PYTHONPATH"] = str(folder)
+    # A cluster's own set-up puts the commands on the path that jobs get.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     sys.path.append(str(folder))
     return folder
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    return _free_port()
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +146,7 @@ def ray_cluster(modules: Path) -> Iterator[str]:
 
     ray.init(
         num_cpus=4,
-        include_dashboard=False,
+        dashboard_port=_free_port(),
         log_to_driver=False,
         object_store_memory=300_000_000,
         logging_level="ERROR",
@@ -142,13 +155,19 @@ def ray_cluster(modules: Path) -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture
+def ray_dashboard(ray_cluster: str) -> str:
+    """Where jobs are submitted to the shared Ray."""
+    import ray
+
+    return f"http://{ray._private.worker.get_dashboard_url()}"
+
+
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of a real MLflow server of one worker on SQLite."""
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     uri = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [

@@ -139,9 +139,8 @@ def _show_outcome(
         )
 
 
-def ui_command(args: argparse.Namespace) -> int:
+def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
     import os
-    import subprocess
     import sys
 
     from trainers.track import default_uri
@@ -154,4 +153,4 @@ def ui_command(args: argparse.Namespace) -> int:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     server = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
     command = [sys.executable, "-m", *server, "--port", str(args.port), "--workers", "1"]
-    return subprocess.run(command, check=False).returncode
+    os.execv(sys.executable, command)  # so that a signal to us is one to the server

@@ -284,7 +284,9 @@ class _Store:
         if self._uri.startswith("sqlite:///"):
             database = Path(self._uri.removeprefix("sqlite:///")).resolve()
             location = (database.parent / "mlartifacts").as_uri()
-        return str(client.create_experiment(self._experiment, artifact_location=location))
+        # Without it MLflow's pages open on its tools for language-model traces.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self._experiment, location, kind))
 
     def _run_id(self, key: str) -> str:
         """MLflow's id of a run; looked up by our tag, since making a run is not idempotent."""

@@ -159,12 +159,13 @@ def _show_board(
     from trainers.run import short_path
 
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for column in ("trial", sweep.spec.metric, "epochs", *sweep.spec.parameters):
-        table.add_column(column, justify="right")
+    for column in ("trial", sweep.spec.metric, "epochs", "", *sweep.spec.parameters):
+        table.add_column(column, justify="right", overflow="fold")
     for standing in board.standings[:10]:
-        epochs = f"{standing.epoch:.1f}" + ("" if standing.complete else " stopped")
         values = [_shown(standing.parameters[path]) for path in sweep.spec.parameters]
-        table.add_row(f"{standing.number:04d}", f"{standing.value:.4f}", epochs, *values)
+        scores = (f"{standing.value:.4f}", f"{standing.epoch:.1f}")
+        ended = "" if standing.complete else "stopped"
+        table.add_row(f"{standing.number:04d}", *scores, ended, *values)
     console.print(table)
     for number, reason in board.failed.items():
         console.print(f"trial {number:04d} failed: {reason}", style="red")

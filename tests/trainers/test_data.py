@@ -4,10 +4,11 @@ import hashlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ DTYPES += ["float16", "float32", "float64", "bool"]
 class TestTable:
     @pytest.mark.parametrize("dtype", DTYPES)
     @settings(
-        max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+        max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
     @given(data=st.data())
     def test_every_dtype_and_shape_comes_back_bit_by_bit(
@@ -94,11 +95,19 @@ class TestTable:
 
     def test_a_view_is_stored_as_what_it_shows(self, tmp_path: Path) -> None:
         values = np.arange(24, dtype=np.int32).reshape(4, 6)
-        folder = prepare(both(part=values[::2, 1:4], turned=values.T[:2], back=values[:2, 0][::-1]), tmp_path)
+        folder = prepare(
+            both(part=values[::2, 1:4], turned=values.T[:2], back=values[:2, 0][::-1]), tmp_path
+        )
         split = open_split(folder, "train")
         assert split["part"].tolist() == [[1, 2, 3], [13, 14, 15]]
         assert split["turned"].tolist() == [[0, 6, 12, 18], [1, 7, 13, 19]]
         assert split["back"].tolist() == [6, 0]
+
+    @pytest.mark.parametrize("shape", [(3,), (3, 2)])
+    def test_a_foreign_byte_order_is_turned(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        values = np.arange(np.prod(shape), dtype=">f4").reshape(shape)
+        back = open_split(prepare(both(x=values), tmp_path), "train")["x"]
+        assert back.tolist() == values.tolist()
 
     def test_columns_stay_together_by_row(self, tmp_path: Path) -> None:
         count = 1000
@@ -119,13 +128,18 @@ class TestTable:
             lambda: table(x=np.array(["a", "b"])),
             lambda: table(x=np.array([["a", "b"], ["c", "d"]])),
             lambda: table(x=np.zeros((2, 2), "datetime64[s]")),
-            lambda: table(x=np.array([{}, {}], object)),
-            lambda: table(x=np.zeros((2, 3), ">f4")),
         ],
-        ids=(
-            "text lists ragged nulls bytes times numpy-text numpy-texts numpy-times objects "
-            "big-endian"
-        ).split(),
+        ids=[
+            "text",
+            "lists",
+            "ragged",
+            "nulls",
+            "bytes",
+            "times",
+            "numpy-text",
+            "numpy-texts",
+            "numpy-times",
+        ],
     )
     def test_what_is_not_numbers_of_one_shape_is_refused(
         self, tmp_path: Path, make: Callable[[], pa.Table]
@@ -180,33 +194,21 @@ class TestPrepare:
         folder = prepare(both(x=np.arange(5)), tmp_path)
         assert folder.stat().st_mode == folder.parent.stat().st_mode
 
-    def test_several_processes_at_once_make_one(self, own_folder: Path) -> None:
-        code = (
-            "from pathlib import Path\n"
-            "from trainers.data import open_split, prepare\n"
-            "from trainers.workloads.base import load_workload\n"
-            "own = load_workload('spirals:Spirals')\n"
-            "input()\n"
-            "folder = prepare(own(own.Data(), own.Model()), Path('runs'))\n"
-            "print(folder, len(open_split(folder, 'train')['label']))\n"
-        )
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "TMPDIR": tempfile.gettempdir()},
-                text=True,
-            )
-            for _ in range(2)
-        ]
-        for process in started:  # all have loaded what they need when they read this
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-        printed = {process.communicate()[0] for process in started}
-        (folder,) = (own_folder / "runs" / "datasets").iterdir()
-        assert printed == {f"{folder.relative_to(own_folder)} 280\n"}
+    def test_two_that_make_it_at_once_have_one_in_the_end(self, tmp_path: Path) -> None:
+        """Both are in the middle of making it when the other is."""
+        together = threading.Barrier(2, timeout=20)
+
+        class Slow(Given):
+            def dataset(self) -> dict[str, pa.Table]:
+                together.wait()
+                return super().dataset()
+
+        workload = Slow(train=table(x=np.arange(5)), val=table(x=np.arange(5)))
+        with ThreadPoolExecutor(2) as pool:
+            folders = set(pool.map(lambda _: prepare(workload, tmp_path), range(2)))
+        assert workload.made == 2
+        assert list((tmp_path / "datasets").iterdir()) == [*folders]
+        assert open_split(folders.pop(), "train")["x"].tolist() == [0, 1, 2, 3, 4]
 
     @pytest.mark.parametrize("split", ["train", "val"])
     @pytest.mark.parametrize("left", ["absent", "empty"])
@@ -273,28 +275,20 @@ class TestWhatItIsMadeFrom:
 
 
 def test_a_split_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
-    """64 MB opened in a new process, which then has mapped but not allocated them."""
     folder = prepare(both(x=np.zeros((2000, 8000), np.float32)), tmp_path)
-    open_split(folder, "train")
-    code = (
-        "import sys, torch, resource\n"
-        "from pathlib import Path\n"
-        "from trainers.data import open_split\n"
-        "def private_kb():\n"
-        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
-        "    return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon'))\n"
-        "before = private_kb()\n"
-        f"x = open_split(Path({str(folder)!r}), 'train')['x']\n"
-        "total = x.sum().item()\n"
-        "print(x.numel() * 4, (private_kb() - before) * 1024)\n"
-    )
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    size_bytes, allocated_bytes = map(int, done.stdout.split())
-    assert size_bytes == 64_000_000
-    assert allocated_bytes < size_bytes / 4
+    open_split(folder, "train")  # decodes it once
+
+    def allocated_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(
+            int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")
+        )
+
+    before = allocated_bytes()
+    values = open_split(folder, "train")["x"]
+    assert values.sum() == 0  # every page has been touched
+    assert values.nbytes == 64_000_000
+    assert allocated_bytes() - before < values.nbytes / 4
 
 
 class TestOrder:
@@ -345,9 +339,7 @@ class TestBatches:
         for step in steps:
             shares = [rank.at(step) for rank in ranks]
             positions, batch = stream(samples, global_batch, seed).at(step)
-            assert positions.tolist() == list(
-                range(step * global_batch, (step + 1) * global_batch)
-            )
+            assert positions.tolist() == list(range(step * global_batch, (step + 1) * global_batch))
             assert torch.equal(torch.cat([share[0] for share in shares]), positions)
             for column in batch:
                 joined = torch.cat([share[1][column] for share in shares])

@@ -62,7 +62,7 @@ class TestDistribution:
             random = SampleRandom(7, torch.arange(20))
             values = torch.stack([random.uniform() for _ in range(10_000)], 1).flatten()
         assert values.dtype == torch.float32
-        assert 0 <= values.min()
+        assert values.min() >= 0
         assert values.max() < 1
         assert stats.kstest(values.numpy(), "uniform").pvalue > 1e-3
         for bits in (8, 24):  # the high bits, and the lowest ones
@@ -97,7 +97,14 @@ class TestDistribution:
 
 
 class TestMixSeed:
-    @pytest.mark.parametrize(("parts", "seed"), [((0,), 8147104208329303767), ((1, 2), 8108304748106729788), ((2**31 - 1, 10**9), 5788700793897620361)])
+    @pytest.mark.parametrize(
+        ("parts", "seed"),
+        [
+            ((0,), 8147104208329303767),
+            ((1, 2), 8108304748106729788),
+            ((2**31 - 1, 10**9), 5788700793897620361),
+        ],
+    )
     def test_frozen_values(self, parts: tuple[int, ...], seed: int) -> None:
         assert mix_seed(*parts) == seed
 

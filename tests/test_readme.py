@@ -1,0 +1,162 @@
+"""The README keeps its word: its commands and its code are run as they stand there."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command line in a console block, without its comment."""
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    return [re.sub(r"\s+#.*", "", line) for line in lines if line]
+
+
+def test_no_command_is_forgotten_by_the_tests_below() -> None:
+    known = ("make demo", "make test", "heliostat ", "ray job submit ")
+    assert [command for command in commands() if not command.startswith(known)] == []
+
+
+def test_use_it(heliostat: Any) -> None:
+    """The commands of 'Use it' in their order, and the model of the last one loaded."""
+    for command in blocks("console")[1].splitlines():
+        arguments = shlex.split(command.partition("#")[0])[1:]
+        if arguments[0] == "ui":
+            continue
+        if arguments[0] == "train":
+            arguments += ["--name", "small-best"] if "best.yaml" in command else []
+        if "digits" in arguments:
+            arguments += ["--set", "train.epochs=10"]
+        output = heliostat(*arguments)
+        if arguments[0] == "train":
+            accuracy = float(re.search(r"test/accuracy +([\d.]+)", output)[1])
+            assert accuracy > 0.8, output
+    line = next(block for block in blocks("python") if "load_model" in block)
+    code = f"{line}\nimport torch\nprint(model(torch.zeros(3, 1, 8, 8)).shape)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=heliostat.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == "torch.Size([3, 10])"
+
+
+def test_your_own_model(heliostat: Any) -> None:
+    workload = next(block for block in blocks("python") if "class Spirals" in block)
+    assert len(workload.splitlines()) < 40
+    (heliostat.folder / "spirals.py").write_text(workload)
+    (heliostat.folder / "spirals.yaml").write_text(blocks("yaml")[0])
+    for command in [*blocks("console")[2].splitlines(), *blocks("console")[3].splitlines()]:
+        output = heliostat(*shlex.split(command)[1:])
+    assert "importance" in output
+    assert float(re.search(r"\d{4} +([\d.]+)", output)[1]) > 0.9
+
+
+def test_a_ray_job(heliostat: Any, ray_dashboard: str) -> None:
+    """`ray job submit` as the README has it, on a shorter run."""
+    command = blocks("console")[4].strip().replace("http://127.0.0.1:8265", ray_dashboard)
+    before, _, after = command.partition(" -- ")
+    folder = heliostat.folder
+    (folder / "here.txt").write_text("sent along")
+    arguments = [*shlex.split(before), "--working-dir", str(folder), "--", *shlex.split(after)]
+    arguments += ["--set", f"storage={folder / 'runs'}", "--set", "train.epochs=2"]
+    arguments += ["--set", "scale.workers=2"]
+    done = subprocess.run(
+        arguments,
+        env={**heliostat.environment, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test/accuracy" in done.stdout
+    assert list((folder / "runs").glob("digits-*/model/model.safetensors"))
+
+
+def test_ui_serves_the_runs_of_this_folder(
+    tmp_path: Path, free_port: int, wait_until: Callable[..., None]
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    command = [str(Path(sys.executable).with_name("heliostat")), "ui", "--port", str(free_port)]
+    server = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+
+    def healthy() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/", timeout=5) as page:
+                return b"MLflow" in page.read()
+        except OSError:
+            return False
+
+    try:
+        wait_until(healthy, 90)
+        assert (tmp_path / "mlflow.db").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def test_the_demo_reaches_98_percent_on_images_no_trial_saw(tmp_path: Path) -> None:
+    """`make demo`, with a Ray and an MLflow store of its own, as on a fresh machine."""
+    listing = subprocess.run(
+        ["make", "--dry-run", "--silent", "demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    steps = [line for line in listing if "heliostat" in line and not line.startswith("echo")]
+    assert len(steps) == 2
+    gone = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if k not in gone}
+    output = ""
+    for step in steps:
+        program, *arguments = shlex.split(step)
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name(Path(program).name)), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        output += done.stdout
+    accuracy = float(re.search(r"test/accuracy +([\d.]+)", output)[1])
+    run_id = re.search(r"MLflow run +(\w+)", output)[1]
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    tracked = client.get_run(run_id)
+    assert round(tracked.data.metrics["test/accuracy"], 4) == accuracy >= 0.98
+    parent = client.search_runs([tracked.info.experiment_id], "tags.`heliostat.kind` = 'trial'")
+    assert len(parent) == 16
+
+
+def test_the_file_map_is_complete() -> None:
+    listed = set(re.findall(r"^\| `([\w/.]+\.py)`", README, re.MULTILINE))
+    there = {
+        str(path.relative_to(ROOT))
+        for package in ("cluster", "trainers", "tuning")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == there
