@@ -298,7 +298,7 @@ class TestCheck:
         }
 
     def test_a_rule_of_several_fields_says_what_it_says(self) -> None:
-        with pytest.raises(SpecError, match="^count and luck exclude each other"):
+        with pytest.raises(SpecError, match=r"^count and luck exclude each other"):
             check(Plant, {"name": "n", "count": 13})
 
     @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_write_atomic_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: P
     write_atomic(path, "first")
     write_atomic(path, "zweite Fassung: ü\n")
     assert path.read_bytes() == "zweite Fassung: ü\n".encode()
-    assert os.listdir(tmp_path) == ["state.json"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_readers_of_an_atomic_file_see_one_text_or_the_other(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_commit_folder_gives_a_tree_its_name(tmp_path: Path) -> None:
     (building / "inner" / "file").write_text("content")
     commit_folder(building, final)
     assert (final / "inner" / "file").read_text() == "content"
-    assert os.listdir(tmp_path) == ["final"]
+    assert list(tmp_path.iterdir()) == [final]
 
 
 def test_commit_folder_does_not_replace_what_is_there(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Learning rates by step, and what an optimizer does to which weights."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ class TestLearningRate:
         rising = round(warmup * total_steps)
         assert found[:rising] == pytest.approx([0.5 * (i + 1) / rising for i in range(rising)])
         falling = found[rising:]
-        assert all(b <= a + 1e-12 for a, b in zip(falling, falling[1:], strict=False))
+        assert all(b <= a + 1e-12 for a, b in itertools.pairwise(falling))
         if name == "constant":
             assert set(falling) <= {0.5}
         elif len(falling) >= 2:
@@ -103,6 +104,13 @@ def test_only_matrices_and_kernels_decay(name: str) -> None:
     for key, value in before.items():
         factor = 1 - 0.1 * 0.5 if key in decayed else 1.0
         torch.testing.assert_close(after[key], value * factor, msg=key)
+
+
+def test_what_is_frozen_is_left_out() -> None:
+    model = Everything()
+    optimizer = build_optimizer(OptimizerSpec(), model)
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert held == {id(weight) for weight in model.parameters() if weight.requires_grad}
 
 
 def test_a_model_without_matrices_or_without_biases() -> None:

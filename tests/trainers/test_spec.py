@@ -67,7 +67,7 @@ class TestLength:
             ({"epochs": 0.001}, 640, 1),
             ({"epochs": 3}, 5, 1),
             ({"steps": 7}, 640, 7),
-            ({"epochs": 0.1, "global_batch": 1}, 30, 3),  # 0.1 * 30 is a little more than 3
+            ({"epochs": 1.1, "global_batch": 1}, 10, 11),  # 1.1 * 10 is a little more than 11
         ],
     )
     def test_total_steps(self, train: dict[str, Any], samples: int, steps: int) -> None:
