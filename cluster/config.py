@@ -63,7 +63,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         problem = (error.problem or str(error)).splitlines()[0]
         raise SpecError(f"{place}: broken YAML: {problem}") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError, KeyError) as error:  # the last two: a date or tag that lies
         raise SpecError(f"{where}: broken YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -128,7 +128,7 @@ def _lines(model: type[BaseModel], data: Any, errors: list[ErrorDetails], prefix
         known = problems.setdefault(path, [])
         if problem not in known:
             known.append(problem)
-        if error["type"] not in ("extra_forbidden", "missing"):
+        if path and error["type"] not in ("extra_forbidden", "missing"):
             got[path] = f" (got {_short(error['input'])})"
     return [
         (f"{path}: " if path else "") + " or ".join(found) + got.get(path, "")
@@ -141,7 +141,8 @@ def _place(error: ErrorDetails, data: Any) -> str:
     parts: list[str] = []
     for part in error["loc"]:
         inside = isinstance(data, Mapping) and part in data
-        inside = inside or (isinstance(data, (list, tuple)) and isinstance(part, int))
+        if isinstance(data, (list, tuple)) and isinstance(part, int):
+            inside = part < len(data)
         if inside:
             data = data[part]
             parts.append(str(part))

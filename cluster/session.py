@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError, SpecError
-
-PACKAGES = ("cluster", "trainers", "tuning")
+from cluster.errors import ClusterError
 
 
 @contextlib.contextmanager
@@ -66,24 +64,3 @@ def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:
                 f"the cluster has {have.get(resource, 0):g}"
             )
     return None
-
-
-def check_packages(folder: Path) -> None:
-    """Raise SpecError if another distribution, or `folder`, hides one of our three packages.
-
-    Their names are common words; a stranger's `cluster` would fail later and obscurely.
-    """
-    import importlib.util
-
-    home = Path(__file__).resolve().parent.parent
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve() if spec and spec.origin else None
-        if found is None or found.parent.parent != home:
-            raise SpecError(
-                f"the package {name!r} that Python finds is not Heliostat's but {found}; "
-                "uninstall the other distribution or use a virtual environment of its own"
-            )
-        for other in (folder / name, folder / f"{name}.py"):
-            if other.exists() and other.resolve().parent != home:
-                raise SpecError(f"{other}: hides Heliostat's own package {name!r}; rename it")

@@ -68,7 +68,7 @@ def test_the_head_node_needs_no_gpu_stack() -> None:
 
 
 HELP = """
-from tuning.cli import main
+from tuning.main import main
 try:
     main(['--help'])
 except SystemExit as end:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -48,9 +48,13 @@ class Checkpoints:
         """
         self.wait()
         state = _state_of(model, optimizer)
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        copies = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+        }
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = writer.submit(self._write, step, copies, before_commit)
+        manifest = {"step": step, "optimizer": type(optimizer).__name__}
+        self._writing = writer.submit(self._write, manifest, copies, before_commit)
         writer.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -65,43 +69,58 @@ class Checkpoints:
         return self._all()[-1] if self._all() else None
 
     def _write(
-        self, step: int, tensors: dict[str, Tensor], before_commit: Callable[[], None]
+        self,
+        manifest: dict[str, Any],
+        tensors: dict[str, Tensor],
+        before_commit: Callable[[], None],
     ) -> None:
-        final = self._folder / f"step-{step:08d}"
-        if final.exists():
-            return
+        final = self._folder / f"step-{manifest['step']:08d}"
         building = self._folder / f".{final.name}"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         save_file(tensors, building / STATE)
-        manifest = {"step": step, "files": {STATE: _digest(building / STATE)}}
+        manifest = {**manifest, "files": {STATE: _digest(building / STATE)}}
+        manifest["sha256"] = _digest_of(manifest)
         (building / MANIFEST).write_text(json.dumps(manifest))
         before_commit()
+        if _is_whole(final):  # written before a restart, which gave the same again
+            shutil.rmtree(building)
+            return
+        shutil.rmtree(final, ignore_errors=True)
         commit_folder(building, final)
         for old in self._all()[: -self._keep]:
             shutil.rmtree(old)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are passed over."""
-        for path in reversed(self._all()):
-            try:
-                manifest_of(path)
-            except CheckpointError as error:
-                print(f"{error}; passed over", flush=True)
-                continue
-            return path
-        return None
+        return next((path for path in reversed(self._all()) if _is_whole(path)), None)
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint can be used; says why not, unless there is none."""
+    try:
+        manifest_of(path)
+    except CheckpointError as error:
+        if path.exists():
+            print(f"{error}; passed over", flush=True)
+        return False
+    return True
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint's state into `model` and `optimizer`; returns the steps it has done.
 
-    Raises CheckpointError if it is damaged or does not fit.
+    Raises CheckpointError if it is damaged or does not fit. Numbers take the dtype of the model.
     """
-    step = int(manifest_of(path)["step"])
+    manifest = manifest_of(path)
+    kind = type(optimizer).__name__
+    if manifest["optimizer"] != kind:
+        raise CheckpointError(
+            f"{path}: does not fit the optimizer: it is of {manifest['optimizer']}, not {kind}"
+        )
     tensors = _read(path)
     _load_network(path, tensors, model)
     names = _names(model)
@@ -113,12 +132,14 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
                 raise CheckpointError(f"{path}: does not fit the optimizer: {name} is unknown")
             found[name][part] = tensor
     for weight, name in names.items():
-        # Moments lie beside their weight; the step count stays where it is read.
+        # Fused kernels pair a weight with its moments by their order in memory.
         optimizer.state[weight] = {
-            part: value.to(weight.device) if value.ndim else value
+            part: value.to(weight.device)
+            if part == "step"
+            else torch.empty_like(weight).copy_(value)
             for part, value in found[name].items()
         }
-    return step
+    return int(manifest["step"])
 
 
 def load_network(path: Path, model: nn.Module) -> None:
@@ -128,8 +149,12 @@ def load_network(path: Path, model: nn.Module) -> None:
 
 
 def _load_network(path: Path, tensors: dict[str, Tensor], model: nn.Module) -> None:
-    state = {}
-    for name, wanted in model.state_dict().items():
+    state, wanted_state = {}, model.state_dict()
+    for key in tensors:
+        if key.startswith(MODEL) and key.removeprefix(MODEL) not in wanted_state:
+            name = key.removeprefix(MODEL)
+            raise CheckpointError(f"{path}: does not fit the model: {name} is unknown")
+    for name, wanted in wanted_state.items():
         tensor = tensors.get(MODEL + name)
         found = "missing" if tensor is None else list(tensor.shape)
         if tensor is None or found != list(wanted.shape):
@@ -167,16 +192,22 @@ def _digest(path: Path) -> dict[str, Any]:
         }
 
 
+def _digest_of(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def manifest_of(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are what it says; CheckpointError otherwise."""
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or manifest.get("sha256") != _digest_of(manifest):
+            raise CheckpointError(f"{path}: {MANIFEST} is damaged")
         for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{path}: {name} is truncated")
             if _digest(path / name) != expected:
                 raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs)")
-        with safe_open(path / STATE, framework="pt"):
-            return manifest
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is not a checkpoint: {error}") from error
+    return manifest

@@ -9,8 +9,8 @@ global batches, a resumed run goes on at the exact sample, and no sample is left
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import Spec
-from cluster.errors import DataError
+from cluster.errors import DataError, SpecError
 from cluster.files import cache_folder, commit_folder
 from trainers.random import mix_seed
 from trainers.workloads.base import Batch, Workload
@@ -39,8 +39,10 @@ def table(**columns: npt.NDArray[Any]) -> pa.Table:
     """
     fields, arrays = [], []
     for name, values in columns.items():
-        values = np.ascontiguousarray(values)
-        if values.ndim == 1:
+        if values.dtype.kind not in "biuf":
+            raise DataError(f"column {name!r} is {values.dtype}; training reads numbers")
+        values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        if values.ndim == 1 and values.dtype.kind != "b":  # Arrow packs truth values into bits
             arrays.append(pa.array(values))
             fields.append(pa.field(name, arrays[-1].type, nullable=False))
             continue
@@ -67,8 +69,11 @@ def prepare(workload: Workload, storage: Path) -> Path:
     for split in ("train", "val"):
         if split not in splits or len(splits[split]) == 0:
             raise DataError(f"the data set of {name} has no samples in its split {split!r}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise SpecError(f"storage: cannot make {building.parent}: {error.strerror}") from None
     files: dict[str, Any] = {}
     for split, rows in splits.items():
         path = building / f"{split}.parquet"
@@ -120,7 +125,8 @@ def open_split(folder: Path, split: str) -> Batch:
     source = folder / f"{split}.parquet"
     if not source.exists():
         raise DataError(f"{source}: no such split")
-    cache = cache_folder() / folder.name
+    digest = json.loads((folder / MANIFEST).read_text())["files"][source.name]["sha256"]
+    cache = cache_folder() / f"{folder.name}-{digest[:12]}"
     target = cache / f"{split}.arrow"
     if not target.exists():
         cache.mkdir(exist_ok=True)
@@ -142,7 +148,9 @@ def _tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
         shape = json.loads(field.metadata[b"shape"])
         values = np.frombuffer(array.buffers()[1], dtype).reshape(-1, *shape)
         values = values[array.offset : array.offset + len(array)]
-    elif pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
+    elif array.null_count == 0 and (
+        pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+    ):
         values = array.to_numpy(zero_copy_only=True)
     else:
         raise DataError(
@@ -183,9 +191,7 @@ class Batches:
         first = step * self._global_batch
         positions = torch.arange(first + self._start, first + self._stop)
         index = self._index(int(positions[0]), int(positions[-1]) + 1)
-        return positions, {
-            name: values.index_select(0, index) for name, values in self._split.items()
-        }
+        return positions, {name: values[index] for name, values in self._split.items()}
 
     def _index(self, start: int, stop: int) -> Tensor:
         """The samples at positions [start, stop), as indices into the split."""

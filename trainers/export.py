@@ -5,10 +5,12 @@ An exported model is a folder with `model.safetensors`, `spec.yaml` (the spec's 
 workload, its source under `code/`. In MLflow it is a `pyfunc` model without a pickle in it.
 """
 
+import contextlib
 import inspect
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from cluster.files import commit_folder
 from trainers.checkpoint import load_network
 from trainers.parallel import weights_dtype
 from trainers.spec import RunSpec
-from trainers.workloads.base import SHIPPED, Workload, load_workload
+from trainers.workloads.base import SHIPPED, Workload, dtype_of, load_workload
 
 WEIGHTS, SPEC, SIGNATURE, CODE = "model.safetensors", "spec.yaml", "signature.json", "code"
 
@@ -39,6 +41,8 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     building.mkdir(parents=True)
     save_weights(network, str(building / WEIGHTS))
     sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
+    if spec.workload not in SHIPPED:  # where the class is, not where the spec found it
+        sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
     write_yaml(sections, building / SPEC)
     (building / SIGNATURE).write_text(json.dumps(_signature(workload, network)))
     if spec.workload not in SHIPPED:
@@ -54,7 +58,8 @@ def _signature(workload: Workload, network: nn.Module) -> dict[str, Any]:
         return {}
     network.eval()
     with torch.inference_mode():
-        output = network(example.to(next(network.parameters()).device))
+        example = example.to(dtype_of(network) if example.is_floating_point() else None)
+        output = network(example)
     tensors = {"input": example, "output": output}
     return {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": [-1, *value.shape[1:]]}
@@ -69,6 +74,8 @@ def _copy_code(workload: type[Workload], folder: Path) -> None:
     if source is None:
         return
     parts = workload.__module__.split(".")
+    if Path(source).name == "__init__.py":
+        parts.append("__init__")
     if len(parts) == 1:
         folder.mkdir()
         shutil.copy(source, folder)
@@ -93,16 +100,41 @@ def load_model(source: str | Path) -> nn.Module:
     if not found:
         raise FileNotFoundError(f"{source}: no {WEIGHTS} in it")
     folder = found[0].parent
-    if (folder / CODE).is_dir() and str(folder / CODE) not in sys.path:
-        sys.path.append(str(folder / CODE))
     sections = read_yaml(folder / SPEC)
-    workload = load_workload(sections["workload"])
+    with _importable(folder / CODE, sections["workload"].partition(":")[0]):
+        workload = load_workload(sections["workload"])
     network = workload(
         check(workload.Data, sections["data"]), check(workload.Model, sections["model"])
     ).build()
     network = network.to(_dtype(folder / WEIGHTS))
     load_weights(network, str(folder / WEIGHTS))
     return network.eval()
+
+
+@contextlib.contextmanager
+def _importable(code: Path, module: str) -> Iterator[None]:
+    """In here `module` is the one under `code`, whatever else has its name; then it is forgotten.
+
+    So a model is built by the code it was trained with, and two versions live in one process.
+    """
+    if not code.is_dir():
+        yield
+        return
+    top = module.partition(".")[0]
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == top]
+
+    hidden = {name: sys.modules.pop(name) for name in loaded()}
+    path = list(sys.path)
+    sys.path[:0] = [str(code), str(Path.cwd())]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in loaded():
+            del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def _dtype(path: Path) -> torch.dtype:

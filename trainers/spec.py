@@ -191,7 +191,7 @@ def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Wo
         try:
             return check(model, part, prefix)
         except SpecError as error:
-            mistakes.append(str(error))
+            mistakes.extend(str(error).splitlines())
             return None
 
     spec = checked(spec_type, data)

@@ -1,9 +1,7 @@
-"""The verbs of sweeps, and `main`, which composes the verbs of all packages."""
+"""The verbs of sweeps, and the parser that composes the verbs of all packages."""
 
 import argparse
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
@@ -13,26 +11,6 @@ if TYPE_CHECKING:
 
     from tuning.report import Leaderboard
     from tuning.trial import Sweep
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command `heliostat`. Returns the exit code; 2 is a mistake of the user's.
-
-    What the user can do something about is told in a line, everything else is a traceback.
-    """
-    from cluster.errors import HeliostatError
-    from cluster.session import check_packages
-
-    try:
-        check_packages(Path.cwd())
-        args = parser().parse_args(arguments)
-        return int(args.command(args))
-    except HeliostatError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from cluster.errors import SpecError
 from trainers.spec import SPECS, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve
 from trainers.workloads.base import load_workload
 from trainers.workloads.vision import Vision
-from tuning.cli import main
+from tuning.main import main
 
 OWN: dict[str, Any] = {"workload": "spirals:Spirals"}
 

@@ -227,7 +227,7 @@ def test_bad_sweeps_name_the_path(
         "sweep.parameters={optimizer.lr: {uniform: [1, 0]}}": (
             "sweep.parameters.optimizer.lr: uniform must be [low, high] with low <= high"
         ),
-        "sweep.search=gird": "sweep.search: must be 'random', 'grid', 'tpe' or 'cmaes' (got 'gird')",
+        "sweep.search=gird": "sweep.search: must be 'random', 'grid', 'tpe' or 'cmaes' (got",
         "sweep.metric=accuracy": "sweep: metric must be one of validation",
         "sweep=null": "sweep: ",
     }

@@ -90,10 +90,7 @@ def load_workload(name: str) -> type[Workload]:
             raise SpecError(f"workload: {module_name} does not import: {error}") from error
         raise SpecError(f"workload: no module {module_name!r} in {folder}") from None
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        place = f"{frame.filename}:{frame.lineno}"
-        raise SpecError(f"workload: {module_name} does not import: {reason} ({place})") from error
+        raise SpecError(f"workload: {module_name} does not import: {_where(error)}") from error
     found = getattr(module, class_name, None)
     workloads = {
         key: value
@@ -110,6 +107,17 @@ def load_workload(name: str) -> type[Workload]:
         raise SpecError(f"workload: {target} does not define {', '.join(missing)}")
     workload: type[Workload] = found
     return workload
+
+
+def _where(error: Exception) -> str:
+    """What went wrong on import, and the line of the user's own code that it comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
+    frame = (own or frames)[-1]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{reason} ({frame.filename}:{frame.lineno})"
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

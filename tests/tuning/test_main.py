@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import SpecError
-from cluster.session import PACKAGES, check_packages
+from tuning.main import PACKAGES, find_stranger
 
 HOME = Path(__file__).parents[2]
 
@@ -19,7 +18,8 @@ def test_our_own_packages_pass(tmp_path: Path, where: str) -> None:
     (tmp_path / "cluster.yaml").touch()
     (tmp_path / "tuning_notes").mkdir()
     (tmp_path / "empty").mkdir()
-    check_packages({"empty": tmp_path / "empty", "home": HOME, "neighbours": tmp_path}[where])
+    folders = {"empty": tmp_path / "empty", "home": HOME, "neighbours": tmp_path}
+    assert find_stranger(folders[where]) is None
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -31,9 +31,8 @@ def test_a_file_or_folder_that_would_hide_ours_is_named(
     path.parent.mkdir(exist_ok=True)
     path.touch()
     hider = tmp_path / form.format(package).partition("/")[0]
-    with pytest.raises(SpecError) as caught:
-        check_packages(tmp_path)
-    assert str(caught.value) == f"{hider}: hides Heliostat's own package {package!r}; rename it"
+    line = find_stranger(tmp_path)
+    assert line == f"{hider}: hides Heliostat's own package {package!r}; rename it"
 
 
 # The console script `heliostat` is these two lines; but the finder of an editable installation
@@ -41,7 +40,7 @@ def test_a_file_or_folder_that_would_hide_ours_is_named(
 SCRIPT = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
-from tuning.cli import main
+from tuning.main import main
 sys.exit(main())
 """
 
