@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from trainers.loop import Outcome
     from trainers.run import Run
-    from trainers.track import Row
+    from trainers.spool import Row
 
 
 def add_verbs(verbs: Subparsers) -> None:
@@ -115,7 +115,7 @@ def _show_outcome(
     from rich.table import Table
 
     from trainers.checkpoint import Checkpoints
-    from trainers.run import short_path
+    from trainers.folder import CHECKPOINTS, TRACK, short_path
 
     metrics = tracked.get("metrics", outcome.metrics)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -124,10 +124,10 @@ def _show_outcome(
             table.add_row(name, f"[bold]{metrics[name]:.4f}[/]")
     table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
     table.add_row("wall time", f"{wall_s:.0f} s")
-    newest = Checkpoints(run.folder / "checkpoints", keep=1).newest()
+    newest = Checkpoints(run.folder / CHECKPOINTS, keep=1).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")
     if "unsent" in tracked:
-        table.add_row("tracking", f"[yellow]{tracked['unsent']}; kept in {run.folder / 'track'}[/]")
+        table.add_row("tracking", f"[yellow]{tracked['unsent']}; kept in {run.folder / TRACK}[/]")
     else:
         table.add_row("model", tracked["model_uri"] or "none")
         table.add_row("MLflow run", f"{tracked['run_id']} (heliostat ui)")

@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from torch import nn
 from cluster.config import check, read_yaml, write_yaml
 from cluster.files import commit_folder
 from trainers.checkpoint import load_network
+from trainers.mlflow_store import SIGNATURE
 from trainers.parallel import weights_dtype
 from trainers.spec import RunSpec
 from trainers.workloads.base import SHIPPED, Workload, dtype_of, load_workload
 
-WEIGHTS, SPEC, SIGNATURE, CODE = "model.safetensors", "spec.yaml", "signature.json", "code"
+WEIGHTS, SPEC, CODE = "model.safetensors", "spec.yaml", "code"
 
 
 def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
@@ -160,25 +160,3 @@ class _Predictor:
 def _load_pyfunc(path: str) -> _Predictor:
     """What MLflow calls to load the model."""
     return _Predictor(load_model(path))
-
-
-def log_to_mlflow(folder: Path, run_id: str) -> None:
-    """Keep an exported model with an MLflow run, as a model of its own."""
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    tensors = json.loads((folder / SIGNATURE).read_text())
-    schemas = {
-        name: Schema([TensorSpec(np.dtype(tensor["dtype"]), tuple(tensor["shape"]))])
-        for name, tensor in tensors.items()
-    }
-    signature = ModelSignature(schemas["input"], schemas.get("output")) if schemas else None
-    with mlflow.start_run(run_id=run_id):
-        mlflow.pyfunc.log_model(
-            name="model",
-            loader_module="trainers.export",
-            data_path=str(folder),
-            signature=signature,
-            pip_requirements=[f"{name}=={version(name)}" for name in ("heliostat", "torch")],
-        )

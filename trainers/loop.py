@@ -20,8 +20,8 @@ from trainers.data import Batches, open_split, rows, share
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import Worker, compute_precision, distribute, weights_dtype
 from trainers.random import SampleRandom, mix_seed, seed_device
+from trainers.reporter import Reporter
 from trainers.spec import RunSpec
-from trainers.track import Reporter
 from trainers.workloads.base import Batch, Workload
 
 EVALUATION_BATCH = 512

@@ -134,7 +134,7 @@ def _show_board(
     from rich.table import Table
 
     from trainers.checkpoint import Checkpoints
-    from trainers.run import short_path
+    from trainers.folder import CHECKPOINTS, TRACK, short_path
 
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     for column in ("trial", sweep.spec.metric, "epochs", "", *sweep.spec.parameters):
@@ -151,7 +151,7 @@ def _show_board(
         shares = "  ".join(f"{path} {share:.2f}" for path, share in board.importances.items())
         console.print(f"importance: {shares}")
     if "unsent" in tracked:
-        console.print(f"{tracked['unsent']}; kept in {sweep.folder / 'track'}", style="yellow")
+        console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACK}", style="yellow")
     else:
         console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
     folder = short_path(sweep.folder)
@@ -162,7 +162,7 @@ def _show_board(
         )
     if board.best is not None:
         trial = short_path(sweep.trial_folder(board.best.number))
-        newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints", 1).newest()
+        newest = Checkpoints(sweep.trial_folder(board.best.number) / CHECKPOINTS, 1).newest()
         console.print(
             f"best checkpoint: {short_path(newest) if newest else 'none'}\n"
             f"train it afresh: heliostat train {folder}/best.yaml\n"

@@ -13,8 +13,11 @@ from cluster.errors import SpecError
 from cluster.files import write_atomic
 from trainers import run
 from trainers.data import prepare, rows
+from trainers.folder import ENVIRONMENT, SPEC, TRACK, create_folder, find_folder, unique_name
 from trainers.spec import find_spec, resolve
-from trainers.track import drain, now_ms, start_tracker
+from trainers.spool import now_ms
+from trainers.track import drain, start_tracker
+from trainers.workers import scaling
 from tuning.report import Leaderboard, leaderboard, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
@@ -41,16 +44,14 @@ def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
     check_parameters(data, spec.sweep)
     spec, workload = resolve(data, SweepRunSpec)
     dataset = prepare(workload, Path(spec.storage))
-    folder = run.create_folder(
-        Path(spec.storage), sweep_name or run.unique_name(f"{stem}-sweep"), data
-    )
+    folder = create_folder(Path(spec.storage), sweep_name or unique_name(f"{stem}-sweep"), data)
     return Sweep(data, spec.sweep, dataset, folder)
 
 
 def resumed_sweep(name: str, storage: Path) -> Sweep:
     """An earlier sweep, to go on with."""
-    folder = run.find_folder(name, storage)
-    data = read_yaml(folder / run.SPEC)
+    folder = find_folder(name, storage)
+    data = read_yaml(folder / SPEC)
     if "sweep" not in data:
         raise SpecError(f"--resume {name}: is a single run; use heliostat train --resume")
     spec, workload = resolve(data, SweepRunSpec)
@@ -67,11 +68,9 @@ def execute(sweep: Sweep, watch: Watcher) -> tuple[Leaderboard, dict[str, Any]]:
 
     spec, _ = resolve(sweep.data, SweepRunSpec)
     tracking = spec.tracking
-    tracker = start_tracker(
-        sweep.folder / "track", str(tracking.uri), tracking.experiment, sweep.key
-    )
+    tracker = start_tracker(sweep.folder / TRACK, str(tracking.uri), tracking.experiment, sweep.key)
     tracker.start.remote(run.tracked_run(sweep.key, sweep.data, kind="sweep"))
-    for name in (run.SPEC, run.ENVIRONMENT):
+    for name in (SPEC, ENVIRONMENT):
         tracker.artifact.remote(sweep.key, str(sweep.folder / name))
     _watchers[sweep.key] = watch
     try:
@@ -149,7 +148,7 @@ def concurrency(spec: SweepRunSpec) -> int:
         return spec.sweep.concurrency
     workers = spec.scale.max_workers
     if workers > 1:
-        each = run.scaling(spec.scale).resources_per_worker
+        each = scaling(spec.scale).resources_per_worker
         needs = {name: amount * workers for name, amount in each.items()}
     else:
         needs = {name.upper(): amount for name, amount in _resources(spec).items()}

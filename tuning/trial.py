@@ -17,11 +17,13 @@ from cluster.errors import TrainingError
 from cluster.files import write_atomic
 from trainers.checkpoint import Checkpoints, manifest_of
 from trainers.data import rows
+from trainers.folder import CHECKPOINTS
 from trainers.loop import train
 from trainers.parallel import Worker, local_device
-from trainers.run import Job, explain, run_workers
+from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
-from trainers.track import Row, TrackerReporter
+from trainers.spool import Row
+from trainers.workers import Job, explain, run_workers
 from tuning.space import SweepSpec, trial_data
 
 LAST, ENDED, FAILED = "last.json", "ended.json", "failed.json"
@@ -65,7 +67,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     exploited = tune.get_checkpoint()
     if exploited is not None:
         with exploited.as_directory() as source:
-            _adopt(Path(source), folder / "checkpoints")
+            _adopt(Path(source), folder / CHECKPOINTS)
     elif last and ((folder / ENDED).exists() or last["complete"]):
         tune.report(last)
         return
@@ -127,7 +129,7 @@ class _Progress:
             "epoch": step / self._epoch_steps,
             "complete": step == self._steps,
         }
-        checkpoint = Checkpoints(self._folder / "checkpoints", keep=1).newest()
+        checkpoint = Checkpoints(self._folder / CHECKPOINTS, keep=1).newest()
         write_atomic(self._folder / LAST, json.dumps(result))
         if self._passes_checkpoints and checkpoint is not None:
             tune.report(result, checkpoint=tune.Checkpoint.from_directory(checkpoint))

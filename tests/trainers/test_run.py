@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.errors import SpecError, TrainingError
+from trainers import folder as folders
 from trainers import run
 from trainers.loop import Outcome
 from trainers.spec import RunSpec, resolve
@@ -52,7 +53,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
             data[name] = {**data.get(name, {}), **values}
         spec, workload = resolve(data, RunSpec)
         full = run.settled(spec)
-        folder = run.create_folder(storage, run.unique_name("tiny"), full)
+        folder = folders.create_folder(storage, folders.unique_name("tiny"), full)
         dataset = run.prepare(workload, storage)
         one = run.Run(full, spec, workload, dataset, folder)
         losses: dict[int, float] = {}
@@ -160,13 +161,13 @@ def test_only_what_does_not_change_the_result_may_be_set_on_resume(one_worker: D
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     with (
-        run.exclusive(tmp_path),
+        folders.exclusive(tmp_path),
         pytest.raises(SpecError, match="another process is working on this run"),
-        run.exclusive(tmp_path),
+        folders.exclusive(tmp_path),
     ):
         pass
 
 
 def test_the_environment_names_versions() -> None:
-    packages = json.loads(json.dumps(run.environment()))["packages"]
+    packages = json.loads(json.dumps(folders.environment()))["packages"]
     assert packages["ray"] == "2.60.0"

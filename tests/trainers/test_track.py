@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.track import Row, Spool, TrackedRun, Tracker, _batches
+from trainers.spool import Row, Spool, batches
+from trainers.track import TrackedRun, Tracker
 
 Wait = Callable[..., None]
 
@@ -203,7 +204,7 @@ def test_batches_keep_the_order_and_every_metric(operations: list[Any]) -> None:
                 {"do": "log", "run": run, "rows": [[index, i] for i in range(count)]}
             )
     ends = list(range(1, len(operations) + 1))
-    batches = list(_batches(iter(zip(given_operations, ends, strict=True))))
+    groups = list(batches(iter(zip(given_operations, ends, strict=True))))
 
     def flat(list_of_operations: list[dict[str, Any]], run: str) -> list[str]:
         """What one run, and everybody, would see in turn."""
@@ -215,9 +216,9 @@ def test_batches_keep_the_order_and_every_metric(operations: list[Any]) -> None:
                 seen += [json.dumps(row) for row in operation["rows"]]
         return seen
 
-    sent = [operation for group, _ in batches for operation in group]
+    sent = [operation for group, _ in groups for operation in group]
     for run in "ab":
         assert flat(sent, run) == flat(given_operations, run)
-    offsets = [offset for _, offset in batches]
+    offsets = [offset for _, offset in groups]
     assert offsets == sorted(offsets)
     assert offsets[-1:] == ends[-1:]

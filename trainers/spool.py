@@ -1,0 +1,88 @@
+"""An append-only file of what MLflow is to be told, and how much of it has been told."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.files import write_atomic
+
+Row = tuple[str, float, int, int]
+"""A metric: name, value, step, time stamp in ms since the epoch."""
+
+BATCH = 1000
+"""MLflow takes at most this many metrics at once."""
+
+
+def now_ms() -> int:
+    """Milliseconds since the epoch, MLflow's unit."""
+    return time.time_ns() // 1_000_000
+
+
+class Spool:
+    """An append-only file of JSON lines, and how much of it has been sent."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._sent_path = folder / "spool.jsonl", folder / "sent"
+        self._cut_torn_line()
+        self._file = self._path.open("ab")
+        self.sent = int(self._sent_path.read_text()) if self._sent_path.exists() else 0
+
+    def _cut_torn_line(self) -> None:
+        """A crash can leave half a line at the end; nobody was told that it was safe."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb+") as file:
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                file.truncate(whole)
+
+    def append(self, operation: Mapping[str, Any]) -> None:
+        """Returns when the operation would survive the death of this process."""
+        self._file.write(json.dumps(operation, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+
+    def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+        """The operations from byte `start` on, each with the byte after it."""
+        with self._path.open("rb") as file:
+            file.seek(start)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                start += len(line)
+                yield json.loads(line), start
+
+    def commit(self, offset: int) -> None:
+        """Record that all before byte `offset` has been sent."""
+        write_atomic(self._sent_path, str(offset))
+        self.sent = offset
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._path.stat().st_size - self.sent
+
+
+def batches(
+    operations: Iterator[tuple[dict[str, Any], int]],
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Operations in order, the metrics of neighbours put together, with the byte after them.
+
+    What is sent again after a crash is at most one such group.
+    """
+    merged: dict[str, list[Row]] = {}
+    count, end = 0, 0
+    for operation, offset in operations:
+        if operation["do"] == "log" and count < BATCH:
+            merged.setdefault(operation["run"], []).extend(operation["rows"])
+            count += len(operation["rows"])
+            end = offset
+            continue
+        if merged:
+            yield [{"do": "log", "run": run, "rows": rows} for run, rows in merged.items()], end
+            merged, count = {}, 0
+        yield [operation], offset
+    if merged:
+        yield [{"do": "log", "run": run, "rows": rows} for run, rows in merged.items()], end
