@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from cluster.errors import SpecError, TrainingError
 from trainers import folder as folders
-from trainers import run
+from trainers import load_model, run
 from trainers.loop import Outcome
 from trainers.spec import RunSpec, resolve
 
@@ -125,6 +127,32 @@ def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None
     names = {file.path for file in client.list_artifacts(found.info.run_id)}
     assert {"spec.yaml", "environment.json"} <= names
     assert two_workers.tracked["model_uri"].startswith("models:/m-")
+
+
+def test_the_model_in_mlflow_is_the_one_that_was_trained(
+    two_workers: Done, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    mlflow.set_tracking_uri(mlflow_server)
+    uri = two_workers.tracked["model_uri"]
+    network = load_model(uri)
+    for name, weight in two_workers.weights().items():
+        assert network.state_dict()[name].equal(weight)
+    images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 1, 8, 8)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(images)).numpy()
+    served = mlflow.pyfunc.load_model(uri)
+    assert served.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["dtype"] == "uint8"
+    assert np.array_equal(served.predict(images), expected)
+
+
+def test_as_many_workers_as_there_is_room_for(train: Runner, one_worker: Done) -> None:
+    """Four CPUs hold four of [2, 6] workers; 64 samples a step, in the order of one worker."""
+    elastic = train(scale={"workers": [2, 6]})
+    for step, loss in one_worker.losses.items():
+        assert elastic.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
 
 
 def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
