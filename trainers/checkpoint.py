@@ -10,7 +10,7 @@ import concurrent.futures
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ class Checkpoints:
         step: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        numbers: Mapping[str, float] | None = None,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """Save the state after `step` steps; returns when it has been copied, not yet written.
 
-        `before_commit` is called in the writing thread before the checkpoint gets its name.
-        Waits for the save before this one, and raises what went wrong with it.
+        `numbers` are what else the next step depends on. `before_commit` is called in the
+        writing thread before the checkpoint gets its name. Waits for the save before this one,
+        and raises what went wrong with it.
         """
         self.wait()
         state = _state_of(model, optimizer)
@@ -53,7 +55,8 @@ class Checkpoints:
             for name, tensor in state.items()
         }
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        manifest = {"step": step, "optimizer": type(optimizer).__name__}
+        kind = type(optimizer).__name__
+        manifest = {"step": step, "optimizer": kind, "numbers": dict(numbers or {})}
         self._writing = writer.submit(self._write, manifest, copies, before_commit)
         writer.shutdown(wait=False)
 
@@ -110,8 +113,10 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's state into `model` and `optimizer`; returns the steps it has done.
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, float]]:
+    """Put a checkpoint's state into `model` and `optimizer`; returns its steps and `numbers`.
 
     Raises CheckpointError if it is damaged or does not fit. Numbers take the dtype of the model.
     """
@@ -139,7 +144,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
             else torch.empty_like(weight).copy_(value)
             for part, value in found[name].items()
         }
-    return int(manifest["step"])
+    return int(manifest["step"]), manifest["numbers"]
 
 
 def load_network(path: Path, model: nn.Module) -> None:

@@ -162,6 +162,14 @@ def _tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
         return torch.from_numpy(values)
 
 
+def on_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on the worker's device, floating-point columns in the dtype of the weights."""
+    return {
+        name: values.to(device, dtype if values.is_floating_point() else None)
+        for name, values in batch.items()
+    }
+
+
 def permutation(seed: int, epoch: int, samples: int) -> Tensor:
     """The order of an epoch's samples [N], as indices into the split."""
     generator = torch.Generator().manual_seed(mix_seed(seed, epoch))

@@ -1,7 +1,8 @@
 """The training loop, read top to bottom.
 
-Everything in a step is a function of (spec, step, state), so that a run that was killed and
-resumed ends with the weights of one that was not.
+What a step does is in `trainers.step`; this is what happens around the steps. All of it is a
+function of (spec, step, state), so that a run that was killed and resumed ends with the weights
+of one that was not.
 """
 
 import math
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
-from trainers.checkpoint import Checkpoints, load
-from trainers.data import Batches, open_split, rows, share
-from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
-from trainers.parallel import Worker, compute_precision, distribute, weights_dtype
-from trainers.random import SampleRandom, mix_seed, seed_device
+from trainers.checkpoint import Checkpoints
+from trainers.data import Batches, on_device, open_split, rows, share
+from trainers.folder import CHECKPOINTS
+from trainers.optimize import learning_rate
+from trainers.parallel import Worker, compute_precision, weights_dtype
 from trainers.reporter import Reporter
 from trainers.spec import RunSpec
-from trainers.workloads.base import Batch, Workload
+from trainers.step import Stepper, check_per_sample
+from trainers.workloads.base import Workload
 
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
@@ -57,8 +59,8 @@ def train(
     """Train from the newest checkpoint in `folder`, or from the start, to the last step.
 
     Stops early, with its state saved, when the reporter says so. `dataset` is what
-    `trainers.data.prepare` made.
-    Every worker calls this with the same arguments but its own `worker` and `reporter`.
+    `trainers.data.prepare` made. Every worker calls this with the same arguments but its own
+    `worker` and `reporter`.
     """
     worker = worker or Worker()
     first = worker.rank == 0
@@ -67,18 +69,15 @@ def train(
     evaluations = milestones(spec.train.evaluate_every, spec, samples)
     saves = save_points(spec, samples)
 
-    seed_device(torch.device("cpu"), mix_seed(spec.train.seed))
-    network = workload.build().to(worker.device, weights_dtype(spec.train))
-    model = distribute(network, spec.scale, worker)
-    optimizer = build_optimizer(spec.optimizer, network)
-    checkpoints = Checkpoints(folder / "checkpoints", spec.checkpoint.keep)
-    newest = worker.decided_by_first(checkpoints.newest() if first else None)
-    start = load(newest, network, optimizer) if newest else 0
-
+    train_split = open_split(dataset, "train")
     batch_size = spec.train.global_batch
-    batches = Batches(
-        open_split(dataset, "train"), spec.train.seed, batch_size, worker.rank, worker.world
-    )
+    batches = Batches(train_split, spec.train.seed, batch_size, worker.rank, worker.world)
+    stepper = Stepper(spec, workload, batches, worker, total)
+    network = stepper.network
+    checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint.keep)
+    newest = worker.decided_by_first(checkpoints.newest() if first else None)
+    start = stepper.load(newest) if newest else 0
+
     metrics: dict[str, float] = {}
     meter = _Meter()
     agreement = _Agreement(worker, reporter, start)
@@ -88,24 +87,7 @@ def train(
     network.train()
     done = start
     for step in range(start, total):
-        positions, batch = batches.at(step)
-        batch = _on_device(batch, worker.device, weights_dtype(spec.train))
-        random = SampleRandom(spec.train.seed, positions.to(worker.device))
-        seed_device(worker.device, mix_seed(spec.train.seed, step, worker.rank))
-        batch = workload.augment(batch, random)
-        with compute_precision(spec.train, worker.device):
-            loss_B = workload.loss(workload.forward(model, batch), batch)
-        _check_per_sample("loss", loss_B, len(positions))
-        # Workers average their gradients; this makes each sample count the same.
-        loss = loss_B.sum() * (worker.world / batch_size)
-        torch.autograd.backward(loss)
-        if spec.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), spec.train.clip_norm)
-        rate = learning_rate(spec.optimizer, step, total)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss_sum += loss.detach()
+        loss_sum += stepper.take(step)
         losses += 1
         done = step + 1
         meter.samples += batch_size
@@ -118,10 +100,12 @@ def train(
             losses = 0
             measured = {
                 "train/loss": mean_loss,
-                "train/lr": rate,
+                "train/lr": learning_rate(spec.optimizer, step, total),
                 "train/epoch": done * batch_size / samples,
                 "train/samples_per_s": meter.samples_per_s(),
             }
+            if stepper.skipped:
+                measured["train/skipped_steps"] = stepper.skipped
             reporter.log(measured, done)
             if not math.isfinite(mean_loss):
                 raise TrainingError(f"the loss is {mean_loss} at step {done}")
@@ -131,7 +115,7 @@ def train(
             metrics |= found
             reporter.log(found, done)
         if save and first:
-            checkpoints.save(done, network, optimizer, before_commit=reporter.flush)
+            stepper.save(checkpoints, done, before_commit=reporter.flush)
         if done in evaluations:
             reporter.evaluated(metrics, done, checkpoints)
         reporter.tick(done)
@@ -191,11 +175,11 @@ def evaluate(
         for low in range(start, stop, EVALUATION_BATCH):
             high = min(stop, low + EVALUATION_BATCH)
             batch = {name: values[low:high] for name, values in samples.items()}
-            batch = _on_device(batch, worker.device, weights_dtype(spec.train))
+            batch = on_device(batch, worker.device, weights_dtype(spec.train))
             output = workload.forward(network, batch)
             found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
             for name, values_B in found.items():
-                _check_per_sample(name, values_B, high - low)
+                check_per_sample(name, values_B, high - low)
                 total = values_B.double().sum()
                 sums[name] = sums[name] + total if name in sums else total
     network.train()
@@ -207,22 +191,6 @@ def evaluate(
     totals = worker.sum(torch.stack([sums.get(name, zero) for name in names]))
     means = (totals / count).tolist()
     return {f"{split}/{name}": mean for name, mean in zip(names, means, strict=True)}
-
-
-def _on_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on the worker's device, floating-point columns in the dtype of the weights."""
-    return {
-        name: values.to(device, dtype if values.is_floating_point() else None)
-        for name, values in batch.items()
-    }
-
-
-def _check_per_sample(name: str, values: Tensor, samples: int) -> None:
-    if values.shape != (samples,):
-        raise TrainingError(
-            f"the workload's {name} must have one value per sample, shape [{samples}] "
-            f"(got {list(values.shape)})"
-        )
 
 
 class _Meter:

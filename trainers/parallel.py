@@ -49,6 +49,14 @@ def distribute(model: nn.Module, scale: ScaleSpec, worker: Worker) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
+def compiled(model: nn.Module, train: TrainSpec) -> nn.Module:
+    """The model as `train.compile` wants it; compilation itself happens in the first step."""
+    if train.compile == "off":
+        return model
+    result: nn.Module = torch.compile(model, mode=train.compile)  # type: ignore[assignment]
+    return result
+
+
 def weights_dtype(train: TrainSpec) -> torch.dtype:
     """The dtype in which weights and optimizer state are kept."""
     return torch.float64 if train.precision == "fp64" else torch.float32
@@ -57,10 +65,11 @@ def weights_dtype(train: TrainSpec) -> torch.dtype:
 @contextmanager
 def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
     """Forward passes in here are computed in the spec's precision."""
-    if train.precision != "bf16":
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if train.precision not in dtypes:
         yield
         return
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=dtypes[train.precision]):
         yield
 
 

@@ -56,8 +56,14 @@ class TrainSpec(Spec):
     """Samples per optimizer step, over all workers together."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides the initial weights, the order of samples, augmentation and dropout."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 computes under autocast with fp32 weights."""
+    micro_batch: PositiveInt | None = None
+    """Samples that a worker takes at once; gradients add up to the global batch. All when None."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16 and fp16 compute under autocast with fp32 weights; fp16 scales the loss."""
+    compile: Literal["off", "default", "max-autotune"] = "off"
+    """torch.compile's mode for the model; the first step then takes longer."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: end the run, or skip the step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient; longer ones are scaled down to it."""
     evaluate_every: Annotated[float, Field(gt=0)] = 1.0
@@ -151,6 +157,12 @@ class RunSpec(Spec):
         if isinstance(workers, int) and batch % workers:
             raise ValueError(
                 f"train.global_batch {batch} cannot be shared evenly by scale.workers {workers}"
+            )
+        micro = self.train.micro_batch
+        if micro is not None and isinstance(workers, int) and batch % (workers * micro):
+            raise ValueError(
+                f"train.global_batch {batch} is not a multiple of scale.workers {workers} x "
+                f"train.micro_batch {micro}"
             )
         if self.scale.max_workers > batch:
             raise ValueError(

@@ -144,7 +144,7 @@ class TestContinuation:
         resumed, second = make(optimizer, seed=1, network=network)
         path = checkpoints.settled()
         assert path is not None
-        assert load(path, resumed, second) == 3
+        assert load(path, resumed, second) == (3, {})
         train(resumed, second, 3, 7)
         assert_same(state(resumed), state(straight))
 
@@ -170,7 +170,7 @@ class TestContinuation:
         straight, first = make()
         path = save(folder, 0, straight, first)
         resumed, second = make(seed=1)
-        assert load(path, resumed, second) == 0
+        assert load(path, resumed, second) == (0, {})
         for model, optimizer in ((straight, first), (resumed, second)):
             train(model, optimizer, 0, 3)
         assert_same(state(resumed), state(straight))
@@ -254,7 +254,7 @@ class TestSave:
             seen.append((names(folder), threading.get_ident() == here))
 
         checkpoints = Checkpoints(folder, keep=1)
-        checkpoints.save(1, *make(), before_commit)
+        checkpoints.save(1, *make(), before_commit=before_commit)
         checkpoints.wait()
         assert seen == [([".step-00000001"], False)]
         assert names(folder) == ["step-00000001"]
@@ -262,7 +262,7 @@ class TestSave:
     def test_save_returns_before_it_is_written(self, folder: Path) -> None:
         release = threading.Event()
         checkpoints = Checkpoints(folder, keep=1)
-        checkpoints.save(1, *make(), lambda: None if release.wait(20) else 1 / 0)
+        checkpoints.save(1, *make(), before_commit=lambda: None if release.wait(20) else 1 / 0)
         assert newest(folder) is None
         release.set()
         checkpoints.wait()
@@ -276,7 +276,7 @@ class TestSave:
             raise OSError("no space left")
 
         checkpoints = Checkpoints(two, keep=9)
-        checkpoints.save(3, *make(), before_commit)
+        checkpoints.save(3, *make(), before_commit=before_commit)
         with pytest.raises(OSError, match="no space left"):
             checkpoints.save(4, *make()) if call == "save" else getattr(checkpoints, call)()
         # What it left half-written has no name, and is not in the way of the next attempt.
