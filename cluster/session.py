@@ -35,6 +35,9 @@ def ray_session(
     if address and Path("~/.ray/auth_token").expanduser().exists():
         # Ray turns authentication on by itself for a cluster it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not address and not Path("/tmp/ray/ray_current_cluster").exists():
+        # Nobody takes this machine away with a notice; the watcher is a process for nothing.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(
             address=address,

@@ -122,6 +122,8 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modules")
     (folder / "faulty.py").write_text(FAULTY_SOURCE)
     os.environ["PYTHONPATH"] = str(folder)
+    # As for every Ray that is one machine; see cluster.session.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     # A cluster's own set-up puts the commands on the path that jobs get.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     sys.path.append(str(folder))

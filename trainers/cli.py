@@ -122,7 +122,8 @@ def _show_outcome(
     for name in sorted(metrics, key=lambda name: (not name.startswith("test/"), name)):
         if name.startswith(("test/", "val/", "train/loss")):
             table.add_row(name, f"[bold]{metrics[name]:.4f}[/]")
-    table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
+    if outcome.samples_per_s:
+        table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
     table.add_row("wall time", f"{wall_s:.0f} s")
     newest = Checkpoints(run.folder / CHECKPOINTS, keep=1).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")

@@ -131,8 +131,11 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     for name in (SPEC, ENVIRONMENT):
         tracker.artifact.remote(run.key, str(run.folder / name))
     try:
-        job = Job(run.data, run.dataset, run.folder, run.key)
-        outcome = run_workers(job, tracker, watch, stop)
+        if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
+            outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
+        else:
+            job = Job(run.data, run.dataset, run.folder, run.key)
+            outcome = run_workers(job, tracker, watch, stop)
     except BaseException as error:
         failed = isinstance(error, TrainingError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}

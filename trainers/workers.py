@@ -183,6 +183,7 @@ def _trainer_class() -> Any:
     machine; a mistake would be shown only after the last attempt.
     """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.execution.failure_handling import FailureDecision
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 
@@ -198,5 +199,10 @@ def _trainer_class() -> Any:
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
             policy = Policy(self.run_config.failure_config)
             return super()._initialize_and_run_controller(**{**kwargs, "failure_policy": policy})
+
+        def _create_default_callbacks(self) -> list[Any]:
+            # Ray's data sets are not used; their manager would be one more process to start.
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
 
     return Trainer

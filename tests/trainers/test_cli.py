@@ -3,12 +3,20 @@
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from cluster.config import read_yaml
+from trainers.data import prepare
+from trainers.loop import train
+from trainers.reporter import SilentReporter
+from trainers.spec import RunSpec, resolve
 
 SPEC = """
 workload: spirals:Spirals
@@ -23,10 +31,34 @@ def client(mlflow_server: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(mlflow_server)
 
 
-def test_interrupted_and_resumed_is_as_if_nothing_had_been(
-    heliostat: Any, client: mlflow.MlflowClient, spirals_source: str
-) -> None:
+@pytest.fixture
+def train_here(heliostat: Any, spirals_source: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Trains `spirals:Spirals` in this process, without Ray, in a folder of the given name."""
     (heliostat.folder / "spirals.py").write_text(spirals_source)
+    monkeypatch.chdir(heliostat.folder)
+    monkeypatch.setattr(sys, "path", [str(heliostat.folder), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "spirals", raising=False)
+
+    def train_in(name: str, data: dict[str, Any]) -> Path:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)  # as a single worker on this machine has
+        spec, workload = resolve(data, RunSpec)
+        folder = heliostat.folder / "runs" / name
+        train(spec, workload, prepare(workload, folder.parent), folder, SilentReporter())
+        torch.set_num_threads(threads)
+        return folder
+
+    return train_in
+
+
+def test_interrupted_and_resumed_is_as_if_nothing_had_been(
+    heliostat: Any, client: mlflow.MlflowClient, train_here: Any, spirals_source: str
+) -> None:
+    noisy = re.sub(
+        r"(def build\(self\):\n)", r"\1        print('printed by the workload')\n", spirals_source
+    )
+    (heliostat.folder / "spirals.py").write_text(noisy)
     (heliostat.folder / "s.yaml").write_text(SPEC)
     process = heliostat.start("train", "s.yaml", "--name", "cut")
     seen = []
@@ -43,6 +75,9 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     assert 0 < stopped < 3000
     run_id = re.search(r"MLflow run +(\w+)", output)[1]
     assert client.get_run(run_id).info.status == "KILLED"
+    log = heliostat.folder / re.search(r"log: (\S+)", output)[1]
+    assert "printed by the workload" not in output
+    assert "printed by the workload" in log.read_text()
 
     assert run_id in heliostat("train", "--resume", "runs/cut")
     assert client.get_run(run_id).info.status == "FINISHED"
@@ -50,35 +85,24 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     assert steps == sorted(set(steps))
     assert steps[-1] == 3000
 
-    heliostat("train", "s.yaml", "--name", "whole")
-    whole, cut = (
-        load_file(heliostat.folder / "runs" / name / "model" / "model.safetensors")
-        for name in ("whole", "cut")
-    )
-    assert all(whole[name].equal(cut[name]) for name in whole)
+    whole = train_here("whole", read_yaml(heliostat.folder / "s.yaml"))
+    weights = load_file(whole / "checkpoints" / "step-00003000" / "state.safetensors")
+    for name, weight in load_file(heliostat.folder / "runs/cut/model/model.safetensors").items():
+        assert weights[f"model.{name}"].equal(weight), name
 
 
-def test_a_new_run_starts_from_anothers_checkpoint(heliostat: Any, spirals_source: str) -> None:
-    (heliostat.folder / "spirals.py").write_text(spirals_source)
-    short = ("train", "spirals:Spirals", "--set", "train.steps=20", "--name", "short")
-    heliostat(*short)
+def test_a_new_run_starts_from_anothers_checkpoint(
+    heliostat: Any, client: mlflow.MlflowClient, train_here: Any
+) -> None:
+    short = {"workload": "spirals:Spirals", "train": {"steps": 20}}
+    train_here("short", short)
     output = heliostat(
-        *("train", "spirals:Spirals", "--set", "train.steps=40"),
-        *("--from", "short", "--name", "long", "--set", "tracking.every_steps=1"),
+        *("train", "spirals:Spirals", "--set", "train.steps=40", "--from", "short"),
+        *("--name", "long", "--set", "tracking.every_steps=1"),
     )
-    assert "step-00000040" in output
-    folder = heliostat.folder / "runs" / "long" / "checkpoints"
-    assert {path.name for path in folder.iterdir()} == {"step-00000040", "step-00000020"}
-    assert "runs/short is there already" in heliostat(*short, code=2)
-
-
-def test_the_log_holds_what_the_terminal_does_not_show(heliostat: Any, spirals_source: str) -> None:
-    noisy = spirals_source.replace("def build(self)", "def build(self)", 1)
-    noisy = re.sub(
-        r"(def build\(self\)[^\n]*:\n)", r"\1        print('printed by the workload')\n", noisy
-    )
-    (heliostat.folder / "spirals.py").write_text(noisy)
-    output = heliostat("train", "spirals:Spirals", "--set", "train.steps=5", "--name", "n")
-    log = Path(re.search(r"log: (\S+)", output)[1])
-    assert "printed by the workload" not in output
-    assert "printed by the workload" in (heliostat.folder / log).read_text()
+    run_id = re.search(r"MLflow run +(\w+)", output)[1]
+    steps = [metric.step for metric in client.get_metric_history(run_id, "train/loss")]
+    assert steps == list(range(21, 41))
+    again = heliostat("train", "spirals:Spirals", "--name", "long", code=2)
+    assert "--name long: " in again
+    assert "is there already" in again

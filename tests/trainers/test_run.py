@@ -87,31 +87,23 @@ def test_two_workers_give_the_losses_of_one(one_worker: Done, two_workers: Done)
         assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_killed_in_mid_epoch_leaves_no_trace_in_the_weights(
-    workers: int, train: Runner, one_worker: Done, two_workers: Done, tmp_path: Path
+def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
+    train: Runner, two_workers: Done, tmp_path: Path, mlflow_server: str
 ) -> None:
-    marker = tmp_path / "killed"
-    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
-    killed = train(scale={"workers": workers}, data=fault)
-    undisturbed = one_worker if workers == 1 else two_workers
-    assert marker.exists(), "no worker was killed"
-    assert killed.outcome.complete
-    for name, weight in undisturbed.weights().items():
-        assert killed.weights()[name].equal(weight), name
-
-
-def test_steps_done_again_after_a_kill_are_tracked_once(
-    train: Runner, tmp_path: Path, mlflow_server: str
-) -> None:
+    """Not in the weights, which are bit for bit the same, and not in what was tracked."""
     import mlflow
 
-    fault = {"fault": "kill", "position": 20 * 64, "marker": str(tmp_path / "killed")}
-    done = train(data=fault)
+    marker = tmp_path / "killed"
+    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
+    killed = train(scale={"workers": 2}, data=fault)
+    assert marker.exists(), "no worker was killed"
+    assert killed.outcome.complete
+    for name, weight in two_workers.weights().items():
+        assert killed.weights()[name].equal(weight), name
     client = mlflow.MlflowClient(mlflow_server)
-    history = client.get_metric_history(done.tracked["run_id"], "train/loss")
+    history = client.get_metric_history(killed.tracked["run_id"], "train/loss")
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
-    assert {m.step: m.value for m in history} == done.losses
+    assert {m.step: m.value for m in history} == two_workers.losses
 
 
 def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None:
@@ -166,11 +158,6 @@ def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
     experiment = client.get_experiment_by_name("heliostat").experiment_id
     failed = client.search_runs([experiment], "attributes.status = 'FAILED'", max_results=1)[0]
     assert "no such feature" in failed.data.tags["heliostat.reason"]
-
-
-def test_a_loss_that_is_not_a_number_ends_the_run(train: Runner) -> None:
-    with pytest.raises(TrainingError, match="the loss is nan at step 6"):
-        train(data={"fault": "nan", "position": 5 * 64})
 
 
 def test_a_finished_run_is_only_read_again(two_workers: Done, ray_cluster: str) -> None:

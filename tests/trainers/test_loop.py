@@ -1,0 +1,200 @@
+"""The loop itself, in one process: parity with plain PyTorch, exactness, what goes wrong."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.errors import TrainingError
+from trainers.checkpoint import Checkpoints
+from trainers.data import open_split, permutation, prepare
+from trainers.loop import Outcome, milestones, save_points, train
+from trainers.random import mix_seed
+from trainers.spec import RunSpec, resolve
+
+
+class Recorder:
+    """Keeps what the loop reports; asks it to stop after `stop_after` steps."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.rows: dict[str, dict[int, float]] = {}
+        self.ticks: list[int] = []
+        self._stop_after = stop_after
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            assert step not in self.rows.setdefault(name, {}), f"{name} twice at step {step}"
+            self.rows[name][step] = value
+
+    def tick(self, step: int) -> None:
+        self.ticks.append(step)
+
+    def flush(self) -> None:
+        pass
+
+    def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+        assert metrics["val/loss"] == self.rows["val/loss"][step]
+
+    def should_stop(self) -> bool:
+        return self._stop_after is not None and len(self.ticks) + 1 >= self._stop_after
+
+
+def run(
+    own_folder: Path, name: str, stop_after: int | None = None, **sections: dict[str, Any]
+) -> tuple[Outcome, Recorder, dict[str, Tensor]]:
+    """Train spirals with the given sections; the outcome, the report, the final weights."""
+    data: dict[str, Any] = {"workload": "spirals:Spirals", "tracking": {"every_steps": 1}}
+    spec, workload = resolve({**data, **sections}, RunSpec)
+    folder, recorder = own_folder / name, Recorder(stop_after)
+    outcome = train(spec, workload, prepare(workload, own_folder), folder, recorder)
+    newest = Checkpoints(folder / "checkpoints", 1).newest()
+    assert newest is not None
+    from safetensors.torch import load_file
+
+    return outcome, recorder, load_file(newest / "state.safetensors")
+
+
+STEPS = {"steps": 40, "global_batch": 32}
+
+
+def test_the_losses_are_those_of_a_plain_loop(own_folder: Path) -> None:
+    """Bare PyTorch over the same samples: AdamW, warm-up and cosine, clipping, in float64."""
+    train_section = {**STEPS, "precision": "fp64", "clip_norm": 0.5, "seed": 3}
+    rule = {"lr": 0.01, "weight_decay": 0.1, "schedule": {"warmup": 0.25}}
+    _, recorder, _ = run(
+        own_folder, "ours", train=train_section, optimizer=rule, model={"dropout": 0.0}
+    )
+
+    _, workload = resolve({"workload": "spirals:Spirals", "model": {"dropout": 0.0}}, RunSpec)
+    data = open_split(prepare(workload, own_folder), "train")
+    torch.manual_seed(mix_seed(3))
+    network = workload.build().double()
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        foreach=False,
+    )
+    stream = torch.cat([permutation(3, epoch, 280) for epoch in range(5)])
+    for step in range(40):
+        index = stream[step * 32 : (step + 1) * 32]
+        warm, progress = (step + 1) / 10, (step - 10) / 29
+        share = warm if step < 10 else (1 + math.cos(math.pi * progress)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * share
+        loss = F.cross_entropy(network(data["point"][index].double()), data["label"][index])
+        assert recorder.rows["train/loss"][step + 1] == pytest.approx(loss.item(), rel=1e-9)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(
+    precision: str, own_folder: Path
+) -> None:
+    section = {**STEPS, "precision": precision}
+    weights = [run(own_folder, f"{i}", train=section)[2] for i in range(2)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    other = run(own_folder, "other", train={**section, "seed": 1})[2]
+    assert not all(weights[0][name].equal(other[name]) for name in other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("stop_after", [1, 13, 39])
+def test_stopped_and_resumed_ends_with_the_same_bits(
+    stop_after: int, precision: str, own_folder: Path
+) -> None:
+    """Weights, optimizer, and the scale of fp16, which counts good steps between restarts."""
+    section = {**STEPS, "precision": precision}
+    _, straight, expected = run(own_folder, "straight", train=section)
+    outcome, before, _ = run(own_folder, "cut", stop_after, train=section)
+    assert outcome.step == stop_after
+    assert not outcome.complete
+    outcome, after, found = run(own_folder, "cut", train=section)
+    assert outcome.complete
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+    for name in ("train/loss", "val/loss", "val/accuracy", "test/accuracy"):
+        assert before.rows.get(name, {}) | after.rows[name] == straight.rows[name]
+
+
+def test_micro_batches_add_up_to_the_global_batch(own_folder: Path) -> None:
+    section = {**STEPS, "precision": "fp64"}
+    model = {"dropout": 0.0}
+    _, whole, _ = run(own_folder, "whole", train=section, model=model)
+    _, parts, _ = run(own_folder, "parts", train={**section, "micro_batch": 8}, model=model)
+    for step, loss in whole.rows["train/loss"].items():
+        assert parts.rows["train/loss"][step] == pytest.approx(loss, rel=1e-9)
+
+
+def test_a_compiled_model_gives_the_same_losses(own_folder: Path) -> None:
+    section = {"steps": 5, "global_batch": 32, "precision": "fp64"}
+    model = {"dropout": 0.0}
+    _, eager, _ = run(own_folder, "eager", train=section, model=model)
+    _, compiled, _ = run(
+        own_folder, "compiled", train={**section, "compile": "default"}, model=model
+    )
+    for step, loss in eager.rows["train/loss"].items():
+        assert compiled.rows["train/loss"][step] == pytest.approx(loss, rel=1e-9)
+
+
+def spoil(own_folder: Path, step: int) -> None:
+    """Make the workload's loss infinite for the samples of one step."""
+    source = (own_folder / "spirals.py").read_text()
+    change = f"""
+    def augment(self, batch, random):
+        if {step * 32} in random.positions.tolist():
+            batch["point"] = batch["point"] * float("inf")
+        return batch
+
+    def build(self):"""
+    (own_folder / "spirals.py").write_text(source.replace("\n    def build(self):", change))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_where(own_folder: Path) -> None:
+    spoil(own_folder, step=7)
+    with pytest.raises(TrainingError) as caught:
+        run(own_folder, "spoilt", train=STEPS)
+    message = str(caught.value)
+    assert message.startswith("the loss is nan at step 8 (the last finite one was 0.")
+    assert "the gradients of 0.weight, 0.bias" in message
+
+
+def test_or_is_skipped_and_counted(own_folder: Path) -> None:
+    spoil(own_folder, step=7)
+    outcome, recorder, weights = run(own_folder, "skipped", train={**STEPS, "on_nonfinite": "skip"})
+    assert outcome.complete
+    assert all(weight.isfinite().all() for weight in weights.values())
+    counts = recorder.rows["train/skipped_steps"]
+    assert sorted(counts) == list(range(8, 41))
+    assert set(counts.values()) == {1.0}
+
+
+def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
+    source = (own_folder / "spirals.py").read_text()
+    (own_folder / "spirals.py").write_text(source.replace('reduction="none"', 'reduction="mean"'))
+    with pytest.raises(TrainingError, match=r"loss must have one value per sample, shape \[32\]"):
+        run(own_folder, "wrong", train=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "saves", "evaluations"),
+    [
+        ({"epochs": 3}, [10, 20, 30], [10, 20, 30]),
+        ({"epochs": 2.5, "evaluate_every": 0.5}, [10, 20, 25], [5, 10, 15, 20, 25]),
+        ({"steps": 7}, [7], [7]),
+    ],
+)
+def test_when_it_saves_and_evaluates(
+    fields: dict[str, float], saves: list[int], evaluations: list[int]
+) -> None:
+    spec = RunSpec.model_validate({"workload": "x", "train": {**fields, "global_batch": 10}})
+    assert sorted(save_points(spec, 100)) == saves
+    assert sorted(milestones(spec.train.evaluate_every, spec, 100)) == evaluations
