@@ -179,6 +179,8 @@ def _keys(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
         fields = getattr(current, "model_fields", {})
         if part in fields:
             current = _model_in(fields[part].annotation)
+        elif typing.get_origin(current) is dict:  # any key, and a value of one kind
+            current = _model_in(typing.get_args(current)[1])
     return list(getattr(current, "model_fields", {}))
 
 

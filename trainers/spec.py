@@ -34,6 +34,7 @@ class OptimizerSpec(Spec):
     """How gradients become new weights."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    """The rule; both in PyTorch's fused form."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -43,6 +44,7 @@ class OptimizerSpec(Spec):
     momentum: Fraction = 0.9
     """Nesterov momentum of sgd; 0 turns it off."""
     schedule: ScheduleSpec = ScheduleSpec()
+    """How the learning rate changes over the run."""
 
 
 class TrainSpec(Spec):

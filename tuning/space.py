@@ -60,6 +60,7 @@ class SchedulerSpec(Spec):
     """Which trials go on and which are stopped."""
 
     name: Literal["asha", "median", "pbt", "none"] = "asha"
+    """asha and median stop the worse trials, pbt lets them go on from the better ones' weights."""
     grace_epochs: Annotated[float, Field(gt=0)] = 1
     """Epochs that every trial may do before it can be stopped (asha, median)."""
     reduction: Annotated[int, Field(ge=2)] = 3
@@ -72,6 +73,7 @@ class ResourcesSpec(Spec):
     """What Ray reserves for a trial of one worker."""
 
     cpu: Annotated[float, Field(gt=0)] = 1
+    """CPUs, and threads on them."""
     gpu: Annotated[float, Field(ge=0)] = 0
     """GPUs; a fraction lets several trials share one."""
 
@@ -84,7 +86,9 @@ class SweepSpec(Spec):
     metric: str = "val/loss"
     """Metric of evaluation that trials are compared by."""
     mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger value is better."""
     search: Literal["random", "grid", "tpe", "cmaes"] = "tpe"
+    """How values are chosen: at random, all of them, or by Optuna's TPE or CMA-ES."""
     scheduler: SchedulerSpec = SchedulerSpec()
     trials: PositiveInt = 16
     """How many; grid ignores it and tries every combination once."""

@@ -251,7 +251,7 @@ BAD_SPECS = {
     "unknown key": ("optimizer: {lrr: 1}", [], "optimizer.lrr: unknown key; did you mean 'lr'?"),
     "unknown section": ("modell: {}", [], "modell: unknown key; did you mean 'model'?"),
     "unknown own key": ("model: {widht: 3}", [], "model.widht: unknown key; did you mean 'width'?"),
-    "wrong type": ("train: {precision: 16}", [], "train.precision: must be 'fp32', 'bf16' or "),
+    "wrong type": ("train: {precision: 16}", [], "train.precision: must be 'fp32', 'bf16', "),
     "not a section": ("train: 3", [], "train: must be a mapping (got 3)"),
     "impossible value": ("train: {steps: 0}", [], "train.steps: must be greater than 0 (got 0)"),
     "list too short": ("optimizer: {betas: [0.9]}", [], "optimizer.betas"),

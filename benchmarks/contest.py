@@ -1,0 +1,62 @@
+"""What all benchmarks share: interleaved rounds, medians, an interval for each ratio, one table.
+
+Machines are noisy and get slower and faster by themselves, so contenders take turns within a
+round and are compared within it; a number from another day or machine means nothing here.
+"""
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Contender = Callable[[], float]
+"""Runs once and returns what was measured, such as seconds per step."""
+
+
+def compete(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """Let everyone run once per round, in an order that changes with the round."""
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            measured[name].append(contenders[name]())
+    return measured
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Median over rounds of ours / theirs, and its 95 % bootstrap interval."""
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return statistics.median(pairs), medians[50], medians[1949]
+
+
+def rows(case: str, ours: str, measured: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """One row for each other contender: ours against theirs."""
+    result = []
+    for name, values in measured.items():
+        if name != ours:
+            middle, low, high = ratio(measured[ours], values)
+            figures = {"ratio": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
+            result.append({"case": case, "against": name, **figures})
+    return result
+
+
+def show(case: str, measured: Mapping[str, list[float]], unit: str, scale: float) -> None:
+    """The medians of a case, the fastest first."""
+    print(f"\n{case}")
+    for name, values in sorted(measured.items(), key=lambda item: statistics.median(item[1])):
+        middle = statistics.median(values) * scale
+        spread = (min(values) * scale, max(values) * scale)
+        print(f"  {name:<28} {middle:9.3f} {unit}   ({spread[0]:.3f} to {spread[1]:.3f})")
+
+
+def finish(benchmark: str, results: list[dict[str, Any]]) -> None:
+    """The ratios as a table, and as the last line everything as JSON."""
+    print(f"\n{'case':<24} {'against':<28} {'ratio':>7}   95 % interval")
+    for row in results:
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        print(f"{row['case']:<24} {row['against']:<28} {row['ratio']:>7.3f}   {interval}")
+    print(json.dumps({"benchmark": benchmark, "rows": results}))

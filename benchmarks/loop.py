@@ -1,0 +1,324 @@
+"""Step time of the training loop against bare PyTorch, Lightning, Accelerate and Ray's tutorial.
+
+    pip install lightning accelerate     # peers that are not installed are left out
+    python benchmarks/loop.py [--rounds 15] [--ray]
+
+Same model, data, batch, optimizer (fused AdamW), learning rate schedule and seeds; no
+augmentation; every contender logs its loss every ten steps. Timed are the steps alone, after
+warm-up: no start, no evaluation, no checkpoint. Each worker has one thread.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from contest import Contender, compete, finish, rows, show
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from trainers.checkpoint import Checkpoints
+from trainers.data import open_split, prepare
+from trainers.loop import train
+from trainers.parallel import Worker
+from trainers.spec import RunSpec, resolve
+
+WARM_UP, STEPS = 10, 60
+
+CASES: dict[str, dict[str, Any]] = {
+    "digits CNN": {
+        "workload": "vision",
+        "model": {"width": 16, "augment": 0.0},
+        "train": {"global_batch": 64},
+    },
+    "small GPT": {"workload": "models:Text", "train": {"global_batch": 8}},
+}
+
+
+def resolved(case: str) -> tuple[RunSpec, Any, Path]:
+    data = {**CASES[case], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
+    data["train"] = {**data["train"], "steps": WARM_UP + STEPS, "evaluate_every": 1e6}
+    data["checkpoint"] = {"every_steps": 10**6}
+    spec, workload = resolve(data, RunSpec)
+    return spec, workload, prepare(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
+
+
+class Clock:
+    """A reporter that takes the time between the end of the warm-up and the last step."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def tick(self, step: int) -> None:
+        if step == WARM_UP:
+            self._start = time.perf_counter()
+        # The last step ends with evaluation and a save, which are not what is timed.
+        if step == WARM_UP + STEPS - 1:
+            self.seconds = (time.perf_counter() - self._start) / (STEPS - 1)
+
+    def flush(self) -> None:
+        pass
+
+    def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return False
+
+
+def heliostat(case: str, rank: int = 0, world: int = 1) -> float:
+    spec, workload, dataset = resolved(case)
+    folder, clock = Path(tempfile.mkdtemp()), Clock()
+    train(spec, workload, dataset, folder, clock, Worker(rank, world))
+    shutil.rmtree(folder, ignore_errors=True)
+    return clock.seconds
+
+
+def bare(case: str, rank: int = 0, world: int = 1) -> float:
+    """What people write by hand."""
+    spec, workload, dataset = resolved(case)
+    data, batch_size = open_split(dataset, "train"), spec.train.global_batch // world
+    torch.manual_seed(0)
+    network = model = workload.build()
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    samples = len(next(iter(data.values())))
+    order = torch.randperm(samples).repeat(1 + (WARM_UP + STEPS) * batch_size * world // samples)
+    network.train()
+    for step in range(WARM_UP + STEPS - 1):
+        if step == WARM_UP:
+            start = time.perf_counter()
+        low = (step * world + rank) * batch_size
+        index = order[low : low + batch_size]
+        batch = {name: column.index_select(0, index) for name, column in data.items()}
+        loss = workload.loss(workload.forward(model, batch), batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 10 == 9:
+            loss.item()
+    return (time.perf_counter() - start) / (STEPS - 1)
+
+
+def cosine(step: int) -> float:
+    return (1 + math.cos(math.pi * step / (WARM_UP + STEPS))) / 2
+
+
+def loader(case: str) -> tuple[Any, torch.utils.data.DataLoader[Any]]:
+    """The workload and its training split as the usual loader, enough for all steps."""
+    spec, workload, dataset = resolved(case)
+    columns = open_split(dataset, "train")
+    data = torch.utils.data.TensorDataset(*columns.values())
+    needed = (WARM_UP + STEPS) * spec.train.global_batch
+    draw = torch.utils.data.RandomSampler(data, replacement=True, num_samples=needed)
+    batches = torch.utils.data.DataLoader(data, spec.train.global_batch, sampler=draw)
+    workload.columns = list(columns)
+    return workload, batches
+
+
+def accelerate(case: str) -> float:
+    from accelerate import Accelerator
+
+    workload, batches = loader(case)
+    accelerator = Accelerator(cpu=True)
+    network = workload.build()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    model, optimizer, batches, schedule = accelerator.prepare(network, optimizer, batches, schedule)
+    model.train()
+    for step, values in enumerate(batches):
+        if step == WARM_UP:
+            start = time.perf_counter()
+        if step == WARM_UP + STEPS - 1:
+            return (time.perf_counter() - start) / (STEPS - 1)
+        batch = dict(zip(workload.columns, values, strict=True))
+        loss = workload.loss(workload.forward(model, batch), batch).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 9:
+            loss.item()
+    raise AssertionError("the loader ended early")
+
+
+def lightning(case: str) -> float:
+    import logging
+
+    import lightning as L
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    workload, batches = loader(case)
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = workload.build()
+
+        def training_step(self, values: Any, index: int) -> torch.Tensor:
+            batch = dict(zip(workload.columns, values, strict=True))
+            loss = workload.loss(workload.forward(self.network, batch), batch).mean()
+            if index % 10 == 9:
+                loss.item()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(
+                self.network.parameters(), lr=1e-3, weight_decay=0.0, fused=True
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    class Timer(L.Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            step = arguments[-1] + 1
+            if step == WARM_UP:
+                self.start = time.perf_counter()
+            if step == WARM_UP + STEPS - 1:
+                self.seconds = (time.perf_counter() - self.start) / (STEPS - 1)
+
+    timer = Timer()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=WARM_UP + STEPS,
+        callbacks=[timer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), batches)
+    return timer.seconds
+
+
+def _spawned(rank: int, contender: Any, case: str, port: int, queue: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    seconds = contender(case, rank, 2)
+    if rank == 0:
+        queue.put(seconds)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def two_workers(contender: Any, case: str) -> float:
+    """The contender in two processes; the time that the first one took."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_spawned, (contender, case, port, queue), nprocs=2)
+    return float(queue.get())
+
+
+def ray_tutorial(workers: int, case: str) -> float:
+    """The loop of Ray's own tutorial on PyTorch."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    folder = tempfile.mkdtemp()
+    trainer = TorchTrainer(
+        _tutorial,
+        train_loop_config={"case": case, "path": str(Path(__file__).parent)},
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(storage_path=folder),
+    )
+    seconds = trainer.fit().return_value
+    shutil.rmtree(folder, ignore_errors=True)
+    return float(seconds)
+
+
+def _tutorial(config: dict[str, Any]) -> float:
+    sys.path.insert(0, config["path"])
+    import ray.train
+    from loop import loader as load
+    from ray.train.torch import prepare_data_loader, prepare_model
+
+    torch.set_num_threads(1)
+    workload, batches = load(config["case"])
+    world = ray.train.get_context().get_world_size()
+    batches = torch.utils.data.DataLoader(
+        batches.dataset, batches.batch_size // world, shuffle=True
+    )
+    batches = prepare_data_loader(batches)
+    model = prepare_model(workload.build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+    step = 0
+    while True:
+        for values in batches:
+            if step == WARM_UP:
+                start = time.perf_counter()
+            if step == WARM_UP + STEPS - 1:
+                return (time.perf_counter() - start) / (STEPS - 1)
+            batch = dict(zip(workload.columns, values, strict=True))
+            loss = workload.loss(workload.forward(model, batch), batch).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 10 == 9:
+                loss.item()
+            step += 1
+
+
+def installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--ray", action="store_true", help="also Ray's tutorial, a minute a round")
+    args = options.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    results = []
+    for case in CASES:
+        alone: dict[str, Contender] = {
+            "Heliostat": partial(heliostat, case),
+            "bare PyTorch": partial(bare, case),
+        }
+        for name, peer in {"lightning": lightning, "accelerate": accelerate}.items():
+            if installed(name):
+                alone[name.capitalize()] = partial(peer, case)
+        both: dict[str, Contender] = {
+            "Heliostat": partial(two_workers, heliostat, case),
+            "bare PyTorch (DDP)": partial(two_workers, bare, case),
+        }
+        if args.ray:
+            alone["Ray Train tutorial"] = partial(ray_tutorial, 1, case)
+            both["Ray Train tutorial"] = partial(ray_tutorial, 2, case)
+        for title, contenders, rounds in (
+            (f"{case}, 1 worker", alone, args.rounds),
+            (f"{case}, 2 workers", both, max(3, args.rounds // 3)),
+        ):
+            measured = compete(contenders, rounds)
+            show(title, measured, "ms/step", 1e3)
+            results += rows(title, "Heliostat", measured)
+    finish("loop", results)
+
+
+if __name__ == "__main__":
+    main()
