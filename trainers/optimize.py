@@ -14,11 +14,13 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     Weight decay is for matrices and kernels; biases and norms go without, as is usual.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": spec.weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    decayed = [p for p in weights if p.ndim > 1 and spec.weight_decay > 0]
+    others = [p for p in weights if p.ndim <= 1 or spec.weight_decay == 0]
+    groups = [  # as few as can be: each is a kernel launch of its own
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decayed, spec.weight_decay), (others, 0.0))
+        if group
     ]
-    groups = [group for group in groups if group["params"]]
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True)
     nesterov = spec.momentum > 0

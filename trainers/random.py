@@ -6,6 +6,7 @@ counter, in int64 arithmetic that wraps, so that they are the same on every devi
 """
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,8 +65,13 @@ class SampleRandom:
 
     def __init__(self, seed: int, positions: Tensor) -> None:
         self.positions = positions
-        self._keys_B = _mix(positions * _signed(_GOLDEN) + _signed(mix_seed(seed)))
+        self._seed = seed
         self._draws = 0
+
+    @cached_property
+    def _keys_B(self) -> Tensor:
+        """One key per sample; workloads that draw nothing don't pay for it."""
+        return _mix(self.positions * _signed(_GOLDEN) + _signed(mix_seed(self._seed)))
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
