@@ -1,10 +1,12 @@
 """What tests share: workloads as users write them, one Ray, one MLflow server, the command line."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -87,6 +89,7 @@ FAULTY_SOURCE = '''
 """Digits with faults that happen once, at an exact sample."""
 
 import os
+import pty
 import signal
 from pathlib import Path
 
@@ -235,6 +238,33 @@ class CommandLine:
             text=True,
             start_new_session=True,
         )
+
+    def in_a_terminal(self, *arguments: str) -> str:
+        """What a person sees who runs it in a terminal; the exit code has to be 0."""
+        ours, its = pty.openpty()
+        termios.tcsetwinsize(its, (40, 200))
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("heliostat")), *arguments],
+            cwd=self.folder,
+            env={**self.environment, "TERM": "xterm-256color"},
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            start_new_session=True,
+        )
+        os.close(its)
+        seen = b""
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:  # Linux's end of file of a terminal
+                break
+            if not data:
+                break
+            seen += data
+        os.close(ours)
+        assert process.wait(60) == 0, seen.decode()
+        return seen.decode()
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         """What it prints; the exit code has to be `code`."""

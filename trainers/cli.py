@@ -77,6 +77,8 @@ class ProgressBar:
             "left",
             console=console,
             disable=not console.is_terminal,
+            redirect_stdout=False,  # what others print goes to the log
+            redirect_stderr=False,
         )
         self._total_steps = total_steps
         self._task = self._bar.add_task("starting", total=total_steps)

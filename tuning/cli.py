@@ -95,6 +95,8 @@ class SweepProgress:
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
+            redirect_stdout=False,  # what others print goes to the log
+            redirect_stderr=False,
         )
         self._task = self._bar.add_task("starting", total=sweep.spec.total_trials)
 

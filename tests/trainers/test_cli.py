@@ -79,7 +79,11 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     assert "printed by the workload" not in output
     assert "printed by the workload" in log.read_text()
 
-    assert run_id in heliostat("train", "--resume", "runs/cut")
+    shown = heliostat.in_a_terminal("train", "--resume", "runs/cut")
+    assert run_id in shown
+    assert "3000/3000 steps" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert "pid=" not in shown, "Ray's chatter reached the terminal"
+    assert "printed by the workload" not in shown
     assert client.get_run(run_id).info.status == "FINISHED"
     steps = [m.step for m in client.get_metric_history(run_id, "train/loss")]
     assert steps == sorted(set(steps))
