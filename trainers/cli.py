@@ -104,9 +104,9 @@ class ProgressBar:
     def _summary(self) -> str:
         shown = {"train/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}
         parts = [form.format(self._newest[k]) for k, form in shown.items() if k in self._newest]
-        parts += [
-            f"{k} {v:.4f}" for k, v in self._newest.items() if k.startswith(("val/", "test/"))
-        ]
+        # A bar shares its line with this, and the table at the end has the rest.
+        scores = "val/" if self._console.is_terminal else ("val/", "test/")
+        parts += [f"{k} {v:.4f}" for k, v in self._newest.items() if k.startswith(scores)]
         return "  ".join(parts)
 
 
