@@ -40,6 +40,8 @@ def train_command(args: argparse.Namespace) -> int:
     from cluster.errors import SpecError
     from trainers import run
 
+    if args.resume and (args.name or args.source):
+        raise SpecError("--resume: a run keeps its name and its own checkpoints")
     if args.resume:
         unfinished = run.resumed_run(args.resume, run.storage_of(args.spec), args.set)
     elif args.spec:
