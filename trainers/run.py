@@ -123,13 +123,7 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     Returns what became of it, and what MLflow has of it (`Tracker.read`); instead of that
     `unsent`, one line, when MLflow cannot be reached.
     """
-    import ray
-
-    tracking = run.spec.tracking
-    tracker = start_tracker(run.folder / TRACK, str(tracking.uri), tracking.experiment, run.key)
-    tracker.start.remote(tracked_run(run.key, run.data))
-    for name in (SPEC, ENVIRONMENT):
-        tracker.artifact.remote(run.key, str(run.folder / name))
+    tracker = start_tracking(run.folder, run.spec, run.data)
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
@@ -147,8 +141,27 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         tracker.finish.remote(run.key, "FINISHED")
     else:
         tracker.finish.remote(run.key, "KILLED", {"heliostat.reason": "stopped"})
+    return outcome, end_tracking(tracker, run.key)
+
+
+def start_tracking(
+    folder: Path, spec: RunSpec, data: Mapping[str, Any], kind: str = "train"
+) -> Any:
+    """The tracker of the run or sweep in `folder`, told of it and of what it was made with."""
+    key, tracking = folder.name, spec.tracking
+    tracker = start_tracker(folder / TRACK, str(tracking.uri), tracking.experiment, key)
+    tracker.start.remote(tracked_run(key, data, kind=kind))
+    for name in (SPEC, ENVIRONMENT):
+        tracker.artifact.remote(key, str(folder / name))
+    return tracker
+
+
+def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
+    """Wait until MLflow has everything; what it has, or why it has not (`unsent`)."""
+    import ray
+
     unsent = drain(tracker, timeout_s=60)
-    return outcome, {"unsent": unsent} if unsent else ray.get(tracker.read.remote(run.key))
+    return {"unsent": unsent} if unsent else ray.get(tracker.read.remote(key))
 
 
 @contextlib.contextmanager

@@ -33,10 +33,6 @@ class TrackedRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None
 
-    @property
-    def name(self) -> str:
-        return self.key.rpartition("/")[2]
-
 
 def default_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite file in the working folder."""

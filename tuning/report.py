@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.config import write_yaml
 from tuning.search import Journal, study_of
-from tuning.trial import ENDED, FAILED, LAST, Sweep
+from tuning.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Leaderboard:
 
 def leaderboard(sweep: Sweep) -> Leaderboard:
     """Read from the sweep's folder, whether it is finished or not."""
-    journal = Journal(sweep.folder / "journal.jsonl")
+    journal = Journal(sweep.folder / JOURNAL)
     standings, ended, failed = [], [], {}
     for number, parameters in journal.parameters.items():
         folder = sweep.trial_folder(number)

@@ -13,18 +13,17 @@ from cluster.errors import SpecError
 from cluster.files import write_atomic
 from trainers import run
 from trainers.data import prepare, rows
-from trainers.folder import ENVIRONMENT, SPEC, TRACK, create_folder, find_folder, unique_name
+from trainers.folder import SPEC, create_folder, find_folder, unique_name
 from trainers.spec import find_spec, resolve
 from trainers.spool import now_ms
-from trainers.track import drain, start_tracker
 from trainers.workers import scaling
 from tuning.report import Leaderboard, leaderboard, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
 from tuning.space import SweepRunSpec, check_parameters
-from tuning.trial import ENDED, FAILED, Sweep, run_trial
+from tuning.trial import ENDED, FAILED, JOURNAL, Sweep, run_trial
 
-JOURNAL, BEST, TUNE = "journal.jsonl", "best.yaml", "tune"
+BEST, TUNE = "best.yaml", "tune"
 
 Watcher = Callable[[str, int, dict[str, Any]], None]
 """Told of a trial's `start`, `result`, `stop`, `done` and `error`, with its number and result."""
@@ -64,14 +63,8 @@ def execute(sweep: Sweep, watch: Watcher) -> tuple[Leaderboard, dict[str, Any]]:
     Ctrl-C ends it early with its state saved. Returns what the trials came to, and what MLflow
     has of the sweep (`Tracker.read`, or `unsent`).
     """
-    import ray
-
     spec, _ = resolve(sweep.data, SweepRunSpec)
-    tracking = spec.tracking
-    tracker = start_tracker(sweep.folder / TRACK, str(tracking.uri), tracking.experiment, sweep.key)
-    tracker.start.remote(run.tracked_run(sweep.key, sweep.data, kind="sweep"))
-    for name in (SPEC, ENVIRONMENT):
-        tracker.artifact.remote(sweep.key, str(sweep.folder / name))
+    tracker = run.start_tracking(sweep.folder, spec, sweep.data, kind="sweep")
     _watchers[sweep.key] = watch
     try:
         _tuner(sweep, spec, tracker).fit()
@@ -83,13 +76,12 @@ def execute(sweep: Sweep, watch: Watcher) -> tuple[Leaderboard, dict[str, Any]]:
             write_best(sweep, board.best, sweep.folder / BEST)
             tracker.artifact.remote(sweep.key, str(sweep.folder / BEST))
             if finished:
-                now = now_ms()
-                best = (f"best/{sweep.spec.metric}", board.best.value, 0, now)
+                best = (f"best/{sweep.spec.metric}", board.best.value, 0, now_ms())
                 tracker.log.remote(sweep.key, [best], 0)
         reason = {} if finished else {"heliostat.reason": "stopped"}
         tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", reason)
-        unsent = drain(tracker, timeout_s=60)
-    return board, {"unsent": unsent} if unsent else ray.get(tracker.read.remote(sweep.key))
+        tracked = run.end_tracking(tracker, sweep.key)
+    return board, tracked
 
 
 def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any) -> tune.Tuner:

@@ -26,6 +26,7 @@ from trainers.spool import Row
 from trainers.workers import Job, explain, run_workers
 from tuning.space import SweepSpec, trial_data
 
+JOURNAL = "journal.jsonl"
 LAST, ENDED, FAILED = "last.json", "ended.json", "failed.json"
 
 
@@ -129,12 +130,11 @@ class _Progress:
             "epoch": step / self._epoch_steps,
             "complete": step == self._steps,
         }
-        checkpoint = Checkpoints(self._folder / CHECKPOINTS, keep=1).newest()
         write_atomic(self._folder / LAST, json.dumps(result))
-        if self._passes_checkpoints and checkpoint is not None:
-            tune.report(result, checkpoint=tune.Checkpoint.from_directory(checkpoint))
-        else:
-            tune.report(result)
+        newest = None
+        if self._passes_checkpoints:  # looking for it reads all of it
+            newest = Checkpoints(self._folder / CHECKPOINTS, keep=1).newest()
+        tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
 
     def watch(self, step: int, rows: list[Row]) -> None:
         """Report the evaluations among the metrics that the workers sent."""
