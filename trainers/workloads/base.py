@@ -70,6 +70,27 @@ class Workload(ABC):
         """An input of the model as a batch of one, for the exported model's signature."""
         return None
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated parts of the model, which are sharded and recomputed one by one.
+
+        All members of the model's `nn.ModuleList`s when not overridden.
+        """
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks]
+
+    def tensor_plan(self, model: nn.Module) -> dict[str, Any]:
+        """How layers are split over a tensor-parallel group: {module name: ParallelStyle}.
+
+        As `torch.distributed.tensor.parallel.parallelize_module` takes it; empty when the
+        model cannot be split.
+        """
+        return {}
+
+    @property
+    def tokens_per_sample(self) -> int | None:
+        """Tokens that one sample holds, for a rate in tokens; None where there are none."""
+        return None
+
 
 def load_workload(name: str) -> type[Workload]:
     """The class that a spec's `workload` names; SpecError when there is none.
