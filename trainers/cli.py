@@ -92,7 +92,9 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def watch(self, step: int, rows: "list[Row]") -> None:
+    def watch(self, step: int, rows: "list[Row]", notes: list[str]) -> None:
+        for note in notes:
+            self._console.print(note, style="dim", highlight=False)
         evaluated = ""
         for name, value, row_step, _ in rows:
             self._newest[name] = value
@@ -129,7 +131,7 @@ def _show_outcome(
     if outcome.samples_per_s:
         table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
     table.add_row("wall time", f"{wall_s:.0f} s")
-    newest = Checkpoints(run.folder / CHECKPOINTS, keep=1).newest()
+    newest = Checkpoints(run.folder / CHECKPOINTS).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")
     if "unsent" in tracked:
         table.add_row("tracking", f"[yellow]{tracked['unsent']}; kept in {run.folder / TRACK}[/]")

@@ -54,7 +54,7 @@ def find_checkpoint(name: str, storage: Path) -> Path:
     """The newest whole checkpoint of a run, a trial or a folder of checkpoints."""
     for folder in (storage / name, Path(name)):
         for checkpoints in (folder / CHECKPOINTS, folder):
-            found = Checkpoints(checkpoints, keep=1).newest()
+            found = Checkpoints(checkpoints).newest()
             if found is not None:
                 return found
     raise SpecError(f"--from {name}: no checkpoint there")

@@ -7,7 +7,7 @@ of one that was not.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
-from trainers.checkpoint import Checkpoints
-from trainers.data import Batches, on_device, open_split, rows, share
+from trainers.checkpoint import Checkpoints, interval_s
+from trainers.data import on_device, open_split, rows, share
 from trainers.folder import CHECKPOINTS
 from trainers.optimize import learning_rate
-from trainers.parallel import Worker, compute_precision, weights_dtype
+from trainers.parallel import (
+    Worker,
+    compile_s,
+    compute_precision,
+    share_buffers,
+    weights_dtype,
+)
 from trainers.reporter import Reporter
-from trainers.spec import RunSpec
+from trainers.spec import CheckpointSpec, RunSpec
 from trainers.step import Stepper, check_per_sample
 from trainers.workloads.base import Workload
 
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
-"""How often several workers ask the first one whether to stop."""
+"""How often several workers ask the first one whether to stop or save."""
+FIRST_SAVE_S = 30.0
+"""Seconds to the first save when its interval is chosen by what a save costs."""
 
 
 @dataclass(frozen=True)
@@ -62,44 +70,36 @@ def train(
     `trainers.data.prepare` made. Every worker calls this with the same arguments but its own
     `worker` and `reporter`.
     """
-    worker = worker or Worker()
-    first = worker.rank == 0
     samples = rows(dataset, "train")
     total = spec.train.total_steps(samples)
-    evaluations = milestones(spec.train.evaluate_every, spec, samples)
-    saves = save_points(spec, samples)
-
-    train_split = open_split(dataset, "train")
     batch_size = spec.train.global_batch
-    batches = Batches(train_split, spec.train.seed, batch_size, worker.rank, worker.world)
-    stepper = Stepper(spec, workload, batches, worker, total)
-    network = stepper.network
-    checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint.keep)
-    newest = worker.decided_by_first(checkpoints.newest() if first else None)
-    start = stepper.load(newest) if newest else 0
+    evaluations = milestones(spec.train.evaluate_every, spec, samples)
+    stepper = Stepper(spec, workload, open_split(dataset, "train"), worker or Worker(), total)
+    worker = stepper.worker
+    checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker)
+    start, numbers = stepper.resume(checkpoints)
+    saves = _Saves(spec.checkpoint, total, evaluations, worker)
+    reporter.note("parallel", f"{stepper.layout.mode}: {stepper.layout.reason}")
 
     metrics: dict[str, float] = {}
     meter = _Meter()
-    agreement = _Agreement(worker, reporter, start)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
-    losses = 0
+    agreement = _Agreement(worker, start)
+    losses = _Losses(worker, numbers)
 
-    network.train()
+    stepper.network.train()
     done = start
     for step in range(start, total):
-        loss_sum += stepper.take(step)
-        losses += 1
+        losses.add(stepper.take(step))
         done = step + 1
         meter.samples += batch_size
+        if step == start and spec.train.compile != "off":
+            reporter.note("compile", f"{compile_s():.1f} s")
 
-        stop = agreement.stop(done)
-        save = done in saves or done == total or stop
-        if done % spec.tracking.every_steps == 0 or done in evaluations or save:
-            mean_loss = worker.sum(loss_sum).item() / worker.world / losses
-            loss_sum.zero_()
-            losses = 0
+        stop, save = agreement.decide(done, lambda: (reporter.should_stop(), saves.due()))
+        save = save or stop or saves.planned(done)
+        if done % spec.tracking.every_steps == 0 or done in evaluations:
             measured = {
-                "train/loss": mean_loss,
+                "train/loss": losses.mean(done),
                 "train/lr": learning_rate(spec.optimizer, step, total),
                 "train/epoch": done * batch_size / samples,
                 "train/samples_per_s": meter.samples_per_s(),
@@ -107,24 +107,26 @@ def train(
             if stepper.skipped:
                 measured["train/skipped_steps"] = stepper.skipped
             reporter.log(measured, done)
-            if not math.isfinite(mean_loss):
-                raise TrainingError(f"the loss is {mean_loss} at step {done}")
+        found: dict[str, float] = {}
         for split in _splits_due(done, total, evaluations, dataset):
+            share_buffers(stepper.network, stepper.layout)
             with meter.paused():
-                found = evaluate(spec, workload, network, dataset, split, worker)
+                found |= evaluate(spec, workload, stepper.network, dataset, split, worker)
+        if found:
             metrics |= found
             reporter.log(found, done)
-        if save and first:
-            stepper.save(checkpoints, done, before_commit=reporter.flush)
+        if save:
+            began = time.monotonic()
+            stepper.save(checkpoints, done, losses.numbers(done), found, reporter.flush)
+            saves.saved(time.monotonic() - began, reporter)
         if done in evaluations:
             reporter.evaluated(metrics, done, checkpoints)
         reporter.tick(done)
         if stop:
             break
 
-    if first:
-        checkpoints.wait()
-        reporter.flush()
+    checkpoints.wait()
+    reporter.flush()
     worker.wait_for_all()
     return Outcome(done, total, metrics, meter.samples_per_s())
 
@@ -138,14 +140,6 @@ def milestones(every_epochs: float, spec: RunSpec, samples: int) -> set[int]:
         steps.add(step)
         count += 1
     return steps
-
-
-def save_points(spec: RunSpec, samples: int) -> set[int]:
-    """The steps after which the state is saved, by `checkpoint.every_steps` or once an epoch."""
-    every, total = spec.checkpoint.every_steps, spec.train.total_steps(samples)
-    if every is None:
-        return milestones(1.0, spec, samples)
-    return {*range(every, total, every), total}
 
 
 def _splits_due(done: int, total: int, evaluations: set[int], dataset: Path) -> list[str]:
@@ -168,29 +162,26 @@ def evaluate(
     """
     samples = open_split(dataset, split)
     count = rows(dataset, split)
-    start, stop = share(count, worker.rank, worker.world)
+    start, stop = share(count, worker.data_rank, worker.data_world)
+    # Workers of a sharded model go through it equally often, if need be with nothing to count.
+    rounds = math.ceil(math.ceil(count / worker.data_world) / EVALUATION_BATCH)
     sums: dict[str, Tensor] = {}
     network.eval()
     with torch.inference_mode(), compute_precision(spec.train, worker.device):
-        for low in range(start, stop, EVALUATION_BATCH):
-            high = min(stop, low + EVALUATION_BATCH)
-            batch = {name: values[low:high] for name, values in samples.items()}
+        for turn in range(rounds):
+            low, high = (start + bound for bound in share(stop - start, turn, rounds))
+            part = slice(min(low, count - 1), max(high, low + 1))
+            batch = {name: values[part] for name, values in samples.items()}
             batch = on_device(batch, worker.device, weights_dtype(spec.train))
             output = workload.forward(network, batch)
             found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
             for name, values_B in found.items():
-                check_per_sample(name, values_B, high - low)
-                total = values_B.double().sum()
+                check_per_sample(name, values_B, len(next(iter(batch.values()))))
+                total = values_B[: high - low].double().sum()
                 sums[name] = sums[name] + total if name in sums else total
     network.train()
-    if worker.world == 1:
-        return {f"{split}/{name}": total.item() / count for name, total in sums.items()}
-    # A worker without samples knows no names; the first one always has some.
-    names = worker.decided_by_first(list(sums))
-    zero = torch.zeros((), dtype=torch.float64, device=worker.device)
-    totals = worker.sum(torch.stack([sums.get(name, zero) for name in names]))
-    means = (totals / count).tolist()
-    return {f"{split}/{name}": mean for name, mean in zip(names, means, strict=True)}
+    means = (worker.sum(torch.stack(list(sums.values()))) / count).tolist()
+    return {f"{split}/{name}": mean for name, mean in zip(sums, means, strict=True)}
 
 
 class _Meter:
@@ -210,24 +201,90 @@ class _Meter:
         self._since += time.perf_counter() - start
 
 
-class _Agreement:
-    """Whether to stop, answered alike by all workers after the same step."""
+class _Losses:
+    """The mean loss over the steps since it was last asked for, whatever was saved in between."""
 
-    def __init__(self, worker: Worker, reporter: Reporter, step: int) -> None:
-        self._worker, self._reporter = worker, reporter
+    def __init__(self, worker: Worker, numbers: Mapping[str, float]) -> None:
+        """`numbers` are those of the checkpoint that training goes on from."""
+        self._worker = worker
+        self._count = int(numbers.get("losses", 0))
+        already = numbers.get("loss_sum", 0.0) if worker.first else 0.0
+        self._sum = torch.tensor(already, dtype=torch.float64, device=worker.device)
+
+    def add(self, loss: Tensor) -> None:
+        """Take what `Stepper.take` gave for a step."""
+        self._sum += loss
+        self._count += 1
+
+    def mean(self, step: int) -> float:
+        """Collective. Raises TrainingError when the loss has ceased to be a number."""
+        numbers = self.numbers(step)
+        self._sum.zero_()
+        self._count = 0
+        return numbers["loss_sum"] / self._worker.data_world / numbers["losses"]
+
+    def numbers(self, step: int) -> dict[str, float]:
+        """What a checkpoint keeps, so that no window of the mean begins at a restart; likewise."""
+        total = self._worker.sum(self._sum.clone()).item()
+        if not math.isfinite(total):
+            raise TrainingError(f"the loss is {total} at step {step}")
+        return {"loss_sum": total, "losses": self._count}
+
+
+class _Saves:
+    """When the state is saved."""
+
+    def __init__(
+        self, spec: CheckpointSpec, total: int, evaluations: set[int], worker: Worker
+    ) -> None:
+        self._spec, self._total = spec, total
+        self._evaluations = evaluations if spec.keep_best else set()
+        self._failure_s = spec.failure_every_hours * 3600 / worker.world
+        self._next = time.monotonic() + FIRST_SAVE_S
+        self._noted_s = 0.0
+
+    def planned(self, step: int) -> bool:
+        """Whether the spec says that the state is saved after `step` steps."""
+        every = self._spec.every_steps
+        if every != "auto" and step % every == 0:
+            return True
+        return step == self._total or step in self._evaluations
+
+    def due(self) -> bool:
+        """Whether it is time to save, if the spec leaves this open."""
+        return self._spec.every_steps == "auto" and time.monotonic() >= self._next
+
+    def saved(self, stopped_s: float, reporter: Reporter) -> None:
+        """Take note of a save, for which training stopped for `stopped_s` seconds."""
+        every = interval_s(stopped_s, self._failure_s)
+        self._next = time.monotonic() + every
+        if self._spec.every_steps == "auto" and not 0.5 < self._noted_s / every < 2:
+            self._noted_s = every
+            reporter.note(
+                "checkpoint interval",
+                f"{every:.0f} s: a save stops training for {stopped_s * 1e3:.0f} ms, a failure is "
+                f"expected every {self._failure_s / 3600:.3g} h",
+            )
+
+
+class _Agreement:
+    """What the first worker decides, taken up by all workers after the same step."""
+
+    def __init__(self, worker: Worker, step: int) -> None:
+        self._worker = worker
         self._asked_step, self._asked_s = step, time.monotonic()
         self._next = step + 1
 
-    def stop(self, step: int) -> bool:
+    def decide(self, step: int, first_says: Callable[[], tuple[bool, bool]]) -> tuple[bool, bool]:
         """Collective from time to time: the first worker decides, and when to ask next."""
         if self._worker.world == 1:
-            return self._reporter.should_stop()
+            return first_says()
         if step < self._next:
-            return False
+            return False, False
         now = time.monotonic()
         steps = step - self._asked_step
         # The first steps are slow; a gap that grows by degrees never becomes a long silence.
         gap = min(4 * steps, round(AGREE_EVERY_S * steps / max(1e-6, now - self._asked_s)))
-        stop, gap = self._worker.decided_by_first((self._reporter.should_stop(), max(1, gap)))
+        (stop, save), gap = self._worker.decided_by_first((first_says(), max(1, gap)))
         self._asked_step, self._asked_s, self._next = step, now, step + gap
-        return bool(stop)
+        return stop, save

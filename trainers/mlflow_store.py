@@ -85,8 +85,11 @@ class MlflowStore:
         client.log_batch(run_id, params=params)
 
     def _send_resume(self, operation: dict[str, Any]) -> None:
+        self._client().update_run(self._run_id(operation["run"]), status="RUNNING")
+        self._send_tag(operation)
+
+    def _send_tag(self, operation: dict[str, Any]) -> None:
         client, run_id = self._client(), self._run_id(operation["run"])
-        client.update_run(run_id, status="RUNNING")
         for name, value in operation["tags"].items():
             client.set_tag(run_id, name, value)
 
@@ -97,10 +100,9 @@ class MlflowStore:
         self._client().log_batch(self._run_id(operation["run"]), metrics=metrics)
 
     def _send_finish(self, operation: dict[str, Any]) -> None:
-        client, run_id = self._client(), self._run_id(operation["run"])
-        for name, value in operation["tags"].items():
-            client.set_tag(run_id, name, value)
-        client.set_terminated(run_id, operation["status"], operation["at"])
+        self._send_tag(operation)
+        run_id = self._run_id(operation["run"])
+        self._client().set_terminated(run_id, operation["status"], operation["at"])
 
     def _send_artifact(self, operation: dict[str, Any]) -> None:
         self._client().log_artifact(self._run_id(operation["run"]), operation["path"])

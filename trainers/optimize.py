@@ -4,7 +4,9 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from trainers.parallel import mesh_of
 from trainers.spec import OptimizerSpec, ScheduleSpec
 
 
@@ -13,19 +15,20 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
 
     Weight decay is for matrices and kernels; biases and norms go without, as is usual.
     """
-    weights = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in weights if p.ndim > 1 and spec.weight_decay > 0]
-    others = [p for p in weights if p.ndim <= 1 or spec.weight_decay == 0]
-    groups = [  # as few as can be: each is a kernel launch of its own
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, spec.weight_decay), (others, 0.0))
-        if group
-    ]
+    # As few groups as can be: each is a kernel launch of its own, over one mesh of workers.
+    groups: dict[tuple[float, DeviceMesh | None], list[nn.Parameter]] = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            decay = spec.weight_decay if weight.ndim > 1 else 0.0
+            groups.setdefault((decay, mesh_of(weight)), []).append(weight)
+    # Those that are decayed come first, so that the order depends on the model's shape alone.
+    ordered = sorted(groups.items(), key=lambda item: -item[0][0])
+    params = [{"params": group, "weight_decay": decay} for (decay, _), group in ordered]
     if spec.name == "adamw":
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True)
+        return torch.optim.AdamW(params, lr=spec.lr, betas=spec.betas, fused=True)
     nesterov = spec.momentum > 0
     return torch.optim.SGD(
-        groups, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True
+        params, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True
     )
 
 

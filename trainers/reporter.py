@@ -17,6 +17,9 @@ class Reporter(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics measured after `step` steps."""
 
+    def note(self, name: str, text: str) -> None:
+        """Take a fact about the run that is no series of numbers, such as what `auto` chose."""
+
     def tick(self, step: int) -> None:
         """Called after every step."""
 
@@ -49,6 +52,10 @@ class TrackerReporter:
         rows = [(name, float(value), step, now) for name, value in metrics.items()]
         with self._lock:
             self._rows += rows
+
+    def note(self, name: str, text: str) -> None:
+        with self._lock:
+            self._in_flight.append(self._tracker.note.remote(self._run, name, text))
 
     def tick(self, step: int) -> None:
         self._step = step
@@ -88,6 +95,9 @@ class SilentReporter:
     """The reporter of all workers but the first."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def note(self, name: str, text: str) -> None:
         pass
 
     def tick(self, step: int) -> None:

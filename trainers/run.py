@@ -1,7 +1,6 @@
 """From a spec to Ray Train and back: one run, its folder, its workers, its end."""
 
 import contextlib
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from cluster.config import flatten, override, read_yaml
 from cluster.errors import SpecError, TrainingError
 from cluster.session import ray_session
 from cluster.terminal import quiet
+from trainers.checkpoint import Checkpoints
 from trainers.data import prepare, rows
 from trainers.folder import (
     CHECKPOINTS,
@@ -99,7 +99,7 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     dataset = prepare(workload, storage)
     folder = create_folder(storage, run_name or unique_name(stem), data)
     if checkpoint is not None:
-        shutil.copytree(checkpoint, folder / CHECKPOINTS / checkpoint.name)
+        Checkpoints(folder / CHECKPOINTS, spec.checkpoint).adopt(checkpoint)
     return Run(data, spec, workload, dataset, folder)
 
 

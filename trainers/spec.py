@@ -64,6 +64,8 @@ class TrainSpec(Spec):
     """bf16 and fp16 compute under autocast with fp32 weights; fp16 scales the loss."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile's mode for the model; the first step then takes longer."""
+    channels_last: bool = False
+    """Keep the weights of convolutions channels last, which GPUs with tensor cores prefer."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is NaN or infinite does: end the run, or skip the step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -95,8 +97,11 @@ class ScaleSpec(Spec):
     """Number of workers, or [min, max] to train on as many as the cluster has."""
     accelerator: str = "auto"
     """auto (a GPU each where the cluster has any), cpu, gpu, or a type such as H100."""
-    parallel: Literal["auto", "ddp"] = "auto"
-    """How the model is spread. auto is ddp as soon as there are two workers."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp", "tensor"] = "auto"
+    """A copy each (ddp), one copy in shards (fsdp), a copy per group in shards (hsdp), or layers
+    split within groups and sharded across them (tensor); auto decides by the model's memory."""
+    group: PositiveInt | None = None
+    """Workers in a group of hsdp or tensor; for hsdp those of one machine when not given."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that Ray reserves for each worker."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -109,18 +114,49 @@ class ScaleSpec(Spec):
             raise ValueError("must be [min, max] with min <= max")
         return workers
 
+    @model_validator(mode="after")
+    def _groups(self) -> "ScaleSpec":
+        if self.group is not None and self.parallel not in ("hsdp", "tensor"):
+            raise ValueError(f"group: means nothing with parallel {self.parallel}")
+        if self.parallel != "tensor":
+            return self
+        if self.group is None:
+            raise ValueError("group: tensor needs the number of workers that split a layer")
+        if not isinstance(self.workers, int) or self.workers % self.group:
+            raise ValueError(f"group: workers must be a multiple of group {self.group}")
+        return self
+
     @property
     def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
+    @property
+    def shares(self) -> int | None:
+        """Into how many shares a global batch is cut; None when workers come and go."""
+        if not isinstance(self.workers, int):
+            return None
+        return self.workers // (self.group or 1) if self.parallel == "tensor" else self.workers
+
 
 class CheckpointSpec(Spec):
-    """When the state of the run is saved, and how many of the saves are kept."""
+    """When the state of the run is saved, where, and which of the saves are kept."""
 
-    every_steps: PositiveInt | None = None
-    """Steps between saves; once per epoch when not given. The last step is always saved."""
+    every_steps: PositiveInt | Literal["auto"] = "auto"
+    """Steps between saves; the last step is always saved. auto weighs what a save costs, which is
+    measured, against the work that a failure would lose."""
+    failure_every_hours: Annotated[float, Field(gt=0)] = 24.0
+    """Expected time between failures of one worker, for auto. Spot machines: a few hours."""
     keep: PositiveInt = 2
-    """How many of the newest saves stay on disk."""
+    """How many of the newest saves stay."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """How many of the best saves by `metric` stay too; each evaluation is then saved."""
+    metric: str = "val/loss"
+    """The metric of evaluation by which saves are best."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a small or a large `metric` is good."""
+    uri: str | None = None
+    """Where saves are kept instead of the run's folder, such as s3://bucket/path; a URI that
+    pyarrow's file systems know."""
 
 
 class TrackingSpec(Spec):
@@ -155,18 +191,18 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunSpec":
-        workers, batch = self.scale.workers, self.train.global_batch
-        if isinstance(workers, int) and batch % workers:
+        shares, batch = self.scale.shares, self.train.global_batch
+        if shares is not None and batch % shares:
             raise ValueError(
-                f"train.global_batch {batch} cannot be shared evenly by scale.workers {workers}"
+                f"train.global_batch {batch} cannot be shared evenly by scale.workers {shares}"
             )
         micro = self.train.micro_batch
-        if micro is not None and isinstance(workers, int) and batch % (workers * micro):
+        if micro is not None and shares is not None and batch % (shares * micro):
             raise ValueError(
-                f"train.global_batch {batch} is not a multiple of scale.workers {workers} x "
+                f"train.global_batch {batch} is not a multiple of scale.workers {shares} x "
                 f"train.micro_batch {micro}"
             )
-        if self.scale.max_workers > batch:
+        if shares is None and self.scale.max_workers > batch:
             raise ValueError(
                 f"train.global_batch {batch} gives some of scale.workers "
                 f"{self.scale.max_workers} no sample"

@@ -4,21 +4,30 @@ What a step does is a function of (spec, step, state): its samples, their augmen
 learning rate are, and what dropout draws is seeded from (seed, step, rank, micro-batch).
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
-from trainers.checkpoint import Checkpoints, load
-from trainers.data import Batches, on_device
+from trainers.checkpoint import Checkpoints
+from trainers.data import Batches, on_device, share
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
-from trainers.parallel import Worker, compiled, compute_precision, distribute, weights_dtype
+from trainers.parallel import (
+    Worker,
+    choose_layout,
+    clip_gradient,
+    compiled,
+    compute_precision,
+    exchanged_when,
+    gradient_norm,
+    memory_per_worker,
+    spread,
+    weights_dtype,
+)
 from trainers.random import SampleRandom, mix_seed, seed_device
+from trainers.shards import own_part
 from trainers.spec import RunSpec
 from trainers.workloads.base import Batch, Workload
 
@@ -27,20 +36,31 @@ class Stepper:
     """What steps change: the network and the optimizer's state; and how they change it."""
 
     def __init__(
-        self, spec: RunSpec, workload: Workload, batches: Batches, worker: Worker, total_steps: int
+        self, spec: RunSpec, workload: Workload, samples: Batch, worker: Worker, total_steps: int
     ) -> None:
-        """Builds the network anew, the same on every worker; collective."""
-        self._spec, self._workload = spec, workload
-        self._batches, self._worker, self._total_steps = batches, worker, total_steps
+        """Builds the network anew, the same on every worker, and spreads it; collective.
+
+        `samples` is the whole training split.
+        """
+        self._spec, self._workload, self._total_steps = spec, workload, total_steps
         self._dtype = weights_dtype(spec.train)
         seed_device(torch.device("cpu"), mix_seed(spec.train.seed))
-        self.network: nn.Module = workload.build().to(worker.device, self._dtype)
+        self.network: nn.Module = workload.build().to(self._dtype)
+        if spec.train.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        blocks = workload.blocks(self.network)
+        self.layout = choose_layout(spec, workload, self.network, worker, memory_per_worker(worker))
+        self.worker = worker = self.layout.applied_to(worker)
+        self._spread = spread(self.network, spec, workload, self.layout, worker)
+        self._model = compiled(self._spread, spec.train, blocks)
         self.optimizer = build_optimizer(spec.optimizer, self.network)
         self.scaler = torch.amp.GradScaler(
             worker.device.type, enabled=spec.train.precision == "fp16"
         )
-        self._distributed = distribute(self.network, spec.scale, worker)
-        self._model = compiled(self._distributed, spec.train)
+        batch, shares = spec.train.global_batch, worker.data_world
+        self._batches = Batches(samples, spec.train.seed, batch, worker.data_rank, shares)
+        largest_share = math.ceil(batch / shares)
+        self._rounds = math.ceil(largest_share / (spec.train.micro_batch or largest_share))
         self.skipped = 0
         """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
         self._last_finite = math.nan
@@ -48,8 +68,8 @@ class Stepper:
     def take(self, step: int) -> Tensor:
         """Do step `step`, counted from 0; collective.
 
-        Returns this worker's part of the loss over the global batch, times the number of
-        workers, as a scalar on its device; zero for a step that was skipped.
+        Returns this worker's part of the loss over the global batch, times the number of shares
+        of the batch, as a scalar on its device; zero for a step that was skipped.
         """
         train = self._spec.train
         loss = self._gradients(step)
@@ -58,7 +78,7 @@ class Stepper:
         )
         if train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), train.clip_norm)
+            clip_gradient(self.network, train.clip_norm)
         if train.on_nonfinite == "skip" and not self._finite_gradient():
             self.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
@@ -70,61 +90,62 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def save(self, checkpoints: Checkpoints, done: int, before_commit: Callable[[], None]) -> None:
-        """Save the state after `done` steps; see `Checkpoints.save`."""
-        numbers = self.scaler.state_dict()
-        checkpoints.save(done, self.network, self.optimizer, numbers, before_commit)
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        done: int,
+        numbers: Mapping[str, float],
+        metrics: Mapping[str, float],
+        before_commit: Callable[[], None],
+    ) -> None:
+        """Save the state after `done` steps; see `Checkpoints.save`. Collective."""
+        numbers = {**self.scaler.state_dict(), **numbers}
+        checkpoints.save(done, self.network, self.optimizer, numbers, metrics, before_commit)
 
-    def load(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint; returns the steps it has done."""
-        done, numbers = load(checkpoint, self.network, self.optimizer)
+    def resume(self, checkpoints: Checkpoints) -> tuple[int, dict[str, float]]:
+        """Go on from the newest checkpoint; the steps it has done, and its numbers. Collective."""
+        done, numbers = checkpoints.resume(self.network, self.optimizer)
         if self.scaler.is_enabled() and numbers:
-            self.scaler.load_state_dict(numbers)
-        return done
+            self.scaler.load_state_dict({k: numbers[k] for k in self.scaler.state_dict()})
+        return done, numbers
 
     def _gradients(self, step: int) -> Tensor:
         """Backward through all micro-batches of this worker's share; the loss, detached."""
-        spec, worker = self._spec, self._worker
-        positions, share = self._batches.at(step)
-        size = spec.train.micro_batch or len(positions)
-        starts = range(0, len(positions), size)
-        total = torch.zeros((), dtype=self._dtype, device=worker.device)
-        for micro, low in enumerate(starts):
-            part = slice(low, low + size)
-            batch = {name: values[part] for name, values in share.items()}
-            batch = on_device(batch, worker.device, self._dtype)
-            random = SampleRandom(spec.train.seed, positions[part].to(worker.device))
-            seed_device(worker.device, mix_seed(spec.train.seed, step, worker.rank, micro))
-            with self._reduced_when(low == starts[-1]):
-                loss = self._loss(self._workload.augment(batch, random))
+        positions, samples = self._batches.at(step)
+        count = len(positions)
+        losses = []
+        for micro in range(self._rounds):
+            low, high = share(count, micro, self._rounds)
+            # Workers of a sharded model go through it equally often, the last with nothing new.
+            part = slice(min(low, count - 1), max(high, 1))
+            batch = {name: values[part] for name, values in samples.items()}
+            batch = on_device(batch, self.worker.device, self._dtype)
+            random = SampleRandom(self._spec.train.seed, positions[part].to(self.worker.device))
+            seed_device(
+                self.worker.device,
+                mix_seed(self._spec.train.seed, step, self.worker.data_rank, micro),
+            )
+            with exchanged_when(self._spread, micro == self._rounds - 1):
+                loss = self._loss(self._workload.augment(batch, random), high - low)
                 torch.autograd.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        return total
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """The mean over the global batch of these samples' losses, times the number of workers.
+    def _loss(self, batch: Batch, counted: int) -> Tensor:
+        """The mean over the global batch of the first `counted` samples' losses, times the shares.
 
         Workers average their gradients; this makes each sample count the same.
         """
         samples = len(next(iter(batch.values())))
-        with compute_precision(self._spec.train, self._worker.device):
+        with compute_precision(self._spec.train, self.worker.device):
             loss_B = self._workload.loss(self._workload.forward(self._model, batch), batch)
         check_per_sample("loss", loss_B, samples)
-        return loss_B.sum() * (self._worker.world / self._spec.train.global_batch)
-
-    @contextlib.contextmanager
-    def _reduced_when(self, last: bool) -> Iterator[None]:
-        """Workers exchange gradients once a step, with the last micro-batch."""
-        if last or not isinstance(self._distributed, DistributedDataParallel):
-            yield
-            return
-        with self._distributed.no_sync():
-            yield
+        mean = self.worker.data_world / self._spec.train.global_batch
+        return (loss_B if counted == samples else loss_B[:counted]).sum() * mean
 
     def _finite_gradient(self) -> bool:
         """Whether all gradients are finite; they are the same on every worker, so is the answer."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        return bool(torch.isfinite(nn.utils.get_total_norm(gradients)).item())
+        return bool(torch.isfinite(gradient_norm(self.network)).item())
 
     def _check_finite(self, loss: float, step: int) -> None:
         """Raise a TrainingError that says where a loss that is no number comes from."""
@@ -134,7 +155,7 @@ class Stepper:
         bad = [
             name
             for name, p in self.network.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
+            if p.grad is not None and not torch.isfinite(own_part(p.grad)).all()
         ]
         where = f"; not finite: the gradients of {', '.join(bad[:3])}" if bad else ""
         where += f" and {len(bad) - 3} more" if len(bad) > 3 else ""

@@ -52,6 +52,7 @@ class Tracker:
         self._known: set[str] = set()
         self._last_step: dict[tuple[str, str], int] = {}
         self._rows: defaultdict[str, deque[Row]] = defaultdict(lambda: deque(maxlen=10_000))
+        self._notes: defaultdict[str, list[str]] = defaultdict(list)
         self._steps: dict[str, int] = {}
         self._stopping: set[str] = set()
         self._closed = threading.Event()
@@ -79,6 +80,13 @@ class Tracker:
             self._append({"do": "log", "run": run, "rows": new})
         return run in self._stopping
 
+    def note(self, run: str, name: str, text: str) -> None:
+        """Keep a fact about a run as its tag `heliostat.name`; the newest counts."""
+        with self._lock:
+            self._notes[run].append(f"{name}: {text}")
+        tags = {f"heliostat.{name.replace(' ', '_')}": text}
+        self._append({"do": "tag", "run": run, "tags": tags})
+
     def finish(self, run: str, status: str, tags: Mapping[str, str] | None = None) -> None:
         """End a run as FINISHED, FAILED or KILLED."""
         now = now_ms()
@@ -98,10 +106,11 @@ class Tracker:
         """Answer the run's next `log` with the wish that it stop."""
         self._stopping.add(run)
 
-    def watch(self, run: str) -> tuple[int, list[Row]]:
-        """Steps done by a run, and its metrics since the last call."""
+    def watch(self, run: str) -> tuple[int, list[Row], list[str]]:
+        """Steps done by a run; its metrics and its notes since the last call."""
         with self._lock:
-            return self._steps.get(run, 0), list(self._rows.pop(run, ()))
+            rows, notes = self._rows.pop(run, ()), self._notes.pop(run, [])
+            return self._steps.get(run, 0), list(rows), notes
 
     def pending(self) -> tuple[int, str | None]:
         """Bytes not yet sent to MLflow, and the error that keeps them here."""

@@ -23,8 +23,8 @@ from trainers.spool import Row
 
 POLL_S = 0.2
 
-Watcher = Callable[[int, list[Row]], None]
-"""Told the steps done and the metrics that are new, a few times a second."""
+Watcher = Callable[[int, list[Row], list[str]], None]
+"""Told the steps done, and the metrics and notes that are new, a few times a second."""
 
 
 class LostWorkerError(Exception):
@@ -129,13 +129,14 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     cores = (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(job.threads or max(1, cores))
-    worker = Worker(rank, world, ray.train.torch.get_device())
+    local_world = context.get_local_world_size()
+    worker = Worker(rank, world, ray.train.torch.get_device(), local_world)
     try:
         spec, workload = resolve(job.data, RunSpec)
         reporter = TrackerReporter(config["tracker"], job.key) if rank == 0 else SilentReporter()
         outcome = train(spec, workload, job.dataset, job.folder, reporter, worker)
-        newest = Checkpoints(job.folder / CHECKPOINTS, keep=1).newest()
-        if rank == 0 and outcome.complete and newest is not None:
+        newest = Checkpoints(job.folder / CHECKPOINTS).newest() if rank == 0 else None
+        if outcome.complete and newest is not None:
             export_model(job.folder / MODEL, spec, workload, newest)
         return asdict(outcome)
     except Exception as error:

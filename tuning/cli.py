@@ -164,7 +164,7 @@ def _show_board(
         )
     if board.best is not None:
         trial = short_path(sweep.trial_folder(board.best.number))
-        newest = Checkpoints(sweep.trial_folder(board.best.number) / CHECKPOINTS, 1).newest()
+        newest = Checkpoints(sweep.trial_folder(board.best.number) / CHECKPOINTS).newest()
         console.print(
             f"best checkpoint: {short_path(newest) if newest else 'none'}\n"
             f"train it afresh: heliostat train {folder}/best.yaml\n"

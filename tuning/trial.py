@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.errors import TrainingError
 from cluster.files import write_atomic
-from trainers.checkpoint import Checkpoints, manifest_of
+from trainers.checkpoint import Checkpoints
 from trainers.data import rows
 from trainers.folder import CHECKPOINTS
 from trainers.loop import train
@@ -51,8 +51,14 @@ class Sweep:
         return f"{self.key}/{number:04d}"
 
     def trial_spec(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain spec of the trial with these values."""
-        return trial_data(self.data, {path: parameters[path] for path in self.spec.parameters})
+        """The plain spec of the trial with these values.
+
+        It saves at each evaluation, so that what is reported can be had wherever Tune ends it.
+        """
+        data = trial_data(self.data, {path: parameters[path] for path in self.spec.parameters})
+        saves = data["checkpoint"]
+        best = {"keep_best": max(1, saves["keep_best"]), "metric": self.spec.metric}
+        return {**data, "checkpoint": {**saves, **best, "mode": self.spec.mode}}
 
 
 def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
@@ -102,7 +108,7 @@ def _set_threads(sweep: Sweep) -> None:
 def _adopt(source: Path, checkpoints: Path) -> None:
     """Make another trial's checkpoint the only one of this trial."""
     shutil.rmtree(checkpoints, ignore_errors=True)
-    shutil.copytree(source, checkpoints / f"step-{manifest_of(source)['step']:08d}")
+    Checkpoints(checkpoints).adopt(source)
 
 
 class _Progress:
@@ -133,10 +139,10 @@ class _Progress:
         write_atomic(self._folder / LAST, json.dumps(result))
         newest = None
         if self._passes_checkpoints:  # looking for it reads all of it
-            newest = Checkpoints(self._folder / CHECKPOINTS, keep=1).newest()
+            newest = Checkpoints(self._folder / CHECKPOINTS).newest()
         tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
 
-    def watch(self, step: int, rows: list[Row]) -> None:
+    def watch(self, step: int, rows: list[Row], notes: list[str]) -> None:
         """Report the evaluations among the metrics that the workers sent."""
         for name, value, row_step, _ in rows:
             if name.startswith("val/"):

@@ -16,7 +16,7 @@ from cluster.config import check
 from cluster.errors import CheckpointError
 from trainers.checkpoint import Checkpoints, load, load_network
 from trainers.optimize import build_optimizer
-from trainers.spec import OptimizerSpec
+from trainers.spec import CheckpointSpec, OptimizerSpec
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", "weight_decay": 0.1},
@@ -100,7 +100,7 @@ def two(folder: Path) -> Path:
 
 def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
     model, optimizer = make()
-    checkpoints = Checkpoints(folder, keep)
+    checkpoints = Checkpoints(folder, CheckpointSpec(keep=keep))
     for step in steps:
         train(model, optimizer, step - 1, step)
         checkpoints.save(step, model, optimizer)
@@ -109,7 +109,7 @@ def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    checkpoints = Checkpoints(folder, keep=9)
+    checkpoints = Checkpoints(folder, CheckpointSpec(keep=9))
     checkpoints.save(step, model, optimizer)
     path = checkpoints.settled()
     assert path is not None
@@ -121,7 +121,7 @@ def names(folder: Path) -> list[str]:
 
 
 def newest(folder: Path) -> str | None:
-    path = Checkpoints(folder, keep=9).newest()
+    path = Checkpoints(folder, CheckpointSpec(keep=9)).newest()
     return path.name if path else None
 
 
@@ -137,7 +137,7 @@ class TestContinuation:
     ) -> None:
         straight, first = make(optimizer, network=network)
         train(straight, first, 0, 3)
-        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints = Checkpoints(folder, CheckpointSpec(keep=1))
         checkpoints.save(3, straight, first)
         train(straight, first, 3, 7)  # while that is being written
 
@@ -219,13 +219,13 @@ class TestSave:
         assert names(folder) == ["step-00000010", "step-00000200"]
 
     def test_a_step_that_is_there_is_not_written_twice(self, two: Path) -> None:
-        before = (two / "step-00000002" / "state.safetensors").stat()
+        before = (two / "step-00000002" / "state-00000.safetensors").stat()
         saved(two, 2)
-        assert (two / "step-00000002" / "state.safetensors").stat() == before
+        assert (two / "step-00000002" / "state-00000.safetensors").stat() == before
 
     def test_a_damaged_one_is_replaced_by_its_next_save(self, two: Path) -> None:
         """A run that went on from an older one comes to the same step again."""
-        (two / "step-00000002" / "state.safetensors").write_bytes(b"damaged")
+        (two / "step-00000002" / "state-00000.safetensors").write_bytes(b"damaged")
         model, optimizer = make(seed=5)
         path = save(two, 2, model, optimizer)
         assert newest(two) == path.name == "step-00000002"
@@ -236,7 +236,7 @@ class TestSave:
     def test_what_is_saved_is_the_state_at_the_call(self, folder: Path) -> None:
         model, optimizer = make()
         wanted = state(model)
-        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints = Checkpoints(folder, CheckpointSpec(keep=1))
         checkpoints.save(1, model, optimizer)
         with torch.no_grad():
             for weight in model.parameters():
@@ -253,7 +253,7 @@ class TestSave:
         def before_commit() -> None:
             seen.append((names(folder), threading.get_ident() == here))
 
-        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints = Checkpoints(folder, CheckpointSpec(keep=1))
         checkpoints.save(1, *make(), before_commit=before_commit)
         checkpoints.wait()
         assert seen == [([".step-00000001"], False)]
@@ -261,7 +261,7 @@ class TestSave:
 
     def test_save_returns_before_it_is_written(self, folder: Path) -> None:
         release = threading.Event()
-        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints = Checkpoints(folder, CheckpointSpec(keep=1))
         checkpoints.save(1, *make(), before_commit=lambda: None if release.wait(20) else 1 / 0)
         assert newest(folder) is None
         release.set()
@@ -275,26 +275,28 @@ class TestSave:
         def before_commit() -> None:
             raise OSError("no space left")
 
-        checkpoints = Checkpoints(two, keep=9)
+        checkpoints = Checkpoints(two, CheckpointSpec(keep=9))
         checkpoints.save(3, *make(), before_commit=before_commit)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(
+            CheckpointError, match="step-00000003: cannot be written: no space left"
+        ):
             checkpoints.save(4, *make()) if call == "save" else getattr(checkpoints, call)()
-        # What it left half-written has no name, and is not in the way of the next attempt.
+        # What was half written is gone, and those before are as they were.
         assert newest(two) == "step-00000002"
-        assert names(two) == [".step-00000003", "step-00000001", "step-00000002"]
+        assert names(two) == ["step-00000001", "step-00000002"]
         saved(two, 3)
         assert names(two) == ["step-00000001", "step-00000002", "step-00000003"]
 
     def test_nothing_in_it_is_a_pickle(self, two: Path) -> None:
         files = [path for path in two.rglob("*") if path.is_file()]
-        assert {path.name for path in files} == {"state.safetensors", "manifest.json"}
+        assert {path.name for path in files} == {"state-00000.safetensors", "manifest.json"}
         for path in files:
             assert not path.read_bytes().startswith((b"\x80", b"PK"))
 
 
 def truncate(path: Path) -> None:
-    content = (path / "state.safetensors").read_bytes()
-    (path / "state.safetensors").write_bytes(content[:-1])
+    content = (path / "state-00000.safetensors").read_bytes()
+    (path / "state-00000.safetensors").write_bytes(content[:-1])
 
 
 def flip(path: Path, bit: int) -> None:
@@ -309,10 +311,10 @@ def manifest_with(text: str) -> Callable[[Path], object]:
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": truncate,
-    "longer": lambda path: (path / "state.safetensors").open("ab").write(b"\0"),
-    "emptied": lambda path: (path / "state.safetensors").write_bytes(b""),
-    "a flipped bit": lambda path: flip(path / "state.safetensors", 8_001),
-    "no state": lambda path: (path / "state.safetensors").unlink(),
+    "longer": lambda path: (path / "state-00000.safetensors").open("ab").write(b"\0"),
+    "emptied": lambda path: (path / "state-00000.safetensors").write_bytes(b""),
+    "a flipped bit": lambda path: flip(path / "state-00000.safetensors", 8_001),
+    "no state": lambda path: (path / "state-00000.safetensors").unlink(),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "an empty folder": lambda path: [file.unlink() for file in path.iterdir()],
     "empty manifest": manifest_with(""),
@@ -322,7 +324,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest is a list": manifest_with("[]"),
     "manifest is null": manifest_with("null"),
     "files is a list": manifest_with('{"step": 2, "files": []}'),
-    "file is a number": manifest_with('{"step": 2, "files": {"state.safetensors": 3}}'),
+    "file is a number": manifest_with('{"step": 2, "files": {"state-00000.safetensors": 3}}'),
 }
 
 
@@ -370,7 +372,7 @@ class TestDamage:
     def test_every_flipped_bit_of_the_state_is_noticed(
         self, two: Path, data: st.DataObject
     ) -> None:
-        path = two / "step-00000002" / "state.safetensors"
+        path = two / "step-00000002" / "state-00000.safetensors"
         content = path.read_bytes()
         flip(path, data.draw(st.integers(0, len(content) * 8 - 1)))
         assert newest(two) == "step-00000001"

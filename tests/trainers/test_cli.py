@@ -90,7 +90,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     assert steps[-1] == 3000
 
     whole = train_here("whole", read_yaml(heliostat.folder / "s.yaml"))
-    weights = load_file(whole / "checkpoints" / "step-00003000" / "state.safetensors")
+    weights = load_file(whole / "checkpoints" / "step-00003000" / "state-00000.safetensors")
     for name, weight in load_file(heliostat.folder / "runs/cut/model/model.safetensors").items():
         assert weights[f"model.{name}"].equal(weight), name
 

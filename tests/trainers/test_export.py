@@ -37,7 +37,7 @@ def export(tmp_path: Path) -> Callable[..., Exported]:
         with torch.no_grad():
             for weight in network.parameters():
                 weight += 0.1 * torch.randn_like(weight)
-        checkpoints = Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)), keep=1)
+        checkpoints = Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
         checkpoint = checkpoints.settled()
         assert checkpoint is not None

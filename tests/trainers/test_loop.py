@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.errors import TrainingError
+from trainers import loop
 from trainers.checkpoint import Checkpoints
 from trainers.data import open_split, permutation, prepare
-from trainers.loop import Outcome, milestones, save_points, train
+from trainers.loop import Outcome, milestones, train
 from trainers.random import mix_seed
 from trainers.spec import RunSpec, resolve
 
@@ -23,6 +24,7 @@ class Recorder:
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.rows: dict[str, dict[int, float]] = {}
+        self.notes: dict[str, str] = {}
         self.ticks: list[int] = []
         self._stop_after = stop_after
 
@@ -30,6 +32,9 @@ class Recorder:
         for name, value in metrics.items():
             assert step not in self.rows.setdefault(name, {}), f"{name} twice at step {step}"
             self.rows[name][step] = value
+
+    def note(self, name: str, text: str) -> None:
+        self.notes[name] = text
 
     def tick(self, step: int) -> None:
         self.ticks.append(step)
@@ -52,11 +57,11 @@ def run(
     spec, workload = resolve({**data, **sections}, RunSpec)
     folder, recorder = own_folder / name, Recorder(stop_after)
     outcome = train(spec, workload, prepare(workload, own_folder), folder, recorder)
-    newest = Checkpoints(folder / "checkpoints", 1).newest()
+    newest = Checkpoints(folder / "checkpoints").newest()
     assert newest is not None
     from safetensors.torch import load_file
 
-    return outcome, recorder, load_file(newest / "state.safetensors")
+    return outcome, recorder, load_file(newest / "state-00000.safetensors")
 
 
 STEPS = {"steps": 40, "global_batch": 32}
@@ -185,16 +190,58 @@ def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "saves", "evaluations"),
+    ("fields", "evaluations"),
     [
-        ({"epochs": 3}, [10, 20, 30], [10, 20, 30]),
-        ({"epochs": 2.5, "evaluate_every": 0.5}, [10, 20, 25], [5, 10, 15, 20, 25]),
-        ({"steps": 7}, [7], [7]),
+        ({"epochs": 3}, [10, 20, 30]),
+        ({"epochs": 2.5, "evaluate_every": 0.5}, [5, 10, 15, 20, 25]),
+        ({"steps": 7}, [7]),
     ],
 )
-def test_when_it_saves_and_evaluates(
-    fields: dict[str, float], saves: list[int], evaluations: list[int]
-) -> None:
+def test_when_it_evaluates(fields: dict[str, float], evaluations: list[int]) -> None:
     spec = RunSpec.model_validate({"workload": "x", "train": {**fields, "global_batch": 10}})
-    assert sorted(save_points(spec, 100)) == saves
     assert sorted(milestones(spec.train.evaluate_every, spec, 100)) == evaluations
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/*"))
+
+
+def test_it_saves_at_an_interval_and_at_the_end(own_folder: Path) -> None:
+    run(own_folder, "regular", train=STEPS, checkpoint={"every_steps": 15, "keep": 9})
+    assert saved_steps(own_folder / "regular") == [15, 30, 40]
+
+
+def test_the_best_saves_stay_beside_the_newest(own_folder: Path) -> None:
+    """By the metric of the evaluation of just this state."""
+    sections = {"train": {"steps": 80, "global_batch": 16, "evaluate_every": 0.25}}
+    rule = {"keep": 1, "keep_best": 2, "metric": "val/accuracy", "mode": "max"}
+    _, recorder, _ = run(own_folder, "best", **sections, checkpoint=rule)
+    accuracy = recorder.rows["val/accuracy"]
+    best = sorted(accuracy, key=lambda step: (-accuracy[step], step))[:2]
+    assert saved_steps(own_folder / "best") == sorted({*best, 80})
+
+
+def test_the_automatic_interval_follows_what_a_save_costs(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failures that come every few seconds make it save often; and it says what it chose."""
+    monkeypatch.setattr(loop, "FIRST_SAVE_S", 0.0)
+    often = {"failure_every_hours": 1e-6, "keep": 99}
+    _, recorder, _ = run(own_folder, "often", train=STEPS, checkpoint=often)
+    rarely = {"failure_every_hours": 1e6, "keep": 99}
+    run(own_folder, "rarely", train=STEPS, checkpoint=rarely)
+    assert len(saved_steps(own_folder / "often")) >= len(saved_steps(own_folder / "rarely")) == 2
+    assert "s: a save stops training for" in recorder.notes["checkpoint interval"]
+
+
+@pytest.mark.parametrize("every_steps", [3, "auto"])
+def test_the_reported_losses_do_not_depend_on_when_it_saves(
+    every_steps: int | str, own_folder: Path
+) -> None:
+    """A window of the mean goes on over saves, stops and restarts."""
+    sections = {"train": STEPS, "tracking": {"every_steps": 8}}
+    _, straight, _ = run(own_folder, "straight", **sections)
+    saves = {"every_steps": every_steps}
+    _, before, _ = run(own_folder, "cut", 13, **sections, checkpoint=saves)
+    _, after, _ = run(own_folder, "cut", **sections, checkpoint=saves)
+    assert before.rows["train/loss"] | after.rows["train/loss"] == straight.rows["train/loss"]

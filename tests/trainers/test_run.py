@@ -60,7 +60,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
         one = run.Run(full, spec, workload, dataset, folder)
         losses: dict[int, float] = {}
 
-        def watch(step: int, rows: list[Any]) -> None:
+        def watch(step: int, rows: list[Any], notes: list[str]) -> None:
             losses.update({row[2]: row[1] for row in rows if row[0] == "train/loss"})
 
         outcome, tracked = run.execute(one, watch, threading.Event())

@@ -82,7 +82,7 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     assert tracked["status"] == "FINISHED"
     assert tracked["metrics"]["best/val/loss"] == board.best.value
     assert sum(board.importances.values()) == pytest.approx(1)
-    newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints", 1).newest()
+    newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints").newest()
     assert newest is not None
     assert newest.name == f"step-{board.best.step:08d}"
     best, _ = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)
