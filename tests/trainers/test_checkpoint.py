@@ -1,8 +1,10 @@
 """A checkpoint is whole or not there, and training goes on from it as if nothing had happened."""
 
 import json
+import os
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,18 @@ def two(folder: Path) -> Path:
     """A folder with checkpoints of steps 1 and 2."""
     saved(folder, 1, 2)
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
@@ -286,6 +300,18 @@ class TestSave:
         assert names(two) == ["step-00000001", "step-00000002"]
         saved(two, 3)
         assert names(two) == ["step-00000001", "step-00000002", "step-00000003"]
+
+    def test_a_full_disk_is_told_and_what_was_saved_stays(self, small_disk: Path) -> None:
+        saved(small_disk, 1)
+        free = os.statvfs(small_disk)
+        (small_disk / "others").write_bytes(bytes(free.f_bavail * free.f_frsize))
+        with pytest.raises(CheckpointError, match=r"step-00000002: the disk is full; the check"):
+            saved(small_disk, 2)
+        assert newest(small_disk) == "step-00000001"
+        assert names(small_disk) == ["others", "step-00000001"]
+        (small_disk / "others").unlink()
+        saved(small_disk, 2)
+        assert newest(small_disk) == "step-00000002"
 
     def test_nothing_in_it_is_a_pickle(self, two: Path) -> None:
         files = [path for path in two.rglob("*") if path.is_file()]

@@ -108,7 +108,8 @@ class Losses(SilentReporter):
 def work(rank, world, meeting, data, dataset, folder, stop_after, answers):
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        place = f"file://{meeting}"
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
     spec, workload = resolve(data, RunSpec)
     reporter = Losses(stop_after)
     try:
@@ -155,7 +156,7 @@ Runner = Callable[..., Trained]
 
 @pytest.fixture(scope="module")
 def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """Trains the tower in so many processes, and in a folder that was used before if one is given."""
+    """Trains the tower in so many processes, in a new folder or in one that was used before."""
     (modules / "tower.py").write_text(TOWER_SOURCE)
     import tower
 
