@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,10 @@ from contest import Contender, compete, finish, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainers.checkpoint import Checkpoints
 from trainers.data import open_split, prepare
 from trainers.loop import train
 from trainers.parallel import Worker
+from trainers.reporter import SilentReporter
 from trainers.spec import RunSpec, resolve
 
 WARM_UP, STEPS = 10, 60
@@ -55,14 +54,11 @@ def resolved(case: str) -> tuple[RunSpec, Any, Path]:
     return spec, workload, prepare(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
 
 
-class Clock:
+class Clock(SilentReporter):
     """A reporter that takes the time between the end of the warm-up and the last step."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
 
     def tick(self, step: int) -> None:
         if step == WARM_UP:
@@ -70,15 +66,6 @@ class Clock:
         # The last step ends with evaluation and a save, which are not what is timed.
         if step == WARM_UP + STEPS - 1:
             self.seconds = (time.perf_counter() - self._start) / (STEPS - 1)
-
-    def flush(self) -> None:
-        pass
-
-    def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        return False
 
 
 def heliostat(case: str, rank: int = 0, world: int = 1) -> float:
