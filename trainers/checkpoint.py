@@ -221,7 +221,7 @@ def _store_of(folder: Path, uri: str | None, worker: Worker) -> Store:
         return RemoteStore(where["uri"], where["name"])
     # The name must be the run's own, and the same at every start.
     name = f"{folder.parent.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    store = RemoteStore(uri, name)
+    store = RemoteStore(uri, name, writable=worker.first)
     if worker.first:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(pointer, json.dumps({"uri": uri, "name": name}))

@@ -99,11 +99,16 @@ class LocalStore:
 class RemoteStore:
     """A place that a URI names, such as `s3://bucket/path`, by way of this machine's cache."""
 
-    def __init__(self, uri: str, name: str) -> None:
-        """Folders are kept under `name` at `uri`. SpecError when pyarrow cannot reach that."""
+    def __init__(self, uri: str, name: str, writable: bool = False) -> None:
+        """Folders are kept under `name` at `uri`.
+
+        SpecError when pyarrow cannot reach that, or write there if `writable` is asked for.
+        """
         try:
             self._files, root = pafs.FileSystem.from_uri(uri)
             self._root = f"{root.rstrip('/')}/{name}"
+            if writable:
+                self._files.create_dir(self._root)
             self.names()
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
