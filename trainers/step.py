@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches forward and backward, precision, clipping, the update.
 
 What a step does is a function of (spec, step, state): its samples, their augmentation and its
-learning rate are, and what dropout draws is seeded from (seed, step, rank, micro-batch).
+learning rate are, and so are the masks of its dropout modules. What else a model draws comes
+from the device's generator, seeded from (seed, step, rank, micro-batch).
 """
 
 import contextlib
@@ -16,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints, load
 from trainers.data import Batches, on_device
+from trainers.dropout import sample_dropout
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import Worker, compiled, compute_precision, distribute, weights_dtype
-from trainers.random import SampleRandom, mix_seed, seed_device
+from trainers.random import SampleRandom, device_state, mix_seed, seed_device
+from trainers.recompute import recompute
 from trainers.spec import RunSpec
 from trainers.workloads.base import Batch, Workload
 
@@ -35,6 +38,10 @@ class Stepper:
         self._dtype = weights_dtype(spec.train)
         seed_device(torch.device("cpu"), mix_seed(spec.train.seed))
         self.network: nn.Module = workload.build().to(worker.device, self._dtype)
+        self._draws = sample_dropout(self.network)
+        if spec.train.activation_checkpointing:
+            blocks = workload.blocks(self.network)
+            recompute(blocks, self._draws, compiled=spec.train.compile != "off")
         self.optimizer = build_optimizer(spec.optimizer, self.network)
         self.scaler = torch.amp.GradScaler(
             worker.device.type, enabled=spec.train.precision == "fp16"
@@ -43,6 +50,8 @@ class Stepper:
         self._model = compiled(self._distributed, spec.train)
         self.skipped = 0
         """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
+        self.draws_natively: bool | None = None
+        """Whether the model drew from the device's generator; None before the first step."""
         self._last_finite = math.nan
 
     def take(self, step: int) -> Tensor:
@@ -95,9 +104,12 @@ class Stepper:
             batch = on_device(batch, worker.device, self._dtype)
             random = SampleRandom(spec.train.seed, positions[part].to(worker.device))
             seed_device(worker.device, mix_seed(spec.train.seed, step, worker.rank, micro))
-            with self._reduced_when(low == starts[-1]):
+            state = device_state(worker.device) if self.draws_natively is None else None
+            with self._draws.of(random), self._reduced_when(low == starts[-1]):
                 loss = self._loss(self._workload.augment(batch, random))
                 torch.autograd.backward(self.scaler.scale(loss))
+            if state is not None:
+                self.draws_natively = not state.equal(device_state(worker.device))
             total += loss.detach()
         return total
 
