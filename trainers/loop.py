@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints, interval_s
 from trainers.data import on_device, open_split, rows, share
+from trainers.dropout import OWN_RANDOM
 from trainers.folder import CHECKPOINTS
 from trainers.optimize import learning_rate
 from trainers.parallel import (
@@ -92,8 +93,8 @@ def train(
         losses.add(stepper.take(step))
         done = step + 1
         meter.samples += batch_size
-        if step == start and spec.train.compile != "off":
-            reporter.note("compile", f"{compile_s():.1f} s")
+        if step == start:
+            _note_first_step(spec, stepper, reporter)
 
         stop, save = agreement.decide(done, lambda: (reporter.should_stop(), saves.due()))
         save = save or stop or saves.planned(done)
@@ -129,6 +130,14 @@ def train(
     reporter.flush()
     worker.wait_for_all()
     return Outcome(done, total, metrics, meter.samples_per_s())
+
+
+def _note_first_step(spec: RunSpec, stepper: Stepper, reporter: Reporter) -> None:
+    """What is known only when a step has been done."""
+    if spec.train.compile != "off":
+        reporter.note("compile", f"{compile_s():.1f} s")
+    if stepper.draws_natively:
+        reporter.note("random", OWN_RANDOM)
 
 
 def milestones(every_epochs: float, spec: RunSpec, samples: int) -> set[int]:

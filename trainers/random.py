@@ -21,6 +21,7 @@ def _signed(value: int) -> int:
 
 
 _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_DRAW = _signed(0xD1342543DE82EF95)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -31,7 +32,11 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits) & _low(64 - bits)
+
+
+def _low(bits: int) -> int:
+    return (1 << bits) - 1
 
 
 def mix_seed(*parts: int) -> int:
@@ -46,15 +51,57 @@ def mix_seed(*parts: int) -> int:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seed what dropout and the like draw from on `device`.
+    """Seed what torch itself draws from, on `device` and on the CPU.
 
     `torch.manual_seed` does this for every kind of device: it takes 100 times as long, and on a
     machine without a GPU it remembers each call for ever.
     """
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
+
+
+def device_state(device: torch.device) -> Tensor:
+    """The state of what `seed_device` seeds, as bytes: any draw changes it."""
+    state = torch.default_generator.get_state()
+    if device.type == "cuda":
+        state = torch.cat([state, torch.cuda.get_rng_state(device)])
+    return state
+
+
+def next_draw(keys_B: Tensor) -> Tensor:
+    """The samples' keys for one more draw of `keep`.
+
+    The constant is a multiplier from Steele and Vigna (2022, arXiv:2001.05304). Lattice reduction
+    shows that no two of a sample's first 9e8 draws share any of their first 3e9 elements.
+    """
+    return keys_B + _DRAW
+
+
+def keep(keys_B: Tensor, p: float | Tensor, *shape: int) -> Tensor:
+    """A dropout's mask: True with probability 1 - p, of shape [B, *shape].
+
+    A sample's key is the state of its own splitmix64, whose outputs are the elements. Their last
+    31 bits are left unmixed: the others decide. All in place, it takes as long as `bernoulli_`.
+    `p` may be a tensor without dimensions.
+    """
+    elements = torch.arange(math.prod(shape), device=keys_B.device)
+    elements *= _signed(_GOLDEN)
+    x = keys_B[:, None] + elements
+    shifted = x >> 30
+    shifted &= _low(34)
+    x ^= shifted
+    x *= _FIRST
+    shifted.copy_(x)
+    shifted >>= 27
+    shifted &= _low(37)
+    x ^= shifted
+    x *= _SECOND
+    if isinstance(p, Tensor):
+        kept = (x >> 11) >= (p.double() - 0.5) * 2.0**53
+    else:  # as an integer, which no dtype rounds
+        kept = x >= min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
+    return kept.reshape(-1, *shape)
 
 
 class SampleRandom:
@@ -69,16 +116,16 @@ class SampleRandom:
         self._draws = 0
 
     @cached_property
-    def _keys_B(self) -> Tensor:
-        """One key per sample; workloads that draw nothing don't pay for it."""
+    def keys_B(self) -> Tensor:
+        """One key per sample, int64; who draws nothing does not pay for it."""
         return _mix(self.positions * _signed(_GOLDEN) + _signed(mix_seed(self._seed)))
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
         self._draws += 1
         count = math.prod(shape)
-        elements = torch.arange(count, device=self._keys_B.device) + _signed(self._draws << 40)
-        bits = _mix(self._keys_B[:, None] ^ _mix(elements * _signed(_GOLDEN)))
+        elements = torch.arange(count, device=self.keys_B.device) + _signed(self._draws << 40)
+        bits = _mix(self.keys_B[:, None] ^ _mix(elements * _signed(_GOLDEN)))
         unit = _logical_shift(bits, 40).to(torch.float32) * 2.0**-24
         return unit.reshape(-1, *shape)
 

@@ -57,13 +57,17 @@ class TrainSpec(Spec):
     global_batch: PositiveInt = 64
     """Samples per optimizer step, over all workers together."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Decides the initial weights, the order of samples, augmentation and dropout."""
+    """Decides the initial weights, the order of samples, augmentation and dropout, the same on
+    any number of workers; what else a model draws is the same on the same number of them."""
     micro_batch: PositiveInt | None = None
     """Samples that a worker takes at once; gradients add up to the global batch. All when None."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 compute under autocast with fp32 weights; fp16 scales the loss."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile's mode for the model; the first step then takes longer."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the model's blocks alone and compute the blocks again in the backward
+    pass: the memory of one block in place of all of them, for about a third more computation."""
     channels_last: bool = False
     """Keep the weights of convolutions channels last, which GPUs with tensor cores prefer."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches forward and backward, precision, clipping, the update.
 
 What a step does is a function of (spec, step, state): its samples, their augmentation and its
-learning rate are, and what dropout draws is seeded from (seed, step, rank, micro-batch).
+learning rate are, and so are the masks of its dropout modules. What else a model draws comes
+from the device's generator, seeded from (seed, step, rank, micro-batch).
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints
 from trainers.data import Batches, on_device, share
+from trainers.dropout import sample_dropout
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import (
     Worker,
@@ -26,7 +28,8 @@ from trainers.parallel import (
     spread,
     weights_dtype,
 )
-from trainers.random import SampleRandom, mix_seed, seed_device
+from trainers.random import SampleRandom, device_state, mix_seed, seed_device
+from trainers.recompute import recompute
 from trainers.shards import own_part
 from trainers.spec import RunSpec
 from trainers.workloads.base import Batch, Workload
@@ -48,7 +51,10 @@ class Stepper:
         self.network: nn.Module = workload.build().to(self._dtype)
         if spec.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._draws = sample_dropout(self.network)
         blocks = workload.blocks(self.network)
+        if spec.train.activation_checkpointing:
+            recompute(blocks, self._draws, compiled=spec.train.compile != "off")
         self.layout = choose_layout(spec, workload, self.network, worker, memory_per_worker(worker))
         self.worker = worker = self.layout.applied_to(worker)
         self._spread = spread(self.network, spec, workload, self.layout, worker)
@@ -63,6 +69,8 @@ class Stepper:
         self._rounds = math.ceil(largest_share / (spec.train.micro_batch or largest_share))
         self.skipped = 0
         """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
+        self.draws_natively: bool | None = None
+        """Whether the model drew from the device's generator; None before the first step."""
         self._last_finite = math.nan
 
     def take(self, step: int) -> Tensor:
@@ -117,7 +125,8 @@ class Stepper:
         for micro in range(self._rounds):
             low, high = share(count, micro, self._rounds)
             # Workers of a sharded model go through it equally often, the last with nothing new.
-            part = slice(min(low, count - 1), max(high, 1))
+            begin = min(low, count - 1)
+            part = slice(begin, max(high, begin + 1))
             batch = {name: values[part] for name, values in samples.items()}
             batch = on_device(batch, self.worker.device, self._dtype)
             random = SampleRandom(self._spec.train.seed, positions[part].to(self.worker.device))
@@ -125,9 +134,13 @@ class Stepper:
                 self.worker.device,
                 mix_seed(self._spec.train.seed, step, self.worker.data_rank, micro),
             )
-            with exchanged_when(self._spread, micro == self._rounds - 1):
+            state = device_state(self.worker.device) if self.draws_natively is None else None
+            last = micro == self._rounds - 1
+            with self._draws.of(random), exchanged_when(self._spread, last):
                 loss = self._loss(self._workload.augment(batch, random), high - low)
                 torch.autograd.backward(self.scaler.scale(loss))
+            if state is not None:
+                self.draws_natively = not state.equal(device_state(self.worker.device))
             losses.append(loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 

@@ -131,8 +131,8 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
 
 
 def test_micro_batches_add_up_to_the_global_batch(own_folder: Path) -> None:
-    section = {**STEPS, "precision": "fp64"}
-    model = {"dropout": 0.0}
+    """Dropout included."""
+    section, model = {**STEPS, "precision": "fp64"}, {"dropout": 0.3}
     _, whole, _ = run(own_folder, "whole", train=section, model=model)
     _, parts, _ = run(own_folder, "parts", train={**section, "micro_batch": 8}, model=model)
     for step, loss in whole.rows["train/loss"].items():
@@ -140,8 +140,9 @@ def test_micro_batches_add_up_to_the_global_batch(own_folder: Path) -> None:
 
 
 def test_a_compiled_model_gives_the_same_losses(own_folder: Path) -> None:
+    """And drops the same elements."""
     section = {"steps": 5, "global_batch": 32, "precision": "fp64"}
-    model = {"dropout": 0.0}
+    model = {"dropout": 0.3}
     _, eager, _ = run(own_folder, "eager", train=section, model=model)
     _, compiled, _ = run(
         own_folder, "compiled", train={**section, "compile": "default"}, model=model

@@ -22,7 +22,7 @@ STEPS = 30
 
 TINY = {
     "workload": "faulty:Faulty",
-    "model": {"width": 4, "blocks": [1, 1]},
+    "model": {"width": 4, "blocks": [1, 1], "dropout": 0.3},
     "train": {"steps": STEPS, "global_batch": 64, "precision": "fp64", "evaluate_every": 0.5},
     "checkpoint": {"every_steps": 7},
     "tracking": {"every_steps": 1},

@@ -138,6 +138,10 @@ class Vision(Workload):
         shape = (1, self.data.channels, self.data.size, self.data.size)
         return torch.zeros(shape, dtype=torch.uint8)
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        assert isinstance(model, ResNet)
+        return list(model.blocks)
+
 
 class ResNet(nn.Module):
     """Class scores [B, K] of images [B, C, H, W] with values 0 to 255, uint8 or floating."""

@@ -1,0 +1,136 @@
+"""Dropout whose masks are a function of (seed, position of the sample in the run, draw).
+
+The network's own dropout modules are taught to draw from the samples' keys, in place of the
+device's generator, whose numbers go to whichever sample comes next. So one worker and many, and
+micro-batches of any size, drop the same elements.
+
+Covered: `nn.Dropout`, `nn.Dropout1d`, `nn.Dropout2d` and `nn.Dropout3d`, where the first dimension
+of what they are given is the samples, or a multiple of them with each sample's rows together.
+Not covered, and left to the device's generator: `F.dropout`, attention's own dropout,
+`nn.LSTM(dropout=...)`, subclasses, and all else that draws.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from trainers.random import SampleRandom, keep, next_draw
+
+OWN_RANDOM = (
+    "this model draws random numbers of its own: the run is exact after a restart with the same "
+    "number of workers and the same train.micro_batch, but differs a little with others"
+)
+"""What the user is told when `Stepper.draws_natively`."""
+
+
+class Draws:
+    """What all dropout modules of one network draw from, in the order in which they are called.
+
+    The state is one key per sample, which a draw replaces by the next. It is a tensor, not a
+    number of draws, so that `torch.compile` sees the same program at every draw.
+    """
+
+    def __init__(self) -> None:
+        self.modules = 0
+        """How many modules draw from here."""
+        self.keys_B: Tensor | None = None
+        """Of the last draw; None outside of `of`."""
+
+    @contextmanager
+    def of(self, random: SampleRandom) -> Iterator[None]:
+        """Forward and backward passes in here draw for these samples, from the first draw on."""
+        self.keys_B = random.keys_B if self.modules else None
+        try:
+            yield
+        finally:
+            self.keys_B = None
+
+    def mask(self, p: float | Tensor, input: Tensor, dims: int) -> Tensor | None:
+        """The next draw for the first `dims` dimensions of `input`, True for what stays.
+
+        None when the first dimension is not made of samples.
+        """
+        if self.keys_B is None or not dims or input.shape[0] % len(self.keys_B):
+            return None
+        self.keys_B = next_draw(self.keys_B)
+        rows = input.shape[0] // len(self.keys_B)
+        kept = keep(self.keys_B, p, rows, *input.shape[1:dims])
+        return kept.reshape(*input.shape[:dims], *[1] * (input.ndim - dims))
+
+
+class _SampleDropout(_DropoutNd):
+    """A dropout module that draws from `draws`; `inplace` is without effect."""
+
+    draws: Draws
+    channels_of: int | None = None
+    """Dimensions of an input whose whole channels are dropped; None for single elements."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        p: float | Tensor = self.p
+        if not self.training or (not isinstance(p, Tensor) and p == 0):
+            return input
+        mask = None
+        if self.channels_of in (None, input.ndim):
+            mask = self.draws.mask(p, input, input.ndim if self.channels_of is None else 2)
+        if mask is None:
+            native: Tensor = super().forward(input)
+            return native
+        return input * _like(mask, input) * _scale(p)
+
+
+class SampleDropout(_SampleDropout, nn.Dropout):
+    pass
+
+
+class SampleDropout1d(_SampleDropout, nn.Dropout1d):
+    channels_of = 3
+
+
+class SampleDropout2d(_SampleDropout, nn.Dropout2d):
+    channels_of = 4
+
+
+class SampleDropout3d(_SampleDropout, nn.Dropout3d):
+    channels_of = 5
+
+
+def sample_dropout(network: nn.Module) -> Draws:
+    """Make the dropout modules of `network` draw from the result, in place.
+
+    Only their class changes: names, settings, hooks and references to them stay.
+    """
+    draws = Draws()
+    for module in network.modules():
+        if type(module) in _SAMPLED:
+            module.__class__ = _SAMPLED[type(module)]
+            module.draws = draws  # type: ignore[assignment]
+            draws.modules += 1
+    return draws
+
+
+_SAMPLED: dict[type[nn.Module], type[_SampleDropout]] = {
+    nn.Dropout: SampleDropout,
+    nn.Dropout1d: SampleDropout1d,
+    nn.Dropout2d: SampleDropout2d,
+    nn.Dropout3d: SampleDropout3d,
+}
+
+
+def _scale(p: float | Tensor) -> float | Tensor:
+    """What keeps the mean as it was."""
+    if isinstance(p, Tensor):
+        return torch.where(p < 1, 1 / (1 - p), 0)
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def _like(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask as `input` is spread over devices: a tensor-parallel DTensor has one of its own."""
+    if not hasattr(input, "device_mesh"):
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = input.device_mesh
+    return DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
