@@ -29,6 +29,7 @@ from trainers.random import mix_seed
 from trainers.workloads.base import Batch, Workload
 
 MANIFEST = "manifest.json"
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def table(**columns: npt.NDArray[Any]) -> pa.Table:
@@ -196,10 +197,29 @@ class Batches:
 
     def at(self, step: int) -> tuple[Tensor, Batch]:
         """This worker's share of step `step`: its positions in the run [B], and its samples."""
+        positions, index = self.places(step)
+        return positions, self.gather(index)
+
+    def gather(self, index: Tensor, pinned: bool = False) -> Batch:
+        """The samples at `index` [B] of the split, copied; `pinned` where a GPU is to fetch them.
+
+        `values[index]` gives the same, but copies element by element: up to nine times slower.
+        """
+        batch = {}
+        for name, values in self._split.items():
+            # PyTorch gathers no unsigned numbers of several bytes; as signed they have the same.
+            bits = values.view(SIGNED.get(values.dtype, values.dtype))
+            shape = (len(index), *values.shape[1:])
+            gathered = torch.empty(shape, dtype=bits.dtype, pin_memory=pinned)
+            torch.index_select(bits, 0, index, out=gathered)
+            batch[name] = gathered.view(values.dtype)
+        return batch
+
+    def places(self, step: int) -> tuple[Tensor, Tensor]:
+        """The positions of the share of step `step` [B], and where in the split it lies [B]."""
         first = step * self._global_batch
         positions = torch.arange(first + self._start, first + self._stop)
-        index = self._index(int(positions[0]), int(positions[-1]) + 1)
-        return positions, {name: values[index] for name, values in self._split.items()}
+        return positions, self._index(int(positions[0]), int(positions[-1]) + 1)
 
     def _index(self, start: int, stop: int) -> Tensor:
         """The samples at positions [start, stop), as indices into the split."""
