@@ -188,7 +188,10 @@ class Batches:
     def __init__(
         self, split: Batch, seed: int, global_batch: int, rank: int = 0, world: int = 1
     ) -> None:
-        self._split = split
+        # PyTorch gathers no unsigned numbers of several bytes; as signed they have the same bits.
+        self._unsigned = {n: values.dtype for n, values in split.items() if values.dtype in SIGNED}
+        signed = {n: split[n].view(SIGNED[dtype]) for n, dtype in self._unsigned.items()}
+        self._split = {**split, **signed}
         self._samples = len(next(iter(split.values())))
         self._seed = seed
         self._global_batch = global_batch
@@ -207,19 +210,19 @@ class Batches:
         """
         batch = {}
         for name, values in self._split.items():
-            # PyTorch gathers no unsigned numbers of several bytes; as signed they have the same.
-            bits = values.view(SIGNED.get(values.dtype, values.dtype))
-            shape = (len(index), *values.shape[1:])
-            gathered = torch.empty(shape, dtype=bits.dtype, pin_memory=pinned)
-            torch.index_select(bits, 0, index, out=gathered)
-            batch[name] = gathered.view(values.dtype)
+            out = None
+            if pinned:
+                shape = (len(index), *values.shape[1:])
+                out = torch.empty(shape, dtype=values.dtype, pin_memory=True)
+            batch[name] = torch.index_select(values, 0, index, out=out)
+        for name, dtype in self._unsigned.items():
+            batch[name] = batch[name].view(dtype)
         return batch
 
     def places(self, step: int) -> tuple[Tensor, Tensor]:
         """The positions of the share of step `step` [B], and where in the split it lies [B]."""
-        first = step * self._global_batch
-        positions = torch.arange(first + self._start, first + self._stop)
-        return positions, self._index(int(positions[0]), int(positions[-1]) + 1)
+        start, stop = (step * self._global_batch + end for end in (self._start, self._stop))
+        return torch.arange(start, stop), self._index(start, stop)
 
     def _index(self, start: int, stop: int) -> Tensor:
         """The samples at positions [start, stop), as indices into the split."""
