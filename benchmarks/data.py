@@ -145,7 +145,8 @@ def check(name: str, source: Source, split: Batch) -> None:
         numbers.append(batch["number"].clone())
         x = split["x"][batch["number"]]
         same_type = x.dtype == batch["x"].dtype or name.startswith("Hugging Face")
-        assert same_type and torch.equal(batch["x"].to(x.dtype), x), name
+        assert same_type, f"{name}: {batch['x'].dtype}"
+        assert torch.equal(batch["x"].to(x.dtype), x), name
     seen = torch.cat(numbers)
     assert len(seen) > len(split["number"]) - BATCH, f"{name}: {len(seen)} samples"
     assert len(seen.unique()) == len(seen), f"{name}: a sample came twice"
