@@ -4,6 +4,7 @@ Machines are noisy and get slower and faster by themselves, so contenders take t
 round and are compared within it; a number from another day or machine means nothing here.
 """
 
+import importlib.util
 import json
 import random
 import statistics
@@ -12,6 +13,14 @@ from typing import Any
 
 Contender = Callable[[], float]
 """Runs once and returns what was measured, such as seconds per step."""
+
+
+def installed(module: str) -> bool:
+    """Whether a peer can take part; one that cannot is named."""
+    found = importlib.util.find_spec(module) is not None
+    if not found:
+        print(f"{module} is not installed and left out")
+    return found
 
 
 def compete(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:

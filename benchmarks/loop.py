@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contest import Contender, compete, finish, rows, show
+from contest import Contender, compete, finish, installed, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -266,12 +266,6 @@ def _tutorial(config: dict[str, Any]) -> float:
             if step % 10 == 9:
                 loss.item()
             step += 1
-
-
-def installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from trainers.random import mix_seed
 from trainers.workloads.base import Batch, Workload
 
 MANIFEST = "manifest.json"
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def table(**columns: npt.NDArray[Any]) -> pa.Table:
@@ -187,7 +188,10 @@ class Batches:
     def __init__(
         self, split: Batch, seed: int, global_batch: int, rank: int = 0, world: int = 1
     ) -> None:
-        self._split = split
+        # PyTorch gathers no unsigned numbers of several bytes; as signed they have the same bits.
+        self._unsigned = {n: values.dtype for n, values in split.items() if values.dtype in SIGNED}
+        signed = {n: split[n].view(SIGNED[dtype]) for n, dtype in self._unsigned.items()}
+        self._split = {**split, **signed}
         self._samples = len(next(iter(split.values())))
         self._seed = seed
         self._global_batch = global_batch
@@ -196,10 +200,29 @@ class Batches:
 
     def at(self, step: int) -> tuple[Tensor, Batch]:
         """This worker's share of step `step`: its positions in the run [B], and its samples."""
-        first = step * self._global_batch
-        positions = torch.arange(first + self._start, first + self._stop)
-        index = self._index(int(positions[0]), int(positions[-1]) + 1)
-        return positions, {name: values[index] for name, values in self._split.items()}
+        positions, index = self.places(step)
+        return positions, self.gather(index)
+
+    def gather(self, index: Tensor, pinned: bool = False) -> Batch:
+        """The samples at `index` [B] of the split, copied; `pinned` where a GPU is to fetch them.
+
+        `values[index]` gives the same, but copies element by element: up to nine times slower.
+        """
+        batch = {}
+        for name, values in self._split.items():
+            out = None
+            if pinned:
+                shape = (len(index), *values.shape[1:])
+                out = torch.empty(shape, dtype=values.dtype, pin_memory=True)
+            batch[name] = torch.index_select(values, 0, index, out=out)
+        for name, dtype in self._unsigned.items():
+            batch[name] = batch[name].view(dtype)
+        return batch
+
+    def places(self, step: int) -> tuple[Tensor, Tensor]:
+        """The positions of the share of step `step` [B], and where in the split it lies [B]."""
+        start, stop = (step * self._global_batch + end for end in (self._start, self._stop))
+        return torch.arange(start, stop), self._index(start, stop)
 
     def _index(self, start: int, stop: int) -> Tensor:
         """The samples at positions [start, stop), as indices into the split."""
