@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainers.data import Batches, on_device
+from trainers.data import Batches, on_device, share
 from trainers.workloads.base import Batch
 
 AHEAD = 2
@@ -24,11 +24,12 @@ def feed(
     dtype: torch.dtype,
     start: int,
     stop: int,
-    micro_batch: int | None = None,
+    rounds: int = 1,
     ahead: int | None = None,
 ) -> Generator[Fed]:
-    """The worker's share of the steps [start, stop), in micro-batches, in their order.
+    """The worker's share of the steps [start, stop), each in `rounds` micro-batches, in order.
 
+    A share of fewer samples than rounds comes with its last sample several times; see `micro`.
     The samples are those of `Batches.at`, floating-point columns in `dtype`. A thread prepares
     the next `ahead` micro-batches: two for a GPU, from pinned memory and on a stream of its own;
     none elsewhere, where the thread would take its time from the step. What goes wrong in the
@@ -36,7 +37,7 @@ def feed(
     """
     if ahead is None:
         ahead = AHEAD if device.type == "cuda" else 0
-    parts = _parts(batches, start, stop, micro_batch)
+    parts = _parts(batches, start, stop, rounds)
     if not ahead:
         for positions, index in parts:
             yield positions.to(device), on_device(batches.gather(index), device, dtype)
@@ -59,15 +60,24 @@ def feed(
         pool.shutdown(cancel_futures=True)
 
 
-def _parts(
-    batches: Batches, start: int, stop: int, micro_batch: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def micro(samples: int, number: int, rounds: int) -> tuple[slice, int]:
+    """Which of a share's `samples` are in a micro-batch, and how many of them count.
+
+    Workers whose shares differ by a sample go through a sharded model equally often; who has
+    nothing left takes a sample that does not count.
+    """
+    low, high = share(samples, number, rounds)
+    begin = min(low, samples - 1)
+    return slice(begin, max(high, begin + 1)), high - low
+
+
+def _parts(batches: Batches, start: int, stop: int, rounds: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The positions of each micro-batch, and where in the split its samples lie."""
     for step in range(start, stop):
         positions, index = batches.places(step)
-        size = micro_batch or len(index)
-        for low in range(0, len(index), size):
-            yield positions[low : low + size], index[low : low + size]
+        for number in range(rounds):
+            part, _ = micro(len(index), number, rounds)
+            yield positions[part], index[part]
 
 
 @dataclass(frozen=True)

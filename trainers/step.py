@@ -6,15 +6,16 @@ from the device's generator, seeded from (seed, step, rank, micro-batch).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints
-from trainers.data import Batches, on_device, share
+from trainers.data import Batches
 from trainers.dropout import sample_dropout
+from trainers.feed import Fed, feed, micro
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import (
     Worker,
@@ -65,8 +66,10 @@ class Stepper:
         )
         batch, shares = spec.train.global_batch, worker.data_world
         self._batches = Batches(samples, spec.train.seed, batch, worker.data_rank, shares)
-        largest_share = math.ceil(batch / shares)
-        self._rounds = math.ceil(largest_share / (spec.train.micro_batch or largest_share))
+        self._share = len(self._batches.places(0)[0])
+        largest = math.ceil(batch / shares)
+        self._rounds = math.ceil(largest / (spec.train.micro_batch or largest))
+        self._fed_step = -1
         self.skipped = 0
         """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
         self.draws_natively: bool | None = None
@@ -119,30 +122,29 @@ class Stepper:
 
     def _gradients(self, step: int) -> Tensor:
         """Backward through all micro-batches of this worker's share; the loss, detached."""
-        positions, samples = self._batches.at(step)
-        count = len(positions)
+        if step != self._fed_step:  # the first one, or one out of turn
+            self._fed = self._feed_from(step)
+        self._fed_step = step + 1
         losses = []
-        for micro in range(self._rounds):
-            low, high = share(count, micro, self._rounds)
-            # Workers of a sharded model go through it equally often, the last with nothing new.
-            begin = min(low, count - 1)
-            part = slice(begin, max(high, begin + 1))
-            batch = {name: values[part] for name, values in samples.items()}
-            batch = on_device(batch, self.worker.device, self._dtype)
-            random = SampleRandom(self._spec.train.seed, positions[part].to(self.worker.device))
-            seed_device(
-                self.worker.device,
-                mix_seed(self._spec.train.seed, step, self.worker.data_rank, micro),
-            )
+        for number in range(self._rounds):
+            positions, batch = next(self._fed)
+            _, counted = micro(self._share, number, self._rounds)
+            random = SampleRandom(self._spec.train.seed, positions)
+            part = (step, self.worker.data_rank, number)
+            seed_device(self.worker.device, mix_seed(self._spec.train.seed, *part))
             state = device_state(self.worker.device) if self.draws_natively is None else None
-            last = micro == self._rounds - 1
+            last = number == self._rounds - 1
             with self._draws.of(random), exchanged_when(self._spread, last):
-                loss = self._loss(self._workload.augment(batch, random), high - low)
+                loss = self._loss(self._workload.augment(batch, random), counted)
                 torch.autograd.backward(self.scaler.scale(loss))
             if state is not None:
                 self.draws_natively = not state.equal(device_state(self.worker.device))
             losses.append(loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _feed_from(self, step: int) -> Generator[Fed]:
+        device, dtype = self.worker.device, self._dtype
+        return feed(self._batches, device, dtype, step, self._total_steps, self._rounds)
 
     def _loss(self, batch: Batch, counted: int) -> Tensor:
         """The mean over the global batch of the first `counted` samples' losses, times the shares.

@@ -1,14 +1,17 @@
 """The feed gives what `Batches.at` gives, with and without its thread, which never outlives it."""
 
+import math
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from trainers.data import Batches, on_device
-from trainers.feed import Fed, feed
+from trainers.feed import Fed, feed, micro
 
 CPU = torch.device("cpu")
 GPU = pytest.param(
@@ -59,23 +62,33 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("ahead", [None, 0, 1, 3])
-@pytest.mark.parametrize("micro_batch", [None, 6, 2, 4])
+@pytest.mark.parametrize("rounds", [1, 2, 4, 6, 7])
 def test_it_gives_the_steps_of_its_batches(
-    device: torch.device, ahead: int | None, micro_batch: int | None
+    device: torch.device, ahead: int | None, rounds: int
 ) -> None:
-    """In float64, over three epochs, beginning in the middle; 4 does not divide the share of 6."""
-    fed = feed(stream(), device, torch.float64, 3, 14, micro_batch, ahead)
-    size = micro_batch or 6
+    """In float64, over three epochs, beginning in the middle; a share of 6 in so many rounds."""
+    fed = feed(stream(), device, torch.float64, 3, 14, rounds, ahead)
     for step in range(3, 14):
         positions, batch = stream().at(step)
         batch = on_device(batch, CPU, torch.float64)
-        for low in range(0, 6, size):
-            part = slice(low, low + size)
+        for number in range(rounds):
+            part, _ = micro(6, number, rounds)
             expected = positions[part], {name: values[part] for name, values in batch.items()}
-            given = next(fed)
-            assert given[0].device.type == device.type
-            assert same(given, expected)
+            found = next(fed)
+            assert found[0].device.type == device.type
+            assert same(found, expected)
     assert next(fed, None) is None
+
+
+@given(samples=st.integers(1, 50), rounds=st.integers(1, 60))
+def test_every_sample_counts_once_and_no_micro_batch_is_empty(samples: int, rounds: int) -> None:
+    counting: list[int] = []
+    for number in range(rounds):
+        part, counted = micro(samples, number, rounds)
+        assert len(range(samples)[part]) == max(1, counted)
+        assert counted <= math.ceil(samples / rounds)
+        counting += range(samples)[part][:counted]
+    assert counting == list(range(samples))
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
