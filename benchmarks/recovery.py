@@ -1,0 +1,189 @@
+"""From kill -9 of a worker to the next new step, and how many steps are done twice.
+
+    python benchmarks/recovery.py [--rounds 3]
+
+The digits network on one worker, which kills itself once at the beginning of step 60 of 80:
+`heliostat train` with a checkpoint every ten steps, against the loop of Ray's guide to saving and
+loading checkpoints, which reports one per epoch (22.5 steps here). Both in a Ray of their own.
+
+Each process writes when it was made and when it begins a step, so the time is broken down into:
+until a new worker process is there, until it begins its first step, and the steps done again.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from contest import compete, finish, rows, show
+
+from trainers import Batch, SampleRandom
+from trainers.workloads.vision import ResNet, Vision
+
+KILLED, STEPS, BATCH, EVERY = 60, 80, 64, 10
+PARTS = ("a new process", "its first step", "steps done again")
+
+
+def begin_step(events: Path, step: int) -> None:
+    """Write down that this process begins a step; the first one to begin step KILLED dies."""
+    with events.open("a") as file:
+        # Since the machine was started, as the kernel counts it for processes.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        made = ticks / os.sysconf("SC_CLK_TCK")
+        file.write(f"{os.getpid()} {made} {time.clock_gettime(time.CLOCK_BOOTTIME)} {step}\n")
+    if step == KILLED and not events.with_suffix(".killed").exists():
+        events.with_suffix(".killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Watched(Vision):
+    """The digits, with their steps written down."""
+
+    class Data(Vision.Data):
+        events: str = ""
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        begin_step(Path(self.data.events), int(random.positions[0]) // BATCH)
+        return super().augment(batch, random)
+
+
+def heliostat(folder: Path, events: Path) -> None:
+    fields: dict[str, Any] = {
+        "data.events": events,
+        "model.width": 16,
+        "train.steps": STEPS,
+        "train.global_batch": BATCH,
+        "checkpoint.every_steps": EVERY,
+    }
+    options = [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
+    command = Path(sys.executable).with_name("heliostat")
+    _run([str(command), "train", "recovery:Watched", *options], folder)
+
+
+def tutorial(folder: Path, events: Path) -> None:
+    _run([sys.executable, __file__, "--tutorial", str(events)], folder)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    path = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": path, "RAY_TMPDIR": str(folder.parent)}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def run_tutorial(events: str) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(
+        _tutorial_worker,
+        train_loop_config={"events": events},
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(
+            storage_path=str(Path.cwd()), failure_config=FailureConfig(max_failures=3)
+        ),
+    ).fit()
+
+
+def _tutorial_worker(config: dict[str, str]) -> None:
+    import ray.train
+    from ray.train import Checkpoint
+    from ray.train.torch import prepare_data_loader, prepare_model
+    from sklearn.datasets import load_digits
+    from torch.utils.data import DataLoader, TensorDataset
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images[:1437, None]).float()
+    data = TensorDataset(images, torch.from_numpy(bunch.target[:1437]))
+    loader = prepare_data_loader(DataLoader(data, batch_size=BATCH, shuffle=True))
+    model = prepare_model(ResNet(1, 10, Vision.Model(width=16)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    epoch, step = 0, 0
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        epoch, step = state["epoch"], state["step"]
+    while step < STEPS:
+        for batch, labels in loader:
+            begin_step(Path(config["events"]), step)
+            loss = torch.nn.functional.cross_entropy(model(batch), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+        epoch += 1
+        with tempfile.TemporaryDirectory() as folder:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**state, "epoch": epoch, "step": step}, Path(folder) / "state.pt")
+            saved = Checkpoint.from_directory(folder)
+            ray.train.report({"loss": loss.item()}, checkpoint=saved)
+
+
+def recovery(events: Path) -> tuple[dict[str, float], int]:
+    """Seconds of each part, and the steps done twice."""
+    lines = [line.split() for line in events.read_text().splitlines()]
+    dead = lines[0][0]
+    killed_s = next(
+        float(now) for pid, _, now, step in lines if pid == dead and int(step) == KILLED
+    )
+    after = [(float(made), float(now), int(step)) for pid, made, now, step in lines if pid != dead]
+    made_s, begun_s, first = after[0]
+    new_s = next(now for _, now, step in after if step == KILLED)
+    times = (made_s - killed_s, begun_s - made_s, new_s - begun_s)
+    return dict(zip(PARTS, times, strict=True)), KILLED - first
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--tutorial", metavar="EVENTS", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.tutorial:
+        run_tutorial(args.tutorial)
+        return
+    parts: dict[str, list[dict[str, float]]] = defaultdict(list)
+    again: dict[str, list[float]] = defaultdict(list)
+
+    def contender(name: str, run: Any) -> float:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "work"
+            folder.mkdir()
+            events = folder / "events"
+            run(folder, events)
+            times, twice = recovery(events)
+        parts[name].append(times)
+        again[name].append(twice)
+        return sum(times.values())
+
+    contenders = {"Heliostat": heliostat, "Ray's guide": tutorial}
+    measured = compete({k: partial(contender, k, v) for k, v in contenders.items()}, args.rounds)
+    show("kill -9 to the next new step", measured, "s", 1.0)
+    print(f"\n{'seconds until':<24}" + "".join(f"{name:>16}" for name in parts))
+    for part in PARTS:
+        medians = (statistics.median(run[part] for run in runs) for runs in parts.values())
+        print(f"{part:<24}" + "".join(f"{value:>16.2f}" for value in medians))
+    print(f"{'steps done twice':<24}" + "".join(f"{max(again[name]):>16.0f}" for name in parts))
+    results = rows("kill to new step", "Heliostat", measured)
+    interval = {
+        "Heliostat": again["Heliostat"],
+        "checkpoint interval": [float(EVERY)] * args.rounds,
+    }
+    finish("recovery", results + rows("steps done twice", "Heliostat", interval))
+
+
+if __name__ == "__main__":
+    main()
