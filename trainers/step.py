@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints, load
 from trainers.data import Batches, on_device
+from trainers.memory import fits, is_out_of_memory, memory_advice
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import Worker, compiled, compute_precision, distribute, weights_dtype
 from trainers.random import SampleRandom, mix_seed, seed_device
@@ -49,8 +51,18 @@ class Stepper:
         """Do step `step`, counted from 0; collective.
 
         Returns this worker's part of the loss over the global batch, times the number of
-        workers, as a scalar on its device; zero for a step that was skipped.
+        workers, as a scalar on its device; zero for a step that was skipped. Raises a
+        TrainingError that says what would fit when memory runs out.
         """
+        try:
+            return self._take(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here the error is gone, and with it the tensors that its frames hold.
+        raise TrainingError(self._memory_advice(step))
+
+    def _take(self, step: int) -> Tensor:
         train = self._spec.train
         loss = self._gradients(step)
         set_learning_rate(
@@ -96,19 +108,19 @@ class Stepper:
             random = SampleRandom(spec.train.seed, positions[part].to(worker.device))
             seed_device(worker.device, mix_seed(spec.train.seed, step, worker.rank, micro))
             with self._reduced_when(low == starts[-1]):
-                loss = self._loss(self._workload.augment(batch, random))
+                loss = self._loss(self._model, self._workload.augment(batch, random))
                 torch.autograd.backward(self.scaler.scale(loss))
             total += loss.detach()
         return total
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over the global batch of these samples' losses, times the number of workers.
 
         Workers average their gradients; this makes each sample count the same.
         """
         samples = len(next(iter(batch.values())))
         with compute_precision(self._spec.train, self._worker.device):
-            loss_B = self._workload.loss(self._workload.forward(self._model, batch), batch)
+            loss_B = self._workload.loss(self._workload.forward(model, batch), batch)
         check_per_sample("loss", loss_B, samples)
         return loss_B.sum() * (self._worker.world / self._spec.train.global_batch)
 
@@ -120,6 +132,39 @@ class Stepper:
             return
         with self._distributed.no_sync():
             yield
+
+    def _memory_advice(self, step: int) -> str:
+        """Why step `step` ran out of memory, and what to change; the state is of no use after."""
+        share = len(self._batches.at(step)[0])
+        size = min(self._spec.train.micro_batch or share, share)
+        sharded = any(isinstance(weight, DTensor) for weight in self.network.parameters())
+
+        def these_fit(samples: int) -> bool:
+            stateless = not self.optimizer.state
+            try:
+                return fits(lambda: self._try(step, samples))
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                if stateless:
+                    self.optimizer.state.clear()
+
+        these = None if sharded else these_fit
+        self.optimizer.zero_grad(set_to_none=True)
+        return memory_advice(self._worker.device, size, share, these)
+
+    def _try(self, step: int, samples: int) -> None:
+        """What a step does with a micro-batch of `samples`, on this worker alone.
+
+        Done twice: what counts is the second time, beside the gradients and the optimizer's state.
+        """
+        positions, share = self._batches.at(step)
+        batch = {name: values[:samples] for name, values in share.items()}
+        batch = on_device(batch, self._worker.device, self._dtype)
+        random = SampleRandom(self._spec.train.seed, positions[:samples].to(self._worker.device))
+        for _ in range(2):
+            loss = self._loss(self.network, self._workload.augment(dict(batch), random))
+            torch.autograd.backward(loss)
+            self.optimizer.step()
 
     def _finite_gradient(self) -> bool:
         """Whether all gradients are finite; they are the same on every worker, so is the answer."""
