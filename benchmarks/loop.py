@@ -77,6 +77,9 @@ class Clock:
     def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
         pass
 
+    def preempted(self) -> bool:
+        return False
+
     def should_stop(self) -> bool:
         return False
 

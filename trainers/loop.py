@@ -19,6 +19,7 @@ from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints
 from trainers.data import Batches, on_device, open_split, rows, share
 from trainers.folder import CHECKPOINTS
+from trainers.health import alive
 from trainers.optimize import learning_rate
 from trainers.parallel import Worker, compute_precision, weights_dtype
 from trainers.reporter import Reporter
@@ -28,7 +29,7 @@ from trainers.workloads.base import Workload
 
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
-"""How often several workers ask the first one whether to stop."""
+"""How often several workers ask the first one what it has heard: to stop, or to hurry."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,14 @@ def train(
     network.train()
     done = start
     for step in range(start, total):
+        alive(step)
         loss_sum += stepper.take(step)
         losses += 1
         done = step + 1
         meter.samples += batch_size
 
-        stop = agreement.stop(done)
-        save = done in saves or done == total or stop
+        stop, preempted = agreement.after(done)
+        save = done in saves or done == total or stop or preempted
         if done % spec.tracking.every_steps == 0 or done in evaluations or save:
             mean_loss = worker.sum(loss_sum).item() / worker.world / losses
             loss_sum.zero_()
@@ -116,6 +118,8 @@ def train(
             reporter.log(found, done)
         if save and first:
             stepper.save(checkpoints, done, before_commit=reporter.flush)
+        if preempted:  # the next step may be the last one here
+            checkpoints.wait()
         if done in evaluations:
             reporter.evaluated(metrics, done, checkpoints)
         reporter.tick(done)
@@ -173,6 +177,7 @@ def evaluate(
     network.eval()
     with torch.inference_mode(), compute_precision(spec.train, worker.device):
         for low in range(start, stop, EVALUATION_BATCH):
+            alive()
             high = min(stop, low + EVALUATION_BATCH)
             batch = {name: values[low:high] for name, values in samples.items()}
             batch = on_device(batch, worker.device, weights_dtype(spec.train))
@@ -211,23 +216,28 @@ class _Meter:
 
 
 class _Agreement:
-    """Whether to stop, answered alike by all workers after the same step."""
+    """Whether to stop, and whether a machine is about to go, alike on all workers."""
 
     def __init__(self, worker: Worker, reporter: Reporter, step: int) -> None:
         self._worker, self._reporter = worker, reporter
         self._asked_step, self._asked_s = step, time.monotonic()
         self._next = step + 1
+        self._preempted = False
 
-    def stop(self, step: int) -> bool:
-        """Collective from time to time: the first worker decides, and when to ask next."""
+    def after(self, step: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save after every step from now on.
+
+        Collective from time to time: the first worker decides, and when to ask next.
+        """
         if self._worker.world == 1:
-            return self._reporter.should_stop()
+            return self._reporter.should_stop(), self._reporter.preempted()
         if step < self._next:
-            return False
+            return False, self._preempted
         now = time.monotonic()
         steps = step - self._asked_step
         # The first steps are slow; a gap that grows by degrees never becomes a long silence.
         gap = min(4 * steps, round(AGREE_EVERY_S * steps / max(1e-6, now - self._asked_s)))
-        stop, gap = self._worker.decided_by_first((self._reporter.should_stop(), max(1, gap)))
+        heard = (self._reporter.should_stop(), self._reporter.preempted(), max(1, gap))
+        stop, self._preempted, gap = self._worker.decided_by_first(heard)
         self._asked_step, self._asked_s, self._next = step, now, step + gap
-        return bool(stop)
+        return stop, self._preempted

@@ -53,6 +53,7 @@ class Tracker:
         self._last_step: dict[tuple[str, str], int] = {}
         self._rows: defaultdict[str, deque[Row]] = defaultdict(lambda: deque(maxlen=10_000))
         self._steps: dict[str, int] = {}
+        self._lines: defaultdict[str, list[str]] = defaultdict(list)
         self._stopping: set[str] = set()
         self._closed = threading.Event()
         self._wake = threading.Event()
@@ -98,10 +99,16 @@ class Tracker:
         """Answer the run's next `log` with the wish that it stop."""
         self._stopping.add(run)
 
-    def watch(self, run: str) -> tuple[int, list[Row]]:
-        """Steps done by a run, and its metrics since the last call."""
+    def tell(self, run: str, line: str) -> None:
+        """A line for whoever watches the run."""
         with self._lock:
-            return self._steps.get(run, 0), list(self._rows.pop(run, ()))
+            self._lines[run].append(line)
+
+    def watch(self, run: str) -> tuple[int, list[Row], list[str]]:
+        """Steps done by a run, and its metrics and its lines since the last call."""
+        with self._lock:
+            rows = list(self._rows.pop(run, ()))
+            return self._steps.get(run, 0), rows, self._lines.pop(run, [])
 
     def pending(self) -> tuple[int, str | None]:
         """Bytes not yet sent to MLflow, and the error that keeps them here."""

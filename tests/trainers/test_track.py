@@ -176,8 +176,8 @@ def test_a_run_asked_to_stop_hears_it_with_its_next_metrics(tmp_path: Path) -> N
     assert tracker.log("run", rows(range(2)), 2) is False
     tracker.request_stop("run")
     assert tracker.log("run", [], 3) is True
-    assert tracker.watch("run") == (3, rows(range(2)))
-    assert tracker.watch("run") == (3, [])
+    assert tracker.watch("run") == (3, rows(range(2)), [])
+    assert tracker.watch("run") == (3, [], [])
     tracker.close()
 
 
