@@ -86,16 +86,25 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 FAULTY_SOURCE = '''
-"""Digits with faults that happen once, at an exact sample."""
+"""Digits with faults that happen once, at an exact sample; it hangs twice."""
 
+import ctypes
 import os
-import pty
 import signal
+import time
 from pathlib import Path
 
 import torch
 
 from trainers.workloads.vision import Vision
+
+
+def sleeps():
+    time.sleep(3600)
+
+
+def holds_the_interpreter():
+    ctypes.PyDLL(None).sleep(3600)
 
 
 class Faulty(Vision):
@@ -111,6 +120,12 @@ class Faulty(Vision):
             if self.data.fault == "kill" and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.data.fault == "hang" and not marker.exists():
+                marker.touch()
+                sleeps()
+            elif self.data.fault == "hang" and not marker.with_suffix(".again").exists():
+                marker.with_suffix(".again").touch()
+                holds_the_interpreter()
             if self.data.fault == "raise":
                 raise KeyError("no such feature")
             if self.data.fault == "nan":

@@ -92,9 +92,9 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def watch(self, step: int, rows: "list[Row]", notes: list[str]) -> None:
-        for note in notes:
-            self._console.print(note, style="dim", highlight=False)
+    def watch(self, step: int, rows: "list[Row]", lines: list[str]) -> None:
+        for line in lines:
+            self._console.print(line, highlight=False)
         evaluated = ""
         for name, value, row_step, _ in rows:
             self._newest[name] = value

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from trainers.checkpoint import Checkpoints, interval_s
 from trainers.data import on_device, open_split, rows, share
 from trainers.dropout import OWN_RANDOM
 from trainers.folder import CHECKPOINTS
+from trainers.health import alive
 from trainers.optimize import learning_rate
 from trainers.parallel import (
     Worker,
@@ -35,7 +37,7 @@ from trainers.workloads.base import Workload
 
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
-"""How often several workers ask the first one whether to stop or save."""
+"""How often several workers ask the first one what it has heard: to stop, to save, to hurry."""
 FIRST_SAVE_S = 30.0
 """Seconds to the first save when its interval is chosen by what a save costs."""
 
@@ -84,20 +86,21 @@ def train(
 
     metrics: dict[str, float] = {}
     meter = _Meter()
-    agreement = _Agreement(worker, start)
+    agreement = _Agreement(worker, reporter, start)
     losses = _Losses(worker, numbers)
 
     stepper.network.train()
     done = start
     for step in range(start, total):
+        alive(step)
         losses.add(stepper.take(step))
         done = step + 1
         meter.samples += batch_size
         if step == start:
             _note_first_step(spec, stepper, reporter)
 
-        stop, save = agreement.decide(done, lambda: (reporter.should_stop(), saves.due()))
-        save = save or stop or saves.planned(done)
+        wishes = agreement.after(done, saves.due)
+        save = wishes.save or wishes.stop or wishes.hurry or saves.planned(done)
         if done % spec.tracking.every_steps == 0 or done in evaluations:
             measured = {
                 "train/loss": losses.mean(done),
@@ -120,10 +123,12 @@ def train(
             began = time.monotonic()
             stepper.save(checkpoints, done, losses.numbers(done), found, reporter.flush)
             saves.saved(time.monotonic() - began, reporter)
+        if wishes.hurry:  # the next step may be the last one here
+            checkpoints.wait()
         if done in evaluations:
             reporter.evaluated(metrics, done, checkpoints)
         reporter.tick(done)
-        if stop:
+        if wishes.stop:
             break
 
     checkpoints.wait()
@@ -178,6 +183,7 @@ def evaluate(
     network.eval()
     with torch.inference_mode(), compute_precision(spec.train, worker.device):
         for turn in range(rounds):
+            alive()
             low, high = (start + bound for bound in share(stop - start, turn, rounds))
             part = slice(min(low, count - 1), max(high, low + 1))
             batch = {name: values[part] for name, values in samples.items()}
@@ -276,24 +282,41 @@ class _Saves:
             )
 
 
+@dataclass(frozen=True)
+class _Wishes:
+    """What all workers do after a step, besides going on."""
+
+    stop: bool = False
+    save: bool = False
+    hurry: bool = False
+    """A machine is about to go: save after every step from now on."""
+
+
 class _Agreement:
     """What the first worker decides, taken up by all workers after the same step."""
 
-    def __init__(self, worker: Worker, step: int) -> None:
-        self._worker = worker
+    def __init__(self, worker: Worker, reporter: Reporter, step: int) -> None:
+        self._worker, self._reporter = worker, reporter
         self._asked_step, self._asked_s = step, time.monotonic()
         self._next = step + 1
+        self._hurry = False
 
-    def decide(self, step: int, first_says: Callable[[], tuple[bool, bool]]) -> tuple[bool, bool]:
+    def after(self, step: int, save_is_due: Callable[[], bool]) -> _Wishes:
         """Collective from time to time: the first worker decides, and when to ask next."""
         if self._worker.world == 1:
-            return first_says()
+            return self._heard(save_is_due)
         if step < self._next:
-            return False, False
+            return _Wishes(hurry=self._hurry)
         now = time.monotonic()
         steps = step - self._asked_step
         # The first steps are slow; a gap that grows by degrees never becomes a long silence.
         gap = min(4 * steps, round(AGREE_EVERY_S * steps / max(1e-6, now - self._asked_s)))
-        (stop, save), gap = self._worker.decided_by_first((first_says(), max(1, gap)))
+        decided = self._worker.decided_by_first((self._heard(save_is_due), max(1, gap)))
+        wishes, gap = cast(tuple[_Wishes, int], decided)
         self._asked_step, self._asked_s, self._next = step, now, step + gap
-        return stop, save
+        self._hurry = wishes.hurry
+        return wishes
+
+    def _heard(self, save_is_due: Callable[[], bool]) -> _Wishes:
+        reporter = self._reporter
+        return _Wishes(reporter.should_stop(), save_is_due(), reporter.preempted())

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainers.spool import Row, now_ms
@@ -34,11 +34,23 @@ class Reporter(Protocol):
     def should_stop(self) -> bool:
         """Whether somebody wants the run to stop; it may take a second to be heard."""
 
+    def preempted(self) -> bool:
+        """Whether the machine of some worker is about to be taken away."""
+
 
 class TrackerReporter:
-    """A reporter that sends to a tracker actor twice a second at most."""
+    """A reporter that sends to a tracker actor twice a second at most.
 
-    def __init__(self, tracker: Any, run: str, interval_s: float = 0.5) -> None:
+    `leaving` says in a phrase which machine is about to be taken away, or None.
+    """
+
+    def __init__(
+        self,
+        tracker: Any,
+        run: str,
+        interval_s: float = 0.5,
+        leaving: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._tracker, self._run, self._interval_s = tracker, run, interval_s
         self._lock = threading.Lock()  # checkpoints are written, and flush, in a thread
         self._rows: list[Row] = []
@@ -46,6 +58,8 @@ class TrackerReporter:
         self._next_send = 0.0
         self._in_flight: list[Any] = []
         self._stop = False
+        self._leaving = leaving
+        self._preempted = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         now = now_ms()
@@ -90,6 +104,12 @@ class TrackerReporter:
     def should_stop(self) -> bool:
         return self._stop
 
+    def preempted(self) -> bool:
+        if not self._preempted and (leaving := self._leaving()):
+            self._preempted = True
+            self._tracker.tell.remote(self._run, f"{leaving}; saving after every step")
+        return self._preempted
+
 
 class SilentReporter:
     """The reporter of all workers but the first."""
@@ -112,4 +132,7 @@ class SilentReporter:
         pass
 
     def should_stop(self) -> bool:
+        return False
+
+    def preempted(self) -> bool:
         return False

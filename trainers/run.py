@@ -166,7 +166,10 @@ def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts at once."""
+    """An event that the first Ctrl-C sets; the second one interrupts at once.
+
+    SIGTERM does what Ctrl-C does at that moment, also while Ray Tune handles it.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
@@ -174,12 +177,13 @@ def stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt = signal.signal(signal.SIGINT, handle)
+    terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextlib.contextmanager
@@ -198,8 +202,8 @@ def at_work(
     with (
         exclusive(folder),
         quiet(log, verbose) as console,
-        stop_on_signal() as stop,
         ray_session(address, code, exclude) as started_here,
+        stop_on_signal() as stop,  # within: ray.init has a handler of its own
     ):
         if not verbose:
             console.print(f"log: {short_path(log)}", style="dim")

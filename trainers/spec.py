@@ -76,6 +76,9 @@ class TrainSpec(Spec):
     """Largest norm of the whole gradient; longer ones are scaled down to it."""
     evaluate_every: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between evaluations on the validation split."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 600
+    """Seconds without a step after which a worker counts as hung and is started again from the
+    last save; three times as long up to the end of a start's first step, which compiles."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSpec":

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints
-from trainers.data import Batches
+from trainers.data import Batches, on_device
 from trainers.dropout import sample_dropout
 from trainers.feed import Fed, feed, micro
+from trainers.memory import fits, is_out_of_memory, memory_advice
 from trainers.optimize import build_optimizer, learning_rate, set_learning_rate
 from trainers.parallel import (
     Worker,
@@ -80,8 +81,18 @@ class Stepper:
         """Do step `step`, counted from 0; collective.
 
         Returns this worker's part of the loss over the global batch, times the number of shares
-        of the batch, as a scalar on its device; zero for a step that was skipped.
+        of the batch, as a scalar on its device; zero for a step that was skipped. Raises a
+        TrainingError that says what would fit when memory runs out.
         """
+        try:
+            return self._take(step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here the error is gone, and with it the tensors that its frames hold.
+        raise TrainingError(self._memory_advice(step))
+
+    def _take(self, step: int) -> Tensor:
         train = self._spec.train
         loss = self._gradients(step)
         set_learning_rate(
@@ -135,7 +146,7 @@ class Stepper:
             state = device_state(self.worker.device) if self.draws_natively is None else None
             last = number == self._rounds - 1
             with self._draws.of(random), exchanged_when(self._spread, last):
-                loss = self._loss(self._workload.augment(batch, random), counted)
+                loss = self._loss(self._model, self._workload.augment(batch, random), counted)
                 torch.autograd.backward(self.scaler.scale(loss))
             if state is not None:
                 self.draws_natively = not state.equal(device_state(self.worker.device))
@@ -146,17 +157,49 @@ class Stepper:
         device, dtype = self.worker.device, self._dtype
         return feed(self._batches, device, dtype, step, self._total_steps, self._rounds)
 
-    def _loss(self, batch: Batch, counted: int) -> Tensor:
+    def _loss(self, model: nn.Module, batch: Batch, counted: int) -> Tensor:
         """The mean over the global batch of the first `counted` samples' losses, times the shares.
 
         Workers average their gradients; this makes each sample count the same.
         """
         samples = len(next(iter(batch.values())))
         with compute_precision(self._spec.train, self.worker.device):
-            loss_B = self._workload.loss(self._workload.forward(self._model, batch), batch)
+            loss_B = self._workload.loss(self._workload.forward(model, batch), batch)
         check_per_sample("loss", loss_B, samples)
         mean = self.worker.data_world / self._spec.train.global_batch
         return (loss_B if counted == samples else loss_B[:counted]).sum() * mean
+
+    def _memory_advice(self, step: int) -> str:
+        """Why step `step` ran out of memory, and what to change; the state is of no use after."""
+        size = math.ceil(self._share / self._rounds)
+        sharded = self.layout.mode not in ("single", "ddp")
+
+        def these_fit(samples: int) -> bool:
+            stateless = not self.optimizer.state
+            try:
+                return fits(lambda: self._try(step, samples))
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                if stateless:
+                    self.optimizer.state.clear()
+
+        these = None if sharded else these_fit
+        self.optimizer.zero_grad(set_to_none=True)
+        return memory_advice(self.worker.device, size, self._share, these)
+
+    def _try(self, step: int, samples: int) -> None:
+        """What a step does with a micro-batch of `samples`, on this worker alone.
+
+        Done twice: what counts is the second time, beside the gradients and the optimizer's state.
+        """
+        device = self.worker.device
+        positions, index = (values[:samples] for values in self._batches.places(step))
+        batch = on_device(self._batches.gather(index), device, self._dtype)
+        random = SampleRandom(self._spec.train.seed, positions.to(device))
+        for _ in range(2):
+            loss = self._loss(self.network, self._workload.augment(dict(batch), random), samples)
+            torch.autograd.backward(loss)
+            self.optimizer.step()
 
     def _finite_gradient(self) -> bool:
         """Whether all gradients are finite; they are the same on every worker, so is the answer."""

@@ -52,8 +52,8 @@ class Tracker:
         self._known: set[str] = set()
         self._last_step: dict[tuple[str, str], int] = {}
         self._rows: defaultdict[str, deque[Row]] = defaultdict(lambda: deque(maxlen=10_000))
-        self._notes: defaultdict[str, list[str]] = defaultdict(list)
         self._steps: dict[str, int] = {}
+        self._lines: defaultdict[str, list[str]] = defaultdict(list)
         self._stopping: set[str] = set()
         self._closed = threading.Event()
         self._wake = threading.Event()
@@ -82,8 +82,7 @@ class Tracker:
 
     def note(self, run: str, name: str, text: str) -> None:
         """Keep a fact about a run as its tag `heliostat.name`; the newest counts."""
-        with self._lock:
-            self._notes[run].append(f"{name}: {text}")
+        self.tell(run, f"{name}: {text}")
         tags = {f"heliostat.{name.replace(' ', '_')}": text}
         self._append({"do": "tag", "run": run, "tags": tags})
 
@@ -106,11 +105,16 @@ class Tracker:
         """Answer the run's next `log` with the wish that it stop."""
         self._stopping.add(run)
 
-    def watch(self, run: str) -> tuple[int, list[Row], list[str]]:
-        """Steps done by a run; its metrics and its notes since the last call."""
+    def tell(self, run: str, line: str) -> None:
+        """A line for whoever watches the run."""
         with self._lock:
-            rows, notes = self._rows.pop(run, ()), self._notes.pop(run, [])
-            return self._steps.get(run, 0), list(rows), notes
+            self._lines[run].append(line)
+
+    def watch(self, run: str) -> tuple[int, list[Row], list[str]]:
+        """Steps done by a run, and its metrics and its lines since the last call."""
+        with self._lock:
+            rows = list(self._rows.pop(run, ()))
+            return self._steps.get(run, 0), rows, self._lines.pop(run, [])
 
     def pending(self) -> tuple[int, str | None]:
         """Bytes not yet sent to MLflow, and the error that keeps them here."""

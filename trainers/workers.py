@@ -4,6 +4,7 @@ import os
 import pickle
 import secrets
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,20 +16,25 @@ from cluster.session import missing_resources
 from trainers.checkpoint import Checkpoints
 from trainers.export import export_model
 from trainers.folder import CHECKPOINTS, MODEL
+from trainers.health import STALLS, StallWatch, last_stall, watched
 from trainers.loop import Outcome, train
 from trainers.parallel import Worker
-from trainers.reporter import SilentReporter, TrackerReporter
+from trainers.reporter import Reporter, SilentReporter, TrackerReporter
 from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.spool import Row
 
 POLL_S = 0.2
 
 Watcher = Callable[[int, list[Row], list[str]], None]
-"""Told the steps done, and the metrics and notes that are new, a few times a second."""
+"""Told the steps done, and the metrics and lines for the user that are new, often."""
 
 
 class LostWorkerError(Exception):
     """A worker lost sight of another one; the group is worth starting again."""
+
+
+class PreemptedPeerError(Exception):
+    """A worker lost sight of another one whose machine was announced to go."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,10 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     from ray.train import FailureConfig, RunConfig
 
     spec, _ = resolve(job.data, RunSpec)
-    # How soon Ray Train notices that workers are done or dead; its default is 2 s.
+    # How soon Ray Train notices that workers are done or dead, or that a node is to go; its
+    # defaults are 2 s and 5 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     trainer = _trainer_class()(
         _worker,
         # Ray's controller takes these apart too; as bytes they don't make it import torch.
@@ -78,21 +86,27 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
     asked = False
+    hung = StallWatch(job.folder / STALLS)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
             if stop.is_set() and not asked:
                 ray.get(tracker.request_stop.remote(job.key))
                 asked = True
-            watch(*ray.get(tracker.watch.remote(job.key)))
+            steps, rows, lines = ray.get(tracker.watch.remote(job.key))
+            stall = hung.news()
+            watch(steps, rows, [*lines, str(stall)] if stall else lines)
         watch(*ray.get(tracker.watch.remote(job.key)))
     except SystemExit:  # Ray Tune ends the trial that this run is
         tracker.request_stop.remote(job.key)
         thread.join()
         raise
-    if errors:
-        raise TrainingError(_reason(errors[0])) from errors[0]
-    return outcome[0]
+    try:
+        if errors:
+            raise TrainingError(_reason(errors[0], job.folder)) from errors[0]
+        return outcome[0]
+    finally:
+        hung.tidy()
 
 
 def scaling(scale: ScaleSpec) -> Any:
@@ -133,16 +147,40 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     worker = Worker(rank, world, ray.train.torch.get_device(), local_world)
     try:
         spec, workload = resolve(job.data, RunSpec)
-        reporter = TrackerReporter(config["tracker"], job.key) if rank == 0 else SilentReporter()
-        outcome = train(spec, workload, job.dataset, job.folder, reporter, worker)
+        reporter: Reporter = SilentReporter()
+        if rank == 0:
+            reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
+        with watched(job.folder / STALLS, rank, world, spec.train.stall_timeout_s):
+            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker)
         newest = Checkpoints(job.folder / CHECKPOINTS).newest() if rank == 0 else None
         if outcome.complete and newest is not None:
             export_model(job.folder / MODEL, spec, workload, newest)
         return asdict(outcome)
     except Exception as error:
         if _lost_peer(error):
-            raise LostWorkerError(str(error)) from error
+            lost = PreemptedPeerError if _leaving() else LostWorkerError
+            raise lost(str(error)) from error
         raise TrainingError(explain(error)) from error
+
+
+def _leaving() -> str | None:
+    """Which node of this run's is about to be taken away, and when, in a phrase.
+
+    What `ray.train.get_preemption_info` tells, without its barrier: a notice reaches every
+    worker, and the loop has its own way to agree.
+    """
+    import ray
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return None
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    nodes = ", ".join(addresses.get(node, node) for node in info.preempted_node_ids)
+    when = "soon"
+    if info.deadline_ms is not None:
+        when = time.strftime("at %H:%M:%S %Z", time.localtime(info.deadline_ms / 1000))
+    return f"node {nodes} is going {when}"
 
 
 def _lost_peer(error: Exception) -> bool:
@@ -164,13 +202,16 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {what} ({frame.filename}:{frame.lineno})"
 
 
-def _reason(error: BaseException) -> str:
-    """Why Ray Train gave up, in one line."""
+def _reason(error: BaseException, folder: Path) -> str:
+    """Why Ray Train gave up on the run in `folder`, in one line."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         failure = getattr(failure, "_base_exc", failure)
         if isinstance(failure, TrainingError):
             return str(failure)
+    stall = last_stall(folder / STALLS, failures)
+    if stall:
+        return f"{stall}; it was lost too often (scale.max_restarts)"
     if failures:
         rank, failure = next(iter(failures.items()))
         return f"worker {rank} was lost too often: {type(failure).__name__}"
@@ -194,6 +235,8 @@ def _trainer_class() -> Any:
             bases = [getattr(failure, "_base_exc", failure) for failure in failures]
             if any(isinstance(failure, TrainingError) for failure in bases):
                 return FailureDecision.RAISE
+            if any(isinstance(failure, PreemptedPeerError) for failure in bases):
+                return FailureDecision.RETRY  # not counted, as the death that caused it
             return super().make_decision(training_failed_error)
 
     class Trainer(TorchTrainer):  # type: ignore[misc]

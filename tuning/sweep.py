@@ -14,6 +14,7 @@ from cluster.files import write_atomic
 from trainers import run
 from trainers.data import prepare, rows
 from trainers.folder import SPEC, create_folder, find_folder, unique_name
+from trainers.health import STALLS, last_stall
 from trainers.spec import find_spec, resolve
 from trainers.spool import now_ms
 from trainers.workers import scaling
@@ -192,7 +193,9 @@ class _Follower(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         failed = self._sweep.trial_folder(number) / FAILED
-        reason = failed.read_text() if failed.exists() else "its worker was lost too often"
+        stall = last_stall(self._sweep.trial_folder(number) / STALLS)
+        reason = f"{stall}" if stall else "its worker was lost too often"
+        reason = failed.read_text() if failed.exists() else reason
         tags = {"heliostat.reason": reason}
         self._tracker().finish.remote(self._sweep.trial_key(number), "FAILED", tags)
         self._tell("error", trial)

@@ -18,6 +18,7 @@ from cluster.files import write_atomic
 from trainers.checkpoint import Checkpoints
 from trainers.data import rows
 from trainers.folder import CHECKPOINTS
+from trainers.health import STALLS, watched
 from trainers.loop import train
 from trainers.parallel import Worker, local_device
 from trainers.reporter import TrackerReporter
@@ -89,7 +90,8 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
             _set_threads(sweep)
             worker = Worker(device=local_device(spec.scale))
             reporter = _TrialReporter(tracker, sweep.trial_key(number), progress)
-            train(spec, workload, sweep.dataset, folder, reporter, worker)
+            with watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s):
+                train(spec, workload, sweep.dataset, folder, reporter, worker)
     except Exception as error:
         write_atomic(folder / FAILED, explain(error))
         raise TrainingError(explain(error)) from error
@@ -142,8 +144,10 @@ class _Progress:
             newest = Checkpoints(self._folder / CHECKPOINTS).newest()
         tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
 
-    def watch(self, step: int, rows: list[Row], notes: list[str]) -> None:
-        """Report the evaluations among the metrics that the workers sent."""
+    def watch(self, step: int, rows: list[Row], lines: list[str]) -> None:
+        """Report the evaluations among the metrics that the workers sent; log their lines."""
+        for line in lines:
+            print(line, flush=True)
         for name, value, row_step, _ in rows:
             if name.startswith("val/"):
                 self._seen.setdefault(row_step, {})[name] = value

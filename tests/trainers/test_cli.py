@@ -65,7 +65,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
     for line in process.stdout:
         seen.append(line)
         if "val/accuracy" in line:
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, signal.SIGTERM)
             break
     seen.append(process.stdout.read())
     assert process.wait(60) == 130, "".join(seen)

@@ -45,6 +45,9 @@ class Recorder:
     def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
         assert metrics["val/loss"] == self.rows["val/loss"][step]
 
+    def preempted(self) -> bool:
+        return False
+
     def should_stop(self) -> bool:
         return self._stop_after is not None and len(self.ticks) + 1 >= self._stop_after
 

@@ -1,6 +1,9 @@
 """Runs on the real Ray Train: several workers, killed workers, mistakes in the user's code."""
 
+import gc
 import json
+import re
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,7 +51,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
     """Runs the tiny spec with some fields changed, to its end."""
     storage = tmp_path_factory.mktemp("storage")
 
-    def runner(**sections: dict[str, Any]) -> Done:
+    def runner(told: list[str] | None = None, **sections: dict[str, Any]) -> Done:
         data: dict[str, Any] = {**TINY, "storage": str(storage)}
         data["tracking"] = {**data["tracking"], "uri": mlflow_server}
         for name, values in sections.items():
@@ -60,8 +63,10 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
         one = run.Run(full, spec, workload, dataset, folder)
         losses: dict[int, float] = {}
 
-        def watch(step: int, rows: list[Any], notes: list[str]) -> None:
+        def watch(step: int, rows: list[Any], lines: list[str]) -> None:
             losses.update({row[2]: row[1] for row in rows if row[0] == "train/loss"})
+            if told is not None:
+                told.extend(lines)
 
         outcome, tracked = run.execute(one, watch, threading.Event())
         return Done(outcome, tracked, folder, losses)
@@ -104,6 +109,36 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
     history = client.get_metric_history(killed.tracked["run_id"], "train/loss")
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
     assert {m.step: m.value for m in history} == two_workers.losses
+
+
+def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
+    train: Runner, two_workers: Done, tmp_path: Path
+) -> None:
+    """Worker 1 hangs in the same step of two starts; then no restart is left, and it is resumed."""
+    told: list[str] = []
+
+    def why_it_failed() -> str:
+        fault = {"fault": "hang", "position": 18 * 64 + 40, "marker": str(tmp_path / "hung")}
+        scale = {"workers": 2, "max_restarts": 1}
+        with pytest.raises(TrainingError) as caught:
+            train(told, scale=scale, data=fault, train={"stall_timeout_s": 5})
+        return str(caught.value)
+
+    pattern = r"worker 1 made no step for 5 s at step 19; its stack: (\S+/stalls/worker-1-\d.txt)"
+    last = re.fullmatch(
+        pattern + r"; it was lost too often \(scale.max_restarts\)", why_it_failed()
+    )
+    first = next(match for line in told if (match := re.fullmatch(pattern, line)))
+    stacks = [Path(match[1]).read_text() for match in (first, last)]
+    assert "in sleeps\n" in stacks[0]
+    assert "in holds_the_interpreter\n" in stacks[1]
+
+    gc.collect()  # the tracker of the run that failed goes with its handle
+    folder = Path(last[1]).parents[1]
+    again = run.resumed_run(str(folder), Path("runs"), [])
+    done = Done(*run.execute(again, lambda *_: None, threading.Event()), folder)
+    for name, weight in two_workers.weights().items():
+        assert done.weights()[name].equal(weight), name
 
 
 def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None:
@@ -181,6 +216,18 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
         folders.exclusive(tmp_path),
     ):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_one_interrupts(
+    number: signal.Signals,
+) -> None:
+    with run.stop_on_signal() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(number)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
 
 
 def test_the_environment_names_versions() -> None:

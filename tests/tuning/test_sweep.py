@@ -195,6 +195,7 @@ sweep:
 def test_ctrl_c_keeps_the_sweep_and_says_how_to_go_on(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:
+    """Asked for by SIGTERM, which comes to Ray Tune as Ctrl-C does."""
     (heliostat.folder / "spirals.py").write_text(spirals_source)
     (heliostat.folder / "s.yaml").write_text("""
 workload: spirals:Spirals
@@ -204,7 +205,7 @@ sweep: {parameters: {optimizer.lr: {loguniform: [1e-4, 1e-1]}}, trials: 2, concu
     process = heliostat.start("sweep", "s.yaml", "--name", "cut")
     folder = heliostat.folder / "runs" / "cut"
     wait_until(lambda: len(list(folder.glob("trials/*/last.json"))) == 2, 90)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=90)[0]
     assert process.returncode == 130, output
     assert "heliostat sweep --resume runs/cut" in output

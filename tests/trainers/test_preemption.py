@@ -1,0 +1,133 @@
+"""A machine that is taken away with a notice, on a Ray of three nodes."""
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.config import write_yaml
+from trainers.data import prepare
+from trainers.loop import train
+from trainers.reporter import SilentReporter
+from trainers.spec import RunSpec, resolve
+
+SLOW = '''\
+import time
+from pathlib import Path
+
+from spirals import Spirals
+
+
+class Slow(Spirals):
+    """Writes down every step and where it is done; slow until the file `gone` is there."""
+
+    class Data(Spirals.Data):
+        notes: str
+
+    def augment(self, batch, random):
+        import ray
+
+        first, folder = int(random.positions[0]), Path(self.data.notes)
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        with (folder / "steps").open("a") as file:
+            file.write(f"{first} {node}\\n")
+        if not (folder / "gone").exists():
+            time.sleep(0.2)
+        return batch
+'''
+SPEC: dict[str, Any] = {
+    "workload": "slow:Slow",
+    "model": {"dropout": 0.0},
+    "train": {"steps": 200, "global_batch": 16, "precision": "fp64", "evaluate_every": 1000},
+    "checkpoint": {"every_steps": 1000},
+    "scale": {"workers": 2, "max_restarts": 0},
+}
+
+
+@pytest.fixture
+def three_nodes(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Three nodes of one CPU, apart from the Ray that other tests share."""
+    from ray.cluster_utils import Cluster
+
+    # Whoever starts a Ray on this machine would otherwise land on this one.
+    monkeypatch.setattr("ray._private.utils.write_ray_address", lambda address: None)
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node()
+    yield cluster
+    # Not cluster.shutdown: it would also forget the connection to the shared Ray.
+    for node in reversed(cluster.list_all_nodes()):
+        cluster.remove_node(node)
+
+
+def drain(cluster: Any, node_id: str, seconds: int) -> None:
+    """What a spot instance's notice comes to: `ray drain-node`."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = round((time.time() + seconds) * 1000)
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        node_id, reason, "spot", deadline_ms
+    )
+    assert accepted, why
+
+
+def test_at_most_one_step_is_lost_and_no_restart_is_counted(
+    heliostat: Any,
+    three_nodes: Any,
+    spirals_source: str,
+    wait_until: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No save is due before the last step: only the notice can have caused one."""
+    here = heliostat.folder
+    (here / "spirals.py").write_text(spirals_source)
+    (here / "slow.py").write_text(SLOW)
+    notes = here.with_name("notes")
+    notes.mkdir()
+    data = {**SPEC, "data": {"notes": str(notes)}}
+    write_yaml(data, here / "s.yaml")
+    own = {"RAY_ADDRESS": three_nodes.address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
+    command = replace(heliostat, environment={**heliostat.environment, **own})
+    process = command.start("train", "s.yaml", "--name", "spot")
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
+    reader.start()
+
+    def steps() -> list[tuple[int, str]]:
+        lines = (notes / "steps").read_text().splitlines() if (notes / "steps").exists() else []
+        return [(int(line.split()[0]), line.split()[1]) for line in lines]
+
+    wait_until(lambda: len(steps()) > 8, 120, lambda: "".join(output))
+    busy = {node for _, node in steps()}
+    leaving = next(node for node in three_nodes.worker_nodes if node.node_id in busy)
+    drain(three_nodes, leaving.node_id, seconds=60)
+    told = re.compile(r"node [\d.]+ is going at \d\d:\d\d:\d\d \w+; saving after every step")
+    wait_until(lambda: told.search("".join(output)), 60, lambda: "".join(output))
+    before = len(steps())
+    wait_until(lambda: len(steps()) > before + 4, 60)
+    three_nodes.remove_node(leaving, allow_graceful=False)
+    (notes / "gone").touch()
+    assert process.wait(120) == 0, "".join(output)
+
+    reader.join()
+    assert len(told.findall("".join(output))) == 1
+    firsts = Counter(first for first, _ in steps() if first % 16 == 0)
+    assert sorted(firsts) == [16 * step for step in range(200)]
+    assert sum(firsts.values()) <= 201, "more than one step was done twice"
+
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(here)
+    spec, workload = resolve(data, RunSpec)
+    train(spec, workload, prepare(workload, here / "runs"), here / "whole", SilentReporter())
+    expected = load_file(here / "whole" / "checkpoints" / "step-00000200" / "state.safetensors")
+    for name, weight in load_file(here / "runs/spot/model/model.safetensors").items():
+        assert torch.allclose(weight, expected[f"model.{name}"], rtol=1e-9, atol=1e-12), name
