@@ -314,6 +314,14 @@ class TestFlops:
     def test_in_double_precision(self) -> None:
         assert flops(nn.Linear(8, 8, bias=False).double(), 8) == 4 * 64
 
+    def test_as_in_training_whatever_mode_the_network_is_in(self) -> None:
+        class Twice(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                x = super().forward(x)
+                return super().forward(x) if self.training else x
+
+        assert flops(Twice(8, 8, bias=False).eval(), 8) == (2 + 4 + 4) * 64
+
     def test_none_where_the_way_depends_on_the_data(self) -> None:
         class Branch(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
