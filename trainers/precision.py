@@ -1,0 +1,37 @@
+"""In which numbers a model is computed: what a device allows, and layers in fp8."""
+
+import importlib.util
+
+from torch import nn
+
+from cluster.errors import SpecError
+from trainers.devices import Device
+
+
+def check_precision(precision: str, device: Device) -> None:
+    """Raise SpecError unless the device computes `train.precision`."""
+    if precision not in device.precisions:
+        able = ", ".join(device.precisions)
+        raise SpecError(f"train.precision: {precision} is not for {device.name}, only {able}")
+    if precision == "fp8" and importlib.util.find_spec("torchao") is None:
+        raise SpecError(
+            "train.precision: fp8 needs the package torchao (pip install 'heliostat[fp8]')"
+        )
+
+
+def fp8_layers(network: nn.Module) -> nn.Module:
+    """The network with its linear layers computing in fp8, for use under bf16 autocast.
+
+    In place, with weights and their names kept, unless the network itself is one layer. Layers
+    with sizes that are no multiples of 16, as the products need, stay as they are. Scales each
+    tensor anew with one factor (torchao's recipe "tensorwise").
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and all(n % 16 == 0 for n in module.weight.shape)
+
+    # In a weight's gradient the inner size is the batch's, which may be any.
+    config = Float8LinearConfig(pad_inner_dim=True)
+    layers: nn.Module = convert_to_float8_training(network, module_filter_fn=fits, config=config)
+    return layers
