@@ -40,6 +40,12 @@ class Accelerator:
     """high, medium or low."""
     note: str
 
+    def note_of_peak(self) -> str:
+        """Its peak for people, with the source."""
+        if self.peak_flop_per_s is None:
+            return f"peak unknown ({self.source})"
+        return f"{self.peak_flop_per_s / 1e12:.4g} TFLOP/s at its peak ({self.source})"
+
 
 @cache
 def devices() -> tuple[Accelerator, ...]:

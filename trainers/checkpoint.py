@@ -109,13 +109,18 @@ class Checkpoints:
         return load(self._store.fetch(name), model, optimizer, self._group)
 
     def adopt(self, path: Path) -> None:
-        """Make a copy of another run's checkpoint one of this run's; not collective."""
-        name = f"step-{manifest_of(path)['step']:08d}"
+        """Make a copy of another run's checkpoint one of this run's; not collective.
+
+        What it says about the other run's own course stays behind.
+        """
+        manifest = manifest_of(path)
+        name = f"step-{manifest['step']:08d}"
+        numbers = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
         self._store.begin(name)
-        for file in path.iterdir():
-            shutil.copy(file, self._store.building(name))
-            if file.name != MANIFEST:
-                self._store.publish(name, file.name)
+        for file in manifest["files"]:
+            shutil.copy(path / file, self._store.building(name))
+            self._store.publish(name, file)
+        _write_manifest(self._store.building(name), {**manifest, "numbers": numbers})
         self._store.commit(name)
 
     def newest(self) -> Path | None:
@@ -146,9 +151,7 @@ class Checkpoints:
             self._gathered({})  # all have published
 
             def commit() -> None:
-                whole = {**manifest, "files": files}
-                whole["sha256"] = _digest_of(whole)
-                (folder / MANIFEST).write_text(json.dumps(whole))
+                _write_manifest(folder, {**manifest, "files": files})
                 before_commit()
                 store.commit(name)
                 self._forget_old()
@@ -334,6 +337,11 @@ def _digest(path: Path) -> dict[str, Any]:
 def _digest_of(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    whole = {**manifest, "sha256": _digest_of(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(whole))
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

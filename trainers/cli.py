@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli import Subparsers, run_options
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from trainers.loop import Outcome
@@ -106,7 +108,7 @@ class ProgressBar:
             self._console.print(f"{evaluated}  {self._summary()}")
 
     def _summary(self) -> str:
-        shown = {"train/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}
+        shown = {"perf/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}
         parts = [form.format(self._newest[k]) for k, form in shown.items() if k in self._newest]
         # A bar shares its line with this, and the table at the end has the rest.
         scores = "val/" if self._console.is_terminal else ("val/", "test/")
@@ -130,6 +132,7 @@ def _show_outcome(
             table.add_row(name, f"[bold]{metrics[name]:.4f}[/]")
     if outcome.samples_per_s:
         table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
+        table.add_row("step", _step_time(metrics))
     table.add_row("wall time", f"{wall_s:.0f} s")
     newest = Checkpoints(run.folder / CHECKPOINTS).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")
@@ -144,6 +147,20 @@ def _show_outcome(
             f"stopped after step {outcome.step} of {outcome.total_steps}, saved; go on with\n"
             f"  heliostat train --resume {short_path(run.folder)}"
         )
+
+
+def _step_time(metrics: "Mapping[str, float]") -> str:
+    """A step's time and what it was made of, by the newest report; then MFU and goodput."""
+    if "perf/step_s" not in metrics:
+        return ""
+    shares = [
+        f"{part} {share:.0%}"
+        for part in ("data", "compute", "communication", "checkpoint", "other")
+        if (share := metrics.get(f"perf/{part}_share", 0.0)) >= 0.005
+    ]
+    text = f"{metrics['perf/step_s'] * 1e3:.3g} ms ({', '.join(shares)})"
+    text += f"; MFU {metrics['perf/mfu']:.1%}" if "perf/mfu" in metrics else ""
+    return text + f"; goodput {metrics['perf/goodput']:.0%}"
 
 
 def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503

@@ -32,6 +32,10 @@ class Memory(NamedTuple):
 class Device:
     """The one device of a process, by PyTorch's module for its family, such as `torch.cuda`."""
 
+    def __init__(self, index: int = 0) -> None:
+        """The `index`-th of those that the process sees."""
+        self.index = index
+
     type: ClassVar[str]
     """PyTorch's device type."""
     resource: ClassVar[str | None]
@@ -51,7 +55,7 @@ class Device:
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return torch.device(self.type, 0)
+        return torch.device(self.type, self.index)
 
     @property
     def name(self) -> str:
@@ -70,6 +74,11 @@ class Device:
     def catalogued(self) -> Accelerator | None:
         """What the catalogue has about it."""
         return find_device(self.name, self.memory().total)
+
+    def select(self) -> None:
+        """Make it the one that this process computes on, where nothing else is said."""
+        if hasattr(self._module, "set_device"):
+            self._module.set_device(self.index)
 
     def seed(self, seed: int) -> None:
         """Seed what dropout and the like draw from."""
@@ -105,6 +114,9 @@ class Cpu(Device):
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return Memory(_bytes("SC_PHYS_PAGES"), _bytes("SC_AVPHYS_PAGES"), peak)
+
+    def select(self) -> None:
+        pass
 
     def seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
@@ -237,17 +249,17 @@ class Neuron(Tpu):
 FAMILIES: tuple[type[Device], ...] = (Cuda, Rocm, Xpu, Hpu, Tpu, Neuron)
 
 
-def local_device(accelerator: str) -> Device:
+def local_device(accelerator: str, index: int = 0) -> Device:
     """The device of a process to which Ray has given at most one accelerator.
 
-    `accelerator` is `scale.accelerator`; auto takes the CPU where there is nothing else.
-    Raises SpecError where an accelerator is asked for and PyTorch finds none.
+    The `index`-th that the process sees. `accelerator` is `scale.accelerator`; auto takes the
+    CPU where there is nothing else. Raises SpecError where an accelerator is asked for and PyTorch finds none.
     """
     if accelerator != "cpu":
         wanted = None if accelerator == "auto" else ray_resource(accelerator)
         for family in FAMILIES:
             if wanted in (None, family.resource) and _there(family):
-                return family()
+                return family(index)
         if wanted is not None:
             raise SpecError(
                 f"scale.accelerator: this worker has no {accelerator} that PyTorch "

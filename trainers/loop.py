@@ -7,8 +7,7 @@ of one that was not.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -38,6 +37,8 @@ from trainers.workloads.base import Workload
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
 """How often several workers ask the first one what it has heard: to stop, to save, to hurry."""
+METER_EVERY_S = 2.0
+"""Seconds between reports of where the time goes, besides those at evaluations."""
 FIRST_SAVE_S = 30.0
 """Seconds to the first save when its interval is chosen by what a save costs."""
 
@@ -66,36 +67,38 @@ def train(
     folder: Path,
     reporter: Reporter,
     worker: Worker | None = None,
+    started: float | None = None,
 ) -> Outcome:
     """Train from the newest checkpoint in `folder`, or from the start, to the last step.
 
     Stops early, with its state saved, when the reporter says so. `dataset` is what
-    `trainers.data.prepare` made. Every worker calls this with the same arguments but its own
+    `trainers.data.prepare` made; `started` is when the command was given, in Unix time, from
+    which goodput counts. Every worker calls this with the same arguments but its own
     `worker` and `reporter`.
     """
     samples = rows(dataset, "train")
     total = spec.train.total_steps(samples)
     batch_size = spec.train.global_batch
     evaluations = milestones(spec.train.evaluate_every, spec, samples)
-    stepper = Stepper(spec, workload, open_split(dataset, "train"), worker or Worker(), total)
-    worker = stepper.worker
+    train_split = open_split(dataset, "train")
+    stepper = Stepper(spec, workload, train_split, worker or Worker(), total, started)
+    worker, meter = stepper.worker, stepper.meter
     checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker)
     start, numbers = stepper.resume(checkpoints)
     saves = _Saves(spec.checkpoint, total, evaluations, worker)
     reporter.note("parallel", f"{stepper.layout.mode}: {stepper.layout.reason}")
 
     metrics: dict[str, float] = {}
-    meter = _Meter()
     agreement = _Agreement(worker, reporter, start)
     losses = _Losses(worker, numbers)
 
     stepper.network.train()
     done = start
+    meter.mark("start")
     for step in range(start, total):
         alive(step)
         losses.add(stepper.take(step))
         done = step + 1
-        meter.samples += batch_size
         if step == start:
             _note_first_step(spec, stepper, reporter)
 
@@ -106,28 +109,32 @@ def train(
                 "train/loss": losses.mean(done),
                 "train/lr": learning_rate(spec.optimizer, step, total),
                 "train/epoch": done * batch_size / samples,
-                "train/samples_per_s": meter.samples_per_s(),
             }
+            meter.mark("compute")  # a GPU has been waited for
+            if done in evaluations or meter.unread_s() > METER_EVERY_S:
+                measured |= meter.read()
             if stepper.skipped:
                 measured["train/skipped_steps"] = stepper.skipped
             reporter.log(measured, done)
         found: dict[str, float] = {}
         for split in _splits_due(done, total, evaluations, dataset):
             share_buffers(stepper.network, stepper.layout)
-            with meter.paused():
-                found |= evaluate(spec, workload, stepper.network, dataset, split, worker)
+            found |= evaluate(spec, workload, stepper.network, dataset, split, worker)
+            meter.mark("evaluation")
         if found:
             metrics |= found
             reporter.log(found, done)
         if save:
             began = time.monotonic()
-            stepper.save(checkpoints, done, losses.numbers(done), found, reporter.flush)
+            state = {**losses.numbers(done), **meter.state(stopped=wishes.stop)}
+            stepper.save(checkpoints, done, state, found, reporter.flush)
             saves.saved(time.monotonic() - began, reporter)
         if wishes.hurry:  # the next step may be the last one here
             checkpoints.wait()
         if done in evaluations:
             reporter.evaluated(metrics, done, checkpoints)
         reporter.tick(done)
+        meter.mark("other")
         if wishes.stop:
             break
 
@@ -141,6 +148,9 @@ def _note_first_step(spec: RunSpec, stepper: Stepper, reporter: Reporter) -> Non
     """What is known only when a step has been done."""
     if spec.train.compile != "off":
         reporter.note("compile", f"{compile_s():.1f} s")
+    if stepper.meter.rated is not None:
+        rated = stepper.meter.rated
+        reporter.note("device", f"{rated.name}, {rated.note_of_peak()}")
     if stepper.draws_natively:
         reporter.note("random", OWN_RANDOM)
 
@@ -197,23 +207,6 @@ def evaluate(
     network.train()
     means = (worker.sum(torch.stack(list(sums.values()))) / count).tolist()
     return {f"{split}/{name}": mean for name, mean in zip(sums, means, strict=True)}
-
-
-class _Meter:
-    """Training samples per second since it was made, without the time in `paused`."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._since = time.perf_counter()
-
-    def samples_per_s(self) -> float:
-        return self.samples / (time.perf_counter() - self._since)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
 
 
 class _Losses:

@@ -5,7 +5,6 @@ sharding. What a model computes is the same in every mode; only where its parts 
 """
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import SpecError
-from trainers.spec import OptimizerSpec, RunSpec, ScaleSpec, TrainSpec
+from trainers.devices import Cpu, Device
+from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
 from trainers.workloads.base import Workload
 
 Mode = Literal["single", "ddp", "fsdp", "hsdp", "tensor"]
@@ -32,15 +32,20 @@ temporary copies need the rest."""
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `world` workers that train together, and the device it computes on."""
+    """One of `world` workers that train together, and the hardware it computes on."""
 
     rank: int = 0
     world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    hardware: Device = field(default_factory=Cpu)
     local_world: int = 1
     """Workers on this worker's machine."""
     group: int = 1
     """Workers that see the same samples, because each holds a part of every layer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.hardware.device
 
     @property
     def first(self) -> bool:
@@ -90,7 +95,7 @@ class Layout:
 
 
 def choose_layout(
-    spec: RunSpec, workload: Workload, network: nn.Module, worker: Worker, memory_bytes: int
+    spec: RunSpec, workload: Workload, network: nn.Module, worker: Worker, memory_bytes: int | None
 ) -> Layout:
     """The layout that the spec asks for, or `auto` by the memory that the model's state needs.
 
@@ -102,14 +107,14 @@ def choose_layout(
     if world == 1:
         return Layout("single", "there is one worker")
     need = state_bytes(spec.optimizer, network)
-    sizes = (
-        f"weights, gradients and optimizer take {_bytes(need)} of a worker's {_bytes(memory_bytes)}"
-    )
+    have = memory_bytes if memory_bytes is not None else 1 << 62  # then nothing asks for shards
+    known = _bytes(have) if memory_bytes is not None else "unknown memory"
+    sizes = f"weights, gradients and optimizer take {_bytes(need)} of a worker's {known}"
     mode = scale.parallel
     if mode == "auto":
-        if need <= STATE_SHARE * memory_bytes:
+        if need <= STATE_SHARE * have:
             return Layout("ddp", f"{sizes}, so each worker has a copy")
-        if 1 < local < world and world % local == 0 and need / local <= STATE_SHARE * memory_bytes:
+        if 1 < local < world and world % local == 0 and need / local <= STATE_SHARE * have:
             return Layout("hsdp", f"{sizes}, so the {local} of a machine share a copy", local)
         return Layout("fsdp", f"{sizes}, so all workers share one copy")
     group = scale.group or local
@@ -180,7 +185,7 @@ def compile_s() -> float:
 
 def _policy(train: TrainSpec) -> MixedPrecisionPolicy:
     """Workers send each other weights in the precision of the computation, gradients in fp32."""
-    if train.precision != "bf16":
+    if train.precision not in ("bf16", "fp8"):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -249,11 +254,11 @@ def state_bytes(optimizer: OptimizerSpec, network: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in held) + trained * (1 + moments)
 
 
-def memory_per_worker(worker: Worker) -> int:
-    """Bytes of memory that this worker may fill: its GPU's, or its part of the machine's."""
-    if worker.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(worker.device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // worker.local_world
+def memory_per_worker(worker: Worker) -> int | None:
+    """Bytes of memory that this worker may fill: its device's, or its part of the machine's."""
+    total = worker.hardware.memory().total
+    shared = worker.device.type == "cpu"
+    return total // worker.local_world if total is not None and shared else total
 
 
 def _bytes(count: int) -> str:
@@ -269,15 +274,9 @@ def weights_dtype(train: TrainSpec) -> torch.dtype:
 @contextmanager
 def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
     """Forward passes in here are computed in the spec's precision."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
     if train.precision not in dtypes:
         yield
         return
     with torch.autocast(device.type, dtype=dtypes[train.precision]):
         yield
-
-
-def local_device(scale: ScaleSpec) -> torch.device:
-    """The device of a process that Ray has given at most one accelerator."""
-    gpu = scale.accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", 0) if gpu else torch.device("cpu")

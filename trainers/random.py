@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from trainers.devices import Device
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -50,22 +52,22 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-def seed_device(device: torch.device, seed: int) -> None:
-    """Seed what torch itself draws from, on `device` and on the CPU.
+def seed_device(hardware: Device, seed: int) -> None:
+    """Seed what torch itself draws from, on a device and on the CPU.
 
     `torch.manual_seed` does this for every kind of device: it takes 100 times as long, and on a
     machine without a GPU it remembers each call for ever.
     """
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+    if hardware.type != "cpu":
+        hardware.seed(seed)
 
 
-def device_state(device: torch.device) -> Tensor:
+def device_state(hardware: Device) -> Tensor:
     """The state of what `seed_device` seeds, as bytes: any draw changes it."""
     state = torch.default_generator.get_state()
-    if device.type == "cuda":
-        state = torch.cat([state, torch.cuda.get_rng_state(device)])
+    if hardware.type != "cpu":
+        state = torch.cat([state, hardware.random_state().flatten().cpu().view(torch.uint8)])
     return state
 
 

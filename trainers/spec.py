@@ -61,8 +61,9 @@ class TrainSpec(Spec):
     any number of workers; what else a model draws is the same on the same number of them."""
     micro_batch: PositiveInt | None = None
     """Samples that a worker takes at once; gradients add up to the global batch. All when None."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """bf16 and fp16 compute under autocast with fp32 weights; fp16 scales the loss."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "fp64"] = "fp32"
+    """bf16 and fp16 compute under autocast with fp32 weights; fp16 scales the loss; fp8 is for
+    linear layers, with bf16 for the rest."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile's mode for the model; the first step then takes longer."""
     activation_checkpointing: bool = False

@@ -10,10 +10,12 @@ from collections.abc import Callable, Generator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints
 from trainers.data import Batches, on_device
+from trainers.devices import Cpu
 from trainers.dropout import sample_dropout
 from trainers.feed import Fed, feed, micro
 from trainers.memory import fits, is_out_of_memory, memory_advice
@@ -30,10 +32,12 @@ from trainers.parallel import (
     spread,
     weights_dtype,
 )
+from trainers.precision import check_precision, fp8_layers
 from trainers.random import SampleRandom, device_state, mix_seed, seed_device
 from trainers.recompute import recompute
 from trainers.shards import own_part
 from trainers.spec import RunSpec
+from trainers.throughput import Meter, count_flops, watch_communication
 from trainers.workloads.base import Batch, Workload
 
 
@@ -41,25 +45,45 @@ class Stepper:
     """What steps change: the network and the optimizer's state; and how they change it."""
 
     def __init__(
-        self, spec: RunSpec, workload: Workload, samples: Batch, worker: Worker, total_steps: int
+        self,
+        spec: RunSpec,
+        workload: Workload,
+        samples: Batch,
+        worker: Worker,
+        total_steps: int,
+        started: float | None = None,
     ) -> None:
         """Builds the network anew, the same on every worker, and spreads it; collective.
 
-        `samples` is the whole training split.
+        `samples` is the whole training split, `started` when the command was given (Unix time).
+        Raises SpecError where the worker's hardware cannot do what the spec asks for.
         """
+        check_precision(spec.train.precision, worker.hardware)
         self._spec, self._workload, self._total_steps = spec, workload, total_steps
         self._dtype = weights_dtype(spec.train)
-        seed_device(torch.device("cpu"), mix_seed(spec.train.seed))
+        seed_device(Cpu(), mix_seed(spec.train.seed))
         self.network: nn.Module = workload.build().to(self._dtype)
         if spec.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._draws = sample_dropout(self.network)
+        self.meter = Meter(
+            spec.train.global_batch,
+            tokens=workload.tokens_per_sample,
+            flops=count_flops(workload, self.network, _few(samples)),
+            device=worker.hardware,
+            world=worker.world,
+            started=started,
+        )
+        if spec.train.precision == "fp8":
+            self.network = fp8_layers(self.network)
         blocks = workload.blocks(self.network)
         if spec.train.activation_checkpointing:
             recompute(blocks, self._draws, compiled=spec.train.compile != "off")
         self.layout = choose_layout(spec, workload, self.network, worker, memory_per_worker(worker))
         self.worker = worker = self.layout.applied_to(worker)
         self._spread = spread(self.network, spec, workload, self.layout, worker)
+        if isinstance(self._spread, DistributedDataParallel):
+            watch_communication(self._spread, self.meter)
         self._model = compiled(self._spread, spec.train, blocks)
         self.optimizer = build_optimizer(spec.optimizer, self.network)
         self.scaler = torch.amp.GradScaler(
@@ -85,7 +109,10 @@ class Stepper:
         TrainingError that says what would fit when memory runs out.
         """
         try:
-            return self._take(step)
+            loss = self._take(step)
+            self.meter.mark("compute")
+            self.meter.step()
+            return loss
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -123,12 +150,14 @@ class Stepper:
         """Save the state after `done` steps; see `Checkpoints.save`. Collective."""
         numbers = {**self.scaler.state_dict(), **numbers}
         checkpoints.save(done, self.network, self.optimizer, numbers, metrics, before_commit)
+        self.meter.mark("checkpoint")
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, dict[str, float]]:
         """Go on from the newest checkpoint; the steps it has done, and its numbers. Collective."""
         done, numbers = checkpoints.resume(self.network, self.optimizer)
         if self.scaler.is_enabled() and numbers:
             self.scaler.load_state_dict({k: numbers[k] for k in self.scaler.state_dict()})
+        self.meter.load(numbers)
         return done, numbers
 
     def _gradients(self, step: int) -> Tensor:
@@ -139,18 +168,20 @@ class Stepper:
         losses = []
         for number in range(self._rounds):
             positions, batch = next(self._fed)
+            self.meter.mark("data")
             _, counted = micro(self._share, number, self._rounds)
             random = SampleRandom(self._spec.train.seed, positions)
             part = (step, self.worker.data_rank, number)
-            seed_device(self.worker.device, mix_seed(self._spec.train.seed, *part))
-            state = device_state(self.worker.device) if self.draws_natively is None else None
+            seed_device(self.worker.hardware, mix_seed(self._spec.train.seed, *part))
+            state = device_state(self.worker.hardware) if self.draws_natively is None else None
             last = number == self._rounds - 1
             with self._draws.of(random), exchanged_when(self._spread, last):
                 loss = self._loss(self._model, self._workload.augment(batch, random), counted)
                 torch.autograd.backward(self.scaler.scale(loss))
             if state is not None:
-                self.draws_natively = not state.equal(device_state(self.worker.device))
+                self.draws_natively = not state.equal(device_state(self.worker.hardware))
             losses.append(loss.detach())
+            self.meter.mark("compute")
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _feed_from(self, step: int) -> Generator[Fed]:
@@ -221,6 +252,11 @@ class Stepper:
             f"the loss is {loss} at step {step + 1} (the last finite one was "
             f"{self._last_finite:.6g}){where}"
         )
+
+
+def _few(samples: Batch) -> Batch:
+    """Enough of a split to run a model on, also where samples are normalised together."""
+    return {name: values[:2] for name, values in samples.items()}
 
 
 def check_per_sample(name: str, values: Tensor, samples: int) -> None:

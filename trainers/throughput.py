@@ -75,6 +75,10 @@ class Meter:
         """A step is done."""
         self._steps += 1
 
+    def unread_s(self) -> float:
+        """Seconds of steps since the last read."""
+        return sum(self._total_s[part] - self._read_s[part] for part in STEP)
+
     def samples_per_s(self) -> float:
         """Samples per second over all workers, since this start, evaluation left out."""
         return _rate(self._steps * self._samples, sum(self._total_s[part] for part in STEP))

@@ -7,13 +7,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.catalog import ray_resource
 from cluster.errors import TrainingError
 from cluster.session import missing_resources
 from trainers.checkpoint import Checkpoints
+from trainers.devices import local_device
 from trainers.export import export_model
 from trainers.folder import CHECKPOINTS, MODEL
 from trainers.health import STALLS, StallWatch, last_stall, watched
@@ -45,6 +47,8 @@ class Job:
     dataset: Path
     folder: Path
     key: str
+    started: float = field(default_factory=time.time)
+    """When the command was given (Unix time)."""
     threads: int | None = None
     """Threads of each worker on a CPU; its share of the machine's cores when None."""
 
@@ -110,17 +114,21 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
 
 
 def scaling(scale: ScaleSpec) -> Any:
-    """The spec's workers as Ray Train's own configuration."""
+    """The spec's workers as Ray Train's own configuration: one accelerator each, or none."""
     import ray
     from ray.train import ScalingConfig
 
-    gpus = ray.cluster_resources().get("GPU", 0) > 0
-    use_gpu = gpus if scale.accelerator == "auto" else scale.accelerator != "cpu"
+    resource: str | None = ray_resource(scale.accelerator)  # GPU for gpu
+    named = scale.accelerator not in ("auto", "cpu", "gpu")
+    if scale.accelerator == "cpu" or (
+        scale.accelerator == "auto" and not ray.cluster_resources().get("GPU", 0)
+    ):
+        resource = None
     return ScalingConfig(
         num_workers=scale.workers,
-        use_gpu=use_gpu,
-        resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
-        accelerator_type=None if scale.accelerator in ("auto", "cpu", "gpu") else scale.accelerator,
+        use_gpu=resource == "GPU",
+        resources_per_worker={"CPU": scale.cpus_per_worker, **({resource: 1} if resource else {})},
+        accelerator_type=scale.accelerator if named else None,
     )
 
 
@@ -144,14 +152,17 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     cores = (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(job.threads or max(1, cores))
     local_world = context.get_local_world_size()
-    worker = Worker(rank, world, ray.train.torch.get_device(), local_world)
     try:
         spec, workload = resolve(job.data, RunSpec)
+        index = ray.train.torch.get_device().index or 0
+        hardware = local_device(spec.scale.accelerator, index)
+        hardware.select()
+        worker = Worker(rank, world, hardware, local_world)
         reporter: Reporter = SilentReporter()
         if rank == 0:
             reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
         with watched(job.folder / STALLS, rank, world, spec.train.stall_timeout_s):
-            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker)
+            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
         newest = Checkpoints(job.folder / CHECKPOINTS).newest() if rank == 0 else None
         if outcome.complete and newest is not None:
             export_model(job.folder / MODEL, spec, workload, newest)

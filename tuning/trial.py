@@ -17,10 +17,11 @@ from cluster.errors import TrainingError
 from cluster.files import write_atomic
 from trainers.checkpoint import Checkpoints
 from trainers.data import rows
+from trainers.devices import local_device
 from trainers.folder import CHECKPOINTS
 from trainers.health import STALLS, watched
 from trainers.loop import train
-from trainers.parallel import Worker, local_device
+from trainers.parallel import Worker
 from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.spool import Row
@@ -88,7 +89,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
             run_workers(job, tracker, progress.watch, threading.Event())
         else:
             _set_threads(sweep)
-            worker = Worker(device=local_device(spec.scale))
+            worker = Worker(hardware=local_device(spec.scale.accelerator))
             reporter = _TrialReporter(tracker, sweep.trial_key(number), progress)
             with watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s):
                 train(spec, workload, sweep.dataset, folder, reporter, worker)

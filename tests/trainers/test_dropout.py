@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainers.devices import Cpu
 from trainers.dropout import sample_dropout
 from trainers.random import SampleRandom, device_state, keep, next_draw
 
@@ -171,9 +172,9 @@ class TestInANetwork:
         other = copy.deepcopy(network)
         assert other.first.draws is other.second.draws
         with draws.of(SampleRandom(0, torch.arange(4))):
-            before = device_state(CPU)
+            before = device_state(Cpu())
             other(torch.ones(4, 9))
-            assert not before.equal(device_state(CPU)), "nobody has told the copy its samples"
+            assert not before.equal(device_state(Cpu())), "nobody has told the copy its samples"
 
     def test_evaluation_drops_nothing_and_counts_nothing(self) -> None:
         draws = sample_dropout(network := Twice())
@@ -190,9 +191,9 @@ class TestInANetwork:
     def test_what_is_not_samples_is_left_to_torch(
         self, module: nn.Module, shape: tuple[int, ...]
     ) -> None:
-        before = device_state(CPU)
+        before = device_state(Cpu())
         dropped(module, torch.ones(shape), list(range(4)))
-        assert not before.equal(device_state(CPU))
+        assert not before.equal(device_state(Cpu()))
 
     def test_a_subclass_keeps_its_own_way(self) -> None:
         class Own(nn.Dropout):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from trainers.devices import Cpu
 from trainers.random import SampleRandom, mix_seed, seed_device
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -125,7 +126,7 @@ class TestMixSeed:
 def test_seed_device_decides_what_torch_draws() -> None:
     drawn = []
     for _ in range(2):
-        seed_device(torch.device("cpu"), 5)
+        seed_device(Cpu(), 5)
         drawn.append(torch.rand(3))
     manual = torch.rand(3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(drawn[0], drawn[1])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import SpecError
+from trainers.devices import Cpu
 from trainers.dropout import Draws, sample_dropout
 from trainers.random import SampleRandom, seed_device
 from trainers.recompute import recompute
@@ -64,7 +65,7 @@ def step(
 
     network.zero_grad()
     x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8)
-    seed_device(torch.device("cpu"), number)
+    seed_device(Cpu(), number)
     with draws.of(SampleRandom(0, torch.arange(20) + 20 * number)):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = (network if call is None else call)(x).square().sum()
