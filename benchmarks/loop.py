@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from bare import Bare
 from contest import Contender, compete, finish, installed, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -79,29 +80,12 @@ def heliostat(case: str, rank: int = 0, world: int = 1) -> float:
 def bare(case: str, rank: int = 0, world: int = 1) -> float:
     """What people write by hand."""
     spec, workload, dataset = resolved(case)
-    data, batch_size = open_split(dataset, "train"), spec.train.global_batch // world
-    torch.manual_seed(0)
-    network = model = workload.build()
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
-    samples = len(next(iter(data.values())))
-    order = torch.randperm(samples).repeat(1 + (WARM_UP + STEPS) * batch_size * world // samples)
-    network.train()
+    split, worker = open_split(dataset, "train"), Worker(rank, world)
+    loop = Bare(workload, split, spec.train.global_batch, worker, cosine)
     for step in range(WARM_UP + STEPS - 1):
         if step == WARM_UP:
             start = time.perf_counter()
-        low = (step * world + rank) * batch_size
-        index = order[low : low + batch_size]
-        batch = {name: column.index_select(0, index) for name, column in data.items()}
-        loss = workload.loss(workload.forward(model, batch), batch).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 10 == 9:
-            loss.item()
+        loop.take(step)
     return (time.perf_counter() - start) / (STEPS - 1)
 
 

@@ -1,0 +1,52 @@
+"""The benchmark for GPUs runs where there is neither Ray nor MLflow, and says what is missing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+HIDDEN = ("ray", "mlflow", "optuna", "rich", "sklearn", "PIL")
+
+
+def run(*options: str, hidden: tuple[str, ...] = HIDDEN) -> subprocess.CompletedProcess[str]:
+    """The script in a Python that cannot import what is hidden from it."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({hidden!r}))\n"
+        f"sys.argv = {[str(SCRIPT), *options]!r}\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_tiny_sizes_on_a_cpu() -> None:
+    done = run("--cpu", "--rounds", "3")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["benchmark"] == "gpu"
+    compared = [(row["case"], row["against"]) for row in result["rows"]]
+    mfu = [("GPT, tiny, MFU", "Heliostat"), ("GPT, tiny, MFU", "bare PyTorch")]
+    assert compared == [*mfu, ("GPT, tiny", "bare PyTorch")]
+    assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in result["rows"])
+    assert all(row["ratio"] < 1 for row in result["rows"][:2])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = run()
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("no GPU here")
+    assert json.loads(lines[-1]) == {"benchmark": "gpu", "rows": []}
+
+
+def test_what_is_missing_is_named() -> None:
+    done = run("--cpu", hidden=("pydantic",))
+    assert done.returncode == 1
+    assert done.stderr == "benchmarks/gpu.py: needs pydantic, which is not installed here\n"
