@@ -25,7 +25,8 @@ try:
     from bare import Bare
     from contest import Contender, compete, finish, rows, show
 
-    from trainers.data import Batches, open_split, prepare
+    from trainers.data import open_split, prepare
+    from trainers.devices import local_device
     from trainers.parallel import Worker
     from trainers.spec import RunSpec, resolve
     from trainers.step import Stepper
@@ -121,8 +122,9 @@ def contenders(
     }
     spec, workload = resolve(data, RunSpec)
     folder = prepare(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
-    split, worker = open_split(folder, "train"), Worker(device=device)
-    stepper = Stepper(spec, workload, Batches(split, 0, case["batch"]), worker, 10**6)
+    split = open_split(folder, "train")
+    worker = Worker(hardware=local_device("cpu" if device.type == "cpu" else "gpu"))
+    stepper = Stepper(spec, workload, split, worker, 10**6)
     bare = Bare(workload, split, case["batch"], worker, autocast=torch.bfloat16, compiled=compiled)
     weights = sum(weight.numel() for weight in bare.network.parameters())
     weights -= bare.network.place.numel()

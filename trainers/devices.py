@@ -253,7 +253,8 @@ def local_device(accelerator: str, index: int = 0) -> Device:
     """The device of a process to which Ray has given at most one accelerator.
 
     The `index`-th that the process sees. `accelerator` is `scale.accelerator`; auto takes the
-    CPU where there is nothing else. Raises SpecError where an accelerator is asked for and PyTorch finds none.
+    CPU where there is nothing else. Raises SpecError where an accelerator is asked for and
+    PyTorch finds none.
     """
     if accelerator != "cpu":
         wanted = None if accelerator == "auto" else ray_resource(accelerator)
