@@ -10,6 +10,7 @@ Not covered, and left to the device's generator: `F.dropout`, attention's own dr
 `nn.LSTM(dropout=...)`, subclasses, and all else that draws.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,15 +35,15 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self.modules = 0
-        """How many modules draw from here."""
+        self.modules: list[_SampleDropout] = []
+        """All that draw from here."""
         self.keys_B: Tensor | None = None
-        """Of the last draw; None outside of `of`."""
+        """Of the last draw; None where nothing is to be drawn."""
 
     @contextmanager
     def of(self, random: SampleRandom) -> Iterator[None]:
         """Forward and backward passes in here draw for these samples, from the first draw on."""
-        self.keys_B = random.keys_B if self.modules else None
+        self.keys_B = random.keys_B if any(module.draws_now() for module in self.modules) else None
         try:
             yield
         finally:
@@ -53,12 +54,12 @@ class Draws:
 
         None when the first dimension is not made of samples.
         """
-        if self.keys_B is None or not dims or input.shape[0] % len(self.keys_B):
+        keys_B, shape = self.keys_B, input.shape
+        if keys_B is None or not dims or shape[0] % keys_B.shape[0]:
             return None
-        self.keys_B = next_draw(self.keys_B)
-        rows = input.shape[0] // len(self.keys_B)
-        kept = keep(self.keys_B, p, rows, *input.shape[1:dims])
-        return kept.reshape(*input.shape[:dims], *[1] * (input.ndim - dims))
+        self.keys_B = keys_B = next_draw(keys_B)
+        count = math.prod(shape[:dims]) // keys_B.shape[0]
+        return keep(keys_B, p, count).reshape(*shape[:dims], *[1] * (len(shape) - dims))
 
 
 class _SampleDropout(_DropoutNd):
@@ -68,17 +69,24 @@ class _SampleDropout(_DropoutNd):
     channels_of: int | None = None
     """Dimensions of an input whose whole channels are dropped; None for single elements."""
 
+    def draws_now(self) -> bool:
+        """Whether a forward pass would draw: a rate that is a tensor may be anything."""
+        return self.training and (isinstance(self.p, Tensor) or self.p > 0)
+
     def forward(self, input: Tensor) -> Tensor:
-        p: float | Tensor = self.p
-        if not self.training or (not isinstance(p, Tensor) and p == 0):
+        if not self.draws_now():
             return input
+        p: float | Tensor = self.p
         mask = None
         if self.channels_of in (None, input.ndim):
             mask = self.draws.mask(p, input, input.ndim if self.channels_of is None else 2)
         if mask is None:
             native: Tensor = super().forward(input)
             return native
-        return input * _like(mask, input) * _scale(p)
+        mask = _like(mask, input)
+        if input.device.type == "cpu":  # one product in the backward pass, as torch does it there
+            return input * (mask.to(input.dtype) * _scale(p))
+        return input * mask * _scale(p)  # a byte per element is kept for the backward pass
 
 
 class SampleDropout(_SampleDropout, nn.Dropout):
@@ -107,7 +115,7 @@ def sample_dropout(network: nn.Module) -> Draws:
         if type(module) in _SAMPLED:
             module.__class__ = _SAMPLED[type(module)]
             module.draws = draws  # type: ignore[assignment]
-            draws.modules += 1
+            draws.modules.append(module)  # type: ignore[arg-type]
     return draws
 
 
@@ -128,7 +136,7 @@ def _scale(p: float | Tensor) -> float | Tensor:
 
 def _like(mask: Tensor, input: Tensor) -> Tensor:
     """The mask as `input` is spread over devices: a tensor-parallel DTensor has one of its own."""
-    if not hasattr(input, "device_mesh"):
+    if type(input) is Tensor or not hasattr(input, "device_mesh"):
         return mask
     from torch.distributed.tensor import DTensor, Replicate
 

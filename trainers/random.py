@@ -23,22 +23,31 @@ def _signed(value: int) -> int:
 
 
 _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-_DRAW = _signed(0xD1342543DE82EF95)
+_STEP, _DRAW = _signed(_GOLDEN), _signed(0xD1342543DE82EF95)
+
+
+def _rounds(x: Tensor) -> Tensor:
+    """The two rounds of splitmix64's finaliser, element by element, in place on int64."""
+    shifted = x >> 30
+    shifted &= (1 << 34) - 1
+    x ^= shifted
+    x *= _FIRST
+    shifted.copy_(x)
+    shifted >>= 27
+    shifted &= (1 << 37) - 1
+    x ^= shifted
+    x *= _SECOND
+    return x
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser, element by element, on int64."""
-    x = (x ^ _logical_shift(x, 30)) * _FIRST
-    x = (x ^ _logical_shift(x, 27)) * _SECOND
+    """splitmix64's finaliser; `x` is overwritten."""
+    x = _rounds(x)
     return x ^ _logical_shift(x, 31)
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & _low(64 - bits)
-
-
-def _low(bits: int) -> int:
-    return (1 << bits) - 1
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix_seed(*parts: int) -> int:
@@ -80,30 +89,20 @@ def next_draw(keys_B: Tensor) -> Tensor:
     return keys_B + _DRAW
 
 
-def keep(keys_B: Tensor, p: float | Tensor, *shape: int) -> Tensor:
-    """A dropout's mask: True with probability 1 - p, of shape [B, *shape].
+def keep(keys_B: Tensor, p: float | Tensor, count: int) -> Tensor:
+    """A dropout's mask: True with probability 1 - p, of shape [B, count].
 
-    A sample's key is the state of its own splitmix64, whose outputs are the elements. Their last
-    31 bits are left unmixed: the others decide. All in place, it takes as long as `bernoulli_`.
+    A sample's key is the state of its own splitmix64, whose outputs are the elements. Their low
+    bits are left unmixed: the others decide. All in place, it takes as long as `bernoulli_`.
     `p` may be a tensor without dimensions.
     """
-    elements = torch.arange(math.prod(shape), device=keys_B.device)
-    elements *= _signed(_GOLDEN)
-    x = keys_B[:, None] + elements
-    shifted = x >> 30
-    shifted &= _low(34)
-    x ^= shifted
-    x *= _FIRST
-    shifted.copy_(x)
-    shifted >>= 27
-    shifted &= _low(37)
-    x ^= shifted
-    x *= _SECOND
+    elements = torch.arange(count, device=keys_B.device)
+    elements *= _STEP
+    x = _rounds(keys_B[:, None] + elements)
     if isinstance(p, Tensor):
-        kept = (x >> 11) >= (p.double() - 0.5) * 2.0**53
-    else:  # as an integer, which no dtype rounds
-        kept = x >= min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
-    return kept.reshape(-1, *shape)
+        return (x >> 11) >= (p.double() - 0.5) * 2.0**53
+    # An integer, which no dtype rounds.
+    return x >= min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
 
 
 class SampleRandom:
@@ -120,14 +119,14 @@ class SampleRandom:
     @cached_property
     def keys_B(self) -> Tensor:
         """One key per sample, int64; who draws nothing does not pay for it."""
-        return _mix(self.positions * _signed(_GOLDEN) + _signed(mix_seed(self._seed)))
+        return _mix(self.positions * _STEP + _signed(mix_seed(self._seed)))
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
         self._draws += 1
         count = math.prod(shape)
         elements = torch.arange(count, device=self.keys_B.device) + _signed(self._draws << 40)
-        bits = _mix(self.keys_B[:, None] ^ _mix(elements * _signed(_GOLDEN)))
+        bits = _mix(self.keys_B[:, None] ^ _mix(elements * _STEP))
         unit = _logical_shift(bits, 40).to(torch.float32) * 2.0**-24
         return unit.reshape(-1, *shape)
 

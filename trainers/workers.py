@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.catalog import ray_resource
-from cluster.errors import TrainingError
+from cluster.errors import HeliostatError, TrainingError
 from cluster.session import missing_resources
 from trainers.checkpoint import Checkpoints
 from trainers.devices import local_device
@@ -207,7 +207,7 @@ def explain(error: Exception) -> str:
     """One line: what happened, and where in the code."""
     text = str(error).strip().splitlines()
     what = text[0] if text else ""
-    if isinstance(error, TrainingError):
+    if isinstance(error, HeliostatError):
         return what
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {what} ({frame.filename}:{frame.lineno})"

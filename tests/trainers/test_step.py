@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.errors import SpecError
 from trainers.data import open_split, prepare
 from trainers.parallel import Worker
 from trainers.spec import RunSpec, resolve
@@ -17,6 +18,12 @@ def stepper(own_folder: Path, **train: Any) -> Stepper:
     spec, workload = resolve(data, RunSpec)
     split = open_split(prepare(workload, own_folder), "train")
     return Stepper(spec, workload, split, Worker(), 10)
+
+
+OWN_BLOCKS = (
+    "    def build(self):",
+    "    def blocks(self, model):\n        return [model]\n\n    def build(self):",
+)
 
 
 def change(own_folder: Path, old: str, new: str) -> None:
@@ -64,3 +71,24 @@ def test_and_are_the_same_whenever_the_step_is_done(own_folder: Path) -> None:
         torch.rand(7)
         losses.append(stepper(own_folder).take(3))
     assert losses[0].equal(losses[1])
+
+
+def test_a_step_with_activation_checkpointing_is_the_same_step(own_folder: Path) -> None:
+    change(own_folder, *OWN_BLOCKS)
+    plain = stepper(own_folder, micro_batch=8)
+    recomputed = stepper(own_folder, micro_batch=8, activation_checkpointing=True)
+    assert [name for name, _ in plain.network.named_modules()] == [
+        name for name, _ in recomputed.network.named_modules()
+    ]
+    assert type(recomputed.network).__name__ == "RecomputedSequential"
+    for step in range(3):
+        assert plain.take(step).equal(recomputed.take(step))
+    for weight, same in zip(
+        plain.network.parameters(), recomputed.network.parameters(), strict=True
+    ):
+        assert weight.equal(same)
+
+
+def test_which_needs_blocks(own_folder: Path) -> None:
+    with pytest.raises(SpecError, match=r"^train\.activation_checkpointing: the model has no"):
+        stepper(own_folder, activation_checkpointing=True)
