@@ -361,11 +361,11 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 
 def _explained(error: BaseException, place: str) -> BaseException:
-    """A CheckpointError of one line where the disk is at fault; else the error itself."""
+    """A CheckpointError of one line where the disk is at fault; else what went wrong itself."""
     causes = getattr(error, "failures", {0: (error,)})  # of PyTorch's CheckpointException, by rank
-    cause = next(iter(causes.values()))[0]
+    cause: BaseException = next(iter(causes.values()))[0]
     if getattr(cause, "errno", None) in FULL or any(f"os error {n}" in str(cause) for n in FULL):
         return CheckpointError(f"{place}: the disk is full; the checkpoints before it are whole")
     if isinstance(cause, (OSError, SafetensorError)):
         return CheckpointError(f"{place}: cannot be written: {str(cause).splitlines()[0]}")
-    return error
+    return cause

@@ -22,13 +22,7 @@ from trainers.dropout import OWN_RANDOM
 from trainers.folder import CHECKPOINTS
 from trainers.health import alive
 from trainers.optimize import learning_rate
-from trainers.parallel import (
-    Worker,
-    compile_s,
-    compute_precision,
-    share_buffers,
-    weights_dtype,
-)
+from trainers.parallel import Worker, compile_s, compute_precision, share_buffers, weights_dtype
 from trainers.reporter import Reporter
 from trainers.spec import CheckpointSpec, RunSpec
 from trainers.step import Stepper, check_per_sample
@@ -86,7 +80,8 @@ def train(
     checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker)
     start, numbers = stepper.resume(checkpoints)
     saves = _Saves(spec.checkpoint, total, evaluations, worker)
-    reporter.note("parallel", f"{stepper.layout.mode}: {stepper.layout.reason}")
+    if worker.world > 1:
+        reporter.note("parallel", f"{stepper.layout.mode}: {stepper.layout.reason}")
 
     metrics: dict[str, float] = {}
     agreement = _Agreement(worker, reporter, start)
