@@ -1,5 +1,7 @@
 """The loop itself, in one process: parity with plain PyTorch, exactness, what goes wrong."""
 
+import importlib.util
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.errors import TrainingError
+from cluster.errors import SpecError, TrainingError
 from trainers import loop
 from trainers.checkpoint import Checkpoints
 from trainers.data import open_split, permutation, prepare
@@ -249,3 +251,51 @@ def test_the_reported_losses_do_not_depend_on_when_it_saves(
     _, before, _ = run(own_folder, "cut", 13, **sections, checkpoint=saves)
     _, after, _ = run(own_folder, "cut", **sections, checkpoint=saves)
     assert before.rows["train/loss"] | after.rows["train/loss"] == straight.rows["train/loss"]
+
+
+def test_it_says_where_the_time_goes(own_folder: Path) -> None:
+    _, recorder, _ = run(own_folder, "metered", train=STEPS)
+    newest = {name: list(steps.values())[-1] for name, steps in recorder.rows.items()}
+    parts = ("data", "compute", "checkpoint", "other")
+    shares = [newest.get(f"perf/{part}_share", 0.0) for part in parts]
+    assert sum(shares) == pytest.approx(1.0)
+    assert newest["perf/samples_per_s"] == pytest.approx(32 / newest["perf/step_s"])
+    width = 16
+    flops = 2 * (2 * width + width * width + width * 2)
+    # Backward is twice the forward pass, but for the first layer, whose input needs no gradient.
+    per_sample = 3 * flops - 2 * 2 * width
+    speed = newest["perf/samples_per_s"] * per_sample
+    assert newest["perf/model_flop_per_s"] == pytest.approx(speed)
+    assert 0 < newest["perf/goodput"] < 1
+    assert "perf/mfu" not in newest, "nobody knows the peak of this machine's CPU"
+
+
+def test_goodput_goes_on_over_a_wanted_stop(own_folder: Path) -> None:
+    """The pause is not counted, the steps before it are."""
+    run(own_folder, "cut", 30, train=STEPS)
+    folder = own_folder / "cut" / "checkpoints" / "step-00000030"
+    before = json.loads((folder / "manifest.json").read_text())["numbers"]
+    assert before["goodput.stopped"] == 1.0
+    run(own_folder, "cut", train=STEPS)
+    after = json.loads((folder.with_name("step-00000040") / "manifest.json").read_text())
+    for name in ("goodput.useful_s", "goodput.wall_s"):
+        assert after["numbers"][name] > before[name] > 0
+
+
+def test_a_precision_that_is_not_to_be_had_is_refused(own_folder: Path) -> None:
+    if importlib.util.find_spec("torchao") is None:
+        with pytest.raises(SpecError, match=r"^train\.precision: fp8 needs the package torchao"):
+            run(own_folder, "fp8", train={**STEPS, "precision": "fp8"})
+
+
+def test_channels_last_changes_no_result(own_folder: Path) -> None:
+    losses = []
+    for channels_last in (False, True):
+        fields = {"steps": 6, "precision": "fp64", "channels_last": channels_last}
+        data = {"workload": "vision", "model": {"width": 4}, "tracking": {"every_steps": 1}}
+        spec, workload = resolve({**data, "train": fields}, RunSpec)
+        recorder = Recorder()
+        folder = own_folder / f"{channels_last}"
+        train(spec, workload, prepare(workload, own_folder), folder, recorder)
+        losses.append(list(recorder.rows["train/loss"].values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)

@@ -128,6 +128,8 @@ def test_at_most_one_step_is_lost_and_no_restart_is_counted(
     monkeypatch.syspath_prepend(here)
     spec, workload = resolve(data, RunSpec)
     train(spec, workload, prepare(workload, here / "runs"), here / "whole", SilentReporter())
-    expected = load_file(here / "whole" / "checkpoints" / "step-00000200" / "state.safetensors")
+    expected = load_file(
+        here / "whole" / "checkpoints" / "step-00000200" / "state-00000.safetensors"
+    )
     for name, weight in load_file(here / "runs/spot/model/model.safetensors").items():
         assert torch.allclose(weight, expected[f"model.{name}"], rtol=1e-9, atol=1e-12), name

@@ -116,6 +116,31 @@ class TestScale:
         with pytest.raises(SpecError, match=r"^scale\.workers"):
             check(ScaleSpec, {"workers": workers}, "scale.")
 
+    @pytest.mark.parametrize(
+        ("scale", "says"),
+        [
+            ({"group": 2}, "group: means nothing with parallel auto"),
+            ({"parallel": "tensor"}, "group: tensor needs the number of workers that split"),
+            (
+                {"parallel": "tensor", "group": 2, "workers": 3},
+                "group: workers must be a multiple of group 2",
+            ),
+            (
+                {"parallel": "tensor", "group": 2, "workers": [2, 4]},
+                "group: workers must be a multiple of group 2",
+            ),
+        ],
+    )
+    def test_groups_that_mean_nothing(self, scale: dict[str, Any], says: str) -> None:
+        message = message_of({"workload": "vision", "scale": scale})
+        assert message.startswith("scale: ")
+        assert says in message
+
+    def test_workers_that_split_layers_share_their_samples(self) -> None:
+        scale = {"parallel": "tensor", "group": 4, "workers": 8}
+        spec = check(RunSpec, {"workload": "x", "train": {"global_batch": 2}, "scale": scale})
+        assert spec.scale.shares == 2
+
 
 class TestFindSpec:
     def test_a_file_is_named_after_its_stem(self, tmp_path: Path) -> None:
