@@ -1,11 +1,14 @@
 """A machine that is taken away with a notice, on a Ray of three nodes."""
 
+import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -51,38 +54,71 @@ SPEC: dict[str, Any] = {
 }
 
 
+NODES = """\
+import json
+import sys
+
+import ray._private.utils
+from ray.cluster_utils import Cluster
+
+# Whoever starts a Ray on this machine would otherwise land on this one.
+ray._private.utils.write_ray_address = lambda address: None
+cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
+for _ in range(2):
+    cluster.add_node()
+workers = {node.node_id: node for node in cluster.worker_nodes}
+print(json.dumps({"address": cluster.address, "workers": list(workers)}), flush=True)
+for line in sys.stdin:
+    cluster.remove_node(workers[line.strip()], allow_graceful=False)
+cluster.shutdown()
+"""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A Ray of a head and two workers, of one CPU each, held by a process of its own.
+
+    In this process they would be taken for the Ray that other tests share.
+    """
+
+    address: str
+    workers: list[str]
+    process: subprocess.Popen[str]
+
+    def drain(self, node: str, seconds: int) -> None:
+        """What a spot instance's notice comes to: `ray drain-node`."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = round((time.time() + seconds) * 1000)
+        accepted, why = GcsClient(address=self.address).drain_node(
+            node, reason, "spot", deadline_ms
+        )
+        assert accepted, why
+
+    def kill(self, node: str) -> None:
+        assert self.process.stdin is not None
+        print(node, file=self.process.stdin, flush=True)
+
+
 @pytest.fixture
-def three_nodes(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Three nodes of one CPU, apart from the Ray that other tests share."""
-    from ray.cluster_utils import Cluster
-
-    # Whoever starts a Ray on this machine would otherwise land on this one.
-    monkeypatch.setattr("ray._private.utils.write_ray_address", lambda address: None)
-    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node()
-    yield cluster
-    # Not cluster.shutdown: it would also forget the connection to the shared Ray.
-    for node in reversed(cluster.list_all_nodes()):
-        cluster.remove_node(node)
-
-
-def drain(cluster: Any, node_id: str, seconds: int) -> None:
-    """What a spot instance's notice comes to: `ray drain-node`."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline_ms = round((time.time() + seconds) * 1000)
-    accepted, why = GcsClient(address=cluster.address).drain_node(
-        node_id, reason, "spot", deadline_ms
+def three_nodes() -> Iterator[Nodes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert accepted, why
+    assert process.stdin is not None
+    assert process.stdout is not None
+    # Ray writes lines of its own.
+    about = next(line for line in process.stdout if line.startswith("{"))
+    yield Nodes(**json.loads(about), process=process)
+    process.stdin.close()
+    assert process.wait(60) == 0
 
 
 def test_at_most_one_step_is_lost_and_no_restart_is_counted(
     heliostat: Any,
-    three_nodes: Any,
+    three_nodes: Nodes,
     spirals_source: str,
     wait_until: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -108,13 +144,13 @@ def test_at_most_one_step_is_lost_and_no_restart_is_counted(
 
     wait_until(lambda: len(steps()) > 8, 120, lambda: "".join(output))
     busy = {node for _, node in steps()}
-    leaving = next(node for node in three_nodes.worker_nodes if node.node_id in busy)
-    drain(three_nodes, leaving.node_id, seconds=60)
+    leaving = next(node for node in three_nodes.workers if node in busy)
+    three_nodes.drain(leaving, seconds=60)
     told = re.compile(r"node [\d.]+ is going at \d\d:\d\d:\d\d \w+; saving after every step")
     wait_until(lambda: told.search("".join(output)), 60, lambda: "".join(output))
     before = len(steps())
     wait_until(lambda: len(steps()) > before + 4, 60)
-    three_nodes.remove_node(leaving, allow_graceful=False)
+    three_nodes.kill(leaving)
     (notes / "gone").touch()
     assert process.wait(120) == 0, "".join(output)
 
