@@ -76,6 +76,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     folder.mkdir()
     (folder / "spirals.py").write_text(SPIRALS_SOURCE)
     monkeypatch.chdir(folder)
+    monkeypatch.delitem(sys.modules, "spirals", raising=False)  # another folder's
     monkeypatch.setattr(sys, "path", [*sys.path])
     # Bytecode is matched by second and size: a file that a test writes anew could be missed.
     monkeypatch.setattr(sys, "dont_write_bytecode", True)

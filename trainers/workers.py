@@ -69,7 +69,7 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     trainer = _trainer_class()(
         _worker,
-        # Ray's controller takes these apart too; as bytes they don't make it import torch.
+        # Ray's controller takes these apart too; as bytes they don't make it import user code.
         train_loop_config={"job": pickle.dumps(job), "tracker": tracker},
         scaling_config=scaling(spec.scale),
         run_config=RunConfig(
