@@ -31,6 +31,8 @@ from trainers.workloads.base import Workload
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
 """How often several workers ask the first one what it has heard: to stop, to save, to hurry."""
+UNREAD_LOSSES = 256
+"""How many losses may stay on a device, where reports are rare."""
 METER_EVERY_S = 2.0
 """Seconds between reports of where the time goes, besides those at evaluations."""
 FIRST_SAVE_S = 30.0
@@ -92,8 +94,8 @@ def train(
     meter.mark("start")
     for step in range(start, total):
         alive(step)
-        losses.add(stepper.take(step))
         done = step + 1
+        losses.add(stepper.take(step), done)
         if step == start:
             _note_first_step(spec, stepper, reporter)
 
@@ -205,33 +207,49 @@ def evaluate(
 
 
 class _Losses:
-    """The mean loss over the steps since it was last asked for, whatever was saved in between."""
+    """The mean loss over the steps since it was last asked for, whatever was saved in between.
+
+    Losses stay on the device until then, so that no step waits for them.
+    """
 
     def __init__(self, worker: Worker, numbers: Mapping[str, float]) -> None:
         """`numbers` are those of the checkpoint that training goes on from."""
         self._worker = worker
-        self._count = int(numbers.get("losses", 0))
-        already = numbers.get("loss_sum", 0.0) if worker.first else 0.0
-        self._sum = torch.tensor(already, dtype=torch.float64, device=worker.device)
+        self._sum, self._count = numbers.get("loss_sum", 0.0), int(numbers.get("losses", 0))
+        self._last = math.nan
+        self._unread: list[Tensor] = []
 
-    def add(self, loss: Tensor) -> None:
-        """Take what `Stepper.take` gave for a step."""
-        self._sum += loss
-        self._count += 1
+    def add(self, loss: Tensor, step: int) -> None:
+        """Take what `Stepper.take` gave for the step that ends the first `step`; see `mean`."""
+        self._unread.append(loss)
+        if len(self._unread) == UNREAD_LOSSES:
+            self._read(step)
 
     def mean(self, step: int) -> float:
-        """Collective. Raises TrainingError when the loss has ceased to be a number."""
-        numbers = self.numbers(step)
-        self._sum.zero_()
-        self._count = 0
-        return numbers["loss_sum"] / self._worker.data_world / numbers["losses"]
+        """Collective. Raises TrainingError where the loss has ceased to be a number."""
+        self._read(step)
+        mean = self._sum / self._count
+        self._sum, self._count = 0.0, 0
+        return mean
 
     def numbers(self, step: int) -> dict[str, float]:
         """What a checkpoint keeps, so that no window of the mean begins at a restart; likewise."""
-        total = self._worker.sum(self._sum.clone()).item()
-        if not math.isfinite(total):
-            raise TrainingError(f"the loss is {total} at step {step}")
-        return {"loss_sum": total, "losses": self._count}
+        self._read(step)
+        return {"loss_sum": self._sum, "losses": self._count}
+
+    def _read(self, step: int) -> None:
+        if not self._unread:
+            return
+        parts_S = torch.stack(self._unread).double()
+        losses = (self._worker.sum(parts_S) / self._worker.data_world).tolist()
+        self._unread = []
+        for number, loss in enumerate(losses, start=step - len(losses) + 1):
+            if not math.isfinite(loss):
+                last = f"the last finite one was {self._last:.6g}"
+                raise TrainingError(f"the loss is {loss} at step {number} ({last})")
+            self._last = loss
+            self._sum += loss
+        self._count += len(losses)
 
 
 class _Saves:

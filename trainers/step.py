@@ -197,8 +197,9 @@ class Stepper:
         with compute_precision(self._spec.train, self.worker.device):
             loss_B = self._workload.loss(self._workload.forward(model, batch), batch)
         check_per_sample("loss", loss_B, samples)
-        mean = self.worker.data_world / self._spec.train.global_batch
-        return (loss_B if counted == samples else loss_B[:counted]).sum() * mean
+        share = counted * self.worker.data_world / self._spec.train.global_batch
+        mean = (loss_B if counted == samples else loss_B[:counted].sum() / max(1, counted)).mean()
+        return mean if share == 1 else mean * share
 
     def _memory_advice(self, step: int) -> str:
         """Why step `step` ran out of memory, and what to change; the state is of no use after."""

@@ -19,6 +19,7 @@ from trainers.data import open_split, permutation, prepare
 from trainers.loop import Outcome, milestones, train
 from trainers.random import mix_seed
 from trainers.spec import RunSpec, resolve
+from trainers.step import Stepper
 
 
 class Recorder:
@@ -176,6 +177,16 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_where(own_folder: Path) 
     message = str(caught.value)
     assert message.startswith("the loss is nan at step 8 (the last finite one was 0.")
     assert "the gradients of 0.weight, 0.bias" in message
+
+
+def test_where_nobody_waits_for_each_loss_it_is_found_at_the_next_report(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the step is the right one all the same."""
+    monkeypatch.setattr(Stepper, "_check_finite", lambda *_: None)
+    spoil(own_folder, step=7)
+    with pytest.raises(TrainingError, match=r"^the loss is nan at step 8 \(the last finite one"):
+        run(own_folder, "spoilt", train=STEPS, tracking={"every_steps": 20})
 
 
 def test_or_is_skipped_and_counted(own_folder: Path) -> None:
