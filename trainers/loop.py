@@ -125,7 +125,7 @@ def train(
             began = time.monotonic()
             state = {**losses.numbers(done), **meter.state(stopped=wishes.stop)}
             stepper.save(checkpoints, done, state, found, reporter.flush)
-            saves.saved(time.monotonic() - began, reporter)
+            saves.saved(done, time.monotonic() - began, reporter)
         if wishes.hurry:  # the next step may be the last one here
             checkpoints.wait()
         if done in evaluations:
@@ -275,11 +275,12 @@ class _Saves:
         """Whether it is time to save, if the spec leaves this open."""
         return self._spec.every_steps == "auto" and time.monotonic() >= self._next
 
-    def saved(self, stopped_s: float, reporter: Reporter) -> None:
-        """Take note of a save, for which training stopped for `stopped_s` seconds."""
+    def saved(self, step: int, stopped_s: float, reporter: Reporter) -> None:
+        """Take note of a save after `step` steps, for which training stopped for `stopped_s`."""
         every = interval_s(stopped_s, self._failure_s)
         self._next = time.monotonic() + every
-        if self._spec.every_steps == "auto" and not 0.5 < self._noted_s / every < 2:
+        goes_on = step < self._total
+        if goes_on and self._spec.every_steps == "auto" and not 0.5 < self._noted_s / every < 2:
             self._noted_s = every
             reporter.note(
                 "checkpoint interval",
