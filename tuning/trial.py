@@ -53,11 +53,15 @@ class Sweep:
         return f"{self.key}/{number:04d}"
 
     def trial_spec(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain spec of the trial with these values.
+        """The plain spec of the trial with these values."""
+        return trial_data(self.data, {path: parameters[path] for path in self.spec.parameters})
 
-        It saves at each evaluation, so that what is reported can be had wherever Tune ends it.
+    def saved_spec(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """As it is run: saved at each evaluation.
+
+        So what was reported can be had as a checkpoint wherever Tune ends the trial.
         """
-        data = trial_data(self.data, {path: parameters[path] for path in self.spec.parameters})
+        data = self.trial_spec(parameters)
         saves = data["checkpoint"]
         best = {"keep_best": max(1, saves["keep_best"]), "metric": self.spec.metric}
         return {**data, "checkpoint": {**saves, **best, "mode": self.spec.mode}}
@@ -80,7 +84,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     elif last and ((folder / ENDED).exists() or last["complete"]):
         tune.report(last)
         return
-    data = sweep.trial_spec(config)
+    data = sweep.saved_spec(config)
     try:
         spec, workload = resolve(data, RunSpec)
         progress = _Progress(sweep, spec, folder, passes_checkpoints=_exploits(sweep))

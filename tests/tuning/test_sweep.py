@@ -88,6 +88,7 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     best, _ = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)
     assert best.optimizer.lr == board.best.parameters["optimizer.lr"]
     assert best.sweep is None
+    assert best.checkpoint.keep_best == 0, "a trial saves more than its spec says"
 
 
 def test_a_grid_tries_every_combination_once(run_sweep: Any) -> None:
