@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,37 @@ def ray_session(
     if address and Path("~/.ray/auth_token").expanduser().exists():
         # Ray turns authentication on by itself for a cluster it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not address and not Path("/tmp/ray/ray_current_cluster").exists():
+    here = not address
+    if here and not ray_runs_here():
+        # Ray would wait for minutes for one that was killed.
+        address = "local"
         # Nobody takes this machine away with a notice; the watcher is a process for nothing.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(
             address=address,
             runtime_env=runtime_env,
-            include_dashboard=None if address else False,
+            include_dashboard=False if here else None,
             logging_level=logging.WARNING,
         )
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        where = f"the cluster at {address}" if address else "a local Ray"
+        where = "a local Ray" if here else f"the cluster at {address}"
         raise ClusterError(f"cannot connect to {where}: {reason}") from error
     try:
         yield bool(ray._private.worker._global_node.is_head())
     finally:
         ray.shutdown()
+
+
+def ray_runs_here(note: Path = Path("/tmp/ray/ray_current_cluster")) -> bool:
+    """Whether the Ray that was started last on this machine, as `note` has it, answers."""
+    try:
+        host, _, port = note.read_text().strip().rpartition(":")
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import flatten, override, read_yaml
-from cluster.errors import SpecError, TrainingError
+from cluster.errors import HeliostatError, SpecError
 from cluster.session import ray_session
 from cluster.terminal import quiet
 from trainers.checkpoint import Checkpoints
@@ -131,7 +131,7 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
             job = Job(run.data, run.dataset, run.folder, run.key)
             outcome = run_workers(job, tracker, watch, stop)
     except BaseException as error:
-        failed = isinstance(error, TrainingError)
+        failed = isinstance(error, HeliostatError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}
         tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
         drain(tracker, timeout_s=10)

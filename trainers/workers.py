@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.catalog import ray_resource
-from cluster.errors import HeliostatError, TrainingError
+from cluster.errors import HeliostatError, SpecError, TrainingError
 from cluster.session import missing_resources
 from trainers.checkpoint import Checkpoints
 from trainers.devices import local_device
@@ -57,7 +57,7 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     """Train with Ray Train until the last step, or until `stop` is set and the state saved.
 
     Blocks; `watch` is called from this thread. Lost workers are replaced. Raises TrainingError
-    with one line that says why training failed.
+    with one line that says why training failed, or the SpecError that a worker came upon.
     """
     import ray
     from ray.train import FailureConfig, RunConfig
@@ -107,7 +107,7 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
         raise
     try:
         if errors:
-            raise TrainingError(_reason(errors[0], job.folder)) from errors[0]
+            raise _reason(errors[0], job.folder) from errors[0]
         return outcome[0]
     finally:
         hung.tidy()
@@ -171,6 +171,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         if _lost_peer(error):
             lost = PreemptedPeerError if _leaving() else LostWorkerError
             raise lost(str(error)) from error
+        if isinstance(error, SpecError):  # what only a worker's own device can tell
+            raise
         raise TrainingError(explain(error)) from error
 
 
@@ -213,20 +215,20 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {what} ({frame.filename}:{frame.lineno})"
 
 
-def _reason(error: BaseException, folder: Path) -> str:
+def _reason(error: BaseException, folder: Path) -> HeliostatError:
     """Why Ray Train gave up on the run in `folder`, in one line."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         failure = getattr(failure, "_base_exc", failure)
-        if isinstance(failure, TrainingError):
-            return str(failure)
+        if isinstance(failure, HeliostatError):
+            return failure
     stall = last_stall(folder / STALLS, failures)
     if stall:
-        return f"{stall}; it was lost too often (scale.max_restarts)"
+        return TrainingError(f"{stall}; it was lost too often (scale.max_restarts)")
     if failures:
         rank, failure = next(iter(failures.items()))
-        return f"worker {rank} was lost too often: {type(failure).__name__}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        return TrainingError(f"worker {rank} was lost too often: {type(failure).__name__}")
+    return TrainingError(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _trainer_class() -> Any:
@@ -244,7 +246,7 @@ def _trainer_class() -> Any:
         def make_decision(self, training_failed_error: Any) -> Any:
             failures = getattr(training_failed_error, "worker_failures", {}).values()
             bases = [getattr(failure, "_base_exc", failure) for failure in failures]
-            if any(isinstance(failure, TrainingError) for failure in bases):
+            if any(isinstance(failure, HeliostatError) for failure in bases):
                 return FailureDecision.RAISE
             if any(isinstance(failure, PreemptedPeerError) for failure in bases):
                 return FailureDecision.RETRY  # not counted, as the death that caused it

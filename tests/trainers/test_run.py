@@ -182,6 +182,11 @@ def test_as_many_workers_as_there_is_room_for(train: Runner, one_worker: Done) -
         assert elastic.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
 
 
+def test_what_only_a_worker_can_find_is_a_mistake_in_the_spec_too(train: Runner) -> None:
+    with pytest.raises(SpecError, match=r"^train\.precision: fp8 needs the package torchao"):
+        train(train={"precision": "fp8"})
+
+
 def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
     train: Runner, mlflow_server: str
 ) -> None:
