@@ -45,7 +45,7 @@ class Store(Protocol):
         """Give a folder its name, after its manifest was written; replaces what had the name."""
 
     def abandon(self, name: str) -> None:
-        """Free what was built and will not be committed."""
+        """Free what was built and not committed."""
 
     def fetch(self, name: str) -> Path:
         """A committed folder, on this machine."""
@@ -127,6 +127,7 @@ class RemoteStore:
 
     def begin(self, name: str) -> None:
         self.abandon(name)
+        self.remove(name)
         self._files.create_dir(f"{self._root}/{name}")
 
     def building(self, name: str) -> Path:
@@ -147,7 +148,8 @@ class RemoteStore:
 
     def abandon(self, name: str) -> None:
         shutil.rmtree(self._cache / f".{name}", ignore_errors=True)
-        self.remove(name)
+        if name not in self.names():
+            self.remove(name)
 
     def fetch(self, name: str) -> Path:
         target = self._cache / name

@@ -77,6 +77,15 @@ def test_what_is_abandoned_is_gone(open_store: Open, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_what_is_committed_cannot_be_abandoned(open_store: Open) -> None:
+    """As when something goes wrong right after the commit."""
+    store = open_store()
+    build(store, "step-1", a="whole")
+    store.commit("step-1")
+    store.abandon("step-1")
+    assert content(open_store(), "step-1") == {"a": "whole"}
+
+
 def test_a_commit_replaces_what_had_the_name(open_store: Open) -> None:
     store, other = open_store(), open_store()
     for text in ("old", "new"):
