@@ -72,8 +72,7 @@ class Checkpoints:
         self.wait()
         copies = self._stager.stage(_state_of(model, optimizer, all_of_it=self._worker.first))
         assert isinstance(copies, dict)  # the stager was not asked to do it in the background
-        if self._worker.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._worker.hardware.synchronize()
         manifest = {
             "step": step,
             "optimizer": type(optimizer).__name__,
@@ -134,21 +133,22 @@ class Checkpoints:
         before_commit: Callable[[], None],
     ) -> None:
         name = f"step-{manifest['step']:08d}"
-        first, store = self._worker.first, self._store
+        file, store = shards.file_of(self._worker.rank), self._store
         # What was written before a restart would be the same again.
         there = self._from_first(lambda: self._whole(name) is not None)
         if there:
-            if first:
+            if self._worker.first:
                 before_commit()
             return
         try:
             self._from_first(lambda: store.begin(name))
             folder = store.building(name)
             shards.write(tensors, folder, self._group)
-            files = self._gathered(_digests(folder, shards.file_of(self._worker.rank)))
-            if (folder / shards.file_of(self._worker.rank)).exists():
-                store.publish(name, shards.file_of(self._worker.rank))
-            self._gathered({})  # all have published
+            own = {}
+            if (folder / file).exists():
+                own[file] = _digest(folder / file)
+                store.publish(name, file)
+            files = self._gathered(own)  # once all have published
 
             def commit() -> None:
                 _write_manifest(folder, {**manifest, "files": files})
@@ -158,7 +158,7 @@ class Checkpoints:
 
             self._from_first(commit)
         except BaseException as error:
-            if first:
+            if self._worker.first:
                 store.abandon(name)
             raise _explained(error, store.place(name)) from error
 
@@ -320,10 +320,6 @@ def _state_of(
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The weights that are trained, with their names."""
     return {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _digests(folder: Path, file: str) -> dict[str, Any]:
-    return {file: _digest(folder / file)} if (folder / file).exists() else {}
 
 
 def _digest(path: Path) -> dict[str, Any]:
