@@ -141,6 +141,12 @@ def open_split(folder: Path, split: str) -> Batch:
     return {field.name: _tensor(field, mapped.column(field.name)) for field in mapped.schema}
 
 
+def open_splits(folder: Path) -> dict[str, Batch]:
+    """Every split that has samples, as `open_split` gives it."""
+    names = [name for name in ("train", "val", "test") if rows(folder, name)]
+    return {name: open_split(folder, name) for name in names}
+
+
 def _tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
     """A tensor over the column's own memory. It must not be written to."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -191,12 +197,22 @@ class Batches:
         # PyTorch gathers no unsigned numbers of several bytes; as signed they have the same bits.
         self._unsigned = {n: values.dtype for n, values in split.items() if values.dtype in SIGNED}
         signed = {n: split[n].view(SIGNED[dtype]) for n, dtype in self._unsigned.items()}
+        self.split = split
         self._split = {**split, **signed}
         self._samples = len(next(iter(split.values())))
         self._seed = seed
         self._global_batch = global_batch
         self._start, self._stop = share(global_batch, rank, world)
         self._epochs: dict[int, Tensor] = {}
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.split)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples lie; `gather` takes its index there."""
+        return next(iter(self.split.values())).device
 
     def at(self, step: int) -> tuple[Tensor, Batch]:
         """This worker's share of step `step`: its positions in the run [B], and its samples."""
@@ -222,10 +238,10 @@ class Batches:
     def places(self, step: int) -> tuple[Tensor, Tensor]:
         """The positions of the share of step `step` [B], and where in the split it lies [B]."""
         start, stop = (step * self._global_batch + end for end in (self._start, self._stop))
-        return torch.arange(start, stop), self._index(start, stop)
+        return torch.arange(start, stop), self.index(start, stop)
 
-    def _index(self, start: int, stop: int) -> Tensor:
-        """The samples at positions [start, stop), as indices into the split."""
+    def index(self, start: int, stop: int) -> Tensor:
+        """The samples at positions [start, stop) of the run, as indices into the split."""
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self._samples)

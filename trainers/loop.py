@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cluster.errors import TrainingError
 from trainers.checkpoint import Checkpoints, interval_s
-from trainers.data import on_device, open_split, rows, share
+from trainers.data import on_device, open_splits, rows, share
 from trainers.dropout import OWN_RANDOM
 from trainers.folder import CHECKPOINTS
 from trainers.health import alive
@@ -26,7 +26,7 @@ from trainers.parallel import Worker, compile_s, compute_precision, share_buffer
 from trainers.reporter import Reporter
 from trainers.spec import CheckpointSpec, RunSpec
 from trainers.step import Stepper, check_per_sample
-from trainers.workloads.base import Workload
+from trainers.workloads.base import Batch, Workload
 
 EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
@@ -76,8 +76,8 @@ def train(
     total = spec.train.total_steps(samples)
     batch_size = spec.train.global_batch
     evaluations = milestones(spec.train.evaluate_every, spec, samples)
-    train_split = open_split(dataset, "train")
-    stepper = Stepper(spec, workload, train_split, worker or Worker(), total, started)
+    splits = open_splits(dataset)
+    stepper = Stepper(spec, workload, splits["train"], worker or Worker(), total, started)
     worker, meter = stepper.worker, stepper.meter
     checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker)
     start, numbers = stepper.resume(checkpoints)
@@ -114,9 +114,10 @@ def train(
                 measured["train/skipped_steps"] = stepper.skipped
             reporter.log(measured, done)
         found: dict[str, float] = {}
-        for split in _splits_due(done, total, evaluations, dataset):
+        for split in splits_due(done, total, evaluations, splits):
             share_buffers(stepper.network, stepper.layout)
-            found |= evaluate(spec, workload, stepper.network, dataset, split, worker)
+            means = evaluate(spec, workload, stepper.network, splits[split], worker)
+            found |= {f"{split}/{name}": mean for name, mean in means.items()}
             meter.mark("evaluation")
         if found:
             metrics |= found
@@ -163,26 +164,27 @@ def milestones(every_epochs: float, spec: RunSpec, samples: int) -> set[int]:
     return steps
 
 
-def _splits_due(done: int, total: int, evaluations: set[int], dataset: Path) -> list[str]:
+def splits_due(
+    done: int, total: int, evaluations: set[int], splits: Mapping[str, Batch]
+) -> list[str]:
+    """The splits to evaluate on after `done` steps: the test split only at the very end."""
     due = ["val"] if done in evaluations else []
-    return [*due, "test"] if done == total and rows(dataset, "test") else due
+    return [*due, "test"] if done == total and "test" in splits else due
 
 
 def evaluate(
     spec: RunSpec,
     workload: Workload,
     network: nn.Module,
-    dataset: Path,
-    split: str,
+    samples: Batch,
     worker: Worker,
 ) -> dict[str, float]:
-    """Means of the loss and the workload's metrics over a split, as `split/name`; collective.
+    """Means of the loss and the workload's metrics over a split, by name; collective.
 
     Each worker takes a contiguous share; sums are kept in float64, so that the number of workers
     does not matter beyond rounding.
     """
-    samples = open_split(dataset, split)
-    count = rows(dataset, split)
+    count = len(next(iter(samples.values())))
     start, stop = share(count, worker.data_rank, worker.data_world)
     # Workers of a sharded model go through it equally often, if need be with nothing to count.
     rounds = math.ceil(math.ceil(count / worker.data_world) / EVALUATION_BATCH)
@@ -203,7 +205,7 @@ def evaluate(
                 sums[name] = sums[name] + total if name in sums else total
     network.train()
     means = (worker.sum(torch.stack(list(sums.values()))) / count).tolist()
-    return {f"{split}/{name}": mean for name, mean in zip(sums, means, strict=True)}
+    return dict(zip(sums, means, strict=True))
 
 
 class _Losses:

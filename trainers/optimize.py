@@ -19,7 +19,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     groups: dict[tuple[float, DeviceMesh | None], list[nn.Parameter]] = {}
     for weight in model.parameters():
         if weight.requires_grad:
-            decay = spec.weight_decay if weight.ndim > 1 else 0.0
+            decay = spec.weight_decay if decays(weight) else 0.0
             groups.setdefault((decay, mesh_of(weight)), []).append(weight)
     # Those that are decayed come first, so that the order depends on the model's shape alone.
     ordered = sorted(groups.items(), key=lambda item: -item[0][0])
@@ -30,6 +30,11 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     return torch.optim.SGD(
         params, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True
     )
+
+
+def decays(weight: nn.Parameter) -> bool:
+    """Whether weight decay is applied to a weight."""
+    return weight.ndim > 1
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -61,6 +61,11 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
+def stream_of(seed: int) -> int:
+    """What sets the draws of one seed apart from those of another, as a signed 64-bit number."""
+    return _signed(mix_seed(seed))
+
+
 def seed_device(hardware: Device, seed: int) -> None:
     """Seed what torch itself draws from, on a device and on the CPU.
 
@@ -111,15 +116,16 @@ class SampleRandom:
     Every draw is a new one: the n-th draw of a step is the same whenever the step is done.
     """
 
-    def __init__(self, seed: int, positions: Tensor) -> None:
+    def __init__(self, seed: int | Tensor, positions: Tensor) -> None:
+        """`seed` may be a tensor without dimensions of what `stream_of` gives."""
         self.positions = positions
-        self._seed = seed
+        self._stream = seed if isinstance(seed, Tensor) else stream_of(seed)
         self._draws = 0
 
     @cached_property
     def keys_B(self) -> Tensor:
         """One key per sample, int64; who draws nothing does not pay for it."""
-        return _mix(self.positions * _STEP + _signed(mix_seed(self._seed)))
+        return _mix(self.positions * _STEP + self._stream)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""

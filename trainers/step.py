@@ -36,9 +36,18 @@ from trainers.precision import check_precision, fp8_layers
 from trainers.random import SampleRandom, device_state, mix_seed, seed_device
 from trainers.recompute import recompute
 from trainers.shards import own_part
-from trainers.spec import RunSpec
+from trainers.spec import RunSpec, TrainSpec
 from trainers.throughput import Meter, count_flops, watch_communication
 from trainers.workloads.base import Batch, Workload
+
+
+def build_network(train: TrainSpec, workload: Workload) -> nn.Module:
+    """The workload's network anew, on the CPU, the same for the same seed; not collective."""
+    seed_device(Cpu(), mix_seed(train.seed))
+    network = workload.build().to(weights_dtype(train))
+    if train.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 class Stepper:
@@ -61,10 +70,7 @@ class Stepper:
         check_precision(spec.train.precision, worker.hardware)
         self._spec, self._workload, self._total_steps = spec, workload, total_steps
         self._dtype = weights_dtype(spec.train)
-        seed_device(Cpu(), mix_seed(spec.train.seed))
-        self.network: nn.Module = workload.build().to(self._dtype)
-        if spec.train.channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = build_network(spec.train, workload)
         self._draws = sample_dropout(self.network)
         self.meter = Meter(
             spec.train.global_batch,
