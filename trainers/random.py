@@ -131,8 +131,10 @@ class SampleRandom:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
         self._draws += 1
         count = math.prod(shape)
-        elements = torch.arange(count, device=self.keys_B.device) + _signed(self._draws << 40)
-        bits = _mix(self.keys_B[:, None] ^ _mix(elements * _STEP))
+        elements = torch.arange(count, device=self.keys_B.device) * _STEP
+        # The constant is wrapped here: compilers that fold it refuse one of more than 64 bits.
+        elements += _signed((self._draws << 40) * _GOLDEN)
+        bits = _mix(self.keys_B[:, None] ^ _mix(elements))
         unit = _logical_shift(bits, 40).to(torch.float32) * 2.0**-24
         return unit.reshape(-1, *shape)
 
