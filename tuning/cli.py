@@ -68,11 +68,10 @@ def sweep_command(args: argparse.Namespace) -> int:
     with run.at_work(sweep.folder, spec, args.address, args.verbose) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
-            f"{spec.sweep.search} and {spec.sweep.scheduler.name}, "
-            f"{sweeps.concurrency(spec)} at a time"
+            f"{spec.sweep.search} and {spec.sweep.scheduler.name}"
         )
         with SweepProgress(console, sweep) as progress:
-            board, tracked = sweeps.execute(sweep, progress.watch)
+            board, tracked = sweeps.execute(sweep, progress.watch, console.print)
         _show_board(console, sweep, board, tracked)
     return 0 if len(board.ended) == spec.sweep.total_trials else 130
 

@@ -754,6 +754,11 @@ def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) 
     return repr((rule, fields, modules, tensors))
 
 
+def program_key(variant: Variant, varied: Mapping[str, Any]) -> str:
+    """The same for trials that are one program but for numbers, guards left aside."""
+    return _signature(variant, build_network(variant.spec.train, variant.workload), varied)
+
+
 def _plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
     kinds = (bool, int, str, tuple, type(None))
     public = {k: v for k, v in attributes.items() if not k.startswith("_")}
