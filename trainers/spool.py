@@ -13,6 +13,8 @@ Row = tuple[str, float, int, int]
 
 BATCH = 1000
 """MLflow takes at most this many metrics at once."""
+OPERATIONS = 100
+"""The most operations in a group."""
 
 
 def now_ms() -> int:
@@ -68,21 +70,26 @@ class Spool:
 def batches(
     operations: Iterator[tuple[dict[str, Any], int]],
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Operations in order, the metrics of neighbours put together, with the byte after them.
+    """Operations in groups, each with the byte after it; a run's metrics in a group as one.
 
-    What is sent again after a crash is at most one such group.
+    The operations of one run stay in order. What is sent again after a crash is at most a group.
     """
-    merged: dict[str, list[Row]] = {}
+    group: list[dict[str, Any]] = []
+    open_logs: dict[str, list[Row]] = {}
     count, end = 0, 0
-    for operation, offset in operations:
-        if operation["do"] == "log" and count < BATCH:
-            merged.setdefault(operation["run"], []).extend(operation["rows"])
-            count += len(operation["rows"])
-            end = offset
-            continue
-        if merged:
-            yield [{"do": "log", "run": run, "rows": rows} for run, rows in merged.items()], end
-            merged, count = {}, 0
-        yield [operation], offset
-    if merged:
-        yield [{"do": "log", "run": run, "rows": rows} for run, rows in merged.items()], end
+    for operation, end in operations:
+        if operation["do"] == "log":
+            run, new = operation["run"], operation["rows"]
+            if run not in open_logs:
+                open_logs[run] = []
+                group.append({**operation, "rows": open_logs[run]})
+            open_logs[run] += new
+            count += len(new)
+        else:
+            open_logs.pop(operation.get("run", ""), None)
+            group.append(operation)
+        if count >= BATCH or len(group) >= OPERATIONS:
+            yield group, end
+            group, open_logs, count = [], {}, 0
+    if group:
+        yield group, end

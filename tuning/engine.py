@@ -46,6 +46,9 @@ from tuning.trial import ENDED, FAILED, LAST, Progress, Sweep, set_threads
 
 CHUNK_S = 0.02
 """About how long the device computes before it is asked again what else there is to do."""
+REPORT_S = 5.0
+"""Seconds between what a trial sends to the tracker: there are many trials, and MLflow takes 10 to
+30 ms for each of them whatever it is sent."""
 IDLE_PROGRAMS = 4
 """Programs without trials that are kept for the next one."""
 ORIGIN = "origin.json"
@@ -151,7 +154,7 @@ class Engine:
             Variant(spec, workload, total),
             folder,
             Progress(self._sweep, spec, folder),
-            TrackerReporter(self._tracker, self._sweep.trial_key(number)),
+            TrackerReporter(self._tracker, self._sweep.trial_key(number), REPORT_S),
             Checkpoints(folder / CHECKPOINTS, spec.checkpoint),
             milestones(spec.train.evaluate_every, spec, self._samples),
         )
@@ -175,7 +178,7 @@ class Engine:
             raise found
         if found["complete"]:
             run.checkpoints.wait()
-        run.reporter.flush()
+            run.reporter.flush()
         write_atomic(run.folder / LAST, json.dumps(found))
         return {**found, "done": found["complete"]}
 
@@ -272,8 +275,6 @@ class Engine:
         run.device_s = numbers.get("device_s", 0.0)
         run.evaluated = group.program.row(slot).copy() if done else None
         run.numbers = dict(numbers)
-        where = f"a slot of {group.program.slots} on one {self.device.name}"
-        run.reporter.note("fused", f"{where}; its device time is divided by the trials there")
         if run.done == run.variant.total_steps:  # it had ended, but nobody had heard of it
             self._evaluate(run)
         return True

@@ -54,6 +54,11 @@ class Plan:
         write_atomic(sweep.folder / FILE, json.dumps(asdict(self)))
 
 
+def slots_of(sweep: Sweep) -> int:
+    """Slots of each of the sweep's programs; 0 where it is not fused."""
+    return Plan.of(sweep).slots if (sweep.folder / FILE).exists() else 0
+
+
 def reason_without_trying(sweep: Sweep) -> str | None:
     """Why the sweep is not fused, where its spec says enough; None where it has to be tried.
 

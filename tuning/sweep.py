@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,10 @@ class _Follower(tune.Callback):  # type: ignore[misc]
             parent=self._sweep.key,
             kind="trial",
         )
+        slots = plan.slots_of(self._sweep)
+        if slots:
+            shared = f"a slot of {slots}; device time is divided by the trials that shared it"
+            tracked = replace(tracked, tags={**tracked.tags, "heliostat.fused": shared})
         self._tracker().start.remote(tracked)
         self._tell("start", trial)
 
