@@ -11,6 +11,7 @@ from cluster.files import write_atomic
 Row = tuple[str, float, int, int]
 """A metric: name, value, step, time stamp in ms since the epoch."""
 
+FILE = "spool.jsonl"
 BATCH = 1000
 """MLflow takes at most this many metrics at once."""
 OPERATIONS = 100
@@ -27,7 +28,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._sent_path = folder / "spool.jsonl", folder / "sent"
+        self._path, self._sent_path = folder / FILE, folder / "sent"
         self._cut_torn_line()
         self._file = self._path.open("ab")
         self.sent = int(self._sent_path.read_text()) if self._sent_path.exists() else 0
@@ -49,13 +50,7 @@ class Spool:
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """The operations from byte `start` on, each with the byte after it."""
-        with self._path.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                start += len(line)
-                yield json.loads(line), start
+        return _read(self._path, start)
 
     def commit(self, offset: int) -> None:
         """Record that all before byte `offset` has been sent."""
@@ -65,6 +60,23 @@ class Spool:
     @property
     def pending_bytes(self) -> int:
         return self._path.stat().st_size - self.sent
+
+
+def logged(folder: Path, run: str) -> Iterator[Row]:
+    """Every metric of a run that is in the spool in `folder`, which others may be writing to."""
+    for operation, _ in _read(folder / FILE, 0):
+        if operation["do"] == "log" and operation["run"] == run:
+            yield from (tuple(row) for row in operation["rows"])
+
+
+def _read(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            yield json.loads(line), start
 
 
 def batches(

@@ -41,7 +41,7 @@ from trainers.spec import RunSpec, resolve
 from trainers.step import build_network
 from trainers.workers import explain
 from tuning.fuse import NotFusibleError, Program, Row, Variant
-from tuning.plan import varied_numbers
+from tuning.plan import usual_variant, varied_numbers
 from tuning.trial import ENDED, FAILED, LAST, Progress, Sweep, set_threads
 
 CHUNK_S = 0.02
@@ -140,6 +140,11 @@ class Engine:
         self._next_save = time.monotonic() + FIRST_SAVE_S
         threading.Thread(target=self._work, daemon=True, name="engine").start()
 
+    def prepare(self) -> None:
+        """Compile the program that a usual trial needs, before the first one comes."""
+        variant = usual_variant(self._sweep)
+        self._commands.put(lambda: self._try_to_prepare(variant))
+
     # What the threads of the trials ask for.
 
     def start(self, config: Mapping[str, Any]) -> int:
@@ -237,6 +242,10 @@ class Engine:
                 wait = False
         while not self._commands.empty():
             self._commands.get()()
+
+    def _try_to_prepare(self, variant: Variant) -> None:
+        with contextlib.suppress(Exception):  # the trial that meets it again will tell
+            self._group_of(variant, build_network(variant.spec.train, variant.workload))
 
     def _want(self, run: _Run) -> None:
         run.wanted = True

@@ -29,6 +29,10 @@ NODE_S = 0.04
 """Seconds of compiling for each operation of a step, on one core; measured, on the safe side."""
 SURVIVE = {"asha": 0.5, "median": 0.7}
 """Share of all trials' steps that a scheduler is expected to let them do."""
+TRIAL_S = 0.5
+"""Seconds that a trial in a process costs besides its steps, its process being there already."""
+LEARNS, GENERATIONS = ("tpe", "cmaes"), 4
+"""Searches that learn from trials, and how often their trials fill all slots at least."""
 MEMORY_SHARE = 0.5
 """How much of the memory that is free may be slots."""
 WIDER = 1.15
@@ -95,16 +99,18 @@ def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan
 
     try:
         first, *_ = [program(1, variant) for variant in variants]
-        slot_bytes = program(2).peak_bytes() - first.peak_bytes()
     except NotFusibleError as error:
         return Plan(0, f"not fused: {error}")
     if isinstance(sweep.spec.fuse, int):
         return Plan(sweep.spec.fuse, _fused(sweep.spec.fuse, engines))
+    slot_bytes = program(2).peak_bytes() - first.peak_bytes()
     free = device.memory().free if free_bytes is None else free_bytes
     room = math.inf if free is None else MEMORY_SHARE * free
     if device.type == "cpu":
         room /= engines
     most = min(MOST_SLOTS, math.ceil(sweep.spec.total_trials / engines))
+    if sweep.spec.search in LEARNS:
+        most = min(most, math.ceil(sweep.spec.total_trials / engines / GENERATIONS))
     most = min(most, sweep.spec.concurrency or most)
     most = min(most, int((room - first.peak_bytes()) / max(1, slot_bytes)) + 1)
     if most < 2:
@@ -114,22 +120,23 @@ def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan
     steps = round(steps * SURVIVE.get(sweep.spec.scheduler.name, 1.0))
     compile_s = NODE_S * len(first.graph.graph.nodes)
 
-    def sweep_s(step_s: float, compiled: int = 0) -> float:
-        """Seconds that the sweep takes with this time of a trial's step on each device."""
-        return steps * step_s / engines + compiled * compile_s
+    def steps_s(step_s: float) -> float:
+        """Seconds that all trials' steps take when each takes `step_s` of a device."""
+        return steps * step_s / engines
 
+    unfused_s = steps_s(alone_s) + TRIAL_S * sweep.spec.total_trials / engines
     slots = min(most, 2 ** round(math.log2(1 / busy)))
     guess_s = alone_s / max(1.0, 0.5 * min(slots, 1 / busy))
-    if sweep_s(guess_s, programs) > 0.8 * sweep_s(alone_s):
-        return Plan(0, _not_worth(busy, sweep_s(alone_s), compile_s * programs))
+    if steps_s(guess_s) + programs * compile_s > 0.8 * unfused_s:
+        return Plan(0, _not_worth(busy, unfused_s, compile_s * programs))
     fused_s = _compiled_step_s(program(slots), device) / slots
-    while 2 * slots <= most and 0.1 * sweep_s(fused_s) > compile_s:
+    while 2 * slots <= most and 0.1 * steps_s(fused_s) > compile_s:
         wider_s = _compiled_step_s(program(2 * slots), device) / (2 * slots)
         if wider_s * WIDER > fused_s:
             break
         slots, fused_s = 2 * slots, wider_s
-    if sweep_s(fused_s, programs - 1) > 0.9 * sweep_s(alone_s):
-        return Plan(0, _not_worth(busy, sweep_s(alone_s), compile_s * programs))
+    if steps_s(fused_s) + (programs - 1) * compile_s > 0.9 * unfused_s:
+        return Plan(0, _not_worth(busy, unfused_s, compile_s * programs))
     return Plan(slots, f"{_fused(slots, engines)}, {alone_s / fused_s:.1f} times as fast as alone")
 
 
@@ -152,18 +159,11 @@ def _programs(sweep: Sweep) -> tuple[list[Variant], int]:
 
     The first is as the others in all but one field.
     """
-    usual = {path: d.corners()[-1] for path, d in sweep.spec.parameters.items()}
-    samples = rows(sweep.dataset, "train")
-
-    def variant(**changed: Any) -> Variant:
-        spec, workload = resolve(sweep.trial_spec({**usual, **changed}), RunSpec)
-        return Variant(spec, workload, spec.train.total_steps(samples))
-
     found, count = {}, 1
-    first = variant()
+    first = usual_variant(sweep)
     found[program_key(first, varied_numbers(sweep, first))] = first
     for path, distribution in sweep.spec.parameters.items():
-        others = [variant(**{path: value}) for value in distribution.corners()]
+        others = [usual_variant(sweep, **{path: value}) for value in distribution.corners()]
         keys = {program_key(each, varied_numbers(sweep, each)): each for each in others}
         found = {**keys, **found}
         if len(keys) > 1 and distribution.choice is None:
@@ -173,6 +173,13 @@ def _programs(sweep: Sweep) -> tuple[list[Variant], int]:
             count *= len(keys)
     chosen = [first, *(each for each in found.values() if each is not first)]
     return chosen[:MOST_PROGRAMS], min(count, sweep.spec.total_trials)
+
+
+def usual_variant(sweep: Sweep, **changed: Any) -> Variant:
+    """A trial of the sweep, with some of its parameters `changed`."""
+    usual = {path: d.corners()[-1] for path, d in sweep.spec.parameters.items()}
+    spec, workload = resolve(sweep.trial_spec({**usual, **changed}), RunSpec)
+    return Variant(spec, workload, spec.train.total_steps(rows(sweep.dataset, "train")))
 
 
 def varied_numbers(sweep: Sweep, variant: Variant) -> dict[str, list[float]]:

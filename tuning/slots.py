@@ -24,6 +24,7 @@ from ray import tune
 from ray.air.execution.resources.fixed import FixedResourceManager
 from ray.tune.execution.tune_controller import TuneController
 
+from trainers.workers import explain
 from tuning.engine import Engine
 from tuning.plan import Plan, make_plan
 from tuning.trial import Sweep
@@ -72,7 +73,18 @@ class Host:
 
     def plan(self, engines: int) -> Plan:
         """Whether the sweep is to be fused on so many devices, and into how many slots."""
-        return make_plan(self._sweep, engines)
+        try:
+            return make_plan(self._sweep, engines)
+        except Exception as error:  # a trial in a process of its own will say what is wrong
+            return Plan(0, f"not fused: {explain(error)}")
+
+    def prepare(self) -> None:
+        """Have an engine as the sweep's plan wants it, which compiles what it will need."""
+        with self._lock:
+            if not hasattr(SlotTrainable, "engine"):
+                slots = Plan.of(self._sweep).slots
+                SlotTrainable.engine = Engine(self._sweep, self._tracker, slots)
+                SlotTrainable.engine.prepare()
 
     def call(self, key: int, turn: int, method: str, args: Any, kwargs: Any) -> Any:
         """Do a trainable's `method`; calls to one trainable are done one after the other."""
@@ -80,11 +92,9 @@ class Host:
             if turn and key not in self._called:
                 raise RuntimeError("the engine that had this trial was lost")
             self._lock.wait_for(lambda: self._called[key] == turn)
-            if not hasattr(SlotTrainable, "engine"):
-                slots = Plan.of(self._sweep).slots
-                SlotTrainable.engine = Engine(self._sweep, self._tracker, slots)
         try:
             if method == "__init__":
+                self.prepare()
                 self._trainables[key] = SlotTrainable(**kwargs)
                 return None
             if method == "__ray_terminate__":

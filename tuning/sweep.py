@@ -121,12 +121,29 @@ def _engines(
                 ray.kill(host)
             yield 0
             return
+        for host in hosts:
+            host.prepare.remote()
         slots = min(chosen.slots * len(hosts), sweep.spec.concurrency or sys.maxsize)
         with trials_in_slots(hosts, slots):
             yield slots
     finally:
         for host in hosts:
             ray.kill(host)
+
+
+def verified(sweep: Sweep, board: Leaderboard) -> Iterator[str]:
+    """A line for each of three fused trials, as they are trained once more, alone."""
+    import ray
+
+    from tuning import verify
+
+    if not plan.slots_of(sweep):
+        yield "nothing to verify: no trial was fused"
+        return
+    needs = sweep.spec.resources
+    alone = ray.remote(num_cpus=needs.cpu, num_gpus=needs.gpu)(verify.deviation)
+    for found in [alone.remote(sweep, standing) for standing in verify.chosen(board)]:
+        yield str(ray.get(found))
 
 
 def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.Tuner:
