@@ -13,6 +13,7 @@ the same command: trials are then on the GPU, and contenders that only a GPU has
 | `tune-written-N`, `tune-reused-N` | N trials at a time on each GPU: 1, 2, 4, 8 |
 | `turn-plain`, `turn-optimizer` | one process, trials in turn; with the fused form of AdamW |
 | `turn-compiled`, `turn-graphs` | that with torch.compile; on a GPU with CUDA graphs as well |
+| `turn-...-threads` | the same with a thread for each core; all others have one for each trial |
 | `fuse=off`, `fuse=auto`, `fuse=K` | `heliostat sweep` with this value of `sweep.fuse` |
 
 All have the same trials (drawn once), seeds, scheduler and training rule; the masks of dropout
@@ -63,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"epochs": 40, "global_batch": 32, "evaluate_every": 5},
         "sweep": {
             "parameters": {
-                "optimizer.lr": {"loguniform": [1e-4, 3e-2]},
+                "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
                 "optimizer.weight_decay": {"loguniform": [1e-4, 1.0]},
                 "model.dropout": {"uniform": [0.0, 0.6]},
             },
@@ -233,6 +234,9 @@ def contenders() -> dict[str, Callable[[Path, Path], Outcome]]:
     }
     if gpu:
         turns["turn-graphs"] = ["--fused", "--compile=reduce-overhead"]
+    else:
+        threads = [f"--threads={os.cpu_count()}"]
+        turns |= {f"{name}-threads": [*options, *threads] for name, options in turns.items()}
     for name, options in turns.items():
         found[name] = partial(in_turn, options)
     for fuse in ("off", "auto", *map(str, WIDTHS)):
@@ -271,11 +275,11 @@ def judge(case: str, outcomes: Mapping[str, list[Outcome]]) -> list[dict[str, An
             times = [each.seconds_for(statistics.median(done)) for each in outcomes[name]]
             measured[name] = times
     show(f"{case}, whole sweep", measured, "s", 1.0)
-    print(f"\n{case:<18} {'steps/s':>9} {'steps':>9}   best")
+    print(f"\n{case:<24} {'steps/s':>9} {'steps':>9}   best")
     for name, found in outcomes.items():
         speed = statistics.median(each.steps_per_s for each in found)
         steps = statistics.median(each.steps for each in found)
-        print(f"{name:<18} {speed:>9.1f} {steps:>9.0f}   {', '.join(each.best for each in found)}")
+        print(f"{name:<24} {speed:>9.1f} {steps:>9.0f}   {', '.join(each.best for each in found)}")
     return rows(case, "fuse=auto", measured) if "fuse=auto" in measured else []
 
 

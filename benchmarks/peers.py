@@ -1,7 +1,7 @@
 """A sweep without Heliostat: as Ray Tune's users write it, and its trials in turn.
 
     python benchmarks/peers.py FOLDER tune [--reuse] [--per-device N]
-    python benchmarks/peers.py FOLDER turn [--fused] [--compile MODE]
+    python benchmarks/peers.py FOLDER turn [--fused] [--compile MODE] [--threads N]
 
 `fused.py` runs these, each in a process of its own, and makes FOLDER: the sweep, its trials'
 specs and the data set. `tune` is a function as Ray's guide to Tune with PyTorch has it
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cluster.config import read_yaml
 from trainers.data import open_split, permutation, prepare, rows
 from trainers.random import mix_seed
-from trainers.spec import RunSpec, resolve
+from trainers.spec import RunSpec, TrainSpec, resolve
 from tuning.space import SweepRunSpec
 
 SWEEP, TRIALS = "sweep.yaml", "trials.json"
@@ -36,7 +37,10 @@ TIMED_S = 5.0
 
 
 class Training:
-    """One trial by hand. The rule is the spec's: weights, order, loss, rates and evaluations."""
+    """One trial by hand. The rule is the spec's: weights, order, loss, rates and evaluations.
+
+    Covered: AdamW and the cosine after a warm-up, without clipping and augmentation.
+    """
 
     def __init__(
         self, trial: dict[str, Any], dataset: Path, fused: bool = False, mode: str | None = None
@@ -44,34 +48,22 @@ class Training:
         """`fused` is AdamW's; `mode` is torch.compile's, which is not used without one."""
         spec, workload = resolve(trial, RunSpec)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        splits = {name: open_split(dataset, name) for name in ("train", "val")}
         self._split, self._val = (
-            {name: column.to(device) for name, column in split.items()} for split in splits.values()
+            {name: column.to(device) for name, column in open_split(dataset, split).items()}
+            for split in ("train", "val")
         )
         samples = len(next(iter(self._split.values())))
         self._batch, self._lr = spec.train.global_batch, spec.optimizer.lr
         self.total = spec.train.total_steps(samples)
-        self.warmup = round(spec.optimizer.schedule.warmup * self.total)
+        self._warmup = round(spec.optimizer.schedule.warmup * self.total)
         self.epoch_steps = samples / self._batch
-        every = spec.train.evaluate_every
-        count = math.ceil(self.total / self.epoch_steps / every)
-        ends = (spec.train.steps_at(number * every, samples) for number in range(1, count + 1))
-        self.evaluations = {min(end, self.total) for end in ends} | {self.total}
-        epochs = range(math.ceil(self.total / self.epoch_steps))
-        seed = spec.train.seed
+        self.evaluations = evaluations(spec.train, samples)
+        seed, epochs = spec.train.seed, range(math.ceil(self.total / self.epoch_steps))
         self._order = torch.cat([permutation(seed, epoch, samples) for epoch in epochs]).to(device)
-
         torch.manual_seed(mix_seed(seed))
-        self.model = model = workload.build().to(device)
         self._workload = workload
-        weights = list(model.parameters())
-        groups = [
-            {
-                "params": [weight for weight in weights if weight.ndim > 1],
-                "weight_decay": spec.optimizer.weight_decay,
-            },
-            {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
-        ]
+        self._model = model = workload.build().to(device)
+        groups = by_decay(model, spec.optimizer.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=self._lr, fused=fused or None)
 
         def mean_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -84,25 +76,44 @@ class Training:
             group["lr"] = self._lr * self._share_of_peak(step)
         index = self._order[step * self._batch : (step + 1) * self._batch]
         batch = {name: column.index_select(0, index) for name, column in self._split.items()}
-        loss = self._mean_loss(batch)
-        self._optimizer.zero_grad()
-        loss.backward()
+        self._mean_loss(batch).backward()
         self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def _share_of_peak(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.total - 1 - self.warmup)
+        if step < self._warmup:
+            return (step + 1) / self._warmup
+        progress = (step - self._warmup) / max(1, self.total - 1 - self._warmup)
         return (1 + math.cos(math.pi * progress)) / 2
 
     def evaluate(self) -> float:
         """The mean loss over the validation split."""
-        self.model.eval()
+        self._model.eval()
         with torch.inference_mode():
-            output = self._workload.forward(self.model, self._val)
+            output = self._workload.forward(self._model, self._val)
             loss = self._workload.loss(output, self._val).mean().item()
-        self.model.train()
+        self._model.train()
         return float(loss)
+
+
+def evaluations(train: TrainSpec, samples: int) -> set[int]:
+    """The steps after which the model is evaluated."""
+    total, steps = train.total_steps(samples), set[int]()
+    while max(steps, default=0) < total:
+        end = train.steps_at((len(steps) + 1) * train.evaluate_every, samples)
+        steps.add(min(end, total))
+    return steps
+
+
+def by_decay(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: biases and norms are not decayed."""
+    weights = list(model.parameters())
+    decayed = [weight for weight in weights if weight.ndim > 1]
+    others = [weight for weight in weights if weight.ndim == 1]
+    return [
+        {"params": decayed, "weight_decay": decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def train_trial(config: dict[str, Any], trials: list[dict[str, Any]], dataset: Path) -> None:
@@ -128,7 +139,7 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
 
     reports = []
 
-    class Follower(tune.Callback):  # type: ignore[misc]
+    class Follower(tune.Callback):
         def on_trial_result(self, trial: Any, result: dict[str, Any], **info: Any) -> None:
             metric = result["val/loss"]
             reports.append([trial.config["trial"], result["step"], time.time(), metric])
@@ -157,7 +168,7 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
 
 
 def in_turn(folder: Path, fused: bool, mode: str | None) -> dict[str, float]:
-    """The steady speed of one process that does nothing but steps, with torch's own threads."""
+    """The steady speed of one process that does nothing but steps."""
     trial = json.loads((folder / TRIALS).read_text())[0]
     _, workload = resolve(trial, RunSpec)
     training = Training(trial, prepare(workload, folder), fused, mode)
@@ -184,8 +195,10 @@ def main() -> None:
     options.add_argument("--reuse", action="store_true")
     options.add_argument("--per-device", type=int, default=0)
     options.add_argument("--fused", action="store_true")
-    options.add_argument("--compile")
+    options.add_argument("--compile", metavar="MODE")
+    options.add_argument("--threads", type=int, default=1)
     args = options.parse_args()
+    torch.set_num_threads(args.threads)
     if args.kind == "tune":
         print(json.dumps(tune_sweep(args.folder, args.reuse, args.per_device)))
     else:
