@@ -13,9 +13,11 @@ import bisect
 import contextlib
 import json
 import math
+import os
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -225,6 +227,13 @@ class Engine:
     # What the computing thread does.
 
     def _work(self) -> None:
+        try:
+            self._train_for_ever()
+        except BaseException:  # a mistake of ours: Ray starts the engine again, its trials resume
+            traceback.print_exc()
+            os._exit(1)
+
+    def _train_for_ever(self) -> None:
         set_threads(self._sweep)
         with watched(self._sweep.folder / STALLS, 0, 1, self._timeout_s):
             while True:
@@ -304,7 +313,7 @@ class Engine:
 
     def _turn(self, group: _Group) -> bool:
         """A chunk of steps of one program; False when none of its trials can go on."""
-        ready = {slot: run for slot, run in group.runs.items() if self._goes_on(run)}
+        ready = {slot: run for slot, run in [*group.runs.items()] if self._goes_on(run)}
         if not ready:
             return False
         steps = min(run.limit - run.done for run in ready.values())

@@ -31,7 +31,7 @@ from tuning.trial import Sweep
 
 SLOT = "heliostat_slot"
 """The resource that a fused trial takes, counted by us alone."""
-THREADS = 1000
+THREADS = 256
 """Calls that an engine's actor takes at once; each waiting trial holds one or two."""
 
 

@@ -148,10 +148,12 @@ def verified(sweep: Sweep, board: Leaderboard) -> Iterator[str]:
 
 def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.Tuner:
     """Ray's tuner, taken up where it was if it has been here before."""
+    saves = None
     if slots:
         from tuning.slots import SLOT, SlotTrainable
 
         trainable = tune.with_resources(SlotTrainable, {SLOT: 1})
+        saves = tune.CheckpointConfig(checkpoint_at_end=False)  # the engine's own are enough
     else:
         function = tune.with_parameters(run_trial, sweep=sweep, tracker=tracker)
         trainable = tune.with_resources(function, _resources(spec))
@@ -178,6 +180,7 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.T
             name=TUNE,
             storage_path=str(sweep.folder),
             callbacks=[_Follower(sweep)],
+            checkpoint_config=saves,
             failure_config=tune.FailureConfig(max_failures=spec.scale.max_restarts),
             verbose=0,
         ),
