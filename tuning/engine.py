@@ -108,7 +108,7 @@ class _Run:
 
     @property
     def evaluated_step(self) -> int:
-        return self.evaluated.done if self.evaluated is not None else self.told
+        return self.evaluated.done if self.evaluated is not None else 0
 
 
 @dataclass
