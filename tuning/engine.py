@@ -127,7 +127,10 @@ class _Group:
 class Engine:
     """Trains trials in slots; `next` gives a trial's next evaluation."""
 
-    def __init__(self, sweep: Sweep, tracker: Any, slots: int) -> None:
+    def __init__(
+        self, sweep: Sweep, tracker: Any, slots: int, program: Program | None = None
+    ) -> None:
+        """With `program`, compiled, or else with one that it compiles for the usual trial."""
         self._sweep, self._tracker, self._slots = sweep, tracker, slots
         spec, _ = resolve(sweep.data, RunSpec)
         self.device = local_device(spec.scale.accelerator)
@@ -137,15 +140,12 @@ class Engine:
         self._samples = rows(sweep.dataset, "train")
         self._runs: dict[int, _Run] = {}
         self._waiting: list[_Run] = []
-        self._groups: list[_Group] = []
+        self._groups = [_Group(program)] if program else []
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._next_save = time.monotonic() + FIRST_SAVE_S
+        if program is None:
+            self._commands.put(self._prepare)
         threading.Thread(target=self._work, daemon=True, name="engine").start()
-
-    def prepare(self) -> None:
-        """Compile the program that a usual trial needs, before the first one comes."""
-        variant = usual_variant(self._sweep)
-        self._commands.put(lambda: self._try_to_prepare(variant))
 
     # What the threads of the trials ask for.
 
@@ -252,7 +252,8 @@ class Engine:
         while not self._commands.empty():
             self._commands.get()()
 
-    def _try_to_prepare(self, variant: Variant) -> None:
+    def _prepare(self) -> None:
+        variant = usual_variant(self._sweep)
         with contextlib.suppress(Exception):  # the trial that meets it again will tell
             self._group_of(variant, build_network(variant.spec.train, variant.workload))
 

@@ -32,6 +32,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from cluster.files import cache_folder
 from trainers.data import Batches, on_device
 from trainers.devices import Device
 from trainers.dropout import Draws, sample_dropout
@@ -287,13 +288,15 @@ class Program:
 
     def compile(self) -> None:
         """Compile the step; takes from two seconds to a minute. On a GPU it is one CUDA graph."""
+        from filelock import FileLock
         from torch._inductor import standalone_compile
 
         inputs: list[Any] = [*self._state(), *self._inputs_at_rest()]
         # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
         # those of several are grouped, and keep their layout anyway.
         options = {"config_patches": {"layout_optimization": False}}
-        with torch.no_grad():
+        # Engines of one machine compile the same: all but the first then find it on the disk.
+        with torch.no_grad(), FileLock(cache_folder() / "compile.lock"):
             compiled = standalone_compile(
                 self.graph, inputs, dynamic_shapes="from_example_inputs", options=options
             )

@@ -78,11 +78,14 @@ def reason_without_trying(sweep: Sweep) -> str | None:
     return "" if sweep.spec.fuse == "auto" and steps < WORTH_STEPS else None
 
 
-def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan:
+def make_plan(
+    sweep: Sweep, engines: int, free_bytes: int | None = None
+) -> tuple[Plan, Program | None]:
     """The plan for a sweep on `engines` devices like this process' own, where it is made.
 
-    Takes some seconds to measure a lone trial's step, and compiles where that promises to pay.
-    Slots get half of `free_bytes`, of what the device has when that is None.
+    Takes some seconds to measure a lone trial's step, and compiles where that promises to pay;
+    a program that was compiled for the plan comes with it. Slots get half of `free_bytes`, of
+    what the device has when that is None.
     """
     set_threads(sweep)
     spec, _ = resolve(sweep.data, RunSpec)
@@ -92,7 +95,7 @@ def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan
     for variant in variants:
         reason = reason_against(variant.spec)
         if reason:
-            return Plan(0, f"not fused: {reason}")
+            return Plan(0, f"not fused: {reason}"), None
 
     def program(slots: int, variant: Variant = variants[0]) -> Program:
         return Program(variant, slots, samples, device, varied_numbers(sweep, variant))
@@ -100,9 +103,9 @@ def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan
     try:
         first, *_ = [program(1, variant) for variant in variants]
     except NotFusibleError as error:
-        return Plan(0, f"not fused: {error}")
+        return Plan(0, f"not fused: {error}"), None
     if isinstance(sweep.spec.fuse, int):
-        return Plan(sweep.spec.fuse, _fused(sweep.spec.fuse, engines))
+        return Plan(sweep.spec.fuse, _fused(sweep.spec.fuse, engines)), None
     slot_bytes = program(2).peak_bytes() - first.peak_bytes()
     free = device.memory().free if free_bytes is None else free_bytes
     room = math.inf if free is None else MEMORY_SHARE * free
@@ -114,7 +117,7 @@ def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan
     most = min(most, sweep.spec.concurrency or most)
     most = min(most, int((room - first.peak_bytes()) / max(1, slot_bytes)) + 1)
     if most < 2:
-        return Plan(0, "not fused: there is no room for two trials on a device")
+        return Plan(0, "not fused: there is no room for two trials on a device"), None
     alone_s, busy = _alone(variants[0], samples, device)
     steps = sweep.spec.total_trials * variants[0].total_steps
     steps = round(steps * SURVIVE.get(sweep.spec.scheduler.name, 1.0))
@@ -128,16 +131,19 @@ def make_plan(sweep: Sweep, engines: int, free_bytes: int | None = None) -> Plan
     slots = min(most, 2 ** round(math.log2(1 / busy)))
     guess_s = alone_s / max(1.0, 0.5 * min(slots, 1 / busy))
     if steps_s(guess_s) + programs * compile_s > 0.8 * unfused_s:
-        return Plan(0, _not_worth(busy, unfused_s, compile_s * programs))
-    fused_s = _compiled_step_s(program(slots), device) / slots
-    while 2 * slots <= most and 0.1 * steps_s(fused_s) > compile_s:
-        wider_s = _compiled_step_s(program(2 * slots), device) / (2 * slots)
+        return Plan(0, _not_worth(busy, unfused_s, compile_s * programs)), None
+    best = program(slots)
+    fused_s = _compiled_step_s(best, device)
+    while 2 * best.slots <= most and 0.1 * steps_s(fused_s) > compile_s:
+        wider = program(2 * best.slots)
+        wider_s = _compiled_step_s(wider, device)
         if wider_s * WIDER > fused_s:
             break
-        slots, fused_s = 2 * slots, wider_s
+        best, fused_s = wider, wider_s
     if steps_s(fused_s) + (programs - 1) * compile_s > 0.9 * unfused_s:
-        return Plan(0, _not_worth(busy, unfused_s, compile_s * programs))
-    return Plan(slots, f"{_fused(slots, engines)}, {alone_s / fused_s:.1f} times as fast as alone")
+        return Plan(0, _not_worth(busy, unfused_s, compile_s * programs)), None
+    line = f"{_fused(best.slots, engines)}, {alone_s / fused_s:.1f} times as fast as alone"
+    return Plan(best.slots, line), best
 
 
 def _fused(slots: int, engines: int) -> str:
@@ -225,8 +231,9 @@ def _alone(variant: Variant, samples: Any, device: Device) -> tuple[float, float
 
 
 def _compiled_step_s(program: Program, device: Device) -> float:
+    """Seconds that a trial's step takes of the device when all slots are taken."""
     program.compile()
-    return _fastest_s(lambda: program.run([], 4), device) / 4
+    return _fastest_s(lambda: program.run([], 4), device) / 4 / program.slots
 
 
 def _fastest_s(action: Callable[[], Any], device: Device, budget_s: float = 0.5) -> float:

@@ -26,6 +26,7 @@ from ray.tune.execution.tune_controller import TuneController
 
 from trainers.workers import explain
 from tuning.engine import Engine
+from tuning.fuse import Program
 from tuning.plan import Plan, make_plan
 from tuning.trial import Sweep
 
@@ -69,12 +70,14 @@ class Host:
         self._sweep, self._tracker = sweep, tracker
         self._lock = threading.Condition()
         self._trainables: dict[int, SlotTrainable] = {}
+        self._program: Program | None = None
         self._called: defaultdict[int, int] = defaultdict(int)
 
     def plan(self, engines: int) -> Plan:
         """Whether the sweep is to be fused on so many devices, and into how many slots."""
         try:
-            return make_plan(self._sweep, engines)
+            plan, self._program = make_plan(self._sweep, engines)
+            return plan
         except Exception as error:  # a trial in a process of its own will say what is wrong
             return Plan(0, f"not fused: {explain(error)}")
 
@@ -83,8 +86,7 @@ class Host:
         with self._lock:
             if not hasattr(SlotTrainable, "engine"):
                 slots = Plan.of(self._sweep).slots
-                SlotTrainable.engine = Engine(self._sweep, self._tracker, slots)
-                SlotTrainable.engine.prepare()
+                SlotTrainable.engine = Engine(self._sweep, self._tracker, slots, self._program)
 
     def call(self, key: int, turn: int, method: str, args: Any, kwargs: Any) -> Any:
         """Do a trainable's `method`; calls to one trainable are done one after the other."""
