@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from torch import nn
 
@@ -53,6 +54,7 @@ REPORT_S = 5.0
 30 ms for each of them whatever it is sent."""
 IDLE_PROGRAMS = 4
 """Programs without trials that are kept for the next one."""
+LEASE = "lease"
 ORIGIN = "origin.json"
 """Beside a checkpoint that Tune hands from trial to trial: whose it is."""
 
@@ -64,6 +66,8 @@ class _Run:
     """A trial on this engine."""
 
     number: int
+    lease: str
+    """Of who trains the trial: its folder has that of the last one who took it."""
     variant: Variant
     folder: Path
     progress: Progress
@@ -138,7 +142,7 @@ class Engine:
         self._worker = Worker(hardware=self.device)
         self.splits = open_splits(sweep.dataset)
         self._samples = rows(sweep.dataset, "train")
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[str, _Run] = {}
         self._waiting: list[_Run] = []
         self._groups = [_Group(program)] if program else []
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -149,15 +153,23 @@ class Engine:
 
     # What the threads of the trials ask for.
 
-    def start(self, config: Mapping[str, Any]) -> int:
-        """Take a trial, from its newest checkpoint if it has one; returns its number."""
-        number = int(config["trial"])
+    def start(self, config: Mapping[str, Any]) -> str:
+        """Take a trial, from its newest checkpoint if it has one; returns the lease.
+
+        Tune may resume a trial before it has ended what it paused: whoever took it before does
+        not save it any more.
+        """
+        number, lease = int(config["trial"]), uuid4().hex
         folder = self._sweep.trial_folder(number)
         folder.mkdir(parents=True, exist_ok=True)
+        for other in [run for run in self._runs.values() if run.number == number]:
+            self.stop(other.lease)
+        write_atomic(folder / LEASE, lease)
         spec, workload = resolve(self._sweep.trial_spec(config), RunSpec)
         total = spec.train.total_steps(self._samples)
         run = _Run(
             number,
+            lease,
             Variant(spec, workload, total),
             folder,
             Progress(self._sweep, spec, folder),
@@ -172,12 +184,12 @@ class Engine:
         elif last and ((folder / ENDED).exists() or last["complete"]):
             run.results.put(last)
         run.over = not run.results.empty()
-        self._runs[number] = run
-        return number
+        self._runs[lease] = run
+        return lease
 
-    def next(self, number: int) -> dict[str, Any]:
+    def next(self, lease: str) -> dict[str, Any]:
         """Wait for a trial's next evaluation; Tune wants it to go on, which it has by then."""
-        run = self._runs[number]
+        run = self._runs[lease]
         self._commands.put(lambda: self._want(run))
         found = run.results.get()
         if isinstance(found, TrainingError):
@@ -189,25 +201,25 @@ class Engine:
         write_atomic(run.folder / LAST, json.dumps(found))
         return {**found, "done": found["complete"]}
 
-    def stop(self, number: int) -> None:
+    def stop(self, lease: str) -> None:
         """End a trial here; its state at the last evaluation is on disk when this returns."""
-        run = self._runs.pop(number, None)
+        run = self._runs.pop(lease, None)
         if run is not None:
             self._ask(lambda: self._stop(run))
             run.checkpoints.wait()
             run.reporter.flush()
 
-    def save(self, number: int, folder: Path) -> None:
+    def save(self, lease: str, folder: Path) -> None:
         """Write a trial's state at its last evaluation into a folder of Tune's."""
-        run = self._runs[number]
+        run = self._runs[lease]
         checkpoints = Checkpoints(folder / CHECKPOINTS)
         self._ask(lambda: self._save_to(run, checkpoints))
         checkpoints.wait()
-        write_atomic(folder / ORIGIN, json.dumps({"trial": number, "step": run.evaluated_step}))
+        write_atomic(folder / ORIGIN, json.dumps({"trial": run.number, "step": run.evaluated_step}))
 
-    def load(self, number: int, folder: Path) -> None:
+    def load(self, lease: str, folder: Path) -> None:
         """Go on from what `save` wrote for another trial, or for this one."""
-        run = self._runs[number]
+        run = self._runs[lease]
         origin = json.loads((folder / ORIGIN).read_text())
         self._ask(lambda: self._adopt(run, folder, origin))
 
@@ -437,7 +449,9 @@ class Engine:
 
     def _save(self, run: _Run) -> None:
         """Begin to write the state at the last evaluation, if it is not on disk yet."""
-        if run.evaluated is not None and run.saved < run.evaluated.done:
+        if run.evaluated is None or run.saved >= run.evaluated.done:
+            return
+        if (run.folder / LEASE).read_text() == run.lease:
             self._save_to(run, run.checkpoints)
             run.saved = run.evaluated.done
 
@@ -461,9 +475,9 @@ class Engine:
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
         run.checkpoints.adopt(source)
         run.told, run.evaluated = origin["step"], None
-        other = self._runs.get(origin["trial"])
-        if other is not None and other.evaluated_step == origin["step"]:
-            run.adopted = other.evaluated
+        for other in self._runs.values():
+            if (other.number, other.evaluated_step) == (origin["trial"], origin["step"]):
+                run.adopted = other.evaluated
 
     def _stop(self, run: _Run) -> None:
         if not run.over:

@@ -42,25 +42,25 @@ class SlotTrainable(tune.Trainable):  # type: ignore[misc]
     engine: ClassVar[Engine]
 
     def setup(self, config: dict[str, Any]) -> None:
-        self._number = self.engine.start(config)
+        self._lease = self.engine.start(config)
 
     def step(self) -> dict[str, Any]:
-        return self.engine.next(self._number)
+        return self.engine.next(self._lease)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        self.engine.save(self._number, Path(checkpoint_dir))
+        self.engine.save(self._lease, Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
         assert isinstance(checkpoint, str)
-        self.engine.load(self._number, Path(checkpoint))
+        self.engine.load(self._lease, Path(checkpoint))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.engine.stop(self._number)
+        self.engine.stop(self._lease)
         self.setup(new_config)
         return True
 
     def cleanup(self) -> None:
-        self.engine.stop(self._number)
+        self.engine.stop(self._lease)
 
 
 class Host:
