@@ -160,6 +160,7 @@ def test_pbt_takes_over_weights_from_slot_to_slot(run_sweep: Any) -> None:
         "sweep.scheduler={name: pbt, every_epochs: 2}",
         "sweep.trials=4",
         "sweep.fuse=4",
+        "sweep.resources.cpu=4",  # all on one engine
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.standings] == [True] * 4
