@@ -117,8 +117,9 @@ def sample_dropout(network: nn.Module) -> Draws:
     for module in network.modules():
         if type(module) in _SAMPLED:
             module.__class__ = _SAMPLED[type(module)]
-            module.draws = draws  # type: ignore[assignment]
-            draws.modules.append(module)  # type: ignore[arg-type]
+        if isinstance(module, _SampleDropout):  # also one that was taught before
+            module.draws = draws
+            draws.modules.append(module)
     return draws
 
 
