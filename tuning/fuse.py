@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from trainers.data import Batches, on_device
 from trainers.devices import Device
@@ -270,8 +270,7 @@ class Program:
         except NotFusibleError:
             raise
         except Exception as error:  # a user's model may do anything
-            reason = str(error).strip().partition("\n")[0]
-            raise NotFusibleError(f"{type(error).__name__}: {reason}") from error
+            raise NotFusibleError(_phrase(error)) from error
         self.graph.graph.eliminate_dead_code()
         self.graph.recompile()
 
@@ -585,7 +584,13 @@ class _Rewrites(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        try:
+            return self._rewritten(function, args, dict(kwargs or {}))
+        except Exception as error:
+            error.add_note(f"{resolve_name(function) or function}: ")
+            raise
+
+    def _rewritten(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if function is Tensor.__bool__ and id(args[0]) in self._questions:
             return self._answer(*self._questions[id(args[0])])
         if function in _TESTS and id(args[0]) in self._lifted and isinstance(args[1], (int, float)):
@@ -762,6 +767,12 @@ def _plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
+
+
+def _phrase(error: Exception) -> str:
+    """An error's first sentence, after the operation that `_Rewrites` has noted on it."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return "".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {sentence}"])
 
 
 def _bytes(node: torch.fx.Node) -> int:
