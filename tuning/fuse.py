@@ -71,11 +71,13 @@ class Row:
     moments: tuple[Tensor, ...]
     """What the optimizer keeps, [P] each."""
     buffers: Mapping[str, Tensor]
+    numbers: Mapping[Place, float]
+    """Those that stand in modules of the trial's network, and not in the program's."""
 
     def copy(self) -> "Row":
         moments = tuple(part.clone() for part in self.moments)
         buffers = {name: value.clone() for name, value in self.buffers.items()}
-        return Row(self.done, self.weights_P.clone(), moments, buffers)
+        return Row(self.done, self.weights_P.clone(), moments, buffers, self.numbers)
 
 
 def reason_against(spec: RunSpec) -> str | None:
@@ -156,6 +158,7 @@ class _Live:
 
     variant: Variant
     order: Batches
+    numbers: Mapping[Place, float]
     done: int
     expected: float | None
     """The loss of its next step, computed by its own network; None once it has been compared."""
@@ -256,6 +259,11 @@ class Program:
             float(getattr(model, name)) if module == MODEL else floats[module, name]
             for module, name in self._lifted
         ]
+
+    def _numbers(self, network: nn.Module) -> dict[Place, float]:
+        """The lifted numbers that stand in modules of a trial's network."""
+        floats = _floats(network)
+        return {place: floats[place] for place in self._lifted if place[0] != MODEL}
 
     def _trace(self) -> None:
         """Take down the operations of a step as one graph of plain tensor operations.
@@ -404,7 +412,7 @@ class Program:
             trained = {name: own[name] for name in self._trained}
             buffers = {name: own[name].detach() for name in self._buffers}
             nothing = torch.zeros_like(self._decays_P)
-            row = Row(0, _flat(trained), tuple(nothing for _ in self._moments), buffers)
+            row = Row(0, _flat(trained), tuple(nothing for _ in self._moments), buffers, {})
         with torch.no_grad():
             self._weights_KP[slot] = row.weights_P.to(self.device)
             for all_slots, own_part in zip(self._moments, row.moments, strict=True):
@@ -421,7 +429,7 @@ class Program:
             draws = sample_dropout(network.to(self.device))
             with torch.random.fork_rng(devices=[]):
                 expected = self._alone(variant, network, draws, row.done, order).item()
-        self._live[slot] = _Live(variant, order, row.done, expected)
+        self._live[slot] = _Live(variant, order, self._numbers(network), row.done, expected)
 
     def release(self, slot: int) -> None:
         """Empty a slot."""
@@ -431,7 +439,8 @@ class Program:
         """The state of the trial in a slot, as views that the next step changes."""
         moments = tuple(part[slot] for part in self._moments)
         buffers = {name: value[slot] for name, value in self._buffers.items()}
-        return Row(self._live[slot].done, self._weights_KP[slot], moments, buffers)
+        live = self._live[slot]
+        return Row(live.done, self._weights_KP[slot], moments, buffers, live.numbers)
 
     def network(self, row: Row) -> nn.Module:
         """The ordinary network with the state of `row`, without a copy, until the next call.
@@ -439,6 +448,8 @@ class Program:
         `optimizer` is the one that goes with it.
         """
         self._load(self._network, row, self.optimizer)
+        for (module, name), value in row.numbers.items():
+            setattr(self._network.get_submodule(module), name, value)
         return self._network
 
     def row_of(self, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> Row:
@@ -454,7 +465,7 @@ class Program:
             moments.append(torch.cat([value.detach().flatten() for value in values]))
         weights_P = _flat({name: own[name] for name in self._trained})
         buffers = {name: held[name].detach().clone() for name in self._buffers}
-        return Row(done, weights_P, tuple(moments), buffers)
+        return Row(done, weights_P, tuple(moments), buffers, self._numbers(network))
 
     def _load(
         self, network: nn.Module, row: Row, optimizer: torch.optim.Optimizer | None = None
