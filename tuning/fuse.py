@@ -143,7 +143,9 @@ def _sgd_update(
     rate_K1, decay_K1, momentum_K1 = c
     gradient_KP = gradient_KP + decay_K1 * decays_P * weights_KP
     buffer_KP = momentum_K1 * moments[0] + gradient_KP
-    return weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP), (buffer_KP,)
+    new_KP = weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP)
+    # Without momentum torch keeps none, for one who goes on from here with some.
+    return new_KP, (torch.where(momentum_K1 > 0, buffer_KP, 0),)
 
 
 _RULES = {
