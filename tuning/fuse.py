@@ -243,6 +243,8 @@ class Program:
         floats = _floats(network)
         if _signature(variant, network, self._varied) != self._signature:
             return False
+        if floats.keys() != self._floats.keys():
+            return False
         lifted = set(self._lifted)
         if any(
             floats[place] != value for place, value in self._floats.items() if place not in lifted
@@ -760,7 +762,8 @@ def _lifted(
 def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -> str:
     """What two trials have in common that are the same program but for numbers."""
     spec = variant.spec
-    fields = variant.workload.model.model_dump(exclude=set(varied))
+    workload = variant.workload
+    sections = (workload.data.model_dump(), workload.model.model_dump(exclude=set(varied)))
     modules = [
         (name, type(part).__qualname__, part.training, _plain(vars(part)))
         for name, part in network.named_modules()
@@ -769,7 +772,7 @@ def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) 
     tensors = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in held]
     clips = spec.train.clip_norm is not None
     rule = (spec.optimizer.name, spec.train.global_batch, spec.train.precision, clips)
-    return repr((rule, fields, modules, tensors))
+    return repr((spec.workload, rule, sections, modules, tensors))
 
 
 def _plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
