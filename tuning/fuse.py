@@ -297,21 +297,24 @@ class Program:
         return peak
 
     def compile(self) -> None:
-        """Compile the step; takes from two seconds to a minute. On a GPU it is one CUDA graph."""
-        from torch._inductor import standalone_compile
+        """Compile the step; takes from two seconds to a minute. On a GPU it is one CUDA graph.
 
-        inputs: list[Any] = [*self._state(), *self._inputs_at_rest()]
-        # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
-        # those of several are grouped, and keep their layout anyway.
-        options = {"config_patches": {"layout_optimization": False}}
+        Raises NotFusibleError where PyTorch cannot compile it; it then goes on uncompiled.
+        """
+        state = self._state()
+        inputs: list[Tensor] = [*state, *self._inputs_at_rest()]
+        self._alive_K.zero_()  # so that the steps in here change nothing
         with torch.no_grad():
-            compiled = standalone_compile(
-                self.graph, inputs, dynamic_shapes="from_example_inputs", options=options
-            )
-            self._step = compiled
+            try:
+                compiled = _compiled(self.graph, inputs)
+            except NotFusibleError:
+                # PyTorch 2.13 on a CPU: a KeyError, where a loop overwrites what it has read
+                # (github.com/pytorch/pytorch/issues/188228).
+                compiled = _copied(_compiled(_out_of_place(self.graph), inputs), len(state))
             if self.device.type == "cuda":
-                self._step = _Captured(compiled, inputs, len(self._state()))
-            self._step(*inputs)  # all slots are empty: it changes nothing
+                compiled = _Captured(compiled, inputs, len(state))
+            compiled(*inputs)
+        self._step = compiled
 
     # One step, as it is traced.
 
@@ -689,6 +692,47 @@ def _attention(
     options["is_causal"] = is_causal
     output: Tensor = _Attention.apply(query, key, value, options)  # type: ignore[no-untyped-call]
     return output
+
+
+def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from torch._inductor import standalone_compile
+
+    # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
+    # those of several are grouped, and keep their layout anyway.
+    options = {"config_patches": {"layout_optimization": False}}
+    try:
+        return standalone_compile(
+            graph, inputs, dynamic_shapes="from_example_inputs", options=options
+        )
+    except Exception as error:
+        raise NotFusibleError(f"torch.compile: {_phrase(error)}") from error
+
+
+def _out_of_place(graph: GraphModule) -> GraphModule:
+    """A step that gives the new state after the losses, and leaves the old one as it is."""
+    changed = copy.deepcopy(graph)
+    *nodes, output = changed.graph.nodes
+    copies = [
+        node
+        for node in nodes
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"
+    ]
+    output.args = ((*output.all_input_nodes, *(node.args[1] for node in copies)),)
+    for node in copies:
+        changed.graph.erase_node(node)
+    changed.recompile()
+    return changed
+
+
+def _copied(step: Callable[..., Any], state: int) -> Callable[..., Any]:
+    def stepped(*inputs: Tensor) -> Tensor:
+        loss_K: Tensor
+        loss_K, *new = step(*inputs)
+        for old, value in zip(inputs[:state], new, strict=True):
+            old.copy_(value)
+        return loss_K
+
+    return stepped
 
 
 class _Captured:
