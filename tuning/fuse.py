@@ -368,13 +368,14 @@ class Program:
                 weights_KP, gradient_KP, moments, self._decays_P, c
             )
             # A trial whose loss is no number keeps its last good state, and stands still.
-            good_K = alive_K & torch.isfinite(loss_K)
+            loss_K = torch.where(alive_K, loss_K.detach(), math.nan)
+            good_K = torch.isfinite(loss_K)
             news = (new_KP, *new_moments, *(changed[name] for name in buffers))
             for old, new in zip((weights_KP, *moments, *buffers.values()), news, strict=True):
                 good = good_K.view(-1, *[1] * (old.ndim - 1))
                 old.copy_(torch.where(good, new, old))
             alive_K.copy_(good_K)
-        return loss_K.detach()
+        return loss_K
 
     def _one_slot(
         self,
@@ -498,7 +499,8 @@ class Program:
         """Advance the trials in `slots` by `steps` steps; the loss of each after each: [n][slot].
 
         A loss that is not finite ends a trial's advance: its state stays as it was before that
-        step. Raises NotFusibleError where a trial's first loss is not what it is alone.
+        step, and the losses of later ones are NaN. Raises NotFusibleError, after the steps, where
+        a trial's first loss is not what it is alone.
         """
         count = self._coefficient_count()
         coefficients_nKC = np.zeros((steps, self.slots, count))
@@ -521,23 +523,29 @@ class Program:
                 inputs = self._inputs(coefficients[step], first[step], index_nKB[step])
                 losses.append(self._step(*self._state(), *inputs))
         found: list[list[float]] = torch.stack(losses).double().cpu()[:, list(slots)].tolist()
-        for column, slot in enumerate(slots):
+        wrong = [
             self._advanced(self._live[slot], [row[column] for row in found])
+            for column, slot in enumerate(slots)
+        ]
+        for reason in filter(None, wrong):  # when all are accounted for
+            raise NotFusibleError(reason)
         return found
 
-    def _advanced(self, live: _Live, losses: list[float]) -> None:
+    def _advanced(self, live: _Live, losses: list[float]) -> str | None:
+        """Count a trial's steps; why it does not belong into the program, where that shows."""
         finite = [math.isfinite(loss) for loss in losses]
         live.done += finite.index(False) if False in finite else len(losses)
         expected, live.expected = live.expected, None
         if expected is None or not (math.isfinite(expected) and finite[0]):
-            return
+            return None
         close = 0.02 if live.variant.spec.train.precision == "bf16" else 1e-4
-        if abs(losses[0] - expected) > close * max(1.0, abs(expected)):
-            raise NotFusibleError(
-                f"a fused trial's first loss is {losses[0]:.9g}, alone it is {expected:.9g}: "
-                "something that differs between trials is neither a float attribute of a module "
-                "nor read from the spec in the loss"
-            )
+        if abs(losses[0] - expected) <= close * max(1.0, abs(expected)):
+            return None
+        return (
+            f"a fused trial's first loss is {losses[0]:.9g}, alone it is {expected:.9g}: "
+            "something that differs between trials is neither a float attribute of a module "
+            "nor read from the spec in the loss"
+        )
 
     def _coefficients(self, live: _Live, steps: int) -> Numbers:
         """Of the next steps: [n, C]."""
