@@ -1,4 +1,4 @@
-"""The models that benchmarks train: the shipped digits network, and a small GPT."""
+"""The models that benchmarks train, besides the shipped digits network."""
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,22 @@ class Text(Workload):
         return output
 
 
+class Chains(Text):
+    """A GPT over bytes of which each allows four others to follow: what it learns can be told."""
+
+    def dataset(self) -> dict[str, pa.Table]:
+        draw = np.random.default_rng(0)
+        follow_V4 = draw.integers(0, 256, (256, 4))
+        count = self.data.sequences * 9 // 8
+        bytes_NT = np.empty((count, self.data.context + 1), np.int64)
+        bytes_NT[:, 0] = draw.integers(0, 256, count)
+        for place in range(self.data.context):
+            choice_N = draw.integers(0, 4, count)
+            bytes_NT[:, place + 1] = follow_V4[bytes_NT[:, place], choice_N]
+        train, val = np.split(bytes_NT, [self.data.sequences])
+        return {"train": table(tokens=train), "val": table(tokens=val)}
+
+
 class Gpt(nn.Module):
     """The mean cross-entropy [B] of sequences of tokens [B, T + 1], each given those before it."""
 
@@ -84,3 +100,41 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BTC = x_BTC + self.out(y.transpose(1, 2).reshape(b, t, c))
         return x_BTC + self.mlp(self.norm2(x_BTC))
+
+
+class Mlp(Workload):
+    """scikit-learn's handwritten digits, and a network of three linear layers."""
+
+    class Model(Spec):
+        """Two hidden layers with dropout after each."""
+
+        width: int = 128
+        dropout: float = 0.0
+
+    def dataset(self) -> dict[str, pa.Table]:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        order = np.random.default_rng(0).permutation(len(bunch.target))
+        pixels_NP = (bunch.data[order] / 16).astype(np.float32)
+        label_N = bunch.target[order].astype(np.int64)
+        return {
+            "train": table(pixels=pixels_NP[:1437], label=label_N[:1437]),
+            "val": table(pixels=pixels_NP[1437:], label=label_N[1437:]),
+        }
+
+    def build(self) -> nn.Module:
+        width, dropout = self.model.width, self.model.dropout
+        first = (nn.Linear(64, width), nn.ReLU(), nn.Dropout(dropout))
+        second = (nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout))
+        return nn.Sequential(*first, *second, nn.Linear(width, 10))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits_BK: Tensor = model(batch["pixels"])
+        return logits_BK
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(output, batch["label"], reduction="none")
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"accuracy": (output.argmax(1) == batch["label"]).float()}

@@ -24,6 +24,8 @@ class MlflowStore:
         self._uri, self._experiment = uri, experiment
         self.identities: dict[str, str] = {}
         """Our own name for each run, by key: what finds a run again that MLflow made for us."""
+        self.new: set[str] = set()
+        """Keys of runs that nobody has tried to make; all others are looked for first."""
         self._run_ids: dict[str, str] = {}
         self._connection: Any = None
         self._experiment_id = ""
@@ -73,6 +75,9 @@ class MlflowStore:
 
         client, key = self._client(), operation["key"]
         try:
+            if key in self.new:
+                self.new.remove(key)
+                raise LookupError
             run_id = self._run_id(key)
         except LookupError:
             tags = {**operation["tags"], RUN_TAG: operation["id"], "heliostat.key": key}

@@ -11,8 +11,11 @@ from cluster.files import write_atomic
 Row = tuple[str, float, int, int]
 """A metric: name, value, step, time stamp in ms since the epoch."""
 
+FILE = "spool.jsonl"
 BATCH = 1000
 """MLflow takes at most this many metrics at once."""
+OPERATIONS = 100
+"""The most operations in a group."""
 
 
 def now_ms() -> int:
@@ -25,7 +28,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._sent_path = folder / "spool.jsonl", folder / "sent"
+        self._path, self._sent_path = folder / FILE, folder / "sent"
         self._cut_torn_line()
         self._file = self._path.open("ab")
         self.sent = int(self._sent_path.read_text()) if self._sent_path.exists() else 0
@@ -47,13 +50,7 @@ class Spool:
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """The operations from byte `start` on, each with the byte after it."""
-        with self._path.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                start += len(line)
-                yield json.loads(line), start
+        return _read(self._path, start)
 
     def commit(self, offset: int) -> None:
         """Record that all before byte `offset` has been sent."""
@@ -65,24 +62,46 @@ class Spool:
         return self._path.stat().st_size - self.sent
 
 
+def logged(folder: Path, run: str) -> Iterator[Row]:
+    """Every metric of a run that is in the spool in `folder`, which others may be writing to."""
+    for operation, _ in _read(folder / FILE, 0):
+        if operation["do"] == "log" and operation["run"] == run:
+            yield from (tuple(row) for row in operation["rows"])
+
+
+def _read(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            yield json.loads(line), start
+
+
 def batches(
     operations: Iterator[tuple[dict[str, Any], int]],
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Operations in order, the metrics of neighbours put together, with the byte after them.
+    """Operations in groups, each with the byte after it; a run's metrics in a group as one.
 
-    What is sent again after a crash is at most one such group.
+    The operations of one run stay in order. What is sent again after a crash is at most a group.
     """
-    merged: dict[str, list[Row]] = {}
+    group: list[dict[str, Any]] = []
+    open_logs: dict[str, list[Row]] = {}
     count, end = 0, 0
-    for operation, offset in operations:
-        if operation["do"] == "log" and count < BATCH:
-            merged.setdefault(operation["run"], []).extend(operation["rows"])
-            count += len(operation["rows"])
-            end = offset
-            continue
-        if merged:
-            yield [{"do": "log", "run": run, "rows": rows} for run, rows in merged.items()], end
-            merged, count = {}, 0
-        yield [operation], offset
-    if merged:
-        yield [{"do": "log", "run": run, "rows": rows} for run, rows in merged.items()], end
+    for operation, end in operations:
+        if operation["do"] == "log":
+            run, new = operation["run"], operation["rows"]
+            if run not in open_logs:
+                open_logs[run] = []
+                group.append({**operation, "rows": open_logs[run]})
+            open_logs[run] += new
+            count += len(new)
+        else:
+            open_logs.pop(operation.get("run", ""), None)
+            group.append(operation)
+        if count >= BATCH or len(group) >= OPERATIONS:
+            yield group, end
+            group, open_logs, count = [], {}, 0
+    if group:
+        yield group, end

@@ -68,6 +68,8 @@ class Tracker:
     def start(self, run: TrackedRun) -> None:
         """Make the run in MLflow, or take it up again as running if it is there."""
         known = run.key in self._known
+        if not known:
+            self._store.new.add(run.key)
         operation = {"do": "resume", "run": run.key, "tags": dict(run.tags)}
         self._append(operation if known else {"do": "start", "id": uuid4().hex, **asdict(run)})
 

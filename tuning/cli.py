@@ -37,6 +37,11 @@ def add_verbs(verbs: Subparsers) -> None:
     )
     sweep.add_argument("spec", nargs="?", help="a file or a shipped spec's name")
     sweep.add_argument("--resume", metavar="SWEEP", help="go on with a sweep that was interrupted")
+    sweep.add_argument(
+        "--verify-fusion",
+        action="store_true",
+        help="train three of the fused trials alone as well, and print the largest deviation",
+    )
     sweep.set_defaults(command=sweep_command)
     schema = verbs.add_parser(
         "schema",
@@ -65,15 +70,19 @@ def sweep_command(args: argparse.Namespace) -> int:
     else:
         raise SpecError("sweep: needs a spec, or --resume SWEEP")
     spec, _ = resolve(sweep.data, SweepRunSpec)
+    if args.verify_fusion and spec.sweep.scheduler.name == "pbt":
+        raise SpecError("--verify-fusion: trials of pbt go on from one another, none is alone")
     with run.at_work(sweep.folder, spec, args.address, args.verbose) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
-            f"{spec.sweep.search} and {spec.sweep.scheduler.name}, "
-            f"{sweeps.concurrency(spec)} at a time"
+            f"{spec.sweep.search} and {spec.sweep.scheduler.name}"
         )
         with SweepProgress(console, sweep) as progress:
-            board, tracked = sweeps.execute(sweep, progress.watch)
+            board, tracked = sweeps.execute(sweep, progress.watch, console.print)
         _show_board(console, sweep, board, tracked)
+        if args.verify_fusion:
+            for line in sweeps.verified(sweep, board):
+                console.print(line)
     return 0 if len(board.ended) == spec.sweep.total_trials else 130
 
 

@@ -32,6 +32,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from cluster.files import cache_folder
 from trainers.data import Batches, on_device
 from trainers.devices import Device
 from trainers.dropout import Draws, sample_dropout
@@ -703,15 +704,18 @@ def _attention(
 
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from filelock import FileLock
     from torch._inductor import standalone_compile
 
     # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
     # those of several are grouped, and keep their layout anyway.
     options = {"config_patches": {"layout_optimization": False}}
     try:
-        return standalone_compile(
-            graph, inputs, dynamic_shapes="from_example_inputs", options=options
-        )
+        # Engines of one machine compile the same: all but the first then find it on the disk.
+        with FileLock(cache_folder() / "compile.lock"):
+            return standalone_compile(
+                graph, inputs, dynamic_shapes="from_example_inputs", options=options
+            )
     except Exception as error:
         raise NotFusibleError(f"torch.compile: {_phrase(error)}") from error
 
@@ -825,6 +829,11 @@ def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) 
     clips = spec.train.clip_norm is not None
     rule = (spec.optimizer.name, spec.train.global_batch, spec.train.precision, clips)
     return repr((spec.workload, rule, sections, modules, tensors))
+
+
+def program_key(variant: Variant, varied: Mapping[str, Any]) -> str:
+    """The same for trials that are one program but for numbers, guards left aside."""
+    return _signature(variant, build_network(variant.spec.train, variant.workload), varied)
 
 
 def _plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -70,7 +70,7 @@ class SchedulerSpec(Spec):
 
 
 class ResourcesSpec(Spec):
-    """What Ray reserves for a trial of one worker."""
+    """What Ray reserves for a trial of one worker, or for a device of fused trials."""
 
     cpu: Annotated[float, Field(gt=0)] = 1
     """CPUs, and threads on them."""
@@ -94,6 +94,9 @@ class SweepSpec(Spec):
     """How many; grid ignores it and tries every combination once."""
     concurrency: PositiveInt | None = None
     """Trials at a time; as many as the cluster holds when not given."""
+    fuse: PositiveInt | Literal["auto", "off"] = "auto"
+    """How many trials are trained as one program on a device; auto finds out whether that pays,
+    and how many, off gives each trial a process. Trials that cannot be fused get one anyway."""
     resources: ResourcesSpec = ResourcesSpec()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the search; the trials' own seed is train.seed."""

@@ -1,8 +1,11 @@
 """From a spec to Ray Tune and back: one sweep, its trials, its end."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from trainers.health import STALLS, last_stall
 from trainers.spec import find_spec, resolve
 from trainers.spool import now_ms
 from trainers.workers import scaling
+from tuning import plan
 from tuning.report import Leaderboard, leaderboard, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
@@ -58,17 +62,21 @@ def resumed_sweep(name: str, storage: Path) -> Sweep:
     return Sweep(data, spec.sweep, prepare(workload, Path(spec.storage)), folder)
 
 
-def execute(sweep: Sweep, watch: Watcher) -> tuple[Leaderboard, dict[str, Any]]:
+def execute(
+    sweep: Sweep, watch: Watcher, tell: Callable[[str], None] = lambda line: None
+) -> tuple[Leaderboard, dict[str, Any]]:
     """Run a sweep, or what is left of it, in the Ray that is connected.
 
-    Ctrl-C ends it early with its state saved. Returns what the trials came to, and what MLflow
-    has of the sweep (`Tracker.read`, or `unsent`).
+    Ctrl-C ends it early with its state saved. `tell` is given a line on how trials share devices.
+    Returns what the trials came to, and what MLflow has of the sweep (`Tracker.read`, or
+    `unsent`).
     """
     spec, _ = resolve(sweep.data, SweepRunSpec)
     tracker = run.start_tracking(sweep.folder, spec, sweep.data, kind="sweep")
     _watchers[sweep.key] = watch
     try:
-        _tuner(sweep, spec, tracker).fit()
+        with _engines(sweep, spec, tracker, tell) as slots:
+            _tuner(sweep, spec, tracker, slots).fit()
     finally:
         del _watchers[sweep.key]
         board = leaderboard(sweep)
@@ -85,11 +93,70 @@ def execute(sweep: Sweep, watch: Watcher) -> tuple[Leaderboard, dict[str, Any]]:
     return board, tracked
 
 
-def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any) -> tune.Tuner:
+@contextlib.contextmanager
+def _engines(
+    sweep: Sweep, spec: SweepRunSpec, tracker: Any, tell: Callable[[str], None]
+) -> Iterator[int]:
+    """The engines of a sweep that is fused; yields how many slots they have, 0 if it is not."""
+    planned = (sweep.folder / plan.FILE).exists()
+    reason = None if planned else plan.reason_without_trying(sweep)
+    if reason is not None:
+        if reason:
+            tell(reason)
+        yield 0
+        return
+    import ray
+
+    from tuning.slots import start_hosts, trials_in_slots
+
+    hosts = start_hosts(sweep, tracker, devices(spec))
+    try:
+        if not planned:
+            ray.get(hosts[0].plan.remote(len(hosts))).settle(sweep)
+        chosen = plan.Plan.of(sweep)
+        tell(chosen.line)
+        tracker.note.remote(sweep.key, "fused", chosen.line)
+        if not chosen.slots:
+            for host in hosts:
+                ray.kill(host)
+            yield 0
+            return
+        for host in hosts:
+            host.prepare.remote()
+        slots = min(chosen.slots * len(hosts), sweep.spec.concurrency or sys.maxsize)
+        with trials_in_slots(hosts, slots):
+            yield slots
+    finally:
+        for host in hosts:
+            ray.kill(host)
+
+
+def verified(sweep: Sweep, board: Leaderboard) -> Iterator[str]:
+    """A line for each of three fused trials, as they are trained once more, alone."""
+    import ray
+
+    from tuning import verify
+
+    if not plan.slots_of(sweep):
+        yield "nothing to verify: no trial was fused"
+        return
+    needs = sweep.spec.resources
+    alone = ray.remote(num_cpus=needs.cpu, num_gpus=needs.gpu)(verify.deviation)
+    for found in [alone.remote(sweep, standing) for standing in verify.chosen(board)]:
+        yield str(ray.get(found))
+
+
+def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.Tuner:
     """Ray's tuner, taken up where it was if it has been here before."""
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, sweep=sweep, tracker=tracker), _resources(spec)
-    )
+    saves = None
+    if slots:
+        from tuning.slots import SLOT, SlotTrainable
+
+        trainable = tune.with_resources(SlotTrainable, {SLOT: 1})
+        saves = tune.CheckpointConfig(checkpoint_at_end=False)  # the engine's own are enough
+    else:
+        function = tune.with_parameters(run_trial, sweep=sweep, tracker=tracker)
+        trainable = tune.with_resources(function, _resources(spec))
     path = str(sweep.folder / TUNE)
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_errored=True)
@@ -105,7 +172,7 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any) -> tune.Tuner:
             search_alg=JournaledSearch(sweep.spec, sweep.folder / JOURNAL),
             scheduler=build_scheduler(sweep.spec, epochs),
             num_samples=sweep.spec.total_trials,
-            max_concurrent_trials=concurrency(spec),
+            max_concurrent_trials=slots or concurrency(spec),
             reuse_actors=True,
             trial_dirname_creator=_folder_name,
         ),
@@ -113,6 +180,7 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any) -> tune.Tuner:
             name=TUNE,
             storage_path=str(sweep.folder),
             callbacks=[_Follower(sweep)],
+            checkpoint_config=saves,
             failure_config=tune.FailureConfig(max_failures=spec.scale.max_restarts),
             verbose=0,
         ),
@@ -131,14 +199,19 @@ def _resources(spec: SweepRunSpec) -> dict[str, float]:
 
 
 def concurrency(spec: SweepRunSpec) -> int:
-    """Trials at a time: the spec's, else as many as the cluster has room for today, at least 1.
+    """Processes of trials at a time: the spec's number, else as many as there is room for.
 
     Tune does not see what the workers of a trial need, and would start too many.
     """
-    import ray
-
     if spec.sweep.concurrency is not None:
         return spec.sweep.concurrency
+    return devices(spec)
+
+
+def devices(spec: SweepRunSpec) -> int:
+    """How many trials, or engines, the cluster has room for today; at least 1."""
+    import ray
+
     workers = spec.scale.max_workers
     if workers > 1:
         each = scaling(spec.scale).resources_per_worker
@@ -174,6 +247,10 @@ class _Follower(tune.Callback):  # type: ignore[misc]
             parent=self._sweep.key,
             kind="trial",
         )
+        slots = plan.slots_of(self._sweep)
+        if slots:
+            shared = f"a slot of {slots}; device time is divided by the trials that shared it"
+            tracked = replace(tracked, tags={**tracked.tags, "heliostat.fused": shared})
         self._tracker().start.remote(tracked)
         self._tell("start", trial)
 

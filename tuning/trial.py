@@ -87,12 +87,12 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     data = sweep.saved_spec(config)
     try:
         spec, workload = resolve(data, RunSpec)
-        progress = _Progress(sweep, spec, folder, passes_checkpoints=_exploits(sweep))
+        progress = Progress(sweep, spec, folder)
         if spec.scale.max_workers > 1:
             job = Job(data, sweep.dataset, folder, sweep.trial_key(number), threads=1)
             run_workers(job, tracker, progress.watch, threading.Event())
         else:
-            _set_threads(sweep)
+            set_threads(sweep)
             worker = Worker(hardware=local_device(spec.scale.accelerator))
             reporter = _TrialReporter(tracker, sweep.trial_key(number), progress)
             with watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s):
@@ -102,11 +102,8 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
         raise TrainingError(explain(error)) from error
 
 
-def _exploits(sweep: Sweep) -> bool:
-    return sweep.spec.scheduler.name == "pbt"
-
-
-def _set_threads(sweep: Sweep) -> None:
+def set_threads(sweep: Sweep) -> None:
+    """Have PyTorch use as many threads as the sweep's trials have CPUs."""
     import torch
 
     torch.set_num_threads(max(1, int(sweep.spec.resources.cpu)))
@@ -118,34 +115,38 @@ def _adopt(source: Path, checkpoints: Path) -> None:
     Checkpoints(checkpoints).adopt(source)
 
 
-class _Progress:
-    """Tells Ray Tune of a trial's evaluations."""
+class Progress:
+    """What Ray Tune is told of a trial's evaluations."""
 
-    def __init__(self, sweep: Sweep, spec: RunSpec, folder: Path, passes_checkpoints: bool) -> None:
+    def __init__(self, sweep: Sweep, spec: RunSpec, folder: Path) -> None:
         samples = rows(sweep.dataset, "train")
         self._steps = spec.train.total_steps(samples)
         self._epoch_steps = samples / spec.train.global_batch
         self._metric = sweep.spec.metric
-        self._folder, self._passes_checkpoints = folder, passes_checkpoints
+        self._folder, self._exploits = folder, sweep.spec.scheduler.name == "pbt"
         self._seen: dict[int, dict[str, float]] = {}
 
-    def report(self, metrics: Mapping[str, float], step: int) -> None:
-        """Blocks until Tune has decided; SystemExit is Tune's way to end a trial."""
-        from ray import tune
-
+    def result(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
+        """An evaluation after `step` steps, as Tune and the leaderboard take it."""
         if self._metric not in metrics:
             raise TrainingError(
                 f"sweep.metric: the workload has no {self._metric} (it has {', '.join(metrics)})"
             )
-        result = {
+        return {
             **metrics,
             "step": step,
             "epoch": step / self._epoch_steps,
             "complete": step == self._steps,
         }
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """Blocks until Tune has decided; SystemExit is Tune's way to end a trial."""
+        from ray import tune
+
+        result = self.result(metrics, step)
         write_atomic(self._folder / LAST, json.dumps(result))
         newest = None
-        if self._passes_checkpoints:  # looking for it reads all of it
+        if self._exploits:  # looking for it reads all of it
             newest = Checkpoints(self._folder / CHECKPOINTS).newest()
         tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
 
@@ -163,7 +164,7 @@ class _Progress:
 class _TrialReporter(TrackerReporter):
     """Tells the tracker everything, and Ray Tune of each evaluation."""
 
-    def __init__(self, tracker: Any, run: str, progress: _Progress) -> None:
+    def __init__(self, tracker: Any, run: str, progress: Progress) -> None:
         super().__init__(tracker, run)
         self._progress = progress
 

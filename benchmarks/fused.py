@@ -1,0 +1,304 @@
+"""One sweep in every way there is: as Ray Tune does it, its trials in turn, and fused.
+
+    python benchmarks/fused.py [--case mlp cnn gpt] [--rounds 3] [--only fuse=auto tune-reused]
+    python benchmarks/fused.py --tiny        # a few steps of everything, to try the code
+
+It needs the packages of pyproject.toml; Heliostat itself need not be installed. With a GPU it is
+the same command: trials are then on the GPU, and contenders that only a GPU has take part.
+
+| contender | what it is |
+|---|---|
+| `tune-written` | a function trainable as Ray's guide has it, a process per trial |
+| `tune-reused` | the same with `reuse_actors`; as many at a time as cores |
+| `tune-written-N`, `tune-reused-N` | N trials at a time on each GPU: 1, 2, 4, 8 |
+| `turn-plain`, `turn-optimizer` | one process, trials in turn; with the fused form of AdamW |
+| `turn-compiled`, `turn-graphs` | that with torch.compile; on a GPU with CUDA graphs as well |
+| `turn-...-threads` | the same with a thread for each core; all others have one for each trial |
+| `fuse=off`, `fuse=auto`, `fuse=K` | `heliostat sweep` with this value of `sweep.fuse` |
+
+All have the same trials (drawn once), seeds, scheduler and training rule; the masks of dropout
+differ. ASHA decides by who was first, so the steps done differ a little, even between two runs
+of one contender. Wall time is that of the command from an empty folder, with compilation and all
+starts; caches of compiled programs are empty. Ours also makes its data set and MLflow's database,
+tracks every trial and saves checkpoints at evaluations; the others do none of this.
+
+Contenders in turn are timed for a few seconds. What is told of them is the time for as many steps
+as the sweeps under Tune have done: a start, a compilation, and steps at the speed of their first
+trial, without the evaluations and the compilations that further trials need.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+try:
+    import torch
+    from contest import compete, finish, rows, show
+    from peers import SWEEP, TRIALS, WARM_UP
+
+    from cluster.config import write_yaml
+    from trainers.data import prepare
+    from trainers.spec import resolve
+    from tuning.search import JournaledSearch
+    from tuning.space import SweepRunSpec, trial_data
+except ModuleNotFoundError as error:
+    sys.exit(f"benchmarks/fused.py: needs {error.name}, which is not installed here")
+
+CASES: dict[str, dict[str, Any]] = {
+    "mlp": {
+        "workload": "models:Mlp",
+        "train": {"epochs": 40, "global_batch": 32, "evaluate_every": 5},
+        "sweep": {
+            "parameters": {
+                "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+                "optimizer.weight_decay": {"loguniform": [1e-4, 1.0]},
+                "model.dropout": {"uniform": [0.0, 0.6]},
+            },
+            "scheduler": {"grace_epochs": 5},
+            "trials": 64,
+        },
+    },
+    "cnn": {
+        "workload": "vision",
+        "model": {"width": 16},
+        "train": {"epochs": 60, "global_batch": 64, "evaluate_every": 10},
+        "sweep": {
+            "parameters": {
+                "optimizer.lr": {"loguniform": [1e-4, 3e-2]},
+                "optimizer.weight_decay": {"loguniform": [1e-4, 1.0]},
+                "model.label_smoothing": {"uniform": [0.0, 0.2]},
+            },
+            "scheduler": {"grace_epochs": 10},
+            "trials": 24,
+        },
+    },
+    "gpt": {
+        "workload": "models:Chains",
+        "data": {"sequences": 512},
+        "train": {"epochs": 4, "global_batch": 8, "evaluate_every": 1},
+        "sweep": {
+            "parameters": {
+                "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+                "optimizer.weight_decay": {"loguniform": [1e-3, 1.0]},
+            },
+            "scheduler": {"grace_epochs": 1},
+            "trials": 12,
+        },
+    },
+}
+WIDTHS = (1, 2, 4, 8, 16, 32)
+PER_DEVICE = (1, 2, 4, 8)
+LIMIT_S = 3600
+OURS = "import sys; from tuning.main import main; sys.exit(main())"
+
+Report = tuple[int, int, float, float]
+"""An evaluation: the trial, its steps done, when (Unix time), and the metric."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one contender did in one round."""
+
+    wall_s: float
+    """From the command to its end."""
+    steps: int
+    """Optimizer steps of all trials together."""
+    steps_per_s: float
+    """Of all trials together, once everything has started."""
+    best: str = "-"
+    """The best last evaluation, and whose it is."""
+
+    def seconds_for(self, steps: float) -> float:
+        return self.wall_s + (steps - self.steps) / self.steps_per_s
+
+
+def case_data(case: str, tiny: bool) -> dict[str, Any]:
+    """The plain spec of a sweep."""
+    data = deepcopy(CASES[case])
+    sweep, train = data["sweep"], data["train"]
+    sweep |= {"search": "random", "metric": "val/loss"}
+    if torch.cuda.is_available():
+        sweep["resources"] = {"gpu": 1}
+    if tiny:
+        sweep["trials"] = 4
+        train["evaluate_every"] /= 10
+        train["epochs"] = 2 * train["evaluate_every"]
+        sweep["scheduler"]["grace_epochs"] = train["evaluate_every"]
+    return data
+
+
+def write_case(data: dict[str, Any], folder: Path) -> None:
+    """The sweep, its trials as our own search hands them out, and the data set of the others."""
+    write_yaml(data, folder / SWEEP)
+    spec, workload = resolve(data, SweepRunSpec)
+    prepare(workload, folder)
+    search = JournaledSearch(spec.sweep, folder / "journal.jsonl")
+    drawn = [search.suggest(str(number)) for number in range(spec.sweep.trials)]
+    paths = spec.sweep.parameters
+    trials = [trial_data(data, {path: values[path] for path in paths}) for values in drawn]
+    (folder / TRIALS).write_text(json.dumps(trials))
+
+
+def run(command: list[str], folder: Path) -> tuple[float, str]:
+    """Seconds that a command took in `folder`, and what it printed last."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        # A Ray that somebody else has started on this machine would be found there and used.
+        "RAY_TMPDIR": str(folder.parent),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled"),
+    }
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        environment.pop(name, None)
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return seconds, done.stdout.splitlines()[-1]
+
+
+def peer(arguments: list[str], case: Path, folder: Path) -> tuple[float, str]:
+    kind, *options = arguments
+    return run([sys.executable, str(HERE / "peers.py"), str(case), kind, *options], folder)
+
+
+def tune(arguments: list[str], case: Path, folder: Path) -> Outcome:
+    wall_s, last = peer(["tune", *arguments], case, folder)
+    return outcome(wall_s, [tuple(report) for report in json.loads(last)])
+
+
+def in_turn(arguments: list[str], case: Path, folder: Path) -> Outcome:
+    wall_s, last = peer(["turn", *arguments], case, folder)
+    found = json.loads(last)
+    return Outcome(wall_s, WARM_UP + found["steps"], found["steps"] / found["seconds"])
+
+
+def heliostat(fuse: str, case: Path, folder: Path) -> Outcome:
+    command = ["sweep", str(case / SWEEP), "--name", "sweep", "--set", f"sweep.fuse={fuse}"]
+    wall_s, _ = run([sys.executable, "-c", OURS, *command], folder)
+    reports: list[Report] = []
+    for line in (folder / "runs" / "sweep" / "track" / "spool.jsonl").read_text().splitlines():
+        operation = json.loads(line)
+        for name, value, step, stamp_ms in operation.get("rows", ()):
+            if name == "val/loss":
+                trial = int(operation["run"].rpartition("/")[2])
+                reports.append((trial, step, stamp_ms / 1e3, value))
+    return outcome(wall_s, reports)
+
+
+def outcome(wall_s: float, reports: list[Report]) -> Outcome:
+    """What a sweep came to. Its speed is the slope of steps over time in the middle half."""
+    last: dict[int, Report] = {}
+    done = []
+    for report in sorted(reports, key=lambda report: report[2]):
+        last[report[0]] = report
+        done.append((report[2], sum(steps for _, steps, _, _ in last.values())))
+    quarter = len(done) // 4
+    stamps, totals = zip(*done[quarter : len(done) - quarter], strict=True)
+    value, trial = min((value, trial) for trial, _, _, value in last.values())
+    speed = statistics.linear_regression(stamps, totals).slope
+    return Outcome(wall_s, done[-1][1], speed, f"{value:.4f} (trial {trial})")
+
+
+def contenders() -> dict[str, Callable[[Path, Path], Outcome]]:
+    """By name: what runs a case in an empty folder."""
+    found: dict[str, Callable[[Path, Path], Outcome]] = {}
+    gpu = torch.cuda.is_available()
+    for name, options in {"tune-written": [], "tune-reused": ["--reuse"]}.items():
+        if gpu:
+            for count in PER_DEVICE:
+                found[f"{name}-{count}"] = partial(tune, [*options, f"--per-device={count}"])
+        else:
+            found[name] = partial(tune, options)
+    turns = {
+        "turn-plain": [],
+        "turn-optimizer": ["--fused"],
+        "turn-compiled": ["--fused", "--compile=default"],
+    }
+    if gpu:
+        turns["turn-graphs"] = ["--fused", "--compile=reduce-overhead"]
+    else:
+        threads = [f"--threads={os.cpu_count()}"]
+        turns |= {f"{name}-threads": [*options, *threads] for name, options in turns.items()}
+    for name, options in turns.items():
+        found[name] = partial(in_turn, options)
+    for fuse in ("off", "auto", *map(str, WIDTHS)):
+        found[f"fuse={fuse}"] = partial(heliostat, fuse)
+    return found
+
+
+def measure(
+    case: str, chosen: Mapping[str, Callable[[Path, Path], Outcome]], rounds: int, tiny: bool
+) -> dict[str, list[Outcome]]:
+    """Everyone's outcomes, round by round."""
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+
+    def once(name: str, home: Path) -> float:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+            folder = Path(temporary) / "empty"
+            folder.mkdir()
+            found = chosen[name](home, folder)
+        print(f"{case}, {name}: {found.wall_s:.1f} s", flush=True)
+        outcomes[name].append(found)
+        return found.wall_s
+
+    with tempfile.TemporaryDirectory() as home:
+        write_case(case_data(case, tiny), Path(home))
+        compete({name: partial(once, name, Path(home)) for name in chosen}, rounds)
+    return outcomes
+
+
+def judge(case: str, outcomes: Mapping[str, list[Outcome]]) -> list[dict[str, Any]]:
+    """Show a case; the rows of ours, fused as it comes, against each other."""
+    sweeps = {name: found for name, found in outcomes.items() if not name.startswith("turn")}
+    done = [each.steps for found in sweeps.values() for each in found]
+    measured = {name: [each.wall_s for each in found] for name, found in sweeps.items()}
+    if done:  # else nobody has said how long the sweep is
+        for name in outcomes.keys() - sweeps.keys():
+            times = [each.seconds_for(statistics.median(done)) for each in outcomes[name]]
+            measured[name] = times
+    show(f"{case}, whole sweep", measured, "s", 1.0)
+    print(f"\n{case:<24} {'steps/s':>9} {'steps':>9}   best")
+    for name, found in outcomes.items():
+        speed = statistics.median(each.steps_per_s for each in found)
+        steps = statistics.median(each.steps for each in found)
+        print(f"{name:<24} {speed:>9.1f} {steps:>9.0f}   {', '.join(each.best for each in found)}")
+    return rows(case, "fuse=auto", measured) if "fuse=auto" in measured else []
+
+
+def main() -> None:
+    available = contenders()
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--tiny", action="store_true", help="a few steps, to try the code")
+    options.add_argument("--only", nargs="+", choices=available, metavar="NAME")
+    args = options.parse_args()
+    results: list[dict[str, Any]] = []
+    for case in args.case:
+        chosen = {name: available[name] for name in args.only or available}
+        results += judge(case, measure(case, chosen, args.rounds, args.tiny))
+    finish("fused", results)
+
+
+if __name__ == "__main__":
+    main()

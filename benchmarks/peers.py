@@ -1,0 +1,209 @@
+"""A sweep without Heliostat: as Ray Tune's users write it, and its trials in turn.
+
+    python benchmarks/peers.py FOLDER tune [--reuse] [--per-device N]
+    python benchmarks/peers.py FOLDER turn [--fused] [--compile MODE] [--threads N]
+
+`fused.py` runs these, each in a process of its own, and makes FOLDER: the sweep, its trials'
+specs and the data set. `tune` is a function as Ray's guide to Tune with PyTorch has it
+(https://docs.ray.io/en/latest/tune/examples/tune-pytorch-cifar.html), without checkpoints. Where
+there is a cheaper way that people know, it is taken: batches are gathered by index from tensors
+in place of a DataLoader, and nothing waits for the loss. `turn` takes the steps of the first trial
+for a few seconds, without its evaluations.
+
+The last line is JSON. Of `tune`: each evaluation as [trial, step, when, metric], when in Unix time.
+Of `turn`: how many `steps` were timed, and their `seconds`; compiled was before.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.config import read_yaml
+from trainers.data import open_split, permutation, prepare, rows
+from trainers.random import mix_seed
+from trainers.spec import RunSpec, TrainSpec, resolve
+from tuning.space import SweepRunSpec
+
+SWEEP, TRIALS = "sweep.yaml", "trials.json"
+WARM_UP = 20
+"""Steps before those that are timed."""
+TIMED_S = 5.0
+
+
+class Training:
+    """One trial by hand. The rule is the spec's: weights, order, loss, rates and evaluations.
+
+    Covered: AdamW and the cosine after a warm-up, without clipping and augmentation.
+    """
+
+    def __init__(
+        self, trial: dict[str, Any], dataset: Path, fused: bool = False, mode: str | None = None
+    ) -> None:
+        """`fused` is AdamW's; `mode` is torch.compile's, which is not used without one."""
+        spec, workload = resolve(trial, RunSpec)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._split, self._val = (
+            {name: column.to(device) for name, column in open_split(dataset, split).items()}
+            for split in ("train", "val")
+        )
+        samples = len(next(iter(self._split.values())))
+        self._batch, self._lr = spec.train.global_batch, spec.optimizer.lr
+        self.total = spec.train.total_steps(samples)
+        self._warmup = round(spec.optimizer.schedule.warmup * self.total)
+        self.epoch_steps = samples / self._batch
+        self.evaluations = evaluations(spec.train, samples)
+        seed, epochs = spec.train.seed, range(math.ceil(self.total / self.epoch_steps))
+        self._order = torch.cat([permutation(seed, epoch, samples) for epoch in epochs]).to(device)
+        torch.manual_seed(mix_seed(seed))
+        self._workload = workload
+        self._model = model = workload.build().to(device)
+        groups = by_decay(model, spec.optimizer.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=self._lr, fused=fused or None)
+
+        def mean_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return workload.loss(workload.forward(model, batch), batch).mean()
+
+        self._mean_loss = torch.compile(mean_loss, mode=mode) if mode else mean_loss
+
+    def take(self, step: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * self._share_of_peak(step)
+        index = self._order[step * self._batch : (step + 1) * self._batch]
+        batch = {name: column.index_select(0, index) for name, column in self._split.items()}
+        self._mean_loss(batch).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _share_of_peak(self, step: int) -> float:
+        if step < self._warmup:
+            return (step + 1) / self._warmup
+        progress = (step - self._warmup) / max(1, self.total - 1 - self._warmup)
+        return (1 + math.cos(math.pi * progress)) / 2
+
+    def evaluate(self) -> float:
+        """The mean loss over the validation split."""
+        self._model.eval()
+        with torch.inference_mode():
+            output = self._workload.forward(self._model, self._val)
+            loss = self._workload.loss(output, self._val).mean().item()
+        self._model.train()
+        return float(loss)
+
+
+def evaluations(train: TrainSpec, samples: int) -> set[int]:
+    """The steps after which the model is evaluated."""
+    total, steps = train.total_steps(samples), set[int]()
+    while max(steps, default=0) < total:
+        end = train.steps_at((len(steps) + 1) * train.evaluate_every, samples)
+        steps.add(min(end, total))
+    return steps
+
+
+def by_decay(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: biases and norms are not decayed."""
+    weights = list(model.parameters())
+    decayed = [weight for weight in weights if weight.ndim > 1]
+    others = [weight for weight in weights if weight.ndim == 1]
+    return [
+        {"params": decayed, "weight_decay": decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def train_trial(config: dict[str, Any], trials: list[dict[str, Any]], dataset: Path) -> None:
+    """Ray Tune's trainable."""
+    from ray import tune
+
+    torch.set_num_threads(1)
+    training = Training(trials[config["trial"]], dataset)
+    for step in range(training.total):
+        training.take(step)
+        done = step + 1
+        if done in training.evaluations:
+            epoch = done / training.epoch_steps
+            tune.report({"val/loss": training.evaluate(), "epoch": epoch, "step": done})
+
+
+def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
+    """The whole sweep; as many trials at a time as there are cores, or `per_device` on each GPU."""
+    import ray
+    from ray import tune
+
+    from tuning.schedule import build_scheduler
+
+    reports = []
+
+    class Follower(tune.Callback):
+        def on_trial_result(self, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            metric = result["val/loss"]
+            reports.append([trial.config["trial"], result["step"], time.time(), metric])
+
+    spec, workload = resolve(read_yaml(folder / SWEEP), SweepRunSpec)
+    trials = json.loads((folder / TRIALS).read_text())
+    ray.init(include_dashboard=False)  # which no trial needs, and ours goes without as well
+    dataset = prepare(workload, folder)
+    samples = rows(dataset, "train")
+    epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
+    trainable = tune.with_parameters(train_trial, trials=trials, dataset=dataset)
+    gpu = {"gpu": 1 / per_device} if per_device else {}
+    tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 1, **gpu}),
+        param_space={"trial": tune.grid_search(list(range(len(trials))))},
+        tune_config=tune.TuneConfig(
+            metric=spec.sweep.metric,
+            mode=spec.sweep.mode,
+            scheduler=build_scheduler(spec.sweep, epochs),
+            reuse_actors=reuse,
+        ),
+        run_config=tune.RunConfig(storage_path=str(Path.cwd()), callbacks=[Follower()], verbose=0),
+    ).fit()
+    ray.shutdown()
+    return reports
+
+
+def in_turn(folder: Path, fused: bool, mode: str | None) -> dict[str, float]:
+    """The steady speed of one process that does nothing but steps."""
+    trial = json.loads((folder / TRIALS).read_text())[0]
+    _, workload = resolve(trial, RunSpec)
+    training = Training(trial, prepare(workload, folder), fused, mode)
+    for step in range(WARM_UP):
+        training.take(step)
+    _wait()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < TIMED_S:
+        training.take((WARM_UP + done) % training.total)
+        done += 1
+    _wait()
+    return {"steps": done, "seconds": time.perf_counter() - start}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("folder", type=Path)
+    options.add_argument("kind", choices=("tune", "turn"))
+    options.add_argument("--reuse", action="store_true")
+    options.add_argument("--per-device", type=int, default=0)
+    options.add_argument("--fused", action="store_true")
+    options.add_argument("--compile", metavar="MODE")
+    options.add_argument("--threads", type=int, default=1)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.kind == "tune":
+        print(json.dumps(tune_sweep(args.folder, args.reuse, args.per_device)))
+    else:
+        print(json.dumps(in_turn(args.folder, args.fused, args.compile)))
+
+
+if __name__ == "__main__":
+    main()

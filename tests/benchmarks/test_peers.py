@@ -1,0 +1,60 @@
+"""The trial that peers run is the one that we run: the same rule by other code."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainers.data import prepare
+from trainers.loop import train
+from trainers.reporter import SilentReporter
+from trainers.spec import RunSpec, resolve
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+class Evaluations(SilentReporter):
+    """A reporter that keeps the validation loss of each evaluation."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def evaluated(self, metrics: Any, step: int, checkpoints: Any) -> None:
+        self.losses[step] = metrics["val/loss"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the benchmark; on a busy machine several wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", ["mlp", "cnn"])
+def test_by_hand_and_ours_learn_the_same(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    fused, peers = (importlib.import_module(name) for name in ("fused", "peers"))
+    data = fused.case_data(case, tiny=True)
+    del data["sweep"]
+    data["optimizer"] = {"lr": 3e-3, "weight_decay": 0.5}
+    spec, workload = resolve(data, RunSpec)
+    dataset = prepare(workload, tmp_path)
+    ours = Evaluations()
+    train(spec, workload, dataset, tmp_path, ours)
+
+    training, losses = peers.Training(data, dataset), {}
+    for step in range(training.total):
+        training.take(step)
+        if step + 1 in training.evaluations:
+            losses[step + 1] = training.evaluate()
+    assert len(losses) == 2
+    assert losses == pytest.approx(ours.losses, rel=1e-4)
+    first, last = losses.values()
+    assert last < first  # else both could do nothing
