@@ -57,7 +57,10 @@ class Draws:
         keys_B, shape = self.keys_B, input.shape
         if keys_B is None or not dims or shape[0] % keys_B.shape[0]:
             return None
-        self.keys_B = keys_B = next_draw(keys_B)
+        drawn_B = next_draw(keys_B)
+        # A rate of 0 draws nothing where it is a number, so it does not where it is a tensor.
+        self.keys_B = torch.where(p > 0, drawn_B, keys_B) if isinstance(p, Tensor) else drawn_B
+        keys_B = self.keys_B
         count = math.prod(shape[:dims]) // keys_B.shape[0]
         return keep(keys_B, p, count).reshape(*shape[:dims], *[1] * (len(shape) - dims))
 
@@ -114,8 +117,9 @@ def sample_dropout(network: nn.Module) -> Draws:
     for module in network.modules():
         if type(module) in _SAMPLED:
             module.__class__ = _SAMPLED[type(module)]
-            module.draws = draws  # type: ignore[assignment]
-            draws.modules.append(module)  # type: ignore[arg-type]
+        if isinstance(module, _SampleDropout):  # also one that was taught before
+            module.draws = draws
+            draws.modules.append(module)
     return draws
 
 

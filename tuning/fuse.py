@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from cluster.files import cache_folder
 from trainers.data import Batches, on_device
@@ -72,11 +72,13 @@ class Row:
     moments: tuple[Tensor, ...]
     """What the optimizer keeps, [P] each."""
     buffers: Mapping[str, Tensor]
+    numbers: Mapping[Place, float]
+    """Those that stand in modules of the trial's network, and not in the program's."""
 
     def copy(self) -> "Row":
         moments = tuple(part.clone() for part in self.moments)
         buffers = {name: value.clone() for name, value in self.buffers.items()}
-        return Row(self.done, self.weights_P.clone(), moments, buffers)
+        return Row(self.done, self.weights_P.clone(), moments, buffers, self.numbers)
 
 
 def reason_against(spec: RunSpec) -> str | None:
@@ -142,7 +144,9 @@ def _sgd_update(
     rate_K1, decay_K1, momentum_K1 = c
     gradient_KP = gradient_KP + decay_K1 * decays_P * weights_KP
     buffer_KP = momentum_K1 * moments[0] + gradient_KP
-    return weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP), (buffer_KP,)
+    new_KP = weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP)
+    # Without momentum torch keeps none, for one who goes on from here with some.
+    return new_KP, (torch.where(momentum_K1 > 0, buffer_KP, 0),)
 
 
 _RULES = {
@@ -157,6 +161,7 @@ class _Live:
 
     variant: Variant
     order: Batches
+    numbers: Mapping[Place, float]
     done: int
     expected: float | None
     """The loss of its next step, computed by its own network; None once it has been compared."""
@@ -239,6 +244,8 @@ class Program:
         floats = _floats(network)
         if _signature(variant, network, self._varied) != self._signature:
             return False
+        if floats.keys() != self._floats.keys():
+            return False
         lifted = set(self._lifted)
         if any(
             floats[place] != value for place, value in self._floats.items() if place not in lifted
@@ -258,6 +265,11 @@ class Program:
             for module, name in self._lifted
         ]
 
+    def _numbers(self, network: nn.Module) -> dict[Place, float]:
+        """The lifted numbers that stand in modules of a trial's network."""
+        floats = _floats(network)
+        return {place: floats[place] for place in self._lifted if place[0] != MODEL}
+
     def _trace(self) -> None:
         """Take down the operations of a step as one graph of plain tensor operations.
 
@@ -271,8 +283,7 @@ class Program:
         except NotFusibleError:
             raise
         except Exception as error:  # a user's model may do anything
-            reason = str(error).strip().partition("\n")[0]
-            raise NotFusibleError(f"{type(error).__name__}: {reason}") from error
+            raise NotFusibleError(_phrase(error)) from error
         self.graph.graph.eliminate_dead_code()
         self.graph.recompile()
 
@@ -287,23 +298,24 @@ class Program:
         return peak
 
     def compile(self) -> None:
-        """Compile the step; takes from two seconds to a minute. On a GPU it is one CUDA graph."""
-        from filelock import FileLock
-        from torch._inductor import standalone_compile
+        """Compile the step; takes from two seconds to a minute. On a GPU it is one CUDA graph.
 
-        inputs: list[Any] = [*self._state(), *self._inputs_at_rest()]
-        # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
-        # those of several are grouped, and keep their layout anyway.
-        options = {"config_patches": {"layout_optimization": False}}
-        # Engines of one machine compile the same: all but the first then find it on the disk.
-        with torch.no_grad(), FileLock(cache_folder() / "compile.lock"):
-            compiled = standalone_compile(
-                self.graph, inputs, dynamic_shapes="from_example_inputs", options=options
-            )
-            self._step = compiled
+        Raises NotFusibleError where PyTorch cannot compile it; it then goes on uncompiled.
+        """
+        state = self._state()
+        inputs: list[Tensor] = [*state, *self._inputs_at_rest()]
+        self._alive_K.zero_()  # so that the steps in here change nothing
+        with torch.no_grad():
+            try:
+                compiled = _compiled(self.graph, inputs)
+            except NotFusibleError:
+                # PyTorch 2.13 on a CPU: a KeyError, where a loop overwrites what it has read
+                # (github.com/pytorch/pytorch/issues/188228).
+                compiled = _copied(_compiled(_out_of_place(self.graph), inputs), len(state))
             if self.device.type == "cuda":
-                self._step = _Captured(compiled, inputs, len(self._state()))
-            self._step(*inputs)  # all slots are empty: it changes nothing
+                compiled = _Captured(compiled, inputs, len(state))
+            compiled(*inputs)
+        self._step = compiled
 
     # One step, as it is traced.
 
@@ -357,13 +369,14 @@ class Program:
                 weights_KP, gradient_KP, moments, self._decays_P, c
             )
             # A trial whose loss is no number keeps its last good state, and stands still.
-            good_K = alive_K & torch.isfinite(loss_K)
+            loss_K = torch.where(alive_K, loss_K.detach(), math.nan)
+            good_K = torch.isfinite(loss_K)
             news = (new_KP, *new_moments, *(changed[name] for name in buffers))
             for old, new in zip((weights_KP, *moments, *buffers.values()), news, strict=True):
                 good = good_K.view(-1, *[1] * (old.ndim - 1))
                 old.copy_(torch.where(good, new, old))
             alive_K.copy_(good_K)
-        return loss_K.detach()
+        return loss_K
 
     def _one_slot(
         self,
@@ -408,7 +421,7 @@ class Program:
             trained = {name: own[name] for name in self._trained}
             buffers = {name: own[name].detach() for name in self._buffers}
             nothing = torch.zeros_like(self._decays_P)
-            row = Row(0, _flat(trained), tuple(nothing for _ in self._moments), buffers)
+            row = Row(0, _flat(trained), tuple(nothing for _ in self._moments), buffers, {})
         with torch.no_grad():
             self._weights_KP[slot] = row.weights_P.to(self.device)
             for all_slots, own_part in zip(self._moments, row.moments, strict=True):
@@ -425,7 +438,7 @@ class Program:
             draws = sample_dropout(network.to(self.device))
             with torch.random.fork_rng(devices=[]):
                 expected = self._alone(variant, network, draws, row.done, order).item()
-        self._live[slot] = _Live(variant, order, row.done, expected)
+        self._live[slot] = _Live(variant, order, self._numbers(network), row.done, expected)
 
     def release(self, slot: int) -> None:
         """Empty a slot."""
@@ -435,7 +448,8 @@ class Program:
         """The state of the trial in a slot, as views that the next step changes."""
         moments = tuple(part[slot] for part in self._moments)
         buffers = {name: value[slot] for name, value in self._buffers.items()}
-        return Row(self._live[slot].done, self._weights_KP[slot], moments, buffers)
+        live = self._live[slot]
+        return Row(live.done, self._weights_KP[slot], moments, buffers, live.numbers)
 
     def network(self, row: Row) -> nn.Module:
         """The ordinary network with the state of `row`, without a copy, until the next call.
@@ -443,6 +457,8 @@ class Program:
         `optimizer` is the one that goes with it.
         """
         self._load(self._network, row, self.optimizer)
+        for (module, name), value in row.numbers.items():
+            setattr(self._network.get_submodule(module), name, value)
         return self._network
 
     def row_of(self, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> Row:
@@ -458,7 +474,7 @@ class Program:
             moments.append(torch.cat([value.detach().flatten() for value in values]))
         weights_P = _flat({name: own[name] for name in self._trained})
         buffers = {name: held[name].detach().clone() for name in self._buffers}
-        return Row(done, weights_P, tuple(moments), buffers)
+        return Row(done, weights_P, tuple(moments), buffers, self._numbers(network))
 
     def _load(
         self, network: nn.Module, row: Row, optimizer: torch.optim.Optimizer | None = None
@@ -484,7 +500,8 @@ class Program:
         """Advance the trials in `slots` by `steps` steps; the loss of each after each: [n][slot].
 
         A loss that is not finite ends a trial's advance: its state stays as it was before that
-        step. Raises NotFusibleError where a trial's first loss is not what it is alone.
+        step, and the losses of later ones are NaN. Raises NotFusibleError, after the steps, where
+        a trial's first loss is not what it is alone.
         """
         count = self._coefficient_count()
         coefficients_nKC = np.zeros((steps, self.slots, count))
@@ -507,23 +524,29 @@ class Program:
                 inputs = self._inputs(coefficients[step], first[step], index_nKB[step])
                 losses.append(self._step(*self._state(), *inputs))
         found: list[list[float]] = torch.stack(losses).double().cpu()[:, list(slots)].tolist()
-        for column, slot in enumerate(slots):
+        wrong = [
             self._advanced(self._live[slot], [row[column] for row in found])
+            for column, slot in enumerate(slots)
+        ]
+        for reason in filter(None, wrong):  # when all are accounted for
+            raise NotFusibleError(reason)
         return found
 
-    def _advanced(self, live: _Live, losses: list[float]) -> None:
+    def _advanced(self, live: _Live, losses: list[float]) -> str | None:
+        """Count a trial's steps; why it does not belong into the program, where that shows."""
         finite = [math.isfinite(loss) for loss in losses]
         live.done += finite.index(False) if False in finite else len(losses)
         expected, live.expected = live.expected, None
         if expected is None or not (math.isfinite(expected) and finite[0]):
-            return
+            return None
         close = 0.02 if live.variant.spec.train.precision == "bf16" else 1e-4
-        if abs(losses[0] - expected) > close * max(1.0, abs(expected)):
-            raise NotFusibleError(
-                f"a fused trial's first loss is {losses[0]:.9g}, alone it is {expected:.9g}: "
-                "something that differs between trials is neither a float attribute of a module "
-                "nor read from the spec in the loss"
-            )
+        if abs(losses[0] - expected) <= close * max(1.0, abs(expected)):
+            return None
+        return (
+            f"a fused trial's first loss is {losses[0]:.9g}, alone it is {expected:.9g}: "
+            "something that differs between trials is neither a float attribute of a module "
+            "nor read from the spec in the loss"
+        )
 
     def _coefficients(self, live: _Live, steps: int) -> Numbers:
         """Of the next steps: [n, C]."""
@@ -588,7 +611,13 @@ class _Rewrites(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        try:
+            return self._rewritten(function, args, dict(kwargs or {}))
+        except Exception as error:
+            error.add_note(f"{resolve_name(function) or function}: ")
+            raise
+
+    def _rewritten(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if function is Tensor.__bool__ and id(args[0]) in self._questions:
             return self._answer(*self._questions[id(args[0])])
         if function in _TESTS and id(args[0]) in self._lifted and isinstance(args[1], (int, float)):
@@ -674,6 +703,50 @@ def _attention(
     return output
 
 
+def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from filelock import FileLock
+    from torch._inductor import standalone_compile
+
+    # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
+    # those of several are grouped, and keep their layout anyway.
+    options = {"config_patches": {"layout_optimization": False}}
+    try:
+        # Engines of one machine compile the same: all but the first then find it on the disk.
+        with FileLock(cache_folder() / "compile.lock"):
+            return standalone_compile(
+                graph, inputs, dynamic_shapes="from_example_inputs", options=options
+            )
+    except Exception as error:
+        raise NotFusibleError(f"torch.compile: {_phrase(error)}") from error
+
+
+def _out_of_place(graph: GraphModule) -> GraphModule:
+    """A step that gives the new state after the losses, and leaves the old one as it is."""
+    changed = copy.deepcopy(graph)
+    *nodes, output = changed.graph.nodes
+    copies = [
+        node
+        for node in nodes
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"
+    ]
+    output.args = ((*output.all_input_nodes, *(node.args[1] for node in copies)),)
+    for node in copies:
+        changed.graph.erase_node(node)
+    changed.recompile()
+    return changed
+
+
+def _copied(step: Callable[..., Any], state: int) -> Callable[..., Any]:
+    def stepped(*inputs: Tensor) -> Tensor:
+        loss_K: Tensor
+        loss_K, *new = step(*inputs)
+        for old, value in zip(inputs[:state], new, strict=True):
+            old.copy_(value)
+        return loss_K
+
+    return stepped
+
+
 class _Captured:
     """A compiled step as one CUDA graph: the host gives one command per step. Not tried on one."""
 
@@ -745,7 +818,8 @@ def _lifted(
 def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -> str:
     """What two trials have in common that are the same program but for numbers."""
     spec = variant.spec
-    fields = variant.workload.model.model_dump(exclude=set(varied))
+    workload = variant.workload
+    sections = (workload.data.model_dump(), workload.model.model_dump(exclude=set(varied)))
     modules = [
         (name, type(part).__qualname__, part.training, _plain(vars(part)))
         for name, part in network.named_modules()
@@ -754,7 +828,7 @@ def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) 
     tensors = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in held]
     clips = spec.train.clip_norm is not None
     rule = (spec.optimizer.name, spec.train.global_batch, spec.train.precision, clips)
-    return repr((rule, fields, modules, tensors))
+    return repr((spec.workload, rule, sections, modules, tensors))
 
 
 def program_key(variant: Variant, varied: Mapping[str, Any]) -> str:
@@ -770,6 +844,12 @@ def _plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
+
+
+def _phrase(error: Exception) -> str:
+    """An error's first sentence, after the operation that `_Rewrites` has noted on it."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return "".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {sentence}"])
 
 
 def _bytes(node: torch.fx.Node) -> int:
