@@ -633,6 +633,8 @@ class _Rewrites(TorchFunctionMode):
             return sharp + smoothing * (flat - sharp)  # it is linear in the share
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if function is F.embedding:
+            return _embedding(*args, **kwargs)
         return function(*args, **kwargs)
 
     def _answer(self, number: Tensor, test: str, other: float) -> bool:
@@ -701,6 +703,17 @@ def _attention(
     options["is_causal"] = is_causal
     output: Tensor = _Attention.apply(query, key, value, options)  # type: ignore[no-untyped-call]
     return output
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any
+) -> Tensor:
+    """Batched, PyTorch leaves out the gradient of the padding in the first slot alone."""
+    rows = F.embedding(input, weight, None, *options, **named)
+    if padding_idx is None:
+        return rows
+    padding = input == padding_idx % weight.shape[0]
+    return torch.where(padding[..., None], rows.detach(), rows)
 
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -101,6 +101,17 @@ class Half(Points):
         return super().forward(model["used"], batch)
 
 
+class Words(Points):
+    """Points as words, one of which is padding."""
+
+    def build(self) -> nn.Module:
+        embedding = nn.Embedding(4, self.model.width, padding_idx=0)
+        return nn.Sequential(embedding, nn.Flatten(), nn.Linear(3 * self.model.width, 3))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().forward(model, {"x": batch["x"].abs().long().clamp(max=3)})
+
+
 def random_samples() -> dict[type[Workload], Batch]:
     generator = torch.Generator().manual_seed(0)
 
@@ -298,16 +309,19 @@ class TestATrialIsWhatItIsAlone:
             assert guest.row.done == length
             assert_close(state_of(program.network(guest.row)), states[length])
 
-    def test_what_the_loss_does_not_depend_on_stays(self) -> None:
-        variant = trial(Half, {"optimizer.weight_decay": 0.5})
+    @pytest.mark.parametrize(
+        ("workload", "still"), [(Half, {"used.0.0", "unused"}), (Words, set())]
+    )
+    def test_with_weights_that_stay(self, workload: type[Workload], still: set[str]) -> None:
+        variant = trial(workload, {"optimizer.weight_decay": 0.5})
         program = program_of(variant)
-        program.admit(0, variant, built(variant))
-        program.run([0], 20)
+        program.admit(2, variant, built(variant))
+        program.run([2], 20)
         _, states = alone(variant, 20)
-        found = state_of(program.network(program.row(0)))
+        found = state_of(program.network(program.row(2)))
         assert_close(found, states[20])
         same = {name.rpartition(".")[0] for name in found if found[name].equal(states[0][name])}
-        assert same == {"used.0.0", "unused"}
+        assert same == still
 
 
 @dataclass(frozen=True)
@@ -331,7 +345,7 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
     fixed = {name.partition(".")[2] for name in changes}
     varied = {name: values for name, values in VARIED[workload].items() if name not in fixed}
     program = program_of(trials[0], **varied)
-    program.admit(1, trials[1], built(trials[1]))
+    program.admit(1, trials[0], built(trials[0]))
     program.run([1], 3)
     before = program.row(1).copy()
     program.compile()
@@ -341,6 +355,11 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
 class TestACompiledTrialHasTheSameBits:
     def test_as_before_it_was_compiled(self, compiled: Compiled) -> None:
         assert same_bits(*compiled.rows)
+
+    def test_close_to_those_it_has_alone(self, compiled: Compiled) -> None:
+        guest = Visit(2, 0, STEPS, 1)
+        play(compiled.program, compiled.trials, guest)
+        assert guest.losses == pytest.approx(alone(compiled.trials[1])[0], rel=1e-3)
 
     @settings(max_examples=8, deadline=None)
     @given(slots=st.permutations(range(3)), start=st.integers(0, 60), changes=CHANGES)
