@@ -61,14 +61,14 @@ except ModuleNotFoundError as error:
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {
         "workload": "models:Mlp",
-        "train": {"epochs": 40, "global_batch": 32, "evaluate_every": 5},
+        "train": {"epochs": 200, "global_batch": 32, "evaluate_every": 10},
         "sweep": {
             "parameters": {
                 "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
                 "optimizer.weight_decay": {"loguniform": [1e-4, 1.0]},
                 "model.dropout": {"uniform": [0.0, 0.6]},
             },
-            "scheduler": {"grace_epochs": 5},
+            "scheduler": {"grace_epochs": 10},
             "trials": 64,
         },
     },

@@ -13,18 +13,32 @@ Not covered, and left to the device's generator: `F.dropout`, attention's own dr
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from trainers.random import SampleRandom, keep, next_draw
+from trainers.random import SampleRandom, keep, next_draw, threshold_of
 
 OWN_RANDOM = (
     "this model draws random numbers of its own: the run is exact after a restart with the same "
     "number of workers and the same train.micro_batch, but differs a little with others"
 )
 """What the user is told when `Stepper.draws_natively`."""
+
+
+class Rate(NamedTuple):
+    """A rate as it is used; with tensors without dimensions, that of one of many trials."""
+
+    threshold: int | Tensor
+    """See `trainers.random.threshold_of`."""
+    scale: float | Tensor
+    """What keeps the mean as it was."""
+
+    @classmethod
+    def of(cls, p: float) -> "Rate":
+        return cls(threshold_of(p), 1 / (1 - p) if p < 1 else 0.0)
 
 
 class Draws:
@@ -49,7 +63,7 @@ class Draws:
         finally:
             self.keys_B = None
 
-    def mask(self, p: float | Tensor, input: Tensor, dims: int) -> Tensor | None:
+    def mask(self, rate: Rate, input: Tensor, dims: int) -> Tensor | None:
         """The next draw for the first `dims` dimensions of `input`, True for what stays.
 
         None when the first dimension is not made of samples.
@@ -58,11 +72,12 @@ class Draws:
         if keys_B is None or not dims or shape[0] % keys_B.shape[0]:
             return None
         drawn_B = next_draw(keys_B)
-        # A rate of 0 draws nothing where it is a number, so it does not where it is a tensor.
-        self.keys_B = torch.where(p > 0, drawn_B, keys_B) if isinstance(p, Tensor) else drawn_B
-        keys_B = self.keys_B
-        count = math.prod(shape[:dims]) // keys_B.shape[0]
-        return keep(keys_B, p, count).reshape(*shape[:dims], *[1] * (len(shape) - dims))
+        if isinstance(rate.threshold, Tensor):  # a rate of 0 draws nothing, as where it is a number
+            drawn_B = torch.where(rate.threshold > threshold_of(0.0), drawn_B, keys_B)
+        self.keys_B = drawn_B
+        count = math.prod(shape[:dims]) // len(drawn_B)
+        mask = keep(drawn_B, rate.threshold, count)
+        return mask.reshape(*shape[:dims], *[1] * (len(shape) - dims))
 
 
 class _SampleDropout(_DropoutNd):
@@ -73,23 +88,23 @@ class _SampleDropout(_DropoutNd):
     """Dimensions of an input whose whole channels are dropped; None for single elements."""
 
     def draws_now(self) -> bool:
-        """Whether a forward pass would draw: a rate that is a tensor may be anything."""
-        return self.training and (isinstance(self.p, Tensor) or self.p > 0)
+        """Whether a forward pass would draw: a rate of many trials may be anything."""
+        return self.training and (isinstance(self.p, Rate) or self.p > 0)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.draws_now():
             return input
-        p: float | Tensor = self.p
+        rate = self.p if isinstance(self.p, Rate) else Rate.of(self.p)
         mask = None
         if self.channels_of in (None, input.ndim):
-            mask = self.draws.mask(p, input, input.ndim if self.channels_of is None else 2)
+            mask = self.draws.mask(rate, input, input.ndim if self.channels_of is None else 2)
         if mask is None:
             native: Tensor = super().forward(input)
             return native
         mask = _like(mask, input)
         if input.device.type == "cpu":  # one product in the backward pass, as torch does it there
-            return input * (mask.to(input.dtype) * _scale(p))
-        return input * mask * _scale(p)  # a byte per element is kept for the backward pass
+            return input * (mask.to(input.dtype) * rate.scale)
+        return input * mask * rate.scale  # a byte per element is kept for the backward pass
 
 
 class SampleDropout(_SampleDropout, nn.Dropout):
@@ -129,13 +144,6 @@ _SAMPLED: dict[type[nn.Module], type[_SampleDropout]] = {
     nn.Dropout2d: SampleDropout2d,
     nn.Dropout3d: SampleDropout3d,
 }
-
-
-def _scale(p: float | Tensor) -> float | Tensor:
-    """What keeps the mean as it was."""
-    if isinstance(p, Tensor):
-        return torch.where(p < 1, 1 / (1 - p), 0)
-    return 1 / (1 - p) if p < 1 else 0.0
 
 
 def _like(mask: Tensor, input: Tensor) -> Tensor:

@@ -94,20 +94,21 @@ def next_draw(keys_B: Tensor) -> Tensor:
     return keys_B + _DRAW
 
 
-def keep(keys_B: Tensor, p: float | Tensor, count: int) -> Tensor:
-    """A dropout's mask: True with probability 1 - p, of shape [B, count].
+def threshold_of(p: float) -> int:
+    """What `keep` compares with so that it drops with probability `p`; an int64."""
+    return min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
+
+
+def keep(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
+    """A dropout's mask: True for what stays, of shape [B, count]; see `threshold_of`.
 
     A sample's key is the state of its own splitmix64, whose outputs are the elements. Their low
     bits are left unmixed: the others decide. All in place, it takes as long as `bernoulli_`.
-    `p` may be a tensor without dimensions.
+    `threshold` may be an int64 tensor without dimensions.
     """
     elements = torch.arange(count, device=keys_B.device)
     elements *= _STEP
-    x = _rounds(keys_B[:, None] + elements)
-    if isinstance(p, Tensor):
-        return (x >> 11) >= (p.double() - 0.5) * 2.0**53
-    # An integer, which no dtype rounds.
-    return x >= min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
+    return _rounds(keys_B[:, None] + elements) >= threshold
 
 
 class SampleRandom:

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from cluster.files import cache_folder
 from trainers.data import Batches, on_device
 from trainers.devices import Device
-from trainers.dropout import Draws, sample_dropout
+from trainers.dropout import Draws, Rate, sample_dropout
 from trainers.optimize import build_optimizer, decays, learning_rate
 from trainers.parallel import compute_precision, weights_dtype
 from trainers.random import SampleRandom, stream_of
@@ -234,8 +234,8 @@ class Program:
         self._alive_K = zeros(dtype=torch.bool)
         self._stream_K = zeros(dtype=torch.int64)
         self._lifted_KF = zeros(len(self._lifted))
-        values = self._values(self.variant, self._floats)
-        self._lifted_KF[:] = torch.tensor(values, dtype=self._dtype, device=self.device)
+        self._threshold_KF = zeros(len(self._lifted), dtype=torch.int64)
+        self._lift(slice(None), self._values(self.variant, self._floats))
 
     # What the program is.
 
@@ -337,7 +337,8 @@ class Program:
             values.view(*shape, *values.shape[1:])
             for values in on_device(batch, self.device, self._dtype).values()
         ]
-        return [coefficients_KC, first_K, self._stream_K, self._lifted_KF, *columns]
+        numbers = (self._stream_K, self._lifted_KF, self._threshold_KF)
+        return [coefficients_KC, first_K, *numbers, *columns]
 
     def _coefficient_count(self) -> int:
         ones = np.ones(1)
@@ -348,13 +349,15 @@ class Program:
         count = len(self._moments)
         weights_KP, moments, rest = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
         buffers = dict(zip(self._buffers, rest, strict=False))
-        alive_K, coefficients_KC, first_K, stream_K, lifted_KF, *columns = rest[len(buffers) :]
+        alive_K, coefficients_KC, first_K, *others = rest[len(buffers) :]
+        stream_K, lifted_KF, threshold_KF, *columns = others
         batch = dict(zip(self._samples.columns, columns, strict=True))
         leaf_KP = weights_KP.detach().requires_grad_()
         loss_K, changed = torch.vmap(self._one_slot)(
             leaf_KP,
             {name: value.clone() for name, value in buffers.items()},
             lifted_KF,
+            threshold_KF,
             stream_K,
             first_K,
             batch,
@@ -383,6 +386,7 @@ class Program:
         weights_P: Tensor,
         buffers: dict[str, Tensor],
         lifted_F: Tensor,
+        threshold_F: Tensor,
         stream: Tensor,
         first: Tensor,
         batch: Batch,
@@ -397,7 +401,12 @@ class Program:
         fields = {name: value for (module, name), value in numbers.items() if module == MODEL}
         workload = with_fields(self.variant.workload, fields)
         random = SampleRandom(stream, first + torch.arange(self._batch, device=self.device))
-        modules = {place: value for place, value in numbers.items() if place[0] != MODEL}
+        thresholds = dict(zip(self._lifted, threshold_F.unbind(), strict=True))
+        modules = {
+            place: Rate(thresholds[place], value) if self._is_rate(place) else value
+            for place, value in numbers.items()
+            if place[0] != MODEL
+        }
         known = dict(zip(self._lifted, self._values(self.variant, self._floats), strict=True))
         rewrites = _Rewrites([(numbers[p], (p, known[p])) for p in numbers], self._guards)
         with _set(self._network, modules), self._draws.of(random), rewrites:
@@ -406,6 +415,20 @@ class Program:
                 {f"network.{name}": value for name, value in {**weights, **buffers}.items()},
                 (workload, self.variant.spec, batch, random),
             )
+
+    def _is_rate(self, place: Place) -> bool:
+        """Whether a number is a rate of dropout."""
+        module, _ = place
+        return module != MODEL and self._network.get_submodule(module) in self._draws.modules
+
+    def _lift(self, slots: int | slice, values: Sequence[float]) -> None:
+        """Write a trial's numbers into its slot; rates as they are used, worked out exactly."""
+        for column, (place, value) in enumerate(zip(self._lifted, values, strict=True)):
+            if self._is_rate(place):
+                rate = Rate.of(value)
+                self._threshold_KF[slots, column] = rate.threshold
+                value = float(rate.scale)
+            self._lifted_KF[slots, column] = value
 
     # Trials in and out.
 
@@ -428,8 +451,7 @@ class Program:
                 all_slots[slot] = own_part.to(self.device)
             for name, value in row.buffers.items():
                 self._buffers[name][slot] = value.to(self.device)
-            values = self._values(variant, _floats(network))
-            self._lifted_KF[slot] = torch.tensor(values, dtype=self._dtype)
+            self._lift(slot, self._values(variant, _floats(network)))
             self._stream_K[slot] = stream_of(variant.spec.train.seed)
         order = Batches(self._samples.split, variant.spec.train.seed, self._batch)
         expected = None
@@ -722,7 +744,8 @@ def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
     # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
     # those of several are grouped, and keep their layout anyway.
-    options = {"config_patches": {"layout_optimization": False}}
+    # Trying whether the compiler knows the processor's instructions takes six seconds.
+    options = {"config_patches": {"layout_optimization": False, "cpp.vec_isa_ok": True}}
     try:
         # Engines of one machine compile the same: all but the first then find it on the disk.
         with FileLock(cache_folder() / "compile.lock"):

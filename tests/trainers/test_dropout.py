@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from trainers.devices import Cpu
-from trainers.dropout import sample_dropout
-from trainers.random import SampleRandom, device_state, keep, next_draw
+from trainers.dropout import Rate, sample_dropout
+from trainers.random import SampleRandom, device_state, keep, next_draw, threshold_of
 
 CPU = torch.device("cpu")
 POSITIONS = st.lists(st.integers(0, 2**48), min_size=1, max_size=12)
@@ -81,7 +81,7 @@ class TestAFunctionOfThePosition:
         """A change would be seen: every run that was ever recorded depends on the formula."""
         keys_B = next_draw(SampleRandom(42, torch.tensor([0, 1, 2**40])).keys_B)
         assert torch.equal(
-            keep(keys_B, 0.3, 50),
+            keep(keys_B, threshold_of(0.3), 50),
             torch.tensor([[element(key, e) > 0.3 for e in range(50)] for key in keys_B.tolist()]),
         )
         start = (keys_B - SampleRandom(42, torch.tensor([0, 1, 2**40])).keys_B).unique()
@@ -107,7 +107,7 @@ def test_calls_modules_steps_and_seeds_differ() -> None:
 class TestDistribution:
     @pytest.mark.parametrize("p", [1e-3, 0.1, 0.5, 0.9, 0.999])
     def test_the_share_that_is_dropped(self, p: float) -> None:
-        gone = int((~keep(SampleRandom(3, torch.arange(1000)).keys_B, p, 500)).sum())
+        gone = int((~keep(SampleRandom(3, torch.arange(1000)).keys_B, threshold_of(p), 500)).sum())
         assert stats.binomtest(gone, 500_000, p).pvalue > 1e-3
 
     def test_all_or_none(self) -> None:
@@ -119,16 +119,16 @@ class TestDistribution:
     @pytest.mark.parametrize("p", [0.1, 0.5])
     def test_neighbours_are_not_correlated(self, p: float, lag: int) -> None:
         keys_B = SampleRandom(5, torch.arange(20_000)).keys_B
-        bits = keep(keys_B, p, 70).double().numpy()
+        bits = keep(keys_B, threshold_of(p), 70).double().numpy()
         samples = np.corrcoef(bits[:-lag].flatten(), bits[lag:].flatten())[0, 1]
         elements = np.corrcoef(bits[:, :-lag].flatten(), bits[:, lag:].flatten())[0, 1]
-        later = keep(next_draw(keys_B), p, 70).double().numpy()
+        later = keep(next_draw(keys_B), threshold_of(p), 70).double().numpy()
         draws = np.corrcoef(bits[:, :-lag].flatten(), later[:, lag:].flatten())[0, 1]
         # The standard error is at most 1 / sqrt(20,000 * 6) = 0.003.
         assert max(abs(samples), abs(elements), abs(draws)) < 0.012
 
     def test_how_many_a_sample_keeps_is_binomial(self) -> None:
-        counts = keep(SampleRandom(9, torch.arange(20_000)).keys_B, 0.3, 40).sum(1)
+        counts = keep(SampleRandom(9, torch.arange(20_000)).keys_B, threshold_of(0.3), 40).sum(1)
         found = np.bincount(counts, minlength=41)
         expected = stats.binom.pmf(np.arange(41), 40, 0.7) * 20_000
         common = expected > 10
@@ -226,16 +226,18 @@ class TestInANetwork:
 def test_a_rate_for_each_of_several_models_at_once() -> None:
     """As `torch.func.vmap` over hyperparameters needs it."""
     draws = sample_dropout(module := nn.Dropout())
-    rates, x = torch.tensor([0.0, 0.3, 1.0]), torch.rand(4, 50)
+    rates, x = [0.0, 0.3, 1.0], torch.rand(4, 50)
+    thresholds, scales = zip(*(Rate.of(p) for p in rates), strict=True)
 
-    def at(p: Tensor, x: Tensor) -> Tensor:
-        module.p = p  # type: ignore[assignment]
+    def at(threshold: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+        module.p = Rate(threshold, scale)  # type: ignore[assignment]
         with draws.of(SampleRandom(0, torch.arange(4))):
             result: Tensor = module(x)
         return result
 
-    found = torch.func.vmap(at, in_dims=(0, None))(rates, x)
-    for p, y in zip(rates.tolist(), found, strict=True):
+    numbers = (torch.tensor(thresholds), torch.tensor(scales))
+    found = torch.func.vmap(at, in_dims=(0, 0, None))(*numbers, x)
+    for p, y in zip(rates, found, strict=True):
         torch.testing.assert_close(y, dropped(nn.Dropout(p), x))
 
 
