@@ -61,7 +61,9 @@ except ModuleNotFoundError as error:
 CASES: dict[str, dict[str, Any]] = {
     "mlp": {
         "workload": "models:Mlp",
-        "train": {"epochs": 200, "global_batch": 32, "evaluate_every": 10},
+        "model": {"width": 64},
+        "train": {"epochs": 200, "global_batch": 16, "evaluate_every": 10},
+        "tracking": {"every_steps": 100},
         "sweep": {
             "parameters": {
                 "optimizer.lr": {"loguniform": [1e-4, 1e-2]},

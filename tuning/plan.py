@@ -25,7 +25,7 @@ WORTH_STEPS = 5000
 MOST_SLOTS = 64
 MOST_PROGRAMS = 8
 """Programs that are tried before a sweep begins; what a trial beyond them needs shows later."""
-NODE_S = 0.04
+NODE_S = 0.03
 """Seconds of compiling for each operation of a step, on one core; measured, on the safe side."""
 SURVIVE = {"asha": 0.5, "median": 0.7}
 """Share of all trials' steps that a scheduler is expected to let them do."""
@@ -35,8 +35,10 @@ LEARNS, GENERATIONS = ("tpe", "cmaes"), 4
 """Searches that learn from trials, and how often their trials fill all slots at least."""
 MEMORY_SHARE = 0.5
 """How much of the memory that is free may be slots."""
-WIDER = 1.15
-"""How much more twice as many slots have to do per second."""
+FIRST_ON_CPU = 4
+"""Slots that are tried first on a CPU, where a compiled step costs little besides computing: few
+fill a core, and more make each trial slower. On a GPU it is as many as its idle share has room for,
+since there they cost a trial nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,26 +125,33 @@ def make_plan(
     steps = round(steps * SURVIVE.get(sweep.spec.scheduler.name, 1.0))
     compile_s = NODE_S * len(first.graph.graph.nodes)
 
-    def steps_s(step_s: float) -> float:
-        """Seconds that all trials' steps take when each takes `step_s` of a device."""
-        return steps * step_s / engines
+    def takes_s(step_s: float, slots: int) -> float:
+        """Seconds that all trials' steps take when `slots` at a time take one in `step_s`.
 
-    unfused_s = steps_s(alone_s) + TRIAL_S * sweep.spec.total_trials / engines
-    slots = min(most, 2 ** round(math.log2(1 / busy)))
-    guess_s = alone_s / max(1.0, 0.5 * min(slots, 1 / busy))
-    if steps_s(guess_s) + programs * compile_s > 0.8 * unfused_s:
+        All work, and once more the longest trial: at the end few are left, and wait for no one.
+        """
+        return step_s * (steps / slots / engines + variants[0].total_steps)
+
+    unfused_s = takes_s(alone_s, 1) + TRIAL_S * sweep.spec.total_trials / engines
+    start = FIRST_ON_CPU if device.type == "cpu" else 2 ** round(math.log2(1 / busy))
+    best = program(min(most, start))
+    guess_s = alone_s * max(0.3, 2 * busy * best.slots)  # half of the peak, and what a start costs
+    if takes_s(guess_s, best.slots) + programs * compile_s > 0.8 * unfused_s:
         return Plan(0, _not_worth(busy, unfused_s, compile_s * programs)), None
-    best = program(slots)
-    fused_s = _compiled_step_s(best, device)
-    while 2 * best.slots <= most and 0.1 * steps_s(fused_s) > compile_s:
+    step_s = _compiled_step_s(best, device)
+    # At best, twice as many slots take a step in the same time.
+    while 2 * best.slots <= most and (
+        takes_s(step_s, best.slots) - takes_s(step_s, 2 * best.slots) > compile_s
+    ):
         wider = program(2 * best.slots)
         wider_s = _compiled_step_s(wider, device)
-        if wider_s * WIDER > fused_s:
+        if takes_s(wider_s, wider.slots) > takes_s(step_s, best.slots):
             break
-        best, fused_s = wider, wider_s
-    if steps_s(fused_s) + (programs - 1) * compile_s > 0.9 * unfused_s:
+        best, step_s = wider, wider_s
+    if takes_s(step_s, best.slots) + (programs - 1) * compile_s > 0.9 * unfused_s:
         return Plan(0, _not_worth(busy, unfused_s, compile_s * programs)), None
-    line = f"{_fused(best.slots, engines)}, {alone_s / fused_s:.1f} times as fast as alone"
+    gain = alone_s / step_s * best.slots
+    line = f"{_fused(best.slots, engines)}, {gain:.1f} times as fast as alone"
     return Plan(best.slots, line), best
 
 
@@ -231,9 +240,9 @@ def _alone(variant: Variant, samples: Any, device: Device) -> tuple[float, float
 
 
 def _compiled_step_s(program: Program, device: Device) -> float:
-    """Seconds that a trial's step takes of the device when all slots are taken."""
+    """Seconds that a step of all slots takes."""
     program.compile()
-    return _fastest_s(lambda: program.run([], 4), device) / 4 / program.slots
+    return _fastest_s(lambda: program.run([], 4), device) / 4
 
 
 def _fastest_s(action: Callable[[], Any], device: Device, budget_s: float = 0.5) -> float:
