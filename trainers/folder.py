@@ -1,6 +1,7 @@
 """The folder of a run or sweep: what is in it, who holds it, how it is found again."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -85,6 +86,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def git_tags(folder: Path) -> dict[str, str]:
     """The commit of the working folder under MLflow's own tag, if it is in a git checkout."""
     command = ["git", "-C", str(folder)]

@@ -164,6 +164,8 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.T
     epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
     # Ray warns of the old output engine, and prints tables of its own, unless told not to.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # It writes every result into three files of its own; ours are in MLflow and with the trial.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
