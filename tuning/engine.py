@@ -43,7 +43,7 @@ from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.step import build_network
 from trainers.workers import explain
-from tuning.fuse import NotFusibleError, Program, Row, Variant
+from tuning.fuse import Program, Row, StrangersError, Variant
 from tuning.plan import usual_variant, varied_numbers
 from tuning.trial import ENDED, FAILED, LAST, Progress, Sweep, set_threads
 
@@ -333,14 +333,15 @@ class Engine:
         steps = max(1, min(steps, round(CHUNK_S / group.step_s)))
         alive(max(run.done for run in ready.values()))
         began = time.perf_counter()
+        strangers: Mapping[int, str] = {}
         try:
             losses = group.program.run(list(ready), steps)
+        except StrangersError as error:
+            losses, strangers = error.losses, error.strangers
         except Exception as error:
             reason = explain(error)
             if is_out_of_memory(error):
-                reason = f"out of memory with {group.program.slots} slots; try sweep.fuse: less"
-            elif isinstance(error, NotFusibleError):
-                reason = f"{error}; set sweep.fuse: off"
+                reason = f"out of memory with {group.program.slots} slots; try fewer in sweep.fuse"
             for run in ready.values():
                 self._fail(run, reason)
             return True
@@ -350,7 +351,10 @@ class Engine:
         for column, run in enumerate(ready.values()):
             run.steps_s += spent_s
             run.device_s += spent_s / live
-            self._take_losses(run, [row[column] for row in losses])
+            if run.slot in strangers:
+                self._fail(run, f"{strangers[run.slot]}; set sweep.fuse: off")
+            else:
+                self._take_losses(run, [row[column] for row in losses])
         for run in ready.values():
             if not run.over and run.done == run.limit and run.wanted:
                 self._evaluate(run)

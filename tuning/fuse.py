@@ -54,6 +54,17 @@ class NotFusibleError(Exception):
     """Why a trial cannot be a slot of a program, in a phrase."""
 
 
+class StrangersError(NotFusibleError):
+    """Some of the trials that were advanced do not belong into their program."""
+
+    def __init__(self, strangers: Mapping[int, str], losses: list[list[float]]) -> None:
+        super().__init__(next(iter(strangers.values())))
+        self.strangers = strangers
+        """Slot -> why its trial does not."""
+        self.losses = losses
+        """What `Program.run` would have returned; the other trials' are right."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """A trial as it is to be trained."""
@@ -522,8 +533,8 @@ class Program:
         """Advance the trials in `slots` by `steps` steps; the loss of each after each: [n][slot].
 
         A loss that is not finite ends a trial's advance: its state stays as it was before that
-        step, and the losses of later ones are NaN. Raises NotFusibleError, after the steps, where
-        a trial's first loss is not what it is alone.
+        step, and the losses of later ones are NaN. Raises StrangersError, after the steps, where a
+        trial's first loss is not what it is alone.
         """
         count = self._coefficient_count()
         coefficients_nKC = np.zeros((steps, self.slots, count))
@@ -546,12 +557,13 @@ class Program:
                 inputs = self._inputs(coefficients[step], first[step], index_nKB[step])
                 losses.append(self._step(*self._state(), *inputs))
         found: list[list[float]] = torch.stack(losses).double().cpu()[:, list(slots)].tolist()
-        wrong = [
-            self._advanced(self._live[slot], [row[column] for row in found])
+        reasons = {
+            slot: self._advanced(self._live[slot], [row[column] for row in found])
             for column, slot in enumerate(slots)
-        ]
-        for reason in filter(None, wrong):  # when all are accounted for
-            raise NotFusibleError(reason)
+        }
+        strangers = {slot: reason for slot, reason in reasons.items() if reason}
+        if strangers:
+            raise StrangersError(strangers, found)
         return found
 
     def _advanced(self, live: _Live, losses: list[float]) -> str | None:

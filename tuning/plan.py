@@ -48,36 +48,37 @@ class Plan:
     slots: int
     """Slots of each program; 0 where each trial gets a process."""
     line: str
-    """Why, for the user."""
+    """Why, for the user; empty where nothing was asked for."""
 
-    @classmethod
-    def of(cls, sweep: Sweep) -> "Plan":
-        """The plan that `settle` kept."""
-        return cls(**json.loads((sweep.folder / FILE).read_text()))
-
-    def settle(self, sweep: Sweep) -> None:
+    def keep(self, sweep: Sweep) -> None:
         """Keep the plan with the sweep, which goes on with it whenever it is resumed."""
         write_atomic(sweep.folder / FILE, json.dumps(asdict(self)))
 
 
+def kept(sweep: Sweep) -> Plan | None:
+    """The plan that the sweep began with; None before that."""
+    path = sweep.folder / FILE
+    return Plan(**json.loads(path.read_text())) if path.exists() else None
+
+
 def slots_of(sweep: Sweep) -> int:
     """Slots of each of the sweep's programs; 0 where it is not fused."""
-    return Plan.of(sweep).slots if (sweep.folder / FILE).exists() else 0
+    plan = kept(sweep)
+    return plan.slots if plan else 0
 
 
-def reason_without_trying(sweep: Sweep) -> str | None:
-    """Why the sweep is not fused, where its spec says enough; None where it has to be tried.
-
-    Empty where nothing was asked for, and nothing is to be said.
+def plan_by_spec(sweep: Sweep) -> Plan | None:
+    """The plan of a sweep that is not fused where its spec says enough; None where it has to be
+    tried.
     """
     if sweep.spec.fuse == "off":
-        return ""
+        return Plan(0, "")
     spec, _ = resolve(sweep.data, RunSpec)
     reason = reason_against(spec)
     if reason:
-        return f"not fused: {reason}"
+        return Plan(0, f"not fused: {reason}")
     steps = sweep.spec.total_trials * spec.train.total_steps(rows(sweep.dataset, "train"))
-    return "" if sweep.spec.fuse == "auto" and steps < WORTH_STEPS else None
+    return Plan(0, "") if sweep.spec.fuse == "auto" and steps < WORTH_STEPS else None
 
 
 def make_plan(

@@ -27,7 +27,7 @@ from ray.tune.execution.tune_controller import TuneController
 from trainers.workers import explain
 from tuning.engine import Engine
 from tuning.fuse import Program
-from tuning.plan import Plan, make_plan
+from tuning.plan import Plan, make_plan, slots_of
 from tuning.trial import Sweep
 
 SLOT = "heliostat_slot"
@@ -85,7 +85,7 @@ class Host:
         """Have an engine as the sweep's plan wants it, which compiles what it will need."""
         with self._lock:
             if not hasattr(SlotTrainable, "engine"):
-                slots = Plan.of(self._sweep).slots
+                slots = slots_of(self._sweep)
                 SlotTrainable.engine = Engine(self._sweep, self._tracker, slots, self._program)
 
     def call(self, key: int, turn: int, method: str, args: Any, kwargs: Any) -> Any:

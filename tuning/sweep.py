@@ -98,34 +98,29 @@ def _engines(
     sweep: Sweep, spec: SweepRunSpec, tracker: Any, tell: Callable[[str], None]
 ) -> Iterator[int]:
     """The engines of a sweep that is fused; yields how many slots they have, 0 if it is not."""
-    planned = (sweep.folder / plan.FILE).exists()
-    reason = None if planned else plan.reason_without_trying(sweep)
-    if reason is not None:
-        if reason:
-            tell(reason)
-        yield 0
-        return
     import ray
 
     from tuning.slots import start_hosts, trials_in_slots
 
-    hosts = start_hosts(sweep, tracker, devices(spec))
+    chosen = plan.kept(sweep) or plan.plan_by_spec(sweep)
+    hosts = [] if chosen and not chosen.slots else start_hosts(sweep, tracker, devices(spec))
     try:
-        if not planned:
-            ray.get(hosts[0].plan.remote(len(hosts))).settle(sweep)
-        chosen = plan.Plan.of(sweep)
-        tell(chosen.line)
-        tracker.note.remote(sweep.key, "fused", chosen.line)
-        if not chosen.slots:
+        if chosen is None or not plan.kept(sweep):
+            chosen = chosen or ray.get(hosts[0].plan.remote(len(hosts)))
+            chosen.keep(sweep)
+        if chosen.slots:
+            tell(chosen.line)
             for host in hosts:
-                ray.kill(host)
-            yield 0
+                host.prepare.remote()
+            slots = min(chosen.slots * len(hosts), sweep.spec.concurrency or sys.maxsize)
+            with trials_in_slots(hosts, slots):
+                yield slots
             return
-        for host in hosts:
-            host.prepare.remote()
-        slots = min(chosen.slots * len(hosts), sweep.spec.concurrency or sys.maxsize)
-        with trials_in_slots(hosts, slots):
-            yield slots
+        while hosts:
+            ray.kill(hosts.pop())
+        each = f"{concurrency(spec)} at a time, each in a process"
+        tell(f"{chosen.line}; {each}" if chosen.line else each)
+        yield 0
     finally:
         for host in hosts:
             ray.kill(host)

@@ -10,7 +10,7 @@ from cluster.config import write_yaml
 from trainers.data import open_split
 from trainers.devices import Cpu
 from tuning.fuse import Program
-from tuning.plan import MEMORY_SHARE, make_plan, reason_without_trying, usual_variant
+from tuning.plan import MEMORY_SHARE, Plan, make_plan, plan_by_spec, usual_variant
 from tuning.sweep import new_sweep
 from tuning.trial import Sweep
 
@@ -80,9 +80,9 @@ def test_one_value_that_cannot_be_fused_is_enough(sweep_of: Callable[..., Sweep]
 
 
 def test_what_the_spec_says_is_not_tried(sweep_of: Callable[..., Sweep]) -> None:
-    assert reason_without_trying(sweep_of("sweep.fuse=off")) == ""
-    assert reason_without_trying(sweep_of("sweep.trials=2", "train.epochs=2")) == ""
-    assert reason_without_trying(sweep_of()) is None
-    assert reason_without_trying(sweep_of("sweep.trials=2", "sweep.fuse=2")) is None
-    spread = reason_without_trying(sweep_of("scale.workers=2"))
-    assert spread == ("not fused: scale.workers: a trial of several workers is spread over devices")
+    assert plan_by_spec(sweep_of("sweep.fuse=off")) == Plan(0, "")
+    assert plan_by_spec(sweep_of("sweep.trials=2", "train.epochs=2")) == Plan(0, "")
+    assert plan_by_spec(sweep_of()) is None
+    assert plan_by_spec(sweep_of("sweep.trials=2", "sweep.fuse=2")) is None
+    spread = "not fused: scale.workers: a trial of several workers is spread over devices"
+    assert plan_by_spec(sweep_of("scale.workers=2")) == Plan(0, spread)
