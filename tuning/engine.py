@@ -43,9 +43,10 @@ from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.step import build_network
 from trainers.workers import explain
-from tuning.fuse import Program, Row, StrangersError, Variant
+from tuning.fuse import Program, Row, StrangersError
 from tuning.plan import usual_variant, varied_numbers
 from tuning.trial import ENDED, FAILED, LAST, Progress, Sweep, set_threads
+from tuning.variant import Variant
 
 CHUNK_S = 0.02
 """About how long the device computes before it is asked again what else there is to do."""

@@ -14,44 +14,38 @@ Suffixes: K slots, P trained weights of a trial in one row, B samples of a batch
 the update, F lifted numbers.
 """
 
-import copy
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode, resolve_name
 
-from cluster.files import cache_folder
 from trainers.data import Batches, on_device
 from trainers.devices import Device
 from trainers.dropout import Draws, Rate, sample_dropout
 from trainers.optimize import build_optimizer, decays, learning_rate
 from trainers.parallel import compute_precision, weights_dtype
 from trainers.random import SampleRandom, stream_of
-from trainers.spec import OptimizerSpec, RunSpec
+from trainers.spec import RunSpec
 from trainers.step import build_network, check_per_sample
 from trainers.workloads.base import Batch, Workload
-
-Numbers = npt.NDArray[np.float64]
-Place = tuple[str, str]
-"""Where a number that differs between trials stands: a module's name and attribute, or MODEL."""
-MODEL = "spec.model"
-"""In place of a module's name: a field of the spec's section `model`."""
-
-
-class NotFusibleError(Exception):
-    """Why a trial cannot be a slot of a program, in a phrase."""
+from tuning.compiled import Step, compile_step
+from tuning.rewrites import MODEL, Guards, NotFusibleError, Place, Rewrites, phrase
+from tuning.rules import RULES, Numbers
+from tuning.variant import (
+    Variant,
+    attributes,
+    lifted,
+    numbers_in,
+    signature,
+    with_fields,
+)
 
 
 class StrangersError(NotFusibleError):
@@ -63,15 +57,6 @@ class StrangersError(NotFusibleError):
         """Slot -> why its trial does not."""
         self.losses = losses
         """What `Program.run` would have returned; the other trials' are right."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A trial as it is to be trained."""
-
-    spec: RunSpec
-    workload: Workload
-    total_steps: int
 
 
 @dataclass(frozen=True)
@@ -90,80 +75,6 @@ class Row:
         moments = tuple(part.clone() for part in self.moments)
         buffers = {name: value.clone() for name, value in self.buffers.items()}
         return Row(self.done, self.weights_P.clone(), moments, buffers, self.numbers)
-
-
-def reason_against(spec: RunSpec) -> str | None:
-    """What in a trial's spec keeps it from being fused; None when nothing does."""
-    train, scale = spec.train, spec.scale
-    if scale.max_workers > 1:
-        return "scale.workers: a trial of several workers is spread over devices"
-    if train.precision in ("fp16", "fp8"):
-        return f"train.precision: {train.precision} scales by what it finds in the loss or weights"
-    if train.micro_batch is not None:
-        return "train.micro_batch: a slot takes the whole batch at once"
-    if train.activation_checkpointing:
-        return "train.activation_checkpointing: blocks are computed again by hooks"
-    if train.on_nonfinite == "skip":
-        return "train.on_nonfinite: skipped steps would set a slot's step apart from its age"
-    return None
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """An optimizer's update: all that depends on the step is folded into a few coefficients.
-
-    On the host in float64: one small copy per step, no powers in the kernel.
-    """
-
-    moments: tuple[str, ...]
-    """The names under which torch's optimizer keeps them."""
-    coefficients: Callable[[OptimizerSpec, Numbers, Numbers], list[Numbers]]
-    """Of the learning rates and the numbers of steps (from 1), [n] each: C arrays of [n]."""
-    update: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-    """(weights, gradient [K, P]; moments; decayed columns [P]; C coefficients [K, 1])."""
-
-
-def _adamw_coefficients(spec: OptimizerSpec, rate_n: Numbers, t_n: Numbers) -> list[Numbers]:
-    first, second = spec.betas
-    return [
-        rate_n * spec.weight_decay,
-        np.full_like(t_n, 1 - first),
-        np.full_like(t_n, 1 - second),
-        rate_n / (1 - first**t_n),
-        1 / np.sqrt(1 - second**t_n),
-    ]
-
-
-def _adamw_update(
-    weights_KP: Tensor, gradient_KP: Tensor, moments: Sequence[Tensor], decays_P: Tensor, c: Any
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    decay_K1, first_K1, second_K1, rate_K1, scale_K1 = c
-    mean_KP = moments[0] + first_K1 * (gradient_KP - moments[0])
-    square_KP = moments[1] + second_K1 * (gradient_KP * gradient_KP - moments[1])
-    step_KP = rate_K1 * mean_KP / (square_KP.sqrt() * scale_K1 + 1e-8)
-    return weights_KP * (1 - decay_K1 * decays_P) - step_KP, (mean_KP, square_KP)
-
-
-def _sgd_coefficients(spec: OptimizerSpec, rate_n: Numbers, t_n: Numbers) -> list[Numbers]:
-    constants = (spec.weight_decay, spec.momentum)
-    return [rate_n, *(np.full_like(t_n, value) for value in constants)]
-
-
-def _sgd_update(
-    weights_KP: Tensor, gradient_KP: Tensor, moments: Sequence[Tensor], decays_P: Tensor, c: Any
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    rate_K1, decay_K1, momentum_K1 = c
-    gradient_KP = gradient_KP + decay_K1 * decays_P * weights_KP
-    buffer_KP = momentum_K1 * moments[0] + gradient_KP
-    new_KP = weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP)
-    # Without momentum torch keeps none, for one who goes on from here with some.
-    return new_KP, (torch.where(momentum_K1 > 0, buffer_KP, 0),)
-
-
-_RULES = {
-    "adamw": _Rule(("exp_avg", "exp_avg_sq"), _adamw_coefficients, _adamw_update),
-    "sgd": _Rule(("momentum_buffer",), _sgd_coefficients, _sgd_update),
-}
 
 
 @dataclass
@@ -199,19 +110,22 @@ class Program:
         self.variant, self._varied = variant, dict(varied or {})
         spec, workload = variant.spec, variant.workload
         self._dtype, self._batch = weights_dtype(spec.train), spec.train.global_batch
-        self._rule = _RULES[spec.optimizer.name]
+        self._rule = RULES[spec.optimizer.name]
         self._samples = Batches(_resident(samples, device), 0, self._batch)
         network = build_network(spec.train, workload)
-        self._signature, self._floats = _signature(variant, network, self._varied), _floats(network)
+        self._signature, self._floats = (
+            signature(variant, network, self._varied),
+            numbers_in(network),
+        )
         self._network, self._draws = network.to(self.device), sample_dropout(network)
-        self._lifted = [*_lifted(variant, self._floats, self._varied)]
-        self._guards: dict[tuple[Place, str, float], bool] = {}
+        self._lifted = [*lifted(variant, self._floats, self._varied)]
+        self._guards: Guards = {}
         self._find_trained()
         self.optimizer = build_optimizer(spec.optimizer, self._network)
         self._live: dict[int, _Live] = {}
         self._allocate()
         self._trace()
-        self._step: Callable[..., Any] = self.graph
+        self._step: Step = self.graph
 
     def _find_trained(self) -> None:
         """Which weights a step changes: those that the loss of a batch depends on."""
@@ -252,8 +166,8 @@ class Program:
 
     def fits(self, variant: Variant, network: nn.Module) -> bool:
         """Whether a trial, with its network as built, is one for this program."""
-        floats = _floats(network)
-        if _signature(variant, network, self._varied) != self._signature:
+        floats = numbers_in(network)
+        if signature(variant, network, self._varied) != self._signature:
             return False
         if floats.keys() != self._floats.keys():
             return False
@@ -278,7 +192,7 @@ class Program:
 
     def _numbers(self, network: nn.Module) -> dict[Place, float]:
         """The lifted numbers that stand in modules of a trial's network."""
-        floats = _floats(network)
+        floats = numbers_in(network)
         return {place: floats[place] for place in self._lifted if place[0] != MODEL}
 
     def _trace(self) -> None:
@@ -294,7 +208,7 @@ class Program:
         except NotFusibleError:
             raise
         except Exception as error:  # a user's model may do anything
-            raise NotFusibleError(_phrase(error)) from error
+            raise NotFusibleError(phrase(error)) from error
         self.graph.graph.eliminate_dead_code()
         self.graph.recompile()
 
@@ -309,24 +223,14 @@ class Program:
         return peak
 
     def compile(self) -> None:
-        """Compile the step; takes from two seconds to a minute. On a GPU it is one CUDA graph.
-
-        Raises NotFusibleError where PyTorch cannot compile it; it then goes on uncompiled.
-        """
+        """Compile the step; see `compile_step`. Where that fails, it goes on uncompiled."""
         state = self._state()
-        inputs: list[Tensor] = [*state, *self._inputs_at_rest()]
-        self._alive_K.zero_()  # so that the steps in here change nothing
+        inputs = [*state, *self._inputs_at_rest()]
+        self._alive_K.zero_()  # so that steps in here change nothing
+        step = compile_step(self.graph, inputs, len(state))
         with torch.no_grad():
-            try:
-                compiled = _compiled(self.graph, inputs)
-            except NotFusibleError:
-                # PyTorch 2.13 on a CPU: a KeyError, where a loop overwrites what it has read
-                # (github.com/pytorch/pytorch/issues/188228).
-                compiled = _copied(_compiled(_out_of_place(self.graph), inputs), len(state))
-            if self.device.type == "cuda":
-                compiled = _Captured(compiled, inputs, len(state))
-            compiled(*inputs)
-        self._step = compiled
+            step(*inputs)
+        self._step = step
 
     # One step, as it is traced.
 
@@ -419,8 +323,8 @@ class Program:
             if place[0] != MODEL
         }
         known = dict(zip(self._lifted, self._values(self.variant, self._floats), strict=True))
-        rewrites = _Rewrites([(numbers[p], (p, known[p])) for p in numbers], self._guards)
-        with _set(self._network, modules), self._draws.of(random), rewrites:
+        rewrites = Rewrites([(numbers[p], (p, known[p])) for p in numbers], self._guards)
+        with attributes(self._network, modules), self._draws.of(random), rewrites:
             return functional_call(  # type: ignore[no-any-return]
                 _Loss(self._network, buffers),
                 {f"network.{name}": value for name, value in {**weights, **buffers}.items()},
@@ -462,7 +366,7 @@ class Program:
                 all_slots[slot] = own_part.to(self.device)
             for name, value in row.buffers.items():
                 self._buffers[name][slot] = value.to(self.device)
-            self._lift(slot, self._values(variant, _floats(network)))
+            self._lift(slot, self._values(variant, numbers_in(network)))
             self._stream_K[slot] = stream_of(variant.spec.train.seed)
         order = Batches(self._samples.split, variant.spec.train.seed, self._batch)
         expected = None
@@ -624,280 +528,8 @@ class _Loss(nn.Module):
         return loss_B.mean(), {name: held[name].detach() for name in self._names}
 
 
-class _Rewrites(TorchFunctionMode):
-    """The few calls whose numbers PyTorch cannot batch, in terms of ones where it can.
-
-    Where a lifted number that is compared with a constant decides how the program goes on, the
-    answer is that of the trial that the program is traced for. It is kept as a guard: trials with
-    another answer get a program of their own.
-    """
-
-    def __init__(
-        self,
-        lifted: Sequence[tuple[Tensor, tuple[Place, float]]],
-        guards: dict[tuple[Place, str, float], bool],
-    ) -> None:
-        super().__init__()
-        self._lifted, self._guards = {id(number): known for number, known in lifted}, guards
-        self._questions = {id(number): (number, "ne", 0.0) for number, _ in lifted}
-        self._held: list[Tensor] = []
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        try:
-            return self._rewritten(function, args, dict(kwargs or {}))
-        except Exception as error:
-            error.add_note(f"{resolve_name(function) or function}: ")
-            raise
-
-    def _rewritten(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if function is Tensor.__bool__ and id(args[0]) in self._questions:
-            return self._answer(*self._questions[id(args[0])])
-        if function in _TESTS and id(args[0]) in self._lifted and isinstance(args[1], (int, float)):
-            answer = function(*args, **kwargs)
-            self._questions[id(answer)] = (args[0], _TESTS[function], float(args[1]))
-            self._held.append(answer)  # so that no other object gets its id
-            return answer
-        smoothing = kwargs.get("label_smoothing", 0.0)
-        if function is F.cross_entropy and isinstance(smoothing, Tensor):
-            sharp, flat = (
-                function(*args, **{**kwargs, "label_smoothing": share}) for share in (0.0, 1.0)
-            )
-            return sharp + smoothing * (flat - sharp)  # it is linear in the share
-        if function is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if function is F.embedding:
-            return _embedding(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    def _answer(self, number: Tensor, test: str, other: float) -> bool:
-        place, value = self._lifted[id(number)]
-        outcome = bool(getattr(operator, test)(value, other))
-        self._guards[place, test, other] = outcome
-        return outcome
-
-
-_TESTS = {
-    Tensor.__eq__: "eq",
-    Tensor.__ne__: "ne",
-    Tensor.__gt__: "gt",
-    Tensor.__ge__: "ge",
-    Tensor.__lt__: "lt",
-    Tensor.__le__: "le",
-    Tensor.eq: "eq",
-    Tensor.ne: "ne",
-    Tensor.gt: "gt",
-    Tensor.ge: "ge",
-    Tensor.lt: "lt",
-    Tensor.le: "le",
-}
-
-
-class _Attention(torch.autograd.Function):
-    """Attention with the slots folded into the batch: one kernel. PyTorch has no rule for it.
-
-    Gradients are taken outside of vmap, through the attention that stands in `vmap`.
-    """
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, **options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        raise AssertionError("gradients are taken outside of vmap")
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        *parts, options = inputs
-        folded = [
-            (part.movedim(dim, 0) if dim is not None else part.expand(info.batch_size, *part.shape))
-            for part, dim in zip(parts, dims[:3], strict=True)
-        ]
-        output = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in folded), **options)
-        return output.view(info.batch_size, -1, *output.shape[1:]), 0
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    if attn_mask is not None or query.ndim < 3:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, **options
-        )
-    if dropout_p:
-        raise NotFusibleError("F.scaled_dot_product_attention(dropout_p): masks of no trial's own")
-    options["is_causal"] = is_causal
-    output: Tensor = _Attention.apply(query, key, value, options)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _embedding(
-    input: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any
-) -> Tensor:
-    """Batched, PyTorch leaves out the gradient of the padding in the first slot alone."""
-    rows = F.embedding(input, weight, None, *options, **named)
-    if padding_idx is None:
-        return rows
-    padding = input == padding_idx % weight.shape[0]
-    return torch.where(padding[..., None], rows.detach(), rows)
-
-
-def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    from filelock import FileLock
-    from torch._inductor import standalone_compile
-
-    # Convolutions of one slot, in another layout, end the process (PyTorch 2.13 on a CPU);
-    # those of several are grouped, and keep their layout anyway.
-    # Trying whether the compiler knows the processor's instructions takes six seconds.
-    options = {"config_patches": {"layout_optimization": False, "cpp.vec_isa_ok": True}}
-    try:
-        # Engines of one machine compile the same: all but the first then find it on the disk.
-        with FileLock(cache_folder() / "compile.lock"):
-            return standalone_compile(
-                graph, inputs, dynamic_shapes="from_example_inputs", options=options
-            )
-    except Exception as error:
-        raise NotFusibleError(f"torch.compile: {_phrase(error)}") from error
-
-
-def _out_of_place(graph: GraphModule) -> GraphModule:
-    """A step that gives the new state after the losses, and leaves the old one as it is."""
-    changed = copy.deepcopy(graph)
-    *nodes, output = changed.graph.nodes
-    copies = [
-        node
-        for node in nodes
-        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"
-    ]
-    output.args = ((*output.all_input_nodes, *(node.args[1] for node in copies)),)
-    for node in copies:
-        changed.graph.erase_node(node)
-    changed.recompile()
-    return changed
-
-
-def _copied(step: Callable[..., Any], state: int) -> Callable[..., Any]:
-    def stepped(*inputs: Tensor) -> Tensor:
-        loss_K: Tensor
-        loss_K, *new = step(*inputs)
-        for old, value in zip(inputs[:state], new, strict=True):
-            old.copy_(value)
-        return loss_K
-
-    return stepped
-
-
-class _Captured:
-    """A compiled step as one CUDA graph: the host gives one command per step. Not tried on one."""
-
-    def __init__(self, step: Callable[..., Any], inputs: Sequence[Tensor], state: int) -> None:
-        """The first `state` of the inputs stay where they are; the others are copied in."""
-        self._inputs, self._state = [*inputs[:state], *(i.clone() for i in inputs[state:])], state
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # PyTorch's own advice: libraries set themselves up
-                step(*self._inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss_K = step(*self._inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for held, new in zip(self._inputs[self._state :], inputs[self._state :], strict=True):
-            held.copy_(new)
-        self._graph.replay()
-        loss_K: Tensor = self._loss_K.clone()
-        return loss_K
-
-
-def with_fields(workload: Workload, fields: Mapping[str, Any]) -> Workload:
-    """The workload with other values in its section `model`, which are not checked."""
-    changed = copy.copy(workload)
-    changed.model = workload.model.model_copy(update=dict(fields))
-    return changed
-
-
-@contextmanager
-def _set(network: nn.Module, values: Mapping[Place, Any]) -> Iterator[None]:
-    """Attributes of modules in here are these."""
-    before = {place: getattr(network.get_submodule(place[0]), place[1]) for place in values}
-    for (module, name), value in values.items():
-        object.__setattr__(network.get_submodule(module), name, value)
-    try:
-        yield
-    finally:
-        for (module, name), value in before.items():
-            object.__setattr__(network.get_submodule(module), name, value)
-
-
-def _floats(network: nn.Module) -> dict[Place, float]:
-    """The numbers that stand in modules, such as a dropout's rate."""
-    return {
-        (module, name): value
-        for module, part in network.named_modules()
-        for name, value in vars(part).items()
-        if type(value) is float
-    }
-
-
-def _lifted(
-    variant: Variant, floats: Mapping[Place, float], varied: Mapping[str, Sequence[float]]
-) -> Iterator[Place]:
-    """The fields that vary, and the numbers in modules that vary with them."""
-    yield from ((MODEL, name) for name in varied)
-    found = set()
-    with torch.random.fork_rng(devices=[]):
-        for name, values in varied.items():
-            for value in values:
-                other = _floats(with_fields(variant.workload, {name: value}).build())
-                found |= {p for p in floats if other.get(p, floats[p]) != floats[p]}
-    yield from sorted(found)
-
-
-def _signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -> str:
-    """What two trials have in common that are the same program but for numbers."""
-    spec = variant.spec
-    workload = variant.workload
-    sections = (workload.data.model_dump(), workload.model.model_dump(exclude=set(varied)))
-    modules = [
-        (name, type(part).__qualname__, part.training, _plain(vars(part)))
-        for name, part in network.named_modules()
-    ]
-    held = [*network.named_parameters(), *network.named_buffers()]
-    tensors = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in held]
-    clips = spec.train.clip_norm is not None
-    rule = (spec.optimizer.name, spec.train.global_batch, spec.train.precision, clips)
-    return repr((spec.workload, rule, sections, modules, tensors))
-
-
-def program_key(variant: Variant, varied: Mapping[str, Any]) -> str:
-    """The same for trials that are one program but for numbers, guards left aside."""
-    return _signature(variant, build_network(variant.spec.train, variant.workload), varied)
-
-
-def _plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    kinds = (bool, int, str, tuple, type(None))
-    public = {k: v for k, v in attributes.items() if not k.startswith("_")}
-    return sorted((k, repr(v)) for k, v in public.items() if isinstance(v, kinds))
-
-
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors.values()])
-
-
-def _phrase(error: Exception) -> str:
-    """An error's first sentence, after the operation that `_Rewrites` has noted on it."""
-    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return "".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {sentence}"])
 
 
 def _bytes(node: torch.fx.Node) -> int:

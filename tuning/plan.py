@@ -16,8 +16,10 @@ from trainers.parallel import Worker, weights_dtype
 from trainers.spec import RunSpec, resolve
 from trainers.step import Stepper
 from trainers.throughput import count_flops
-from tuning.fuse import NotFusibleError, Program, Variant, program_key, reason_against
+from tuning.fuse import Program
+from tuning.rewrites import NotFusibleError
 from tuning.trial import Sweep, set_threads
+from tuning.variant import Variant, program_key, reason_against
 
 FILE = "fuse.json"
 WORTH_STEPS = 5000
@@ -68,9 +70,7 @@ def slots_of(sweep: Sweep) -> int:
 
 
 def plan_by_spec(sweep: Sweep) -> Plan | None:
-    """The plan of a sweep that is not fused where its spec says enough; None where it has to be
-    tried.
-    """
+    """That a sweep is not fused, where its spec says enough; None where it has to be tried."""
     if sweep.spec.fuse == "off":
         return Plan(0, "")
     spec, _ = resolve(sweep.data, RunSpec)

@@ -23,8 +23,9 @@ from trainers.parallel import Worker
 from trainers.spec import RunSpec
 from trainers.step import Stepper, build_network
 from trainers.workloads.vision import Vision
-from tuning.fuse import Program, Row, Variant
+from tuning.fuse import Program, Row
 from tuning.space import trial_data
+from tuning.variant import Variant
 
 Text = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "models.py"))["Text"]
 STEPS = 200

@@ -16,8 +16,10 @@ from trainers.parallel import Worker
 from trainers.random import SampleRandom
 from trainers.spec import RunSpec
 from trainers.step import Stepper, build_network
-from tuning.fuse import NotFusibleError, Program, Variant, reason_against
+from tuning.fuse import Program
+from tuning.rewrites import NotFusibleError
 from tuning.space import trial_data
+from tuning.variant import Variant, reason_against
 
 
 class Points(Workload):

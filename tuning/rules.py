@@ -1,0 +1,75 @@
+"""What optimizers do to the weights of many trials at once, each in a row of its own.
+
+All that depends on the step (schedule, bias correction) is folded into a few coefficients on the
+host, in float64: one small copy per step, no powers in the kernel.
+
+Suffixes: K slots, P weights of a trial, n steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trainers.spec import OptimizerSpec
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer."""
+
+    moments: tuple[str, ...]
+    """The names under which torch's optimizer keeps them."""
+    coefficients: Callable[[OptimizerSpec, Numbers, Numbers], list[Numbers]]
+    """Of the learning rates and the numbers of steps (from 1), [n] each: C arrays of [n]."""
+    update: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    """(weights, gradient [K, P]; moments; decayed columns [P]; C coefficients [K, 1])."""
+
+
+def _adamw_coefficients(spec: OptimizerSpec, rate_n: Numbers, t_n: Numbers) -> list[Numbers]:
+    first, second = spec.betas
+    return [
+        rate_n * spec.weight_decay,
+        np.full_like(t_n, 1 - first),
+        np.full_like(t_n, 1 - second),
+        rate_n / (1 - first**t_n),
+        1 / np.sqrt(1 - second**t_n),
+    ]
+
+
+def _adamw_update(
+    weights_KP: Tensor, gradient_KP: Tensor, moments: Sequence[Tensor], decays_P: Tensor, c: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    decay_K1, first_K1, second_K1, rate_K1, scale_K1 = c
+    mean_KP = moments[0] + first_K1 * (gradient_KP - moments[0])
+    square_KP = moments[1] + second_K1 * (gradient_KP * gradient_KP - moments[1])
+    step_KP = rate_K1 * mean_KP / (square_KP.sqrt() * scale_K1 + 1e-8)
+    return weights_KP * (1 - decay_K1 * decays_P) - step_KP, (mean_KP, square_KP)
+
+
+def _sgd_coefficients(spec: OptimizerSpec, rate_n: Numbers, t_n: Numbers) -> list[Numbers]:
+    constants = (spec.weight_decay, spec.momentum)
+    return [rate_n, *(np.full_like(t_n, value) for value in constants)]
+
+
+def _sgd_update(
+    weights_KP: Tensor, gradient_KP: Tensor, moments: Sequence[Tensor], decays_P: Tensor, c: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    rate_K1, decay_K1, momentum_K1 = c
+    gradient_KP = gradient_KP + decay_K1 * decays_P * weights_KP
+    buffer_KP = momentum_K1 * moments[0] + gradient_KP
+    new_KP = weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP)
+    # Without momentum torch keeps none, for one who goes on from here with some.
+    return new_KP, (torch.where(momentum_K1 > 0, buffer_KP, 0),)
+
+
+RULES = {
+    "adamw": Rule(("exp_avg", "exp_avg_sq"), _adamw_coefficients, _adamw_update),
+    "sgd": Rule(("momentum_buffer",), _sgd_coefficients, _sgd_update),
+}
