@@ -15,12 +15,14 @@ the same command: trials are then on the GPU, and contenders that only a GPU has
 | `turn-compiled`, `turn-graphs` | that with torch.compile; on a GPU with CUDA graphs as well |
 | `turn-...-threads` | the same with a thread for each core; all others have one for each trial |
 | `fuse=off`, `fuse=auto`, `fuse=K` | `heliostat sweep` with this value of `sweep.fuse` |
+| `fuse=auto-again` | `fuse=auto` with the programs compiled that an earlier sweep has compiled |
 
 All have the same trials (drawn once), seeds, scheduler and training rule; the masks of dropout
 differ. ASHA decides by who was first, so the steps done differ a little, even between two runs
 of one contender. Wall time is that of the command from an empty folder, with compilation and all
-starts; caches of compiled programs are empty. Ours also makes its data set and MLflow's database,
-tracks every trial and saves checkpoints at evaluations; the others do none of this.
+starts; caches of compiled programs are empty, but for `fuse=auto-again`, which has done the same
+sweep before. Ours also makes its data set, tracks every trial in MLflow, in a database that is
+there already, and saves checkpoints; the others do none of this.
 
 Contenders in turn are timed for a few seconds. What is told of them is the time for as many steps
 as the sweeps under Tune have done: a start, a compilation, and steps at the speed of their first
@@ -30,6 +32,7 @@ trial, without the evaluations and the compilations that further trials need.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -104,6 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 WIDTHS = (1, 2, 4, 8, 16, 32)
 PER_DEVICE = (1, 2, 4, 8)
+DATABASE = "mlflow.db"
 LIMIT_S = 3600
 OURS = "import sys; from tuning.main import main; sys.exit(main())"
 
@@ -145,6 +149,9 @@ def case_data(case: str, tiny: bool) -> dict[str, Any]:
 
 def write_case(data: dict[str, Any], folder: Path) -> None:
     """The sweep, its trials as our own search hands them out, and the data set of the others."""
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{folder / DATABASE}").search_experiments()  # makes the tables
     write_yaml(data, folder / SWEEP)
     spec, workload = resolve(data, SweepRunSpec)
     prepare(workload, folder)
@@ -155,14 +162,14 @@ def write_case(data: dict[str, Any], folder: Path) -> None:
     (folder / TRIALS).write_text(json.dumps(trials))
 
 
-def run(command: list[str], folder: Path) -> tuple[float, str]:
+def run(command: list[str], folder: Path, compiled: Path) -> tuple[float, str]:
     """Seconds that a command took in `folder`, and what it printed last."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         # A Ray that somebody else has started on this machine would be found there and used.
         "RAY_TMPDIR": str(folder.parent),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "compiled"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled),
     }
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         environment.pop(name, None)
@@ -178,7 +185,8 @@ def run(command: list[str], folder: Path) -> tuple[float, str]:
 
 def peer(arguments: list[str], case: Path, folder: Path) -> tuple[float, str]:
     kind, *options = arguments
-    return run([sys.executable, str(HERE / "peers.py"), str(case), kind, *options], folder)
+    command = [sys.executable, str(HERE / "peers.py"), str(case), kind, *options]
+    return run(command, folder, folder.parent / "compiled")
 
 
 def tune(arguments: list[str], case: Path, folder: Path) -> Outcome:
@@ -193,8 +201,19 @@ def in_turn(arguments: list[str], case: Path, folder: Path) -> Outcome:
 
 
 def heliostat(fuse: str, case: Path, folder: Path) -> Outcome:
+    fuse, _, again = fuse.partition("-")
+    compiled = case / "compiled" if again else folder.parent / "compiled"
+    if again and not compiled.exists():
+        first = folder.with_name("first")
+        first.mkdir()
+        sweep(fuse, case, first, compiled)
+    return sweep(fuse, case, folder, compiled)
+
+
+def sweep(fuse: str, case: Path, folder: Path, compiled: Path) -> Outcome:
+    shutil.copy(case / DATABASE, folder)
     command = ["sweep", str(case / SWEEP), "--name", "sweep", "--set", f"sweep.fuse={fuse}"]
-    wall_s, _ = run([sys.executable, "-c", OURS, *command], folder)
+    wall_s, _ = run([sys.executable, "-c", OURS, *command], folder, compiled)
     reports: list[Report] = []
     for line in (folder / "runs" / "sweep" / "track" / "spool.jsonl").read_text().splitlines():
         operation = json.loads(line)
@@ -241,7 +260,7 @@ def contenders() -> dict[str, Callable[[Path, Path], Outcome]]:
         turns |= {f"{name}-threads": [*options, *threads] for name, options in turns.items()}
     for name, options in turns.items():
         found[name] = partial(in_turn, options)
-    for fuse in ("off", "auto", *map(str, WIDTHS)):
+    for fuse in ("off", "auto", "auto-again", *map(str, WIDTHS)):
         found[f"fuse={fuse}"] = partial(heliostat, fuse)
     return found
 

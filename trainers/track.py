@@ -149,6 +149,7 @@ class Tracker:
             self._rows[run].extend(tuple(row) for row in operation["rows"])
 
     def _send_all(self) -> None:
+        os.nice(19)  # of this thread, on Linux: what trains goes first
         pause_s = 0.2
         while not self._closed.is_set():
             self._wake.wait(timeout=1.0)
