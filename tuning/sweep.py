@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,16 +103,23 @@ def _engines(
     from tuning.slots import start_hosts, trials_in_slots
 
     chosen = plan.kept(sweep) or plan.plan_by_spec(sweep)
-    hosts = [] if chosen and not chosen.slots else start_hosts(sweep, tracker, devices(spec))
+    at_once = min(sweep.spec.total_trials, sweep.spec.concurrency or sweep.spec.total_trials)
+    known = chosen.slots if chosen else sweep.spec.fuse
+    most = math.ceil(at_once / known) if isinstance(known, int) and known else at_once
+    hosts = []
+    if chosen is None or chosen.slots:
+        hosts = start_hosts(sweep, tracker, min(devices(spec), most))
     try:
         if chosen is None or not plan.kept(sweep):
             chosen = chosen or ray.get(hosts[0].plan.remote(len(hosts)))
             chosen.keep(sweep)
         if chosen.slots:
             tell(chosen.line)
+            while (len(hosts) - 1) * chosen.slots >= at_once:  # too many for its trials
+                ray.kill(hosts.pop())
             for host in hosts:
                 host.prepare.remote()
-            slots = min(chosen.slots * len(hosts), sweep.spec.concurrency or sys.maxsize)
+            slots = min(chosen.slots * len(hosts), at_once)
             with trials_in_slots(hosts, slots):
                 yield slots
             return

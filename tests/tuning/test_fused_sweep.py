@@ -33,7 +33,7 @@ SPIRALS: dict[str, Any] = {
         },
         "search": "random",
         "trials": 7,
-        "fuse": 3,
+        "fuse": 4,
         "scheduler": {"grace_epochs": 2, "reduction": 2},
     },
 }
@@ -91,7 +91,7 @@ def test_a_fused_trial_is_a_trial_like_any_other(run_sweep: Any, mlflow_server: 
         "sweep.parameters={optimizer.lr: {loguniform: [1e-4, 1e-1]}, model.dropout: "
         "{uniform: [0.0, 0.5]}, model.width: {choice: [8, 16]}}"
     )
-    assert [line.split(" as one program")[0] for line in lines] == ["fused: 3 trials"]
+    assert [line.split(" as one program")[0] for line in lines] == ["fused: 4 trials"]
     assert len(board.standings) == 7
     assert not board.failed
     assert {s.parameters["model.width"] for s in board.standings} == {8, 16}
@@ -159,8 +159,6 @@ def test_pbt_takes_over_weights_from_slot_to_slot(run_sweep: Any) -> None:
     sweep, board, _, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 2}",
         "sweep.trials=4",
-        "sweep.fuse=4",
-        "sweep.resources.cpu=4",  # all on one engine
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.standings] == [True] * 4
