@@ -16,6 +16,7 @@ from trainers.parallel import Worker, weights_dtype
 from trainers.spec import RunSpec, resolve
 from trainers.step import Stepper
 from trainers.throughput import count_flops
+from trainers.workers import explain
 from tuning.fuse import Program
 from tuning.rewrites import NotFusibleError
 from tuning.trial import Sweep, set_threads
@@ -79,6 +80,17 @@ def plan_by_spec(sweep: Sweep) -> Plan | None:
         return Plan(0, f"not fused: {reason}")
     steps = sweep.spec.total_trials * spec.train.total_steps(rows(sweep.dataset, "train"))
     return Plan(0, "") if sweep.spec.fuse == "auto" and steps < WORTH_STEPS else None
+
+
+def try_plan(sweep: Sweep, engines: int) -> tuple[Plan, Program | None]:
+    """As `make_plan`; a sweep whose trials cannot even be tried is not fused."""
+    threads = torch.get_num_threads()
+    try:
+        return make_plan(sweep, engines)
+    except Exception as error:  # a trial in a process of its own will say what is wrong
+        return Plan(0, f"not fused: {explain(error)}"), None
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_plan(

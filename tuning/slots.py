@@ -24,10 +24,9 @@ from ray import tune
 from ray.air.execution.resources.fixed import FixedResourceManager
 from ray.tune.execution.tune_controller import TuneController
 
-from trainers.workers import explain
 from tuning.engine import Engine
 from tuning.fuse import Program
-from tuning.plan import Plan, make_plan, slots_of
+from tuning.plan import Plan, slots_of, try_plan
 from tuning.trial import Sweep
 
 SLOT = "heliostat_slot"
@@ -75,11 +74,8 @@ class Host:
 
     def plan(self, engines: int) -> Plan:
         """Whether the sweep is to be fused on so many devices, and into how many slots."""
-        try:
-            plan, self._program = make_plan(self._sweep, engines)
-            return plan
-        except Exception as error:  # a trial in a process of its own will say what is wrong
-            return Plan(0, f"not fused: {explain(error)}")
+        plan, self._program = try_plan(self._sweep, engines)
+        return plan
 
     def prepare(self) -> None:
         """Have an engine as the sweep's plan wants it, which compiles what it will need."""

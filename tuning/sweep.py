@@ -16,6 +16,7 @@ from cluster.errors import SpecError
 from cluster.files import write_atomic
 from trainers import run
 from trainers.data import prepare, rows
+from trainers.devices import local_device
 from trainers.folder import SPEC, create_folder, find_folder, unique_name
 from trainers.health import STALLS, last_stall
 from trainers.spec import find_spec, resolve
@@ -102,35 +103,44 @@ def _engines(
 
     from tuning.slots import start_hosts, trials_in_slots
 
-    chosen = plan.kept(sweep) or plan.plan_by_spec(sweep)
-    at_once = min(sweep.spec.total_trials, sweep.spec.concurrency or sweep.spec.total_trials)
-    known = chosen.slots if chosen else sweep.spec.fuse
-    most = math.ceil(at_once / known) if isinstance(known, int) and known else at_once
-    hosts = []
-    if chosen is None or chosen.slots:
-        hosts = start_hosts(sweep, tracker, min(devices(spec), most))
+    hosts: list[Any] = []
     try:
-        if chosen is None or not plan.kept(sweep):
-            chosen = chosen or ray.get(hosts[0].plan.remote(len(hosts)))
-            chosen.keep(sweep)
-        if chosen.slots:
-            tell(chosen.line)
-            while (len(hosts) - 1) * chosen.slots >= at_once:  # too many for its trials
-                ray.kill(hosts.pop())
-            for host in hosts:
-                host.prepare.remote()
-            slots = min(chosen.slots * len(hosts), at_once)
-            with trials_in_slots(hosts, slots):
-                yield slots
-            return
-        while hosts:
+        chosen = plan.kept(sweep) or plan.plan_by_spec(sweep)
+        if chosen is None and _trials_run_here(spec):  # what it compiles, engines find on the disk
+            chosen, _ = plan.try_plan(sweep, devices(spec))
+        if chosen is None:
+            hosts = start_hosts(sweep, tracker, devices(spec))
+            chosen = ray.get(hosts[0].plan.remote(len(hosts)))
+        chosen.keep(sweep)
+        at_once = min(sweep.spec.total_trials, sweep.spec.concurrency or sweep.spec.total_trials)
+        needed = math.ceil(at_once / chosen.slots) if chosen.slots else 0
+        needed = min(needed, devices(spec))
+        while len(hosts) > needed:
             ray.kill(hosts.pop())
-        each = f"{concurrency(spec)} at a time, each in a process"
-        tell(f"{chosen.line}; {each}" if chosen.line else each)
-        yield 0
+        hosts += start_hosts(sweep, tracker, needed - len(hosts))
+        if not hosts:
+            each = f"{concurrency(spec)} at a time, each in a process"
+            tell(f"{chosen.line}; {each}" if chosen.line else each)
+            yield 0
+            return
+        tell(chosen.line)
+        for host in hosts:
+            host.prepare.remote()
+        slots = min(chosen.slots * len(hosts), at_once)
+        with trials_in_slots(hosts, slots):
+            yield slots
     finally:
         for host in hosts:
             ray.kill(host)
+
+
+def _trials_run_here(spec: SweepRunSpec) -> bool:
+    """Whether a trial has what this process has: CPUs of the only machine."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    on_cpu = not spec.sweep.resources.gpu and local_device(spec.scale.accelerator).type == "cpu"
+    return on_cpu and len(nodes) == 1
 
 
 def verified(sweep: Sweep, board: Leaderboard) -> Iterator[str]:
