@@ -284,7 +284,8 @@ class _Follower(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         failed = self._sweep.trial_folder(number) / FAILED
-        stall = last_stall(self._sweep.trial_folder(number) / STALLS)
+        own, engines = self._sweep.trial_folder(number) / STALLS, self._sweep.folder / STALLS
+        stall = last_stall(own) or last_stall(engines)
         reason = f"{stall}" if stall else "its worker was lost too often"
         reason = failed.read_text() if failed.exists() else reason
         tags = {"heliostat.reason": reason}
