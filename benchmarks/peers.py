@@ -26,8 +26,9 @@ from torch import nn
 
 from cluster.config import read_yaml
 from trainers.data import open_split, permutation, prepare, rows
+from trainers.loop import milestones
 from trainers.random import mix_seed
-from trainers.spec import RunSpec, TrainSpec, resolve
+from trainers.spec import RunSpec, resolve
 from tuning.space import SweepRunSpec
 
 SWEEP, TRIALS = "sweep.yaml", "trials.json"
@@ -57,7 +58,7 @@ class Training:
         self.total = spec.train.total_steps(samples)
         self._warmup = round(spec.optimizer.schedule.warmup * self.total)
         self.epoch_steps = samples / self._batch
-        self.evaluations = evaluations(spec.train, samples)
+        self.evaluations = milestones(spec.train.evaluate_every, spec, samples)
         seed, epochs = spec.train.seed, range(math.ceil(self.total / self.epoch_steps))
         self._order = torch.cat([permutation(seed, epoch, samples) for epoch in epochs]).to(device)
         torch.manual_seed(mix_seed(seed))
@@ -94,15 +95,6 @@ class Training:
             loss = self._workload.loss(output, self._val).mean().item()
         self._model.train()
         return float(loss)
-
-
-def evaluations(train: TrainSpec, samples: int) -> set[int]:
-    """The steps after which the model is evaluated."""
-    total, steps = train.total_steps(samples), set[int]()
-    while max(steps, default=0) < total:
-        end = train.steps_at((len(steps) + 1) * train.evaluate_every, samples)
-        steps.add(min(end, total))
-    return steps
 
 
 def by_decay(model: nn.Module, decay: float) -> list[dict[str, Any]]:

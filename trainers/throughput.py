@@ -53,7 +53,7 @@ class Meter:
         those of one sample, as `count_flops` gives them. `started` is the Unix time at which the
         command that trains was given, this moment when None.
         """
-        self._samples, self._tokens, self._flops = samples, tokens, flops
+        self._samples, self._tokens, self.flops = samples, tokens, flops
         self._device, self._world = device, world
         self.rated = device.catalogued() if device else None
         """The device as the catalogue has it; MFU is the share of its peak, with its source."""
@@ -110,8 +110,8 @@ class Meter:
                 found[f"{part}_share"] = _rate(part_s / steps, step_s)
         if self._tokens is not None:
             found["tokens_per_s"] = found["samples_per_s"] * self._tokens
-        if self._flops is not None:
-            speed = found["model_flop_per_s"] = found["samples_per_s"] * self._flops
+        if self.flops is not None:
+            speed = found["model_flop_per_s"] = found["samples_per_s"] * self.flops
             if self.rated and self.rated.peak_flop_per_s:
                 found["mfu"] = speed / self._world / self.rated.peak_flop_per_s
         if self._device and (peak := self._device.memory().peak) is not None:

@@ -137,9 +137,8 @@ class Engine:
     ) -> None:
         """With `program`, compiled, or else with one that it compiles for the usual trial."""
         self._sweep, self._tracker, self._slots = sweep, tracker, slots
-        spec, _ = resolve(sweep.data, RunSpec)
-        self.device = local_device(spec.scale.accelerator)
-        self._timeout_s = spec.train.stall_timeout_s
+        self._spec, _ = resolve(sweep.data, RunSpec)
+        self.device = local_device(self._spec.scale.accelerator)
         self._worker = Worker(hardware=self.device)
         self.splits = open_splits(sweep.dataset)
         self._samples = rows(sweep.dataset, "train")
@@ -248,7 +247,7 @@ class Engine:
 
     def _train_for_ever(self) -> None:
         set_threads(self._sweep)
-        with watched(self._sweep.folder / STALLS, 0, 1, self._timeout_s):
+        with watched(self._sweep.folder / STALLS, 0, 1, self._spec.train.stall_timeout_s):
             while True:
                 self._admit_waiting()
                 busy = sum(self._turn(group) for group in self._groups) > 0  # all take their turn
@@ -443,13 +442,11 @@ class Engine:
         if time.monotonic() < self._next_save:
             return
         began = time.perf_counter()
-        spec, _ = resolve(self._sweep.data, RunSpec)
         for run in self._runs.values():
             if run.variant.spec.checkpoint.every_steps == "auto":
                 self._save(run)
-        every_s = interval_s(
-            time.perf_counter() - began, spec.checkpoint.failure_every_hours * 3600
-        )
+        failure_s = self._spec.checkpoint.failure_every_hours * 3600
+        every_s = interval_s(time.perf_counter() - began, failure_s)
         self._next_save = time.monotonic() + max(FIRST_SAVE_S, every_s)
 
     def _save(self, run: _Run) -> None:

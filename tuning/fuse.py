@@ -18,6 +18,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,13 +111,12 @@ class Program:
         self.variant, self._varied = variant, dict(varied or {})
         spec, workload = variant.spec, variant.workload
         self._dtype, self._batch = weights_dtype(spec.train), spec.train.global_batch
-        self._rule = RULES[spec.optimizer.name]
+        self._rule, one = RULES[spec.optimizer.name], np.ones(1)
+        self._coefficient_count = len(self._rule.coefficients(spec.optimizer, one, one)) + 1
         self._samples = Batches(_resident(samples, device), 0, self._batch)
         network = build_network(spec.train, workload)
-        self._signature, self._floats = (
-            signature(variant, network, self._varied),
-            numbers_in(network),
-        )
+        self._signature = signature(variant, network, self._varied)
+        self._floats = numbers_in(network)
         self._network, self._draws = network.to(self.device), sample_dropout(network)
         self._lifted = [*lifted(variant, self._floats, self._varied)]
         self._guards: Guards = {}
@@ -171,24 +171,21 @@ class Program:
             return False
         if floats.keys() != self._floats.keys():
             return False
-        lifted = set(self._lifted)
-        if any(
-            floats[place] != value for place, value in self._floats.items() if place not in lifted
-        ):
+        if any(floats[p] != self._floats[p] for p in self._floats.keys() - set(self._lifted)):
             return False
-        values = dict(zip(self._lifted, self._values(variant, floats), strict=True))
+        values = self._values(variant, floats)
         return all(
             getattr(operator, test)(values[place], other) == outcome
             for (place, test, other), outcome in self._guards.items()
         )
 
-    def _values(self, variant: Variant, floats: Mapping[Place, float]) -> list[float]:
+    def _values(self, variant: Variant, floats: Mapping[Place, float]) -> dict[Place, float]:
         """The lifted numbers of a trial, in the order of their columns."""
         model = variant.workload.model
-        return [
-            float(getattr(model, name)) if module == MODEL else floats[module, name]
+        return {
+            (module, name): float(getattr(model, name)) if module == MODEL else floats[module, name]
             for module, name in self._lifted
-        ]
+        }
 
     def _numbers(self, network: nn.Module) -> dict[Place, float]:
         """The lifted numbers that stand in modules of a trial's network."""
@@ -200,11 +197,10 @@ class Program:
 
         It sees what runs eagerly, so a user's code meets none of the limits of Dynamo.
         """
-        inputs = [self._inputs_at_rest()]
-        state = [tensor.clone() for tensor in self._state()]
+        inputs = [*(tensor.clone() for tensor in self._state()), *self._inputs_at_rest()]
         try:
             with torch.enable_grad():
-                self.graph: GraphModule = make_fx(self._all_slots)(*state, *inputs[0])
+                self.graph: GraphModule = make_fx(self._all_slots)(*inputs)
         except NotFusibleError:
             raise
         except Exception as error:  # a user's model may do anything
@@ -241,7 +237,7 @@ class Program:
     def _inputs_at_rest(self) -> list[Tensor]:
         """What a step takes besides the state, for slots that are empty."""
         index = torch.zeros(self.slots, self._batch, dtype=torch.int64)
-        coefficients_KC = torch.zeros(self.slots, self._coefficient_count(), dtype=self._dtype)
+        coefficients_KC = torch.zeros(self.slots, self._coefficient_count, dtype=self._dtype)
         first_K = torch.zeros(self.slots, dtype=torch.int64)
         return self._inputs(coefficients_KC.to(self.device), first_K.to(self.device), index)
 
@@ -254,10 +250,6 @@ class Program:
         ]
         numbers = (self._stream_K, self._lifted_KF, self._threshold_KF)
         return [coefficients_KC, first_K, *numbers, *columns]
-
-    def _coefficient_count(self) -> int:
-        ones = np.ones(1)
-        return len(self._rule.coefficients(self.variant.spec.optimizer, ones, ones)) + 1
 
     def _all_slots(self, *tensors: Tensor) -> Tensor:
         """One step of all slots, in place on the state; the loss of each [K]."""
@@ -322,7 +314,7 @@ class Program:
             for place, value in numbers.items()
             if place[0] != MODEL
         }
-        known = dict(zip(self._lifted, self._values(self.variant, self._floats), strict=True))
+        known = self._values(self.variant, self._floats)
         rewrites = Rewrites([(numbers[p], (p, known[p])) for p in numbers], self._guards)
         with attributes(self._network, modules), self._draws.of(random), rewrites:
             return functional_call(  # type: ignore[no-any-return]
@@ -336,9 +328,9 @@ class Program:
         module, _ = place
         return module != MODEL and self._network.get_submodule(module) in self._draws.modules
 
-    def _lift(self, slots: int | slice, values: Sequence[float]) -> None:
+    def _lift(self, slots: int | slice, values: Mapping[Place, float]) -> None:
         """Write a trial's numbers into its slot; rates as they are used, worked out exactly."""
-        for column, (place, value) in enumerate(zip(self._lifted, values, strict=True)):
+        for column, (place, value) in enumerate(values.items()):
             if self._is_rate(place):
                 rate = Rate.of(value)
                 self._threshold_KF[slots, column] = rate.threshold
@@ -355,7 +347,7 @@ class Program:
         `network` is the trial's own, as built, or holding the state that `row` is about to give.
         """
         if row is None:
-            own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+            own = _tensors(network)
             trained = {name: own[name] for name in self._trained}
             buffers = {name: own[name].detach() for name in self._buffers}
             nothing = torch.zeros_like(self._decays_P)
@@ -400,8 +392,7 @@ class Program:
 
     def row_of(self, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> Row:
         """The state of an ordinary network and its optimizer after `done` steps, as a copy."""
-        own = dict(network.named_parameters())
-        held = {**own, **dict(network.named_buffers())}
+        own = _tensors(network)
         moments = []
         for part in self._rule.moments:
             values = [
@@ -410,14 +401,14 @@ class Program:
             ]
             moments.append(torch.cat([value.detach().flatten() for value in values]))
         weights_P = _flat({name: own[name] for name in self._trained})
-        buffers = {name: held[name].detach().clone() for name in self._buffers}
+        buffers = {name: own[name].detach().clone() for name in self._buffers}
         return Row(done, weights_P, tuple(moments), buffers, self._numbers(network))
 
     def _load(
         self, network: nn.Module, row: Row, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         """Point the tensors of an ordinary network at those of a row."""
-        own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        own = _tensors(network)
         parts = [row.weights_P, *row.moments]
         pieces = zip(*(torch.split(part, self._sizes) for part in parts), strict=True)
         for (name, like), (weight, *moments) in zip(self._trained.items(), pieces, strict=True):
@@ -440,8 +431,7 @@ class Program:
         step, and the losses of later ones are NaN. Raises StrangersError, after the steps, where a
         trial's first loss is not what it is alone.
         """
-        count = self._coefficient_count()
-        coefficients_nKC = np.zeros((steps, self.slots, count))
+        coefficients_nKC = np.zeros((steps, self.slots, self._coefficient_count))
         first_nK = np.zeros((steps, self.slots), np.int64)
         index_nKB = torch.zeros(steps, self.slots, self._batch, dtype=torch.int64)
         for slot in slots:
@@ -524,8 +514,13 @@ class _Loss(nn.Module):
         with compute_precision(spec.train, random.positions.device):
             loss_B = workload.loss(workload.forward(self.network, batch), batch)
         check_per_sample("loss", loss_B, spec.train.global_batch)
-        held = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        held = _tensors(self.network)
         return loss_B.mean(), {name: held[name].detach() for name in self._names}
+
+
+def _tensors(network: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers by name."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:

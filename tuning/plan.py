@@ -15,7 +15,6 @@ from trainers.devices import Device, local_device
 from trainers.parallel import Worker, weights_dtype
 from trainers.spec import RunSpec, resolve
 from trainers.step import Stepper
-from trainers.throughput import count_flops
 from trainers.workers import explain
 from tuning.fuse import Program
 from tuning.rewrites import NotFusibleError
@@ -230,13 +229,11 @@ def _alone(variant: Variant, samples: Any, device: Device) -> tuple[float, float
 
     The share is that of the fastest product of two matrices in the same precision.
     """
-    spec, workload = variant.spec, variant.workload
-    worker = Worker(hardware=device)
-    stepper = Stepper(spec, workload, samples, worker, variant.total_steps)
-    few = {name: values[:2] for name, values in samples.items()}
-    flops = count_flops(workload, stepper.network, few)
+    spec, total = variant.spec, variant.total_steps
+    stepper = Stepper(spec, variant.workload, samples, Worker(hardware=device), total)
+    flops = stepper.meter.flops
     stepper.network.train()
-    steps = iter(range(variant.total_steps))
+    steps = iter(range(total))
 
     def step() -> None:
         stepper.take(next(steps, 0))
