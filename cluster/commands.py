@@ -4,11 +4,12 @@ Each line stands alone, since Ray's launcher runs each in a shell of its own, an
 on a host where it has been run before: nothing is started twice, and nothing that runs is stopped.
 """
 
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping
 
-from cluster.emit import Folded
+from cluster.emit import Text
 from cluster.spec import ClusterSpec, Provider
 
 PROJECT = "~/heliostat"
@@ -16,6 +17,8 @@ PROJECT = "~/heliostat"
 TOKEN = "~/.ray/auth_token"
 HOME = "~/.heliostat"
 """What runs beside Ray on a host keeps its files here."""
+POSTGRES = "postgresql://mlflow@db.internal/mlflow"
+S3 = "s3://my-bucket/mlflow"
 CLIENTS = {
     "aws": ["boto3"],
     "gcp": ["google-api-python-client"],
@@ -32,34 +35,41 @@ _DETECTION = {
 """A node that is silent for 10 s is dead; one that is busy for 7 s is not. Ray's own is 45 s."""
 _AUTOSCALER = {"AUTOSCALER_HEARTBEAT_TIMEOUT_S": 10, "AUTOSCALER_UPDATE_INTERVAL_S": 2}
 """How soon Ray is started again on a host that is back; 30 and 5 s otherwise."""
+_AUTH_SETTINGS = (
+    "[mlflow]\\ndefault_permission = NO_PERMISSIONS\\ndatabase_uri = sqlite:///auth.db\\n"
+    "admin_username = admin\\nauth_cache_ttl_seconds = 60\\n"
+    "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\\n"
+)
+"""For `printf`. Without the cache each request costs a slow hash of the password."""
 _RECONNECT_S = 600
 """How long workers wait for a head that keeps its state; 60 s otherwise."""
 
 
-def setup(spec: ClusterSpec, provider: Provider) -> list[Folded]:
+def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
     """On every host, once: the environment at the versions of constraints.txt."""
-    owned = Folded([f"mkdir -p {HOME} && chmod 700 {HOME} ~/.ray && chmod 600 {TOKEN}"])
-    shells = Folded(
+    owned = Text([f"mkdir -p {HOME} && chmod 700 {HOME} ~/.ray && chmod 600 {TOKEN}"])
+    shells = Text(
         [
-            f"grep -qs RAY_AUTH_MODE ~/.bashrc ||",
-            f"sed -i '1i export RAY_AUTH_MODE=token PATH={spec.venv}/bin:$PATH' ~/.bashrc",
+            "grep -qs RAY_AUTH_MODE ~/.bashrc || {",
+            f"{{ echo 'export RAY_AUTH_MODE=token PATH={spec.venv}/bin:$PATH';",
+            "cat ~/.bashrc; } > ~/.bashrc.new 2>/dev/null; mv ~/.bashrc.new ~/.bashrc; }",
         ]
     )
     if spec.setup == "installed":
         return [owned, shells]
     extras = CLIENTS.get(provider, []) + _mlflow_packages(spec)
     return [
-        Folded(
+        Text(
             [
                 f"{spec.python} -c 'import ensurepip' 2>/dev/null ||",
-                "(sudo apt-get -o DPkg::Lock::Timeout=600 update -qq &&",
-                "sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq python3-venv)",
+                "($(command -v sudo) apt-get -o DPkg::Lock::Timeout=600 update -qq &&",
+                "$(command -v sudo) apt-get -o DPkg::Lock::Timeout=600 install -y -qq python3-venv)",
             ]
         ),
-        Folded([f"test -x {spec.venv}/bin/python || {spec.python} -m venv {spec.venv}"]),
-        Folded(
+        Text([f"test -x {spec.venv}/bin/python || {spec.python} -m venv {spec.venv}"]),
+        Text(
             [
-                f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt",
+                _pip(spec),
                 " ".join([PROJECT, *extras]),
             ]
         ),
@@ -68,12 +78,25 @@ def setup(spec: ClusterSpec, provider: Provider) -> list[Folded]:
     ]
 
 
-def head_start(spec: ClusterSpec, provider: Provider) -> list[Folded]:
-    """On the head, at every `up`: Ray, the MLflow server and the agent."""
-    address = spec.local.head if provider == "local" and spec.local else "$(hostname -I | cut -d' ' -f1)"
-    exports = [*_exports(spec, address, "head"), _assignments(_DETECTION)]
+def head_setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """On the head alone, once. Ray's launcher opens SSH to the world on AWS; this shuts it."""
+    if provider != "aws" or spec.aws is None:
+        return []
+    group = f"--group {spec.name} --region {spec.aws.region}"
+    return [Text([f"{spec.venv}/bin/python -m cluster.doors {group}"])]
+
+
+def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """On the head, at every `up`: Ray, the MLflow server and the agent.
+
+    What a head that died in part has left would keep the new one from its port, so it is stopped.
+    """
+    address = (
+        spec.local.head if provider == "local" and spec.local else "$(hostname -I | cut -d' ' -f1)"
+    )
+    exports = [*_exports(spec, address), *_assignments(_DETECTION)]
     if provider == "local":
-        exports.append(_assignments(_AUTOSCALER))
+        exports += _assignments(_AUTOSCALER)
     if spec.state is not None:
         exports.append(_state(spec))
     resources = {"CPU": 0}
@@ -85,23 +108,26 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Folded]:
         *_resources(resources if provider == "local" else {}),
         *_labels(spec, provider),
     ]
-    running = f"{_running('gcs_server')} && {_running('raylet')}"
+    remains = _running("'gcs_server|raylet'")
+    folder = [] if spec.state is None or "://" in spec.state else [f"mkdir -p {spec.state};"]
     lines = [
-        _export(exports),
-        f"{running} || {{ {_stop_remains()}",
+        *_export(exports),
+        *folder,
+        f"{_running('gcs_server')} && {_running('raylet')} || {{",
+        f"! {remains} || ray stop --force >/dev/null;",
         "ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",
     ]
-    return [Folded(lines), _mlflow(spec, address), *_agent(spec, provider, address, "head")]
+    return [Text(lines), _mlflow(spec, address), *_agent(spec, provider)]
 
 
-def worker_start(spec: ClusterSpec, provider: Provider) -> list[Folded]:
+def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
     """On a worker, at its birth and when Ray has to be started again on it.
 
     Where one runs no second raylet is started: a replaced head starts Ray on all its hosts.
     """
-    exports = _exports(spec, "$RAY_HEAD_IP", "worker")
+    exports = _exports(spec, "$RAY_HEAD_IP")
     if spec.state is not None:
         exports.append(f"RAY_gcs_rpc_server_reconnect_timeout_s={_RECONNECT_S}")
     start = ["ray start --address=$RAY_HEAD_IP:6379 --disable-usage-stats"]
@@ -109,7 +135,7 @@ def worker_start(spec: ClusterSpec, provider: Provider) -> list[Folded]:
         start += _resources(spec.local.worker_resources)
     start += _labels(spec, provider)
     lines = [
-        _export(exports),
+        *_export(exports),
         f"{_running('raylet')} || {{ ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",
@@ -117,14 +143,15 @@ def worker_start(spec: ClusterSpec, provider: Provider) -> list[Folded]:
     if provider == "local":
         # Ray never comes back to a host of its own on which this has failed once.
         lines[-1] += " || true"
-    return [Folded(lines), *_agent(spec, provider, "$RAY_HEAD_IP", "worker")]
+    return [Text(lines), *_agent(spec, provider)]
 
 
-def _exports(spec: ClusterSpec, head: str, role: str) -> list[str]:
+def _exports(spec: ClusterSpec, head: str) -> list[str]:
     """What Ray, its workers and jobs find in their environment."""
     port = spec.mlflow.port
     exports = [
-        f"PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token HELIOSTAT_ROLE={role}",
+        f"PATH={spec.venv}/bin:$PATH",
+        "RAY_AUTH_MODE=token",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
     if spec.mlflow.auth:
@@ -132,12 +159,15 @@ def _exports(spec: ClusterSpec, head: str, role: str) -> list[str]:
     return exports
 
 
-def _export(exports: list[str]) -> str:
-    return f"export {' '.join(exports)};"
+def _export(exports: list[str]) -> list[str]:
+    first, *rest = exports
+    return [f"export {first}", *rest[:-1], f"{rest[-1]};"]
 
 
-def _assignments(values: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
+def _assignments(values: Mapping[str, object]) -> list[str]:
+    """Two to a line."""
+    each = [f"{name}={value}" for name, value in values.items()]
+    return [" ".join(each[at : at + 2]) for at in range(0, len(each), 2)]
 
 
 def _state(spec: ClusterSpec) -> str:
@@ -151,11 +181,6 @@ def _state(spec: ClusterSpec) -> str:
 
 def _running(program: str) -> str:
     return f'pgrep -u "$(id -u)" -x {program} >/dev/null'
-
-
-def _stop_remains() -> str:
-    """What a head that died in part has left would keep the new one from its port."""
-    return f"! {_running(chr(39) + 'gcs_server|raylet' + chr(39))} || ray stop --force >/dev/null;"
 
 
 def _resources(resources: Mapping[str, int]) -> list[str]:
@@ -185,73 +210,67 @@ def _mlflow_packages(spec: ClusterSpec) -> list[str]:
     return packages
 
 
+def mlflow_password(token: str) -> str:
+    """What MLflow asks for where `mlflow.auth` is set, of the user `admin`.
+
+    It follows from the cluster's token, so that there is no second secret to hand around.
+    """
+    return hashlib.sha256(f"mlflow:{token}".encode()).hexdigest()[:32]
+
+
 def _password() -> str:
-    """One password that every holder of the cluster's token can work out."""
-    return f"$( (echo mlflow; cat {TOKEN}) | sha256sum | cut -c1-32)"
+    """The same, worked out on a host."""
+    return f"$(printf 'mlflow:%s' \"$(cat {TOKEN})\" | sha256sum | cut -c1-32)"
 
 
-def _mlflow(spec: ClusterSpec, address: str) -> Folded:
-    """The server, on the private address alone, for clients that call it by that or by a tunnel."""
+def _mlflow(spec: ClusterSpec, address: str) -> Text:
+    """The server, on the private address alone, for clients that call it by that or by a tunnel.
+
+    A tunnel finds the address in a file, since the head's private one is not known outside.
+    """
     mlflow = spec.mlflow
-    folder = f"{HOME}/mlflow"
-    database = shlex.quote(mlflow.database) if mlflow.database else "sqlite:///$HOME/.heliostat/mlflow/mlflow.db"
     lines = [
-        f"export PATH={spec.venv}/bin:$PATH HELIOSTAT_IP={address}; mkdir -p {folder};",
-        f'echo "http://$HELIOSTAT_IP:{mlflow.port}" > {HOME}/mlflow_uri;',
+        f"export PATH={spec.venv}/bin:$PATH HELIOSTAT_IP={address}",
+        f"mkdir -p {HOME}/mlflow && cd {HOME}/mlflow",
+        f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOME}/mlflow_uri",
+        f"export MLFLOW_BACKEND_STORE_URI={shlex.quote(mlflow.database or 'sqlite:///mlflow.db')}",
+        f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
     ]
-    server = [
-        f"mlflow server --host $HELIOSTAT_IP --port {mlflow.port} --workers 1",
-        f'--allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*"',
-        f"--backend-store-uri {database}",
-        f"--artifacts-destination {mlflow.artifacts or folder + '/artifacts'}",
-    ]
+    if mlflow.database is None:
+        lines.append(f"# {_pip(spec)} psycopg2-binary; export MLFLOW_BACKEND_STORE_URI={POSTGRES}")
+    if mlflow.artifacts is None:
+        lines.append(f"# {_pip(spec)} boto3; export MLFLOW_ARTIFACTS_DESTINATION={S3}")
+    application = ""
     if mlflow.auth:
-        lines += _auth_file(folder)
-        server.append("--app-name basic-auth")
-    pattern = shlex.quote("[m]lflow server")
-    return Folded(
-        [
-            *lines,
-            f'pgrep -u "$(id -u)" -f {pattern} >/dev/null ||',
-            f"setsid nohup {server[0]}",
-            *server[1:],
-            f">>{HOME}/mlflow.log 2>&1 </dev/null &",
+        application = " --app-name basic-auth"
+        lines += [
+            f"printf '{_AUTH_SETTINGS}' > auth.ini",
+            f"export MLFLOW_AUTH_CONFIG_PATH=auth.ini MLFLOW_AUTH_ADMIN_PASSWORD={_password()}",
+            "export MLFLOW_FLASK_SERVER_SECRET_KEY=$MLFLOW_AUTH_ADMIN_PASSWORD",
         ]
-    )
-
-
-def _auth_file(folder: str) -> list[str]:
-    """MLflow's own settings of its users: an administrator, and nothing for anybody else."""
-    file = f"{folder}/auth.ini"
-    settings = [
-        "[mlflow]",
-        "default_permission = NO_PERMISSIONS",
-        "database_uri = sqlite:///$HOME/.heliostat/mlflow/auth.db",
-        "admin_username = admin",
-        f"admin_password = {_password()}",
+    lines += [
+        # The lock is held as long as the server lives: a second one ends at once.
+        f"setsid nohup flock -n {HOME}/mlflow.lock \\",
+        f"  mlflow server --workers 1 --host $HELIOSTAT_IP --port {mlflow.port}{application} \\",
+        f'  --allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*" \\',
+        f"  >>{HOME}/mlflow.log 2>&1 </dev/null &",
     ]
-    text = "\\n".join(settings)
-    return [
-        f'(umask 077; printf "{text}\\n" > {file});',
-        f"export MLFLOW_AUTH_CONFIG_PATH={file} MLFLOW_FLASK_SERVER_SECRET_KEY={_password()};",
-    ]
+    return Text(lines, kept=True)
 
 
-def _agent(spec: ClusterSpec, provider: Provider, head: str, role: str) -> list[Folded]:
-    """The watcher of the cloud's notices; hosts of one's own get none."""
+def _pip(spec: ClusterSpec) -> str:
+    return f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt"
+
+
+def _agent(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """The watcher of the cloud's notices, which replaces an older one of its kind."""
     if provider == "local":
         return []
-    exports = [f"PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token HELIOSTAT_CLOUD={provider}"]
-    exports.append(f"HELIOSTAT_ROLE={role} RAY_ADDRESS={head}:6379")
-    if role == "head" and spec.fallback_after_s is not None:
-        exports.append(f"HELIOSTAT_FALLBACK_AFTER_S={spec.fallback_after_s:g}")
-    pattern = shlex.quote("[c]luster.agent")
     return [
-        Folded(
+        Text(
             [
-                _export(exports),
-                f'pgrep -u "$(id -u)" -f {pattern} >/dev/null ||',
-                "setsid nohup python -m cluster.agent",
+                f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token;",
+                f"setsid nohup python -m cluster.agent {provider}",
                 f">>{HOME}/agent.log 2>&1 </dev/null &",
             ]
         )

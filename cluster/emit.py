@@ -25,10 +25,14 @@ class Noted:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """One line of text that is written as several."""
+class Text:
+    """Text that is written as several lines: one line in truth, or `kept` as it stands."""
 
     lines: list[str]
+    kept: bool = False
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines) + "\n" if self.kept else " ".join(self.lines)
 
 
 def emit(data: Mapping[str, Any], heading: str) -> str:
@@ -48,8 +52,8 @@ def plain(value: Any) -> Any:
     """The same data without comments, as it is read back."""
     if isinstance(value, Noted):
         return plain(value.value)
-    if isinstance(value, Folded):
-        return " ".join(value.lines)
+    if isinstance(value, Text):
+        return str(value)
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, list) else value
@@ -64,19 +68,21 @@ def _item(opening: str, value: Any, indent: str) -> Iterator[str]:
     if isinstance(value, Noted):
         yield from (f"{indent}# {line}" for line in value.before)
         value, note = value.value, value.note
-    if isinstance(value, Folded):
-        yield f"{opening} >-"
+    if isinstance(value, Text):
+        yield f"{opening} {'|' if value.kept else '>-'}"
         yield from (f"{indent}  {line}" for line in value.lines)
-    elif isinstance(value, Mapping) and value and opening.endswith("-"):
+    elif _short(value):
+        yield _noted(f"{opening} {_scalar(value)}", note)
+    elif isinstance(value, Mapping) and opening.endswith("-"):
         (first, *_), inner = value, f"{indent}  "
         for key, part in value.items():
             start = f"{opening} {_scalar(key)}:" if key == first else f"{inner}{_scalar(key)}:"
             yield from _item(start, part, inner)
-    elif isinstance(value, Mapping) and value:
+    elif isinstance(value, Mapping):
         yield _noted(opening, note)
         for key, part in value.items():
             yield from _entry(key, part, f"{indent}  ")
-    elif isinstance(value, list) and value and not _short(value):
+    elif isinstance(value, list):
         yield _noted(opening, note)
         for part in value:
             yield from _item(f"{indent}  -", part, f"{indent}  ")
@@ -88,13 +94,20 @@ def _noted(line: str, note: str) -> str:
     return f"{line:<{_COMMENT_COLUMN - 1}} # {note}" if note else line
 
 
-def _short(values: list[Any]) -> bool:
-    return all(isinstance(value, (int, str)) for value in values) and len(str(values)) < 60
+def _short(value: Any) -> bool:
+    """Whether it fits within a line, with no comment in it."""
+    if isinstance(value, Mapping | list):
+        inner = value.values() if isinstance(value, Mapping) else value
+        plain = all(isinstance(part, int | float | str | list | Mapping) for part in inner)
+        return plain and all(map(_short, inner)) and len(_scalar(value)) < 60
+    return not isinstance(value, Noted | Text)
 
 
 def _scalar(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_scalar(key)}: {_scalar(it)}" for key, it in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_scalar(inner) for inner in value) + "]"
     if isinstance(value, str) and _PLAIN.match(value) and not _WORDS.match(value):
         return value
-    return json.dumps(value)
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
