@@ -41,6 +41,11 @@ _AUTH_SETTINGS = (
     "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\\n"
 )
 """For `printf`. Without the cache each request costs a slow hash of the password."""
+_ADDRESS = (
+    "$(hostname -I | cut -d' ' -f1)",
+    '$(grep -o \'"head_ip": "[^"]*\' ~/ray_bootstrap_config.yaml | cut -d\'"\' -f4)',
+)
+"""The head's on the private network: a machine of a cloud has one, other hosts may have several."""
 _RECONNECT_S = 600
 """How long workers wait for a head that keeps its state; 60 s otherwise."""
 
@@ -92,9 +97,7 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
 
     What a head that died in part has left would keep the new one from its port, so it is stopped.
     """
-    address = (
-        spec.local.head if provider == "local" and spec.local else "$(hostname -I | cut -d' ' -f1)"
-    )
+    address = _ADDRESS[provider == "local"]
     exports = [*_exports(spec, address), *_assignments(_DETECTION)]
     if provider == "local":
         exports += _assignments(_AUTOSCALER)
@@ -120,7 +123,7 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         *start[:-1],
         f"{start[-1]}; }}",
     ]
-    return [Text(lines), _mlflow(spec, address), *_agents(spec, provider, head=True)]
+    return [Text(lines), _mlflow(spec, address), *_programs(spec, provider, head=True)]
 
 
 def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
@@ -144,7 +147,7 @@ def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
     if provider == "local":
         # Ray never comes back to a host of its own on which this has failed once.
         lines[-1] += " || true"
-    return [Text(lines), *_agents(spec, provider, head=False)]
+    return [Text(lines), *_programs(spec, provider, head=False)]
 
 
 def _exports(spec: ClusterSpec, head: str) -> list[str]:
@@ -268,21 +271,25 @@ def _pip(spec: ClusterSpec) -> str:
     return f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt"
 
 
-def _agents(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
-    """The watcher of the cloud's notices, and on the head of what can take spot's place.
+def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
+    """What of ours runs beside Ray; each ends an older one of its kind.
 
-    Each ends an older one of its kind.
+    On each node of a cloud the watcher of its notices, on the head also what puts on-demand nodes
+    in spot's place, and what starts Prometheus.
     """
-    if provider == "local":
-        return []
-    programs = {"agent": provider}
-    if head and spec.fallback_after_s is not None and any(it.spot for it in spec.workers.values()):
+    programs: dict[str, str] = {}
+    if provider != "local":
+        programs["agent"] = provider
+    spot = any(kind.spot for kind in spec.workers.values())
+    if head and provider != "local" and spot and spec.fallback_after_s is not None:
         programs["fallback"] = f"{spec.fallback_after_s:g}"
+    if head and spec.metrics:
+        programs["monitor"] = ""
     return [
         Text(
             [
                 f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
-                f"setsid nohup python -m cluster.{program} {argument}",
+                f"setsid nohup python -m cluster.{program} {argument}".rstrip(),
                 f">>{HOME}/{program}.log 2>&1 </dev/null &",
             ]
         )

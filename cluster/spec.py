@@ -143,7 +143,7 @@ class Kuberay(Spec):
 class Mlflow(Spec):
     """The MLflow server on the head. Jobs reach it over the private network, people by SSH."""
 
-    port: int = Field(5000, ge=1, le=65535)
+    port: int = Field(default=5000, ge=1, le=65535)
     database: str | None = None
     """SQLAlchemy URI; SQLite on the head's disk when not given."""
     artifacts: Line | None = None
