@@ -116,7 +116,7 @@ def _schema(config: _Config) -> Iterator[str]:
 
 def _placeholders(config: _Config) -> Iterator[str]:
     for place, value in _leaves(config):
-        found = PLACEHOLDERS.search(re.sub(r"(?m)^#.*$", "", value))
+        found = PLACEHOLDERS.search(_without_comments(value))
         if found:
             yield f"{place}: still the example's {found[0]}"
 
@@ -336,10 +336,14 @@ def _aws_session() -> Any:
 
 
 def _commands(config: _Config) -> Iterator[tuple[str, str]]:
-    """Every shell command with its place."""
+    """Every shell command with its place, without comments."""
     for key in _COMMANDS:
         for number, command in enumerate(config.get(key, [])):
-            yield f"{key}.{number}", command
+            yield f"{key}.{number}", _without_comments(command)
+
+
+def _without_comments(command: str) -> str:
+    return re.sub(r"(?m)^\s*#.*$", "", command)
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ for name in ${4//|/ }; do [ -e ~/runs.$name ] && exit 0; done; exit 1
 NOTE = """#!/bin/bash
 echo "$(basename $0) $* $(env | grep -E '^(MLFLOW_|HELIOSTAT_)' | sort | tr '\\n' ' ')" >> ~/said
 """
-MLFLOW = NOTE + "echo $$ > ~/server.pid; exec sleep 120\n"
+MLFLOW = NOTE.replace("\n", "\necho $$ > ~/server.pid\n", 1) + "exec sleep 120\n"
 
 
 class Host:
@@ -165,7 +165,7 @@ def test_mlflows_password_follows_from_the_token(
     password = commands.mlflow_password("secret")
     assert password == hashlib.sha256(b"mlflow:secret").hexdigest()[:32]
     assert f"MLFLOW_TRACKING_PASSWORD={password}" in host.said("ray start")[0]
-    wait_until(lambda: (host.home / "server.pid").exists(), 60)
+    wait_until(lambda: host.said("mlflow server"), 60)
     server = host.said("mlflow server")[0]
     assert f"MLFLOW_AUTH_ADMIN_PASSWORD={password}" in server
     assert "--app-name basic-auth" in server
