@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+    import cluster.cli
     import trainers.cli
 
     top = argparse.ArgumentParser(
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.add_verbs(verbs)
     add_verbs(verbs)
+    cluster.cli.add_launch_verbs(verbs)
     return top
 
 
