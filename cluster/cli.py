@@ -1,11 +1,8 @@
 """The verbs of the cluster, and what all verbs share. Imports nothing heavy."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TypeAlias
-
-CLUSTER_FILE = "a file for `ray up`, such as cluster.yaml"
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -30,79 +27,50 @@ def run_options() -> argparse.ArgumentParser:
     return options
 
 
-def add_launch_verbs(verbs: Subparsers) -> None:
-    """`up`, `down`, `status` and `attach`: a cluster from its start to its end."""
-    for verb, what, command in (
-        ("up", "start a cluster and wait until all its minimum nodes are in", up_command),
-        ("down", "end a cluster, and everything that runs on it", down_command),
-        ("attach", "open a shell on a cluster's head", attach_command),
-    ):
-        parser = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        parser.add_argument("file", type=Path, help=CLUSTER_FILE)
-        parser.set_defaults(command=command)
-    status = verbs.add_parser(
-        "status",
-        help="show a cluster's nodes, what runs, and what it costs",
-        description="Show a cluster's nodes and devices, what runs, and what it costs per hour.",
+def add_verbs(verbs: Subparsers) -> None:
+    cluster = verbs.add_parser(
+        "cluster",
+        help="the files of clusters: render, check",
+        description="Render and check the files from which clusters are started.",
     )
-    status.add_argument("file", type=Path, nargs="?", help=CLUSTER_FILE)
-    status.add_argument(
-        "--address", help="http:// address of a dashboard; RAY_ADDRESS when not given"
+    add_file_verbs(cluster.add_subparsers(title="verbs", metavar="VERB", required=True))
+
+
+def add_file_verbs(verbs: Subparsers) -> None:
+    """What is done about the files of clusters, before there is one."""
+    render = verbs.add_parser(
+        "render",
+        help="print the file for a provider",
+        description="Print the file of a cluster for a provider, rendered from its spec.",
     )
-    status.set_defaults(command=status_command)
+    render.add_argument(
+        "--provider", required=True, choices=("aws", "gcp", "azure", "local", "kuberay")
+    )
+    render.add_argument(
+        "--spec", type=Path, metavar="FILE", help="the cluster's spec; the shipped one if not given"
+    )
+    render.set_defaults(command=render_command)
+    check = verbs.add_parser(
+        "check",
+        help="what is wrong with a file, before it costs anything",
+        description="Tell in a line each what is wrong with FILE, and what the cluster would cost.",
+    )
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.set_defaults(command=check_command)
 
 
-def up_command(args: argparse.Namespace) -> int:
-    from cluster import launcher
+def render_command(args: argparse.Namespace) -> int:
+    from cluster.render import render
+    from cluster.spec import SHIPPED, read_cluster
 
-    launcher.up(args.file, say)
+    print(render(read_cluster(args.spec or SHIPPED), args.provider), end="")
     return 0
 
 
-def down_command(args: argparse.Namespace) -> int:
-    from cluster import launcher
+def check_command(args: argparse.Namespace) -> int:
+    from cluster.check import examine
 
-    launcher.down(args.file, say)
-    return 0
-
-
-def attach_command(args: argparse.Namespace) -> int:
-    from cluster import launcher
-
-    return launcher.attach(args.file)
-
-
-def status_command(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from cluster.errors import SpecError
-    from cluster.status import show
-    from cluster.tunnel import tunnel
-
-    console = Console(highlight=False, soft_wrap=True)
-    if args.file:
-        with tunnel(args.file) as urls:
-            show(console, urls.dashboard)
-        return 0
-    address = args.address or os.environ.get("RAY_ADDRESS", "")
-    if not address.startswith(("http://", "https://")):
-        raise SpecError("status: needs a cluster's file, or --address http://HOST:8265")
-    show(console, address.rstrip("/"))
-    return 0
-
-
-def ui_of_cluster(file: Path, mlflow_port: int) -> int:
-    """Keep a tunnel to a cluster's pages open until Ctrl-C."""
-    import signal
-
-    from cluster.tunnel import tunnel
-
-    with tunnel(file, mlflow_port=mlflow_port) as urls:
-        say(f"Ray's dashboard: {urls.dashboard}  (it asks for the token in ~/.ray/auth_token)")
-        say(f"MLflow: {urls.mlflow}  (Ctrl-C ends both)")
-        signal.pause()
-    return 0
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+    report = examine(args.file)
+    for line in (*report.findings, *report.prices):
+        print(line)
+    return 2 if report.findings else 0

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli import Subparsers, run_options, ui_of_cluster
+from cluster.cli import Subparsers, run_options
+from cluster.launch_cli import ui_of_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

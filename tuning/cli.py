@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     import cluster.cli
+    import cluster.launch_cli
     import trainers.cli
 
     top = argparse.ArgumentParser(
@@ -26,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.add_verbs(verbs)
     add_verbs(verbs)
-    cluster.cli.add_launch_verbs(verbs)
+    cluster.cli.add_verbs(verbs)
+    cluster.launch_cli.add_verbs(verbs)
     return top
 
 
