@@ -15,6 +15,8 @@ from cluster.spec import ClusterSpec, Provider
 PROJECT = "~/heliostat"
 """Where this checkout is on the hosts."""
 TOKEN = "~/.ray/auth_token"
+MARK = "HELIOSTAT_CLUSTER"
+"""In the environment of all that these lines start: the cluster's name, by which `down` finds it."""
 HOME = "~/.heliostat"
 """What runs beside Ray on a host keeps its files here."""
 POSTGRES = "postgresql://mlflow@db.internal/mlflow"
@@ -119,7 +121,8 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         *start[:-1],
         f"{start[-1]}; }}",
     ]
-    return [Text(lines), _mlflow(spec, address), *_agent(spec, provider)]
+    beside = _furnisher(spec) if provider == "local" else _agent(spec, provider)
+    return [Text(lines), _mlflow(spec, address), *beside]
 
 
 def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
@@ -143,7 +146,7 @@ def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
     if provider == "local":
         # Ray never comes back to a host of its own on which this has failed once.
         lines[-1] += " || true"
-    return [Text(lines), *_agent(spec, provider)]
+    return [Text(lines), *([] if provider == "local" else _agent(spec, provider))]
 
 
 def _exports(spec: ClusterSpec, head: str) -> list[str]:
@@ -151,7 +154,7 @@ def _exports(spec: ClusterSpec, head: str) -> list[str]:
     port = spec.mlflow.port
     exports = [
         f"PATH={spec.venv}/bin:$PATH",
-        "RAY_AUTH_MODE=token",
+        f"{MARK}={spec.name} RAY_AUTH_MODE=token",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
     if spec.mlflow.auth:
@@ -230,9 +233,10 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
     """
     mlflow = spec.mlflow
     lines = [
-        f"export PATH={spec.venv}/bin:$PATH HELIOSTAT_IP={address}",
+        f"export PATH={spec.venv}/bin:$PATH {MARK}={spec.name} HELIOSTAT_IP={address}",
         f"mkdir -p {HOME}/mlflow && cd {HOME}/mlflow",
         f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOME}/mlflow_uri",
+        "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",
         f"export MLFLOW_BACKEND_STORE_URI={shlex.quote(mlflow.database or 'sqlite:///mlflow.db')}",
         f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
     ]
@@ -264,14 +268,25 @@ def _pip(spec: ClusterSpec) -> str:
 
 def _agent(spec: ClusterSpec, provider: Provider) -> list[Text]:
     """The watcher of the cloud's notices, which replaces an older one of its kind."""
-    if provider == "local":
-        return []
     return [
         Text(
             [
-                f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token;",
+                f"export PATH={spec.venv}/bin:$PATH {MARK}={spec.name} RAY_AUTH_MODE=token;",
                 f"setsid nohup python -m cluster.agent {provider}",
                 f">>{HOME}/agent.log 2>&1 </dev/null &",
+            ]
+        )
+    ]
+
+
+def _furnisher(spec: ClusterSpec) -> list[Text]:
+    """On the head of hosts of one's own: sets up those that come back as empty machines."""
+    return [
+        Text(
+            [
+                f"export PATH={spec.venv}/bin:$PATH {MARK}={spec.name};",
+                f"setsid nohup flock -n {HOME}/furnish.lock python -m cluster.furnish",
+                f">>{HOME}/furnish.log 2>&1 </dev/null &",
             ]
         )
     ]

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.commands import MARK
 from cluster.errors import ClusterError, SpecError
 from cluster.files import cache_folder
 from cluster.status import Node, nodes_alive
@@ -37,9 +38,6 @@ UP_LIMIT_S = 1800
 """For machines that are rented, booted and set up by package managers."""
 
 RUNS = "pgrep -x gcs_server >/dev/null && test -e ~/ray_bootstrap_config.yaml && echo runs"
-MARK = "HELIOSTAT_CLUSTER"
-"""In the environment of all that a cluster's start commands start on a host: the cluster's name."""
-
 STOP = """
 ray stop --force >/dev/null 2>&1
 ours() {
@@ -76,11 +74,13 @@ def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
     log = log_of(name, "up")
     arguments = ["up", "-y", "--disable-usage-stats", str(file)]
     if config["provider"]["type"] == "local":
-        door = next(iter(doors_on_premises(config).values()))
-        if _head_runs(door):
+        head, *workers = doors_on_premises(config).values()
+        if _head_runs(head):
             arguments.insert(1, "--no-restart")
         else:
             _forget(name)
+            if not _keeps_state(config):
+                _stop(workers, name)
     say(f"{name}: starting (log: {log})")
     _ray(arguments, log, config)
     nodes = _wait_for_nodes(file, config, log, start + limit_s)
@@ -156,6 +156,12 @@ def _head_runs(door: Door) -> bool:
     if asked.returncode == 255:
         raise ClusterError(f"head {door.address}: no SSH: {reason_in(asked.stdout)}")
     return "runs" in asked.stdout.split()
+
+
+def _keeps_state(config: Mapping[str, Any]) -> bool:
+    """Whether a new head knows the workers of the old one. If not, they wait for it in vain."""
+    commands = " ".join(config.get("head_start_ray_commands", []))
+    return "RAY_gcs_storage" in commands or "RAY_REDIS_ADDRESS" in commands
 
 
 def _forget(name: str) -> None:

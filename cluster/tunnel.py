@@ -19,7 +19,9 @@ from cluster.config import read_yaml
 from cluster.errors import ClusterError, HeliostatError, SpecError
 
 DASHBOARD_PORT = 8265
-MLFLOW_PORT = 5000
+MLFLOW_NOTE = "~/.heliostat/mlflow_uri"
+"""Where the head says at which of its addresses MLflow listens."""
+
 CONNECT_S = 20
 
 
@@ -116,14 +118,16 @@ def tunnel(file: Path, dashboard_port: int = 0, mlflow_port: int = 0) -> Iterato
 @contextlib.contextmanager
 def tunnel_to(door: Door, dashboard_port: int = 0, mlflow_port: int = 0) -> Iterator[Urls]:
     """As `tunnel`, for a head whose door is known."""
+    asked = on_node(door, f"cat {MLFLOW_NOTE} 2>/dev/null || true")
+    if asked.returncode == 255:
+        raise ClusterError(f"ssh to {door.address}: {_last_line(asked.stdout)}")
+    mlflow = asked.stdout.strip().removeprefix("http://") or "localhost:5000"
     ports = {
-        DASHBOARD_PORT: dashboard_port or _free_port(),
-        MLFLOW_PORT: mlflow_port or _free_port(),
+        f"localhost:{DASHBOARD_PORT}": dashboard_port or _free_port(),
+        mlflow: mlflow_port or _free_port(),
     }
     forwards = [
-        part
-        for there, here in ports.items()
-        for part in ("-L", f"127.0.0.1:{here}:localhost:{there}")
+        part for there, here in ports.items() for part in ("-L", f"127.0.0.1:{here}:{there}")
     ]
     with tempfile.TemporaryFile("w+") as errors:
         ssh = subprocess.Popen(
