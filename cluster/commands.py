@@ -254,7 +254,8 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
         ]
     lines += [
         # The lock is held as long as the server lives: a second one ends at once.
-        f"setsid nohup flock -n {HOME}/mlflow.lock \\",
+        # Ray's agents, which end a node that they do not reach in 15 s of its start, come first.
+        f"setsid nohup nice flock -n {HOME}/mlflow.lock \\",
         f"  mlflow server --workers 1 --host $HELIOSTAT_IP --port {mlflow.port}{application} \\",
         f'  --allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*" \\',
         f"  >>{HOME}/mlflow.log 2>&1 </dev/null &",
