@@ -49,6 +49,9 @@ def add_file_verbs(verbs: Subparsers) -> None:
     render.add_argument(
         "--spec", type=Path, metavar="FILE", help="the cluster's spec; the shipped one if not given"
     )
+    render.add_argument(
+        "--job", action="store_true", help="with kuberay: a RayJob instead of a RayCluster"
+    )
     render.set_defaults(command=render_command)
     check = verbs.add_parser(
         "check",
@@ -60,10 +63,13 @@ def add_file_verbs(verbs: Subparsers) -> None:
 
 
 def render_command(args: argparse.Namespace) -> int:
+    from cluster.errors import SpecError
     from cluster.render import render
     from cluster.spec import SHIPPED, read_cluster
 
-    print(render(read_cluster(args.spec or SHIPPED), args.provider), end="")
+    if args.job and args.provider != "kuberay":
+        raise SpecError("--job: is for --provider kuberay; elsewhere use `heliostat submit`")
+    print(render(read_cluster(args.spec or SHIPPED), args.provider, args.job), end="")
     return 0
 
 

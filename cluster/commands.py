@@ -64,8 +64,9 @@ def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
         Text(
             [
                 f"{spec.python} -c 'import ensurepip' 2>/dev/null ||",
-                "($(command -v sudo) apt-get -o DPkg::Lock::Timeout=600 update -qq &&",
-                "$(command -v sudo) apt-get -o DPkg::Lock::Timeout=600 install -y -qq python3-venv)",
+                "($(command -v sudo) apt-get update -qq -o DPkg::Lock::Timeout=600 &&",
+                "$(command -v sudo) apt-get install -y -qq -o DPkg::Lock::Timeout=600",
+                "python3-venv)",
             ]
         ),
         Text([f"test -x {spec.venv}/bin/python || {spec.python} -m venv {spec.venv}"]),
@@ -121,7 +122,7 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         *start[:-1],
         f"{start[-1]}; }}",
     ]
-    beside = _furnisher(spec) if provider == "local" else _agent(spec, provider)
+    beside = _furnisher(spec) if provider == "local" else _agents(spec, provider, head=True)
     return [Text(lines), _mlflow(spec, address), *beside]
 
 
@@ -146,7 +147,7 @@ def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
     if provider == "local":
         # Ray never comes back to a host of its own on which this has failed once.
         lines[-1] += " || true"
-    return [Text(lines), *([] if provider == "local" else _agent(spec, provider))]
+    return [Text(lines), *_agents(spec, provider, head=False)]
 
 
 def _exports(spec: ClusterSpec, head: str) -> list[str]:
@@ -154,12 +155,16 @@ def _exports(spec: ClusterSpec, head: str) -> list[str]:
     port = spec.mlflow.port
     exports = [
         f"PATH={spec.venv}/bin:$PATH",
-        f"{MARK}={spec.name} RAY_AUTH_MODE=token",
+        f"RAY_AUTH_MODE=token {_mark(spec)}",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
     if spec.mlflow.auth:
         exports.append(f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password()}")
     return exports
+
+
+def _mark(spec: ClusterSpec) -> str:
+    return f"{MARK}={spec.name}"
 
 
 def _export(exports: list[str]) -> list[str]:
@@ -233,7 +238,7 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
     """
     mlflow = spec.mlflow
     lines = [
-        f"export PATH={spec.venv}/bin:$PATH {MARK}={spec.name} HELIOSTAT_IP={address}",
+        f"export PATH={spec.venv}/bin:$PATH {_mark(spec)} HELIOSTAT_IP={address}",
         f"mkdir -p {HOME}/mlflow && cd {HOME}/mlflow",
         f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOME}/mlflow_uri",
         "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",
@@ -267,16 +272,25 @@ def _pip(spec: ClusterSpec) -> str:
     return f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt"
 
 
-def _agent(spec: ClusterSpec, provider: Provider) -> list[Text]:
-    """The watcher of the cloud's notices, which replaces an older one of its kind."""
+def _agents(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
+    """The watcher of the cloud's notices, and on the head of what can take spot's place.
+
+    Each ends an older one of its kind.
+    """
+    if provider == "local":
+        return []
+    programs = {"agent": provider}
+    if head and spec.fallback_after_s is not None and any(it.spot for it in spec.workers.values()):
+        programs["fallback"] = f"{spec.fallback_after_s:g}"
     return [
         Text(
             [
-                f"export PATH={spec.venv}/bin:$PATH {MARK}={spec.name} RAY_AUTH_MODE=token;",
-                f"setsid nohup python -m cluster.agent {provider}",
-                f">>{HOME}/agent.log 2>&1 </dev/null &",
+                f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
+                f"setsid nohup python -m cluster.{program} {argument}",
+                f">>{HOME}/{program}.log 2>&1 </dev/null &",
             ]
         )
+        for program, argument in programs.items()
     ]
 
 
@@ -285,7 +299,7 @@ def _furnisher(spec: ClusterSpec) -> list[Text]:
     return [
         Text(
             [
-                f"export PATH={spec.venv}/bin:$PATH {MARK}={spec.name};",
+                f"export PATH={spec.venv}/bin:$PATH {_mark(spec)};",
                 f"setsid nohup flock -n {HOME}/furnish.lock python -m cluster.furnish",
                 f">>{HOME}/furnish.log 2>&1 </dev/null &",
             ]

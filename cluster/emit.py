@@ -35,8 +35,8 @@ class Text:
         return "\n".join(self.lines) + "\n" if self.kept else " ".join(self.lines)
 
 
-def emit(data: Mapping[str, Any], heading: str) -> str:
-    """`data` as YAML under the comment `heading`, a blank line before each section."""
+def emit(data: Mapping[str, Any], heading: str = "") -> str:
+    """`data` as YAML under the comment `heading`, a blank line around each section."""
     lines = [f"# {line}" for line in heading.splitlines()]
     nested = False
     for key, value in data.items():

@@ -6,34 +6,38 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cluster import commands
+from cluster import commands, kuberay
 from cluster.catalog import Instance, find_instance
 from cluster.emit import Noted, emit
 from cluster.errors import SpecError
-from cluster.spec import Azure, Cloud, ClusterSpec, NodeType, Provider, Workers
+from cluster.spec import Cloud, ClusterSpec, NodeType, Provider, Workers
 
 ON_DEMAND = "on-demand"
 PRICE = "heliostat.io/usd-per-hour"
 MARKET = "heliostat.io/market"
 INSTANCE = "heliostat.io/instance"
+STANDS_IN = "heliostat.io/fallback-for"
+"""Label of an on-demand kind: the spot kind in whose place `cluster.fallback` puts it."""
 _EXCLUDED = [".git/**", ".venv/**", "runs/**", "mlartifacts/**", "mlflow.db", "**/__pycache__/**"]
 
-_HEADING = """A cluster for `heliostat up FILE`, or Ray's own `ray up FILE`: {what}.
+_HEADING = """{what}, for `heliostat up FILE` or Ray's own `ray up FILE`.
 Rendered by `heliostat cluster render --provider {provider}` from cluster/launch/heliostat.yaml.
 Lines marked EDIT are yours to change, here or there; then ask `heliostat cluster check FILE`.
 {doors}"""
-_DOORS = """All of Ray asks for the token of ~/.ray/auth_token (`heliostat up` makes one). The dashboard is on the
-head's loopback, MLflow on its private address: `heliostat ui --cluster FILE` opens tunnels to both."""
+_DOORS = """All of Ray asks for the token of ~/.ray/auth_token; `heliostat up` makes one. The dashboard is
+on the head's loopback and MLflow on its private address: `heliostat ui --cluster FILE` opens
+tunnels to both."""
 
 
-def render(spec: ClusterSpec, provider: Provider) -> str:
-    """The file for `provider`. Raises SpecError if the spec lacks what it needs."""
+def render(spec: ClusterSpec, provider: Provider, job: bool = False) -> str:
+    """The file for `provider`, on Kubernetes for one `job` if asked.
+
+    Raises SpecError if the spec lacks what it needs.
+    """
     if getattr(spec, provider) is None:
         raise SpecError(f"{provider}: this section is needed for provider {provider}")
     if provider == "kuberay":
-        from cluster.kuberay import manifests
-
-        return manifests(spec)
+        return kuberay.text(spec, job)
     what = {
         "aws": "AWS, an on-demand head and workers that come and go",
         "gcp": "Google Cloud, an on-demand head and workers that come and go",
@@ -63,7 +67,7 @@ def launcher(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
         "provider": sections["provider"],
         "auth": auth,
         **sections["nodes"],
-        "metadata": {"heliostat": _metadata(spec, provider)},
+        "metadata": {"heliostat": _metadata(spec)},
         "file_mounts": mounts,
         "rsync_exclude": _EXCLUDED if spec.setup == "install" else [],
         "initialization_commands": [],
@@ -75,22 +79,9 @@ def launcher(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
     }
 
 
-def _metadata(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
+def _metadata(spec: ClusterSpec) -> dict[str, Any]:
     """What our own verbs and the head's programs read here; Ray leaves it alone."""
-    told: dict[str, Any] = {"mlflow_port": spec.mlflow.port, "mlflow_auth": spec.mlflow.auth}
-    twins = {name: twin_name(name) for name, kind in spec.workers.items() if has_twin(spec, kind)}
-    if twins and provider != "local":
-        told |= {"fallback_after_s": spec.fallback_after_s, "fallback": twins}
-    return told
-
-
-def has_twin(spec: ClusterSpec, kind: Workers) -> bool:
-    """Whether an on-demand kind stands beside this one."""
-    return kind.spot and spec.fallback_after_s is not None
-
-
-def twin_name(name: str) -> str:
-    return f"{name}-{ON_DEMAND}"
+    return {"mlflow_port": spec.mlflow.port, "mlflow_auth": spec.mlflow.auth}
 
 
 def instance_of(
@@ -142,16 +133,22 @@ def _cloud(spec: ClusterSpec, cloud: Cloud, region: str, config: "Any") -> dict[
         place = f"workers.{key}"
         name, known = instance_of(kind, cloud, region, place)
         resources = resources_of(kind, known, place)
-        devices = sum(amount for resource, amount in resources.items() if resource != "CPU")
-        for title, spot in [(key, kind.spot)] + [(twin_name(key), False)] * has_twin(spec, kind):
-            types[title] = {
-                "min_workers": kind.min if title == key else 0,
-                "max_workers": Noted(kind.max, "EDIT: how many the bill can bear"),
-                # Ray starts the kind of the highest priority that has not just failed to start.
-                "priority": 1 if spot else 0,
+        devices = sum(amount for resource, amount in resources.items() if resource != "CPU") > 0
+        types[key] = {
+            "min_workers": kind.min,
+            "max_workers": Noted(kind.max, "EDIT: how many the bill can bear"),
+            "resources": resources,
+            "labels": labels_of(kind, name, known, kind.spot),
+            "node_config": config(name, kind, kind.spot, devices),
+        }
+        if kind.spot and spec.fallback_after_s is not None:
+            types[key]["priority"] = 1
+            types[f"{key}-{ON_DEMAND}"] = {
+                "min_workers": 0,
+                "max_workers": Noted(0, f"until there is no {key} to be had"),
                 "resources": resources,
-                "labels": labels_of(kind, name, known, spot),
-                "node_config": config(name, kind, spot, devices > 0),
+                "labels": labels_of(kind, name, known, spot=False) | {STANDS_IN: key},
+                "node_config": config(name, kind, False, devices),
             }
     most = sum(kind.max for kind in spec.workers.values())
     return {

@@ -33,8 +33,6 @@ class NodeType(Spec):
     """CPUs that Ray hands out; those of the instance when not given."""
     gpus: int | None = Field(None, ge=0)
     """Devices that Ray hands out; those of the instance when not given."""
-    memory_gb: int | None = Field(None, ge=1)
-    """Memory of a pod, in GiB; the memory of the AWS instance when not given."""
     disk_gb: int = Field(100, ge=10)
     labels: dict[str, str] = {}
     """Ray labels, beside those of price and market that are always there."""
@@ -118,15 +116,28 @@ class Local(Spec):
     """What one host costs, for `status` and budgets."""
 
 
+class Pod(Spec):
+    """What a pod asks Kubernetes for; a machine has a little less to give than it has."""
+
+    cpus: int = Field(ge=1)
+    gpus: int = Field(0, ge=0)
+    memory_gb: int = Field(ge=1)
+
+
 class Kuberay(Spec):
     namespace: Name = "default"
     image: Line
-    """An image with Ray and Heliostat; `docs/security.md` says what must not be in it."""
+    """With Ray and Heliostat in it."""
+    pods: dict[Name, Pod]
+    """Of the head and of each kind of worker."""
     gpu_resource: Line = "nvidia.com/gpu"
+    """What the cluster calls its devices; also the taint of their machines that pods tolerate."""
+    spot_label: Annotated[str, StringConstraints(pattern=r"^[\w./-]+=[\w.-]+$")] | None = None
+    """How machines on spot are labelled, KEY=VALUE, for kinds with `spot`."""
     token_secret: Name | None = None
     """A secret with the key `auth_token`; KubeRay makes one of its own when not given."""
-    node_selector: dict[str, str] = {}
-    """Of workers."""
+    job: str = "heliostat train digits --set scale.workers=2"
+    """The command of the RayJob."""
 
 
 class Mlflow(Spec):
@@ -181,6 +192,12 @@ class ClusterSpec(Spec):
             raise ValueError("ssh.key and aws.key_name: give both or neither")
         if "head" in self.workers:
             raise ValueError("workers.head: the name is taken by the head")
+        if self.kuberay is not None:
+            if self.kuberay.pods.keys() != {"head", *self.workers}:
+                kinds = ", ".join(["head", *self.workers])
+                raise ValueError(f"kuberay.pods: must be of {kinds}")
+            if self.mlflow.auth and self.kuberay.token_secret is None:
+                raise ValueError("kuberay.token_secret: is required for mlflow.auth")
         return self
 
 
