@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from cluster.jobs import Planned
     from trainers.loop import Outcome
     from trainers.run import Run
     from trainers.spool import Row
@@ -31,11 +32,17 @@ def add_verbs(verbs: Subparsers) -> None:
         metavar="RUN",
         help="start from the newest checkpoint of another run or trial",
     )
-    train.set_defaults(command=train_command)
+    train.set_defaults(command=train_command, plan=plan_train)
     ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs")
     ui.add_argument("--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
     ui.set_defaults(command=ui_command)
+
+
+def plan_train(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+    from trainers.submission import find_run, planned
+
+    return planned(args, words, find_run, "")
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -44,7 +51,11 @@ def train_command(args: argparse.Namespace) -> int:
 
     if args.resume and (args.name or args.source):
         raise SpecError("--resume: a run keeps its name and its own checkpoints")
-    if args.resume:
+    if args.or_resume and not args.name:
+        raise SpecError("--or-resume: needs --name, to know what to go on with")
+    if storage := run.begun(args):
+        unfinished = run.resumed_run(args.name, storage, [])
+    elif args.resume:
         unfinished = run.resumed_run(args.resume, run.storage_of(args.spec), args.set)
     elif args.spec:
         unfinished = run.new_run(args.spec, args.set, args.name, args.source)
