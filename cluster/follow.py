@@ -23,11 +23,9 @@ from cluster.jobs import (
     restart_if_lost,
     why_lost,
 )
+from cluster.terminal import PROGRESS
 
 POLL_S = 1.0
-PROGRESS = "\r"
-"""What a line of progress begins with."""
-
 SILENCE_S = 10
 """After this long without a word, whether the job is still there is asked."""
 

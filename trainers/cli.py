@@ -5,6 +5,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
+from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,6 +97,7 @@ class ProgressBar:
             redirect_stderr=False,
         )
         self._total_steps = total_steps
+        self._pulse = Pulse(console)
         self._task = self._bar.add_task("starting", total=total_steps)
 
     def __enter__(self) -> "ProgressBar":
@@ -117,6 +119,8 @@ class ProgressBar:
             self._bar.update(self._task, completed=step, description=self._summary())
         if evaluated and not self._console.is_terminal:
             self._console.print(f"{evaluated}  {self._summary()}")
+        elif step:
+            self._pulse.beat(lambda: f"step {step}/{self._total_steps}  {self._summary()}")
 
     def _summary(self) -> str:
         shown = {"perf/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
+from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +123,7 @@ class SweepProgress:
             redirect_stderr=False,
         )
         self._task = self._bar.add_task("starting", total=sweep.spec.total_trials)
+        self._pulse = Pulse(console)
 
     def __enter__(self) -> "SweepProgress":
         self._bar.start()
@@ -144,6 +146,7 @@ class SweepProgress:
             if not self._console.is_terminal:
                 self._console.print(f"trial {trial:04d} {event}  {self._summary()}")
         self._bar.update(self._task, completed=len(self._ended), description=self._summary())
+        self._pulse.beat(lambda: f"{len(self._ended)} trials ended  {self._summary()}")
 
     def _summary(self) -> str:
         text = f"{len(self._running)} running"
