@@ -1,7 +1,7 @@
 """What a job prints, as it prints it, over all of its starts, until it has ended.
 
-A driver whose output is not a terminal writes its progress as lines that begin with a carriage
-return: on a terminal such a line takes the place of the one before, elsewhere it is left out.
+A line of progress (`cluster.terminal.Pulse`) takes the place of the one before it on a terminal,
+and is left out elsewhere.
 """
 
 import asyncio
@@ -26,6 +26,9 @@ from cluster.jobs import (
 from cluster.terminal import PROGRESS
 
 POLL_S = 1.0
+CLEAR = "\r\x1b[2K"
+"""To the beginning of the terminal's line, which is emptied."""
+
 SILENCE_S = 10
 """After this long without a word, whether the job is still there is asked."""
 
@@ -59,10 +62,10 @@ class LogPrinter:
     def _line(self, line: str) -> None:
         if line.startswith(PROGRESS):
             if self._terminal:
-                self._stream.write(f"\r\x1b[2K{line.lstrip(PROGRESS)}")
+                self._stream.write(CLEAR + line.removeprefix(PROGRESS))
                 self._progress = True
             return
-        self._stream.write(("\r\x1b[2K" if self._progress else "") + line + "\n")
+        self._stream.write((CLEAR if self._progress else "") + line + "\n")
         self._progress = False
 
 

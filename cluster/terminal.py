@@ -45,7 +45,7 @@ def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
         os.close(error)
 
 
-PROGRESS = "\r"
+PROGRESS = "\x1e"
 """What a line of progress in a job's log begins with; whoever follows the job shows the newest."""
 
 PULSE_S = 3.0

@@ -170,7 +170,8 @@ def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
 def stop_on_signal() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second one interrupts at once.
 
-    SIGTERM does what Ctrl-C does at that moment, also while Ray Tune handles it.
+    SIGTERM does what Ctrl-C does at that moment, also while Ray Tune handles it. It is also what
+    ends a submitted job, in whose processes Ray has blocked Ctrl-C.
     """
     stop = threading.Event()
 
@@ -180,6 +181,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
         stop.set()
 
     interrupt = signal.signal(signal.SIGINT, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield stop
