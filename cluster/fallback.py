@@ -32,6 +32,8 @@ PRICE = "heliostat.io/usd-per-hour"
 POLL_S = 5.0
 RECENT_S = 60.0
 """A launch that failed longer ago says nothing: the autoscaler tries again every few seconds."""
+PATIENCE_S = 60.0
+"""How long the cloud may take to answer a launch."""
 BACK_AFTER_S = 1800.0
 """How long new nodes are on demand before spot is tried again."""
 
@@ -68,10 +70,12 @@ class Supply:
             if launch.ray_node_type_name == kind
         ]
         self.awaited = len(waits)
-        if not (failed or waits):
+        trouble = [launch.failed_ts_s for launch in failed]
+        trouble += [asked for asked in waits if asked < now - PATIENCE_S]
+        if not trouble:
             self.since = None
         elif self.since is None:
-            self.since = min([*waits, *(launch.failed_ts_s for launch in failed)])
+            self.since = min(trouble)
         if failed:
             self.reason = str(failed[-1].details)
 
