@@ -59,6 +59,11 @@ TROUBLE = re.compile(
     re.IGNORECASE,
 )
 
+SAYS_NOTHING = re.compile(
+    r'^File "|Failed to setup head node|SSH command failed|update-failed|Full traceback|'
+    r"Exception details|commands failed \[LogTimer|errno_t|^Warning: Permanently added"
+)
+
 
 def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
     """Start the cluster of `file`, or what is missing of it, and wait for its minimum nodes.
@@ -136,7 +141,7 @@ def minimum_nodes(config: Mapping[str, Any]) -> int:
 def reason_in(output: str) -> str:
     """The line of a launcher's output that says best why it failed."""
     lines = [line.strip() for line in ANSI.sub("", output).splitlines() if line.strip()]
-    telling = [line for line in lines if TROUBLE.search(line) and not line.startswith("File ")]
+    telling = [line for line in lines if TROUBLE.search(line) and not SAYS_NOTHING.search(line)]
     return (telling or lines or ["ended without a word"])[-1][:300]
 
 

@@ -1,12 +1,11 @@
 """A cluster of one's own hosts on a rack, and the machine of the person who starts it."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rack import ENVIRONMENT, SHARED, Rack
-
-import sys
+from rack import SHARED, Rack
 
 ADDRESSES = {
     "me": "10.77.0.2",
@@ -26,6 +25,9 @@ state: {SHARED}/state
 idle_minutes: 10
 head: {{cpus: 0}}
 workers: {{host: {{max: 2}}}}
+mlflow:
+  database: sqlite:///{SHARED}/mlflow.db
+  artifacts: {SHARED}/artifacts
 local:
   head: {ADDRESSES["head"]}
   workers: [{ADDRESSES["one"]}, {ADDRESSES["two"]}]
@@ -41,6 +43,8 @@ class OwnHosts(Rack):
     def __init__(self, folder: Path, spec: str = SPEC) -> None:
         super().__init__(folder, ADDRESSES, gateway="10.77.0.1")
         self._spec = spec
+        self.started = ""
+        """What `heliostat up` printed."""
 
     def __enter__(self) -> "OwnHosts":
         super().__enter__()
