@@ -15,6 +15,8 @@ from cluster.spec import ClusterSpec, Provider
 PROJECT = "~/heliostat"
 """Where this checkout is on the hosts."""
 TOKEN = "~/.ray/auth_token"
+MARK = "HELIOSTAT_CLUSTER"
+"""In the environment of all that these lines start: the cluster's name, by which `down` finds it."""
 HOME = "~/.heliostat"
 """What runs beside Ray on a host keeps its files here."""
 POSTGRES = "postgresql://mlflow@db.internal/mlflow"
@@ -164,8 +166,7 @@ def _exports(spec: ClusterSpec, head: str) -> list[str]:
 
 
 def _mark(spec: ClusterSpec) -> str:
-    """By this `down` knows what belongs to the cluster, on hosts that have other work as well."""
-    return f"HELIOSTAT_CLUSTER={spec.name}"
+    return f"{MARK}={spec.name}"
 
 
 def _export(exports: list[str]) -> list[str]:
@@ -242,6 +243,7 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
         f"export PATH={spec.venv}/bin:$PATH {_mark(spec)} HELIOSTAT_IP={address}",
         f"mkdir -p {HOME}/mlflow && cd {HOME}/mlflow",
         f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOME}/mlflow_uri",
+        "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",
         f"export MLFLOW_BACKEND_STORE_URI={shlex.quote(mlflow.database or 'sqlite:///mlflow.db')}",
         f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
     ]
@@ -259,7 +261,8 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
         ]
     lines += [
         # The lock is held as long as the server lives: a second one ends at once.
-        f"setsid nohup flock -n {HOME}/mlflow.lock \\",
+        # Ray's agents, which end a node that they do not reach in 15 s of its start, come first.
+        f"setsid nohup nice flock -n {HOME}/mlflow.lock \\",
         f"  mlflow server --workers 1 --host $HELIOSTAT_IP --port {mlflow.port}{application} \\",
         f'  --allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*" \\',
         f"  >>{HOME}/mlflow.log 2>&1 </dev/null &",
@@ -272,26 +275,33 @@ def _pip(spec: ClusterSpec) -> str:
 
 
 def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
-    """What of ours runs beside Ray; each ends an older one of its kind.
-
-    On each node of a cloud the watcher of its notices, on the head also what puts on-demand nodes
-    in spot's place, and what starts Prometheus.
-    """
-    programs: dict[str, str] = {}
+    """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
+    programs = _head_programs(spec, provider) if head else {}
     if provider != "local":
-        programs["agent"] = provider
-    spot = any(kind.spot for kind in spec.workers.values())
-    if head and provider != "local" and spot and spec.fallback_after_s is not None:
-        programs["fallback"] = f"{spec.fallback_after_s:g}"
-    if head and spec.metrics:
-        programs["monitor"] = ""
-    return [
-        Text(
-            [
-                f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
-                f"setsid nohup python -m cluster.{program} {argument}".rstrip(),
-                f">>{HOME}/{program}.log 2>&1 </dev/null &",
-            ]
+        programs["agent"] = provider  # hears the cloud's notices
+    said = []
+    for program, argument in programs.items():
+        lock = f"flock -n {HOME}/{program}.lock " if program in ("furnish", "keeper") else ""
+        said.append(
+            Text(
+                [
+                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
+                    f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
+                    f">>{HOME}/{program}.log 2>&1 </dev/null &",
+                ]
+            )
         )
-        for program, argument in programs.items()
-    ]
+    return said
+
+
+def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
+    """Modules of ours with their argument."""
+    programs = {"keeper": ""}  # starts jobs again whose driver was lost
+    spot = any(kind.spot for kind in spec.workers.values())
+    if provider == "local":
+        programs["furnish"] = ""  # sets up hosts that come back as empty machines
+    elif spot and spec.fallback_after_s is not None:
+        programs["fallback"] = f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
+    if spec.metrics:
+        programs["monitor"] = ""  # starts Prometheus and Grafana
+    return programs

@@ -1,0 +1,119 @@
+"""A cluster of one's own hosts on a rack, and the machine of the person who starts it."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rack import SHARED, Rack
+
+ADDRESSES = {
+    "me": "10.77.0.2",
+    "head": "10.77.0.10",
+    "one": "10.77.0.11",
+    "two": "10.77.0.12",
+    "neighbour": "10.77.0.66",
+}
+HOSTS = ("head", "one", "two")
+NODE_MEMORY = "memory: 1500000000, object_store_memory: 100000000"
+SPEC = f"""\
+name: rack
+setup: installed
+venv: {sys.prefix}
+ssh: {{user: root, key: ~/.ssh/id}}
+state: {SHARED}/state
+idle_minutes: 10
+head: {{cpus: 0}}
+workers: {{host: {{max: 2}}}}
+mlflow:
+  database: sqlite:///{SHARED}/mlflow.db
+  artifacts: {SHARED}/artifacts
+local:
+  head: {ADDRESSES["head"]}
+  workers: [{ADDRESSES["one"]}, {ADDRESSES["two"]}]
+  usd_per_hour: 0.25
+  head_resources: {{CPU: 0, {NODE_MEMORY}}}
+  worker_resources: {{CPU: 1, {NODE_MEMORY}}}
+"""
+
+
+SLOW = f"""\
+workload: slow:Slow
+storage: {SHARED}/runs
+optimizer: {{lr: 1e-3}}
+train: {{steps: 400, global_batch: 16, evaluate_every: 200}}
+checkpoint: {{every_steps: 20}}
+scale: {{workers: 2}}
+"""
+
+
+def lay_out(work: Path) -> None:
+    """Put a slow workload and its spec in a user's folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__file__).with_name("slow.py"), work)
+    (work / "slow.yaml").write_text(SLOW)
+
+
+class Notes:
+    """What a slow run has written down, and the way to have it go on at full speed."""
+
+    def __init__(self, shared: Path, name: str) -> None:
+        self.folder = shared / "notes" / name
+
+    def steps(self) -> list[tuple[int, str]]:
+        """The first sample of each part of a step that was begun, and where."""
+        file = self.folder / "steps"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [(int(line.split()[0]), line.split()[1]) for line in lines]
+
+    def hurry(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "gone").touch()
+
+
+class OwnHosts(Rack):
+    """`me` has the cluster's spec and its rendered file in ~/work; `neighbour` has nothing."""
+
+    def __init__(self, folder: Path, spec: str = SPEC) -> None:
+        super().__init__(folder, ADDRESSES, gateway="10.77.0.1")
+        self._spec = spec
+        self.started = ""
+        """What `heliostat up` printed."""
+
+    def __enter__(self) -> "OwnHosts":
+        super().__enter__()
+        for name in self.addresses:
+            self.boot(name)
+        home = self.disk("me") / "root"
+        lay_out(home / "work")
+        (home / "work/spec.yaml").write_text(self._spec)
+        (home / ".ssh").mkdir(mode=0o700)
+        key = home / ".ssh/id"
+        key.touch(mode=0o600)
+        key.write_text(self.key)
+        self.me("heliostat cluster render --provider local --spec spec.yaml > cluster.yaml")
+        return self
+
+    def me(self, command: str, check: bool = True, timeout_s: float = 300) -> str:
+        """What a line of bash prints in the user's folder; it has to succeed if `check`."""
+        return self.run("me", f"cd ~/work; {command}", check, timeout_s).stdout
+
+    def fails(self, command: str, code: int) -> str:
+        """What a line of bash prints that has to end with this code."""
+        done = self.run("me", f"cd ~/work; {command}", check=False)
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def wait(self, condition: Callable[[], bool], what: str, limit_s: float = 240) -> None:
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not within {limit_s} s"
+            time.sleep(0.5)
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Until `heliostat status` counts so many."""
+        self.wait(
+            lambda: self.me("heliostat status cluster.yaml", check=False).startswith(f"{count} nodes"),
+            f"{count} nodes",
+        )
