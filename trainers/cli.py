@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
+from cluster.launch_cli import ui_of_cluster
 from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ def add_verbs(verbs: Subparsers) -> None:
         help="start from the newest checkpoint of another run or trial",
     )
     train.set_defaults(command=train_command, plan=plan_train)
-    ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs")
+    ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs, or a cluster's")
+    ui.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="open Ray's and MLflow's pages of its head"
+    )
     ui.add_argument("--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
     ui.set_defaults(command=ui_command)
@@ -184,6 +189,8 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
 
     from trainers.track import default_uri
 
+    if args.cluster:
+        return ui_of_cluster(args.cluster, args.port)
     uri = args.uri or default_uri()
     if uri.startswith(("http://", "https://")):
         print(f"MLflow's pages are at {uri}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     import cluster.cli
+    import cluster.launch_cli
     import trainers.cli
 
     top = argparse.ArgumentParser(
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     trainers.cli.add_verbs(verbs)
     add_verbs(verbs)
     cluster.cli.add_verbs(verbs)
+    cluster.launch_cli.add_verbs(verbs)
     return top
 
 

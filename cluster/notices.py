@@ -1,0 +1,187 @@
+"""What a cloud tells a machine of its own that is about to be taken away.
+
+Each cloud has an address on the link for it, which only the machine itself can reach. Another one
+may be given in HELIOSTAT_METADATA_URL. Nothing but the standard library: this runs on every node,
+all the time.
+"""
+
+import calendar
+import http.client
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+TIMEOUT_S = 2.0
+REBALANCE = "HELIOSTAT_REBALANCE_S"
+"""Seconds in which AWS's recommendation to rebalance empties the node; ignored where not set."""
+TOKEN_S = 6 * 3600
+PREEMPTED_S = 30
+"""What Google gives a preempted machine.
+https://docs.cloud.google.com/compute/docs/instances/spot"""
+MAINTENANCE_S = 60
+"""The least notice of maintenance that Google gives; machines with GPUs have an hour.
+https://docs.cloud.google.com/compute/docs/metadata/getting-live-migration-notice"""
+TAKEN_AWAY = ("Preempt", "Terminate", "Reboot", "Redeploy")
+"""Azure's scheduled events after which the processes of a machine are gone; `Freeze` is a pause.
+https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events"""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """That this machine will be taken away."""
+
+    key: str
+    """The same for the same event, however often it is read."""
+    what: str
+    """For people."""
+    deadline: float
+    """The Unix time until which the machine is sure to be there."""
+
+
+class NoAnswerError(Exception):
+    """The metadata service cannot be reached, or answers what it should not."""
+
+
+Look = Callable[[], Notice | None]
+"""Asks the cloud once; raises NoAnswerError."""
+
+
+def watcher(cloud: str, now: Callable[[], float] = time.time) -> Look:
+    """What asks `cloud` (aws, gcp or azure) for a notice to this machine."""
+    return {"aws": _Aws, "gcp": _Gcp, "azure": _Azure}[cloud](now).look
+
+
+class _Metadata:
+    """The metadata service of one cloud."""
+
+    default = "http://169.254.169.254"
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        url = urlsplit(os.environ.get("HELIOSTAT_METADATA_URL") or self.default)
+        self._host, self._port = url.hostname or "", url.port or 80
+        self._now = now
+
+    def ask(self, path: str, headers: Mapping[str, str], method: str = "GET") -> tuple[int, str]:
+        """The status and the body of an answer."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_S)
+        try:
+            connection.request(method, path, headers=dict(headers))
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(errors="replace").strip()
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswerError(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+
+    def get(self, path: str, headers: Mapping[str, str]) -> str | None:
+        """The body, or None where there is nothing (404)."""
+        status, body = self.ask(path, headers)
+        if status == 404:
+            return None
+        if status != 200:
+            raise NoAnswerError(f"{path} answers {status}")
+        return body
+
+    def look(self) -> Notice | None:
+        raise NotImplementedError
+
+
+class _Aws(_Metadata):
+    """Version 2 of the instance metadata service, which asks for a token.
+
+    https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
+    """
+
+    _token = ""
+
+    def look(self) -> Notice | None:
+        told = self._get("/latest/meta-data/spot/instance-action")
+        if told is not None:
+            action, deadline = _parsed(told, _interruption)
+            return Notice(f"spot {deadline}", f"spot interruption ({action})", deadline)
+        within_s = os.environ.get(REBALANCE)
+        if not within_s:
+            return None
+        told = self._get("/latest/meta-data/events/recommendations/rebalance")
+        if told is None:
+            return None
+        noticed = _parsed(told, lambda text: _utc(json.loads(text)["noticeTime"]))
+        what = "a raised risk of spot interruption (rebalance recommendation)"
+        return Notice(f"rebalance {noticed}", what, noticed + float(within_s))
+
+    def _get(self, path: str) -> str | None:
+        for _ in range(2):  # a token may have run out
+            if not self._token:
+                asked = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_S)}
+                status, self._token = self.ask("/latest/api/token", asked, "PUT")
+                if status != 200:
+                    self._token = ""
+                    raise NoAnswerError(f"/latest/api/token answers {status}")
+            status, body = self.ask(path, {"X-aws-ec2-metadata-token": self._token})
+            if status != 401:
+                break
+            self._token = ""
+        if status == 404:
+            return None
+        if status != 200:
+            raise NoAnswerError(f"{path} answers {status}")
+        return body
+
+
+class _Gcp(_Metadata):
+    default = "http://metadata.google.internal"
+
+    def look(self) -> Notice | None:
+        headers, place = {"Metadata-Flavor": "Google"}, "/computeMetadata/v1/instance"
+        now = self._now()
+        if self.get(f"{place}/preempted", headers) == "TRUE":
+            return Notice("preempted", "preemption", now + PREEMPTED_S)
+        if self.get(f"{place}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE":
+            what = "maintenance of its host, for which it is stopped"
+            return Notice("maintenance", what, now + MAINTENANCE_S)
+        return None
+
+
+class _Azure(_Metadata):
+    _name: str | None = None
+
+    def look(self) -> Notice | None:
+        headers = {"Metadata": "true"}
+        if self._name is None:
+            path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+            self._name = self.get(path, headers)
+        told = self.get("/metadata/scheduledevents?api-version=2020-07-01", headers) or "{}"
+        for event in _parsed(told, lambda text: json.loads(text).get("Events", [])):
+            # Machines of one set are told of one another's events.
+            if event["EventType"] in TAKEN_AWAY and self._name in event["Resources"]:
+                return self._notice(event)
+        return None
+
+    def _notice(self, event: Mapping[str, Any]) -> Notice:
+        when = event.get("NotBefore")  # empty once it has begun
+        deadline = self._now()
+        if when:
+            deadline = _parsed(when, lambda text: parsedate_to_datetime(text).timestamp())
+        return Notice(event["EventId"], f"{event['EventType'].lower()} event", deadline)
+
+
+def _interruption(text: str) -> tuple[str, float]:
+    told = json.loads(text)
+    return told["action"], _utc(told["time"])
+
+
+def _utc(text: str) -> float:
+    """The Unix time of `2026-11-22T08:22:00Z`."""
+    return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+
+
+def _parsed(text: str, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NoAnswerError(f"cannot read {text[:80]!r}") from error
