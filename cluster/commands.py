@@ -123,7 +123,7 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         f"{start[-1]}; }}",
     ]
     beside = _furnisher(spec) if provider == "local" else _agents(spec, provider, head=True)
-    return [Text(lines), _mlflow(spec, address), *beside]
+    return [Text(lines), _mlflow(spec, address), _keeper(spec), *beside]
 
 
 def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
@@ -158,6 +158,8 @@ def _exports(spec: ClusterSpec, head: str) -> list[str]:
         f"RAY_AUTH_MODE=token {_mark(spec)}",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
+    if spec.storage is not None:
+        exports.append(f"HELIOSTAT_STORAGE={spec.storage}")
     if spec.mlflow.auth:
         exports.append(f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password()}")
     return exports
@@ -292,6 +294,17 @@ def _agents(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
         )
         for program, argument in programs.items()
     ]
+
+
+def _keeper(spec: ClusterSpec) -> Text:
+    """On the head: starts jobs again whose driver was lost, also with the head before this one."""
+    return Text(
+        [
+            f"export PATH={spec.venv}/bin:$PATH {_mark(spec)};",
+            f"setsid nohup flock -n {HOME}/keeper.lock python -m cluster.keeper",
+            f">>{HOME}/keeper.log 2>&1 </dev/null &",
+        ]
+    )
 
 
 def _furnisher(spec: ClusterSpec) -> list[Text]:
