@@ -160,6 +160,8 @@ def _exports(spec: ClusterSpec, head: str) -> list[str]:
         f"RAY_AUTH_MODE=token {_mark(spec)}",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
+    if spec.storage is not None:
+        exports.append(f"HELIOSTAT_STORAGE={spec.storage}")
     if spec.mlflow.auth:
         exports.append(f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password()}")
     return exports

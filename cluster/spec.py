@@ -173,6 +173,9 @@ class ClusterSpec(Spec):
     """On-demand nodes take over where spot has been unavailable for so long; null for never."""
     state: Line | None = None
     """Where Ray's state outlives the head: a folder on a disk that does, or redis://HOST:PORT."""
+    storage: Line | None = None
+    """Folder that all nodes share. There are the runs of jobs whose spec has a relative `storage`;
+    in the home folder of the head when not given."""
     metrics: bool = False
     """Prometheus on the head, scraping every node."""
     tags: dict[Tag, Tag] = {}
