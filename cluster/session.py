@@ -1,6 +1,7 @@
 """The connection to Ray: the cluster that the user names, or a local one that ends with us."""
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.api import token
 from cluster.errors import ClusterError
 
 
@@ -30,10 +32,10 @@ def ray_session(
         return
     runtime_env: dict[str, Any] = {}
     # A submitted job brings its own working directory, which Ray lets nobody change.
-    if code is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if code is not None and submitted() is None:
         runtime_env = {"working_dir": str(code), "excludes": list(exclude)}
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and Path("~/.ray/auth_token").expanduser().exists():
+    if address and token():
         # Ray turns authentication on by itself for a cluster it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     here = not address
@@ -53,10 +55,53 @@ def ray_session(
         reason = str(error).strip().splitlines()[0]
         where = "a local Ray" if here else f"the cluster at {address}"
         raise ClusterError(f"cannot connect to {where}: {reason}") from error
+    _free_ended_starts()
     try:
         yield bool(ray._private.worker._global_node.is_head())
     finally:
         ray.shutdown()
+
+
+def submitted() -> dict[str, str] | None:
+    """The metadata of the Ray job that this process is the driver of; None when it is none."""
+    config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    return dict(json.loads(config).get("metadata") or {}) if config else None
+
+
+def home() -> Path:
+    """The folder from which relative places are meant: the working folder.
+
+    In a submitted job that is Ray's copy of it, which does not outlive the job. There it is the
+    cluster's storage, HELIOSTAT_STORAGE, or the home folder where the cluster names none.
+    """
+    if submitted() is None:
+        return Path.cwd()
+    return Path(os.environ.get("HELIOSTAT_STORAGE") or Path.home())
+
+
+def _free_ended_starts() -> None:
+    """Give back what earlier starts of this job still reserve.
+
+    Ray frees a driver's placement groups when it hears of its end. Of a driver that went with
+    its node it may not hear while the nodes of its workers live on, and its groups would keep
+    the devices that this start waits for.
+    """
+    name = (submitted() or {}).get("heliostat.name")
+    if name is None:
+        return
+    import ray
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    state = ray._private.state.state._connect_and_get_accessor()
+    own = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    drivers = [gcs_pb2.JobTableData.FromString(each) for each in state.get_job_table()]
+    ended = {each.job_id for each in drivers if each.config.metadata["heliostat.name"] == name}
+    for data in state.get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(data)
+        removed = group.state == gcs_pb2.PlacementGroupTableData.REMOVED
+        if group.creator_job_id in ended - {own} and not removed:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def ray_runs_here(note: Path = Path("/tmp/ray/ray_current_cluster")) -> bool:

@@ -6,9 +6,11 @@ the terminal itself to one rich console.
 """
 
 import contextlib
+import math
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -41,3 +43,26 @@ def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
         os.dup2(error, 2)
         os.close(terminal)
         os.close(error)
+
+
+PROGRESS = "\x1e"
+"""What a line of progress in a job's log begins with; whoever follows the job shows the newest."""
+
+PULSE_S = 3.0
+
+
+class Pulse:
+    """The progress of a submitted job, as lines in its log every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last_s = -math.inf if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else math.inf
+
+    def beat(self, line: Callable[[], str]) -> None:
+        """Write the line, if it is time to and somebody may follow."""
+        now_s = time.monotonic()
+        if now_s < self._last_s + PULSE_S or self._console.is_terminal:
+            return
+        self._last_s = now_s
+        self._console.file.write(f"{PROGRESS}{line()}\n")
+        self._console.file.flush()

@@ -2,15 +2,19 @@
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
+from cluster.launch_cli import ui_of_cluster
+from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
 
+    from cluster.jobs import Planned
     from trainers.loop import Outcome
     from trainers.run import Run
     from trainers.spool import Row
@@ -31,11 +35,20 @@ def add_verbs(verbs: Subparsers) -> None:
         metavar="RUN",
         help="start from the newest checkpoint of another run or trial",
     )
-    train.set_defaults(command=train_command)
-    ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs")
+    train.set_defaults(command=train_command, plan=plan_train)
+    ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs, or a cluster's")
+    ui.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="open Ray's and MLflow's pages of its head"
+    )
     ui.add_argument("--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
     ui.set_defaults(command=ui_command)
+
+
+def plan_train(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+    from trainers.submission import find_run, planned
+
+    return planned(args, words, find_run, "")
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -44,7 +57,11 @@ def train_command(args: argparse.Namespace) -> int:
 
     if args.resume and (args.name or args.source):
         raise SpecError("--resume: a run keeps its name and its own checkpoints")
-    if args.resume:
+    if args.or_resume and not args.name:
+        raise SpecError("--or-resume: needs --name, to know what to go on with")
+    if storage := run.begun(args):
+        unfinished = run.resumed_run(args.name, storage, [])
+    elif args.resume:
         unfinished = run.resumed_run(args.resume, run.storage_of(args.spec), args.set)
     elif args.spec:
         unfinished = run.new_run(args.spec, args.set, args.name, args.source)
@@ -85,6 +102,7 @@ class ProgressBar:
             redirect_stderr=False,
         )
         self._total_steps = total_steps
+        self._pulse = Pulse(console)
         self._task = self._bar.add_task("starting", total=total_steps)
 
     def __enter__(self) -> "ProgressBar":
@@ -106,6 +124,8 @@ class ProgressBar:
             self._bar.update(self._task, completed=step, description=self._summary())
         if evaluated and not self._console.is_terminal:
             self._console.print(f"{evaluated}  {self._summary()}")
+        elif step:
+            self._pulse.beat(lambda: f"step {step}/{self._total_steps}  {self._summary()}")
 
     def _summary(self) -> str:
         shown = {"perf/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}
@@ -169,6 +189,8 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
 
     from trainers.track import default_uri
 
+    if args.cluster:
+        return ui_of_cluster(args.cluster, args.port)
     uri = args.uri or default_uri()
     if uri.startswith(("http://", "https://")):
         print(f"MLflow's pages are at {uri}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import flatten, override, read_yaml
 from cluster.errors import HeliostatError, SpecError
-from cluster.session import ray_session
+from cluster.session import home, ray_session
 from cluster.terminal import quiet
 from trainers.checkpoint import Checkpoints
 from trainers.data import prepare, rows
@@ -36,6 +36,8 @@ from trainers.workers import Job, Watcher, run_workers, shortage
 from trainers.workloads.base import Workload
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from rich.console import Console
 
 
@@ -44,7 +46,7 @@ def settled(spec: RunSpec) -> dict[str, Any]:
     full = spec.model_dump(mode="json")
     if full["sweep"] is None:
         del full["sweep"]
-    full["storage"] = str(Path(spec.storage).absolute())
+    full["storage"] = str(home() / spec.storage)
     full["tracking"]["uri"] = spec.tracking.uri or default_uri()
     return full
 
@@ -168,7 +170,8 @@ def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
 def stop_on_signal() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second one interrupts at once.
 
-    SIGTERM does what Ctrl-C does at that moment, also while Ray Tune handles it.
+    SIGTERM does what Ctrl-C does at that moment, also while Ray Tune handles it. It is also what
+    ends a submitted job, in whose processes Ray has blocked Ctrl-C.
     """
     stop = threading.Event()
 
@@ -178,6 +181,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
         stop.set()
 
     interrupt = signal.signal(signal.SIGINT, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield stop
@@ -217,4 +221,13 @@ def at_work(
 
 def storage_of(name: str | None) -> Path:
     """Where the runs of the spec `name` are kept; the default place when there is no name."""
-    return Path(find_spec(name)[1].get("storage", "runs") if name else "runs")
+    return home() / (find_spec(name)[1].get("storage", "runs") if name else "runs")
+
+
+def begun(args: "Namespace") -> Path | None:
+    """The storage in which the run or sweep of `--or-resume` is, if it has been begun."""
+    if not (args.or_resume and args.spec and args.name) or args.resume:
+        return None
+    data = override(find_spec(args.spec)[1], args.set)
+    storage = home() / str(data.get("storage", "runs"))
+    return storage if (storage / args.name / SPEC).is_file() else None

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from cluster.metrics import RunGauges
+from cluster.session import home
 from trainers.mlflow_store import MlflowStore
 from trainers.spool import Row, Spool, batches, now_ms
 
@@ -36,8 +37,8 @@ class TrackedRun:
 
 
 def default_uri() -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the working folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, else a SQLite file in the working folder (`cluster.session.home`)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
 class Tracker:

@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
+from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cluster.jobs import Planned
     from tuning.report import Leaderboard
     from tuning.trial import Sweep
 
 
 def parser() -> argparse.ArgumentParser:
+    import cluster.cli
+    import cluster.launch_cli
     import trainers.cli
 
     top = argparse.ArgumentParser(
@@ -25,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.add_verbs(verbs)
     add_verbs(verbs)
+    cluster.cli.add_verbs(verbs)
+    cluster.launch_cli.add_verbs(verbs)
     return top
 
 
@@ -42,7 +48,7 @@ def add_verbs(verbs: Subparsers) -> None:
         action="store_true",
         help="train three of the fused trials alone as well, and print the largest deviation",
     )
-    sweep.set_defaults(command=sweep_command)
+    sweep.set_defaults(command=sweep_command, plan=plan_sweep)
     schema = verbs.add_parser(
         "schema",
         help="print the JSON schema of a spec file",
@@ -54,6 +60,13 @@ def add_verbs(verbs: Subparsers) -> None:
     schema.set_defaults(command=schema_command)
 
 
+def plan_sweep(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+    from trainers.submission import planned
+    from tuning.space import find_sweep
+
+    return planned(args, words, find_sweep, "-sweep")
+
+
 def sweep_command(args: argparse.Namespace) -> int:
     from cluster.errors import SpecError
     from trainers import run
@@ -61,7 +74,11 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning import sweep as sweeps
     from tuning.space import SweepRunSpec
 
-    if args.resume:
+    if args.or_resume and not args.name:
+        raise SpecError("--or-resume: needs --name, to know what to go on with")
+    if storage := run.begun(args):
+        sweep = sweeps.resumed_sweep(args.name, storage)
+    elif args.resume:
         if args.set:
             raise SpecError("--set: cannot change a sweep that has begun")
         sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec))
@@ -108,6 +125,7 @@ class SweepProgress:
             redirect_stderr=False,
         )
         self._task = self._bar.add_task("starting", total=sweep.spec.total_trials)
+        self._pulse = Pulse(console)
 
     def __enter__(self) -> "SweepProgress":
         self._bar.start()
@@ -130,6 +148,7 @@ class SweepProgress:
             if not self._console.is_terminal:
                 self._console.print(f"trial {trial:04d} {event}  {self._summary()}")
         self._bar.update(self._task, completed=len(self._ended), description=self._summary())
+        self._pulse.beat(lambda: f"{len(self._ended)} trials ended  {self._summary()}")
 
     def _summary(self) -> str:
         text = f"{len(self._running)} running"

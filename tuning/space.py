@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cluster.config import Spec, with_value
+from cluster.config import Spec, override, with_value
 from cluster.errors import SpecError
-from trainers.spec import PositiveInt, RunSpec, resolve
+from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 
 if TYPE_CHECKING:
     from trainers.workloads.base import Workload
@@ -125,6 +125,17 @@ class SweepRunSpec(RunSpec):
     """A spec with a sweep in it."""
 
     sweep: SweepSpec  # type: ignore[assignment]
+
+
+def find_sweep(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]:
+    """The short name and the checked spec of the sweep that `name` with overrides describes."""
+    stem, data = find_spec(name)
+    data = override(data, overrides)
+    if not data.get("sweep"):
+        raise SpecError(f"sweep: {name} has no such section; it says what to vary")
+    spec, _ = resolve(data, SweepRunSpec)
+    check_parameters(spec.model_dump(mode="json"), spec.sweep)
+    return stem, spec
 
 
 def check_parameters(data: Mapping[str, Any], sweep: SweepSpec) -> None:

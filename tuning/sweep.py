@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from cluster.config import override, read_yaml
+from cluster.config import read_yaml
 from cluster.errors import SpecError
 from cluster.files import write_atomic
 from trainers import run
@@ -19,14 +19,14 @@ from trainers.data import prepare, rows
 from trainers.devices import local_device
 from trainers.folder import SPEC, create_folder, find_folder, unique_name
 from trainers.health import STALLS, last_stall
-from trainers.spec import find_spec, resolve
+from trainers.spec import resolve
 from trainers.spool import now_ms
 from trainers.workers import scaling
 from tuning import plan
 from tuning.report import Leaderboard, leaderboard, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
-from tuning.space import SweepRunSpec, check_parameters
+from tuning.space import SweepRunSpec, find_sweep
 from tuning.trial import ENDED, FAILED, JOURNAL, Sweep, run_trial
 
 BEST, TUNE = "best.yaml", "tune"
@@ -40,13 +40,8 @@ _watchers: dict[str, Watcher] = {}
 
 def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
     """A new sweep of the spec `name`, in a folder of its own."""
-    stem, data = find_spec(name)
-    data = override(data, overrides)
-    if not data.get("sweep"):
-        raise SpecError(f"sweep: {name} has no such section; it says what to vary")
-    spec, _ = resolve(data, SweepRunSpec)
+    stem, spec = find_sweep(name, overrides)
     data = run.settled(spec)
-    check_parameters(data, spec.sweep)
     spec, workload = resolve(data, SweepRunSpec)
     dataset = prepare(workload, Path(spec.storage))
     folder = create_folder(Path(spec.storage), sweep_name or unique_name(f"{stem}-sweep"), data)

@@ -1,0 +1,138 @@
+"""What a cluster is doing: its nodes, their devices, what runs, and what it costs per hour."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ClusterError
+from cluster.token import authorization
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PRICE_LABEL = "heliostat.io/usd-per-hour"
+"""The label under which a node carries its price, from the cluster's file."""
+
+DEVICES = ("GPU", "TPU", "HPU", "neuron_cores")
+
+
+@dataclass(frozen=True)
+class Node:
+    address: str
+    kind: str
+    """The node type of the cluster's file."""
+    head: bool
+    resources: Mapping[str, float]
+    usd_per_hour: float | None
+    """None where nobody said what it costs."""
+
+    def devices(self) -> str:
+        """Its accelerators with their kind, as `4 x A100`."""
+        kinds = [name.rpartition(":")[2] for name in self.resources if "accelerator_type:" in name]
+        counts = [(self.resources[name], name) for name in DEVICES if name in self.resources]
+        return ", ".join(f"{count:g} x {(kinds or [name])[0]}" for count, name in counts) or "-"
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    status: str
+    entrypoint: str
+
+
+def ask(url: str, timeout_s: float = 10) -> Any:
+    """The JSON that the dashboard answers, told our token.
+
+    Raises ClusterError if it does not answer, or not us.
+    """
+    request = urllib.request.Request(url, headers=authorization())
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ClusterError(
+                f"{url}: the cluster does not take our token (~/.ray/auth_token)"
+            ) from error
+        raise ClusterError(f"{url}: {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ClusterError(f"{url}: no answer: {error}") from error
+
+
+def nodes_alive(dashboard: str) -> list[Node]:
+    """The nodes that take part, the head first."""
+    answer = ask(f"{dashboard}/api/v0/nodes?limit=10000&detail=true")
+    rows = answer["data"]["result"]["result"]
+    nodes = [_node(row) for row in rows if row["state"] == "ALIVE"]
+    return sorted(nodes, key=lambda node: (not node.head, node.kind, node.address))
+
+
+def _node(row: Mapping[str, Any]) -> Node:
+    labels = row.get("labels") or {}
+    price = labels.get(PRICE_LABEL)
+    return Node(
+        address=row["node_ip"],
+        kind="head" if row["is_head_node"] else labels.get("ray.io/node-group", "worker"),
+        head=row["is_head_node"],
+        resources={name: _number(value) for name, value in row["resources_total"].items()},
+        usd_per_hour=float(price) if price else None,
+    )
+
+
+def _number(value: Any) -> float:
+    """An amount; memory comes as a text such as `1.5 GiB`."""
+    try:
+        return float(value)
+    except ValueError:
+        number, _, unit = str(value).partition(" ")
+        return float(number) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
+
+
+def jobs_running(dashboard: str) -> list[Job]:
+    """What was submitted and has not ended."""
+    return [
+        Job(row["submission_id"] or row["job_id"], row["status"], row["entrypoint"])
+        for row in ask(f"{dashboard}/api/jobs/")
+        if row["status"] in ("PENDING", "RUNNING")
+    ]
+
+
+def cost_line(nodes: Iterable[Node]) -> str:
+    """What the nodes cost together; what is unknown is not counted as nothing."""
+    nodes = list(nodes)
+    known = [node.usd_per_hour for node in nodes if node.usd_per_hour is not None]
+    if not known:
+        return "cost: unknown, no node has a price"
+    line = f"cost: ${sum(known):.2f} per hour"
+    unknown = len(nodes) - len(known)
+    return line + (f" for {len(known)} nodes; unknown for {unknown}" if unknown else "")
+
+
+def show(console: "Console", dashboard: str) -> None:
+    """Print nodes, jobs and cost."""
+    from rich.table import Table
+
+    nodes, jobs = nodes_alive(dashboard), jobs_running(dashboard)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("node", "type", "CPUs", "devices", "memory", "$/h"):
+        table.add_column(title)
+    for node in nodes:
+        table.add_row(
+            node.address,
+            node.kind,
+            f"{node.resources.get('CPU', 0):g}",
+            node.devices(),
+            f"{node.resources.get('memory', 0) / 2**30:.1f} GiB",
+            "unknown" if node.usd_per_hour is None else f"{node.usd_per_hour:.3f}",
+        )
+    console.print(f"{len(nodes)} nodes")
+    console.print(table)
+    for job in jobs:
+        console.print(f"{job.name}  {job.status.lower()}  {job.entrypoint}", markup=False)
+    if not jobs:
+        console.print("nothing runs")
+    console.print(cost_line(nodes))

@@ -1,0 +1,255 @@
+"""AWS in a box: moto answers the EC2 and IAM APIs, and what it says that it runs is run.
+
+Every instance becomes a host of a rack, on the addresses that moto gave it, with the key that it
+was asked for, and with instance metadata on the link-local address. So a cluster file for AWS is
+started by the real launcher, over real SSH, with no cloud. The box's own hands: `out_of` for
+capacity errors, `notice` for a spot interruption, `reclaim` for its end, `calls` for the record.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import boto3
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+from rack import CHECKOUT, Rack
+
+GATEWAY = "172.31.255.254"
+METADATA = "169.254.169.254"
+API = f"http://{GATEWAY}:5000"
+CLONE_NEWNET = 0x40000000
+USER = "ubuntu"
+IMAGE = "ami-03cf127a"
+"""An image that moto knows."""
+
+ROLE = "ray-autoscaler-v1"
+PASSED = ("InstanceType", "SpotOptions", "MarketType", "MaxCount", "InstanceId", "TagSpecification")
+
+
+def in_network(process: int, work: Callable[[], Any]) -> Any:
+    """Do `work` in a thread that makes its sockets in a process's network; its result."""
+    result: list[Any] = []
+
+    def run() -> None:
+        with Path(f"/proc/{process}/ns/net").open() as space:
+            if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        result.append(work())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+class AwsBox(Rack):
+    """The host `me` is the machine of somebody with an account; the others are instances."""
+
+    def __init__(self, folder: Path, region: str) -> None:
+        environment = {
+            "AWS_ENDPOINT_URL": API,
+            "AWS_DEFAULT_REGION": region,
+            # The machine image's pip: everything is there, and nothing can be fetched.
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_ROOT_USER_ACTION": "ignore",
+        }
+        super().__init__(folder, {"me": "172.31.255.2"}, GATEWAY, bits=16, environment=environment)
+        self.region = region
+        self.calls: list[tuple[str, dict[str, str]]] = []
+        self._exhausted: set[tuple[str, str]] = set()
+        self._notices: dict[str, float] = {}
+        self._closing = threading.Event()
+        self._trouble: list[str] = []
+
+    def __enter__(self) -> "AwsBox":
+        super().__enter__()
+        os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
+        self._at_the_bridge(f"ip addr add {METADATA}/32 dev bridge")
+        moto = DomainDispatcherApplication(create_backend_app)
+        self._serve(GATEWAY, 5000, self._recorded(moto))
+        self._serve(METADATA, 80, self._metadata)
+        self.boot("me")
+        # Public addresses are on the same wire.
+        self.run("me", "ip route add 54.0.0.0/8 dev eth0; mkdir -p ~/work ~/.aws ~/.ssh")
+        account = "[default]\naws_access_key_id = me\naws_secret_access_key = mine\n"
+        (self.disk("me") / "root/.aws/credentials").write_text(account)
+        self._thread = threading.Thread(target=self._run_instances, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closing.set()
+        self._thread.join(60)
+        super().__exit__(*error)
+        assert not self._trouble, self._trouble
+
+    def client(self, service: str) -> Any:
+        """A client for use within `in_network`."""
+        return boto3.client(
+            service,
+            endpoint_url=API,
+            region_name=self.region,
+            aws_access_key_id="box",
+            aws_secret_access_key="box",
+        )
+
+    def ask(self, work: Callable[[Any], Any], service: str = "ec2") -> Any:
+        """What `work` gets of a client, asked from within the box."""
+        return in_network(self.process, lambda: work(self.client(service)))
+
+    def instances(self, *states: str) -> list[dict[str, Any]]:
+        """The instances in these states; in any that costs something, when not given."""
+        described = self.ask(lambda ec2: ec2.describe_instances())
+        return _in_states(described, states or ("pending", "running"))
+
+    def out_of(self, instance_type: str, market: str = "spot") -> None:
+        """From now on there is no such capacity."""
+        self._exhausted.add((instance_type, market))
+
+    def supply(self, instance_type: str, market: str = "spot") -> None:
+        self._exhausted.discard((instance_type, market))
+
+    def notice(self, instance: str, left_s: float) -> None:
+        """Tell a spot instance that it will be interrupted. Only `reclaim` does it."""
+        self._notices[instance] = time.time() + left_s
+
+    def reclaim(self, instance: str) -> None:
+        self.ask(lambda ec2: ec2.terminate_instances(InstanceIds=[instance]))
+
+    def called(self, action: str) -> list[dict[str, str]]:
+        """The parameters of every call of an action so far."""
+        return [parameters for name, parameters in self.calls if name == action]
+
+    def _serve(self, address: str, port: int, application: Any) -> None:
+        server = in_network(
+            self.process, lambda: make_server(address, port, application, threaded=True)
+        )
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def _recorded(self, moto: Any) -> Callable[..., Iterable[bytes]]:
+        """The API, with a record of what changes something, and without the capacity that ran out."""
+
+        def application(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+            import io
+
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+            fields = urllib.parse.parse_qs(body.decode("latin1"))
+            told = {name: values[0] for name, values in fields.items()}
+            action = told.get("Action", "")
+            if action and not action.startswith(("Describe", "Get", "List")):
+                self.calls.append((action, told))
+            market = told.get("InstanceMarketOptions.MarketType", "on-demand")
+            if action == "RunInstances" and (told["InstanceType"], market) in self._exhausted:
+                reason = f"We currently do not have sufficient {told['InstanceType']} capacity"
+                answer = (
+                    "<Response><Errors><Error><Code>InsufficientInstanceCapacity</Code>"
+                    f"<Message>{reason}</Message></Error></Errors></Response>"
+                ).encode()
+                start("500 Error", [("Content-Length", str(len(answer)))])
+                return [answer]
+            return moto(environ, start)
+
+        return application
+
+    def _metadata(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        """Instance metadata, version 2: nothing without a session's token."""
+        path = environ["PATH_INFO"].rstrip("/").removeprefix("/latest")
+        answer = None
+        if path == "/api/token" and environ["REQUEST_METHOD"] == "PUT":
+            answer = "session"
+        elif environ.get("HTTP_X_AWS_EC2_METADATA_TOKEN") != "session":
+            start("401 Unauthorized", [("Content-Length", "0")])
+            return [b""]
+        else:
+            answer = self._about(environ["REMOTE_ADDR"], path.removeprefix("/meta-data"))
+        text = (answer or "").encode()
+        status = "200 OK" if answer is not None else "404 Not Found"
+        start(status, [("Content-Length", str(len(text)))])
+        return [text]
+
+    def _about(self, address: str, path: str) -> str | None:
+        names = {host.address: host.name for host in self.hosts.values()}
+        instance = names.get(address, "")
+        role = "/iam/security-credentials"
+        keys = {"AccessKeyId": "role", "SecretAccessKey": "role", "Token": "role"}
+        period = {"LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2099-01-01T00:00:00Z"}
+        answers = {
+            role: ROLE,
+            f"{role}/{ROLE}": json.dumps({"Code": "Success", "Type": "AWS-HMAC", **keys, **period}),
+            "/instance-id": instance,
+            "/placement/availability-zone": f"{self.region}a",
+            "/placement/region": self.region,
+        }
+        if instance in self._notices:
+            end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._notices[instance]))
+            answers["/spot/instance-action"] = json.dumps({"action": "terminate", "time": end})
+        return answers.get(path)
+
+    def _run_instances(self) -> None:
+        """Boot what the API runs and pull what it has ended, until the box is closed."""
+        in_network(self.process, self._keep_running)
+
+    def _keep_running(self) -> None:
+        ec2, iam = self.client("ec2"), self.client("iam")
+        # Ray waits half a minute for a role that it has made itself.
+        iam.create_instance_profile(InstanceProfileName=ROLE)
+        iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument="{}")
+        iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
+        while not self._closing.wait(0.3):
+            try:
+                running = _in_states(ec2.describe_instances(), ("pending", "running"))
+                alive = {each["InstanceId"]: each for each in running}
+                for name, instance in alive.items():
+                    if name not in self.hosts:
+                        self._boot_instance(name, instance, ec2)
+                for name in self.hosts.keys() - alive.keys() - {"me"}:
+                    self.pull(name)
+            except Exception as error:
+                self._trouble.append(repr(error))
+                raise
+
+    def _boot_instance(self, name: str, instance: dict[str, Any], ec2: Any) -> None:
+        pairs = ec2.describe_key_pairs(IncludePublicKey=True)["KeyPairs"]
+        keys = [pair["PublicKey"] for pair in pairs if pair["KeyName"] == instance["KeyName"]]
+        self.addresses[name] = instance["PrivateIpAddress"]
+        self.boot(name, keys="\n".join(keys) + "\n")
+        public = instance.get("PublicIpAddress")
+        if public:
+            self.run(name, f"ip addr add {public}/32 dev eth0")
+
+    def _furnish(self, root: Path, keys: str | None) -> None:
+        """The machine image: the user `ubuntu`, and a virtual environment with everything in it."""
+        super()._furnish(root, keys)
+        if keys is None:
+            return
+        home = root / "home" / USER
+        home.mkdir(parents=True, exist_ok=True)
+        lines = [
+            f"export {name}='{value}'\n"
+            for name, value in self.environment.items()
+            if name.startswith(("AWS_", "PIP_", "RAY_")) or name == "PYTHONDONTWRITEBYTECODE"
+        ]
+        (home / ".bashrc").write_text("".join(lines))
+        (home / ".profile").write_text("")
+        with contextlib.suppress(FileExistsError):
+            (home / "venv").symlink_to(sys.prefix)
+        accounts = Path("/etc/passwd").read_text()
+        (root / "etc/passwd").write_text(f"{accounts}{USER}:x:0:0::/home/{USER}:/bin/bash\n")
+
+
+def _in_states(described: dict[str, Any], states: Iterable[str]) -> list[dict[str, Any]]:
+    everything = [each for group in described["Reservations"] for each in group["Instances"]]
+    return [each for each in everything if each["State"]["Name"] in states]

@@ -1,0 +1,84 @@
+"""A cluster of one's own hosts on a rack, and the machine of the person who starts it."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rack import SHARED, Rack
+
+ADDRESSES = {
+    "me": "10.77.0.2",
+    "head": "10.77.0.10",
+    "one": "10.77.0.11",
+    "two": "10.77.0.12",
+    "neighbour": "10.77.0.66",
+}
+HOSTS = ("head", "one", "two")
+NODE_MEMORY = "memory: 1500000000, object_store_memory: 100000000"
+SPEC = f"""\
+name: rack
+setup: installed
+venv: {sys.prefix}
+ssh: {{user: root, key: ~/.ssh/id}}
+state: {SHARED}/state
+idle_minutes: 10
+head: {{cpus: 0}}
+workers: {{host: {{max: 2}}}}
+mlflow:
+  database: sqlite:///{SHARED}/mlflow.db
+  artifacts: {SHARED}/artifacts
+local:
+  head: {ADDRESSES["head"]}
+  workers: [{ADDRESSES["one"]}, {ADDRESSES["two"]}]
+  usd_per_hour: 0.25
+  head_resources: {{CPU: 0, {NODE_MEMORY}}}
+  worker_resources: {{CPU: 1, {NODE_MEMORY}}}
+"""
+
+
+class OwnHosts(Rack):
+    """`me` has the cluster's spec and its rendered file in ~/work; `neighbour` has nothing."""
+
+    def __init__(self, folder: Path, spec: str = SPEC) -> None:
+        super().__init__(folder, ADDRESSES, gateway="10.77.0.1")
+        self._spec = spec
+        self.started = ""
+        """What `heliostat up` printed."""
+
+    def __enter__(self) -> "OwnHosts":
+        super().__enter__()
+        for name in self.addresses:
+            self.boot(name)
+        home = self.disk("me") / "root"
+        (home / "work").mkdir()
+        (home / "work/spec.yaml").write_text(self._spec)
+        (home / ".ssh").mkdir(mode=0o700)
+        key = home / ".ssh/id"
+        key.touch(mode=0o600)
+        key.write_text(self.key)
+        self.me("heliostat cluster render --provider local --spec spec.yaml > cluster.yaml")
+        return self
+
+    def me(self, command: str, check: bool = True, timeout_s: float = 300) -> str:
+        """What a line of bash prints in the user's folder; it has to succeed if `check`."""
+        return self.run("me", f"cd ~/work; {command}", check, timeout_s).stdout
+
+    def fails(self, command: str, code: int) -> str:
+        """What a line of bash prints that has to end with this code."""
+        done = self.run("me", f"cd ~/work; {command}", check=False)
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def wait(self, condition: Callable[[], bool], what: str, limit_s: float = 240) -> None:
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not within {limit_s} s"
+            time.sleep(0.5)
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Until `heliostat status` counts so many."""
+        self.wait(
+            lambda: self.me("heliostat status cluster.yaml", check=False).startswith(f"{count} nodes"),
+            f"{count} nodes",
+        )

@@ -1,0 +1,155 @@
+"""A cluster on one's own hosts: up, status, locked doors, down; and Ray's traps on the way."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from own_hosts import ADDRESSES, HOSTS, OwnHosts
+
+ATTACK = """
+import json, sys, urllib.error, urllib.request
+request = urllib.request.Request(
+    sys.argv[1] + "/api/jobs/", json.dumps({"entrypoint": "touch /tmp/broken-in"}).encode(),
+    {"Content-Type": "application/json"}
+)
+if sys.argv[2:]:
+    request.add_header("Authorization", "Bearer " + sys.argv[2])
+try:
+    print(urllib.request.urlopen(request, timeout=30).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(own_hosts: OwnHosts) -> OwnHosts:
+    """Up, although each host has somebody else's token, which turns Ray's authentication on."""
+    for host in HOSTS:
+        folder = own_hosts.disk(host) / "root/.ray"
+        folder.mkdir()
+        (folder / "auth_token").write_text("stray" * 12)
+    own_hosts.started = own_hosts.me("heliostat up cluster.yaml", timeout_s=600)
+    for host in own_hosts.addresses:
+        (own_hosts.disk(host) / "tmp/attack.py").write_text(ATTACK)
+    return own_hosts
+
+
+def pid_of(cluster: OwnHosts, host: str, program: str) -> list[str]:
+    return cluster.run(host, f"pgrep -x {program} || true").stdout.split()
+
+
+def test_up_waits_for_every_node_and_says_how_long_it_took(cluster: OwnHosts) -> None:
+    """Autoscaler v2 would never find the second worker."""
+    assert re.search(r"^rack: 3 nodes in after \d+ s: 10.77.0.10, ", cluster.started, re.MULTILINE)
+
+
+def test_status_shows_nodes_and_what_they_cost(cluster: OwnHosts) -> None:
+    output = cluster.me("heliostat status cluster.yaml")
+    assert output.startswith("3 nodes\n")
+    for host in HOSTS:
+        assert f"\n{ADDRESSES[host]} " in output
+    assert "nothing runs\ncost: $0.75 per hour" in output
+
+
+def test_one_token_is_on_every_host_and_nobody_else_may_read_it(cluster: OwnHosts) -> None:
+    tokens = {
+        cluster.run(host, "cat ~/.ray/auth_token; stat -c ' %a' ~/.ray/auth_token").stdout
+        for host in ("me", *HOSTS)
+    }
+    assert len(tokens) == 1
+    token, mode = tokens.pop().split()
+    assert mode == "600"
+    assert re.fullmatch("[0-9a-f]{64}", token)
+
+
+def test_up_again_disturbs_nothing(cluster: OwnHosts) -> None:
+    before = [pid_of(cluster, host, "raylet") for host in HOSTS]
+    assert "3 nodes in" in cluster.me("heliostat up cluster.yaml")
+    assert [pid_of(cluster, host, "raylet") for host in HOSTS] == before
+    assert all(len(raylets) == 1 for raylets in before)
+
+
+def test_strangers_run_nothing(cluster: OwnHosts) -> None:
+    """CVE-2023-48022: whoever reaches a dashboard without authentication runs what they like."""
+    token = cluster.run("me", "cat ~/.ray/auth_token").stdout
+    inside = "python /tmp/attack.py http://127.0.0.1:8265"
+    agent = f"python /tmp/attack.py http://{ADDRESSES['one']}:52365"
+    assert cluster.run("head", inside).stdout.strip() == "401"
+    assert cluster.run("head", f"{inside} {'0' * 64}").stdout.strip() == "403"
+    assert cluster.run("neighbour", agent.replace("/api/jobs/", "")).stdout.strip() in ("401", "403")
+    outside = f"python /tmp/attack.py http://{ADDRESSES['head']}:8265 {token}"
+    assert "refused" in cluster.run("neighbour", outside).stdout
+    driver = f"import ray; ray.init('{ADDRESSES['head']}:6379', log_to_driver=False)"
+    done = cluster.run("neighbour", f'RAY_AUTH_MODE=disabled python -c "{driver}"', check=False)
+    assert done.returncode != 0
+    for host in HOSTS:
+        assert not (cluster.disk(host) / "tmp/broken-in").exists()
+    assert cluster.run("head", f"{inside} {token}").stdout.strip() == "200"
+    cluster.wait(
+        lambda: any((cluster.disk(host) / "tmp/broken-in").exists() for host in HOSTS),
+        "the same attack by somebody who has the token",
+    )
+
+
+def test_ui_opens_both_pages_for_as_long_as_it_runs(cluster: OwnHosts) -> None:
+    script = """
+        heliostat ui --cluster cluster.yaml > ui.txt & ui=$!
+        until grep -q MLflow: ui.txt; do sleep 0.2; kill -0 $ui || exit 1; done
+        for page in $(grep -o 'http://[0-9.:]*' ui.txt); do
+            for _ in $(seq 100); do
+                curl -s -o /dev/null -w '%{http_code}\\n' $page/ | grep 200 && break; sleep 1
+            done
+        done
+        kill -TERM $ui; wait $ui
+        curl -s -o /dev/null -m 5 $page/ || echo closed
+    """
+    assert cluster.me(script, check=False).split() == ["200", "200", "closed"]
+
+
+def test_trouble_is_told_in_a_line(cluster: OwnHosts) -> None:
+    wrong = "sed 's/head_ip: .*/head_ip: 10.77.0.99/' cluster.yaml > wrong.yaml"
+    output = cluster.fails(f"{wrong}; heliostat up wrong.yaml", code=1)
+    assert "head 10.77.0.99: no SSH: " in output
+    bare = "grep -v auth_token cluster.yaml > bare.yaml; heliostat up bare.yaml"
+    assert cluster.fails(bare, code=2).startswith("file_mounts: ")
+    broken = "sed 's/idle_timeout_minutes/idle_minutes/' cluster.yaml > broken.yaml"
+    broken += "; sed -i 's/10.77.0.10/10.77.0.66/; s/name: rack/name: broken/' broken.yaml"
+    output = cluster.fails(f"{broken}; heliostat up broken.yaml", code=1)
+    assert "ray up failed: " in output
+    assert "idle_minutes" in output
+    assert "log: /tmp/" in output
+    for text in (output,):
+        assert "Traceback" not in text
+        assert len(text.splitlines()) <= 2
+
+
+@pytest.mark.cluster
+def test_a_worker_that_comes_back_empty_is_set_up_again(cluster: OwnHosts) -> None:
+    cluster.pull("two")
+    cluster.wait_for_nodes(2)
+    cluster.boot("two")
+    cluster.wait_for_nodes(3)
+    assert (cluster.disk("two") / "root/.ray/auth_token").exists()
+
+
+@pytest.mark.cluster
+def test_a_replaced_head_takes_its_workers_over(cluster: OwnHosts) -> None:
+    """Ray's launcher believes the new machine to be set up; its autoscaler starts Ray twice."""
+    before = [pid_of(cluster, host, "raylet") for host in ("one", "two")]
+    cluster.pull("head")
+    cluster.boot("head")
+    assert "3 nodes in" in cluster.me("heliostat up cluster.yaml", timeout_s=600)
+    assert [pid_of(cluster, host, "raylet") for host in ("one", "two")] == before
+
+
+def test_down_leaves_no_process_and_up_starts_again(cluster: OwnHosts) -> None:
+    """`ray down` would stop the head alone."""
+    assert cluster.processes("one")
+    assert "rack: down" in cluster.me("heliostat down cluster.yaml")
+    assert {host: cluster.processes(host) for host in HOSTS} == dict.fromkeys(HOSTS, [])
+    assert "no" in cluster.me("heliostat status cluster.yaml", check=False)
