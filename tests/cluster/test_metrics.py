@@ -54,12 +54,12 @@ def test_a_run_and_what_its_dashboard_asks_for(
     write_yaml(spec, heliostat.folder / "s.yaml")
     process = heliostat.start("train", "s.yaml", "--name", "seen")
     try:
-        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK, 180)
+        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK, 300)
         text = scrape()
     finally:
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
+    assert process.returncode == 130, output
     seen = values(text, "seen")
     assert 0 < seen["heliostat_goodput_ratio"] <= 1
     assert seen["heliostat_trials"] == 1
