@@ -199,7 +199,7 @@ class Lab:
         began = time.time()
         self.me(up)
         command = f"RAY_AUTH_MODE={mode} python {__file__} --watch"
-        watcher = self.hosts.start("head", command)
+        self.hosts.start("head", command)  # ends with its host
         self.wait(lambda: any(len(alive) == 3 for _, alive in self.nodes()), "all nodes")
         found = {"up": max(time.time() - began, 0.0)}
         began = time.time()
@@ -214,7 +214,6 @@ class Lab:
         time.sleep(AWAY_S)
         self.hosts.boot("two")
         self.wait(lambda: any(step > done for *_, step in self.events()), "a new step")
-        watcher.kill()
         return {**found, **self._recovery(cut, before, done)}
 
     def _recovery(self, cut: float, lost: str, done: int) -> dict[str, float]:
@@ -271,9 +270,9 @@ def contender(name: str, run: Callable[[Lab], dict[str, float]], kept: Any) -> f
         work = hosts.disk("me") / "root/work"
         (work / "steps.py").write_text(WORKLOAD)
         found = run(Lab(hosts))
+        print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), flush=True)
     for what, value in found.items():
         kept[what][name].append(value)
-    print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), flush=True)
     return found["power cut to new step"]
 
 
