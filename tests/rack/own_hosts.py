@@ -1,5 +1,6 @@
 """A cluster of one's own hosts on a rack, and the machine of the person who starts it."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,40 @@ local:
 """
 
 
+SLOW = f"""\
+workload: slow:Slow
+storage: {SHARED}/runs
+optimizer: {{lr: 1e-3}}
+train: {{steps: 400, global_batch: 16, evaluate_every: 200}}
+checkpoint: {{every_steps: 20}}
+scale: {{workers: 2}}
+"""
+
+
+def lay_out(work: Path) -> None:
+    """Put a slow workload and its spec in a user's folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__file__).with_name("slow.py"), work)
+    (work / "slow.yaml").write_text(SLOW)
+
+
+class Notes:
+    """What a slow run has written down, and the way to have it go on at full speed."""
+
+    def __init__(self, shared: Path, name: str) -> None:
+        self.folder = shared / "notes" / name
+
+    def steps(self) -> list[tuple[int, str]]:
+        """The first sample of each part of a step that was begun, and where."""
+        file = self.folder / "steps"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [(int(line.split()[0]), line.split()[1]) for line in lines]
+
+    def hurry(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "gone").touch()
+
+
 class OwnHosts(Rack):
     """`me` has the cluster's spec and its rendered file in ~/work; `neighbour` has nothing."""
 
@@ -51,7 +86,7 @@ class OwnHosts(Rack):
         for name in self.addresses:
             self.boot(name)
         home = self.disk("me") / "root"
-        (home / "work").mkdir()
+        lay_out(home / "work")
         (home / "work/spec.yaml").write_text(self._spec)
         (home / ".ssh").mkdir(mode=0o700)
         key = home / ".ssh/id"

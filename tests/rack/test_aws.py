@@ -1,0 +1,141 @@
+"""The committed cluster.yaml on AWS in a box, with other machines, an image and less patience."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from aws import IMAGE, AwsBox
+from own_hosts import Notes, lay_out
+from rack import CHECKOUT, SHARED
+
+pytestmark = pytest.mark.cluster
+
+LIMIT_S = 900
+EDITED = {
+    "ami-00000000000000000": IMAGE,
+    "g6.xlarge": "m5.large",
+    "{CPU: 4, GPU: 1}": "{CPU: 1}",
+    "max_workers: 4 ": "max_workers: 3 ",
+    "idle_timeout_minutes: 10": "idle_timeout_minutes: 1",
+    "203.0.113.0/24": "172.31.0.0/16",
+    "cluster.fallback 300": "cluster.fallback 20",
+    "fallback_after_s: 300": "fallback_after_s: 20",
+}
+"""The lines of the file that its user edits, and times that nobody would wait for here."""
+
+SUBMIT = "heliostat submit --cluster cluster.yaml"
+
+
+def wait(condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {limit_s} s"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AwsBox]:
+    """The cluster is up: its head, and no worker yet."""
+    text = (CHECKOUT / "cluster.yaml").read_text()
+    for old, new in EDITED.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    with AwsBox(tmp_path_factory.mktemp("aws") / "box", "us-east-1") as box:
+        work = box.disk("me") / "root/work"
+        lay_out(work)
+        # `file_mounts` sends the checkout from where the launcher is called.
+        (work / "cluster.yaml").write_text(text.replace('~/heliostat: "."', f"~/heliostat: {CHECKOUT}"))
+        me(box, "heliostat up cluster.yaml")
+        yield box
+
+
+def me(box: AwsBox, command: str) -> str:
+    return box.run("me", f"cd ~/work; {command}", timeout_s=LIMIT_S).stdout
+
+
+def spots(box: AwsBox) -> list[str]:
+    found = [each for each in box.instances() if each.get("InstanceLifecycle") == "spot"]
+    return [each["InstanceId"] for each in found]
+
+
+def ran(box: AwsBox) -> list[tuple[str, str]]:
+    """Type and market of every instance that was asked for, in their order."""
+    return [
+        (call["InstanceType"], call.get("InstanceMarketOptions.MarketType", "on-demand"))
+        for call in box.called("RunInstances")
+        for _ in range(int(call["MaxCount"]))
+    ]
+
+
+def test_up_starts_a_head_behind_its_own_doors(box: AwsBox) -> None:
+    assert [each[1] for each in ran(box)] == ["on-demand"]
+    (call,) = box.called("RunInstances")
+    told = set(call.values())
+    assert {"project", "heliostat", "ray-cluster-name"} <= told
+    groups = box.ask(
+        lambda ec2: ec2.describe_security_groups(
+            Filters=[{"Name": "group-name", "Values": ["heliostat"]}]
+        )
+    )["SecurityGroups"]
+    ranges = [
+        network["CidrIp"]
+        for group in groups
+        for rule in group["IpPermissions"]
+        for network in rule["IpRanges"]
+    ]
+    assert ranges == ["172.31.0.0/16"]
+    assert box.called("RevokeSecurityGroupIngress"), "Ray's launcher lets SSH in from everywhere"
+
+
+def test_a_spot_notice_costs_at_most_one_step(box: AwsBox) -> None:
+    """0 to 2 workers for a job; the replacement is there before the old one is taken away."""
+    notes = Notes(box.shared, "spot")
+    me(box, f"{SUBMIT} train slow.yaml --name spot --set data.notes={SHARED}/notes/spot")
+    wait(lambda: len(spots(box)) == 2, "two spot instances")
+    saved = box.shared / "runs/spot/checkpoints"
+    wait(lambda: len(list(saved.glob("step-*"))) >= 1, "a checkpoint")
+    assert [each[1] for each in ran(box)] == ["on-demand", "spot", "spot"]
+    leaving = next(each for each in spots(box) if each in {host for _, host in notes.steps()})
+    box.notice(leaving, left_s=3600)
+    wait(lambda: "saving after every step" in log_of(box, "spot"), "the loop to know")
+    wait(lambda: len(spots(box)) == 3, "a replacement")
+    replacement = spots(box)
+    steps = len(notes.steps())
+    wait(lambda: len(notes.steps()) > steps + 4, "some more steps")
+    box.reclaim(leaving)
+    notes.hurry()
+    output = me(box, "heliostat logs --follow --cluster cluster.yaml spot")
+    assert "test/accuracy" in output
+    firsts = Counter(first for first, _ in notes.steps() if first % 16 == 0)
+    assert sorted(firsts) == [16 * step for step in range(400)]
+    assert sum(firsts.values()) <= 401, "more than one step was done twice"
+    assert leaving not in replacement[-1]
+
+
+def log_of(box: AwsBox, name: str) -> str:
+    return me(box, f"heliostat logs --cluster cluster.yaml {name}")
+
+
+def test_back_to_the_head_alone_when_nothing_runs(box: AwsBox) -> None:
+    wait(lambda: len(box.instances()) == 1, "the workers to be given back")
+    assert box.called("TerminateInstances")
+
+
+def test_on_demand_where_there_is_no_spot(box: AwsBox) -> None:
+    box.out_of("m5.large")
+    Notes(box.shared, "dear").hurry()
+    me(box, f"{SUBMIT} --follow train slow.yaml --name dear --set data.notes={SHARED}/notes/dear")
+    assert ran(box)[-2:] == [("m5.large", "on-demand")] * 2
+    weights = [
+        hashlib.sha256((box.shared / "runs" / name / "model/model.safetensors").read_bytes())
+        for name in ("spot", "dear")
+    ]
+    assert weights[0].digest() == weights[1].digest()
+
+
+def test_down_ends_every_instance(box: AwsBox) -> None:
+    me(box, "heliostat down cluster.yaml")
+    assert not box.instances("pending", "running", "stopping", "stopped")

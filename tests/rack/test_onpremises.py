@@ -1,0 +1,119 @@
+"""Trains and sweeps on one's own hosts while machines are lost: nothing changes the results."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from own_hosts import Notes, OwnHosts
+from rack import SHARED
+
+pytestmark = pytest.mark.cluster
+
+SUBMIT = "heliostat submit --cluster cluster.yaml"
+FOLLOW = "heliostat logs --follow --cluster cluster.yaml"
+LIMIT_S = 900
+
+
+@pytest.fixture(scope="module")
+def cluster(own_hosts: OwnHosts) -> OwnHosts:
+    own_hosts.me("heliostat up cluster.yaml", timeout_s=600)
+    return own_hosts
+
+
+def submitted(cluster: OwnHosts, name: str, *options: str) -> Notes:
+    """Start a slow run on two workers; where it writes down its steps."""
+    notes = f"--set data.notes={SHARED}/notes/{name}"
+    words = [SUBMIT, *options, "train slow.yaml --name", name, notes]
+    cluster.me(" ".join(words), timeout_s=LIMIT_S)
+    return Notes(cluster.shared, name)
+
+
+def in_the_middle(cluster: OwnHosts, name: str) -> Notes:
+    """Start a run and wait until it has been saved, on both hosts."""
+    notes = submitted(cluster, name)
+    saved = cluster.shared / "runs" / name / "checkpoints"
+    cluster.wait(lambda: len(list(saved.glob("step-*"))) >= 1, f"a checkpoint of {name}", LIMIT_S)
+    assert {host for _, host in notes.steps()} == {"one", "two"}
+    return notes
+
+
+def end(cluster: OwnHosts, name: str) -> str:
+    """Wait for a job's end, which has to be a good one; what it printed."""
+    return cluster.me(f"{FOLLOW} {name}", timeout_s=LIMIT_S)
+
+
+def weights(cluster: OwnHosts, name: str) -> str:
+    model = cluster.shared / "runs" / name / "model/model.safetensors"
+    return hashlib.sha256(model.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: OwnHosts) -> str:
+    """The weights of a run that nothing happened to, on both hosts, followed to its end."""
+    Notes(cluster.shared, "quiet").hurry()
+    notes = submitted(cluster, "quiet", "--follow")
+    assert {host for _, host in notes.steps()} == {"one", "two"}
+    return weights(cluster, "quiet")
+
+
+def test_power_pulled_in_mid_training_and_an_empty_machine_in_its_place(
+    cluster: OwnHosts, undisturbed: str
+) -> None:
+    notes = in_the_middle(cluster, "pulled")
+    cluster.pull("two")
+    cluster.wait_for_nodes(2)
+    cluster.boot("two")
+    notes.hurry()
+    end(cluster, "pulled")
+    assert weights(cluster, "pulled") == undisturbed
+
+
+def test_a_cut_of_the_network(cluster: OwnHosts, undisturbed: str) -> None:
+    """It lasts until the cluster has seen it, which takes about 10 s."""
+    cluster.wait_for_nodes(3)
+    notes = in_the_middle(cluster, "cut")
+    cluster.cut("two")
+    cluster.wait_for_nodes(2)
+    cluster.heal("two")
+    notes.hurry()
+    end(cluster, "cut")
+    assert weights(cluster, "cut") == undisturbed
+
+
+def tracked(cluster: OwnHosts, sweep: str) -> dict[str, str]:
+    """Status by name of a sweep's runs, as the head's MLflow has them."""
+    code = f"""
+import json, mlflow
+client = mlflow.MlflowClient('http://10.77.0.10:5000')
+ids = [experiment.experiment_id for experiment in client.search_experiments()]
+runs = client.search_runs(ids, max_results=1000)
+found = {{run.info.run_name: run.info.status for run in runs}}
+print('found', json.dumps({{name: found[name] for name in found if name.startswith('{sweep}')}}))
+"""
+    output = cluster.run("head", f'MLFLOW_TRACKING_URI=http://10.77.0.10:5000 python -c "{code}"')
+    line = next(line for line in output.stdout.splitlines() if line.startswith("found "))
+    return dict(json.loads(line.removeprefix("found ")))
+
+
+def test_a_sweep_outlives_the_head(cluster: OwnHosts) -> None:
+    """Its machine is replaced by an empty one in mid-sweep; no trial is lost or done twice."""
+    cluster.wait_for_nodes(3)
+    few = f"--set storage={SHARED}/runs --set sweep.trials=4 --set sweep.fuse=off --set train.epochs=20"
+    cluster.me(f"{SUBMIT} sweep digits --name many {few}", timeout_s=LIMIT_S)
+    folder = cluster.shared / "runs/many"
+    cluster.wait(lambda: len(ended(folder)) >= 1, "the first trial", LIMIT_S)
+    assert len(ended(folder)) < 4
+    cluster.pull("head")
+    cluster.boot("head")
+    cluster.me("heliostat up cluster.yaml", timeout_s=LIMIT_S)
+    end(cluster, "many")
+    assert len(ended(folder)) == 4
+    runs = tracked(cluster, "many")
+    assert len(runs) == 5
+    assert set(runs.values()) == {"FINISHED"}
+
+
+def ended(sweep: Path) -> list[Path]:
+    return [path for path in sweep.glob("trials/*") if (path / "ended.json").exists()]
