@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME := digits-demo-$(shell date +%m%d-%H%M%S)
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-cluster lint
 
 setup: .venv/ready
 
@@ -19,7 +19,10 @@ demo: setup
 	@echo "see every run and trial: $(BIN)/heliostat ui"
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25
+
+test-cluster: setup
+	$(BIN)/pytest --durations=25 -m cluster
 
 lint: setup
 	$(BIN)/ruff check .
