@@ -1,17 +1,22 @@
-"""A cluster of three hosts from its start to the next new step after one has lost its power.
+"""Clusters from their start to the next new step after a machine was lost.
 
-    python benchmarks/cluster.py [--rounds 3]
+    python benchmarks/cluster.py [power|spot] [--rounds 3]
 
 Two workers train the digits network, on hosts made of namespaces (`tests/rack`; needs root and
 what that needs). `heliostat up` and `heliostat submit` against `ray up` and `ray job submit` with
-Ray's defaults and the loop of Ray's guide to saving and loading checkpoints. For both: the power
-of one worker's host is cut at step 60, and 5 s later an empty machine is there in its place.
+Ray's defaults and the loop of Ray's guide to saving and loading checkpoints.
 
-The time from the power cut to the first step that had not been done before is broken down by
-cause. All hosts are on one kernel, so that their clocks agree.
+- `power`: hosts of one's own. At step 60 one worker's host loses its power, and 5 s later an empty
+  machine is there in its place.
+- `spot`: AWS in a box. At step 60 one worker's spot instance is told that it has two minutes, and
+  is taken away after them; plain Ray does not hear of it.
 
-Ray's autoscaler v2 never starts a second worker on hosts of one's own, so that plain Ray gets v1,
-and a start of its dashboard that can be reached. Neither has anything to set up on its hosts.
+The time from the loss to the first step that had not been done before is broken down by cause. All
+hosts are on one kernel, so that their clocks agree.
+
+Ray's autoscaler v2 never starts a second worker on hosts of one's own, so that plain Ray gets v1
+there, and a dashboard that can be reached. Neither has anything to set up on own hosts; on AWS
+Heliostat's commands install it, from the machine's own image.
 """
 
 import argparse
@@ -29,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from own_hosts import OwnHosts
+    from rack import Rack
 
 HOME = Path(__file__).parents[1]
 SHARED = Path("/srv/shared")
@@ -40,15 +45,17 @@ STEP_S = 0.1
 AWAY_S = 5.0
 """How long the place of the lost host is empty."""
 LIMIT_S = 900.0
-HEAD, LOST = "10.77.0.10", "10.77.0.12"
+NOTICE_S = 120.0
+"""What AWS gives a spot instance."""
+WORKERS = 2
 PARTS = (
     "the loss is noticed",
-    "the host is a node again",
+    "there are two workers' nodes",
     "the workers are made",
     "their first step",
     "steps done again",
 )
-PLAIN = """\
+PLAIN_HOSTS = """\
 cluster_name: plain
 provider: {type: local, head_ip: 10.77.0.10, worker_ips: [10.77.0.11, 10.77.0.12]}
 auth: {ssh_user: root, ssh_private_key: ~/.ssh/id}
@@ -66,15 +73,36 @@ worker_start_ray_commands:
     ray start --address=$RAY_HEAD_IP:6379 --num-cpus=1
     --memory=1500000000 --object-store-memory=100000000
 """
+PLAIN_AWS = """\
+cluster_name: plain
+max_workers: 3
+provider: {type: aws, region: us-east-1, availability_zone: us-east-1a, cache_stopped_nodes: false}
+auth: {ssh_user: ubuntu}
+available_node_types:
+  head:
+    resources: {CPU: 0}
+    node_config: {InstanceType: m7i.large, ImageId: IMAGE}
+  spot:
+    resources: {CPU: 1}
+    max_workers: 3
+    node_config:
+      InstanceType: m5.large
+      ImageId: IMAGE
+      InstanceMarketOptions: {MarketType: spot}
+head_node_type: head
+setup_commands: ["sed -i '1i export PATH=$HOME/venv/bin:$PATH' ~/.bashrc"]
+"""
 
 
 def begin_step(step: int) -> None:
     """Write down that this process begins a step, and spend a step's time."""
+    import ray.util
+
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     made = time.time() - since_boot_s + ticks / os.sysconf("SC_CLK_TCK")
     with (SHARED / EVENTS).open("a") as file:
-        file.write(f"{made} {time.time()} {step}\n")
+        file.write(f"{made} {time.time()} {step} {ray.util.get_node_ip_address()}\n")
     time.sleep(STEP_S)
 
 
@@ -82,7 +110,9 @@ def watch_nodes() -> None:
     """On the head: write down which nodes are there, whenever that changes."""
     from ray._raylet import GcsClient
 
-    client, before = GcsClient(address=f"{HEAD}:6379"), None
+    # Ray's own note, which is written when its head is up.
+    client = GcsClient(address=Path("/tmp/ray/ray_current_cluster").read_text().strip())
+    before = None
     while True:
         known = client.get_all_node_info().values()
         alive = sorted((n.node_manager_address, n.node_id.hex()) for n in known if n.state == 0)
@@ -163,22 +193,33 @@ def _tutorial_worker() -> None:
 
 
 class Lab:
-    """Three hosts, and what is written down on them."""
+    """A cluster on hosts of a rack, and what is written down there."""
 
-    def __init__(self, hosts: "OwnHosts") -> None:
+    def __init__(self, hosts: "Rack") -> None:
         self.hosts = hosts
 
-    def events(self) -> list[tuple[float, float, int]]:
-        """When the process was made, when it began the step, and which one it was."""
+    def me(self, command: str) -> str:
+        return self.hosts.run("me", f"cd ~/work; {command}", timeout_s=LIMIT_S).stdout
+
+    def head(self) -> str:
+        """The host that the head is on, by name."""
+        raise NotImplementedError
+
+    def lose(self, address: str) -> float:
+        """Take the worker's host away; the Unix time at which it went."""
+        raise NotImplementedError
+
+    def events(self) -> list[tuple[float, float, int, str]]:
+        """When the process was made, when it began the step, which one it was, and where."""
         return [
-            (float(made), float(now), int(step))
-            for made, now, step in (line.split() for line in self._lines(EVENTS))
+            (float(made), float(now), int(step), host)
+            for made, now, step, host in (line.split() for line in self._lines(EVENTS))
         ]
 
     def nodes(self) -> list[tuple[float, dict[str, str]]]:
-        """When which nodes were there: address -> id."""
+        """When which nodes were there: id -> address."""
         found = [json.loads(line) for line in self._lines(NODES)]
-        return [(at, dict(alive)) for at, alive in found]
+        return [(at, {node: address for address, node in alive}) for at, alive in found]
 
     def _lines(self, name: str) -> list[str]:
         path = self.hosts.shared / name
@@ -191,94 +232,159 @@ class Lab:
                 sys.exit(f"{what}: not within {LIMIT_S:g} s; nodes {self.nodes()[-3:]}")
             time.sleep(0.05)
 
-    def me(self, command: str) -> None:
-        self.hosts.me(command, timeout_s=LIMIT_S)
+    def last_step(self) -> int:
+        return max((step for _, _, step, _ in self.events()), default=-1)
 
-    def measure(self, up: str, submit: str, mode: str) -> dict[str, float]:
-        """Seconds of everything, for a command that starts the cluster and one for the run."""
+    def measure(self, up: str, submit: str, mode: str, nodes: int) -> dict[str, float]:
+        """Seconds of everything, for a command that starts `nodes` and one for the run."""
         began = time.time()
         self.me(up)
-        command = f"RAY_AUTH_MODE={mode} python {__file__} --watch"
-        watcher = self.hosts.start("head", command)
-        self.wait(lambda: any(len(alive) == 3 for _, alive in self.nodes()), "all nodes")
-        found = {"up": max(time.time() - began, 0.0)}
+        watch = f"PYTHONPATH= RAY_AUTH_MODE={mode} {sys.executable} {__file__} --watch"
+        self.hosts.start(self.head(), watch)  # ends with its host
+        self.wait(lambda: any(len(there) >= nodes for _, there in self.nodes()), "all nodes")
+        found = {"up": time.time() - began}
         began = time.time()
-        self.me(submit)
+        self.me(submit.replace("HEAD", self.hosts.hosts[self.head()].address))
         self.wait(lambda: bool(self.events()), "the first step")
         found["first step"] = self.events()[0][1] - began
-        self.wait(lambda: any(step >= CUT_AT for *_, step in self.events()), f"step {CUT_AT}")
-        before = self.nodes()[-1][1][LOST]
-        self.hosts.pull("two")
-        cut = time.time()
-        done = max(step for *_, step in self.events())
-        time.sleep(AWAY_S)
-        self.hosts.boot("two")
-        self.wait(lambda: any(step > done for *_, step in self.events()), "a new step")
-        watcher.kill()
-        return {**found, **self._recovery(cut, before, done)}
+        self.wait(lambda: self.last_step() >= CUT_AT, f"step {CUT_AT}")
+        leaving = next(where for *_, where in reversed(self.events()))
+        went = self.lose(leaving)
+        done = max(step for _, now, step, _ in self.events() if now <= went)
+        self.wait(lambda: self.last_step() > done, "a new step")
+        return {**found, **self._recovery(went, leaving, done)}
 
-    def _recovery(self, cut: float, lost: str, done: int) -> dict[str, float]:
-        """What happened when after the power cut; parts that end before an earlier one take 0 s."""
-        after = [event for event in self.events() if event[1] > cut and event[0] > cut]
-        nodes = [entry for entry in self.nodes() if entry[0] > cut]
+    def _recovery(self, went: float, lost: str, done: int) -> dict[str, float]:
+        """What happened when after the loss; parts that end before an earlier one take 0 s."""
+        new = min(now for _, now, step, _ in self.events() if step > done)
+        after = [event for event in self.events() if went < event[0] and event[1] <= new]
+        gone = next(node for node, at in self._before(went).items() if at == lost)
+        nodes = [entry for entry in self.nodes() if entry[0] > went]
+        whole = [at for at, there in nodes if len(there.keys() - {gone}) > WORKERS]
+        if len(self._before(went).keys() - {gone}) > WORKERS:
+            whole = [went]
         moments = (
-            next((at for at, alive in nodes if alive.get(LOST) != lost), cut),
-            next((at for at, alive in nodes if alive.get(LOST) not in (None, lost)), cut),
-            max(made for made, *_ in after),
-            min(now for _, now, _ in after),
-            min(now for _, now, step in after if step > done),
+            next((at for at, there in nodes if gone not in there), went),
+            min(whole, default=went),
+            max((made for made, *_ in after), default=went),
+            min((now for _, now, *_ in after), default=went),
+            new,
         )
-        parts, last = {}, cut
+        parts, last = {}, went
         for part, moment in zip(PARTS, moments, strict=True):
             parts[part] = max(0.0, moment - last)
             last = max(last, moment)
-        twice = max(0, done + 1 - min(step for *_, step in after))
-        return {**parts, "power cut to new step": last - cut, "steps done twice": float(twice)}
+        twice = max(0, done + 1 - min((step for _, _, step, _ in after), default=done + 1))
+        return {**parts, "loss to new step": last - went, "steps done twice": float(twice)}
+
+    def _before(self, moment: float) -> dict[str, str]:
+        return [there for at, there in self.nodes() if at <= moment][-1]
 
 
-def heliostat(lab: Lab) -> dict[str, float]:
+class Power(Lab):
+    """Own hosts, of which one loses its power."""
+
+    def head(self) -> str:
+        return "head"
+
+    def lose(self, address: str) -> float:
+        name = next(host.name for host in self.hosts.hosts.values() if host.address == address)
+        self.hosts.pull(name)
+        went = time.time()
+        time.sleep(AWAY_S)
+        self.hosts.boot(name)
+        return went
+
+
+class Spot(Lab):
+    """Instances, of which one is taken away after a notice."""
+
+    def head(self) -> str:
+        instances: list[dict[str, Any]] = self.hosts.instances()  # type: ignore[attr-defined]
+        return next(
+            str(each["InstanceId"]) for each in instances if each.get("InstanceLifecycle") != "spot"
+        )
+
+    def lose(self, address: str) -> float:
+        name = next(host.name for host in self.hosts.hosts.values() if host.address == address)
+        self.hosts.notice(name, NOTICE_S)  # type: ignore[attr-defined]
+        time.sleep(NOTICE_S)
+        self.hosts.reclaim(name)  # type: ignore[attr-defined]
+        self.wait(lambda: name not in self.hosts.hosts, "the end of the instance")
+        return time.time()
+
+
+def heliostat(lab: Lab, nodes: int) -> dict[str, float]:
     fields = {
         "model.width": 16,
         "train.steps": STEPS,
         "train.global_batch": BATCH,
         "checkpoint.every_steps": EVERY,
-        "scale.workers": 2,
+        "scale.workers": WORKERS,
         "storage": SHARED / "runs",
     }
     options = " ".join(f"--set {key}={value}" for key, value in fields.items())
     submit = "heliostat submit --cluster cluster.yaml train steps:Steps --name steps"
-    return lab.measure("heliostat up cluster.yaml", f"{submit} {options}", "token")
+    return lab.measure("heliostat up cluster.yaml", f"{submit} {options}", "token", nodes)
 
 
-def plain(lab: Lab) -> dict[str, float]:
-    work = lab.hosts.disk("me") / "root/work"
-    (work / "plain.yaml").write_text(PLAIN)
+def plain(lab: Lab, nodes: int) -> dict[str, float]:
+    job = "RAY_AUTH_MODE=disabled ray job submit --address http://HEAD:8265 --no-wait"
+    up = "ray up -y plain.yaml"
+    if isinstance(lab, Power):
+        up = f"RAY_UP_enable_autoscaler_v2=0 {up}"
+    return lab.measure(up, f"{job} --working-dir . -- python tutorial.py", "disabled", nodes)
+
+
+def racks(place: Path, case: str) -> "Rack":
+    """New hosts for one round."""
+    if case == "power":
+        from own_hosts import SPEC, OwnHosts
+
+        return OwnHosts(place, re.sub(r"^state: .*\n", "", SPEC, flags=re.MULTILINE))
+    from aws import AwsBox
+
+    return AwsBox(place, "us-east-1")
+
+
+def lay_out(hosts: "Rack", case: str) -> None:
+    """The files of the person at the keyboard."""
+    work = hosts.disk("me") / "root/work"
+    for left in work.glob("*.py"):
+        left.unlink()
+    (work / "steps.py").write_text(WORKLOAD)
     (work / "tutorial.py").write_text("from benchmarks.cluster import tutorial\n\ntutorial()\n")
-    job = f"ray job submit --address http://{HEAD}:8265 --no-wait --working-dir ."
-    return lab.measure(
-        "RAY_UP_enable_autoscaler_v2=0 ray up -y plain.yaml",
-        f"{job} -- python tutorial.py",
-        "disabled",
-    )
+    (work / "plain.yaml").write_text(PLAIN_HOSTS)
+    if case == "spot":
+        from aws import IMAGE
+        from test_aws import EDITED
+
+        text = (
+            (HOME / "cluster.yaml").read_text().replace('~/heliostat: "."', f"~/heliostat: {HOME}")
+        )
+        for old, new in EDITED.items():
+            text = text.replace(old, new)
+        (work / "cluster.yaml").write_text(text)
+        (work / "plain.yaml").write_text(PLAIN_AWS.replace("IMAGE", IMAGE))
 
 
-def contender(name: str, run: Callable[[Lab], dict[str, float]], kept: Any) -> float:
-    """One round of one of them on new hosts; the time from the power cut to a new step."""
-    from own_hosts import SPEC, OwnHosts
-
-    spec = re.sub(r"^state: .*\n", "", SPEC, flags=re.MULTILINE)
-    with tempfile.TemporaryDirectory() as place, OwnHosts(Path(place) / "rack", spec) as hosts:
-        work = hosts.disk("me") / "root/work"
-        (work / "steps.py").write_text(WORKLOAD)
-        found = run(Lab(hosts))
+def contender(
+    name: str, run: Callable[[Lab, int], dict[str, float]], case: str, kept: Any
+) -> float:
+    """One round of one of them on new hosts; the time from the loss to a new step."""
+    lab, nodes = (Power, 1 + WORKERS) if case == "power" else (Spot, 1)
+    with tempfile.TemporaryDirectory() as place, racks(Path(place) / "rack", case) as hosts:
+        lay_out(hosts, case)
+        found = run(lab(hosts), nodes)
+        print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), flush=True)
     for what, value in found.items():
         kept[what][name].append(value)
-    print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), flush=True)
-    return found["power cut to new step"]
+    return found["loss to new step"]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("case", nargs="?", choices=("power", "spot"), default="power")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--watch", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -293,17 +399,17 @@ def main() -> None:
     kept: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     contenders = {"Heliostat": heliostat, "plain Ray": plain}
     measured = compete(
-        {name: partial(contender, name, run, kept) for name, run in contenders.items()},
+        {name: partial(contender, name, run, args.case, kept) for name, run in contenders.items()},
         args.rounds,
     )
-    show("power cut to the next new step", measured, "s", 1.0)
+    show(f"{args.case}: from the loss to the next new step", measured, "s", 1.0)
     print(f"\n{'seconds, medians':<28}" + "".join(f"{name:>14}" for name in contenders))
     for what, by in kept.items():
         values = "".join(f"{statistics.median(by[name]):>14.1f}" for name in contenders)
         print(f"{what:<28}{values}")
     results = []
-    for what in ("up", "first step", "power cut to new step"):
-        results += rows(what, "Heliostat", kept[what])
+    for what in ("up", "first step", "loss to new step"):
+        results += rows(f"{args.case}: {what}", "Heliostat", kept[what])
     finish("cluster", results)
 
 
