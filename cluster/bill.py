@@ -132,6 +132,8 @@ class Bill:
             if known is None or post.number > known.post.number:
                 self._heard[post.session] = _Heard(post, now)
                 self._note_energy(post)
+                if post.ended:
+                    del self._heard[post.session]
 
     def _at_work(self, node: str, now: float) -> list[Post]:
         return [
