@@ -99,7 +99,9 @@ def rate_of(
     usd, price = _price(host, labels, cost, own, machine, known, today)
     intensity, carbon = _intensity(labels, cost, machine)
     pue, pue_from = _pue(labels, cost, machine)
-    return Rate(usd, price, intensity, f"{carbon}; PUE {pue:g} ({pue_from})", pue)
+    if intensity is not None:
+        carbon += f"; PUE {pue:g} ({pue_from})"
+    return Rate(usd, price, intensity, carbon, pue)
 
 
 def _price(

@@ -29,7 +29,7 @@ from trainers.spool import Row, now_ms
 
 LEDGER = "ledger.jsonl"
 TRACE = "HELIOSTAT_POWER_TRACE"
-"""Environment: a recorded trace (`cluster.power.Replay`) in place of a node's own devices."""
+"""Environment of the command: a recorded trace of power in place of what the devices say."""
 SHOWN_EVERY_S = 30.0
 """Seconds between two points of the cost in MLflow."""
 
@@ -41,7 +41,15 @@ class WorkerMeter:
     CPUs where these have no counter.
     """
 
-    def __init__(self, tracker: Any, key: str, hardware: Device, local_rank: int = 0) -> None:
+    def __init__(
+        self,
+        tracker: Any,
+        key: str,
+        hardware: Device,
+        local_rank: int = 0,
+        trace: str | None = None,
+    ) -> None:
+        """`trace` is a recorded one (`cluster.power.Replay`) in place of the node's devices."""
         import ray
 
         context = ray.get_runtime_context()
@@ -52,6 +60,9 @@ class WorkerMeter:
         share = min(1.0, self._reserved.get("GPU", 1.0) or 1.0)
         cpus = self._reserved.get("CPU", 0.0)
         sources, expected = _sources(hardware, local_rank, share, cpus)
+        if trace is not None:
+            sources = [Replay(Path(trace), time.monotonic)] if local_rank == 0 else []
+            expected = []
         self._meter = Meter(sources, time.monotonic, expected)
         self._lock, self._done = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="meter")
@@ -97,8 +108,6 @@ def _sources(
 ) -> tuple[list[Source], list[Reading]]:
     """What can tell about a worker's devices, and which devices there are for certain."""
     host, clock = socket.gethostname(), time.monotonic
-    if TRACE in os.environ:
-        return ([Replay(Path(os.environ[TRACE]), clock)] if local_rank == 0 else []), []
     sources: list[Source] = []
     rapl = Rapl(host, cpus / (os.cpu_count() or 1))
     if not _reads(rapl):
@@ -172,16 +181,16 @@ class Metering:
         self.reason = self.reason or reached(self._budget, account)
         if now >= self._next_shown_s or always:
             self._next_shown_s = now + SHOWN_EVERY_S
-            self._show(self._key, account)
+            self._shown = max(self._shown + 1, round(account.wall_s))
+            self.show(self._key, metrics(account))
         return self.reason
 
-    def _show(self, run: str, account: Account) -> None:
-        """Metrics of MLflow, by the second of the run: a series must not stand still at a step
-        that is done again.
+    def show(self, run: str, found: Mapping[str, float]) -> None:
+        """Tell MLflow, by the second of the bill: at a step that is done again, a series would
+        stand still.
         """
-        self._shown = max(self._shown + 1, round(self.ledger.account().wall_s))
         at = now_ms()
-        rows: list[Row] = [(k, v, self._shown, at) for k, v in metrics(account).items()]
+        rows: list[Row] = [(name, value, self._shown, at) for name, value in found.items()]
         self._tracker.add.remote(run, rows)
 
     def finish(self) -> tuple[Account, dict[str, str]]:
@@ -250,6 +259,7 @@ def ray_nodes() -> list[Node]:
     from ray._private.state import available_resources_per_node
 
     free: Mapping[str, Mapping[str, float]] = available_resources_per_node()
+    ours = _ours()
     return [
         Node(
             id=node["NodeID"],
@@ -257,10 +267,30 @@ def ray_nodes() -> list[Node]:
             labels=node["Labels"],
             total=node["Resources"],
             used=_used(node["Resources"], free.get(node["NodeID"])),
+            ours=ours.get(node["NodeID"], {}),
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def _ours() -> dict[str, dict[str, float]]:
+    """Node -> what placement groups of this Ray job reserve there: of Ray Train and Ray Tune."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    job = ray.get_runtime_context().get_job_id()
+    found: dict[str, dict[str, float]] = {}
+    for packed in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(packed)
+        if group.creator_job_id.hex() != job or group.state != PlacementGroupTableData.CREATED:
+            continue
+        for bundle in group.bundles:
+            node = found.setdefault(bundle.node_id.hex(), {})
+            for name, amount in bundle.unit_resources.items():
+                node[name] = node.get(name, 0.0) + amount
+    return found
 
 
 def _used(has: Mapping[str, float], free: Mapping[str, float] | None) -> dict[str, float]:
