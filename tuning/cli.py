@@ -166,11 +166,11 @@ def _show_board(
     for name, text in tracked.get("account", {}).items():
         console.print(f"{name}: {text}", highlight=False)
     folder = short_path(sweep.folder)
-    reason = tracked.get("reason")
+    ended_by = tracked.get("reason")
     if len(board.ended) < sweep.spec.total_trials:
-        more = f" --set {reason.partition(' ')[0].rstrip(':')}=MORE" if reason else ""
+        more = f" --set {ended_by.partition(' ')[0].rstrip(':')}=MORE" if ended_by else ""
         console.print(
-            f"{f'{reason}; ' if reason else ''}stopped with {len(board.ended)} of "
+            f"{f'{ended_by}; ' if ended_by else ''}stopped with {len(board.ended)} of "
             f"{sweep.spec.total_trials} trials ended; "
             f"go on with\n  heliostat sweep --resume {folder}{more}",
             highlight=False,
