@@ -30,6 +30,7 @@ from trainers.folder import (
     unique_name,
 )
 from trainers.loop import Outcome
+from trainers.metering import Metering
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.track import TrackedRun, default_uri, drain, start_tracker
 from trainers.workers import Job, Watcher, run_workers, shortage
@@ -110,7 +111,7 @@ def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
     folder = find_folder(name, storage)
     for assignment in overrides:
         section = assignment.partition(".")[0]
-        if section not in ("scale", "checkpoint"):
+        if section not in ("scale", "checkpoint", "budget", "cost"):
             raise SpecError(
                 f"--set {assignment}: cannot change in a resumed run; start a new one with --from"
             )
@@ -123,27 +124,37 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     """Do a run, tracked from its start to its end, in the Ray that is connected.
 
     Returns what became of it, and what MLflow has of it (`Tracker.read`); instead of that
-    `unsent`, one line, when MLflow cannot be reached.
+    `unsent`, one line, when MLflow cannot be reached. With these `account`, the lines of what the
+    run has cost so far, and `reason`, the limit of its budget at which it was stopped.
     """
     tracker = start_tracking(run.folder, run.spec, run.data)
+    metering: Metering | None = None
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
         else:
+            metering = Metering(run.folder, run.spec, tracker)
             job = Job(run.data, run.dataset, run.folder, run.key)
-            outcome = run_workers(job, tracker, watch, stop)
+            outcome = run_workers(job, tracker, metering.watching(watch, stop), stop)
     except BaseException as error:
         failed = isinstance(error, HeliostatError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}
+        tags |= metering.finish()[1] if metering else {}
         tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
         drain(tracker, timeout_s=10)
         raise
+    became: dict[str, Any] = {}
+    tags = {}
+    if metering is not None:
+        account, tags = metering.finish()
+        became = {"account": metering.lines(account), "reason": metering.reason}
     if outcome.complete:
         tracker.model.remote(run.key, str(run.folder / MODEL))
-        tracker.finish.remote(run.key, "FINISHED")
+        tracker.finish.remote(run.key, "FINISHED", tags)
     else:
-        tracker.finish.remote(run.key, "KILLED", {"heliostat.reason": "stopped"})
-    return outcome, end_tracking(tracker, run.key)
+        tags["heliostat.reason"] = became.get("reason") or "stopped"
+        tracker.finish.remote(run.key, "KILLED", tags)
+    return outcome, {**end_tracking(tracker, run.key), **became}
 
 
 def start_tracking(

@@ -20,6 +20,7 @@ from trainers.export import export_model
 from trainers.folder import CHECKPOINTS, MODEL
 from trainers.health import STALLS, StallWatch, last_stall, watched
 from trainers.loop import Outcome, train
+from trainers.metering import TRACE, WorkerMeter
 from trainers.parallel import Worker
 from trainers.reporter import Reporter, SilentReporter, TrackerReporter
 from trainers.spec import RunSpec, ScaleSpec, resolve
@@ -49,6 +50,8 @@ class Job:
     key: str
     started: float = field(default_factory=time.time)
     """When the command was given (Unix time)."""
+    power_trace: str | None = field(default_factory=lambda: os.environ.get(TRACE))
+    """A recorded trace of power in place of what the workers' devices say."""
     threads: int | None = None
     """Threads of each worker on a CPU; its share of the machine's cores when None."""
 
@@ -161,7 +164,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         reporter: Reporter = SilentReporter()
         if rank == 0:
             reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
-        with watched(job.folder / STALLS, rank, world, spec.train.stall_timeout_s):
+        with (
+            WorkerMeter(
+                config["tracker"], job.key, hardware, context.get_local_rank(), job.power_trace
+            ),
+            watched(job.folder / STALLS, rank, world, spec.train.stall_timeout_s),
+        ):
             outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
         newest = Checkpoints(job.folder / CHECKPOINTS).newest() if rank == 0 else None
         if outcome.complete and newest is not None:

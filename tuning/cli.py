@@ -77,11 +77,9 @@ def sweep_command(args: argparse.Namespace) -> int:
     if args.or_resume and not args.name:
         raise SpecError("--or-resume: needs --name, to know what to go on with")
     if storage := run.begun(args):
-        sweep = sweeps.resumed_sweep(args.name, storage)
+        sweep = sweeps.resumed_sweep(args.name, storage, [])
     elif args.resume:
-        if args.set:
-            raise SpecError("--set: cannot change a sweep that has begun")
-        sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec))
+        sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec), args.set)
     elif args.spec:
         sweep = sweeps.new_sweep(args.spec, args.set, args.name)
     else:
@@ -184,11 +182,17 @@ def _show_board(
         console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACK}", style="yellow")
     else:
         console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
+    for name, text in tracked.get("account", {}).items():
+        console.print(f"{name}: {text}", highlight=False)
     folder = short_path(sweep.folder)
+    ended_by = tracked.get("reason")
     if len(board.ended) < sweep.spec.total_trials:
+        more = f" --set {ended_by.partition(' ')[0].rstrip(':')}=MORE" if ended_by else ""
         console.print(
-            f"stopped with {len(board.ended)} of {sweep.spec.total_trials} trials ended; "
-            f"go on with\n  heliostat sweep --resume {folder}"
+            f"{f'{ended_by}; ' if ended_by else ''}stopped with {len(board.ended)} of "
+            f"{sweep.spec.total_trials} trials ended; "
+            f"go on with\n  heliostat sweep --resume {folder}{more}",
+            highlight=False,
         )
     if board.best is not None:
         trial = short_path(sweep.trial_folder(board.best.number))

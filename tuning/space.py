@@ -151,8 +151,11 @@ def check_parameters(data: Mapping[str, Any], sweep: SweepSpec) -> None:
 
 
 def trial_data(data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain spec of one trial: the sweep's with the trial's values, and no sweep."""
-    result = {key: value for key, value in data.items() if key != "sweep"}
+    """The plain spec of one trial: the sweep's with the trial's values, and no sweep.
+
+    A budget is the sweep's, and not each trial's.
+    """
+    result = {key: value for key, value in data.items() if key not in ("sweep", "budget")}
     for path, value in parameters.items():
         result = with_value(result, path, value)
     return result
