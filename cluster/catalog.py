@@ -1,14 +1,25 @@
-"""What kinds of accelerator there are: memory, speed, watts, each row with where that is from.
+"""What accelerators and machines there are, and what they cost, each row with where that is from.
 
-The rows are in `data/accelerators.csv`, whose figures are of one chip as it is sold. They are
-read with the standard library's csv module: 60 rows need no faster reader, and pyarrow takes
-longer to import than all of them take to read.
+The rows are in `data/accelerators.csv`, whose figures are of one chip as it is sold, and in
+`data/prices.csv`, a snapshot of cloud prices. They are read with the standard library's csv
+module: 160 rows need no faster reader, and pyarrow takes longer to import than all of them take
+to read.
 """
 
 import csv
+import datetime
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+from cluster.errors import SpecError
+
+T = TypeVar("T")
+
+PRICES = Path(__file__).parent / "data" / "prices.csv"
 
 _MEMORY_TOLERANCE = 0.15
 """Vendors count memory in GB or GiB, and drivers keep some of it; partitions have half or less."""
@@ -45,6 +56,108 @@ class Accelerator:
         if self.peak_flop_per_s is None:
             return f"peak unknown ({self.source})"
         return f"{self.peak_flop_per_s / 1e12:.4g} TFLOP/s at its peak ({self.source})"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kind of machine that a provider rents out, in one region."""
+
+    provider: str
+    """aws, gcp, azure, lambda, nebius, runpod, or `own` for a machine of the user's."""
+    region: str
+    name: str
+    """The provider's name for it, such as g5.xlarge."""
+    accelerator: str
+    """What is in it, for people; empty where there is none."""
+    ray_accelerator_type: str
+    accelerators: int
+    """How many it has."""
+    accelerator_memory_bytes: int | None
+    """Of each."""
+    vcpus: float
+    memory_bytes: int
+    usd_per_h: float | None
+    """On demand, without storage and traffic; None when unknown."""
+    spot_usd_per_h: float | None
+    """The median over the zones of the snapshot, or the only price that it has."""
+    spot_low_usd_per_h: float | None
+    """In the cheapest zone of the snapshot."""
+    source: str
+    date: datetime.date | None
+    """When the prices held; None when the source does not say."""
+    note: str
+
+    @property
+    def key(self) -> str:
+        """How it is named by users and in messages."""
+        return f"{self.provider}/{self.region}/{self.name}"
+
+    def usd(self, spot: bool) -> float | None:
+        """Dollars an hour."""
+        return self.spot_usd_per_h if spot else self.usd_per_h
+
+
+@cache
+def instances(path: Path = PRICES) -> tuple[Instance, ...]:
+    """All machines of the price list at `path`, the bundled snapshot.
+
+    Raises SpecError with one line that names the file, the row and the column.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return tuple(_instance(row, f"{path}:{reader.line_num}") for row in reader)
+
+
+def find_instance(provider: str, name: str, region: str | None = None) -> Instance | None:
+    """The machine of this provider and name: in this region, else in any other; None if unknown.
+
+    A price of another region is better than none: they differ by tens of percent, while
+    providers differ by multiples. The caller sees the region in what it gets.
+    """
+    found = [each for each in instances() if (each.provider, each.name) == (provider, name)]
+    return next((each for each in found if each.region == region), found[0] if found else None)
+
+
+def _instance(row: dict[str, str], where: str) -> Instance:
+    def figure(column: str, read: Callable[[str], T]) -> T | None:
+        text = row.get(column) or ""
+        try:
+            return read(text) if text else None
+        except ValueError:
+            raise SpecError(f"{where}: {column} cannot be {text!r}") from None
+
+    def needed(column: str, read: Callable[[str], T]) -> T:
+        found = figure(column, read)
+        if found is None:
+            raise SpecError(f"{where}: {column} is missing")
+        return found
+
+    gpu_memory = figure("accelerator_mem_gb", _positive)
+    low, median = (figure(f"spot_usd_h_{which}", _positive) for which in ("min", "median"))
+    return Instance(
+        provider=needed("provider", str),
+        region=needed("region", str),
+        name=needed("instance_type", str),
+        accelerator=row["accelerator"],
+        ray_accelerator_type=row["ray_accelerator_type"],
+        accelerators=needed("accelerator_count", int),
+        accelerator_memory_bytes=None if gpu_memory is None else round(gpu_memory * 1e9),
+        vcpus=needed("vcpus", _positive),
+        memory_bytes=round(needed("memory_gib", _positive) * 2**30),
+        usd_per_h=needed("ondemand_usd_h", _positive),
+        spot_usd_per_h=low if median is None else median,
+        spot_low_usd_per_h=low,
+        source=needed("source", str),
+        date=figure("snapshot_date", datetime.date.fromisoformat),
+        note=row["note"],
+    )
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError
+    return number
 
 
 @cache

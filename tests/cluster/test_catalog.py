@@ -1,5 +1,6 @@
 """Which device is this, by the name and the memory that its driver reports."""
 
+import csv
 import tomllib
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray.util.accelerators import accelerators
 
 import cluster.catalog
-from cluster.catalog import devices, find_device, ray_resource
+from cluster.catalog import PRICES, devices, find_device, find_instance, instances, ray_resource
+from cluster.errors import SpecError
 
 GIB = 2**30
 
@@ -91,12 +93,12 @@ def test_the_types_are_those_that_ray_finds() -> None:
             assert device.ray_accelerator_type in listed
 
 
-def test_the_table_is_installed_with_the_package() -> None:
+def test_the_tables_are_installed_with_the_package() -> None:
     home = Path(cluster.catalog.__file__).parents[1]
     pyproject = tomllib.loads((home / "pyproject.toml").read_text())
     patterns = pyproject["tool"]["setuptools"]["package-data"]["cluster"]
     installed = {path for pattern in patterns for path in (home / "cluster").glob(pattern)}
-    assert home / "cluster" / "data" / "accelerators.csv" in installed
+    assert installed == set((home / "cluster" / "data").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -111,3 +113,56 @@ def test_the_table_is_installed_with_the_package() -> None:
 )
 def test_the_resource_that_ray_counts(accelerator_type: str, resource: str) -> None:
     assert ray_resource(accelerator_type) == resource
+
+
+def test_every_price_says_where_it_is_from() -> None:
+    assert len(instances()) > 100
+    assert {each.provider for each in instances()} >= {"aws", "gcp", "azure", "lambda", "nebius"}
+    for each in instances():
+        assert each.source
+        assert each.usd_per_h is not None
+        if each.spot_usd_per_h is not None:
+            assert each.spot_low_usd_per_h is not None
+            assert each.spot_low_usd_per_h <= each.spot_usd_per_h < each.usd_per_h
+
+
+def test_an_instance_in_plain_units() -> None:
+    p5 = find_instance("aws", "p5.48xlarge", "us-east-1")
+    assert p5 is not None
+    assert (p5.usd(spot=False), p5.usd(spot=True), p5.spot_low_usd_per_h) == (
+        55.04,
+        16.8795,
+        11.2543,
+    )
+    assert (p5.accelerators, p5.ray_accelerator_type, p5.vcpus) == (8, "H100", 192)
+    assert (p5.memory_bytes, p5.accelerator_memory_bytes) == (2048 * GIB, 80e9)
+    elsewhere = find_instance("aws", "p5.48xlarge", "eu-west-1")
+    assert elsewhere == p5, "a price of another region says which"
+    assert find_instance("aws", "p99.huge") is None
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("ondemand_usd_h", "-0.526", "ondemand_usd_h cannot be '-0.526'"),
+        ("ondemand_usd_h", "nan", "ondemand_usd_h cannot be 'nan'"),
+        ("ondemand_usd_h", "", "ondemand_usd_h is missing"),
+        ("spot_usd_h_min", "0", "spot_usd_h_min cannot be '0'"),
+        ("vcpus", "many", "vcpus cannot be 'many'"),
+        ("snapshot_date", "2026", "snapshot_date cannot be '2026'"),
+    ],
+)
+def test_a_wrong_price_is_named_by_file_and_row(
+    tmp_path: Path, column: str, value: str, problem: str
+) -> None:
+    with PRICES.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[3][column] = value
+    path = tmp_path / "prices.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(SpecError) as caught:
+        instances(path)
+    assert str(caught.value) == f"{path}:5: {problem}"
