@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.scaling import Curve, Place, Point, Prediction, Unknown, fit, knee
@@ -29,6 +29,7 @@ def probes(curve: Curve, *places: Place) -> list[Point]:
     return [Point(place, curve.step_s(place)) for place in places]
 
 
+@settings(deadline=None)  # the first call imports scipy
 @given(
     c=st.floats(1e-4, 1), a=st.floats(0, 1), b=st.floats(0, 1), each=st.floats(1e-6, 1e-2)
 )
@@ -77,6 +78,7 @@ def test_errors_grow_with_the_distance_from_what_was_probed() -> None:
     assert predicted(curve, Place(6, 3, 2)).error > known  # a smaller share than any probed
 
 
+@settings(deadline=None)  # the first call imports scipy
 @given(
     st.floats(1e-4, 1),
     st.floats(1e-5, 1),
