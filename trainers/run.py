@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,12 @@ from trainers.folder import (
     short_path,
     unique_name,
 )
+from trainers.forecast import Forecast, Memory, compared, keys_of
 from trainers.loop import Outcome
 from trainers.spec import RunSpec, find_spec, resolve
+from trainers.spool import now_ms
 from trainers.track import TrackedRun, default_uri, drain, start_tracker
-from trainers.workers import Job, Watcher, run_workers, shortage
+from trainers.workers import Job, Watcher, run_workers, scaling, shortage
 from trainers.workloads.base import Workload
 
 if TYPE_CHECKING:
@@ -124,6 +127,10 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     `unsent`, one line, when MLflow cannot be reached.
     """
     tracker = start_tracking(run.folder, run.spec, run.data)
+    expected = _expected(run)
+    if expected is not None:
+        tracker.note.remote(run.key, "forecast", str(expected))
+    began = time.monotonic()
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
@@ -136,12 +143,46 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
         drain(tracker, timeout_s=10)
         raise
+    became: dict[str, Any] = {}
     if outcome.complete:
+        if expected is not None:
+            became["forecast"] = _settled_forecast(
+                run, tracker, expected, outcome, time.monotonic() - began
+            )
         tracker.model.remote(run.key, str(run.folder / MODEL))
         tracker.finish.remote(run.key, "FINISHED")
     else:
         tracker.finish.remote(run.key, "KILLED", {"heliostat.reason": "stopped"})
-    return outcome, end_tracking(tracker, run.key)
+    return outcome, {**end_tracking(tracker, run.key), **became}
+
+
+def _expected(run: Run) -> Forecast | None:
+    """What `heliostat plan` forecast for this run; None also where it goes on with an earlier one.
+
+    In the Ray that is connected: what `scale.accelerator: auto` means depends on it.
+    """
+    if Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).newest() is not None:
+        return None
+    keys = keys_of(run.data, with_gpus=bool(scaling(run.spec.scale).use_gpu))
+    return Memory(Path(run.spec.storage)).recall(keys)
+
+
+def _settled_forecast(
+    run: Run, tracker: Any, expected: Forecast, outcome: Outcome, wall_s: float
+) -> str:
+    """Keep what became of the forecast, for the next ones and with MLflow; in one line."""
+    Memory(Path(run.spec.storage)).took(run.key, expected, wall_s)
+    text = compared(expected, wall_s)
+    found = {
+        "forecast/wall_s": expected.wall_s.middle,
+        "forecast/low_s": expected.wall_s.low,
+        "forecast/high_s": expected.wall_s.high,
+        "forecast/actual_s": wall_s,
+    }
+    rows = [(name, value, outcome.step, now_ms()) for name, value in found.items()]
+    tracker.log.remote(run.key, rows, outcome.step)
+    tracker.note.remote(run.key, "forecast", text)
+    return text
 
 
 def start_tracking(
