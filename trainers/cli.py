@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+import trainers.plan_cli
 from cluster.cli import Subparsers, run_options
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_verbs(verbs: Subparsers) -> None:
         help="start from the newest checkpoint of another run or trial",
     )
     train.set_defaults(command=train_command)
+    trainers.plan_cli.add_verbs(verbs)
     ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs")
     ui.add_argument("--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.loop import milestones
-from trainers.pools import ProbedPool
+from trainers.pools import Probe, ProbedPool
 from trainers.scaling import Unknown
 from trainers.spec import RunSpec
 
@@ -62,7 +62,8 @@ class Interval(NamedTuple):
     def widened(self, factor: float) -> "Interval":
         """Its logarithmic width times `factor`."""
         low, middle, high = self
-        return Interval(middle * (low / middle) ** factor, middle, middle * (high / middle) ** factor)
+        down, up = (low / middle) ** factor, (high / middle) ** factor
+        return Interval(middle * down, middle, middle * up)
 
 
 def added(parts: Iterable[Interval]) -> Interval:
@@ -71,7 +72,7 @@ def added(parts: Iterable[Interval]) -> Interval:
     middle = sum(part.middle for part in parts)
     low = math.hypot(*(part.middle - part.low for part in parts))
     high = math.hypot(*(part.high - part.middle for part in parts))
-    return Interval(max(0.0, middle - low), middle, middle + high)
+    return Interval(max(min(part.low for part in parts), middle - low), middle, middle + high)
 
 
 class Length(NamedTuple):
@@ -118,8 +119,12 @@ def forecast(
     found = probed.predict(workers)
     if isinstance(found, Unknown):
         return found
-    seen = probed.nearest(workers)
     step_s = Interval.around(found.step_s, found.error)
+    return whole(step_s, probed.nearest(workers), run, str(found.basis), widening)
+
+
+def whole(step_s: Interval, seen: Probe, run: Length, basis: str, widening: float) -> Forecast:
+    """A run of such steps; all else takes what it took the probe."""
     around_s = (
         seen.start_s
         + run.evaluations * seen.evaluation_s
@@ -129,7 +134,7 @@ def forecast(
     )
     parts = [step_s.times(run.steps - 1), Interval.around(around_s, OVERHEAD_ERROR)]
     wall_s = added(parts).widened(widening)
-    return Forecast(wall_s, step_s.widened(widening), str(found.basis), widening, time.time())
+    return Forecast(wall_s, step_s.widened(widening), basis, widening, time.time())
 
 
 def widening(scores: Sequence[float]) -> float:

@@ -1,18 +1,15 @@
 """What a cluster has for a run: nodes of one kind, and the numbers of workers that fit there."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from cluster.catalog import ray_resource
 from trainers.scaling import Curve, Place, Point, Prediction, Unknown, fit
 from trainers.spec import RunSpec
-
-INSTANCE = "heliostat.io/instance"
-"""The label of a node that says what the provider calls such a machine, as provider/name."""
-REGION = "ray.io/availability-region"
 
 
 @dataclass(frozen=True)
@@ -25,9 +22,10 @@ class Pool:
     """Workers that fit on each node, the largest node first."""
     cores: float
     """CPUs of the smallest node."""
-    instance: str | None = None
-    """What the nodes are, as provider/name, where all say the same."""
-    region: str | None = None
+    host: str = ""
+    """The name of one of the nodes."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray's labels that all nodes share, by which their price is known."""
 
     @property
     def total(self) -> int:
@@ -39,13 +37,8 @@ class Pool:
 
     def nodes_for(self, workers: int) -> int | None:
         """On how many nodes Ray puts them, which fills nodes; None where they do not fit."""
-        nodes, left = 0, workers
-        for slots in self.slots:
-            nodes += 1
-            left -= slots
-            if left <= 0:
-                return nodes
-        return None
+        together = enumerate(itertools.accumulate(self.slots), start=1)
+        return next((nodes for nodes, room in together if room >= workers), None)
 
     def place(self, workers: int, batch: int) -> Place | None:
         """Where a step over `batch` samples would be done; None where the workers do not fit."""
@@ -146,31 +139,28 @@ def pools(nodes: Iterable[Mapping[str, Any]], spec: RunSpec) -> list[Pool]:
     """
     scale, found = spec.scale, defaultdict(list)
     for node in nodes:
-        resources, labels = node["Resources"], node.get("Labels", {})
-        cpus = resources.get("CPU", 0.0)
-        if not node["Alive"] or cpus < scale.cpus_per_worker:
+        resources = node["Resources"]
+        on_cpus = int(resources.get("CPU", 0.0) // scale.cpus_per_worker)
+        if not node["Alive"] or not on_cpus:
             continue
-        machine = (labels.get(INSTANCE), labels.get(REGION))
-        fit_on_cpus = int(cpus // scale.cpus_per_worker)
         if scale.accelerator in ("auto", "cpu"):
-            found["cpu"].append((fit_on_cpus, cpus, machine))
+            found["cpu"].append((on_cpus, node))
         for name in resources:
             kind = name.removeprefix("accelerator_type:")
-            if kind == name or scale.accelerator not in ("auto", "gpu", kind):
-                continue
-            devices = int(resources.get(ray_resource(kind), 0))
-            if slots := min(devices, fit_on_cpus):
-                found[kind].append((slots, cpus, machine))
+            if kind != name and scale.accelerator in ("auto", "gpu", kind):
+                slots = min(on_cpus, int(resources.get(ray_resource(kind), 0)))
+                if slots:
+                    found[kind].append((slots, node))
     return [_pool(kind, members) for kind, members in found.items()]
 
 
-def _pool(kind: str, members: list[tuple[int, float, tuple[str | None, str | None]]]) -> Pool:
-    machines = {machine for _, _, machine in members}
-    instance, region = machines.pop() if len(machines) == 1 else (None, None)
+def _pool(kind: str, members: list[tuple[int, Mapping[str, Any]]]) -> Pool:
+    nodes = [node for _, node in members]
+    labels = [node.get("Labels", {}).items() for node in nodes]
     return Pool(
         accelerator=kind,
-        slots=tuple(sorted((slots for slots, _, _ in members), reverse=True)),
-        cores=min(cpus for _, cpus, _ in members),
-        instance=instance,
-        region=region,
+        slots=tuple(sorted((slots for slots, _ in members), reverse=True)),
+        cores=min(node["Resources"]["CPU"] for node in nodes),
+        host=nodes[0].get("NodeManagerHostname", ""),
+        labels=dict(set(labels[0]).intersection(*labels[1:])),
     )

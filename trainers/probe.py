@@ -5,6 +5,7 @@ steps, so that all is warm, compiled and evaluated, and then once for each globa
 the first worker has seen enough. MLflow hears nothing of it, and nothing is left behind.
 """
 
+import itertools
 import math
 import os
 import pickle
@@ -57,9 +58,7 @@ class Subject:
         return with_value(data, "train.global_batch", batch)
 
 
-def probe(
-    subject: Subject, pool: Pool, workers: int, batches: Sequence[int]
-) -> tuple[Probe, ...]:
+def probe(subject: Subject, pool: Pool, workers: int, batches: Sequence[int]) -> tuple[Probe, ...]:
     """Measure steps over each of the global batches; blocks for seconds, in a Ray that is there.
 
     Raises what a run raises that cannot go on.
@@ -215,7 +214,7 @@ def steady(ticks: Sequence[float]) -> tuple[float, float]:
     kept = ticks[SKIPPED_STEPS:-1]
     step_s = (kept[-1] - kept[0]) / (len(kept) - 1)
     bounds = [round(i * (len(kept) - 1) / WINDOWS) for i in range(WINDOWS + 1)]
-    pairs = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    pairs = [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
     means = [(kept[b] - kept[a]) / (b - a) for a, b in pairs]
     if len(means) < 2:
         return step_s, 0.0

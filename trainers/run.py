@@ -235,6 +235,26 @@ def at_work(
 
     Yields the console and the event that Ctrl-C sets.
     """
+    with (
+        connected(folder, spec, address, verbose) as (console, started_here),
+        stop_on_signal() as stop,  # within: ray.init has a handler of its own
+    ):
+        missing = shortage(spec.scale)
+        if missing and started_here:
+            raise SpecError(missing)
+        if missing:
+            console.print(f"{missing}; waiting for it to grow", style="yellow")
+        yield console, stop
+
+
+@contextlib.contextmanager
+def connected(
+    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+) -> Iterator[tuple["Console", bool]]:
+    """A folder held, Ray connected, what others print in the folder's log.
+
+    Yields the console, and whether the Ray was started here.
+    """
     storage = Path(spec.storage)
     code = Path.cwd() if ":" in spec.workload else None
     # The user's folder travels to the workers; what runs write into it need not.
@@ -244,16 +264,10 @@ def at_work(
         exclusive(folder),
         quiet(log, verbose) as console,
         ray_session(address, code, exclude) as started_here,
-        stop_on_signal() as stop,  # within: ray.init has a handler of its own
     ):
         if not verbose:
             console.print(f"log: {short_path(log)}", style="dim")
-        missing = shortage(spec.scale)
-        if missing and started_here:
-            raise SpecError(missing)
-        if missing:
-            console.print(f"{missing}; waiting for it to grow", style="yellow")
-        yield console, stop
+        yield console, started_here
 
 
 def storage_of(name: str | None) -> Path:

@@ -30,9 +30,7 @@ def probes(curve: Curve, *places: Place) -> list[Point]:
 
 
 @settings(deadline=None)  # the first call imports scipy
-@given(
-    c=st.floats(1e-4, 1), a=st.floats(0, 1), b=st.floats(0, 1), each=st.floats(1e-6, 1e-2)
-)
+@given(c=st.floats(1e-4, 1), a=st.floats(0, 1), b=st.floats(0, 1), each=st.floats(1e-6, 1e-2))
 def test_terms_are_recovered_from_probes_of_them(c: float, a: float, b: float, each: float) -> None:
     def step_s(workers: int, nodes: int, samples: float) -> float:
         exchange = a * (workers - 1) / workers if nodes == 1 else b * (nodes - 1) / nodes
