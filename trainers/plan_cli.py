@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli import Subparsers, run_options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
-    from trainers.forecast import Interval
+    from trainers.forecast import Interval, Memory
     from trainers.plan import Option, Plan, Question
     from trainers.pools import ProbedPool
     from trainers.scaling_study import Study
@@ -166,7 +166,7 @@ def _probed(asked: _Asked, console: "Console") -> "list[ProbedPool]":
             f"{asked.spec.scale.cpus_per_worker:g} CPUs for a worker"
         )
     console.print(
-        f"probing {asked.stem} on {', '.join(pool.accelerator for pool in there)}: some seconds for "
+        f"probing on {', '.join(pool.accelerator for pool in there)}: some seconds for "
         "each number of workers"
     )
     return [
@@ -176,7 +176,10 @@ def _probed(asked: _Asked, console: "Console") -> "list[ProbedPool]":
 
 
 def _remember(
-    memory: Any, data: "dict[str, Any]", probed: "Sequence[ProbedPool]", question: "Question"
+    memory: "Memory",
+    data: "Mapping[str, Any]",
+    probed: "Sequence[ProbedPool]",
+    question: "Question",
 ) -> None:
     """Keep the forecasts for the runs that may follow."""
     from cluster.config import with_value

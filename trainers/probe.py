@@ -119,7 +119,9 @@ class _Look:
         if not worker.first:
             return None
         step_s, spread = steady(watch.ticks)
-        rated = worker.hardware.catalogued()
+        rated, flops = worker.hardware.catalogued(), warm.flops()
+        speed = None if flops is None else flops * batch / step_s / worker.world
+        peak = rated.peak_flop_per_s if rated else None
         cores = float(os.cpu_count() or 1) if worker.device.type == "cpu" else None
         nodes = -(-worker.world // worker.local_world)
         return Probe(
@@ -132,11 +134,11 @@ class _Look:
             test_s=warm.test_s,
             save_s=warm.save_s,
             end_s=self._export_s,
-            shares=watch.shares(),
-            flops=watch.flops(),
+            shares=watch.shares() or warm.shares(),
+            flops=flops,
             device=rated.name if rated else worker.hardware.name,
-            mfu=watch.newest.get("perf/mfu"),
-            peak_memory_bytes=watch.newest.get("perf/peak_memory_bytes"),
+            mfu=speed / peak if speed and peak else None,
+            peak_memory_bytes=warm.newest.get("perf/peak_memory_bytes"),
         )
 
     def _train(self, name: str, changes: Mapping[str, Any], seconds: float) -> "_Watch":
@@ -195,12 +197,14 @@ class _Watch(SilentReporter):
         return ticks[-1] - ticks[SKIPPED_STEPS] >= self._seconds
 
     def shares(self) -> dict[str, float]:
-        """Of a step's time, by the newest report of the loop's own meter."""
+        """Of a step's time, by the newest report of the loop's own meter; empty without one."""
+        if "perf/step_s" not in self.newest:
+            return {}
         parts = ("data", "compute", "communication", "other")
         return {part: self.newest.get(f"perf/{part}_share", 0.0) for part in parts}
 
     def flops(self) -> float | None:
-        """Operations of a sample."""
+        """Operations of a sample; None where they cannot be counted."""
         if "perf/model_flop_per_s" not in self.newest:
             return None
         return self.newest["perf/model_flop_per_s"] / self.newest["perf/samples_per_s"]
