@@ -190,7 +190,8 @@ class Memory:
     def took(self, run: str, expected: Forecast, wall_s: float) -> None:
         """Keep how long a run took that was forecast."""
         found = {"run": run, "wall_s": wall_s, "score": score(expected, wall_s)}
-        self._append({"kind": "actual", "basis": expected.basis, "at": time.time(), **found})
+        what = {"expected_s": expected.wall_s, "basis": expected.basis, "at": time.time()}
+        self._append({"kind": "actual", **found, **what})
 
     def scores(self) -> list[float]:
         """How far off the forecasts were, the oldest first."""
