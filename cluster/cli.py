@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def run_options() -> argparse.ArgumentParser:
-    """The options of every verb that runs a spec on Ray, as a parent parser."""
+def run_options(named: bool = True) -> argparse.ArgumentParser:
+    """The options of every verb that runs a spec on Ray, as a parent parser.
+
+    `named` verbs make something that is kept by its name.
+    """
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--set",
@@ -25,7 +28,8 @@ def run_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--address", help="Ray cluster to use; RAY_ADDRESS when not given, else this machine"
     )
-    options.add_argument("--name", help="name of the run; made from the spec's when not given")
+    if named:
+        options.add_argument("--name", help="name of the run; made from the spec's when not given")
     options.add_argument(
         "--or-resume",
         action="store_true",

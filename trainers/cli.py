@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import trainers.plan_cli
 from cluster.cli import Subparsers, run_options
 from cluster.launch_cli import ui_of_cluster
 from cluster.terminal import Pulse
@@ -36,6 +37,7 @@ def add_verbs(verbs: Subparsers) -> None:
         help="start from the newest checkpoint of another run or trial",
     )
     train.set_defaults(command=train_command, plan=plan_train)
+    trainers.plan_cli.add_verbs(verbs)
     ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs, or a cluster's")
     ui.add_argument(
         "--cluster", type=Path, metavar="FILE", help="open Ray's and MLflow's pages of its head"
@@ -156,6 +158,8 @@ def _show_outcome(
     table.add_row("wall time", f"{wall_s:.0f} s")
     for name, text in tracked.get("account", {}).items():
         table.add_row(name, text)
+    if "forecast" in tracked:
+        table.add_row("forecast", tracked["forecast"])
     newest = Checkpoints(run.folder / CHECKPOINTS).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")
     if "unsent" in tracked:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ from trainers.folder import (
     short_path,
     unique_name,
 )
+from trainers.forecast import Forecast, Memory, compared, keys_of
 from trainers.loop import Outcome
 from trainers.metering import Metering
 from trainers.spec import RunSpec, find_spec, resolve
+from trainers.spool import now_ms
 from trainers.track import TrackedRun, default_uri, drain, start_tracker
-from trainers.workers import Job, Watcher, run_workers, shortage
+from trainers.workers import Job, Watcher, run_workers, scaling, shortage
 from trainers.workloads.base import Workload
 
 if TYPE_CHECKING:
@@ -129,6 +132,10 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     """
     tracker = start_tracking(run.folder, run.spec, run.data)
     metering: Metering | None = None
+    expected = _expected(run)
+    if expected is not None:
+        tracker.note.remote(run.key, "forecast", str(expected))
+    began = time.monotonic()
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
@@ -149,12 +156,45 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         account, tags = metering.finish()
         became = {"account": metering.lines(account), "reason": metering.reason}
     if outcome.complete:
+        if expected is not None:
+            became["forecast"] = _settled_forecast(
+                run, tracker, expected, outcome, time.monotonic() - began
+            )
         tracker.model.remote(run.key, str(run.folder / MODEL))
         tracker.finish.remote(run.key, "FINISHED", tags)
     else:
         tags["heliostat.reason"] = became.get("reason") or "stopped"
         tracker.finish.remote(run.key, "KILLED", tags)
     return outcome, {**end_tracking(tracker, run.key), **became}
+
+
+def _expected(run: Run) -> Forecast | None:
+    """What `heliostat plan` forecast for this run; None also where it goes on with an earlier one.
+
+    In the Ray that is connected: what `scale.accelerator: auto` means depends on it.
+    """
+    if Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).newest() is not None:
+        return None
+    keys = keys_of(run.data, with_gpus=bool(scaling(run.spec.scale).use_gpu))
+    return Memory(Path(run.spec.storage)).recall(keys)
+
+
+def _settled_forecast(
+    run: Run, tracker: Any, expected: Forecast, outcome: Outcome, wall_s: float
+) -> str:
+    """Keep what became of the forecast, for the next ones and with MLflow; in one line."""
+    Memory(Path(run.spec.storage)).took(run.key, expected, wall_s)
+    text = compared(expected, wall_s)
+    found = {
+        "forecast/wall_s": expected.wall_s.middle,
+        "forecast/low_s": expected.wall_s.low,
+        "forecast/high_s": expected.wall_s.high,
+        "forecast/actual_s": wall_s,
+    }
+    rows = [(name, value, outcome.step, now_ms()) for name, value in found.items()]
+    tracker.log.remote(run.key, rows, outcome.step)
+    tracker.note.remote(run.key, "forecast", text)
+    return text
 
 
 def start_tracking(
@@ -209,6 +249,26 @@ def at_work(
 
     Yields the console and the event that Ctrl-C sets.
     """
+    with (
+        connected(folder, spec, address, verbose) as (console, started_here),
+        stop_on_signal() as stop,  # within: ray.init has a handler of its own
+    ):
+        missing = shortage(spec.scale)
+        if missing and started_here:
+            raise SpecError(missing)
+        if missing:
+            console.print(f"{missing}; waiting for it to grow", style="yellow")
+        yield console, stop
+
+
+@contextlib.contextmanager
+def connected(
+    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+) -> Iterator[tuple["Console", bool]]:
+    """A folder held, Ray connected, what others print in the folder's log.
+
+    Yields the console, and whether the Ray was started here.
+    """
     storage = Path(spec.storage)
     code = Path.cwd() if ":" in spec.workload else None
     # The user's folder travels to the workers; what runs write into it need not.
@@ -218,16 +278,10 @@ def at_work(
         exclusive(folder),
         quiet(log, verbose) as console,
         ray_session(address, code, exclude) as started_here,
-        stop_on_signal() as stop,  # within: ray.init has a handler of its own
     ):
         if not verbose:
             console.print(f"log: {short_path(log)}", style="dim")
-        missing = shortage(spec.scale)
-        if missing and started_here:
-            raise SpecError(missing)
-        if missing:
-            console.print(f"{missing}; waiting for it to grow", style="yellow")
-        yield console, stop
+        yield console, started_here
 
 
 def storage_of(name: str | None) -> Path:

@@ -1,12 +1,14 @@
 """The workers of a run under Ray Train: how many, on what, and what each of them does."""
 
+import contextlib
 import os
 import pickle
 import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from trainers.parallel import Worker
 from trainers.reporter import Reporter, SilentReporter, TrackerReporter
 from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.spool import Row
+from trainers.workloads.base import Workload
 
 POLL_S = 0.2
 
@@ -63,24 +66,8 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     with one line that says why training failed, or the SpecError that a worker came upon.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig
 
-    spec, _ = resolve(job.data, RunSpec)
-    # How soon Ray Train notices that workers are done or dead, or that a node is to go; its
-    # defaults are 2 s and 5 s.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    trainer = _trainer_class()(
-        _worker,
-        # Ray's controller takes these apart too; as bytes they don't make it import user code.
-        train_loop_config={"job": pickle.dumps(job), "tracker": tracker},
-        scaling_config=scaling(spec.scale),
-        run_config=RunConfig(
-            name=secrets.token_hex(4),
-            storage_path=str(job.folder / "ray"),
-            failure_config=FailureConfig(max_failures=spec.scale.max_restarts),
-        ),
-    )
+    trainer = ray_trainer(_worker, job, {"tracker": tracker})
     outcome: list[Outcome] = []
     errors: list[BaseException] = []
 
@@ -110,10 +97,36 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
         raise
     try:
         if errors:
-            raise _reason(errors[0], job.folder) from errors[0]
+            raise reason(errors[0], job.folder) from errors[0]
         return outcome[0]
     finally:
         hung.tidy()
+
+
+def ray_trainer(work: Callable[[dict[str, Any]], Any], job: Job, config: dict[str, Any]) -> Any:
+    """Ray's trainer that has every worker of `job` do `work`; its `fit` blocks.
+
+    `work` is given `config` with the pickled job under `job`; the result's `return_value` is
+    the first worker's.
+    """
+    from ray.train import FailureConfig, RunConfig
+
+    spec, _ = resolve(job.data, RunSpec)
+    # How soon Ray Train notices that workers are done or dead, or that a node is to go; its
+    # defaults are 2 s and 5 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    return _trainer_class()(
+        work,
+        # Ray's controller takes these apart too; as bytes they don't make it import user code.
+        train_loop_config={**config, "job": pickle.dumps(job)},
+        scaling_config=scaling(spec.scale),
+        run_config=RunConfig(
+            name=secrets.token_hex(4),
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=spec.scale.max_restarts),
+        ),
+    )
 
 
 def scaling(scale: ScaleSpec) -> Any:
@@ -146,35 +159,45 @@ def shortage(scale: ScaleSpec) -> str | None:
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each of Ray Train's workers does; returns the fields of an `Outcome`."""
     import ray.train
+
+    job: Job = pickle.loads(config["job"])
+    local_rank = ray.train.get_context().get_local_rank()
+    with hired(job) as (spec, workload, worker):
+        reporter: Reporter = SilentReporter()
+        if worker.rank == 0:
+            reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
+        with (
+            WorkerMeter(config["tracker"], job.key, worker.hardware, local_rank, job.power_trace),
+            watch_for_stalls(job, spec, worker),
+        ):
+            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
+        newest = Checkpoints(job.folder / CHECKPOINTS).newest() if worker.rank == 0 else None
+        if outcome.complete and newest is not None:
+            export_model(job.folder / MODEL, spec, workload, newest)
+        return asdict(outcome)
+
+
+@contextlib.contextmanager
+def hired(job: Job) -> Iterator[tuple[RunSpec, Workload, Worker]]:
+    """This process as one of the workers under Ray Train, on its device.
+
+    What goes wrong within is raised as what tells the driver whether to try again.
+    """
+    import ray.train
     import ray.train.torch
     import torch
 
-    job: Job = pickle.loads(config["job"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    cores = (os.cpu_count() or 1) // context.get_local_world_size()
-    torch.set_num_threads(job.threads or max(1, cores))
     local_world = context.get_local_world_size()
+    cores = (os.cpu_count() or 1) // local_world
+    torch.set_num_threads(job.threads or max(1, cores))
     try:
         spec, workload = resolve(job.data, RunSpec)
         index = ray.train.torch.get_device().index or 0
         hardware = local_device(spec.scale.accelerator, index)
         hardware.select()
-        worker = Worker(rank, world, hardware, local_world)
-        reporter: Reporter = SilentReporter()
-        if rank == 0:
-            reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
-        with (
-            WorkerMeter(
-                config["tracker"], job.key, hardware, context.get_local_rank(), job.power_trace
-            ),
-            watched(job.folder / STALLS, rank, world, spec.train.stall_timeout_s),
-        ):
-            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
-        newest = Checkpoints(job.folder / CHECKPOINTS).newest() if rank == 0 else None
-        if outcome.complete and newest is not None:
-            export_model(job.folder / MODEL, spec, workload, newest)
-        return asdict(outcome)
+        yield spec, workload, Worker(rank, world, hardware, local_world)
     except Exception as error:
         if _lost_peer(error):
             lost = PreemptedPeerError if _leaving() else LostWorkerError
@@ -182,6 +205,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(error, SpecError):  # what only a worker's own device can tell
             raise
         raise TrainingError(explain(error)) from error
+
+
+def watch_for_stalls(job: Job, spec: RunSpec, worker: Worker) -> AbstractContextManager[None]:
+    """Within it, a worker that hangs is ended, and what it hung in is kept for the driver."""
+    timeout_s = spec.train.stall_timeout_s
+    return watched(job.folder / STALLS, worker.rank, worker.world, timeout_s)
 
 
 def _leaving() -> str | None:
@@ -223,7 +252,7 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {what} ({frame.filename}:{frame.lineno})"
 
 
-def _reason(error: BaseException, folder: Path) -> HeliostatError:
+def reason(error: BaseException, folder: Path) -> HeliostatError:
     """Why Ray Train gave up on the run in `folder`, in one line."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():

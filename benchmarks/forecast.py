@@ -1,0 +1,134 @@
+"""How well `heliostat plan` foretells what `heliostat train` takes, on the machine at hand.
+
+    python benchmarks/forecast.py [--cases 12] [--seconds 4]
+
+Each case is a size of a model, a global batch and a number of workers. A plan is made for each
+size and batch, and then each number of workers is trained to the end; both by the commands that
+a user gives, in one folder, so that the intervals are those that are printed: from the shipped
+error bars at first, and then ever more from the runs before. A case counts as inside when the
+time from asking for the workers until they were gone is within the interval of the plan. To
+reach: inside in at least 9 of 10, and a median error of at most 10 %.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Size(NamedTuple):
+    """What is planned at once."""
+
+    name: str
+    spec: str
+    changes: dict[str, Any]
+
+
+SIZES = [
+    Size(
+        f"digits, width {width}, batch {batch}",
+        "digits",
+        {"model.width": width, "train.global_batch": batch, "train.steps": steps},
+    )
+    # Each takes about half a minute on two cores.
+    for width, batch, steps in [
+        (16, 64, 2000),
+        (8, 64, 4000),
+        (32, 64, 700),
+        (16, 256, 500),
+        (24, 128, 600),
+        (32, 16, 2000),
+    ]
+]
+WORKERS = (1, 2)
+COLUMNS = ("forecast s", "interval", "taken s", "error", "inside")
+
+
+def heliostat(folder: Path, *arguments: str) -> None:
+    """The command as a user gives it; its output is shown when it fails."""
+    command = [str(Path(sys.executable).with_name("heliostat")), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """What the runs' folder remembers of forecasts, or of what became of them."""
+    path = folder / "runs" / "forecasts.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def planned(folder: Path, size: Size, seconds: float) -> tuple[list[str], float]:
+    """Make a plan; what says the size on the command line, and how long the plan took."""
+    changes = {"train.epochs": "null", "train.evaluate_every": 20, **size.changes}
+    options = [word for k, value in changes.items() for word in ("--set", f"{k}={value}")]
+    began = time.monotonic()
+    heliostat(folder, "plan", size.spec, *options, "--seconds", str(seconds))
+    return options, time.monotonic() - began
+
+
+def trained(folder: Path, size: Size, options: list[str], workers: int) -> dict[str, Any]:
+    """Train to the end; the case's row."""
+    name = f"run-{time.time_ns()}"
+    scale = ["--set", f"scale.workers={workers}"]
+    heliostat(folder, "train", size.spec, *options, *scale, "--name", name)
+    actual = lines(folder, "actual")[-1]
+    if actual["run"] != name:
+        sys.exit(f"{size.name}: no forecast was found for the run")
+    low, middle, high = actual["expected_s"]
+    taken = actual["wall_s"]
+    return {
+        "case": f"{size.name}, workers {workers}",
+        "forecast_s": middle,
+        "low_s": low,
+        "high_s": high,
+        "taken_s": taken,
+        "error": taken / middle - 1,
+        "inside": low <= taken <= high,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    interval = f"{row['low_s']:.1f} to {row['high_s']:.1f}"
+    print(
+        f"{row['case']:<40} {row['forecast_s']:>10.1f} {interval:>16} {row['taken_s']:>9.1f} "
+        f"{row['error']:>+7.1%} {'yes' if row['inside'] else 'NO':>7}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--cases", type=int, default=len(SIZES) * len(WORKERS))
+    options.add_argument("--seconds", type=float, default=4.0, help="of steps, for each probe")
+    args = options.parse_args()
+    rows: list[dict[str, Any]] = []
+    plans_s = []
+    print(f"{'case':<40} {COLUMNS[0]:>10} {COLUMNS[1]:>16} {COLUMNS[2]:>9} {COLUMNS[3]:>7} inside")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for size in SIZES:
+            if len(rows) < args.cases:
+                words, plan_s = planned(folder, size, args.seconds)
+                plans_s.append(plan_s)
+            for workers in WORKERS:
+                if len(rows) < args.cases:
+                    rows.append(trained(folder, size, words, workers))
+                    show(rows[-1])
+    inside = sum(row["inside"] for row in rows)
+    median = statistics.median(abs(row["error"]) for row in rows)
+    print(
+        f"\ninside {inside} of {len(rows)}; median error {median:.1%}; "
+        f"a plan took {statistics.median(plans_s):.0f} s"
+    )
+    print(json.dumps({"benchmark": "forecast", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
