@@ -4,6 +4,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+import trainers.track_cli
 from cluster.cli import Subparsers, run_options
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: Subparsers) -> None:
+    trainers.track_cli.add_verbs(verbs)
     train = verbs.add_parser(
         "train",
         parents=[run_options()],
@@ -167,12 +169,14 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
     import os
     import sys
 
+    from trainers.mlflow_store import make_database
     from trainers.track import default_uri
 
     uri = args.uri or default_uri()
     if uri.startswith(("http://", "https://")):
         print(f"MLflow's pages are at {uri}")
         return 0
+    make_database(uri)
     print(f"MLflow on {uri}: http://127.0.0.1:{args.port}  (Ctrl-C ends it)", flush=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     server = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]

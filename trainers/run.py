@@ -12,6 +12,7 @@ from cluster.config import flatten, override, read_yaml
 from cluster.errors import HeliostatError, SpecError
 from cluster.session import ray_session
 from cluster.terminal import quiet
+from trainers.access import check_access
 from trainers.checkpoint import Checkpoints
 from trainers.data import prepare, rows
 from trainers.folder import (
@@ -199,6 +200,7 @@ def at_work(
     # The user's folder travels to the workers; what runs write into it need not.
     exclude = (".git", ".venv", "mlflow.db", "mlartifacts", storage.name, "__pycache__")
     log = folder / LOG
+    away = check_access(str(spec.tracking.uri), spec.tracking.experiment)
     with (
         exclusive(folder),
         quiet(log, verbose) as console,
@@ -207,6 +209,8 @@ def at_work(
     ):
         if not verbose:
             console.print(f"log: {short_path(log)}", style="dim")
+        if away:
+            console.print(away, style="yellow", highlight=False)
         missing = shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)
