@@ -35,7 +35,8 @@ from typing import Any
 
 NAMES = [f"group/metric_{number}" for number in range(10)]
 STEPS_PER_S, CHECKPOINT = 500, 100
-Log = Callable[[dict[str, float], int], None]
+Calls = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
+"""What a loop calls with the metrics of each step, and before each checkpoint."""
 
 
 def nothing() -> None:
@@ -43,7 +44,7 @@ def nothing() -> None:
 
 
 @contextlib.contextmanager
-def ours(uri: str, folder: Path) -> Iterator[tuple[Log, Callable[[], None]]]:
+def ours(uri: str, folder: Path) -> Iterator[Calls]:
     import ray
 
     from trainers.reporter import TrackerReporter
@@ -66,9 +67,7 @@ def ours(uri: str, folder: Path) -> Iterator[tuple[Log, Callable[[], None]]]:
 
 
 @contextlib.contextmanager
-def by_mlflow(
-    uri: str, folder: Path, synchronous: bool
-) -> Iterator[tuple[Log, Callable[[], None]]]:
+def by_mlflow(uri: str, folder: Path, synchronous: bool) -> Iterator[Calls]:
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -89,7 +88,7 @@ def by_mlflow(
 
 
 @contextlib.contextmanager
-def by_ray(uri: str, folder: Path) -> Iterator[tuple[Log, Callable[[], None]]]:
+def by_ray(uri: str, folder: Path) -> Iterator[Calls]:
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     callback = MLflowLoggerCallback(uri, experiment_name="benchmark")

@@ -204,10 +204,14 @@ class MlflowStore:
                     self._client().delete_run(run.info.run_id)
 
     def _send_artifact(self, operation: dict[str, Any]) -> None:
-        client, path = self._client(), operation["path"]
-        if not Path(path).exists():
+        client, path = self._client(), Path(operation["path"])
+        if not path.exists():
             raise MissingFileError(f"{path} is gone")
-        client.log_artifact(self._run_id(operation["run"]), path)
+        run_id = self._run_id(operation["run"])
+        if path.suffix == ".yaml":  # a spec, which may name a database with its password
+            client.log_text(run_id, masked(path.read_text()), path.name)
+        else:
+            client.log_artifact(run_id, str(path))
 
     def _send_model(self, operation: dict[str, Any]) -> None:
         client, folder = self._client(), Path(operation["folder"])

@@ -49,29 +49,30 @@ class Sender:
     def send_rest(self) -> None:
         """Send the newest points of very long series, too."""
         for run in self._sampler.runs:
-            self._say_rest(run)
+            for operation in self._rest(run):
+                self._say(operation)
+
+    def _rest(self, run: str) -> list[dict[str, Any]]:
+        rows = self._sampler.rest(run)
+        return [{"do": "log", "run": run, "rows": rows}] if rows else []
 
     def _sampled(self, operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The operations with what of their metrics is to be sent."""
         result = []
         for operation in operations:
             run = operation.get("run", "")
-            if operation["do"] == "log":
-                rows = self._sampler.take(run, [tuple(row) for row in operation["rows"]])
-                operation = {**operation, "rows": rows}
-                if self._sampler.thinned(run) and run not in self._noted:
-                    self._noted.add(run)
-                    result.append({"do": "tag", "run": run, "tags": {"heliostat.sampled": NOTE}})
-            elif operation["do"] == "finish":
-                result.append({"do": "log", "run": run, "rows": self._sampler.rest(run)})
-            if operation.get("rows", True):
+            if operation["do"] == "finish":
+                result += self._rest(run)
+            if operation["do"] != "log":
                 result.append(operation)
+                continue
+            rows = self._sampler.take(run, [tuple(row) for row in operation["rows"]])
+            if self._sampler.thinned(run) and run not in self._noted:
+                self._noted.add(run)
+                result.append({"do": "tag", "run": run, "tags": {"heliostat.sampled": NOTE}})
+            if rows:
+                result.append({**operation, "rows": rows})
         return result
-
-    def _say_rest(self, run: str) -> None:
-        rows = self._sampler.rest(run)
-        if rows:
-            self._say({"do": "log", "run": run, "rows": rows})
 
     def _say(self, operation: dict[str, Any]) -> None:
         try:
