@@ -34,6 +34,7 @@ from trainers.spec import RunSpec
 from trainers.workloads.base import SHIPPED, Workload, dtype_of, load_workload
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
+PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
@@ -92,9 +93,11 @@ def refuse_pickles(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
-                start = file.read(4)
-            # Python's protocols 2 to 5, and the archives of torch.save.
-            if path.suffix in PICKLES or start[:1] == b"\x80" or start == b"PK\x03\x04":
+                start = file.read(9)
+            # Python's protocols 2 to 5, and the archives of torch.save. A safetensors file begins
+            # with the length of its header, which can look like the former, and then the header.
+            pickled = start[:1] == b"\x80" and start[1:2] in PROTOCOLS and start[8:] != b"{"
+            if path.suffix in PICKLES or pickled or start.startswith(b"PK\x03\x04"):
                 raise CheckpointError(
                     f"{path}: holds pickled code, which is never loaded; use safetensors"
                 )

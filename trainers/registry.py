@@ -98,14 +98,23 @@ def _pinned(name: str) -> str:
 
 def register(client: Any, run_id: str, name: str, alias: str | None) -> int:
     """Register a run's model under `name`, once; returns its version. `alias` then points to it."""
-    import mlflow
+    from mlflow.exceptions import MlflowException
 
     whole = [uri for uri, ready in models_of(client, client.get_run(run_id)).items() if ready]
     if not whole:
         raise HeliostatError(f"the run {run_id} has no model in MLflow; only a finished run has")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     model_id = whole[0].removeprefix("models:/")
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.model_id == model_id]
-    found = known[0] if known else mlflow.register_model(whole[0], name)
+    found = (
+        known[0]
+        if known
+        else client.create_model_version(name, whole[0], run_id, model_id=model_id)
+    )
     if alias:
         client.set_registered_model_alias(name, alias, str(found.version))
     return int(found.version)
