@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trainers.plan_cli
+import trainers.track_cli
 from cluster.cli import Subparsers, run_options
 from cluster.launch_cli import ui_of_cluster
 from cluster.terminal import Pulse
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: Subparsers) -> None:
+    trainers.track_cli.add_verbs(verbs)
     train = verbs.add_parser(
         "train",
         parents=[run_options()],
@@ -197,6 +199,7 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
     import os
     import sys
 
+    from trainers.mlflow_store import make_database
     from trainers.track import default_uri
 
     if args.cluster:
@@ -205,6 +208,7 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
     if uri.startswith(("http://", "https://")):
         print(f"MLflow's pages are at {uri}")
         return 0
+    make_database(uri)
     print(f"MLflow on {uri}: http://127.0.0.1:{args.port}  (Ctrl-C ends it)", flush=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     server = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]

@@ -1,8 +1,9 @@
 """Trained models that others can load: weights as safetensors, beside what rebuilds the network.
 
 An exported model is a folder with `model.safetensors`, `spec.yaml` (the spec's sections
-`workload`, `data` and `model`), `signature.json` (dtypes and shapes) and, for a user's own
-workload, its source under `code/`. In MLflow it is a `pyfunc` model without a pickle in it.
+`workload`, `data` and `model`), `signature.json` (dtypes and shapes), `example.safetensors` (an
+input, and what the network makes of it) and, for a user's own workload, its source under `code/`.
+In MLflow it is a `pyfunc` model. There is no pickle in it, and none is read.
 """
 
 import contextlib
@@ -10,30 +11,39 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_file
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
 from cluster.config import check, read_yaml, write_yaml
+from cluster.errors import CheckpointError
 from cluster.files import commit_folder
 from trainers.checkpoint import load_network
-from trainers.mlflow_store import SIGNATURE
 from trainers.parallel import weights_dtype
+from trainers.registry import CODE, EXAMPLE, SIGNATURE
 from trainers.spec import RunSpec
 from trainers.workloads.base import SHIPPED, Workload, dtype_of, load_workload
 
-WEIGHTS, SPEC, CODE = "model.safetensors", "spec.yaml", "code"
+WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
+PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
 def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
-    """Write the model that a checkpoint holds to `folder`, in place of what was there."""
+    """Write the model that a checkpoint holds to `folder`, in place of what was there.
+
+    Raises CheckpointError if the checkpoint holds a pickle.
+    """
+    refuse_pickles(checkpoint)
     network = workload.build().to(weights_dtype(spec.train))
     load_network(checkpoint, network)
     building = folder.with_name(f".{folder.name}")
@@ -44,15 +54,18 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     if spec.workload not in SHIPPED:  # where the class is, not where the spec found it
         sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
     write_yaml(sections, building / SPEC)
-    (building / SIGNATURE).write_text(json.dumps(_signature(workload, network)))
+    tensors = _example(workload, network)
+    (building / SIGNATURE).write_text(json.dumps(_signature(tensors)))
+    if tensors:
+        save_file(tensors, building / EXAMPLE)
     if spec.workload not in SHIPPED:
         _copy_code(type(workload), building / CODE)
     shutil.rmtree(folder, ignore_errors=True)
     commit_folder(building, folder)
 
 
-def _signature(workload: Workload, network: nn.Module) -> dict[str, Any]:
-    """dtype and shape of input and output, where these are single tensors; -1 is the batch."""
+def _example(workload: Workload, network: nn.Module) -> dict[str, torch.Tensor]:
+    """The workload's example as `input` and the network's `output`, where these are tensors."""
     example = workload.example()
     if not isinstance(example, torch.Tensor):
         return {}
@@ -61,11 +74,33 @@ def _signature(workload: Workload, network: nn.Module) -> dict[str, Any]:
         example = example.to(dtype_of(network) if example.is_floating_point() else None)
         output = network(example)
     tensors = {"input": example, "output": output}
+    return {k: v.contiguous() for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+
+
+def _signature(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """dtype and shape of input and output; -1 is the batch."""
     return {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": [-1, *value.shape[1:]]}
         for name, value in tensors.items()
-        if isinstance(value, torch.Tensor)
     }
+
+
+def refuse_pickles(folder: Path) -> None:
+    """CheckpointError if a file in `folder` is a pickle, by its name or its beginning.
+
+    To load one is to run whatever code its author put there.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(9)
+            # Python's protocols 2 to 5, and the archives of torch.save. A safetensors file begins
+            # with the length of its header, which can look like the former, and then the header.
+            pickled = start[:1] == b"\x80" and start[1:2] in PROTOCOLS and start[8:] != b"{"
+            if path.suffix in PICKLES or pickled or start.startswith(b"PK\x03\x04"):
+                raise CheckpointError(
+                    f"{path}: holds pickled code, which is never loaded; use safetensors"
+                )
 
 
 def _copy_code(workload: type[Workload], folder: Path) -> None:
@@ -89,7 +124,8 @@ def load_model(source: str | Path) -> nn.Module:
     """The trained network of a run, in evaluation mode, on the CPU.
 
     `source` is an exported folder or MLflow's URI of the model, such as `models:/m-...`.
-    Nothing is unpickled; the code of a user's own workload is imported.
+    Nothing is unpickled, CheckpointError if there is a pickle; the code of a user's own workload is
+    imported.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -100,14 +136,18 @@ def load_model(source: str | Path) -> nn.Module:
     if not found:
         raise FileNotFoundError(f"{source}: no {WEIGHTS} in it")
     folder = found[0].parent
+    refuse_pickles(folder)
     sections = read_yaml(folder / SPEC)
     with _importable(folder / CODE, sections["workload"].partition(":")[0]):
         workload = load_workload(sections["workload"])
     network = workload(
         check(workload.Data, sections["data"]), check(workload.Model, sections["model"])
     ).build()
-    network = network.to(_dtype(folder / WEIGHTS))
-    load_weights(network, str(folder / WEIGHTS))
+    try:
+        network = network.to(_dtype(folder / WEIGHTS))
+        load_weights(network, str(folder / WEIGHTS))
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
     return network.eval()
 
 

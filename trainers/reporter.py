@@ -24,7 +24,7 @@ class Reporter(Protocol):
         """Called after every step."""
 
     def flush(self) -> None:
-        """Return when all that was logged is safe from the death of this process."""
+        """Return when all that was logged is on a disk."""
 
     def evaluated(
         self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
@@ -78,10 +78,10 @@ class TrackerReporter:
             self._next_send = now + self._interval_s
             self._collect(self._send(), timeout_s=0)
 
-    def _send(self) -> list[Any]:
+    def _send(self, sync: bool = False) -> list[Any]:
         with self._lock:
             rows, self._rows = self._rows, []
-            self._in_flight.append(self._tracker.log.remote(self._run, rows, self._step))
+            self._in_flight.append(self._tracker.log.remote(self._run, rows, self._step, sync))
             return list(self._in_flight)
 
     def _collect(self, sent: list[Any], timeout_s: float | None) -> None:
@@ -94,7 +94,7 @@ class TrackerReporter:
             self._in_flight = [ref for ref in self._in_flight if ref not in done]
 
     def flush(self) -> None:
-        self._collect(self._send(), timeout_s=None)
+        self._collect(self._send(sync=True), timeout_s=None)
 
     def evaluated(
         self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"

@@ -13,6 +13,7 @@ from cluster.config import flatten, override, read_yaml
 from cluster.errors import HeliostatError, SpecError
 from cluster.session import home, ray_session
 from cluster.terminal import quiet
+from trainers.access import check_access
 from trainers.checkpoint import Checkpoints
 from trainers.data import prepare, rows
 from trainers.folder import (
@@ -249,10 +250,13 @@ def at_work(
 
     Yields the console and the event that Ctrl-C sets.
     """
+    away = check_access(str(spec.tracking.uri), spec.tracking.experiment)
     with (
         connected(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
     ):
+        if away:
+            console.print(away, style="yellow", highlight=False)
         missing = shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)

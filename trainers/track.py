@@ -23,7 +23,13 @@ from cluster.bill import Post
 from cluster.metrics import RunGauges
 from cluster.session import home
 from trainers.mlflow_store import MlflowStore
-from trainers.spool import Row, Spool, batches, now_ms
+from trainers.sender import Sender
+from trainers.spool import Row, Spool, now_ms
+
+SYNC_S = 1.0
+"""Seconds between what is brought to the disk."""
+HANDOVER_S = 30.0
+"""Seconds that a writer waits for the one before it to be gone."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,16 @@ class Tracker:
     """The one writer of a train or sweep. Its methods return at once; a thread does the sending.
 
     Used as a Ray actor beside the driver. Not affected by MLflow being slow or away: it tries
-    again until `close`, and again when the run is resumed.
+    again until `close`, and again when the run is resumed or `heliostat track flush` is called.
     """
 
-    def __init__(self, folder: str, uri: str, experiment: str) -> None:
+    def __init__(self, folder: str, uri: str, experiment: str, wait_s: float = 0) -> None:
+        """Raises SpecError when `folder` has another writer for `wait_s`, or cannot be written."""
         self._lock = threading.Lock()
-        self._spool = Spool(Path(folder))
+        self._spool = Spool(Path(folder), wait_s)
         self._known: set[str] = set()
         self._last_step: dict[tuple[str, str], int] = {}
+        self._last_ms = 0
         self._rows: defaultdict[str, deque[Row]] = defaultdict(lambda: deque(maxlen=10_000))
         self._steps: dict[str, int] = {}
         self._lines: defaultdict[str, list[str]] = defaultdict(list)
@@ -64,11 +72,12 @@ class Tracker:
         self._wake = threading.Event()
         self._error: str | None = None
         self._store = MlflowStore(uri, experiment)
-        for operation, _ in self._spool.read():
+        self._sender = Sender(self._spool, self._store)
+        for operation, end in self._spool.read():
             self._remember(operation)
-        self._rows.clear()
-        self._sender = threading.Thread(target=self._send_all, daemon=True, name="mlflow-sender")
-        self._sender.start()
+            self._sender.remember(operation, sent=end <= self._spool.sent)
+        self._thread = threading.Thread(target=self._send_all, daemon=True, name="mlflow-sender")
+        self._thread.start()
 
     def start(self, run: TrackedRun) -> None:
         """Make the run in MLflow, or take it up again as running if it is there."""
@@ -76,21 +85,30 @@ class Tracker:
         if not known:
             self._store.new.add(run.key)
         operation = {"do": "resume", "run": run.key, "tags": dict(run.tags)}
-        self._append(operation if known else {"do": "start", "id": uuid4().hex, **asdict(run)})
+        new = {"do": "start", "id": uuid4().hex, **asdict(run), "at": self._now()}
+        self._append(operation if known else new)
 
-    def log(self, run: str, rows: list[Row], step: int) -> bool:
-        """Take metrics of a run that has done `step` steps; tells whether it should stop."""
+    def log(self, run: str, rows: list[Row], step: int, sync: bool = False) -> bool:
+        """Take metrics of a run that has done `step` steps; tells whether it should stop.
+
+        With `sync` all that was taken is on the disk when this returns.
+        """
         with self._lock:
             self._steps[run] = step
         self.add(run, rows)
+        if sync:
+            self._sync()
         return run in self._stopping
 
     def add(self, run: str, rows: list[Row]) -> None:
         """Take metrics of a run whose steps need not be optimizer steps."""
         with self._lock:
-            new = [row for row in rows if row[2] > self._last_step.get((run, row[0]), -1)]
-        if new:
-            self._append({"do": "log", "run": run, "rows": new})
+            new = [row for row in rows if self._is_new(run, row)]
+            if new:
+                self._spool.append({"do": "log", "run": run, "rows": new})
+                self._rows[run].extend(new)
+                self._gauges.take(run, new)
+        self._wake.set()
 
     def used(self, post: Post) -> None:
         """Take what a meter says of itself, in place of what it said before."""
@@ -103,6 +121,15 @@ class Tracker:
             found, self._posts = list(self._posts.values()), {}
             return found
 
+    def _is_new(self, run: str, row: Row) -> bool:
+        """Whether the run has not been that far with this metric; from now on it has."""
+        name, _, step, at = row
+        self._last_ms = max(self._last_ms, at)
+        if step <= self._last_step.get((run, name), -1):
+            return False
+        self._last_step[run, name] = step
+        return True
+
     def note(self, run: str, name: str, text: str) -> None:
         """Keep a fact about a run as its tag `heliostat.name`; the newest counts."""
         self.tell(run, f"{name}: {text}")
@@ -111,10 +138,10 @@ class Tracker:
 
     def finish(self, run: str, status: str, tags: Mapping[str, str] | None = None) -> None:
         """End a run as FINISHED, FAILED or KILLED."""
-        now = now_ms()
-        self._append(
-            {"do": "finish", "run": run, "status": status, "tags": dict(tags or {}), "at": now}
-        )
+        operation = {"do": "finish", "run": run, "status": status, "tags": dict(tags or {})}
+        self._append({**operation, "at": self._now()})
+        with self._lock:
+            self._gauges.finish(run)
 
     def artifact(self, run: str, path: str) -> None:
         """Keep a file with the run. It must stay where it is until it has been sent."""
@@ -141,53 +168,48 @@ class Tracker:
 
     def pending(self) -> tuple[int, str | None]:
         """Bytes not yet sent to MLflow, and the error that keeps them here."""
-        return self._spool.pending_bytes, self._error
+        return self._spool.pending_bytes, self._spool.trouble or self._error
 
     def read(self, run: str) -> dict[str, Any]:
         """What MLflow itself has of a run: `run_id`, `metrics`, `status`, `model_uri`, `url`."""
         return self._store.read(run)
 
     def close(self) -> None:
-        """Stop sending, after the operation under way."""
+        """Stop sending, after the operation under way, and let another writer go on."""
         self._closed.set()
         self._wake.set()
-        self._sender.join()
+        self._thread.join()
+        self._spool.close()
+
+    def _now(self) -> int:
+        """Milliseconds since the epoch, never earlier than any time stamp before it."""
+        self._last_ms = max(self._last_ms, now_ms())
+        return self._last_ms
 
     def _append(self, operation: dict[str, Any]) -> None:
         with self._lock:
             self._remember(operation)
+            self._sender.remember(operation, sent=False)
             self._spool.append(operation)
-            self._export(operation)
         self._wake.set()
-
-    def _export(self, operation: dict[str, Any]) -> None:
-        """Tell Prometheus what is new."""
-        if operation["do"] == "log":
-            self._gauges.take(operation["run"], operation["rows"])
-        elif operation["do"] == "finish":
-            self._gauges.finish(operation["run"])
 
     def _remember(self, operation: dict[str, Any]) -> None:
         if operation["do"] == "start":
             self._known.add(operation["key"])
-            self._store.identities[operation["key"]] = operation["id"]
+            self._last_ms = max(self._last_ms, operation["at"])
         elif operation["do"] == "log":
-            run = operation["run"]
             for row in operation["rows"]:
-                self._last_step[run, row[0]] = max(row[2], self._last_step.get((run, row[0]), -1))
-            self._rows[run].extend(tuple(row) for row in operation["rows"])
+                self._is_new(operation["run"], row)
 
     def _send_all(self) -> None:
         os.nice(19)  # of this thread, on Linux: what trains goes first
         pause_s = 0.2
         while not self._closed.is_set():
-            self._wake.wait(timeout=1.0)
+            self._wake.wait(timeout=SYNC_S)
             self._wake.clear()
             try:
-                for operations, offset in batches(self._spool.read(self._spool.sent)):
-                    for operation in operations:
-                        self._send(operation)
-                    self._spool.commit(offset)
+                self._sync()
+                self._sender.send(self._closed)
                 self._error, pause_s = None, 0.2
             except Exception as error:  # whatever MLflow raises: nothing is lost, it is tried again
                 self._error = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -196,30 +218,26 @@ class Tracker:
                 pause_s = min(30.0, pause_s * 2)
                 self._wake.set()
 
-    def _send(self, operation: dict[str, Any]) -> None:
-        try:
-            self._store.send(operation)
-        except Exception as error:
-            refused = getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
-            if not (refused or isinstance(error, FileNotFoundError)):
-                raise
-            # Trying again cannot help, and must not hold up what comes after.
-            print(f"tracking: {operation['do']} dropped: {error}", flush=True)
+    def _sync(self) -> None:
+        self._spool.write()
+        self._spool.sync()
 
 
 def start_tracker(folder: Path, uri: str, experiment: str, name: str) -> Any:
     """The tracker of a train or sweep as a Ray actor on this machine, its spool in `folder`.
 
-    Whoever has no handle finds the actor by `name`, the key of the train or sweep.
+    Whoever has no handle finds the actor by `name`, the key of the train or sweep. Raises
+    SpecError when the folder has another writer, or cannot be written.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    Spool(folder, HANDOVER_S).close()  # a mistake is told here, before anything is started
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Tracker).options(
         name=name, num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     )
-    return actor.remote(str(folder), uri, experiment)
+    return actor.remote(str(folder), uri, experiment, HANDOVER_S)
 
 
 def drain(tracker: Any, timeout_s: float) -> str | None:
@@ -234,3 +252,21 @@ def drain(tracker: Any, timeout_s: float) -> str | None:
         if time.monotonic() > deadline:
             return f"{left} bytes not yet sent to MLflow ({error or 'it is slow'})"
         time.sleep(0.05)
+
+
+def flush(folder: Path, uri: str, experiment: str) -> int:
+    """Send what the spool in `folder` still has, in this process; returns the bytes sent.
+
+    Raises SpecError when the folder has another writer, else whatever MLflow raises.
+    """
+    spool = Spool(folder)
+    try:
+        pending = spool.pending_bytes
+        sender = Sender(spool, MlflowStore(uri, experiment))
+        for operation, end in spool.read():
+            sender.remember(operation, sent=end <= spool.sent)
+        sender.send(threading.Event())
+        sender.send_rest()
+        return pending
+    finally:
+        spool.close()

@@ -3,18 +3,22 @@
 import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cluster.config import read_yaml
+from cluster.errors import CheckpointError
 from trainers.checkpoint import Checkpoints
 from trainers.export import export_model, load_model
 from trainers.optimize import build_optimizer
@@ -67,7 +71,10 @@ def test_the_shipped_network(export: Callable[..., Exported], precision: str) ->
         "model.safetensors",
         "spec.yaml",
         "signature.json",
+        "example.safetensors",
     }
+    example = load_file(folder / "example.safetensors")
+    assert torch.equal(loaded(example["input"]), example["output"])
     assert json.loads((folder / "signature.json").read_text()) == {
         "input": {"dtype": "uint8", "shape": [-1, 1, 8, 8]},
         "output": {"dtype": str(dtype).removeprefix("torch."), "shape": [-1, 10]},
@@ -203,10 +210,29 @@ def test_a_second_export_replaces_the_first(
 def test_nothing_in_it_is_a_pickle(own_folder: Path, export: Callable[..., Exported]) -> None:
     folder, _ = export("own", "spirals:Spirals")
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5
     for path in files:
         assert path.suffix in (".safetensors", ".yaml", ".json", ".py")
-        assert not path.read_bytes().startswith((b"\x80", b"PK"))
+        assert not zipfile.is_zipfile(path)
+        with pytest.raises(Exception, match=r"."):
+            pickle.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "optimizer.pt", "plain"])
+def test_pickled_code_is_refused(
+    own_folder: Path, export: Callable[..., Exported], tmp_path: Path, name: str
+) -> None:
+    """Under any name, in what is exported as in what is loaded."""
+    folder, network = export("own", "spirals:Spirals")
+    if name == "plain":
+        (folder / name).write_bytes(pickle.dumps(network.state_dict()))
+    else:
+        torch.save(network.state_dict(), folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: holds pickled code"):
+        load_model(folder)
+    spec, workload = resolve({"workload": "spirals:Spirals"}, RunSpec)
+    with pytest.raises(CheckpointError, match=rf"{name}: holds pickled code"):
+        export_model(tmp_path / "again", spec, workload, folder)
 
 
 def test_missing_weights_are_named(own_folder: Path, export: Callable[..., Exported]) -> None:

@@ -1,0 +1,319 @@
+"""What tracking costs a training loop, how fast MLflow is told, and what is lost under kills.
+
+    python benchmarks/track.py [--seconds 20] [--rounds 3] [--stores sqlite,server,postgres]
+
+Contenders: ours (the reporter of the loop, and its writer in Ray), `mlflow.log_metrics`, MLflow's
+asynchronous logging as it is and with its buffer, and Ray's `MLflowLoggerCallback`. Each is a
+process of its own that does steps of ten metrics as fast as its calls return, at most 500 steps
+per second of `--seconds`; when the time is over it may drain for as long again. Postgres is the
+one of Debian's packages, and left out where that is not installed.
+
+Under kills the steps come every 10 ms. The server of one worker is killed after a third of the
+time and comes back a sixth later; after two thirds the writer is killed, and its successor goes on
+at the newest multiple of 100 steps, as from a checkpoint, before which ours waits until all is
+on the disk; that wait is not in the time of a step. Lost are metrics whose call had returned
+and which MLflow does not have when the writer has ended, or been given three times the seconds;
+twice are those that it has more than once.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+NAMES = [f"group/metric_{number}" for number in range(10)]
+STEPS_PER_S, CHECKPOINT = 500, 100
+Calls = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
+"""What a loop calls with the metrics of each step, and before each checkpoint."""
+
+
+def nothing() -> None:
+    """What the others do before a checkpoint is saved."""
+
+
+@contextlib.contextmanager
+def ours(uri: str, folder: Path) -> Iterator[Calls]:
+    import ray
+
+    from trainers.reporter import TrackerReporter
+    from trainers.track import TrackedRun, drain, start_tracker
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    tracker = start_tracker(folder / "track", uri, "benchmark", "tracker")
+    tracker.start.remote(TrackedRun("run", {}))
+    reporter = TrackerReporter(tracker, "run")
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        reporter.log(metrics, step)
+        reporter.tick(step)
+
+    yield log, reporter.flush
+    reporter.flush()
+    tracker.finish.remote("run", "FINISHED")
+    drain(tracker, timeout_s=1e6)
+    ray.get(tracker.close.remote())
+
+
+@contextlib.contextmanager
+def by_mlflow(uri: str, folder: Path, synchronous: bool) -> Iterator[Calls]:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment("benchmark")
+    known = folder / "run_id"
+    with mlflow.start_run(run_id=known.read_text() if known.exists() else None) as run:
+        known.write_text(run.info.run_id)
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            if synchronous:
+                mlflow.log_metrics(metrics, step)
+            else:
+                for name, value in metrics.items():
+                    mlflow.log_metric(name, value, step, synchronous=False)
+
+        yield log, nothing
+        mlflow.flush_async_logging()
+
+
+@contextlib.contextmanager
+def by_ray(uri: str, folder: Path) -> Iterator[Calls]:
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    callback = MLflowLoggerCallback(uri, experiment_name="benchmark")
+    trial = SimpleNamespace(config={}, local_path=str(folder))
+    callback.setup()
+    callback.log_trial_start(trial)
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        callback.log_trial_result(step, trial, {**metrics, "training_iteration": step})
+
+    yield log, nothing
+    callback.log_trial_end(trial)
+
+
+BUFFER = {"MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1"}
+CONTENDERS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = {
+    "Heliostat": (ours, {}, {}),
+    "mlflow.log_metrics": (by_mlflow, {"synchronous": True}, {}),
+    "asynchronous": (by_mlflow, {"synchronous": False}, {}),
+    "asynchronous, buffer of 1 s": (by_mlflow, {"synchronous": False}, BUFFER),
+    "Ray's callback": (by_ray, {}, {}),
+}
+
+
+def write(name: str, uri: str, folder: Path, seconds: float, pause_s: float) -> None:
+    """A contender's process; what it measured goes to `measured.json`, at last and on the way."""
+    begin, arguments, _ = CONTENDERS[name]
+    done = folder / "done"
+    first = len(done.read_bytes().split()) // CHECKPOINT * CHECKPOINT if done.exists() else 0
+    spent_s, longest_s = 0.0, 0.0
+    with begin(uri, folder, **arguments) as (log, save), done.open("ab", buffering=0) as record:
+        log({"connected": 1.0}, first)
+        begun = time.perf_counter()
+        for step in range(first + 1, int(seconds * STEPS_PER_S)):
+            metrics = dict.fromkeys(NAMES, step / 7)
+            start = time.perf_counter()
+            log(metrics, step)
+            took_s = time.perf_counter() - start
+            spent_s, longest_s = spent_s + took_s, max(longest_s, took_s)
+            if step % CHECKPOINT == 0:
+                save()
+            record.write(b"%d\n" % step)
+            if time.perf_counter() - begun > seconds:
+                break
+            time.sleep(pause_s)
+        count = (step - first) * len(NAMES)
+        figures = {"us": spent_s / count * 1e6, "longest_s": longest_s, "begun": time.time()}
+        figures["begun"] -= time.perf_counter() - begun
+        (folder / "measured.json").write_text(json.dumps(figures))
+    (folder / "ended").write_text(str(time.time()))
+
+
+def start(name: str, uri: str, folder: Path, seconds: float, pause_s: float = 0.0) -> Any:
+    command = [sys.executable, __file__, "--write", name, uri, str(folder)]
+    environment = {**os.environ, **CONTENDERS[name][2]}
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            [*command, str(seconds), str(pause_s)], stdout=log, stderr=log, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def kill(process: Any) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def stored(database: str) -> tuple[int, set[tuple[str, int]]]:
+    """How many of our metrics a database has, and which."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(database)
+    with engine.connect() as connection:
+        query = sqlalchemy.text("SELECT key, step FROM metrics WHERE key LIKE 'group/%'")
+        rows = [(key, step) for key, step in connection.execute(query)]
+    engine.dispose()
+    return len(rows), set(rows)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def serve(database: str, port: int, folder: Path) -> Any:
+    """An MLflow server of one worker, once it answers."""
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "files")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return server
+        except OSError:
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def postgres(folder: Path) -> Iterator[str]:
+    """A fresh Postgres of Debian's packages; it does not run as root."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))[-1].parent
+    user, port = ("postgres" if os.getuid() == 0 else None), free_port()
+    folder.chmod(0o777)
+    data = folder / "postgres"
+    options = ["-D", str(data), "-U", "me", "-A", "trust"]
+    subprocess.run([programs / "initdb", *options], user=user, check=True, capture_output=True)
+    control = [str(programs / "pg_ctl"), "-D", str(data), "-w"]
+    listen = f"-p {port} -k {data} -h 127.0.0.1"
+    begin = [*control, "-o", listen, "-l", str(data / "log"), "start"]
+    subprocess.run(begin, user=user, check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield f"postgresql://me@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], user=user, check=True)
+
+
+@contextlib.contextmanager
+def store(kind: str) -> Iterator[tuple[str, str, Path]]:
+    """A fresh store: MLflow's URI of it, its database, and a folder."""
+    from trainers.mlflow_store import make_database
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        database = f"sqlite:///{folder}/mlflow.db"
+        if kind == "postgres":
+            database = stack.enter_context(postgres(folder))
+        make_database(database)
+        uri = database
+        if kind != "sqlite":
+            port = free_port()
+            stack.callback(kill, serve(database, port, folder))
+            uri = f"http://127.0.0.1:{port}"
+        yield uri, database, folder
+
+
+def calm(name: str, kind: str, seconds: float) -> dict[str, float]:
+    """Metrics per second until MLflow has them, and microseconds of a step's time per metric."""
+    with store(kind) as (uri, database, folder):
+        writer = start(name, uri, folder, seconds)
+        measured, ended = folder / "measured.json", folder / "ended"
+        while not measured.exists() and writer.poll() is None:
+            time.sleep(0.05)
+        deadline = time.monotonic() + seconds
+        while writer.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        count, _ = stored(database)
+        end_s = float(ended.read_text()) if ended.exists() else time.time()
+        kill(writer)
+        if not measured.exists():
+            raise SystemExit(f"{name} failed:\n{(folder / 'log').read_text()}")
+        figures = json.loads(measured.read_text())
+        return {"per_s": count / (end_s - figures["begun"]), "us": figures["us"]}
+
+
+def killed(name: str, seconds: float) -> dict[str, Any]:
+    """Metrics lost and twice, and the longest step, with server and writer killed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        from trainers.mlflow_store import make_database
+
+        folder, port = Path(temporary), free_port()
+        database = f"sqlite:///{folder}/mlflow.db"
+        make_database(database)
+        uri, server = f"http://127.0.0.1:{port}", serve(database, port, folder)
+        writer = start(name, uri, folder, seconds, 0.01)
+        while not (folder / "done").exists():
+            time.sleep(0.05)
+        time.sleep(seconds / 3)
+        kill(server)
+        time.sleep(seconds / 6)
+        server = serve(database, port, folder)
+        time.sleep(seconds / 6)
+        kill(writer)
+        writer = start(name, uri, folder, seconds, 0.01)
+        try:
+            code = writer.wait(seconds * 3)
+        except subprocess.TimeoutExpired:
+            code = None
+        kill(writer)
+        steps = {int(step) for step in (folder / "done").read_text().split()}
+        count, unique = stored(database)
+        kill(server)
+    wanted = {(metric, step) for metric in NAMES for step in steps}
+    lost = len(wanted - unique)
+    return {"wanted": len(wanted), "lost": lost, "twice": count - len(unique), "code": code}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stores", default="sqlite,server,postgres")
+    parser.add_argument("--write", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.write:
+        name, uri, folder, seconds, pause_s = args.write
+        write(name, uri, Path(folder), float(seconds), float(pause_s))
+        return
+    results = []
+    kinds = args.stores.split(",")
+    if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and "postgres" in kinds:
+        print("Postgres is not installed and left out")
+        kinds.remove("postgres")
+    for kind in kinds:
+        print(f"\n{kind:<30} metrics/s       us per metric", flush=True)
+        for name in CONTENDERS:
+            runs = [calm(name, kind, args.seconds) for _ in range(args.rounds)]
+            row = {key: statistics.median(run[key] for run in runs) for key in ("per_s", "us")}
+            results.append({"case": kind, "contender": name, **row, "runs": runs})
+            print(f"  {name:<28} {row['per_s']:9,.0f} {row['us']:15.1f}", flush=True)
+    print(f"\n{'under kills':<30} metrics    lost   twice   exit", flush=True)
+    for name in CONTENDERS:
+        row = killed(name, args.seconds)
+        results.append({"case": "under kills", "contender": name, **row})
+        figures = f"{row['wanted']:7,d} {row['lost']:7,d} {row['twice']:7,d}   {row['code']}"
+        print(f"  {name:<28} {figures}", flush=True)
+    print(json.dumps({"benchmark": "track", "rows": results}))
+
+
+if __name__ == "__main__":
+    main()
