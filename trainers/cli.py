@@ -40,7 +40,7 @@ def add_verbs(verbs: Subparsers) -> None:
     )
     train.set_defaults(command=train_command, plan=plan_train)
     trainers.plan_cli.add_verbs(verbs)
-    ui = verbs.add_parser("ui", help="open MLflow's own pages on this folder's runs, or a cluster's")
+    ui = verbs.add_parser("ui", help="open MLflow's pages on this folder's runs, or a cluster's")
     ui.add_argument(
         "--cluster", type=Path, metavar="FILE", help="open Ray's and MLflow's pages of its head"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from cluster.config import read_yaml
+from cluster.config import override, read_yaml
 from cluster.errors import SpecError
 from cluster.files import write_atomic
 from trainers import run
