@@ -59,9 +59,11 @@ TROUBLE = re.compile(
     re.IGNORECASE,
 )
 
+EXCEPTION = re.compile(r"[\w.]*(Error|ERROR|Exception|Failure)\b: ")
 SAYS_NOTHING = re.compile(
-    r'^File "|Failed to setup head node|SSH command failed|update-failed|Full traceback|'
-    r"Exception details|commands failed \[LogTimer|errno_t|^Warning: Permanently added"
+    r'^File "|^raise |Failed to setup head node|SSH command failed|update-failed|Full traceback|'
+    r"Exception details|commands failed|command_runner.py|Permanently added|ERR updater|"
+    r"originates from a subprocess|subprocess-exited|did not run successfully|PANIC commands"
 )
 
 
@@ -132,17 +134,19 @@ def minimum_nodes(config: Mapping[str, Any]) -> int:
     """How many nodes there are when nothing is asked of the cluster, with the head."""
     if config["provider"]["type"] == "local":
         hosts = len(config["provider"].get("worker_ips", []))
-        return 1 + min(config.get("min_workers", hosts), hosts)
+        return 1 + min(int(config.get("min_workers", hosts)), hosts)
     kinds = config.get("available_node_types", {})
     head = config.get("head_node_type")
-    return 1 + sum(kind.get("min_workers", 0) for name, kind in kinds.items() if name != head)
+    return 1 + sum(int(kind.get("min_workers", 0)) for name, kind in kinds.items() if name != head)
 
 
 def reason_in(output: str) -> str:
     """The line of a launcher's output that says best why it failed."""
-    lines = [line.strip() for line in ANSI.sub("", output).splitlines() if line.strip()]
-    telling = [line for line in lines if TROUBLE.search(line) and not SAYS_NOTHING.search(line)]
-    return (telling or lines or ["ended without a word"])[-1][:300]
+    plain = [line.strip(" \t\r│×╰─>") for line in ANSI.sub("", output).splitlines()]
+    lines = [line for line in plain if line and not SAYS_NOTHING.search(line)]
+    raised = [line for line in lines if EXCEPTION.match(line)]
+    telling = [line for line in lines if TROUBLE.search(line)]
+    return (raised or telling or lines or ["ended without a word"])[-1][:300]
 
 
 def _require_token_mount(config: Mapping[str, Any]) -> None:
