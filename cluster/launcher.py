@@ -142,7 +142,7 @@ def minimum_nodes(config: Mapping[str, Any]) -> int:
 
 def reason_in(output: str) -> str:
     """The line of a launcher's output that says best why it failed."""
-    plain = [line.strip(" \t\r│×╰─>") for line in ANSI.sub("", output).splitlines()]
+    plain = [line.strip(" \t\r│╰─>") for line in ANSI.sub("", output).splitlines()]
     lines = [line for line in plain if line and not SAYS_NOTHING.search(line)]
     raised = [line for line in lines if EXCEPTION.match(line)]
     telling = [line for line in lines if TROUBLE.search(line)]

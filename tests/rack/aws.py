@@ -64,7 +64,7 @@ class AwsBox(Rack):
         environment = {
             "AWS_ENDPOINT_URL": API,
             "AWS_DEFAULT_REGION": region,
-            # The machine image: everything is there, and pip can fetch nothing ("0" is its yes here).
+            # The machine image has everything, and pip can fetch nothing ("0" is a yes here).
             "PIP_NO_INDEX": "1",
             "PIP_NO_BUILD_ISOLATION": "0",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
