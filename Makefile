@@ -19,7 +19,7 @@ demo: setup
 	@echo "see every run and trial: $(BIN)/heliostat ui"
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25
 
 # Hosts made of namespaces, with real SSH: needs root, openssh-server, rsync and iproute2.
 test-rack: setup
@@ -27,7 +27,7 @@ test-rack: setup
 
 # And what takes minutes: training while machines are lost, AWS in a box.
 test-cluster: setup
-	$(BIN)/pytest -m cluster --durations=0
+	$(BIN)/pytest -m cluster --durations=25
 
 lint: setup
 	$(BIN)/ruff check .

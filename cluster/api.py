@@ -9,10 +9,10 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import ClusterError, SpecError
+from cluster.token import authorization
 
 LOCAL_URL = "http://127.0.0.1:8265"
 """Where Ray's dashboard is, when nobody says otherwise."""
@@ -39,20 +39,6 @@ def dashboard_url(address: str | None) -> str:
     return url.rstrip("/")
 
 
-def token() -> str | None:
-    """The cluster's token from where Ray looks for it, in its order; None when there is none."""
-    if given := os.environ.get("RAY_AUTH_TOKEN"):
-        return given.strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
-
-
-def headers() -> dict[str, str]:
-    """What every request carries."""
-    key = token()
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
 def call(
     url: str, method: str, path: str, data: Any = None, body: bytes = b"", timeout_s: float = 60
 ) -> Any:
@@ -66,7 +52,7 @@ def call(
     request = urllib.request.Request(
         url + path,
         data=sent if method in ("POST", "PUT") else None,
-        headers={**headers(), "Content-Type": kind},
+        headers={**authorization(), "Content-Type": kind},
         method=method,
     )
     try:

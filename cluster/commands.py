@@ -16,7 +16,7 @@ PROJECT = "~/heliostat"
 """Where this checkout is on the hosts."""
 TOKEN = "~/.ray/auth_token"
 MARK = "HELIOSTAT_CLUSTER"
-"""In the environment of all that is started: the cluster's name, by which `down` finds it."""
+"""In the environment of all that these lines start: the cluster's name, for `down` to find it."""
 HOME = "~/.heliostat"
 """What runs beside Ray on a host keeps its files here."""
 POSTGRES = "postgresql://mlflow@db.internal/mlflow"
@@ -43,6 +43,11 @@ _AUTH_SETTINGS = (
     "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\\n"
 )
 """For `printf`. Without the cache each request costs a slow hash of the password."""
+_ADDRESS = (
+    "$(hostname -I | cut -d' ' -f1)",
+    '$(grep -o \'"head_ip": "[^"]*\' ~/ray_bootstrap_config.yaml | cut -d\'"\' -f4)',
+)
+"""The head's on the private network: a machine of a cloud has one, other hosts may have several."""
 _RECONNECT_S = 600
 """How long workers wait for a head that keeps its state; 60 s otherwise."""
 
@@ -94,9 +99,7 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
 
     What a head that died in part has left would keep the new one from its port, so it is stopped.
     """
-    address = (
-        spec.local.head if provider == "local" and spec.local else "$(hostname -I | cut -d' ' -f1)"
-    )
+    address = _ADDRESS[provider == "local"]
     exports = [*_exports(spec, address), *_assignments(_DETECTION)]
     if provider == "local":
         exports += _assignments(_AUTOSCALER)
@@ -111,19 +114,18 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         *_resources(resources if provider == "local" else {}),
         *_labels(spec, provider),
     ]
-    remains = _running("'gcs_server|raylet'")
     folder = [] if spec.state is None or "://" in spec.state else [f"mkdir -p {spec.state};"]
     lines = [
         *_export(exports),
         *folder,
         f"{_running('gcs_server')} && {_running('raylet')} || {{",
-        f"! {remains} || ray stop --force >/dev/null;",
+        f"if {_running('gcs_server')} || {_running('raylet')};",
+        "then ray stop --force >/dev/null; fi;",
         "ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",
     ]
-    beside = _furnisher(spec) if provider == "local" else _agents(spec, provider, head=True)
-    return [Text(lines), _mlflow(spec, address), *beside]
+    return [Text(lines), _mlflow(spec, address), *_programs(spec, provider, head=True)]
 
 
 def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
@@ -147,7 +149,7 @@ def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
     if provider == "local":
         # Ray never comes back to a host of its own on which this has failed once.
         lines[-1] += " || true"
-    return [Text(lines), *_agents(spec, provider, head=False)]
+    return [Text(lines), *_programs(spec, provider, head=False)]
 
 
 def _exports(spec: ClusterSpec, head: str) -> list[str]:
@@ -158,6 +160,8 @@ def _exports(spec: ClusterSpec, head: str) -> list[str]:
         f"RAY_AUTH_MODE=token {_mark(spec)}",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
+    if spec.storage is not None:
+        exports.append(f"HELIOSTAT_STORAGE={spec.storage}")
     if spec.mlflow.auth:
         exports.append(f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password()}")
     return exports
@@ -272,36 +276,34 @@ def _pip(spec: ClusterSpec) -> str:
     return f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt"
 
 
-def _agents(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
-    """The watcher of the cloud's notices, and on the head of what can take spot's place.
+def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
+    """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
+    programs = _head_programs(spec, provider) if head else {}
+    if provider != "local":
+        programs["agent"] = provider  # hears the cloud's notices
+    said = []
+    for program, argument in programs.items():
+        lock = f"flock -n {HOME}/{program}.lock " if program in ("furnish", "keeper") else ""
+        said.append(
+            Text(
+                [
+                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
+                    f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
+                    f">>{HOME}/{program}.log 2>&1 </dev/null &",
+                ]
+            )
+        )
+    return said
 
-    Each ends an older one of its kind.
-    """
+
+def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
+    """Modules of ours with their argument."""
+    programs = {"keeper": ""}  # starts jobs again whose driver was lost
+    spot = any(kind.spot for kind in spec.workers.values())
     if provider == "local":
-        return []
-    programs = {"agent": provider}
-    if head and spec.fallback_after_s is not None and any(it.spot for it in spec.workers.values()):
-        programs["fallback"] = f"{spec.fallback_after_s:g}"
-    return [
-        Text(
-            [
-                f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
-                f"setsid nohup python -m cluster.{program} {argument}",
-                f">>{HOME}/{program}.log 2>&1 </dev/null &",
-            ]
-        )
-        for program, argument in programs.items()
-    ]
-
-
-def _furnisher(spec: ClusterSpec) -> list[Text]:
-    """On the head of hosts of one's own: sets up those that come back as empty machines."""
-    return [
-        Text(
-            [
-                f"export PATH={spec.venv}/bin:$PATH {_mark(spec)};",
-                f"setsid nohup flock -n {HOME}/furnish.lock python -m cluster.furnish",
-                f">>{HOME}/furnish.log 2>&1 </dev/null &",
-            ]
-        )
-    ]
+        programs["furnish"] = ""  # sets up hosts that come back as empty machines
+    elif spot and spec.fallback_after_s is not None:
+        programs["fallback"] = f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
+    if spec.metrics:
+        programs["monitor"] = ""  # starts Prometheus and Grafana
+    return programs

@@ -41,7 +41,7 @@ _WHICH = ("IpProtocol", "FromPort", "ToPort")
 
 
 def _is_ssh(rule: dict[str, Any]) -> bool:
-    return rule["IpProtocol"] == "tcp" and rule["FromPort"] <= 22 <= rule["ToPort"]
+    return bool(rule["IpProtocol"] == "tcp" and rule["FromPort"] <= 22 <= rule["ToPort"])
 
 
 def _networks(rule: dict[str, Any], others: bool) -> dict[str, list[dict[str, str]]]:

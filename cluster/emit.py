@@ -37,7 +37,7 @@ class Text:
 
 def emit(data: Mapping[str, Any], heading: str = "") -> str:
     """`data` as YAML under the comment `heading`, a blank line around each section."""
-    lines = [f"# {line}" for line in heading.splitlines()]
+    lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     nested = False
     for key, value in data.items():
         block = list(_entry(key, value, ""))
@@ -110,4 +110,5 @@ def _scalar(value: Any) -> str:
         return "[" + ", ".join(_scalar(inner) for inner in value) + "]"
     if isinstance(value, str) and _PLAIN.match(value) and not _WORDS.match(value):
         return value
-    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, ensure_ascii=False)

@@ -123,12 +123,11 @@ class Pair:
         if self.switched is not None:
             most = max(here, types[self.spot].get("max_workers", 0) - len(spot.nodes))
             least = max(0, types[self.spot].get("min_workers", 0) - len(spot.nodes))
-        preferred = types[self.spot].get("priority", 0) + 1
-        return {
-            "max_workers": most,
-            "min_workers": least,
-            "priority": preferred if self.switched is not None else preferred - 1,
-        }
+        theirs = types[self.spot].get("priority", 0)
+        priority = min(theirs, types[self.on_demand].get("priority", 0))
+        if self.switched is not None:
+            priority = theirs + 1
+        return {"max_workers": most, "min_workers": least, "priority": priority}
 
 
 def pairs(config: Mapping[str, Any], after_s: float, now: float) -> Iterator[Pair]:

@@ -12,7 +12,7 @@ from typing import TextIO
 
 import aiohttp
 
-from cluster.api import call, headers
+from cluster.api import call
 from cluster.jobs import (
     RESTARTS,
     Job,
@@ -24,6 +24,7 @@ from cluster.jobs import (
     why_lost,
 )
 from cluster.terminal import PROGRESS
+from cluster.token import authorization
 
 POLL_S = 1.0
 CLEAR = "\r\x1b[2K"
@@ -123,7 +124,7 @@ class Follower:
         """Print what there is of a start's log beyond what was printed, and what comes."""
         place = f"{url}/api/jobs/{job.id}/logs/tail"
         async with (
-            aiohttp.ClientSession(headers=headers()) as session,
+            aiohttp.ClientSession(headers=authorization()) as session,
             session.ws_connect(place, heartbeat=20, max_msg_size=0) as socket,
         ):
             count = 0

@@ -60,7 +60,7 @@ def _cluster(spec: ClusterSpec, kuberay: Kuberay) -> dict[str, Any]:
     if kuberay.token_secret is not None:
         auth["secretName"] = kuberay.token_secret
     head = {
-        "resources": {"CPU": str(spec.head.cpus or 0)},
+        "resources": _handed_out(spec.head.cpus or 0, spec.head.gpus or 0),
         "rayStartParams": {
             "dashboard-host": "0.0.0.0"
         },  # the service's way in; it asks for a token
@@ -93,18 +93,22 @@ def _state(name: str, state: str) -> dict[str, Any]:
 def _group(spec: ClusterSpec, name: str, kind: Workers) -> dict[str, Any]:
     assert spec.kuberay is not None
     pod = spec.kuberay.pods[name]
-    resources = {"CPU": str(pod.cpus if kind.cpus is None else kind.cpus)}
+    cpus = pod.cpus if kind.cpus is None else kind.cpus
     gpus = pod.gpus if kind.gpus is None else kind.gpus
     group = {
         "groupName": name,
         "replicas": kind.min,
         "minReplicas": kind.min,
         "maxReplicas": Noted(kind.max, "EDIT: how many the bill can bear"),
-        "resources": resources | ({"GPU": str(gpus)} if gpus else {}),
+        "resources": _handed_out(cpus, gpus),
         "rayStartParams": {},
         "template": _template(spec, name, kind),
     }
     return _with_labels(group, kind)
+
+
+def _handed_out(cpus: int, gpus: int) -> dict[str, str]:
+    return {"CPU": str(cpus)} | ({"GPU": str(gpus)} if gpus else {})
 
 
 def _with_labels(group: dict[str, Any], kind: NodeType) -> dict[str, Any]:
@@ -169,6 +173,8 @@ def _requests(pod: Pod, kind: NodeType, kuberay: Kuberay) -> dict[str, Any]:
 def _environment(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
     uri = f"http://{spec.name}-mlflow:{spec.mlflow.port}"
     told: list[dict[str, Any]] = [{"name": "MLFLOW_TRACKING_URI", "value": uri}]
+    if spec.storage is not None:
+        told.append({"name": "HELIOSTAT_STORAGE", "value": spec.storage})
     if spec.mlflow.auth:
         told.append({"name": "MLFLOW_TRACKING_USERNAME", "value": "admin"})
         told.append(_secret("MLFLOW_TRACKING_PASSWORD", kuberay))

@@ -37,6 +37,9 @@ Say = Callable[[str], object]
 UP_LIMIT_S = 1800
 """For machines that are rented, booted and set up by package managers."""
 
+STARTS = 3
+TOO_SLOW = "timed out during startup"
+
 RUNS = "pgrep -x gcs_server >/dev/null && test -e ~/ray_bootstrap_config.yaml && echo runs"
 STOP = """
 ray stop --force >/dev/null 2>&1
@@ -89,7 +92,7 @@ def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
             if not _keeps_state(config):
                 _stop(workers, name)
     say(f"{name}: starting (log: {log})")
-    _ray(arguments, log, config)
+    _start(arguments, log, config)
     nodes = _wait_for_nodes(file, config, log, start + limit_s)
     kinds = ", ".join(node.address for node in nodes)
     say(f"{name}: {len(nodes)} nodes in after {time.monotonic() - start:.0f} s: {kinds}")
@@ -201,6 +204,16 @@ def _ray(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
         raise ClusterError(
             f"ray {arguments[0]} failed: {reason_in(log.read_text(errors='replace'))} (log: {log})"
         )
+
+
+def _start(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
+    """`ray up`, again where Ray gave up on a head that is merely slow: it waits for 15 to 30 s."""
+    for left in reversed(range(STARTS)):
+        try:
+            return _ray(arguments, log, config)
+        except ClusterError:
+            if not left or TOO_SLOW not in log.read_text(errors="replace"):
+                raise
 
 
 def _wait_for_nodes(

@@ -10,7 +10,7 @@ from cluster import commands, kuberay
 from cluster.catalog import Instance, find_instance
 from cluster.emit import Noted, emit
 from cluster.errors import SpecError
-from cluster.spec import Cloud, ClusterSpec, NodeType, Provider, Workers
+from cluster.spec import Cloud, ClusterSpec, NodeType, Provider
 
 ON_DEMAND = "on-demand"
 PRICE = "heliostat.io/usd-per-hour"
@@ -23,8 +23,8 @@ _EXCLUDED = [".git/**", ".venv/**", "runs/**", "mlartifacts/**", "mlflow.db", "*
 _HEADING = """{what}, for `heliostat up FILE` or Ray's own `ray up FILE`.
 Rendered by `heliostat cluster render --provider {provider}` from cluster/launch/heliostat.yaml.
 Lines marked EDIT are yours to change, here or there; then ask `heliostat cluster check FILE`.
-{doors}"""
-_DOORS = """All of Ray asks for the token of ~/.ray/auth_token; `heliostat up` makes one. The dashboard is
+
+All of Ray asks for the token of ~/.ray/auth_token, which `heliostat up` makes. The dashboard is
 on the head's loopback and MLflow on its private address: `heliostat ui --cluster FILE` opens
 tunnels to both."""
 
@@ -39,14 +39,12 @@ def render(spec: ClusterSpec, provider: Provider, job: bool = False) -> str:
     if provider == "kuberay":
         return kuberay.text(spec, job)
     what = {
-        "aws": "AWS, an on-demand head and workers that come and go",
-        "gcp": "Google Cloud, an on-demand head and workers that come and go",
-        "azure": "Azure, an on-demand head and workers that come and go",
-        "local": "hosts of your own, by SSH",
+        "aws": "A cluster on AWS",
+        "gcp": "A cluster on Google Cloud",
+        "azure": "A cluster on Azure",
+        "local": "A cluster of hosts that you reach by SSH",
     }[provider]
-    return emit(
-        launcher(spec, provider), _HEADING.format(what=what, provider=provider, doors=_DOORS)
-    )
+    return emit(launcher(spec, provider), _HEADING.format(what=what, provider=provider))
 
 
 def launcher(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
@@ -123,10 +121,11 @@ def labels_of(kind: NodeType, name: str, known: Instance | None, spot: bool) -> 
 def _cloud(spec: ClusterSpec, cloud: Cloud, region: str, config: "Any") -> dict[str, Any]:
     """Sizes and node types of a cloud; `config(name, kind, spot)` gives the provider's own part."""
     name, known = instance_of(spec.head, cloud, region, "head")
+    gpus = spec.head.gpus or 0
     head = {
-        "resources": {"CPU": spec.head.cpus or 0},
+        "resources": {"CPU": spec.head.cpus or 0} | ({"GPU": gpus} if gpus else {}),
         "labels": labels_of(spec.head, name, known, spot=False),
-        "node_config": config(name, spec.head, False, False),
+        "node_config": config(name, spec.head, False, gpus > 0),
     }
     types: dict[str, Any] = {"head": head}
     for key, kind in spec.workers.items():
@@ -184,8 +183,7 @@ def _aws(spec: ClusterSpec) -> dict[str, Any]:
         return told
 
     rule = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp"}
-    ranges = [{"CidrIp": network} for network in aws.ssh_from]
-    ranges[0]["CidrIp"] = Noted(aws.ssh_from[0], "EDIT: the addresses that you come from")
+    ranges = [{"CidrIp": Noted(it, "EDIT: where you come from")} for it in aws.ssh_from]
     group = {"GroupName": spec.name, "IpPermissions": [{**rule, "IpRanges": ranges}]}
     provider = {
         "type": "aws",

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.api import token
 from cluster.errors import ClusterError
+from cluster.token import read_token
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def ray_session(
     if code is not None and submitted() is None:
         runtime_env = {"working_dir": str(code), "excludes": list(exclude)}
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and token():
+    if address and read_token():
         # Ray turns authentication on by itself for a cluster it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     here = not address

@@ -143,7 +143,7 @@ class Kuberay(Spec):
 class Mlflow(Spec):
     """The MLflow server on the head. Jobs reach it over the private network, people by SSH."""
 
-    port: int = Field(5000, ge=1, le=65535)
+    port: int = Field(default=5000, ge=1, le=65535)
     database: str | None = None
     """SQLAlchemy URI; SQLite on the head's disk when not given."""
     artifacts: Line | None = None
@@ -173,6 +173,9 @@ class ClusterSpec(Spec):
     """On-demand nodes take over where spot has been unavailable for so long; null for never."""
     state: Line | None = None
     """Where Ray's state outlives the head: a folder on a disk that does, or redis://HOST:PORT."""
+    storage: Line | None = None
+    """Folder that all nodes share. There are the runs of jobs whose spec has a relative `storage`;
+    in the home folder of the head when not given."""
     metrics: bool = False
     """Prometheus on the head, scraping every node."""
     tags: dict[Tag, Tag] = {}

@@ -1,11 +1,14 @@
 """What tests share: workloads as users write them, one Ray, one MLflow server, the command line."""
 
+import contextlib
 import os
 import pty
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 import urllib.request
@@ -209,11 +212,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _healthy(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    return _answers(f"{uri}/health")
 
 
 def _wait_until(
@@ -301,3 +300,93 @@ def heliostat(tmp_path: Path, ray_cluster: str, mlflow_server: str) -> CommandLi
     }
     environment.pop("PYTHONPATH", None)
     return CommandLine(tmp_path, environment)
+
+
+@dataclass(frozen=True)
+class JobCluster:
+    """A Ray as a cluster's head runs it: behind a token, with a job server."""
+
+    url: str
+    """The dashboard's."""
+    agent_port: int
+    """Of the agent that takes jobs on a node's own address."""
+    folder: Path
+    """Where `heliostat stand ...` of its jobs writes, as HELIOSTAT_STORAGE."""
+    environment: dict[str, str]
+    """That of a user who has the token."""
+
+
+STAND = """#!/bin/sh
+# Stands in for a run: stand print CODE | stand work. All else is Heliostat itself.
+if [ "$1" != stand ]; then
+    export PYTHONPATH="$PYTHONPATH:{home}"
+    exec {python} -c 'import sys; from tuning.main import main; sys.exit(main())' "$@"
+fi
+cd "$HELIOSTAT_STORAGE"
+name=$4
+echo "$@" >> "$name.starts"
+echo "start $(wc -l < $name.starts) of $name"
+printf '\\036step 1\\n\\036step 2\\n'
+cat "$OLDPWD/sent.txt"
+[ "$2" = print ] && exit "$3"
+trap 'echo saving; touch $name.saved; exit 130' TERM
+echo $$ > "$name.pid.new"; mv "$name.pid.new" "$name.pid"
+until [ -e "$name.end" ]; do sleep 0.2; done
+echo done
+"""
+
+
+@pytest.fixture(scope="session")
+def job_cluster() -> Iterator[JobCluster]:
+    """A Ray of two CPUs of its own, with this checkout's `heliostat` on its path."""
+    folder = Path(tempfile.mkdtemp(prefix="hj"))  # short: sockets are below it
+    (folder / "bin").mkdir()
+    (folder / "home").mkdir()
+    script = STAND.format(home=Path(__file__).parents[1], python=sys.executable)
+    (folder / "bin" / "heliostat").write_text(script)
+    (folder / "bin" / "heliostat").chmod(0o755)
+    hidden = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {
+        **kept,
+        "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(folder / "home"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "HELIOSTAT_STORAGE": str(folder / "home"),
+        "COLUMNS": "200",
+    }
+    ports = {name: _free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
+    ports["dashboard-agent-listen-port"] = _free_port()  # other Rays have the usual one
+    log = folder / "log"
+    ray = subprocess.Popen(
+        [
+            *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
+            *("--num-cpus=2", "--object-store-memory=150000000", "--disable-usage-stats"),
+            *("--dashboard-host=127.0.0.1", f"--temp-dir={folder}/ray"),
+            *(f"--{name}={port}" for name, port in ports.items()),
+        ],
+        env=environment,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{ports['dashboard-port']}"
+    _wait_until(lambda: _answers(f"{url}/api/authentication_mode"), 180, log.read_text)
+    agent_port = ports["dashboard-agent-listen-port"]
+    yield JobCluster(url, agent_port, folder / "home", environment)
+    ray.terminate()
+    try:
+        ray.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ray.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False

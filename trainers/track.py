@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from cluster.metrics import RunGauges
 from cluster.session import home
 from trainers.mlflow_store import MlflowStore
 from trainers.spool import Row, Spool, batches, now_ms
@@ -56,6 +57,7 @@ class Tracker:
         self._steps: dict[str, int] = {}
         self._lines: defaultdict[str, list[str]] = defaultdict(list)
         self._stopping: set[str] = set()
+        self._gauges = RunGauges()
         self._closed = threading.Event()
         self._wake = threading.Event()
         self._error: str | None = None
@@ -137,7 +139,15 @@ class Tracker:
         with self._lock:
             self._remember(operation)
             self._spool.append(operation)
+            self._export(operation)
         self._wake.set()
+
+    def _export(self, operation: dict[str, Any]) -> None:
+        """Tell Prometheus what is new."""
+        if operation["do"] == "log":
+            self._gauges.take(operation["run"], operation["rows"])
+        elif operation["do"] == "finish":
+            self._gauges.finish(operation["run"])
 
     def _remember(self, operation: dict[str, Any]) -> None:
         if operation["do"] == "start":

@@ -30,6 +30,7 @@ from torch import nn
 
 from cluster.errors import TrainingError
 from cluster.files import write_atomic
+from cluster.metrics import set_gauge
 from trainers.checkpoint import Checkpoints, interval_s
 from trainers.data import open_splits, rows
 from trainers.devices import local_device
@@ -301,6 +302,7 @@ class Engine:
             row = run.adopted  # from slot to slot, without the way through the host
         group.program.admit(slot, run.variant, network, row)
         group.runs[slot] = run
+        self._tell_slots()
         run.slot, run.done, run.saved = slot, done, done
         run.loss_sum, run.losses = numbers.get("loss_sum", 0.0), int(numbers.get("losses", 0))
         run.device_s = numbers.get("device_s", 0.0)
@@ -499,3 +501,11 @@ class Engine:
         if run.group is not None and run.group.runs.get(run.slot) is run:
             del run.group.runs[run.slot]
             run.group.program.release(run.slot)
+            self._tell_slots()
+
+    def _tell_slots(self) -> None:
+        """Export how many slots there are, and in how many of them is a trial."""
+        used = sum(len(group.runs) for group in self._groups)
+        slots = sum(group.program.slots for group in self._groups)
+        set_gauge("heliostat_slots", slots, self._sweep.key)
+        set_gauge("heliostat_slots_in_use", used, self._sweep.key)

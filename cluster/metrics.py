@@ -1,0 +1,93 @@
+"""Metrics of our own for Prometheus, through Ray's exporter, which puts `ray_` before their names.
+
+They are made of what the tracker of a run hears anyway, off the step path: 5 us for each value.
+Ray exports them from a node's metrics port, and forgets them when the tracker ends.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+GAUGES = {
+    "heliostat_step_seconds": "Time of an optimizer step, mean over the run's trials",
+    "heliostat_samples_per_second": "Training samples per second, of all the run's trials together",
+    "heliostat_goodput_ratio": "Share of the time in which steps were done that count",
+    "heliostat_mfu_ratio": "Model FLOP/s over the devices' peak, mean over the run's trials",
+    "heliostat_trials": "Trials that report now; 1 for a training run",
+    "heliostat_watts": "Power drawn, as the run's meters have it",
+    "heliostat_usd_per_hour": "What the run costs now",
+    "heliostat_usd": "What the run has cost so far",
+    "heliostat_slots": "Slots of an engine of a fused sweep",
+    "heliostat_slots_in_use": "Slots with a trial in them",
+}
+"""Every metric that we export, with its help text. Each has the tag `run`."""
+_PERF = {
+    "perf/step_s": "heliostat_step_seconds",
+    "perf/samples_per_s": "heliostat_samples_per_second",
+    "perf/goodput": "heliostat_goodput_ratio",
+    "perf/mfu": "heliostat_mfu_ratio",
+}
+_SUMMED = "heliostat_samples_per_second"
+_RATES = {"energy_j": ("heliostat_watts", 1.0), "cost_usd": ("heliostat_usd_per_hour", 3600.0)}
+"""Totals whose growth per second, times this, is a gauge."""
+
+
+def set_gauge(name: str, value: float, run: str) -> None:
+    """Export a value of a run or sweep until this process ends; in a process of Ray's."""
+    _gauge(name).set(value, {"run": run})
+
+
+@cache
+def _gauge(name: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(name, description=GAUGES[name], tag_keys=("run",))
+
+
+class RunGauges:
+    """The gauges of a run, or of a sweep with all its trials, made of the metrics they report.
+
+    A trial is no series of its own: a sweep of a thousand would leave thousands behind.
+    """
+
+    def __init__(self) -> None:
+        self._now: dict[str, dict[str, float]] = {}
+        """Run or trial -> gauge -> its newest value."""
+        self._totals: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def take(self, key: str, rows: Iterable[tuple[str, float, int, int]]) -> None:
+        """Take metrics (name, value, step, Unix time in ms) of the run or trial `key`."""
+        run, found = key.partition("/")[0], False
+        for name, value, _, at_ms in rows:
+            if name in _PERF:
+                self._now.setdefault(key, {})[_PERF[name]] = value
+                found = True
+            elif name in _RATES and key == run:
+                self._rate(run, name, value, at_ms / 1000)
+        if found:
+            self._tell(run)
+
+    def finish(self, key: str) -> None:
+        """A run or trial has ended."""
+        if self._now.pop(key, None) is not None:
+            self._tell(key.partition("/")[0])
+
+    def _tell(self, run: str) -> None:
+        live = [now for key, now in self._now.items() if key.partition("/")[0] == run]
+        set_gauge("heliostat_trials", len(live), run=run)
+        for name in _PERF.values():
+            values = [now[name] for now in live if name in now]
+            if values:
+                mean = sum(values) / (1 if name == _SUMMED else len(values))
+                set_gauge(name, mean, run=run)
+        if not live:
+            set_gauge(_SUMMED, 0.0, run=run)
+
+    def _rate(self, run: str, name: str, total: float, at_s: float) -> None:
+        before, before_s = self._totals.get((run, name), (total, at_s))
+        self._totals[run, name] = total, at_s
+        gauge, factor = _RATES[name]
+        if at_s > before_s:
+            set_gauge(gauge, (total - before) / (at_s - before_s) * factor, run=run)
+        if name == "cost_usd":
+            set_gauge("heliostat_usd", total, run=run)
