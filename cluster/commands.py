@@ -114,13 +114,13 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         *_resources(resources if provider == "local" else {}),
         *_labels(spec, provider),
     ]
-    remains = _running("'gcs_server|raylet'")
     folder = [] if spec.state is None or "://" in spec.state else [f"mkdir -p {spec.state};"]
     lines = [
         *_export(exports),
         *folder,
         f"{_running('gcs_server')} && {_running('raylet')} || {{",
-        f"! {remains} || ray stop --force >/dev/null;",
+        f"if {_running('gcs_server')} || {_running('raylet')};",
+        "then ray stop --force >/dev/null; fi;",
         "ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",
