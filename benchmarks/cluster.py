@@ -124,7 +124,7 @@ def watch_nodes() -> None:
 
 
 WORKLOAD = """\
-from benchmarks.cluster import BATCH, begin_step
+from benchmark import BATCH, begin_step
 from trainers.workloads.vision import Vision
 
 
@@ -195,6 +195,9 @@ def _tutorial_worker() -> None:
 class Lab:
     """A cluster on hosts of a rack, and what is written down there."""
 
+    token = "/root/.ray/auth_token"
+    """Where the head has its token."""
+
     def __init__(self, hosts: "Rack") -> None:
         self.hosts = hosts
 
@@ -239,7 +242,8 @@ class Lab:
         """Seconds of everything, for a command that starts `nodes` and one for the run."""
         began = time.time()
         self.me(up)
-        watch = f"PYTHONPATH= RAY_AUTH_MODE={mode} {sys.executable} {__file__} --watch"
+        auth = f"RAY_AUTH_MODE={mode} RAY_AUTH_TOKEN_PATH={self.token}"
+        watch = f"PYTHONPATH= {auth} {sys.executable} {__file__} --watch"
         self.hosts.start(self.head(), watch)  # ends with its host
         self.wait(lambda: any(len(there) >= nodes for _, there in self.nodes()), "all nodes")
         found = {"up": time.time() - began}
@@ -299,6 +303,8 @@ class Power(Lab):
 class Spot(Lab):
     """Instances, of which one is taken away after a notice."""
 
+    token = "/home/ubuntu/.ray/auth_token"
+
     def head(self) -> str:
         instances: list[dict[str, Any]] = self.hosts.instances()  # type: ignore[attr-defined]
         return next(
@@ -352,8 +358,9 @@ def lay_out(hosts: "Rack", case: str) -> None:
     work = hosts.disk("me") / "root/work"
     for left in work.glob("*.py"):
         left.unlink()
+    (work / "benchmark.py").write_text(Path(__file__).read_text())
     (work / "steps.py").write_text(WORKLOAD)
-    (work / "tutorial.py").write_text("from benchmarks.cluster import tutorial\n\ntutorial()\n")
+    (work / "tutorial.py").write_text("from benchmark import tutorial\n\ntutorial()\n")
     (work / "plain.yaml").write_text(PLAIN_HOSTS)
     if case == "spot":
         from aws import IMAGE
