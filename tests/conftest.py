@@ -363,7 +363,8 @@ def job_cluster() -> Iterator[JobCluster]:
         [
             *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
             *("--num-cpus=2", "--object-store-memory=150000000", "--disable-usage-stats"),
-            *("--dashboard-host=127.0.0.1", f"--temp-dir={folder}/ray"),
+            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
+            f"--temp-dir={folder}/ray",
             *(f"--{name}={port}" for name, port in ports.items()),
         ],
         env=environment,
@@ -374,6 +375,8 @@ def job_cluster() -> Iterator[JobCluster]:
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
     _wait_until(lambda: _answers(f"{url}/api/authentication_mode"), 180, log.read_text)
     agent_port = ports["dashboard-agent-listen-port"]
+    agent = f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz"
+    _wait_until(lambda: _answers(agent), 180, log.read_text)
     yield JobCluster(url, agent_port, folder / "home", environment)
     ray.terminate()
     try:

@@ -21,6 +21,7 @@ from trainers.folder import CHECKPOINTS, MODEL
 from trainers.health import STALLS, StallWatch, last_stall, watched
 from trainers.loop import Outcome, train
 from trainers.parallel import Worker
+from trainers.remote import check_here, here, sees
 from trainers.reporter import Reporter, SilentReporter, TrackerReporter
 from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.spool import Row
@@ -158,13 +159,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         hardware = local_device(spec.scale.accelerator, index)
         hardware.select()
         worker = Worker(rank, world, hardware, local_world)
+        check_here(job.folder, spec)
+        dataset = here(job.dataset, spec)
         reporter: Reporter = SilentReporter()
         if rank == 0:
             reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
         with watched(job.folder / STALLS, rank, world, spec.train.stall_timeout_s):
-            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
+            outcome = train(spec, workload, dataset, job.folder, reporter, worker, job.started)
         newest = Checkpoints(job.folder / CHECKPOINTS).newest() if rank == 0 else None
-        if outcome.complete and newest is not None:
+        if outcome.complete and newest is not None and sees(job.folder):
             export_model(job.folder / MODEL, spec, workload, newest)
         return asdict(outcome)
     except Exception as error:

@@ -22,6 +22,7 @@ from trainers.folder import CHECKPOINTS
 from trainers.health import STALLS, watched
 from trainers.loop import train
 from trainers.parallel import Worker
+from trainers.remote import here
 from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.spool import Row
@@ -87,6 +88,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     data = sweep.saved_spec(config)
     try:
         spec, workload = resolve(data, RunSpec)
+        dataset = here(sweep.dataset, spec)
         progress = Progress(sweep, spec, folder)
         if spec.scale.max_workers > 1:
             job = Job(data, sweep.dataset, folder, sweep.trial_key(number), threads=1)
@@ -96,7 +98,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
             worker = Worker(hardware=local_device(spec.scale.accelerator))
             reporter = _TrialReporter(tracker, sweep.trial_key(number), progress)
             with watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s):
-                train(spec, workload, sweep.dataset, folder, reporter, worker)
+                train(spec, workload, dataset, folder, reporter, worker)
     except Exception as error:
         write_atomic(folder / FAILED, explain(error))
         raise TrainingError(explain(error)) from error
