@@ -120,8 +120,9 @@ def test_a_place_that_cannot_be_reached_is_named(own_folder: Path) -> None:
 
 
 def test_a_folder_that_a_machine_does_not_see_is_refused_there(
-    own_folder: Path, tmp_path: Path, ray_cluster: str
+    own_folder: Path, tmp_path: Path
 ) -> None:
+    """By the worker on it."""
     folder = tmp_path / "runs" / "a"
     alone = spec_of(tmp_path / "runs")
     with pytest.raises(SpecError, match=rf"^storage: {folder} cannot be seen from \d.*NFS"):
