@@ -142,6 +142,7 @@ def _show_outcome(
     """The end of a run: its metrics as MLflow has them, and where everything is."""
     from rich.table import Table
 
+    from cluster.session import submitted
     from trainers.checkpoint import Checkpoints
     from trainers.folder import CHECKPOINTS, TRACK, short_path
 
@@ -163,9 +164,12 @@ def _show_outcome(
         table.add_row("MLflow run", f"{tracked['run_id']} (heliostat ui)")
     console.print(table)
     if not outcome.complete:
+        again = f"train --resume {short_path(run.folder)}"
+        if submitted():
+            again = f"submit {again}"
         console.print(
             f"stopped after step {outcome.step} of {outcome.total_steps}, saved; go on with\n"
-            f"  heliostat train --resume {short_path(run.folder)}"
+            f"  heliostat {again}"
         )
 
 

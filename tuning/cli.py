@@ -163,6 +163,7 @@ def _show_board(
     """The end of a sweep: who won, what mattered, and how to go on."""
     from rich.table import Table
 
+    from cluster.session import submitted
     from trainers.checkpoint import Checkpoints
     from trainers.folder import CHECKPOINTS, TRACK, short_path
 
@@ -188,7 +189,7 @@ def _show_board(
     if len(board.ended) < sweep.spec.total_trials:
         console.print(
             f"stopped with {len(board.ended)} of {sweep.spec.total_trials} trials ended; "
-            f"go on with\n  heliostat sweep --resume {folder}"
+            f"go on with\n  heliostat {'submit ' if submitted() else ''}sweep --resume {folder}"
         )
     if board.best is not None:
         trial = short_path(sweep.trial_folder(board.best.number))
