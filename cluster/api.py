@@ -22,6 +22,10 @@ class NotFoundError(ClusterError):
     """The job server has nothing of that name."""
 
 
+class TakenError(ClusterError):
+    """A job with that submission id is there."""
+
+
 class BusyError(ClusterError):
     """The job server could not do it just now; asking again may help."""
 
@@ -78,5 +82,7 @@ def _told(url: str, code: int, text: str) -> ClusterError:
     reason = lines[-1] if lines else f"HTTP {code}"  # the last line of a traceback
     if code == 404:
         return NotFoundError(f"{url}: {reason}")
+    if "already exists" in text:  # a ValueError on the head, told as a traceback
+        return TakenError(f"{url}: a job of that name is there")
     # The agents of a cluster under load answer late, and Ray says so with a 500.
     return BusyError(f"{url}: {reason}") if code >= 500 else ClusterError(f"{url}: {reason}")

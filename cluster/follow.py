@@ -13,6 +13,7 @@ from typing import TextIO
 import aiohttp
 
 from cluster.api import call
+from cluster.errors import ClusterError
 from cluster.jobs import (
     RESTARTS,
     Job,
@@ -118,7 +119,17 @@ class Follower:
             except (aiohttp.ClientError, OSError):  # cut, or a log that is not there yet
                 await asyncio.sleep(POLL_S)
             if self._over(url, job):
+                self._rest(url, job)
                 return
+
+    def _rest(self, url: str, job: Job) -> None:
+        """Print what a start that is over has printed since its log was cut off."""
+        try:
+            text = call(url, "GET", f"/api/jobs/{job.id}/logs")["logs"]
+        except ClusterError:  # gone with its machine
+            return
+        self._printer.write(text[self._shown :])
+        self._shown = max(self._shown, len(text))
 
     async def _tail(self, url: str, job: Job) -> None:
         """Print what there is of a start's log beyond what was printed, and what comes."""

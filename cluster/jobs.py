@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.api import BusyError, NotFoundError, call
+from cluster.api import BusyError, NotFoundError, TakenError, call
 from cluster.errors import ClusterError, SpecError
 from cluster.secrets import in_text
 from cluster.ship import Package
@@ -259,9 +259,7 @@ def _start(
         nonlocal mine
         try:
             call(url, "POST", "/api/jobs/", request)
-        except ClusterError as error:
-            if "already exists" not in str(error):
-                raise
+        except TakenError:
             mine = False  # another's, or our own of a request whose answer was lost
 
     patiently(ask)

@@ -359,21 +359,36 @@ def job_cluster() -> Iterator[JobCluster]:
     ports = {name: _free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
     ports["dashboard-agent-listen-port"] = _free_port()  # other Rays have the usual one
     log = folder / "log"
-    ray = subprocess.Popen(
-        [
-            *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
-            *("--num-cpus=2", "--object-store-memory=150000000", "--disable-usage-stats"),
-            *("--dashboard-host=127.0.0.1", f"--temp-dir={folder}/ray"),
-            *(f"--{name}={port}" for name, port in ports.items()),
-        ],
-        env=environment,
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    command = [
+        *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
+        *("--num-cpus=2", "--object-store-memory=150000000", "--disable-usage-stats"),
+        *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
+        f"--temp-dir={folder}/ray",
+        *(f"--{name}={port}" for name, port in ports.items()),
+    ]
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
-    _wait_until(lambda: _answers(f"{url}/api/authentication_mode"), 180, log.read_text)
     agent_port = ports["dashboard-agent-listen-port"]
+    agent = f"http://127.0.0.1:{agent_port}/api/local_raylet_healthz"
+
+    def start() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def runs() -> bool:
+        nonlocal ray
+        if ray.poll() is not None:  # Ray gives its parts 30 s; a busy machine may need more
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ray.pid, signal.SIGKILL)
+            ray = start()
+        return _answers(f"{url}/api/authentication_mode") and _answers(agent)
+
+    ray = start()
+    _wait_until(runs, 300, log.read_text)
     yield JobCluster(url, agent_port, folder / "home", environment)
     ray.terminate()
     try:

@@ -147,6 +147,7 @@ def _show_outcome(
     """The end of a run: its metrics as MLflow has them, and where everything is."""
     from rich.table import Table
 
+    from cluster.session import submitted
     from trainers.checkpoint import Checkpoints
     from trainers.folder import CHECKPOINTS, TRACK, short_path
 
@@ -176,8 +177,8 @@ def _show_outcome(
         more = f" --set {reason.partition(' ')[0]}=MORE" if reason and "reached" in reason else ""
         console.print(
             f"{f'{reason}; ' if reason else ''}stopped after step {outcome.step} of "
-            f"{outcome.total_steps}, saved; go on with\n"
-            f"  heliostat train --resume {short_path(run.folder)}{more}",
+            f"{outcome.total_steps}, saved; go on with\n  heliostat "
+            f"{'submit ' if submitted() else ''}train --resume {short_path(run.folder)}{more}",
             highlight=False,
         )
 

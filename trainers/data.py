@@ -26,6 +26,7 @@ from cluster.config import Spec
 from cluster.errors import DataError, SpecError
 from cluster.files import cache_folder, commit_folder
 from trainers.random import mix_seed
+from trainers.remote import remote_dataset
 from trainers.workloads.base import Batch, Workload
 
 MANIFEST = "manifest.json"
@@ -56,32 +57,29 @@ def table(**columns: npt.NDArray[Any]) -> pa.Table:
     return pa.table(arrays, schema=pa.schema(fields))
 
 
-def prepare(workload: Workload, storage: Path) -> Path:
+def prepare(workload: Workload, storage: Path, uri: str | None = None) -> Path:
     """The folder with the workload's splits as Parquet files; built when it is not there yet.
 
+    It is in `storage`, or this machine's copy of what is kept at `uri`.
     The folder's name holds a hash of everything that the data set is made from: the workload's
     code, its `data` section, and the names, sizes and times of the files that this refers to.
     """
-    name = type(workload).__name__.lower()
-    folder = storage / "datasets" / f"{name}-{_fingerprint(workload)}"
+    full_name = f"{type(workload).__name__.lower()}-{_fingerprint(workload)}"
+    if uri is not None:
+        return remote_dataset(uri, full_name, lambda folder: _write(workload, folder))
+    folder = storage / "datasets" / full_name
     if (folder / MANIFEST).exists():
         return folder
-    splits = workload.dataset()
-    for split in ("train", "val"):
-        if split not in splits or len(splits[split]) == 0:
-            raise DataError(f"the data set of {name} has no samples in its split {split!r}")
     building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         building.mkdir(parents=True)
     except OSError as error:
         raise SpecError(f"storage: cannot make {building.parent}: {error.strerror}") from None
-    files: dict[str, Any] = {}
-    for split, rows in splits.items():
-        path = building / f"{split}.parquet"
-        pq.write_table(rows, path, compression="zstd", use_dictionary=False)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files[path.name] = {"rows": len(rows), "bytes": path.stat().st_size, "sha256": digest}
-    manifest = {"workload": name, "data": workload.data.model_dump(mode="json"), "files": files}
+    try:
+        manifest = _write(workload, building)
+    except BaseException:
+        shutil.rmtree(building)
+        raise
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
     try:
         commit_folder(building, folder)
@@ -90,6 +88,22 @@ def prepare(workload: Workload, storage: Path) -> Path:
         if not (folder / MANIFEST).exists():
             raise
     return folder
+
+
+def _write(workload: Workload, folder: Path) -> dict[str, Any]:
+    """Make a workload's data set and write it into `folder`; returns its manifest."""
+    name = type(workload).__name__.lower()
+    splits = workload.dataset()
+    for split in ("train", "val"):
+        if split not in splits or len(splits[split]) == 0:
+            raise DataError(f"the data set of {name} has no samples in its split {split!r}")
+    files: dict[str, Any] = {}
+    for split, rows in splits.items():
+        path = folder / f"{split}.parquet"
+        pq.write_table(rows, path, compression="zstd", use_dictionary=False)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        files[path.name] = {"rows": len(rows), "bytes": path.stat().st_size, "sha256": digest}
+    return {"workload": name, "data": workload.data.model_dump(mode="json"), "files": files}
 
 
 def _fingerprint(workload: Workload) -> str:

@@ -26,6 +26,7 @@ from trainers.folder import CHECKPOINTS, unique_name
 from trainers.loop import train
 from trainers.parallel import Worker
 from trainers.pools import Pool, Probe, ProbedPool, probed
+from trainers.remote import here
 from trainers.reporter import SilentReporter
 from trainers.scaling import Place
 from trainers.spec import RunSpec, resolve
@@ -85,7 +86,7 @@ def _worker(config: dict[str, Any]) -> bytes:
     """What each worker does; the first one's probes, and when it was done."""
     job: Job = pickle.loads(config["job"])
     with hired(job) as (spec, workload, worker), watch_for_stalls(job, spec, worker):
-        seen = _Look(spec, workload, worker, job)
+        seen = _Look(spec, workload, worker, replace(job, dataset=here(job.dataset, spec)))
         seen.warm()
         probes = [seen.timed(batch, config["seconds"]) for batch in config["batches"]]
     return pickle.dumps((probes, time.time()))

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import flatten, override, read_yaml
 from cluster.errors import HeliostatError, SpecError
+from cluster.secrets import in_text
 from cluster.session import home, ray_session
 from cluster.terminal import quiet
 from trainers.access import check_access
 from trainers.checkpoint import Checkpoints
 from trainers.data import prepare, rows
+from trainers.export import export_model
 from trainers.folder import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -34,6 +36,7 @@ from trainers.folder import (
 from trainers.forecast import Forecast, Memory, compared, keys_of
 from trainers.loop import Outcome
 from trainers.metering import Metering
+from trainers.remote import check_everywhere
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.spool import now_ms
 from trainers.track import TrackedRun, default_uri, drain, start_tracker
@@ -53,6 +56,9 @@ def settled(spec: RunSpec) -> dict[str, Any]:
         del full["sweep"]
     full["storage"] = str(home() / spec.storage)
     full["tracking"]["uri"] = spec.tracking.uri or default_uri()
+    for path, value in flatten(full).items():
+        if isinstance(value, str) and (what := in_text(value)):
+            raise SpecError(f"{path}: {what}; specs are kept and sent to MLflow, give it elsewhere")
     return full
 
 
@@ -103,7 +109,7 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     spec, workload = resolve(data, RunSpec)
     storage = Path(spec.storage)
     checkpoint = find_checkpoint(source, storage) if source else None
-    dataset = prepare(workload, storage)
+    dataset = prepare(workload, storage, spec.datasets)
     folder = create_folder(storage, run_name or unique_name(stem), data)
     if checkpoint is not None:
         Checkpoints(folder / CHECKPOINTS, spec.checkpoint).adopt(checkpoint)
@@ -121,7 +127,7 @@ def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
             )
     data = override(read_yaml(folder / SPEC), overrides)
     spec, workload = resolve(data, RunSpec)
-    return Run(data, spec, workload, prepare(workload, Path(spec.storage)), folder)
+    return Run(data, spec, workload, prepare(workload, Path(spec.storage), spec.datasets), folder)
 
 
 def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, dict[str, Any]]:
@@ -157,6 +163,7 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         account, tags = metering.finish()
         became = {"account": metering.lines(account), "reason": metering.reason}
     if outcome.complete:
+        _export_here(run)
         if expected is not None:
             became["forecast"] = _settled_forecast(
                 run, tracker, expected, outcome, time.monotonic() - began
@@ -196,6 +203,14 @@ def _settled_forecast(
     tracker.log.remote(run.key, rows, outcome.step)
     tracker.note.remote(run.key, "forecast", text)
     return text
+
+
+def _export_here(run: Run) -> None:
+    """Export the model on this machine, where the worker that did could not see the folder."""
+    if not (run.folder / MODEL).exists():
+        newest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).newest()
+        assert newest is not None  # the last step is always saved
+        export_model(run.folder / MODEL, run.spec, run.workload, newest)
 
 
 def start_tracking(
@@ -260,6 +275,7 @@ def at_work(
         missing = shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)
+        check_everywhere(folder, spec)
         if missing:
             console.print(f"{missing}; waiting for it to grow", style="yellow")
         yield console, stop

@@ -187,6 +187,9 @@ class RunSpec(Spec):
     """What to train: a shipped workload by name, or your own as module:Class."""
     storage: str = "runs"
     """Folder for data sets, checkpoints and results; shared by all nodes of a cluster."""
+    datasets: str | None = None
+    """Where data sets are kept once they are made, instead of in `storage`: a URI that pyarrow's
+    file systems know, such as s3://bucket/path. Each machine fetches one once."""
     data: dict[str, Any] = {}
     """What the workload's data set is made from; the fields are the workload's own."""
     model: dict[str, Any] = {}

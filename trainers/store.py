@@ -99,8 +99,10 @@ class LocalStore:
 class RemoteStore:
     """A place that a URI names, such as `s3://bucket/path`, by way of this machine's cache."""
 
-    def __init__(self, uri: str, name: str, writable: bool = False) -> None:
-        """Folders are kept under `name` at `uri`.
+    def __init__(
+        self, uri: str, name: str, writable: bool = False, field: str = "checkpoint.uri"
+    ) -> None:
+        """Folders are kept under `name` at `uri`, which the spec's `field` says.
 
         SpecError when pyarrow cannot reach that, or write there if `writable` is asked for.
         """
@@ -112,7 +114,7 @@ class RemoteStore:
             self.names()
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise SpecError(f"checkpoint.uri: {uri} cannot be used: {reason}") from None
+            raise SpecError(f"{field}: {uri} cannot be used: {reason}") from None
         self._place = f"{uri.partition('?')[0].rstrip('/')}/{name}"
         key = hashlib.sha256(f"{uri}/{name}".encode()).hexdigest()[:16]
         self._cache = cache_folder() / f"checkpoints-{key}"

@@ -24,6 +24,7 @@ from trainers.health import STALLS, StallWatch, last_stall, watched
 from trainers.loop import Outcome, train
 from trainers.metering import TRACE, WorkerMeter
 from trainers.parallel import Worker
+from trainers.remote import check_here, here, sees
 from trainers.reporter import Reporter, SilentReporter, TrackerReporter
 from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.spool import Row
@@ -163,6 +164,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = pickle.loads(config["job"])
     local_rank = ray.train.get_context().get_local_rank()
     with hired(job) as (spec, workload, worker):
+        check_here(job.folder, spec)
+        dataset = here(job.dataset, spec)
         reporter: Reporter = SilentReporter()
         if worker.rank == 0:
             reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
@@ -170,9 +173,9 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
             WorkerMeter(config["tracker"], job.key, worker.hardware, local_rank, job.power_trace),
             watch_for_stalls(job, spec, worker),
         ):
-            outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
+            outcome = train(spec, workload, dataset, job.folder, reporter, worker, job.started)
         newest = Checkpoints(job.folder / CHECKPOINTS).newest() if worker.rank == 0 else None
-        if outcome.complete and newest is not None:
+        if outcome.complete and newest is not None and sees(job.folder):
             export_model(job.folder / MODEL, spec, workload, newest)
         return asdict(outcome)
 

@@ -162,6 +162,7 @@ def _show_board(
     """The end of a sweep: who won, what mattered, and how to go on."""
     from rich.table import Table
 
+    from cluster.session import submitted
     from trainers.checkpoint import Checkpoints
     from trainers.folder import CHECKPOINTS, TRACK, short_path
 
@@ -191,8 +192,8 @@ def _show_board(
         more = f" --set {ended_by.partition(' ')[0].rstrip(':')}=MORE" if ended_by else ""
         console.print(
             f"{f'{ended_by}; ' if ended_by else ''}stopped with {len(board.ended)} of "
-            f"{sweep.spec.total_trials} trials ended; "
-            f"go on with\n  heliostat sweep --resume {folder}{more}",
+            f"{sweep.spec.total_trials} trials ended; go on with\n  heliostat "
+            f"{'submit ' if submitted() else ''}sweep --resume {folder}{more}",
             highlight=False,
         )
     if board.best is not None:

@@ -40,6 +40,7 @@ from trainers.loop import FIRST_SAVE_S, evaluate, milestones, splits_due
 from trainers.memory import is_out_of_memory
 from trainers.optimize import build_optimizer, learning_rate
 from trainers.parallel import Worker
+from trainers.remote import here
 from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.step import build_network
@@ -141,7 +142,7 @@ class Engine:
         self._spec, _ = resolve(sweep.data, RunSpec)
         self.device = local_device(self._spec.scale.accelerator)
         self._worker = Worker(hardware=self.device)
-        self.splits = open_splits(sweep.dataset)
+        self.splits = open_splits(here(sweep.dataset, self._spec))
         self._samples = rows(sweep.dataset, "train")
         self._runs: dict[str, _Run] = {}
         self._waiting: list[_Run] = []

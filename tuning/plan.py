@@ -13,6 +13,7 @@ from cluster.files import write_atomic
 from trainers.data import open_split, rows
 from trainers.devices import Device, local_device
 from trainers.parallel import Worker, weights_dtype
+from trainers.remote import here
 from trainers.spec import RunSpec, resolve
 from trainers.step import Stepper
 from trainers.workers import explain
@@ -104,7 +105,7 @@ def make_plan(
     set_threads(sweep)
     spec, _ = resolve(sweep.data, RunSpec)
     device = local_device(spec.scale.accelerator)
-    samples = open_split(sweep.dataset, "train")
+    samples = open_split(here(sweep.dataset, spec), "train")
     variants, programs = _programs(sweep)
     for variant in variants:
         reason = reason_against(variant.spec)

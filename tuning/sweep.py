@@ -44,7 +44,7 @@ def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
     stem, spec = find_sweep(name, overrides)
     data = run.settled(spec)
     spec, workload = resolve(data, SweepRunSpec)
-    dataset = prepare(workload, Path(spec.storage))
+    dataset = prepare(workload, Path(spec.storage), spec.datasets)
     folder = create_folder(Path(spec.storage), sweep_name or unique_name(f"{stem}-sweep"), data)
     return Sweep(data, spec.sweep, dataset, folder)
 
@@ -59,7 +59,7 @@ def resumed_sweep(name: str, storage: Path, overrides: list[str]) -> Sweep:
     if "sweep" not in data:
         raise SpecError(f"--resume {name}: is a single run; use heliostat train --resume")
     spec, workload = resolve(data, SweepRunSpec)
-    return Sweep(data, spec.sweep, prepare(workload, Path(spec.storage)), folder)
+    return Sweep(data, spec.sweep, prepare(workload, Path(spec.storage), spec.datasets), folder)
 
 
 def execute(

@@ -24,6 +24,7 @@ from trainers.health import STALLS, watched
 from trainers.loop import train
 from trainers.metering import TRACE, WorkerMeter
 from trainers.parallel import Worker
+from trainers.remote import here
 from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.spool import Row
@@ -91,6 +92,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     data = sweep.saved_spec(config)
     try:
         spec, workload = resolve(data, RunSpec)
+        dataset = here(sweep.dataset, spec)
         progress = Progress(sweep, spec, folder)
         if spec.scale.max_workers > 1:
             job = Job(data, sweep.dataset, folder, sweep.trial_key(number), threads=1)
@@ -104,7 +106,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
                 WorkerMeter(tracker, key, worker.hardware, trace=sweep.power_trace),
                 watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s),
             ):
-                train(spec, workload, sweep.dataset, folder, reporter, worker)
+                train(spec, workload, dataset, folder, reporter, worker)
     except Exception as error:
         write_atomic(folder / FAILED, explain(error))
         raise TrainingError(explain(error)) from error

@@ -148,7 +148,7 @@ def test_a_name_runs_once(work: Work, package: Package) -> None:
 
 @pytest.mark.parametrize("victim", ["driver", "supervisor"])
 def test_a_lost_driver_is_started_again(work: Work, victim: str) -> None:
-    """The driver itself, or the process of Ray's that keeps it. The log goes on, the code counts."""
+    """The driver itself, or the process of Ray's that keeps it. The log goes on."""
     output, told = io.StringIO(), []
     ended: list[Job] = []
     follower = Follower(work.name, output, told.append)
