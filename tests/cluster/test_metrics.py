@@ -54,7 +54,7 @@ def test_a_run_and_what_its_dashboard_asks_for(
     write_yaml(spec, heliostat.folder / "s.yaml")
     process = heliostat.start("train", "s.yaml", "--name", "seen")
     try:
-        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK, 300)
+        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK, 600)
         text = scrape()
     finally:
         os.killpg(process.pid, signal.SIGINT)
