@@ -35,6 +35,8 @@ class Node:
     """Resource -> how much it has."""
     used: Mapping[str, float]
     """Resource -> how much is reserved, by anybody."""
+    ours: Mapping[str, float]
+    """Resource -> how much is reserved by the command whose bill it is; meters may know more."""
 
     def share(self, amounts: Mapping[str, float]) -> float:
         """The part of it that such amounts are: of what they take most of."""
@@ -114,7 +116,7 @@ class Bill:
         for node in present.values():
             seen = self._seen.setdefault(node.id, now if self._seen else self._start_s)
             at_work = self._at_work(node.id, now)
-            if at_work and node.id not in self._used:
+            if (at_work or node.share(node.ours)) and node.id not in self._used:
                 self._used.add(node.id)
                 waited_s = max(0.0, now - max(seen, self._start_s) - elapsed_s)
                 self._charge(node, self._key, "idle", waited_s * self._holds(node, at_work))
@@ -132,6 +134,8 @@ class Bill:
             if known is None or post.number > known.post.number:
                 self._heard[post.session] = _Heard(post, now)
                 self._note_energy(post)
+                if post.ended:
+                    del self._heard[post.session]
 
     def _at_work(self, node: str, now: float) -> list[Post]:
         return [
@@ -143,7 +147,7 @@ class Bill:
     @staticmethod
     def _holds(node: Node, at_work: Iterable[Post]) -> float:
         """The part of the node that is the run's to pay, idle or not."""
-        own = sum(node.share(post.reserved) for post in at_work)
+        own = max(node.share(node.ours), sum(node.share(post.reserved) for post in at_work))
         anybody = node.share(node.used)
         if own:
             return own / max(own, anybody)

@@ -6,7 +6,7 @@ seconds of `unknown_s`, and never as 0 joules.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster.power import MEASURED, Reading, Source, by_utilisation
@@ -170,7 +170,7 @@ def _gone(before: Reading | None) -> Reading | None:
     if before is None:
         return None
     if before.covers == "gpu":
-        return by_utilisation(before.device, before.limit_w, None)
+        return replace(by_utilisation(before.device, before.limit_w, None), share=before.share)
     return Reading(before.device, before.covers, before.method, share=before.share)
 
 

@@ -9,7 +9,7 @@ says that it is one. NVML was tried against its real library without a GPU, AMD 
 import csv
 import os
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -61,9 +61,10 @@ class Source(Protocol):
 class Nvml:
     """NVIDIA's devices by their UUIDs (GPU-...), through nvidia-ml-py."""
 
-    def __init__(self, uuids: Collection[str], nvml: Any = None) -> None:
-        self._uuids = sorted(set(uuids))
-        self._nvml = nvml
+    def __init__(self, uuids: Collection[str], share: float = 1.0) -> None:
+        """`share` of each device is the run's, and is charged so much of it."""
+        self._uuids, self._share = sorted(set(uuids)), share
+        self._nvml: Any = None
 
     def read(self) -> list[Reading]:
         if self._nvml is None:
@@ -71,7 +72,7 @@ class Nvml:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-        return [self._device(uuid) for uuid in self._uuids]
+        return [replace(self._device(uuid), share=self._share) for uuid in self._uuids]
 
     def _device(self, uuid: str) -> Reading:
         nvml = self._nvml
@@ -97,8 +98,9 @@ class Nvml:
 class Amd:
     """AMD's devices by their UUIDs, through amdsmi, which comes with ROCm."""
 
-    def __init__(self, uuids: Collection[str]) -> None:
-        self._uuids = {_hex(uuid): uuid for uuid in uuids}
+    def __init__(self, uuids: Collection[str], share: float = 1.0) -> None:
+        """`share` of each device is the run's, and is charged so much of it."""
+        self._share, self._uuids = share, {_hex(uuid): uuid for uuid in uuids}
         self._smi: Any = None
 
     def read(self) -> list[Reading]:
@@ -115,7 +117,7 @@ class Amd:
             if uuid is not None:
                 found = self._smi.amdsmi_get_energy_count(handle)
                 joules = found["energy_accumulator"] * found["counter_resolution"] / 1e6
-                yield Reading(uuid, "gpu", "amdsmi_counter", joules)
+                yield Reading(uuid, "gpu", "amdsmi_counter", joules, share=self._share)
 
 
 def _hex(uuid: str) -> str:

@@ -1,8 +1,9 @@
 """What an hour of a node costs, and what a kWh there emits, each with where that is from.
 
 What counts, the first that is known: the spec's own `cost` section, the label
-`heliostat.io/usd-per-hour` of the node, the user's price file by the node's host name, and by
-the labels that say which instance the node is: the user's price for it, today's, the snapshot's.
+`heliostat.io/usd-per-hour` of the node (unless it repeats the snapshot), the user's price file
+by the node's host name, and by the labels that say which instance the node is: the user's price
+for it, today's, the snapshot's.
 """
 
 import datetime
@@ -98,7 +99,9 @@ def rate_of(
     usd, price = _price(host, labels, cost, own, machine, known, today)
     intensity, carbon = _intensity(labels, cost, machine)
     pue, pue_from = _pue(labels, cost, machine)
-    return Rate(usd, price, intensity, f"{carbon}; PUE {pue:g} ({pue_from})", pue)
+    if intensity is not None:
+        carbon += f"; PUE {pue:g} ({pue_from})"
+    return Rate(usd, price, intensity, carbon, pue)
 
 
 def _price(
@@ -112,26 +115,42 @@ def _price(
 ) -> tuple[float | None, str]:
     if cost.usd_per_h is not None:
         return cost.usd_per_h, f"${cost.usd_per_h:g}/h (cost.usd_per_h)"
+    spot = labels.get(LABEL_MARKET, labels.get(RAY_MARKET, "on-demand")) == "spot"
     if LABEL_USD in labels:
         usd = _dollars(labels[LABEL_USD], host)
-        return usd, f"${usd:g}/h (label {LABEL_USD})"
+        snapshot = _labelled(labels, instances())
+        if snapshot is None or f"{snapshot.usd(spot) or 0:g}" != f"{usd:g}":
+            return usd, f"${usd:g}/h (label {LABEL_USD})"
     if machine is not None:
         name, found = machine
         return found.usd_per_h, f"{name}: ${found.usd_per_h:.4g}/h (your price file)"
-    provider, name = labels.get(LABEL_PROVIDER), labels.get(LABEL_INSTANCE)
-    if provider is None or name is None:
+    if LABEL_INSTANCE not in labels:
         return None, f"price of {host} unknown: no label, no row in your price file"
-    listed = overridden(own, instances() if known is None else known)
-    same = [each for each in listed if (each.provider, each.name) == (provider, name)]
-    region = labels.get(LABEL_REGION, labels.get(RAY_REGION))
-    here = next((each for each in same if each.region == region), same[0] if same else None)
+    here = _labelled(labels, overridden(own, instances() if known is None else known))
     if here is None:
-        return None, f"price of {provider}/{name} unknown: not in the price list"
-    spot = labels.get(LABEL_MARKET, labels.get(RAY_MARKET, "on-demand")) == "spot"
-    text = quote(here, spot, today)
-    if region is not None and here.region != region:
+        return None, f"price of {labels[LABEL_INSTANCE]} unknown: not in the price list"
+    text, region = quote(here, spot, today), _region(labels)
+    if region and here.region != region:
         text += f", taken for {region}"
     return here.usd(spot), text
+
+
+def _provider(labels: Mapping[str, str]) -> str:
+    """Who rents the node out: as labelled, else who has such instances."""
+    here = _labelled(labels, instances())
+    return labels.get(LABEL_PROVIDER, here.provider if here else "")
+
+
+def _region(labels: Mapping[str, str]) -> str:
+    return labels.get(LABEL_REGION, labels.get(RAY_REGION, ""))
+
+
+def _labelled(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
+    """The instance that the labels name, in their region if the list has it there."""
+    name, provider = labels.get(LABEL_INSTANCE), labels.get(LABEL_PROVIDER)
+    same = [each for each in known if each.name == name and provider in (None, each.provider)]
+    here = [each for each in same if each.region == _region(labels)]
+    return next(iter(here or same), None)
 
 
 def _dollars(text: str, host: str) -> float:
@@ -152,8 +171,7 @@ def _intensity(
     if machine is not None and machine[1].g_co2e_per_kwh is not None:
         grams = machine[1].g_co2e_per_kwh
         return grams, f"{grams:g} g CO2e/kWh (your price file)"
-    region = labels.get(LABEL_REGION, labels.get(RAY_REGION, ""))
-    found = carbon_of(labels.get(LABEL_PROVIDER, ""), region)
+    found = carbon_of(_provider(labels), _region(labels))
     return (found.g_co2e_per_kwh, str(found)) if found else (None, "carbon of its grid unknown")
 
 
@@ -164,4 +182,4 @@ def _pue(
         return cost.pue, "cost.pue"
     if machine is not None:
         return machine[1].pue, "your price file"
-    return PUE.get(labels.get(LABEL_PROVIDER, ""), (1.0, "unknown, so without overhead"))
+    return PUE.get(_provider(labels), (1.0, "unknown, so without overhead"))

@@ -138,6 +138,8 @@ def _show_outcome(
     table.add_row("wall time", f"{wall_s:.0f} s")
     if "forecast" in tracked:
         table.add_row("forecast", tracked["forecast"])
+    for name, text in tracked.get("account", {}).items():
+        table.add_row(name, text)
     newest = Checkpoints(run.folder / CHECKPOINTS).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")
     if "unsent" in tracked:
@@ -147,9 +149,13 @@ def _show_outcome(
         table.add_row("MLflow run", f"{tracked['run_id']} (heliostat ui)")
     console.print(table)
     if not outcome.complete:
+        reason = tracked.get("reason")
+        more = f" --set {reason.partition(' ')[0]}=MORE" if reason and "reached" in reason else ""
         console.print(
-            f"stopped after step {outcome.step} of {outcome.total_steps}, saved; go on with\n"
-            f"  heliostat train --resume {short_path(run.folder)}"
+            f"{f'{reason}; ' if reason else ''}stopped after step {outcome.step} of "
+            f"{outcome.total_steps}, saved; go on with\n"
+            f"  heliostat train --resume {short_path(run.folder)}{more}",
+            highlight=False,
         )
 
 

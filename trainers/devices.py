@@ -67,6 +67,12 @@ class Device:
         """Which values of `train.precision` it computes."""
         return ("fp32", "bf16")
 
+    def uuids(self) -> tuple[str, ...]:
+        """Of all such devices that the process sees, as the driver's own counters name them;
+        empty where PyTorch does not tell.
+        """
+        return ()
+
     def memory(self) -> Memory:
         free, total = self._module.mem_get_info()
         return Memory(total, free, self._module.max_memory_allocated())
@@ -147,6 +153,10 @@ class Cuda(Device):
         newer = {"bf16": capability >= (8, 0), "fp8": capability >= (8, 9)}
         return ("fp32", "fp64", "fp16", *(name for name, can in newer.items() if can))
 
+    def uuids(self) -> tuple[str, ...]:
+        count = torch.cuda.device_count()
+        return tuple(f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(count))
+
 
 class Rocm(Device):
     """AMD. PyTorch calls it cuda, and its library of collectives, RCCL, nccl. Not tried on one."""
@@ -156,6 +166,10 @@ class Rocm(Device):
     @staticmethod
     def available() -> bool:
         return torch.version.hip is not None and torch.cuda.is_available()
+
+    def uuids(self) -> tuple[str, ...]:
+        count = torch.cuda.device_count()
+        return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(count))
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from trainers.folder import (
 )
 from trainers.forecast import Forecast, Memory, compared, keys_of
 from trainers.loop import Outcome
+from trainers.metering import Metering
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.spool import now_ms
 from trainers.track import TrackedRun, default_uri, drain, start_tracker
@@ -111,7 +112,7 @@ def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
     folder = find_folder(name, storage)
     for assignment in overrides:
         section = assignment.partition(".")[0]
-        if section not in ("scale", "checkpoint"):
+        if section not in ("scale", "checkpoint", "budget", "cost"):
             raise SpecError(
                 f"--set {assignment}: cannot change in a resumed run; start a new one with --from"
             )
@@ -124,35 +125,44 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     """Do a run, tracked from its start to its end, in the Ray that is connected.
 
     Returns what became of it, and what MLflow has of it (`Tracker.read`); instead of that
-    `unsent`, one line, when MLflow cannot be reached.
+    `unsent`, one line, when MLflow cannot be reached. With these `account`, the lines of what the
+    run has cost so far, and `reason`, the limit of its budget at which it was stopped.
     """
     tracker = start_tracking(run.folder, run.spec, run.data)
+    metering: Metering | None = None
     expected = _expected(run)
     if expected is not None:
         tracker.note.remote(run.key, "forecast", str(expected))
-    began = time.monotonic()
+    wall_s = 0.0
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
         else:
+            metering = Metering(run.folder, run.spec, tracker)
             job = Job(run.data, run.dataset, run.folder, run.key)
-            outcome = run_workers(job, tracker, watch, stop)
+            began = time.monotonic()
+            outcome = run_workers(job, tracker, metering.watching(watch, stop), stop)
+            wall_s = time.monotonic() - began
     except BaseException as error:
         failed = isinstance(error, HeliostatError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}
+        tags |= metering.finish()[1] if metering else {}
         tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
         drain(tracker, timeout_s=10)
         raise
     became: dict[str, Any] = {}
+    tags = {}
+    if metering is not None:
+        account, tags = metering.finish()
+        became = {"account": metering.lines(account), "reason": metering.reason}
     if outcome.complete:
-        if expected is not None:
-            became["forecast"] = _settled_forecast(
-                run, tracker, expected, outcome, time.monotonic() - began
-            )
+        if expected is not None and wall_s:
+            became["forecast"] = _settled_forecast(run, tracker, expected, outcome, wall_s)
         tracker.model.remote(run.key, str(run.folder / MODEL))
-        tracker.finish.remote(run.key, "FINISHED")
+        tracker.finish.remote(run.key, "FINISHED", tags)
     else:
-        tracker.finish.remote(run.key, "KILLED", {"heliostat.reason": "stopped"})
+        tags["heliostat.reason"] = became.get("reason") or "stopped"
+        tracker.finish.remote(run.key, "KILLED", tags)
     return outcome, {**end_tracking(tracker, run.key), **became}
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from cluster.budget import BudgetSpec
 from cluster.config import ModelT, Spec, check, did_you_mean, read_yaml
 from cluster.errors import SpecError
+from cluster.price import CostSpec
 
 if TYPE_CHECKING:
     from trainers.workloads.base import Workload
@@ -194,6 +196,8 @@ class RunSpec(Spec):
     scale: ScaleSpec = ScaleSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
+    budget: BudgetSpec = BudgetSpec()
+    cost: CostSpec = CostSpec()
     sweep: dict[str, Any] | None = None
     """What `heliostat sweep` varies."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from cluster.bill import Post
 from trainers.mlflow_store import MlflowStore
 from trainers.spool import Row, Spool, batches, now_ms
 
@@ -55,6 +56,7 @@ class Tracker:
         self._steps: dict[str, int] = {}
         self._lines: defaultdict[str, list[str]] = defaultdict(list)
         self._stopping: set[str] = set()
+        self._posts: dict[str, Post] = {}
         self._closed = threading.Event()
         self._wake = threading.Event()
         self._error: str | None = None
@@ -77,10 +79,26 @@ class Tracker:
         """Take metrics of a run that has done `step` steps; tells whether it should stop."""
         with self._lock:
             self._steps[run] = step
+        self.add(run, rows)
+        return run in self._stopping
+
+    def add(self, run: str, rows: list[Row]) -> None:
+        """Take metrics of a run whose steps need not be optimizer steps."""
+        with self._lock:
             new = [row for row in rows if row[2] > self._last_step.get((run, row[0]), -1)]
         if new:
             self._append({"do": "log", "run": run, "rows": new})
-        return run in self._stopping
+
+    def used(self, post: Post) -> None:
+        """Take what a meter says of itself, in place of what it said before."""
+        with self._lock:
+            self._posts[post.session] = post
+
+    def posts(self) -> list[Post]:
+        """What the meters have said since the last call."""
+        with self._lock:
+            found, self._posts = list(self._posts.values()), {}
+            return found
 
     def note(self, run: str, name: str, text: str) -> None:
         """Keep a fact about a run as its tag `heliostat.name`; the newest counts."""

@@ -22,6 +22,7 @@ from trainers.export import export_model
 from trainers.folder import CHECKPOINTS, MODEL
 from trainers.health import STALLS, StallWatch, last_stall, watched
 from trainers.loop import Outcome, train
+from trainers.metering import TRACE, WorkerMeter
 from trainers.parallel import Worker
 from trainers.reporter import Reporter, SilentReporter, TrackerReporter
 from trainers.spec import RunSpec, ScaleSpec, resolve
@@ -52,6 +53,8 @@ class Job:
     key: str
     started: float = field(default_factory=time.time)
     """When the command was given (Unix time)."""
+    power_trace: str | None = field(default_factory=lambda: os.environ.get(TRACE))
+    """A recorded trace of power in place of what the workers' devices say."""
     threads: int | None = None
     """Threads of each worker on a CPU; its share of the machine's cores when None."""
 
@@ -155,12 +158,18 @@ def shortage(scale: ScaleSpec) -> str | None:
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each of Ray Train's workers does; returns the fields of an `Outcome`."""
+    import ray.train
+
     job: Job = pickle.loads(config["job"])
     with hired(job) as (spec, workload, worker):
         reporter: Reporter = SilentReporter()
         if worker.rank == 0:
             reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
-        with watch_for_stalls(job, spec, worker):
+        local_rank = ray.train.get_context().get_local_rank()
+        with (
+            WorkerMeter(config["tracker"], job.key, worker.hardware, local_rank, job.power_trace),
+            watch_for_stalls(job, spec, worker),
+        ):
             outcome = train(spec, workload, job.dataset, job.folder, reporter, worker, job.started)
         newest = Checkpoints(job.folder / CHECKPOINTS).newest() if worker.rank == 0 else None
         if outcome.complete and newest is not None:

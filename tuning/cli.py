@@ -62,9 +62,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning.space import SweepRunSpec
 
     if args.resume:
-        if args.set:
-            raise SpecError("--set: cannot change a sweep that has begun")
-        sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec))
+        sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec), args.set)
     elif args.spec:
         sweep = sweeps.new_sweep(args.spec, args.set, args.name)
     else:
@@ -148,16 +146,22 @@ def _show_board(
     from trainers.folder import CHECKPOINTS, TRACK, short_path
 
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for column in ("trial", sweep.spec.metric, "epochs", "", *sweep.spec.parameters):
+    others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
+    for column in ("trial", sweep.spec.metric, *others, "epochs", "", *sweep.spec.parameters):
         table.add_column(column, justify="right", overflow="fold")
     for standing in board.standings[:10]:
         values = [_shown(standing.parameters[path]) for path in sweep.spec.parameters]
-        scores = (f"{standing.value:.4f}", f"{standing.epoch:.1f}")
+        figures = [_shown(standing.figures.get(name, "unknown")) for name in others]
+        scores = (f"{standing.value:.4f}", *figures, f"{standing.epoch:.1f}")
         ended = "" if standing.complete else "stopped"
         table.add_row(f"{standing.number:04d}", *scores, ended, *values)
     console.print(table)
     for number, reason in board.failed.items():
         console.print(f"trial {number:04d} failed: {reason}", style="red")
+    if sweep.spec.objective[1:]:
+        front = ", ".join(f"{number:04d}" for number in board.front)
+        named = ", ".join(sweep.spec.objective)
+        console.print(f"Pareto front of {named}: {front or 'unknown'}", highlight=False)
     if board.importances:
         shares = "  ".join(f"{path} {share:.2f}" for path, share in board.importances.items())
         console.print(f"importance: {shares}")
@@ -165,11 +169,17 @@ def _show_board(
         console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACK}", style="yellow")
     else:
         console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
+    for name, text in tracked.get("account", {}).items():
+        console.print(f"{name}: {text}", highlight=False)
     folder = short_path(sweep.folder)
+    ended_by = tracked.get("reason")
     if len(board.ended) < sweep.spec.total_trials:
+        more = f" --set {ended_by.partition(' ')[0].rstrip(':')}=MORE" if ended_by else ""
         console.print(
-            f"stopped with {len(board.ended)} of {sweep.spec.total_trials} trials ended; "
-            f"go on with\n  heliostat sweep --resume {folder}"
+            f"{f'{ended_by}; ' if ended_by else ''}stopped with {len(board.ended)} of "
+            f"{sweep.spec.total_trials} trials ended; "
+            f"go on with\n  heliostat sweep --resume {folder}{more}",
+            highlight=False,
         )
     if board.best is not None:
         trial = short_path(sweep.trial_folder(board.best.number))

@@ -415,6 +415,7 @@ class Engine:
             perf |= {"device_s": run.device_s, "shared_by": float(len(run.group.runs))}
             run.reporter.log({f"perf/{name}": value for name, value in perf.items()}, row.done)
         run.steps_s = 0.0
+        result["device_s"] = run.device_s
         run.evaluated = row
         run.numbers = {
             "loss_sum": run.loss_sum,

@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from tuning.space import Distribution, SweepSpec
+from tuning.space import Distribution, SchedulerSpec, SweepSpec
 
 TIME = "epoch"
 """What schedulers measure progress by: trials with different batches have different steps."""
@@ -38,6 +38,13 @@ def build_scheduler(sweep: SweepSpec, epochs: float) -> Any:
             synch=False,
         )
     return schedulers.FIFOScheduler()
+
+
+def first_rung(spec: SchedulerSpec, epochs: float) -> float:
+    """Epochs after which a trial of `epochs` is first judged."""
+    if spec.name == "none":
+        return epochs
+    return min(epochs, spec.every_epochs if spec.name == "pbt" else spec.grace_epochs)
 
 
 def _population() -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
+from tuning.purse import purse_of
 from tuning.space import Distribution, SweepSpec
 
 if TYPE_CHECKING:
@@ -82,13 +83,18 @@ class JournaledSearch(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         self._numbers = json.loads(Path(checkpoint_path).read_text())
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The values of a trial that Tune has lost sight of, else new ones."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The values of a trial that Tune has lost sight of, else new ones; None while, as far
+        as one can see, there is no money for them.
+        """
         lost = sorted(set(self._journal.parameters) - set(self._numbers.values()))
         number = lost[0] if lost else len(self._journal.parameters)
         if not lost:
             if number >= self._sweep.total_trials:
                 return str(Searcher.FINISHED)
+            purse = purse_of(self._journal_path.parent.name)
+            if purse is not None and not purse.can_start():
+                return None
             self._journal.suggested(number, self._new_parameters(number))
         self._numbers[trial_id] = number
         return {"trial": number, **self._journal.parameters[number]}

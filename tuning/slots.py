@@ -24,9 +24,12 @@ from ray import tune
 from ray.air.execution.resources.fixed import FixedResourceManager
 from ray.tune.execution.tune_controller import TuneController
 
+from trainers.devices import local_device
+from trainers.metering import WorkerMeter
 from tuning.engine import Engine
 from tuning.fuse import Program
 from tuning.plan import Plan, slots_of, try_plan
+from tuning.purse import ENGINE
 from tuning.trial import Sweep
 
 SLOT = "heliostat_slot"
@@ -82,6 +85,13 @@ class Host:
         with self._lock:
             if not hasattr(SlotTrainable, "engine"):
                 slots = slots_of(self._sweep)
+                hardware = local_device(self._sweep.data["scale"]["accelerator"])
+                self._meter = WorkerMeter(
+                    self._tracker,
+                    f"{self._sweep.key}/{ENGINE}",
+                    hardware,
+                    trace=self._sweep.power_trace,
+                ).__enter__()
                 SlotTrainable.engine = Engine(self._sweep, self._tracker, slots, self._program)
 
     def call(self, key: int, turn: int, method: str, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from trainers.spec import find_spec, resolve
 from trainers.spool import now_ms
 from trainers.workers import scaling
 from tuning import plan
+from tuning.purse import close, opened, purse_of
 from tuning.report import Leaderboard, leaderboard, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
@@ -53,10 +54,13 @@ def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
     return Sweep(data, spec.sweep, dataset, folder)
 
 
-def resumed_sweep(name: str, storage: Path) -> Sweep:
-    """An earlier sweep, to go on with."""
+def resumed_sweep(name: str, storage: Path, overrides: list[str]) -> Sweep:
+    """An earlier sweep, to go on with. Only what it may spend can be changed."""
     folder = find_folder(name, storage)
-    data = read_yaml(folder / SPEC)
+    for assignment in overrides:
+        if assignment.partition(".")[0] not in ("budget", "cost"):
+            raise SpecError(f"--set {assignment}: cannot change in a sweep that has begun")
+    data = override(read_yaml(folder / SPEC), overrides)
     if "sweep" not in data:
         raise SpecError(f"--resume {name}: is a single run; use heliostat train --resume")
     spec, workload = resolve(data, SweepRunSpec)
@@ -70,14 +74,21 @@ def execute(
 
     Ctrl-C ends it early with its state saved. `tell` is given a line on how trials share devices.
     Returns what the trials came to, and what MLflow has of the sweep (`Tracker.read`, or
-    `unsent`).
+    `unsent`), with `account` and `reason` as `trainers.run.execute` gives them.
     """
     spec, _ = resolve(sweep.data, SweepRunSpec)
     tracker = run.start_tracking(sweep.folder, spec, sweep.data, kind="sweep")
     _watchers[sweep.key] = watch
+    became: dict[str, Any] = {}
+    tags: dict[str, str] = {}
     try:
-        with _engines(sweep, spec, tracker, tell) as slots:
-            _tuner(sweep, spec, tracker, slots).fit()
+        with opened(sweep, spec, tracker, _epochs(sweep, spec)) as purse:
+            try:
+                with _engines(sweep, spec, tracker, tell) as slots:
+                    _tuner(sweep, spec, tracker, slots).fit()
+            finally:
+                lines, tags = close(sweep, purse, tracker)
+                became = {"account": lines, "reason": purse.reason}
     finally:
         del _watchers[sweep.key]
         board = leaderboard(sweep)
@@ -88,10 +99,19 @@ def execute(
             if finished:
                 best = (f"best/{sweep.spec.metric}", board.best.value, 0, now_ms())
                 tracker.log.remote(sweep.key, [best], 0)
-        reason = {} if finished else {"heliostat.reason": "stopped"}
-        tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", reason)
+        if board.front:
+            tags["heliostat.pareto_front"] = ", ".join(f"{number:04d}" for number in board.front)
+        if not finished:
+            tags["heliostat.reason"] = became.get("reason") or "stopped"
+        tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", tags)
         tracked = run.end_tracking(tracker, sweep.key)
-    return board, tracked
+    return board, {**tracked, **became}
+
+
+def _epochs(sweep: Sweep, spec: SweepRunSpec) -> float:
+    """Epochs of a whole trial."""
+    samples = rows(sweep.dataset, "train")
+    return spec.train.total_steps(samples) * spec.train.global_batch / samples
 
 
 @contextlib.contextmanager
@@ -172,8 +192,6 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.T
     path = str(sweep.folder / TUNE)
     if tune.Tuner.can_restore(path):
         return tune.Tuner.restore(path, trainable, resume_errored=True)
-    samples = rows(sweep.dataset, "train")
-    epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
     # Ray warns of the old output engine, and prints tables of its own, unless told not to.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # It writes every result into three files of its own; ours are in MLflow and with the trial.
@@ -184,7 +202,7 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.T
             metric=sweep.spec.metric,
             mode=sweep.spec.mode,
             search_alg=JournaledSearch(sweep.spec, sweep.folder / JOURNAL),
-            scheduler=build_scheduler(sweep.spec, epochs),
+            scheduler=build_scheduler(sweep.spec, _epochs(sweep, spec)),
             num_samples=sweep.spec.total_trials,
             max_concurrent_trials=slots or concurrency(spec),
             reuse_actors=True,
@@ -248,7 +266,15 @@ class _Follower(tune.Callback):  # type: ignore[misc]
 
         return ray.get_actor(self._sweep.key)  # a resumed sweep has another one than before
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        purse = purse_of(self._sweep.key)
+        if purse is not None:
+            purse.end_when_spent(any(not trial.is_finished() for trial in trials))
+
     def _tell(self, event: str, trial: Any) -> None:
+        purse = purse_of(self._sweep.key)
+        if purse is not None:
+            purse.follow(event, trial.config["trial"], trial.last_result or {})
         watch = _watchers.get(self._sweep.key)
         if watch is not None:
             watch(event, trial.config["trial"], trial.last_result or {})

@@ -6,10 +6,11 @@ from its newest checkpoint, and one that had ended says so again.
 """
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trainers.devices import local_device
 from trainers.folder import CHECKPOINTS
 from trainers.health import STALLS, watched
 from trainers.loop import train
+from trainers.metering import TRACE, WorkerMeter
 from trainers.parallel import Worker
 from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
@@ -41,6 +43,8 @@ class Sweep:
     spec: SweepSpec
     dataset: Path
     folder: Path
+    power_trace: str | None = field(default_factory=lambda: os.environ.get(TRACE))
+    """A recorded trace of power in place of what the trials' devices say."""
 
     @property
     def key(self) -> str:
@@ -95,7 +99,11 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
             set_threads(sweep)
             worker = Worker(hardware=local_device(spec.scale.accelerator))
             reporter = _TrialReporter(tracker, sweep.trial_key(number), progress)
-            with watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s):
+            key = sweep.trial_key(number)
+            with (
+                WorkerMeter(tracker, key, worker.hardware, trace=sweep.power_trace),
+                watched(folder / STALLS, 0, 1, spec.train.stall_timeout_s),
+            ):
                 train(spec, workload, sweep.dataset, folder, reporter, worker)
     except Exception as error:
         write_atomic(folder / FAILED, explain(error))

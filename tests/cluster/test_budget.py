@@ -45,8 +45,9 @@ class World:
     def clock(self) -> float:
         return self.now
 
-    def node(self, name: str, used: float = 0.0) -> None:
-        self.nodes[name] = Node(name, name, {}, {"CPU": 4.0}, {"CPU": used})
+    def node(self, name: str, used: float = 0.0, ours: float = 0.0) -> None:
+        """`used` of its CPUs are reserved, `ours` of these by the run."""
+        self.nodes[name] = Node(name, name, {}, {"CPU": 4.0}, {"CPU": used}, {"CPU": ours})
 
     def work(self, name: str, cpus: float, run: str = "run", **more: Any) -> None:
         """A meter on a node says something new."""
@@ -81,6 +82,15 @@ def test_beside_others_one_pays_ones_share(world: World) -> None:
     world.work("head", 1)
     found = world.tick(100)
     assert (found.busy_s, found.idle_s) == (25, 25)
+
+
+def test_workers_that_start_are_idle_until_their_meters_speak(world: World) -> None:
+    world.node("gpu", used=4, ours=2)  # beside somebody else's
+    found = world.tick(10)
+    assert (found.busy_s, found.idle_s) == (0, 10 + 5)
+    world.work("gpu", 2)
+    found = world.tick(10)
+    assert (found.busy_s, found.idle_s) == (5, 20 + 5)
 
 
 def test_a_node_is_held_from_when_it_came_up_until_it_goes(world: World) -> None:

@@ -69,6 +69,8 @@ def test_whose_price_counts(own: Own) -> None:
     assert machine.usd_per_h == pytest.approx(2.0 + 1.5 * 1.2 * 0.2)
     assert machine.price.startswith("lab: $")
     assert rate_of("cloud", P5, CostSpec(), own).usd_per_h == pytest.approx(16.8795 * 0.75)
+    rendered = {"heliostat.io/instance": "p5.48xlarge", "heliostat.io/usd-per-hour": "55.04"}
+    assert rate_of("cloud", rendered, CostSpec(), own).usd_per_h == pytest.approx(55.04 * 0.75)
     labelled = {**P5, "heliostat.io/usd-per-hour": "3.5"}
     assert rate_of("lab-7", labelled, CostSpec(), own).usd_per_h == 3.5
     assert rate_of("lab-7", labelled, CostSpec(usd_per_h=1), own).usd_per_h == 1
@@ -86,7 +88,7 @@ def test_an_unknown_price_is_none_and_says_why() -> None:
     other = rate_of("x", {**P5, "heliostat.io/instance": "p9.huge"}, CostSpec(), Own())
     assert (other.usd_per_h, other.price) == (
         None,
-        "price of aws/p9.huge unknown: not in the price list",
+        "price of p9.huge unknown: not in the price list",
     )
     with pytest.raises(SpecError, match="usd-per-hour must be a number"):
         rate_of("x", {"heliostat.io/usd-per-hour": "cheap"}, CostSpec(), Own())

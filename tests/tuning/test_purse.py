@@ -1,0 +1,98 @@
+"""A sweep's budget: who pays what, and which trials can still be paid to their first rung."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from cluster.budget import BudgetSpec
+from cluster.config import write_yaml
+from cluster.errors import SpecError
+from cluster.ledger import Entry, account, read
+from trainers.metering import LEDGER, TRACE
+from tuning import sweep as sweeps
+from tuning.purse import unpaid
+from tuning.schedule import first_rung
+from tuning.space import SchedulerSpec
+
+
+def spent(usd: float) -> Any:
+    return account([Entry("a", "s", "busy", 0, 0, 60, usd=usd)])
+
+
+def test_a_first_rung_is_paid_for_or_not_begun() -> None:
+    """40 epochs cost $4 so far, so one costs 10 cents."""
+    budget = BudgetSpec(usd=5)
+    assert unpaid(budget, spent(4), done=40, owed=0, rung=10) is None
+    reason = unpaid(budget, spent(4), done=40, owed=1, rung=10)
+    assert (
+        reason == "budget.usd: $4.00 of $5.00 spent; a trial's first rung takes about 20.0% of it"
+    )
+    assert unpaid(budget, spent(4.9), done=0, owed=1, rung=10) is None, "nothing is known yet"
+    assert unpaid(BudgetSpec(), spent(4), done=40, owed=1, rung=10) is None
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("asha", 2), ("median", 2), ("pbt", 3), ("none", 20)])
+def test_the_first_rung_is_the_schedulers(name: str, epochs: float) -> None:
+    spec = SchedulerSpec(name=name, grace_epochs=2, every_epochs=3)  # type: ignore[arg-type]
+    assert first_rung(spec, 20) == epochs
+    assert first_rung(spec, 1) == 1
+
+
+@pytest.mark.parametrize("fuse", ["off", 2])
+def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
+    tmp_path: Path,
+    ray_cluster: str,
+    mlflow_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    fuse: Any,
+) -> None:
+    """By a recorded trace of a kilowatt-hour every second, on whatever the trials run on."""
+    trace = tmp_path / "trace.csv"
+    row = "0,GPU-a,gpu,power_integrated,,3600000"
+    trace.write_text(f"t_s,device,covers,method,counter_j,power_w\n{row}\n")
+    monkeypatch.setenv(TRACE, str(trace))
+    data = {
+        "workload": "vision",
+        "storage": str(tmp_path),
+        "data": {"source": "digits", "size": 8, "channels": 1, "classes": 10},
+        "model": {"width": 4, "blocks": [1], "augment": 0.0},
+        "train": {"epochs": 1, "global_batch": 128},
+        "sweep": {
+            "parameters": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}},
+            "scheduler": {"name": "none"},
+            "metric": "val/loss",
+            "trials": 10_000,
+            "concurrency": 2,
+            "fuse": fuse,
+        },
+        "tracking": {"uri": mlflow_server},
+        "cost": {"usd_per_h": 36},
+        "budget": {"kwh": 40},
+    }
+    write_yaml(data, tmp_path / "tiny.yaml")
+    sweep = sweeps.new_sweep(str(tmp_path / "tiny.yaml"), [], None)
+    board, tracked = sweeps.execute(sweep, lambda *_: None)
+    assert 0 < len(board.ended) < 10_000
+    assert tracked["reason"].startswith("budget.kwh")
+    total = account(read(sweep.folder / LEDGER))
+    client = mlflow.MlflowClient(mlflow_server)
+    parent = client.get_run(tracked["run_id"])
+    assert parent.info.status == "KILLED"
+    assert parent.data.tags["heliostat.reason"] == tracked["reason"]
+    assert parent.data.metrics["cost_usd"] == pytest.approx(total.usd, rel=1e-6)
+    trials = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    costs = [run.data.metrics for run in trials if "energy_j" in run.data.metrics]
+    assert len(costs) >= len(board.ended)
+    assert all(found["cost_usd"] > 0 for found in costs)
+    assert sum(found["energy_j"] for found in costs) <= (total.energy.joules or 0) * 1.000001
+    assert sum(found["cost_usd"] for found in costs) <= (total.usd or 0)
+
+
+def test_only_the_budget_of_a_sweep_can_change(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("workload: vision\n")
+    with pytest.raises(SpecError, match=r"train.epochs=3: cannot change in a sweep that has begun"):
+        sweeps.resumed_sweep(str(tmp_path), tmp_path, ["train.epochs=3"])
