@@ -160,10 +160,10 @@ def _show_outcome(
         table.add_row("samples/s", f"{outcome.samples_per_s:,.0f}")
         table.add_row("step", _step_time(metrics))
     table.add_row("wall time", f"{wall_s:.0f} s")
-    for name, text in tracked.get("account", {}).items():
-        table.add_row(name, text)
     if "forecast" in tracked:
         table.add_row("forecast", tracked["forecast"])
+    for name, text in tracked.get("account", {}).items():
+        table.add_row(name, text)
     newest = Checkpoints(run.folder / CHECKPOINTS).newest()
     table.add_row("checkpoint", short_path(newest) if newest else "none")
     if "unsent" in tracked:

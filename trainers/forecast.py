@@ -24,6 +24,8 @@ from trainers.spec import RunSpec
 
 MEMORY = "forecasts.jsonl"
 """In the folder of the runs: forecasts and what became of them, a line each."""
+NO_MATTER = ("storage", "sweep", "budget", "cost")
+"""Sections of a spec that say nothing about how long its run takes."""
 LEVEL = 0.9
 """How often the truth is to lie within the interval."""
 OVERHEAD_ERROR = 0.4
@@ -219,7 +221,7 @@ def key_of(data: Mapping[str, Any], accelerator: str) -> str:
 
     `data` is the run's spec as plain data, with its number of workers.
     """
-    kept = {name: part for name, part in data.items() if name not in ("storage", "sweep")}
+    kept = {name: part for name, part in data.items() if name not in NO_MATTER}
     kept["tracking"] = {"every_steps": data["tracking"]["every_steps"]}
     kept["scale"] = {**data["scale"], "accelerator": accelerator, "max_restarts": None}
     text = json.dumps(kept, sort_keys=True, default=str)

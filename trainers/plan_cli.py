@@ -141,7 +141,7 @@ class _Asked:
         dataset = prepare(workload, self.storage)
         self.subject = Subject(data, dataset, seconds)
         steps = length(self.spec, rows(dataset, "train"), rows(dataset, "test") > 0)
-        self.question: Question = Question(steps)
+        self.question: Question = Question(steps, cost=self.spec.cost)
 
 
 def _subject(name: str, overrides: list[str], seconds: float) -> _Asked:
@@ -250,7 +250,8 @@ def scaling_command(args: argparse.Namespace) -> int:
         pool = studies.pool_of(asked.spec, args.workers)
         tracker = start_tracking(folder, asked.spec, asked.subject.data, "scaling")
         try:
-            study = studies.measure(asked.subject, pool, args.workers, own, console.print)
+            found = studies.measure(asked.subject, pool, args.workers, console.print)
+            study = studies.study(found, own, asked.spec.cost)
             plot = studies.plot(study, folder / "scaling.png")
             studies.track(study, tracker, folder.name, plot)
             tracker.finish.remote(folder.name, "FINISHED")

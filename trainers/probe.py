@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import flatten, with_value
-from cluster.errors import HeliostatError
+from cluster.errors import ClusterError, HeliostatError, SpecError
 from trainers.checkpoint import Checkpoints
 from trainers.data import rows
 from trainers.export import export_model
@@ -30,9 +30,11 @@ from trainers.remote import here
 from trainers.reporter import SilentReporter
 from trainers.scaling import Place
 from trainers.spec import RunSpec, resolve
-from trainers.workers import Job, hired, ray_trainer, reason, watch_for_stalls
+from trainers.workers import Job, hired, ray_trainer, reason, scaling, watch_for_stalls
 from trainers.workloads.base import Workload
 
+ROOM_S = 60.0
+"""How long to wait for room on the cluster: what the last probe held is given back late."""
 WARM_STEPS = 4
 SKIPPED_STEPS = 2
 """Of each timed stretch: what the first steps wait for is not what a step takes."""
@@ -66,6 +68,7 @@ def probe(subject: Subject, pool: Pool, workers: int, batches: Sequence[int]) ->
     """
     largest = subject.on(pool, workers, max(batches))
     resolve(largest, RunSpec)  # what is wrong with it is told before Ray starts anything
+    wait_for_room(largest)
     folder = Path(str(subject.data["storage"])) / f".{unique_name('probe')}"
     folder.mkdir(parents=True)
     started = time.time()
@@ -80,6 +83,33 @@ def probe(subject: Subject, pool: Pool, workers: int, batches: Sequence[int]) ->
     gone = time.time()
     probes, left = pickle.loads(found)
     return tuple(replace(each, end_s=each.end_s + max(0.0, gone - left)) for each in probes)
+
+
+def wait_for_room(data: Mapping[str, Any], timeout_s: float = ROOM_S) -> None:
+    """Return when the run's workers fit beside what else the cluster does.
+
+    Raises ClusterError when they do not in time: Ray Train alone would wait for ever.
+    """
+    import ray
+
+    spec, _ = resolve(data, RunSpec)
+    config = scaling(spec.scale)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        free = ray.available_resources()
+        wanted = {
+            name: n * spec.scale.max_workers for name, n in config.resources_per_worker.items()
+        }
+        lacking = [name for name, n in wanted.items() if n > free.get(name, 0)]
+        if not lacking:
+            return
+        if time.monotonic() > deadline:
+            name = lacking[0]
+            raise ClusterError(
+                f"the cluster is busy: {wanted[name]:g} {name} are not free "
+                f"(free: {free.get(name, 0):g})"
+            )
+        time.sleep(0.2)
 
 
 def _worker(config: dict[str, Any]) -> bytes:
@@ -232,9 +262,10 @@ def look(
     """Probe the pool on some numbers of workers, each at the run's global batch and at half.
 
     The half tells what a step takes whatever its batch. `told` hears a line for each of them.
-    Where one number of workers cannot be had in time, or fails, that is told and left out;
+    A number of workers that the spec does not allow, or that cannot be had, is told and left out;
     raises what a run raises when nothing could be measured.
     """
+    refused: SpecError | None = None
     batch = int(flatten(subject.data)["train.global_batch"])
     probes: list[Probe] = []
     for workers in pool.to_probe(batch):
@@ -242,10 +273,14 @@ def look(
         try:
             found = probe(subject, pool, workers, halves)
         except HeliostatError as error:
-            if not probes:
+            if isinstance(error, SpecError):
+                refused = error
+            elif not probes:
                 raise
-            told(f"{workers} workers on {pool.accelerator}: not probed: {error}")
+            told(f"{workers} x {pool.accelerator}: not probed: {error}")
             continue
         probes += found
         told(f"{workers} x {pool.accelerator}: {found[0].step_s * 1e3:.3g} ms a step")
+    if refused and not probes:
+        raise refused
     return probed(pool, probes, batch)

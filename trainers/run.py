@@ -142,14 +142,16 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     expected = _expected(run)
     if expected is not None:
         tracker.note.remote(run.key, "forecast", str(expected))
-    began = time.monotonic()
+    wall_s = 0.0
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
         else:
             metering = Metering(run.folder, run.spec, tracker)
             job = Job(run.data, run.dataset, run.folder, run.key)
+            began = time.monotonic()
             outcome = run_workers(job, tracker, metering.watching(watch, stop), stop)
+            wall_s = time.monotonic() - began
     except BaseException as error:
         failed = isinstance(error, HeliostatError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}
@@ -164,10 +166,8 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         became = {"account": metering.lines(account), "reason": metering.reason}
     if outcome.complete:
         _export_here(run)
-        if expected is not None:
-            became["forecast"] = _settled_forecast(
-                run, tracker, expected, outcome, time.monotonic() - began
-            )
+        if expected is not None and wall_s:
+            became["forecast"] = _settled_forecast(run, tracker, expected, outcome, wall_s)
         tracker.model.remote(run.key, str(run.folder / MODEL))
         tracker.finish.remote(run.key, "FINISHED", tags)
     else:

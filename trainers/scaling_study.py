@@ -74,8 +74,8 @@ def pool_of(spec: RunSpec, counts: Sequence[int]) -> Pool:
 
 
 def measure(
-    subject: Subject, pool: Pool, counts: Sequence[int], own: Own, told: Callable[[str], None]
-) -> Study:
+    subject: Subject, pool: Pool, counts: Sequence[int], told: Callable[[str], None]
+) -> ProbedPool:
     """Probe each number of workers with both batches; blocks for seconds each."""
     batch = int(subject.data["train"]["global_batch"])
     share = batch // counts[0]
@@ -85,10 +85,10 @@ def measure(
         probes += found
         speed = found[0].samples_per_s
         told(f"{workers} x {pool.accelerator}: {speed:,.0f} samples/s at batch {found[0].batch}")
-    return study(probed(pool, probes, batch), own)
+    return probed(pool, probes, batch)
 
 
-def study(found: ProbedPool, own: Own) -> Study:
+def study(found: ProbedPool, own: Own, cost: CostSpec) -> Study:
     """The rows of what was probed, and how many workers pay."""
     fewest = min(each.place.workers for each in found.probes)
     rows = []
@@ -96,12 +96,12 @@ def study(found: ProbedPool, own: Own) -> Study:
         modes: list[Mode] = ["strong"] if each.batch == found.batch else ["weak"]
         if each.place.workers == fewest:
             modes = ["strong", "weak"]
-        rows += [_row(mode, each, found, own) for mode in modes]
+        rows += [_row(mode, each, found, own, cost) for mode in modes]
     lone = {mode: next(r for r in rows if r.mode == mode) for mode in ("strong", "weak")}
     rows = [replace(row, efficiency=row.efficiency / lone[row.mode].efficiency) for row in rows]
     rows.sort(key=lambda row: (row.mode, row.workers))
     best = knee_of(found)
-    machine = here(found, 1, own, CostSpec())
+    machine = here(found, 1, own, cost)
     notes = [
         f"recommended for batch {found.batch}: {best} workers; past that another one does less "
         "than half of what a lone one does",
@@ -114,9 +114,9 @@ def study(found: ProbedPool, own: Own) -> Study:
     return Study(tuple(rows), found, best, tuple(notes))
 
 
-def _row(mode: Mode, each: Probe, found: ProbedPool, own: Own) -> Row:
+def _row(mode: Mode, each: Probe, found: ProbedPool, own: Own, cost: CostSpec) -> Row:
     place = each.place
-    machine = here(found, -(-place.workers // place.nodes), own, CostSpec())
+    machine = here(found, -(-place.workers // place.nodes), own, cost)
     usd_per_h, seconds = machine.rate.usd_per_h, place.nodes / each.samples_per_s
     return Row(
         workers=place.workers,

@@ -167,16 +167,22 @@ def _show_board(
     from trainers.folder import CHECKPOINTS, TRACK, short_path
 
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for column in ("trial", sweep.spec.metric, "epochs", "", *sweep.spec.parameters):
+    others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
+    for column in ("trial", sweep.spec.metric, *others, "epochs", "", *sweep.spec.parameters):
         table.add_column(column, justify="right", overflow="fold")
     for standing in board.standings[:10]:
         values = [_shown(standing.parameters[path]) for path in sweep.spec.parameters]
-        scores = (f"{standing.value:.4f}", f"{standing.epoch:.1f}")
+        figures = [_shown(standing.figures.get(name, "unknown")) for name in others]
+        scores = (f"{standing.value:.4f}", *figures, f"{standing.epoch:.1f}")
         ended = "" if standing.complete else "stopped"
         table.add_row(f"{standing.number:04d}", *scores, ended, *values)
     console.print(table)
     for number, reason in board.failed.items():
         console.print(f"trial {number:04d} failed: {reason}", style="red")
+    if sweep.spec.objective[1:]:
+        front = ", ".join(f"{number:04d}" for number in board.front)
+        named = ", ".join(sweep.spec.objective)
+        console.print(f"Pareto front of {named}: {front or 'unknown'}", highlight=False)
     if board.importances:
         shares = "  ".join(f"{path} {share:.2f}" for path, share in board.importances.items())
         console.print(f"importance: {shares}")

@@ -1,13 +1,16 @@
 """What a sweep came to: the leaderboard, which parameters mattered, the best trial's spec."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.config import write_yaml
+from tuning.purse import trial_costs
 from tuning.search import Journal, study_of
+from tuning.space import COSTS
 from tuning.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
 
 
@@ -22,6 +25,8 @@ class Standing:
     step: int
     epoch: float
     complete: bool
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Of `sweep.objective`, those that are known of it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Leaderboard:
     """Number of a failed trial -> why."""
     importances: dict[str, float]
     """Share of the metric's variance that each parameter explains (fANOVA); adds up to 1."""
+    front: list[int]
+    """Numbers of the trials that no other one beats in all objectives; [] with less than two."""
 
     @property
     def best(self) -> Standing | None:
@@ -45,6 +52,8 @@ def leaderboard(sweep: Sweep) -> Leaderboard:
     """Read from the sweep's folder, whether it is finished or not."""
     journal = Journal(sweep.folder / JOURNAL)
     standings, ended, failed = [], [], {}
+    objectives = dict(objective.split(" ") for objective in sweep.spec.objective)
+    costs = trial_costs(sweep) if objectives.keys() & set(COSTS) else {}
     for number, parameters in journal.parameters.items():
         folder = sweep.trial_folder(number)
         if (folder / FAILED).exists():
@@ -53,13 +62,47 @@ def leaderboard(sweep: Sweep) -> Leaderboard:
             ended.append(number)
         if (folder / LAST).exists() and number not in failed:
             last = json.loads((folder / LAST).read_text())
-            value = last[sweep.spec.metric]
+            known = {**last, **costs.get(number, {})}
+            figures = {name: known[name] for name in objectives if name in known}
             standings.append(
-                Standing(number, parameters, value, last["step"], last["epoch"], last["complete"])
+                Standing(
+                    number,
+                    parameters,
+                    last[sweep.spec.metric],
+                    last["step"],
+                    last["epoch"],
+                    last["complete"],
+                    figures,
+                )
             )
     sign = -1 if sweep.spec.mode == "max" else 1
     standings.sort(key=lambda s: (s.value != s.value, sign * s.value))  # NaN comes last
-    return Leaderboard(standings, ended, failed, importances(sweep, journal))
+    front = pareto_front({s.number: s.figures for s in standings}, objectives)
+    return Leaderboard(standings, ended, failed, importances(sweep, journal), front)
+
+
+def pareto_front(figures: Mapping[int, Mapping[str, float]], modes: Mapping[str, str]) -> list[int]:
+    """The trials that no other one equals in all objectives and beats in one of them, in order.
+
+    `modes` is min or max for each objective. Trials of which one is not known are left out, and
+    with less than two objectives there is no front.
+    """
+    if len(modes) < 2:
+        return []
+    signs = {name: 1 if mode == "min" else -1 for name, mode in modes.items()}
+    points = {
+        number: [sign * known[name] for name, sign in signs.items()]
+        for number, known in figures.items()
+        if all(math.isfinite(known.get(name, math.nan)) for name in signs)
+    }
+
+    def beaten(point: list[float]) -> bool:
+        return any(
+            other != point and all(a <= b for a, b in zip(other, point, strict=True))
+            for other in points.values()
+        )
+
+    return [number for number, point in points.items() if not beaten(point)]
 
 
 def importances(sweep: Sweep, journal: Journal) -> dict[str, float]:

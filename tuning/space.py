@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Spec, override, with_value
 from cluster.errors import SpecError
@@ -12,6 +12,10 @@ from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 
 if TYPE_CHECKING:
     from trainers.workloads.base import Workload
+
+
+COSTS = ("cost_usd", "energy_j", "kg_co2e")
+"""What a trial costs, by the names that MLflow has them under."""
 
 
 class Distribution(Spec):
@@ -87,6 +91,10 @@ class SweepSpec(Spec):
     """Metric of evaluation that trials are compared by."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger value is better."""
+    objective: list[str] = []
+    """Instead of `metric` and `mode`: several, each as in `val/accuracy max` or `cost_usd min`. The
+    first leads the search; of all of them the report has the Pareto front. Besides metrics of
+    validation: cost_usd, energy_j, kg_co2e."""
     search: Literal["random", "grid", "tpe", "cmaes"] = "tpe"
     """How values are chosen: at random, all of them, or by Optuna's TPE or CMA-ES."""
     scheduler: SchedulerSpec = SchedulerSpec()
@@ -100,6 +108,30 @@ class SweepSpec(Spec):
     resources: ResourcesSpec = ResourcesSpec()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the search; the trials' own seed is train.seed."""
+
+    @field_validator("objective")
+    @classmethod
+    def _in_words(cls, objectives: list[str]) -> list[str]:
+        for objective in objectives:
+            name, _, mode = objective.partition(" ")
+            if mode not in ("min", "max") or not (name in COSTS or name.startswith("val/")):
+                known = ", ".join(COSTS)
+                raise ValueError(f"{objective!r} must be `val/... max` or min, or one of {known}")
+        return objectives
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_leads(cls, data: Any) -> Any:
+        """`metric` and `mode` are those of the first objective."""
+        if not (isinstance(data, dict) and isinstance(data.get("objective"), list)):
+            return data
+        if not data["objective"]:
+            return data
+        metric, _, mode = str(data["objective"][0]).partition(" ")
+        for name, value in (("metric", metric), ("mode", mode)):
+            if data.get(name, value) != value:
+                raise ValueError(f"{name} and objective exclude each other; give one")
+        return {**data, "metric": metric, "mode": mode}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SweepSpec":

@@ -94,6 +94,8 @@ def execute(
             if finished:
                 best = (f"best/{sweep.spec.metric}", board.best.value, 0, now_ms())
                 tracker.log.remote(sweep.key, [best], 0)
+        if board.front:
+            tags["heliostat.pareto_front"] = ", ".join(f"{number:04d}" for number in board.front)
         if not finished:
             tags["heliostat.reason"] = became.get("reason") or "stopped"
         tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", tags)

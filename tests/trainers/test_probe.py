@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from cluster.config import override
+from cluster.config import override, with_value
+from cluster.errors import ClusterError, TrainingError
 from trainers.data import prepare, rows
 from trainers.pools import Pool
-from trainers.probe import Subject, _Watch, look, probe, steady
+from trainers.probe import Subject, _Watch, look, probe, steady, wait_for_room
 from trainers.run import settled
 from trainers.scaling import Place, Prediction
 from trainers.spec import RunSpec, find_spec, resolve
@@ -82,11 +83,15 @@ def test_probes_on_a_real_ray_leave_nothing_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["datasets"]
 
 
+def test_a_busy_cluster_is_told(ray_cluster: str, digits: dict[str, Any]) -> None:
+    greedy = with_value(digits, "scale.cpus_per_worker", 1000)
+    with pytest.raises(ClusterError, match=r"the cluster is busy: 1000 CPU are not free"):
+        wait_for_room(greedy, timeout_s=0)
+
+
 def test_what_fails_in_a_probe_is_told_in_a_line(
     ray_cluster: str, digits: dict[str, Any], modules: Path, tmp_path: Path
 ) -> None:
-    from cluster.errors import TrainingError
-
     faulty = {**digits, "workload": "faulty:Faulty"}
     faulty["data"] = {**digits["data"], "fault": "raise", "marker": str(tmp_path / "marker")}
     _, workload = resolve(faulty, RunSpec)

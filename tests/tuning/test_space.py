@@ -73,3 +73,27 @@ def test_the_schema_knows_every_field_and_says_what_it_is() -> None:
         for name, field in section.get("properties", {}).items():
             inside = "$ref" in field or "properties" in field
             assert inside or field.get("description"), f"{section.get('title')}.{name}"
+
+
+def test_the_first_objective_leads() -> None:
+    several = ["val/accuracy max", "cost_usd min"]
+    parameters = {"optimizer.lr": {"uniform": [0, 1]}}
+    spec = check(SweepSpec, {"parameters": parameters, "objective": several})
+    assert (spec.metric, spec.mode) == ("val/accuracy", "max")
+    assert check(SweepSpec, spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"objective": ["cost_usd min"]}, "metric must be one of validation"),
+        ({"objective": ["val/loss"]}, "'val/loss' must be `val/... max` or min"),
+        ({"objective": ["val/loss min", "euros min"]}, "'euros min' must be `val/... max` or min"),
+        ({"objective": ["val/loss min"], "metric": "val/accuracy"}, "metric and objective exclude"),
+    ],
+)
+def test_mistakes_in_objectives(more: dict[str, Any], problem: str) -> None:
+    data = {"parameters": {"optimizer.lr": {"uniform": [0, 1]}}, **more}
+    with pytest.raises(SpecError) as caught:
+        check(SweepSpec, data, "sweep.")
+    assert problem in str(caught.value)
