@@ -1,11 +1,14 @@
 """A run that is metered and stopped at its budget, on the real Ray Train and the real MLflow."""
 
+import gc
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.errors import SpecError
 from cluster.ledger import account, read
@@ -50,8 +53,22 @@ def execute(one: run.Run) -> tuple[Any, dict[str, Any]]:
     return run.execute(one, lambda *_: None, threading.Event())
 
 
+def tracked_by_somebody(name: str) -> bool:
+    """Whether the tracker of a run that failed is still there; it goes with its last handle."""
+    gc.collect()
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True
+
+
 def test_a_budget_saves_stops_and_can_be_raised(
-    storage: Path, ray_cluster: str, mlflow_server: str, trace: None
+    storage: Path,
+    ray_cluster: str,
+    mlflow_server: str,
+    trace: None,
+    wait_until: Callable[..., None],
 ) -> None:
     """Two workers on one device of a recorded trace: it is one device."""
     import mlflow
@@ -83,6 +100,7 @@ def test_a_budget_saves_stops_and_can_be_raised(
 
     with pytest.raises(SpecError, match=r"budget.kwh: .* is spent; go on with --set budget.kwh="):
         execute(run.resumed_run("budget", storage, []))
+    wait_until(lambda: not tracked_by_somebody("budget"), 120)
     more = (ledger.kwh or 0) + 1
     again, became = execute(run.resumed_run("budget", storage, [f"budget.kwh={more}"]))
     assert again.step > outcome.step
