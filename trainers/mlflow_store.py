@@ -109,7 +109,7 @@ class MlflowStore:
         getattr(self, f"_send_{operation['do']}")(operation)
 
     def _send_start(self, operation: dict[str, Any]) -> None:
-        from mlflow.entities import Param
+        from mlflow.entities import Param, RunTag
 
         client, key = self._client(), operation["key"]
         if key in self.new:
@@ -124,7 +124,8 @@ class MlflowStore:
         params = {k: masked(_text(value)) for k, value in operation["params"].items()}
         short = self._keep_long(run_id, "parameters", params)
         entities = [Param(self._name(run_id, k), value) for k, value in short.items()]
-        client.log_batch(run_id, params=entities)
+        tags = self._keep_long(run_id, "tags", operation["tags"])
+        client.log_batch(run_id, (), entities, [RunTag(*tag) for tag in tags.items()])
 
     def _make_run(self, operation: dict[str, Any]) -> str:
         client, key = self._client(), operation["key"]
@@ -138,7 +139,6 @@ class MlflowStore:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         run_id = str(run.info.run_id)
         self._know(key, run_id)
-        self._set_tags(run_id, operation["tags"])
         return run_id
 
     def _send_made(self, operation: dict[str, Any]) -> None:
@@ -239,8 +239,12 @@ def _text(value: Any) -> str:
 def is_final(error: Exception) -> bool:
     """Whether MLflow would refuse the same operation again, however often it is asked."""
     final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
-    code = getattr(error, "error_code", None)
-    return code in final or isinstance(error, (UnknownRunError, MissingFileError))
+    if getattr(error, "error_code", None) in final:
+        return True
+    # The last two are of numbers that do not fit in a request; broken answers are subclasses.
+    return isinstance(error, (UnknownRunError, MissingFileError, OverflowError)) or (
+        type(error) is ValueError
+    )
 
 
 def make_database(uri: str) -> None:
