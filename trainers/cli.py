@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: Subparsers) -> None:
-    trainers.track_cli.add_verbs(verbs)
     train = verbs.add_parser(
         "train",
         parents=[run_options()],
@@ -46,6 +45,7 @@ def add_verbs(verbs: Subparsers) -> None:
     ui.add_argument("--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db")
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
     ui.set_defaults(command=ui_command)
+    trainers.track_cli.add_verbs(verbs)
 
 
 def plan_train(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
