@@ -35,7 +35,8 @@ def workers():
 
 def until(count):
     end = time.monotonic() + 300
-    while len(workers()) != count and time.monotonic() < end:
+    while len(workers()) != count:
+        assert time.monotonic() < end, workers()
         time.sleep(0.2)
     print(count, "->", *workers(), flush=True)
 
@@ -69,7 +70,13 @@ def autoscaling() -> dict[str, Any]:
     for kind in types.values():
         kind["node_config"] = {}
         kind["resources"]["object_store_memory"] = 80_000_000
-    empty: dict[str, Any] = dict.fromkeys(("auth", "docker", "file_mounts"), {})
+    commands = (key for key in config if key.endswith("_commands"))
+    empty: dict[str, Any] = {
+        **dict.fromkeys(commands, []),
+        **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), []),
+        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+        "file_mounts_sync_continuously": False,
+    }
     kept = ("max_workers", "available_node_types", "head_node_type")
     return {
         **empty,
