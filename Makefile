@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME := digits-demo-$(shell date +%m%d-%H%M%S)
 
-.PHONY: setup demo test test-cluster lint
+.PHONY: setup demo test test-rack test-cluster lint
 
 setup: .venv/ready
 
@@ -21,8 +21,13 @@ demo: setup
 test: setup
 	$(BIN)/pytest --durations=25
 
+# Hosts made of namespaces, with real SSH: needs root, openssh-server, rsync and iproute2.
+test-rack: setup
+	$(BIN)/pytest tests/rack
+
+# And what takes minutes: training while machines are lost, AWS in a box.
 test-cluster: setup
-	$(BIN)/pytest --durations=25 -m cluster
+	$(BIN)/pytest -m cluster --durations=25
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ PROJECT = "~/heliostat"
 """Where this checkout is on the hosts."""
 TOKEN = "~/.ray/auth_token"
 MARK = "HELIOSTAT_CLUSTER"
-"""In the environment of all that these lines start: the cluster's name, by which `down` finds it."""
+"""In the environment of all that these lines start: the cluster's name, for `down` to find it."""
 HOME = "~/.heliostat"
 """What runs beside Ray on a host keeps its files here."""
 POSTGRES = "postgresql://mlflow@db.internal/mlflow"
@@ -114,13 +114,13 @@ def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
         *_resources(resources if provider == "local" else {}),
         *_labels(spec, provider),
     ]
-    remains = _running("'gcs_server|raylet'")
     folder = [] if spec.state is None or "://" in spec.state else [f"mkdir -p {spec.state};"]
     lines = [
         *_export(exports),
         *folder,
         f"{_running('gcs_server')} && {_running('raylet')} || {{",
-        f"! {remains} || ray stop --force >/dev/null;",
+        f"if {_running('gcs_server')} || {_running('raylet')};",
+        "then ray stop --force >/dev/null; fi;",
         "ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",

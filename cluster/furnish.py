@@ -91,11 +91,11 @@ class Furnisher:
         here = Path(source).expanduser()
         slash = "/" if here.is_dir() else ""
         folder = target if slash else str(Path(target).parent)
+        ends = [f"{here}{slash}", f"{there}:{target}{slash}"]
         excluded = [f"--exclude={pattern}" for pattern in self._config.get("rsync_exclude", [])]
         for command in (
             [ssh, *options, there, f"mkdir -p {folder}"],
-            ["rsync", "-az", "--rsh", shlex.join([ssh, *options]), *excluded]
-            + [f"{here}{slash}", f"{there}:{target}{slash}"],
+            ["rsync", "-az", *excluded, "--rsh", shlex.join([ssh, *options]), *ends],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
 

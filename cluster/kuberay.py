@@ -173,6 +173,8 @@ def _requests(pod: Pod, kind: NodeType, kuberay: Kuberay) -> dict[str, Any]:
 def _environment(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
     uri = f"http://{spec.name}-mlflow:{spec.mlflow.port}"
     told: list[dict[str, Any]] = [{"name": "MLFLOW_TRACKING_URI", "value": uri}]
+    if spec.storage is not None:
+        told.append({"name": "HELIOSTAT_STORAGE", "value": spec.storage})
     if spec.mlflow.auth:
         told.append({"name": "MLFLOW_TRACKING_USERNAME", "value": "admin"})
         told.append(_secret("MLFLOW_TRACKING_PASSWORD", kuberay))

@@ -37,6 +37,9 @@ Say = Callable[[str], object]
 UP_LIMIT_S = 1800
 """For machines that are rented, booted and set up by package managers."""
 
+STARTS = 3
+TOO_SLOW = "timed out during startup"
+
 RUNS = "pgrep -x gcs_server >/dev/null && test -e ~/ray_bootstrap_config.yaml && echo runs"
 STOP = """
 ray stop --force >/dev/null 2>&1
@@ -59,9 +62,11 @@ TROUBLE = re.compile(
     re.IGNORECASE,
 )
 
+EXCEPTION = re.compile(r"[\w.]*(Error|ERROR|Exception|Failure)\b: ")
 SAYS_NOTHING = re.compile(
-    r'^File "|Failed to setup head node|SSH command failed|update-failed|Full traceback|'
-    r"Exception details|commands failed \[LogTimer|errno_t|^Warning: Permanently added"
+    r'^File "|^raise |Failed to setup head node|SSH command failed|update-failed|Full traceback|'
+    r"Exception details|commands failed|command_runner.py|Permanently added|ERR updater|"
+    r"originates from a subprocess|subprocess-exited|did not run successfully|PANIC commands"
 )
 
 
@@ -87,7 +92,7 @@ def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
             if not _keeps_state(config):
                 _stop(workers, name)
     say(f"{name}: starting (log: {log})")
-    _ray(arguments, log, config)
+    _start(arguments, log, config)
     nodes = _wait_for_nodes(file, config, log, start + limit_s)
     kinds = ", ".join(node.address for node in nodes)
     say(f"{name}: {len(nodes)} nodes in after {time.monotonic() - start:.0f} s: {kinds}")
@@ -132,17 +137,19 @@ def minimum_nodes(config: Mapping[str, Any]) -> int:
     """How many nodes there are when nothing is asked of the cluster, with the head."""
     if config["provider"]["type"] == "local":
         hosts = len(config["provider"].get("worker_ips", []))
-        return 1 + min(config.get("min_workers", hosts), hosts)
+        return 1 + min(int(config.get("min_workers", hosts)), hosts)
     kinds = config.get("available_node_types", {})
     head = config.get("head_node_type")
-    return 1 + sum(kind.get("min_workers", 0) for name, kind in kinds.items() if name != head)
+    return 1 + sum(int(kind.get("min_workers", 0)) for name, kind in kinds.items() if name != head)
 
 
 def reason_in(output: str) -> str:
     """The line of a launcher's output that says best why it failed."""
-    lines = [line.strip() for line in ANSI.sub("", output).splitlines() if line.strip()]
-    telling = [line for line in lines if TROUBLE.search(line) and not SAYS_NOTHING.search(line)]
-    return (telling or lines or ["ended without a word"])[-1][:300]
+    plain = [line.strip(" \t\r│╰─>") for line in ANSI.sub("", output).splitlines()]
+    lines = [line for line in plain if line and not SAYS_NOTHING.search(line)]
+    raised = [line for line in lines if EXCEPTION.match(line)]
+    telling = [line for line in lines if TROUBLE.search(line)]
+    return (raised or telling or lines or ["ended without a word"])[-1][:300]
 
 
 def _require_token_mount(config: Mapping[str, Any]) -> None:
@@ -197,6 +204,16 @@ def _ray(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
         raise ClusterError(
             f"ray {arguments[0]} failed: {reason_in(log.read_text(errors='replace'))} (log: {log})"
         )
+
+
+def _start(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
+    """`ray up`, again where Ray gave up on a head that is merely slow: it waits for 15 to 30 s."""
+    for left in reversed(range(STARTS)):
+        try:
+            return _ray(arguments, log, config)
+        except ClusterError:
+            if not left or TOO_SLOW not in log.read_text(errors="replace"):
+                raise
 
 
 def _wait_for_nodes(

@@ -83,6 +83,7 @@ CHANGES: dict[str, Any] = {
     "idle_minutes": 3,
     "fallback_after_s": None,
     "state": "/mnt/state",
+    "storage": "/shared/runs",
     "metrics": True,
     "tags": {"owner": "me"},
     "head.instance": {"aws": "m7i.large", "gcp": "n2-standard-4", "azure": "Standard_F8s_v2"},

@@ -8,6 +8,7 @@ capacity errors, `notice` for a spot interruption, `reclaim` for its end, `calls
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import sys
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-
-from rack import CHECKOUT, Rack
+from rack import Rack
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 GATEWAY = "172.31.255.254"
 METADATA = "169.254.169.254"
@@ -31,6 +32,9 @@ CLONE_NEWNET = 0x40000000
 USER = "ubuntu"
 IMAGE = "ami-03cf127a"
 """An image that moto knows."""
+
+FAMILIES = ("m5.", "m7i.", "g6.")
+"""The instance types that there are."""
 
 ROLE = "ray-autoscaler-v1"
 PASSED = ("InstanceType", "SpotOptions", "MarketType", "MaxCount", "InstanceId", "TagSpecification")
@@ -52,6 +56,11 @@ def in_network(process: int, work: Callable[[], Any]) -> Any:
     return result[0]
 
 
+class Silent(WSGIRequestHandler):
+    def log_request(self, *_: object) -> None:
+        pass
+
+
 class AwsBox(Rack):
     """The host `me` is the machine of somebody with an account; the others are instances."""
 
@@ -59,9 +68,9 @@ class AwsBox(Rack):
         environment = {
             "AWS_ENDPOINT_URL": API,
             "AWS_DEFAULT_REGION": region,
-            # The machine image's pip: everything is there, and nothing can be fetched.
+            # The machine image has everything, and pip can fetch nothing ("0" is a yes here).
             "PIP_NO_INDEX": "1",
-            "PIP_NO_BUILD_ISOLATION": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PIP_ROOT_USER_ACTION": "ignore",
         }
@@ -75,6 +84,8 @@ class AwsBox(Rack):
 
     def __enter__(self) -> "AwsBox":
         super().__enter__()
+        for name in [each for each in INSTANCE_TYPES if not each.startswith(FAMILIES)]:
+            del INSTANCE_TYPES[name]  # Ray reads them all, and moto takes a minute to tell them
         os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
         self._at_the_bridge(f"ip addr add {METADATA}/32 dev bridge")
         moto = DomainDispatcherApplication(create_backend_app)
@@ -134,16 +145,15 @@ class AwsBox(Rack):
 
     def _serve(self, address: str, port: int, application: Any) -> None:
         server = in_network(
-            self.process, lambda: make_server(address, port, application, threaded=True)
+            self.process,
+            lambda: make_server(address, port, application, threaded=True, request_handler=Silent),
         )
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def _recorded(self, moto: Any) -> Callable[..., Iterable[bytes]]:
-        """The API, with a record of what changes something, and without the capacity that ran out."""
+        """The API, which notes what changes something, and has no capacity that ran out."""
 
         def application(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
-            import io
-
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             environ["wsgi.input"] = io.BytesIO(body)
             fields = urllib.parse.parse_qs(body.decode("latin1"))
@@ -208,7 +218,7 @@ class AwsBox(Rack):
         iam.create_instance_profile(InstanceProfileName=ROLE)
         iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument="{}")
         iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
-        while not self._closing.wait(0.3):
+        while not self._closing.wait(1):
             try:
                 running = _in_states(ec2.describe_instances(), ("pending", "running"))
                 alive = {each["InstanceId"]: each for each in running}

@@ -8,9 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are imported one by one, without packages
 
-from rack import obstacle
-
 from own_hosts import OwnHosts
+from rack import obstacle
 
 OBSTACLE = obstacle()
 

@@ -95,25 +95,24 @@ class OwnHosts(Rack):
         self.me("heliostat cluster render --provider local --spec spec.yaml > cluster.yaml")
         return self
 
-    def me(self, command: str, check: bool = True, timeout_s: float = 300) -> str:
-        """What a line of bash prints in the user's folder; it has to succeed if `check`."""
-        return self.run("me", f"cd ~/work; {command}", check, timeout_s).stdout
-
     def fails(self, command: str, code: int) -> str:
         """What a line of bash prints that has to end with this code."""
         done = self.run("me", f"cd ~/work; {command}", check=False)
         assert done.returncode == code, done.stdout
         return done.stdout
 
-    def wait(self, condition: Callable[[], bool], what: str, limit_s: float = 240) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, limit_s: float = 600) -> None:
         end = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < end, f"{what}: not within {limit_s} s"
-            time.sleep(0.5)
+            time.sleep(2)
+
+    def status(self) -> str:
+        return self.run("me", "heliostat status ~/work/cluster.yaml", check=False).stdout
 
     def wait_for_nodes(self, count: int) -> None:
         """Until `heliostat status` counts so many."""
         self.wait(
-            lambda: self.me("heliostat status cluster.yaml", check=False).startswith(f"{count} nodes"),
+            lambda: self.status().startswith(f"{count} nodes"),
             f"{count} nodes",
         )

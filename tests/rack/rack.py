@@ -150,11 +150,10 @@ class Rack:
         places = [str(place) for place in (CHECKOUT, Path(sys.prefix)) if _apart(place)]
         # nsenter forks because of --pid, and unshare because of --fork.
         spaces = ["--pid", "--fork", "--kill-child=SIGKILL", "--mount", "--net", "--uts", "--ipc"]
-        where = [f"{address}/{self.bits}", self.gateway, f"{self._disks}/{name}"]
+        arguments = [str(HOST_SCRIPT), name, f"{address}/{self.bits}", self.gateway]
+        arguments += [f"{self._disks}/{name}", f"{self._disks}/shared"]
         started = self._spawn(
-            [*_enter(self.process), "unshare", *spaces, "bash", str(HOST_SCRIPT), name]
-            + [*where, f"{self._disks}/shared", *places],
-            name,
+            [*_enter(self.process), "unshare", *spaces, "bash", *arguments, *places], name
         )
         process = _child(_child(started))
         cable = f"to-{name[-12:]}"
@@ -218,12 +217,12 @@ class Rack:
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-            raise AssertionError(f"{name}: {command}: no end after {timeout_s} s:\n{output}") from None
+            output = f"no end after {timeout_s} s\n{output}"
         assert not check or process.returncode == 0, f"{name}: {command}:\n{output}"
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     def start(self, name: str, command: str) -> subprocess.Popen[str]:
-        """Start a line of bash on a host. SIGINT to the process reaches the line's first program."""
+        """Start a line of bash on a host."""
         inner = ["bash", "-c", command]
         return subprocess.Popen(
             [*_enter(self.hosts[name].process), "--root", "--wd", *inner],
@@ -233,6 +232,12 @@ class Rack:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def me(self, command: str, timeout_s: float = 900) -> str:
+        """What a line of bash prints in the folder ~/work of the host `me`; it has to succeed."""
+        logs = "tail -n 60 /tmp/heliostat-*/*.log"
+        script = f"cd ~/work; ({command}) || {{ code=$?; {logs}; exit $code; }}"
+        return self.run("me", script, timeout_s=timeout_s).stdout
 
     def processes(self, name: str) -> list[str]:
         """The command lines of all processes of a host, but the host's own."""

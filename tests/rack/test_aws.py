@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from aws import IMAGE, AwsBox
 from own_hosts import Notes, lay_out
 from rack import CHECKOUT, SHARED
@@ -22,7 +21,6 @@ EDITED = {
     "idle_timeout_minutes: 10": "idle_timeout_minutes: 1",
     "203.0.113.0/24": "172.31.0.0/16",
     "cluster.fallback 300": "cluster.fallback 20",
-    "fallback_after_s: 300": "fallback_after_s: 20",
 }
 """The lines of the file that its user edits, and times that nobody would wait for here."""
 
@@ -47,13 +45,11 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AwsBox]:
         work = box.disk("me") / "root/work"
         lay_out(work)
         # `file_mounts` sends the checkout from where the launcher is called.
-        (work / "cluster.yaml").write_text(text.replace('~/heliostat: "."', f"~/heliostat: {CHECKOUT}"))
-        me(box, "heliostat up cluster.yaml")
+        (work / "cluster.yaml").write_text(
+            text.replace('~/heliostat: "."', f"~/heliostat: {CHECKOUT}")
+        )
+        box.me("heliostat up cluster.yaml")
         yield box
-
-
-def me(box: AwsBox, command: str) -> str:
-    return box.run("me", f"cd ~/work; {command}", timeout_s=LIMIT_S).stdout
 
 
 def spots(box: AwsBox) -> list[str]:
@@ -93,7 +89,7 @@ def test_up_starts_a_head_behind_its_own_doors(box: AwsBox) -> None:
 def test_a_spot_notice_costs_at_most_one_step(box: AwsBox) -> None:
     """0 to 2 workers for a job; the replacement is there before the old one is taken away."""
     notes = Notes(box.shared, "spot")
-    me(box, f"{SUBMIT} train slow.yaml --name spot --set data.notes={SHARED}/notes/spot")
+    box.me(f"{SUBMIT} train slow.yaml --name spot --set data.notes={SHARED}/notes/spot")
     wait(lambda: len(spots(box)) == 2, "two spot instances")
     saved = box.shared / "runs/spot/checkpoints"
     wait(lambda: len(list(saved.glob("step-*"))) >= 1, "a checkpoint")
@@ -107,7 +103,7 @@ def test_a_spot_notice_costs_at_most_one_step(box: AwsBox) -> None:
     wait(lambda: len(notes.steps()) > steps + 4, "some more steps")
     box.reclaim(leaving)
     notes.hurry()
-    output = me(box, "heliostat logs --follow --cluster cluster.yaml spot")
+    output = box.me("heliostat logs --follow --cluster cluster.yaml spot")
     assert "test/accuracy" in output
     firsts = Counter(first for first, _ in notes.steps() if first % 16 == 0)
     assert sorted(firsts) == [16 * step for step in range(400)]
@@ -116,7 +112,7 @@ def test_a_spot_notice_costs_at_most_one_step(box: AwsBox) -> None:
 
 
 def log_of(box: AwsBox, name: str) -> str:
-    return me(box, f"heliostat logs --cluster cluster.yaml {name}")
+    return box.me(f"heliostat logs --cluster cluster.yaml {name}")
 
 
 def test_back_to_the_head_alone_when_nothing_runs(box: AwsBox) -> None:
@@ -127,7 +123,7 @@ def test_back_to_the_head_alone_when_nothing_runs(box: AwsBox) -> None:
 def test_on_demand_where_there_is_no_spot(box: AwsBox) -> None:
     box.out_of("m5.large")
     Notes(box.shared, "dear").hurry()
-    me(box, f"{SUBMIT} --follow train slow.yaml --name dear --set data.notes={SHARED}/notes/dear")
+    box.me(f"{SUBMIT} --follow train slow.yaml --name dear --set data.notes={SHARED}/notes/dear")
     assert ran(box)[-2:] == [("m5.large", "on-demand")] * 2
     weights = [
         hashlib.sha256((box.shared / "runs" / name / "model/model.safetensors").read_bytes())
@@ -137,5 +133,5 @@ def test_on_demand_where_there_is_no_spot(box: AwsBox) -> None:
 
 
 def test_down_ends_every_instance(box: AwsBox) -> None:
-    me(box, "heliostat down cluster.yaml")
+    box.me("heliostat down cluster.yaml")
     assert not box.instances("pending", "running", "stopping", "stopped")

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from own_hosts import Notes, OwnHosts
 from rack import SHARED
 
@@ -100,7 +99,8 @@ print('found', json.dumps({{name: found[name] for name in found if name.startswi
 def test_a_sweep_outlives_the_head(cluster: OwnHosts) -> None:
     """Its machine is replaced by an empty one in mid-sweep; no trial is lost or done twice."""
     cluster.wait_for_nodes(3)
-    few = f"--set storage={SHARED}/runs --set sweep.trials=4 --set sweep.fuse=off --set train.epochs=20"
+    few = "--set sweep.trials=4 --set sweep.fuse=off --set train.epochs=20"
+    few += f" --set storage={SHARED}/runs"
     cluster.me(f"{SUBMIT} sweep digits --name many {few}", timeout_s=LIMIT_S)
     folder = cluster.shared / "runs/many"
     cluster.wait(lambda: len(ended(folder)) >= 1, "the first trial", LIMIT_S)
