@@ -24,9 +24,18 @@ S3 = "s3://my-bucket/mlflow"
 CLIENTS = {
     "aws": ["boto3"],
     "gcp": ["google-api-python-client"],
-    "azure": ["azure-identity", "azure-mgmt-compute", "azure-mgmt-network", "azure-mgmt-resource"],
+    "azure": [
+        "azure-core==1.35.0",
+        "azure-identity==1.23.1",
+        "azure-mgmt-compute==35.0.0",
+        "azure-mgmt-network==29.0.0",
+        "azure-mgmt-resource==24.0.0",
+        "azure-common==1.1.28",
+        "msrest==0.7.1",
+        "msrestazure==0.6.4.post1",
+    ],
 }
-"""What Ray's launcher and autoscaler ask a cloud with."""
+"""What Ray's launcher and autoscaler ask a cloud with; Azure's as Ray 2.60 has them."""
 
 _DETECTION = {
     "RAY_health_check_initial_delay_ms": 0,
@@ -34,7 +43,7 @@ _DETECTION = {
     "RAY_health_check_timeout_ms": 2500,
     "RAY_health_check_failure_threshold": 3,
 }
-"""A node that is silent for 10 s is dead; one that is busy for 7 s is not. Ray's own is 45 s."""
+"""A node that is silent for 10 s is dead, and one that is busy for 6 s is not."""
 _AUTOSCALER = {"AUTOSCALER_HEARTBEAT_TIMEOUT_S": 10, "AUTOSCALER_UPDATE_INTERVAL_S": 2}
 """How soon Ray is started again on a host that is back; 30 and 5 s otherwise."""
 _AUTH_SETTINGS = (
