@@ -18,6 +18,8 @@ from cluster.agent import Agent, raylets
 from cluster.notices import NoAnswerError, Notice
 
 HOST = "127.0.0.7"
+PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
+"""A raylet ends whose agents are not there in 30 s, which a busy machine may need."""
 NODES = f"""\
 import json
 import sys
@@ -85,7 +87,7 @@ def cluster() -> Iterator[Cluster]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "300"},
+        env={**os.environ, **PATIENT, "RAY_AUTH_MODE": "disabled"},
     )
     cluster = Cluster(process)
     cluster.wait_for("head")

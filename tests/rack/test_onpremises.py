@@ -101,9 +101,7 @@ def test_a_sweep_outlives_the_head(cluster: OwnHosts) -> None:
     cluster.wait_for_nodes(3)
     few = "--set sweep.trials=4 --set sweep.fuse=off --set train.epochs=20"
     few += f" --set storage={SHARED}/runs"
-    cluster.me(
-        f"{SUBMIT} sweep digits --name many {few}", timeout_s=LIMIT_S
-    )
+    cluster.me(f"{SUBMIT} sweep digits --name many {few}", timeout_s=LIMIT_S)
     folder = cluster.shared / "runs/many"
     cluster.wait(lambda: len(ended(folder)) >= 1, "the first trial", LIMIT_S)
     assert len(ended(folder)) < 4
