@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
 from cluster.launch_cli import ui_of_cluster
-from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +85,8 @@ class ProgressBar:
 
     def __init__(self, console: "Console", total_steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        from cluster.terminal import Pulse
 
         self._console = console
         self._newest: dict[str, float] = {}

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli import Subparsers, run_options
-from cluster.terminal import Pulse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,6 +107,8 @@ class SweepProgress:
 
     def __init__(self, console: "Console", sweep: "Sweep") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        from cluster.terminal import Pulse
 
         self._console, self._sweep = console, sweep
         self._running: set[int] = set()
