@@ -62,7 +62,13 @@ def sees(folder: Path) -> bool:
 def check_here(folder: Path, spec: RunSpec) -> None:
     """SpecError if this machine is to work on a run whose folder it must see, and does not."""
     if needs_shared_folder(spec) and not sees(folder):
-        raise _refusal(folder, spec, [_address()])
+        raise _refusal(folder, [_address()], trials=spec.sweep is not None)
+
+
+def check_sweep_here(folder: Path) -> None:
+    """SpecError if this machine is to do a trial of a sweep whose folder it does not see."""
+    if not sees(folder):
+        raise _refusal(folder, [_address()], trials=True)
 
 
 def check_everywhere(folder: Path, spec: RunSpec) -> None:
@@ -91,7 +97,7 @@ def check_everywhere(folder: Path, spec: RunSpec) -> None:
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
     blind = [asked[answer] for answer in answered if _answer(answer) is False]
     if blind:
-        raise _refusal(folder, spec, blind)
+        raise _refusal(folder, blind, trials=spec.sweep is not None)
 
 
 def _sees_spec(path: str) -> bool:
@@ -114,9 +120,10 @@ def _address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _refusal(folder: Path, spec: RunSpec, blind: list[str]) -> SpecError:
+def _refusal(folder: Path, blind: list[str], trials: bool) -> SpecError:
+    """What is told of machines that must see a run's folder, and do not."""
     ways = "a folder that all machines share (NFS)"
-    if spec.sweep is None:
+    if not trials:
         ways += ", or datasets and checkpoint.uri at URIs such as s3://bucket/path"
     return SpecError(
         f"storage: {folder} cannot be seen from {', '.join(sorted(blind))}, where workers are to "

@@ -24,7 +24,7 @@ from trainers.health import STALLS, watched
 from trainers.loop import train
 from trainers.metering import TRACE, WorkerMeter
 from trainers.parallel import Worker
-from trainers.remote import here
+from trainers.remote import check_sweep_here, here
 from trainers.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.spool import Row
@@ -78,6 +78,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
 
     number = config["trial"]
     folder = sweep.trial_folder(number)
+    check_sweep_here(sweep.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / FAILED).exists():  # Ray tries again what a second attempt would not change
         raise TrainingError((folder / FAILED).read_text())
