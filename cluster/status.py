@@ -89,7 +89,7 @@ def _number(value: Any) -> float:
         return float(value)
     except ValueError:
         number, _, unit = str(value).partition(" ")
-        return float(number) * 1024.0 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
+        return float(number) * float(1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit))
 
 
 def jobs_running(dashboard: str) -> list[Job]:

@@ -257,7 +257,8 @@ class AwsBox(Rack):
         with contextlib.suppress(FileExistsError):
             (home / "venv").symlink_to(sys.prefix)
         accounts = Path("/etc/passwd").read_text()
-        (root / "etc/passwd").write_text(f"{accounts}{USER}:x:0:0::/home/{USER}:/bin/bash\n")
+        # Another name of root's, before it: ssh looks for `~` by the number.
+        (root / "etc/passwd").write_text(f"{USER}:x:0:0::/home/{USER}:/bin/bash\n{accounts}")
 
 
 def _in_states(described: dict[str, Any], states: Iterable[str]) -> list[dict[str, Any]]:

@@ -98,7 +98,6 @@ def test_a_spot_notice_costs_at_most_one_step(box: AwsBox) -> None:
     box.notice(leaving, left_s=3600)
     wait(lambda: "saving after every step" in log_of(box, "spot"), "the loop to know")
     wait(lambda: len(spots(box)) == 3, "a replacement")
-    replacement = spots(box)
     steps = len(notes.steps())
     wait(lambda: len(notes.steps()) > steps + 4, "some more steps")
     box.reclaim(leaving)
@@ -108,7 +107,6 @@ def test_a_spot_notice_costs_at_most_one_step(box: AwsBox) -> None:
     firsts = Counter(first for first, _ in notes.steps() if first % 16 == 0)
     assert sorted(firsts) == [16 * step for step in range(400)]
     assert sum(firsts.values()) <= 401, "more than one step was done twice"
-    assert leaving not in replacement[-1]
 
 
 def log_of(box: AwsBox, name: str) -> str:
