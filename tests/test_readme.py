@@ -69,7 +69,8 @@ def test_your_own_model(heliostat: Any) -> None:
 
 def test_a_ray_job(heliostat: Any, ray_dashboard: str) -> None:
     """`ray job submit` as the README has it, on a shorter run."""
-    command = blocks("console")[4].strip().replace("http://127.0.0.1:8265", ray_dashboard)
+    submitting = next(block for block in blocks("console") if "ray job submit" in block)
+    command = submitting.strip().replace("http://127.0.0.1:8265", ray_dashboard)
     before, _, after = command.partition(" -- ")
     folder = heliostat.folder
     (folder / "here.txt").write_text("sent along")

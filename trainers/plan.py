@@ -165,7 +165,7 @@ def plan(
         if _below(option.wall_s, deadline_s) and _below(option.usd, budget_usd)
     ]
     kept.sort(key=lambda option: option.wall_s.middle if option.wall_s else float("inf"))
-    notes = [line for pool in probed for line in _paying(pool)]
+    notes = [paying(pool) for pool in probed]
     notes += better_on_cpus(probed)
     notes += _provenance(kept)
     return Plan(_marked(kept, probed), tuple(notes), len(every) - len(kept))
@@ -203,11 +203,12 @@ def knee_of(probed: ProbedPool) -> int:
     return knee(speeds)
 
 
-def _paying(probed: ProbedPool) -> list[str]:
+def paying(probed: ProbedPool) -> str:
+    """Up to how many workers another one pays, in a line."""
     best, pool = knee_of(probed), probed.pool
     if best == pool.total:
-        return [f"{pool.accelerator}: every worker pays, up to the {best} that there are"]
-    return [f"{pool.accelerator}: past {best} worker{'s' * (best > 1)} another one does not pay"]
+        return f"{pool.accelerator}: every worker pays, up to the {best} that there are"
+    return f"{pool.accelerator}: past {best} worker{'s' * (best > 1)} another one does not pay"
 
 
 def better_on_cpus(probed: Sequence[ProbedPool]) -> list[str]:

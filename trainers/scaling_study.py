@@ -9,7 +9,7 @@ from cluster.errors import SpecError
 from cluster.own import Own
 from cluster.price import CostSpec
 from trainers.forecast import Interval
-from trainers.plan import knee_of
+from trainers.plan import knee_of, paying
 from trainers.pools import Pool, Probe, ProbedPool, pools, probed
 from trainers.probe import Subject, probe
 from trainers.rates import here
@@ -103,8 +103,8 @@ def study(found: ProbedPool, own: Own, cost: CostSpec) -> Study:
     best = knee_of(found)
     machine = here(found, 1, own, cost)
     notes = [
-        f"recommended for batch {found.batch}: {best} workers; past that another one does less "
-        "than half of what a lone one does",
+        f"recommended for batch {found.batch}: {best} worker{'s' * (best > 1)}",
+        paying(found),
         machine.rate.price,
     ]
     if machine.covers:
