@@ -195,7 +195,8 @@ def _show_board(
     folder = short_path(sweep.folder)
     ended_by = tracked.get("reason")
     if len(board.ended) < sweep.spec.total_trials:
-        more = f" --set {ended_by.partition(' ')[0].rstrip(':')}=MORE" if ended_by else ""
+        limit = (ended_by or "").partition(" ")[0].rstrip(":")
+        more = f" --set {limit}=MORE" if limit else ""
         console.print(
             f"{f'{ended_by}; ' if ended_by else ''}stopped with {len(board.ended)} of "
             f"{sweep.spec.total_trials} trials ended; go on with\n  heliostat "

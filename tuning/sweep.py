@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
     return Sweep(data, spec.sweep, dataset, folder)
 
 
-def resumed_sweep(name: str, storage: Path, overrides: list[str]) -> Sweep:
+def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sweep:
     """An earlier sweep, to go on with. Only what it may spend can be changed."""
     folder = find_folder(name, storage)
     for assignment in overrides:
