@@ -178,7 +178,7 @@ def newest_schema() -> str:
     made = set(re.findall(r"^revision\b.*=\s*[\"'](\w+)[\"']", text, re.MULTILINE))
     followed = set(re.findall(r"^down_revision\b.*=\s*[\"'](\w+)[\"']", text, re.MULTILINE))
     (newest,) = made - followed
-    return newest
+    return str(newest)
 
 
 def _line(text: str) -> str:

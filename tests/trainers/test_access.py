@@ -9,7 +9,9 @@ from threading import Thread
 import pytest
 
 from cluster.errors import SpecError
+from trainers import run
 from trainers.access import check_access, newest_schema
+from trainers.spec import RunSpec, resolve
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -61,6 +63,18 @@ def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         check_access(server, "401")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "it")
     assert check_access(server, "401") is None
+
+
+def test_wrong_credentials_end_a_run_before_ray_is_started(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = {"uri": server, "experiment": "401"}
+    spec, _ = resolve({"workload": "vision", "tracking": tracking}, RunSpec)
+    started: list[object] = []
+    monkeypatch.setattr(run, "ray_session", started.append)
+    with pytest.raises(SpecError, match="401"), run.at_work(tmp_path, spec, None, True):
+        pass
+    assert started == []
 
 
 def test_nobody_there(free_port: int) -> None:

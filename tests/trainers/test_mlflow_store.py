@@ -69,7 +69,7 @@ def postgres(tmp_path: Path, free_port: int) -> Iterator[str]:
     programs = find_postgres()
     if programs is None:
         pytest.skip("needs Postgres (apt-get install postgresql)")
-    pytest.importorskip("psycopg2")
+    pytest.importorskip("psycopg")
     user = "postgres" if os.getuid() == 0 else getpass.getuser()  # it refuses to run as root
     folder, password = tmp_path / "postgres", tmp_path / "password"
     folder.mkdir()
