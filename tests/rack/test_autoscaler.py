@@ -67,6 +67,8 @@ def autoscaling() -> dict[str, Any]:
     """cluster.yaml for that provider: its node types, sizes and speed as they are."""
     config = read_yaml(CHECKOUT / "cluster.yaml")
     types = config["available_node_types"]
+    config["head_node_type"] = "ray.head.default"  # so the provider calls it
+    types[config["head_node_type"]] = types.pop("head")
     for kind in types.values():
         kind["node_config"] = {}
         kind["resources"]["object_store_memory"] = 80_000_000
