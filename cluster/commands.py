@@ -225,7 +225,7 @@ def _labels(spec: ClusterSpec, provider: Provider) -> list[str]:
 def _mlflow_packages(spec: ClusterSpec) -> list[str]:
     packages = ["'mlflow[auth]'"] if spec.mlflow.auth else []
     if spec.mlflow.database is not None and spec.mlflow.database.startswith("postgresql"):
-        packages.append("psycopg2-binary")
+        packages.append("'psycopg[binary]'")
     if spec.mlflow.artifacts is not None and spec.mlflow.artifacts.startswith("s3:"):
         packages.append("boto3")
     return packages
@@ -259,7 +259,7 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
         f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
     ]
     if mlflow.database is None:
-        lines.append(f"# {_pip(spec)} psycopg2-binary; export MLFLOW_BACKEND_STORE_URI={POSTGRES}")
+        lines.append(f"# {_pip(spec)} 'psycopg[binary]'; export MLFLOW_BACKEND_STORE_URI={POSTGRES}")
     if mlflow.artifacts is None:
         lines.append(f"# {_pip(spec)} boto3; export MLFLOW_ARTIFACTS_DESTINATION={S3}")
     application = ""
