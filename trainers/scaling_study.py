@@ -152,6 +152,8 @@ def plot(study: Study, path: Path) -> Path:
     speed.axvline(study.recommended, color="grey", alpha=0.3)
     speed.set(xlabel="workers", ylabel="samples/s", ylim=(0, None))
     efficiency.set(xlabel="workers", ylabel="efficiency, %", ylim=(0, None))
+    for axes in (speed, efficiency):
+        axes.set_xticks(sorted({row.workers for row in study.rows}))
     speed.legend(frameon=False)
     figure.savefig(path, dpi=150)
     return path
