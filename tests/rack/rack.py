@@ -28,7 +28,6 @@ ENVIRONMENT = {
     "PYTHONPATH": str(CHECKOUT),
     "PYTHONDONTWRITEBYTECODE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "120",  # all hosts share the processors of this machine
     "HOME": "/root",
     "USER": "root",
     "LANG": "C.UTF-8",
