@@ -20,9 +20,9 @@ from cluster.catalog import Instance, instances
 from cluster.ledger import Account, Ledger
 from cluster.live import refreshed
 from cluster.meter import Meter, as_data
-from cluster.own import read_own
+from cluster.own import Own, read_own
 from cluster.power import Amd, CpuEstimate, Nvml, Rapl, Reading, Replay, Source
-from cluster.price import LABEL_INSTANCE, Rate, rate_of
+from cluster.price import LABEL_INSTANCE, CostSpec, Rate, rate_of
 from trainers.devices import Device
 from trainers.spec import RunSpec
 from trainers.spool import Row, now_ms
@@ -132,6 +132,26 @@ def _reads(source: Source) -> bool:
         return False
 
 
+class Rates:
+    """What the nodes of a run cost and emit, each looked up once."""
+
+    def __init__(self, cost: CostSpec, own: Own, known: tuple[Instance, ...]) -> None:
+        self._cost, self._own, self._known = cost, own, known
+        self._by_node: dict[str, Rate] = {}
+
+    def of(self, node: Node) -> Rate:
+        """Raises SpecError where a label of the node's is no price."""
+        if node.id not in self._by_node:
+            self._by_node[node.id] = rate_of(
+                node.host, node.labels, self._cost, self._own, self._known
+            )
+        return self._by_node[node.id]
+
+    def known(self) -> list[Rate]:
+        """All that were looked up."""
+        return list(self._by_node.values())
+
+
 class Metering:
     """The bill of a run or sweep, beside its driver. Not thread-safe, but for `account`."""
 
@@ -139,20 +159,18 @@ class Metering:
         """Raises SpecError where a budget cannot be kept or is spent already."""
         import ray
 
-        self._key, self._budget, self._cost = folder.name, spec.budget, spec.cost
-        self._tracker, self._own = tracker, read_own()
-        self._rates: dict[str, Rate] = {}
+        self._key, self._budget, self._tracker = folder.name, spec.budget, tracker
         nodes = ray_nodes()
-        self._known: tuple[Instance, ...] = instances()
+        known = instances()
         if any(LABEL_INSTANCE in node.labels for node in nodes):  # else nobody would look them up
-            self._known, _ = refreshed(self._known)
+            known, _ = refreshed(known)
+        self._rates = Rates(spec.cost, read_own(), known)
         self.ledger = Ledger(folder / LEDGER)
         self._bill = Bill(
-            self._key, self.ledger, self._rate, ray.get_runtime_context().get_node_id()
+            self._key, self.ledger, self._rates.of, ray.get_runtime_context().get_node_id()
         )
-        check_budget(
-            spec.budget, self.ledger.account(), {node.host: self._rate(node) for node in nodes}
-        )
+        rates = {node.host: self._rates.of(node) for node in nodes}
+        check_budget(spec.budget, self.ledger.account(), rates)
         self._next_s = self._next_shown_s = 0.0
         self._shown = 0
         self.reason: str | None = None
@@ -203,8 +221,8 @@ class Metering:
     def tags(self, account: Account) -> dict[str, str]:
         """Where the figures are from, as tags of MLflow."""
         energy = account.energy
-        prices = sorted({rate.price for rate in self._rates.values()})
-        carbon = sorted({rate.carbon for rate in self._rates.values()})
+        prices = sorted({rate.price for rate in self._rates.known()})
+        carbon = sorted({rate.carbon for rate in self._rates.known()})
         return {
             "heliostat.energy": str(energy),
             "heliostat.energy_method": energy.method,
@@ -230,13 +248,6 @@ class Metering:
             "energy": tags["heliostat.energy"],
             "carbon": f"{carbon} ({tags['heliostat.carbon']})",
         }
-
-    def _rate(self, node: Node) -> Rate:
-        if node.id not in self._rates:
-            self._rates[node.id] = rate_of(
-                node.host, node.labels, self._cost, self._own, self._known
-            )
-        return self._rates[node.id]
 
 
 def metrics(account: Account) -> dict[str, float]:

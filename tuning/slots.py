@@ -178,6 +178,8 @@ def trials_in_slots(hosts: Sequence[Any], slots: int) -> Iterator[None]:
             manager = FixedResourceManager({SLOT: slots})
             super().__init__(*args, **kwargs, resource_manager_factory=lambda: manager)
             self._class_cache = _Class(hosts)
+            # At its end it kills actors that take more than 5 s to stop; ours go with the engine.
+            self._actor_manager.cleanup = manager.clear
 
     original, module.TuneController = module.TuneController, Controller
     try:
