@@ -259,7 +259,8 @@ def _mlflow(spec: ClusterSpec, address: str) -> Text:
         f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
     ]
     if mlflow.database is None:
-        lines.append(f"# {_pip(spec)} 'psycopg[binary]'; export MLFLOW_BACKEND_STORE_URI={POSTGRES}")
+        other = f"export MLFLOW_BACKEND_STORE_URI={POSTGRES}"
+        lines.append(f"# {_pip(spec)} 'psycopg[binary]'; {other}")
     if mlflow.artifacts is None:
         lines.append(f"# {_pip(spec)} boto3; export MLFLOW_ARTIFACTS_DESTINATION={S3}")
     application = ""

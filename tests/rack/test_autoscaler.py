@@ -74,9 +74,9 @@ def autoscaling() -> dict[str, Any]:
         kind["resources"]["object_store_memory"] = 80_000_000
     commands = (key for key in config if key.endswith("_commands"))
     empty: dict[str, Any] = {
-        **dict.fromkeys(commands, []),
-        **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), []),
-        **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+        **{key: [] for key in commands},
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
         "file_mounts_sync_continuously": False,
     }
     kept = ("max_workers", "available_node_types", "head_node_type")
