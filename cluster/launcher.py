@@ -210,7 +210,8 @@ def _start(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
     """`ray up`, again where Ray gave up on a head that is merely slow: it waits for 15 to 30 s."""
     for left in reversed(range(STARTS)):
         try:
-            return _ray(arguments, log, config)
+            _ray(arguments, log, config)
+            return
         except ClusterError:
             if not left or TOO_SLOW not in log.read_text(errors="replace"):
                 raise
