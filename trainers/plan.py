@@ -206,6 +206,8 @@ def knee_of(probed: ProbedPool) -> int:
 def paying(probed: ProbedPool) -> str:
     """Up to how many workers another one pays, in a line."""
     best, pool = knee_of(probed), probed.pool
+    if pool.total == 1:
+        return f"{pool.accelerator}: there is room for one worker"
     if best == pool.total:
         return f"{pool.accelerator}: every worker pays, up to the {best} that there are"
     return f"{pool.accelerator}: past {best} worker{'s' * (best > 1)} another one does not pay"
