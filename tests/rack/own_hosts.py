@@ -38,11 +38,12 @@ local:
 """
 
 
+STEPS = 150
 SLOW = f"""\
 workload: slow:Slow
 storage: {SHARED}/runs
 optimizer: {{lr: 1e-3}}
-train: {{steps: 400, global_batch: 16, evaluate_every: 200}}
+train: {{steps: {STEPS}, global_batch: 16, evaluate_every: 200}}
 checkpoint: {{every_steps: 20}}
 scale: {{workers: 2}}
 """

@@ -20,5 +20,5 @@ class Slow(Vision):
         with (folder / "steps").open("a") as file:
             file.write(f"{int(random.positions[0])} {socket.gethostname()}\n")
         if not (folder / "gone").exists():
-            time.sleep(0.2)
+            time.sleep(0.5)
         return super().augment(batch, random)
