@@ -89,13 +89,13 @@ def rate_of(
     known: Iterable[Instance] | None = None,
     today: datetime.date | None = None,
 ) -> Rate:
-    """The rate of the node `host` with these Ray labels.
+    """The rate of the node `host` with these Ray labels; no `host` for one that is not there.
 
     `known` are the machines at today's prices, the snapshot when None. Raises SpecError where
     a label is no number.
     """
     today = today or datetime.date.today()
-    machine = own.machine_of(host)
+    machine = own.machine_of(host) if host else None
     usd, price = _price(host, labels, cost, own, machine, known, today)
     intensity, carbon = _intensity(labels, cost, machine)
     pue, pue_from = _pue(labels, cost, machine)

@@ -51,8 +51,8 @@ def ray_session(
             include_dashboard=False if here else None,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # Ray raises Exception itself where a node does not start in time
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "a local Ray" if here else f"the cluster at {address}"
         raise ClusterError(f"cannot connect to {where}: {reason}") from error
     _free_ended_starts()

@@ -48,7 +48,7 @@ def find_folder(name: str, storage: Path) -> Path:
     for folder in (storage / name, Path(name)):
         if (folder / SPEC).is_file():
             return folder.absolute()
-    raise SpecError(f"--resume {name}: no such run in {storage}")
+    raise SpecError(f"--resume {name}: no such run in {short_path(storage)}")
 
 
 def find_checkpoint(name: str, storage: Path) -> Path:
