@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME := digits-demo-$(shell date +%m%d-%H%M%S)
 
-.PHONY: setup demo test test-rack test-cluster lint
+.PHONY: setup demo test test-rack test-cluster test-all lint
 
 setup: .venv/ready
 
@@ -28,6 +28,10 @@ test-rack: setup
 # And what takes minutes: training while machines are lost, AWS in a box.
 test-cluster: setup
 	$(BIN)/pytest -m cluster --durations=25
+
+# All there is, for the better part of an hour.
+test-all: setup
+	$(BIN)/pytest -m "" --durations=25
 
 lint: setup
 	$(BIN)/ruff check .

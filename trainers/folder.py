@@ -22,6 +22,8 @@ from trainers.checkpoint import Checkpoints
 
 SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.log"
 CHECKPOINTS, TRACK = "checkpoints", "track"
+TRIALS = "trials"
+"""In a sweep's folder: the folders of its trials."""
 
 
 def create_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path:

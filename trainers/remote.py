@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import SpecError
-from trainers.folder import SPEC
+from trainers.folder import SPEC, TRIALS
 from trainers.spec import RunSpec
 from trainers.store import MANIFEST, RemoteStore
 
@@ -55,8 +55,9 @@ def needs_shared_folder(spec: RunSpec) -> bool:
 
 
 def sees(folder: Path) -> bool:
-    """Whether a run's folder can be seen from this machine."""
-    return (folder / SPEC).is_file()
+    """Whether the folder of a run, or of a trial within its sweep's, is seen by this machine."""
+    whole = folder.parents[1] if folder.parent.name == TRIALS else folder
+    return (whole / SPEC).is_file()
 
 
 def check_here(folder: Path, spec: RunSpec) -> None:

@@ -19,7 +19,7 @@ from cluster.files import write_atomic
 from trainers.checkpoint import Checkpoints
 from trainers.data import rows
 from trainers.devices import local_device
-from trainers.folder import CHECKPOINTS
+from trainers.folder import CHECKPOINTS, TRIALS
 from trainers.health import STALLS, watched
 from trainers.loop import train
 from trainers.metering import TRACE, WorkerMeter
@@ -52,7 +52,7 @@ class Sweep:
         return self.folder.name
 
     def trial_folder(self, number: int) -> Path:
-        return self.folder / "trials" / f"{number:04d}"
+        return self.folder / TRIALS / f"{number:04d}"
 
     def trial_key(self, number: int) -> str:
         return f"{self.key}/{number:04d}"

@@ -40,15 +40,21 @@ def test_the_first_rung_is_the_schedulers(name: str, epochs: float) -> None:
     assert first_rung(spec, 1) == 1
 
 
-@pytest.mark.parametrize("fuse", ["off", 2])
+@pytest.mark.parametrize(
+    ("fuse", "kwh"), [("off", 40), pytest.param(2, 100, marks=pytest.mark.slow)]
+)
 def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
     tmp_path: Path,
     ray_cluster: str,
     mlflow_server: str,
     monkeypatch: pytest.MonkeyPatch,
     fuse: Any,
+    kwh: float,
 ) -> None:
-    """By a recorded trace of a kilowatt-hour every second, on whatever the trials run on."""
+    """By a recorded trace of a kilowatt-hour every second, on whatever the trials run on.
+
+    A trial in a process that ends within a period of the bill may have joules and no dollars.
+    """
     trace = tmp_path / "trace.csv"
     row = "0,GPU-a,gpu,power_integrated,,3600000"
     trace.write_text(f"t_s,device,covers,method,counter_j,power_w\n{row}\n")
@@ -69,7 +75,7 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
         },
         "tracking": {"uri": mlflow_server},
         "cost": {"usd_per_h": 36},
-        "budget": {"kwh": 40},
+        "budget": {"kwh": kwh},
     }
     write_yaml(data, tmp_path / "tiny.yaml")
     sweep = sweeps.new_sweep(str(tmp_path / "tiny.yaml"), [], None)
@@ -87,9 +93,11 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
     )
     costs = [run.data.metrics for run in trials if "energy_j" in run.data.metrics]
     assert len(costs) >= len(board.ended)
-    assert all(found["cost_usd"] > 0 for found in costs)
+    priced = [found["cost_usd"] for found in costs if "cost_usd" in found]
+    assert priced
+    assert min(priced) > 0
     assert sum(found["energy_j"] for found in costs) <= (total.energy.joules or 0) * 1.000001
-    assert sum(found["cost_usd"] for found in costs) <= (total.usd or 0)
+    assert sum(priced) <= (total.usd or 0)
 
 
 def test_only_the_budget_of_a_sweep_can_change(tmp_path: Path) -> None:
