@@ -24,6 +24,7 @@ def folder(
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_plan_a_run_that_was_planned_and_a_study(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

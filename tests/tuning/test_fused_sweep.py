@@ -124,6 +124,7 @@ def test_fused_trials_give_what_they_give_alone_and_asha_decides_the_same(run_sw
         assert standing.value == pytest.approx(values[standing.number], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_fused_trial_goes_on_as_an_ordinary_run(
     run_sweep: Any, heliostat: Any, spirals_source: str
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_fused_trial_goes_on_as_an_ordinary_run(
     assert further.name == "step-00000196"
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_told_and_its_neighbours_go_on(
     run_sweep: Any, mlflow_server: str
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_trial_that_diverges_is_told_and_its_neighbours_go_on(
     assert statuses == {"0000": "FINISHED", "0001": "FAILED", "0002": "FINISHED"}
 
 
+@pytest.mark.slow
 def test_pbt_takes_over_weights_from_slot_to_slot(run_sweep: Any) -> None:
     sweep, board, _, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 2}",
