@@ -15,6 +15,7 @@ import aiohttp
 from cluster.api import call
 from cluster.errors import ClusterError
 from cluster.jobs import (
+    HOLD_S,
     RESTARTS,
     Job,
     alive_nodes,
@@ -33,9 +34,6 @@ CLEAR = "\r\x1b[2K"
 
 SILENCE_S = 10
 """After this long without a word, whether the job is still there is asked."""
-
-HOLD_S = 300
-"""How often Ray is told to keep the package; it does so for 600 s."""
 
 
 class LogPrinter:

@@ -27,6 +27,10 @@ RESTARTS = 5
 PATIENCE_S = 60
 """How long a job server that is busy is asked again."""
 
+HOLD_S = 300
+"""How often Ray is asked to hold the package of a job that may have to be started again; it does so
+for 600 s."""
+
 STOP_WAIT_S = 900
 """How long a stopped driver may take to save before Ray kills it; Ray's own 3 s are too short."""
 

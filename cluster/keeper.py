@@ -12,11 +12,9 @@ import time
 
 from cluster.api import LOCAL_URL
 from cluster.errors import ClusterError
-from cluster.jobs import Job, alive_nodes, all_jobs, hold_package, restart_if_lost
+from cluster.jobs import HOLD_S, Job, alive_nodes, all_jobs, hold_package, restart_if_lost
 
 POLL_S = 2.0
-HOLD_S = 300
-"""How often Ray is told to keep the packages of jobs that may have to be started again."""
 
 
 def look(url: str, held: dict[str, float]) -> list[str]:
