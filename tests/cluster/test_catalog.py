@@ -93,12 +93,13 @@ def test_the_types_are_those_that_ray_finds() -> None:
             assert device.ray_accelerator_type in listed
 
 
-def test_the_tables_are_installed_with_the_package() -> None:
+def test_tables_and_launch_files_are_installed_with_the_package() -> None:
     home = Path(cluster.catalog.__file__).parents[1]
     pyproject = tomllib.loads((home / "pyproject.toml").read_text())
     patterns = pyproject["tool"]["setuptools"]["package-data"]["cluster"]
     installed = {path for pattern in patterns for path in (home / "cluster").glob(pattern)}
-    assert installed == set((home / "cluster" / "data").iterdir())
+    tables, launch_files = home / "cluster" / "data", home / "cluster" / "launch"
+    assert installed == {*tables.iterdir(), *launch_files.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ class TestPrepare:
         with pytest.raises(DataError) as caught:
             prepare(Given(**splits), tmp_path)
         assert str(caught.value) == f"the data set of given has no samples in its split {split!r}"
-        assert list(tmp_path.iterdir()) == []
+        assert list((tmp_path / "datasets").iterdir()) == []
 
     def test_a_split_that_is_not_there(self, tmp_path: Path) -> None:
         folder = prepare(both(x=np.arange(4)), tmp_path)
