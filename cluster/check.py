@@ -18,6 +18,7 @@ from typing import Any
 from cluster.catalog import instances, ray_resource
 from cluster.config import did_you_mean, read_yaml
 from cluster.errors import SpecError
+from cluster.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT
 from cluster.quote import Offer, offers, quote
 
 LEAST_DISK_GB = 40
@@ -65,6 +66,7 @@ def examine(path: Path) -> Report:
     looks: list[Callable[[_Config], Iterator[str]]] = [
         _placeholders,
         _instances,
+        _labels,
         _places,
         _disks,
         _versions,
@@ -151,6 +153,25 @@ def _resources(config: _Config, offer: Offer) -> Iterator[str]:
             f"{place}.memory: {memory / 2**30:.1f} GiB, but {known.name} has "
             f"{known.memory_bytes / 2**30:.1f}"
         )
+
+
+def _labels(config: _Config) -> Iterator[str]:
+    """What nodes would say of themselves, and be billed by, against what is asked for."""
+    provider = config["provider"]
+    region = provider.get("region") or provider.get("location")
+    for offer in offers(config):
+        labels = config["available_node_types"][offer.title].get("labels", {})
+        asked = {
+            PROVIDER: provider["type"],
+            REGION: region,
+            INSTANCE: offer.instance,
+            MARKET: SPOT if offer.spot else ON_DEMAND,
+        }
+        for label, value in asked.items():
+            said = labels.get(label, value)
+            if said != value:
+                place = f"available_node_types.{offer.title}.labels.{label}"
+                yield f"{place}: {said}, but {value} is asked for"
 
 
 def _places(config: _Config) -> Iterator[str]:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping
 
 from cluster.emit import Text
+from cluster.labels import USD_PER_HOUR
 from cluster.spec import ClusterSpec, Provider
 
 PROJECT = "~/heliostat"
@@ -219,7 +220,7 @@ def _labels(spec: ClusterSpec, provider: Provider) -> list[str]:
     """On hosts of one's own; a cloud's node types have theirs in the file."""
     if provider != "local" or spec.local is None or spec.local.usd_per_hour is None:
         return []
-    return [f"--labels=heliostat.io/usd-per-hour={spec.local.usd_per_hour:g}"]
+    return [f"--labels={USD_PER_HOUR}={spec.local.usd_per_hour:g}"]
 
 
 def _mlflow_packages(spec: ClusterSpec) -> list[str]:

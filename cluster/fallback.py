@@ -22,13 +22,10 @@ from typing import Any
 
 from cluster.agent import PLACE, raylets, say, take_over
 from cluster.files import write_atomic
+from cluster.labels import FALLBACK_FOR, USD_PER_HOUR
 
 CONFIG = Path("~/ray_bootstrap_config.yaml")
 """What Ray's launcher leaves on the head for its autoscaler; it is JSON."""
-FOR = "heliostat.io/fallback-for"
-"""Label of an on-demand type: the spot type that it stands in for."""
-PRICE = "heliostat.io/usd-per-hour"
-"""Label of every type of known price."""
 POLL_S = 5.0
 RECENT_S = 60.0
 """A launch that failed longer ago says nothing: the autoscaler tries again every few seconds."""
@@ -134,7 +131,7 @@ def pairs(config: Mapping[str, Any], after_s: float, now: float) -> Iterator[Pai
     """The spot types of an autoscaler's file for which another one stands in, as they stand."""
     types = config["available_node_types"]
     for name, kind in types.items():
-        spot = kind.get("labels", {}).get(FOR)
+        spot = kind.get("labels", {}).get(FALLBACK_FOR)
         if spot in types:
             took_over = kind.get("priority", 0) > types[spot].get("priority", 0)
             yield Pair(spot, name, after_s, now if took_over else None)
@@ -167,7 +164,7 @@ class Fallback:
 
 
 def _named(kind: str, types: Mapping[str, Any]) -> str:
-    price = types[kind].get("labels", {}).get(PRICE)
+    price = types[kind].get("labels", {}).get(USD_PER_HOUR)
     return f"{kind} at {f'${price}/h' if price else 'an unknown price'}"
 
 

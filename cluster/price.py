@@ -17,14 +17,9 @@ from cluster.carbon import PUE, carbon_of
 from cluster.catalog import Instance, instances
 from cluster.config import Spec
 from cluster.errors import SpecError
+from cluster.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT, USD_PER_HOUR
 from cluster.own import Machine, Own, overridden
 
-LABEL_USD = "heliostat.io/usd-per-hour"
-LABEL_PROVIDER = "heliostat.io/provider"
-LABEL_INSTANCE = "heliostat.io/instance"
-LABEL_REGION = "heliostat.io/region"
-LABEL_MARKET = "heliostat.io/market"
-"""spot or on-demand."""
 RAY_MARKET, RAY_REGION = "ray.io/market-type", "ray.io/availability-region"
 """Ray's own labels, where a provider sets them; ours count first."""
 
@@ -115,20 +110,20 @@ def _price(
 ) -> tuple[float | None, str]:
     if cost.usd_per_h is not None:
         return cost.usd_per_h, f"${cost.usd_per_h:g}/h (cost.usd_per_h)"
-    spot = labels.get(LABEL_MARKET, labels.get(RAY_MARKET, "on-demand")) == "spot"
-    if LABEL_USD in labels:
-        usd = _dollars(labels[LABEL_USD], host)
+    spot = labels.get(MARKET, labels.get(RAY_MARKET, ON_DEMAND)) == SPOT
+    if USD_PER_HOUR in labels:
+        usd = _dollars(labels[USD_PER_HOUR], host)
         snapshot = _labelled(labels, instances())
         if snapshot is None or f"{snapshot.usd(spot) or 0:g}" != f"{usd:g}":
-            return usd, f"${usd:g}/h (label {LABEL_USD})"
+            return usd, f"${usd:g}/h (label {USD_PER_HOUR})"
     if machine is not None:
         name, found = machine
         return found.usd_per_h, f"{name}: ${found.usd_per_h:.4g}/h (your price file)"
-    if LABEL_INSTANCE not in labels:
+    if INSTANCE not in labels:
         return None, f"price of {host} unknown: no label, no row in your price file"
     here = _labelled(labels, overridden(own, instances() if known is None else known))
     if here is None:
-        return None, f"price of {labels[LABEL_INSTANCE]} unknown: not in the price list"
+        return None, f"price of {labels[INSTANCE]} unknown: not in the price list"
     text, region = quote(here, spot, today), _region(labels)
     if region and here.region != region:
         text += f", taken for {region}"
@@ -138,16 +133,16 @@ def _price(
 def _provider(labels: Mapping[str, str]) -> str:
     """Who rents the node out: as labelled, else who has such instances."""
     here = _labelled(labels, instances())
-    return labels.get(LABEL_PROVIDER, here.provider if here else "")
+    return labels.get(PROVIDER, here.provider if here else "")
 
 
 def _region(labels: Mapping[str, str]) -> str:
-    return labels.get(LABEL_REGION, labels.get(RAY_REGION, ""))
+    return labels.get(REGION, labels.get(RAY_REGION, ""))
 
 
 def _labelled(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
     """The instance that the labels name, in their region if the list has it there."""
-    name, provider = labels.get(LABEL_INSTANCE), labels.get(LABEL_PROVIDER)
+    name, provider = labels.get(INSTANCE), labels.get(PROVIDER)
     same = [each for each in known if each.name == name and provider in (None, each.provider)]
     here = [each for each in same if each.region == _region(labels)]
     return next(iter(here or same), None)
@@ -159,7 +154,7 @@ def _dollars(text: str, host: str) -> float:
     except ValueError:
         usd = -1.0
     if not 0 <= usd < float("inf"):
-        raise SpecError(f"node {host}: label {LABEL_USD} must be a number (got {text!r})")
+        raise SpecError(f"node {host}: label {USD_PER_HOUR} must be a number (got {text!r})")
     return usd
 
 

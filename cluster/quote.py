@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.catalog import Instance, find_instance
-from cluster.render import STANDS_IN
+from cluster.labels import FALLBACK_FOR
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _bounds(config: Mapping[str, Any], every: list[Offer]) -> tuple[float, float
     least = most = head.usd_per_h or 0.0
     for offer in sorted(workers, key=lambda offer: offer.usd_per_h or 0.0, reverse=True):
         kind, usd = types[offer.title], offer.usd_per_h or 0.0
-        stands_in_for = types.get(kind.get("labels", {}).get(STANDS_IN), kind)
+        stands_in_for = types.get(kind.get("labels", {}).get(FALLBACK_FOR), kind)
         count = min(stands_in_for.get("max_workers", left), left)
         least += kind.get("min_workers", 0) * usd
         most += count * usd

@@ -3,21 +3,26 @@
 `render` gives text; every line that a user has to edit is marked EDIT.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from cluster import commands, kuberay
 from cluster.catalog import Instance, find_instance
 from cluster.emit import Noted, emit
 from cluster.errors import SpecError
+from cluster.labels import (
+    FALLBACK_FOR,
+    INSTANCE,
+    MARKET,
+    ON_DEMAND,
+    PROVIDER,
+    REGION,
+    SPOT,
+    USD_PER_HOUR,
+)
 from cluster.spec import Cloud, ClusterSpec, NodeType, Provider
 
-ON_DEMAND = "on-demand"
-PRICE = "heliostat.io/usd-per-hour"
-MARKET = "heliostat.io/market"
-INSTANCE = "heliostat.io/instance"
-STANDS_IN = "heliostat.io/fallback-for"
-"""Label of an on-demand kind: the spot kind in whose place `cluster.fallback` puts it."""
 _EXCLUDED = [".git/**", ".venv/**", "runs/**", "mlartifacts/**", "mlflow.db", "**/__pycache__/**"]
 
 _HEADING = """{what}, for `heliostat up FILE` or Ray's own `ray up FILE`.
@@ -109,22 +114,34 @@ def resources_of(kind: NodeType, known: Instance | None, place: str) -> dict[str
     return {"CPU": cpus} | ({resource: gpus} if gpus else {})
 
 
-def labels_of(kind: NodeType, name: str, known: Instance | None, spot: bool) -> dict[str, str]:
+def labels_of(
+    cloud: Cloud, region: str, kind: NodeType, name: str, known: Instance | None, spot: bool
+) -> dict[str, str]:
     """Ray labels by which `status`, budgets and people know what a node is and costs."""
-    labels = {INSTANCE: name, MARKET: "spot" if spot else ON_DEMAND}
+    market = SPOT if spot else ON_DEMAND
+    labels = {PROVIDER: cloud, REGION: region, INSTANCE: name, MARKET: market}
     usd = known.usd(spot) if known else None
     if usd is not None:
-        labels[PRICE] = f"{usd:g}"
+        labels[USD_PER_HOUR] = f"{usd:g}"
     return labels | kind.labels
 
 
-def _cloud(spec: ClusterSpec, cloud: Cloud, region: str, config: "Any") -> dict[str, Any]:
-    """Sizes and node types of a cloud; `config(name, kind, spot)` gives the provider's own part."""
+def _cloud(
+    spec: ClusterSpec,
+    cloud: Cloud,
+    region: str,
+    config: Callable[[str, NodeType, bool, bool], dict[str, Any]],
+) -> dict[str, Any]:
+    """Sizes and node types of a cloud.
+
+    `config(instance, kind, spot, devices)` gives the provider's own part.
+    """
+    labels = partial(labels_of, cloud, region)
     name, known = instance_of(spec.head, cloud, region, "head")
     gpus = spec.head.gpus or 0
     head = {
         "resources": {"CPU": spec.head.cpus or 0} | ({"GPU": gpus} if gpus else {}),
-        "labels": labels_of(spec.head, name, known, spot=False),
+        "labels": labels(spec.head, name, known, spot=False),
         "node_config": config(name, spec.head, False, gpus > 0),
     }
     types: dict[str, Any] = {"head": head}
@@ -137,7 +154,7 @@ def _cloud(spec: ClusterSpec, cloud: Cloud, region: str, config: "Any") -> dict[
             "min_workers": kind.min,
             "max_workers": Noted(kind.max, "EDIT: how many the bill can bear"),
             "resources": resources,
-            "labels": labels_of(kind, name, known, kind.spot),
+            "labels": labels(kind, name, known, kind.spot),
             "node_config": config(name, kind, kind.spot, devices),
         }
         if kind.spot and spec.fallback_after_s is not None:
@@ -146,7 +163,7 @@ def _cloud(spec: ClusterSpec, cloud: Cloud, region: str, config: "Any") -> dict[
                 "min_workers": 0,
                 "max_workers": Noted(0, f"until there is no {key} to be had"),
                 "resources": resources,
-                "labels": labels_of(kind, name, known, spot=False) | {STANDS_IN: key},
+                "labels": labels(kind, name, known, spot=False) | {FALLBACK_FOR: key},
                 "node_config": config(name, kind, False, devices),
             }
     most = sum(kind.max for kind in spec.workers.values())

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ClusterError
+from cluster.labels import USD_PER_HOUR
 from cluster.token import authorization
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-PRICE_LABEL = "heliostat.io/usd-per-hour"
-"""The label under which a node carries its price, from the cluster's file."""
 
 DEVICES = ("GPU", "TPU", "HPU", "neuron_cores")
 
@@ -73,7 +71,7 @@ def nodes_alive(dashboard: str) -> list[Node]:
 
 def _node(row: Mapping[str, Any]) -> Node:
     labels = row.get("labels") or {}
-    price = labels.get(PRICE_LABEL)
+    price = labels.get(USD_PER_HOUR)
     return Node(
         address=row["node_ip"],
         kind="head" if row["is_head_node"] else labels.get("ray.io/node-group", "worker"),

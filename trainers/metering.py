@@ -17,12 +17,13 @@ from typing import Any
 from cluster.bill import PERIOD_S, Bill, Node, Post
 from cluster.budget import check_budget, duration_text, reached, usd_text
 from cluster.catalog import Instance, instances
+from cluster.labels import INSTANCE
 from cluster.ledger import Account, Ledger
 from cluster.live import refreshed
 from cluster.meter import Meter, as_data
 from cluster.own import Own, read_own
 from cluster.power import Amd, CpuEstimate, Nvml, Rapl, Reading, Replay, Source
-from cluster.price import LABEL_INSTANCE, CostSpec, Rate, rate_of
+from cluster.price import CostSpec, Rate, rate_of
 from trainers.devices import Device
 from trainers.spec import RunSpec
 from trainers.spool import Row, now_ms
@@ -162,7 +163,7 @@ class Metering:
         self._key, self._budget, self._tracker = folder.name, spec.budget, tracker
         nodes = ray_nodes()
         known = instances()
-        if any(LABEL_INSTANCE in node.labels for node in nodes):  # else nobody would look them up
+        if any(INSTANCE in node.labels for node in nodes):  # else nobody would look them up
             known, _ = refreshed(known)
         self._rates = Rates(spec.cost, read_own(), known)
         self.ledger = Ledger(folder / LEDGER)

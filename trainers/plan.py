@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.catalog import Instance
+from cluster.labels import MARKET
 from cluster.own import Own
 from cluster.price import CostSpec
 from trainers import datasheet
@@ -80,7 +81,7 @@ def options_here(probed: ProbedPool, question: Question, most: int = 8) -> list[
         if nodes is not None:
             machine = here(probed, -(-workers // nodes), question.own, question.cost)
             found = forecast(probed, workers, question.length, question.widening)
-            market = probed.pool.labels.get("heliostat.io/market", "")
+            market = probed.pool.labels.get(MARKET, "")
             kind = probed.pool.accelerator
             option = Option("here", kind, workers, nodes, market, found, machine, None)
             options.append(_costed(option))

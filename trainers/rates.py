@@ -4,17 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.catalog import Accelerator, Instance, devices
+from cluster.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT
 from cluster.own import Own
 from cluster.power import CPU_W
-from cluster.price import (
-    LABEL_INSTANCE,
-    LABEL_MARKET,
-    LABEL_PROVIDER,
-    LABEL_REGION,
-    CostSpec,
-    Rate,
-    rate_of,
-)
+from cluster.price import CostSpec, Rate, rate_of
 from trainers.forecast import Interval
 from trainers.pools import ProbedPool
 
@@ -72,10 +65,10 @@ def rented(
 ) -> Machine:
     """A machine of the catalogue, at the prices of `known`, of the snapshot when None."""
     labels: Mapping[str, str] = {
-        LABEL_PROVIDER: instance.provider,
-        LABEL_INSTANCE: instance.name,
-        LABEL_REGION: instance.region,
-        LABEL_MARKET: "spot" if spot else "on-demand",
+        PROVIDER: instance.provider,
+        INSTANCE: instance.name,
+        REGION: instance.region,
+        MARKET: SPOT if spot else ON_DEMAND,
     }
     rate = rate_of("", labels, CostSpec(), own, known)
     if not instance.accelerators:

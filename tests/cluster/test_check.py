@@ -91,6 +91,16 @@ MISTAKES: list[tuple[str, Any, str]] = [
         {"CPU": 4, "GPU": 1, "memory": 2**35},
         f"{GPU}.resources.memory: 32.0 GiB, but g6.xlarge has 16.0",
     ),
+    (
+        f"{GPU}.node_config.InstanceType",
+        "g6.2xlarge",
+        f"{GPU}.labels.heliostat.io/instance: g6.xlarge, but g6.2xlarge is asked for",
+    ),
+    (
+        "provider.region",
+        "us-west-2",
+        f"{GPU}.labels.heliostat.io/region: us-east-1, but us-west-2 is asked for",
+    ),
     ("provider.region", "us-west-2", "provider.availability_zone: us-east-1a is not in us-west-2"),
     ("provider.region", "us-easy-1", "provider.region: AWS has no region 'us-easy-1'"),
     (

@@ -14,7 +14,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from cluster.config import Spec, check, read_yaml
 from cluster.emit import plain
 from cluster.errors import SpecError
-from cluster.render import STANDS_IN, launcher, render
+from cluster.labels import FALLBACK_FOR
+from cluster.render import launcher, render
 from cluster.spec import SHIPPED, ClusterSpec, Provider, read_cluster
 
 HOME = Path(__file__).parents[2]
@@ -220,7 +221,7 @@ def test_on_demand_stands_beside_spot_and_waits() -> None:
     kinds = plain(launcher(read_cluster(SHIPPED), "aws"))["available_node_types"]
     spot, twin = kinds["gpu"], kinds["gpu-on-demand"]
     assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert twin["labels"][STANDS_IN] == "gpu"
+    assert twin["labels"][FALLBACK_FOR] == "gpu"
     assert (twin["max_workers"], twin["resources"]) == (0, spot["resources"])
     assert spot["priority"] > twin.get("priority", 0)
     same = ("InstanceType", "ImageId", "BlockDeviceMappings")
