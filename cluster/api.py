@@ -37,7 +37,7 @@ def dashboard_url(address: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         where = "--address" if address else "RAY_ADDRESS"
         raise SpecError(
-            f"{where} {url}: jobs go to the dashboard's URL, such as {LOCAL_URL}; "
+            f"{where} {url}: must be the dashboard's URL, such as {LOCAL_URL}; "
             "--cluster cluster.yaml opens a way to it"
         )
     return url.rstrip("/")

@@ -1,7 +1,6 @@
 """The verbs of a running cluster: `up`, `down`, `status`, `attach`. Imports nothing heavy."""
 
 import argparse
-import os
 from pathlib import Path
 
 from cluster.cli import Subparsers
@@ -26,7 +25,8 @@ def add_verbs(verbs: Subparsers) -> None:
     )
     status.add_argument("file", type=Path, nargs="?", help=CLUSTER_FILE)
     status.add_argument(
-        "--address", help="http:// address of a dashboard; RAY_ADDRESS when not given"
+        "--address",
+        help="http:// address of a dashboard; RAY_ADDRESS, else this machine's when not given",
     )
     status.set_defaults(command=status_command)
 
@@ -54,7 +54,7 @@ def attach_command(args: argparse.Namespace) -> int:
 def status_command(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from cluster.errors import SpecError
+    from cluster.api import dashboard_url
     from cluster.status import show
     from cluster.tunnel import tunnel
 
@@ -63,10 +63,7 @@ def status_command(args: argparse.Namespace) -> int:
         with tunnel(args.file) as urls:
             show(console, urls.dashboard)
         return 0
-    address = args.address or os.environ.get("RAY_ADDRESS", "")
-    if not address.startswith(("http://", "https://")):
-        raise SpecError("status: needs a cluster's file, or --address http://HOST:8265")
-    show(console, address.rstrip("/"))
+    show(console, dashboard_url(args.address))
     return 0
 
 

@@ -1,16 +1,11 @@
 """What a cluster is doing: its nodes, their devices, what runs, and what it costs per hour."""
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ClusterError
+from cluster.api import call
 from cluster.labels import USD_PER_HOUR
-from cluster.token import authorization
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,35 +30,9 @@ class Node:
         return ", ".join(f"{count:g} x {(kinds or [name])[0]}" for count, name in counts) or "-"
 
 
-@dataclass(frozen=True)
-class Job:
-    name: str
-    status: str
-    entrypoint: str
-
-
-def ask(url: str, timeout_s: float = 10) -> Any:
-    """The JSON that the dashboard answers, told our token.
-
-    Raises ClusterError if it does not answer, or not us.
-    """
-    request = urllib.request.Request(url, headers=authorization())
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise ClusterError(
-                f"{url}: the cluster does not take our token (~/.ray/auth_token)"
-            ) from error
-        raise ClusterError(f"{url}: {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ClusterError(f"{url}: no answer: {error}") from error
-
-
 def nodes_alive(dashboard: str) -> list[Node]:
     """The nodes that take part, the head first."""
-    answer = ask(f"{dashboard}/api/v0/nodes?limit=10000&detail=true")
+    answer = call(dashboard, "GET", "/api/v0/nodes?limit=10000&detail=true", timeout_s=10)
     rows = answer["data"]["result"]["result"]
     nodes = [_node(row) for row in rows if row["state"] == "ALIVE"]
     return sorted(nodes, key=lambda node: (not node.head, node.kind, node.address))
@@ -90,11 +59,11 @@ def _number(value: Any) -> float:
         return float(number) * float(1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit))
 
 
-def jobs_running(dashboard: str) -> list[Job]:
-    """What was submitted and has not ended."""
+def jobs_running(dashboard: str) -> list[str]:
+    """What was submitted and has not ended, whoever submitted it; a line each."""
     return [
-        Job(row["submission_id"] or row["job_id"], row["status"], row["entrypoint"])
-        for row in ask(f"{dashboard}/api/jobs/")
+        f"{row['submission_id'] or row['job_id']}  {row['status'].lower()}  {row['entrypoint']}"
+        for row in call(dashboard, "GET", "/api/jobs/", timeout_s=10)
         if row["status"] in ("PENDING", "RUNNING")
     ]
 
@@ -129,8 +98,6 @@ def show(console: "Console", dashboard: str) -> None:
         )
     console.print(f"{len(nodes)} nodes")
     console.print(table)
-    for job in jobs:
-        console.print(f"{job.name}  {job.status.lower()}  {job.entrypoint}", markup=False)
-    if not jobs:
-        console.print("nothing runs")
+    for line in jobs or ["nothing runs"]:
+        console.print(line, markup=False)
     console.print(cost_line(nodes))

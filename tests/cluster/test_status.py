@@ -1,13 +1,6 @@
 """What a cluster is said to have and to cost; on real nodes it is asked in tests/rack."""
 
-import http.server
-import threading
-from collections.abc import Iterator
-
-import pytest
-
-from cluster.errors import ClusterError
-from cluster.status import Node, ask, cost_line
+from cluster.status import Node, cost_line
 
 
 def node(usd_per_hour: float | None = None, **resources: float) -> Node:
@@ -24,27 +17,3 @@ def test_devices_have_their_kind() -> None:
     assert node(CPU=8, GPU=4, **{"accelerator_type:A100": 1}).devices() == "4 x A100"
     assert node(CPU=8, TPU=1).devices() == "1 x TPU"
     assert node(CPU=8).devices() == "-"
-
-
-class Guarded(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(403)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def guarded() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_who_is_not_let_in_is_told_why(guarded: str) -> None:
-    with pytest.raises(ClusterError, match=r"does not take our token \(~/.ray/auth_token\)"):
-        ask(guarded)
-    with pytest.raises(ClusterError, match="no answer: "):
-        ask("http://127.0.0.1:9")
