@@ -122,7 +122,7 @@ def test_on_demand_where_there_is_no_spot(box: AwsBox) -> None:
     box.out_of("m5.large")
     Notes(box.shared, "dear").hurry()
     box.me(f"{SUBMIT} --follow train slow.yaml --name dear --set data.notes={SHARED}/notes/dear")
-    assert ran(box)[-2:] == [("m5.large", "on-demand")] * 2
+    assert ran(box).count(("m5.large", "on-demand")) == 2
     weights = [
         hashlib.sha256((box.shared / "runs" / name / "model/model.safetensors").read_bytes())
         for name in ("spot", "dear")
