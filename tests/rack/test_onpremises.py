@@ -82,18 +82,21 @@ def test_a_cut_of_the_network(cluster: OwnHosts, undisturbed: str) -> None:
 
 
 def tracked(cluster: OwnHosts, sweep: str) -> dict[str, str]:
-    """Status by name of a sweep's runs, as the head's MLflow has them."""
+    """Name -> status of a sweep's run and its trials', as the head's MLflow has them."""
     code = f"""
 import json, mlflow
 client = mlflow.MlflowClient('http://10.77.0.10:5000')
 ids = [experiment.experiment_id for experiment in client.search_experiments()]
 runs = client.search_runs(ids, max_results=1000)
-found = {{run.info.run_name: run.info.status for run in runs}}
-print('found', json.dumps({{name: found[name] for name in found if name.startswith('{sweep}')}}))
+sweep = next(run for run in runs if run.info.run_name == '{sweep}').info.run_id
+own = [run for run in runs if sweep in (run.info.run_id, run.data.tags.get('mlflow.parentRunId'))]
+print('found', json.dumps([[run.info.run_name, run.info.status] for run in own]))
 """
     output = cluster.run("head", f'MLFLOW_TRACKING_URI=http://10.77.0.10:5000 python -c "{code}"')
     line = next(line for line in output.stdout.splitlines() if line.startswith("found "))
-    return dict(json.loads(line.removeprefix("found ")))
+    found = json.loads(line.removeprefix("found "))
+    assert len(dict(found)) == len(found), "a trial is there twice"
+    return dict(found)
 
 
 def test_a_sweep_outlives_the_head(cluster: OwnHosts) -> None:
@@ -111,8 +114,7 @@ def test_a_sweep_outlives_the_head(cluster: OwnHosts) -> None:
     end(cluster, "many")
     assert len(ended(folder)) == 4
     runs = tracked(cluster, "many")
-    assert len(runs) == 5
-    assert set(runs.values()) == {"FINISHED"}
+    assert runs == dict.fromkeys(["many", "0000", "0001", "0002", "0003"], "FINISHED")
 
 
 def ended(sweep: Path) -> list[Path]:
