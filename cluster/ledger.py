@@ -93,6 +93,14 @@ def account(entries: Iterable[Entry]) -> Account:
     )
 
 
+def accounts(entries: Iterable[Entry]) -> dict[str, Account]:
+    """The sums of each run or trial that pays, by its key."""
+    by_run: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_run.setdefault(entry.run, []).append(entry)
+    return {run: account(own) for run, own in by_run.items()}
+
+
 def _joules(entry: Entry) -> float:
     return Usage(**(entry.usage or {})).joules
 
@@ -126,10 +134,13 @@ class Ledger:
                 self._file.write(json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n")
         self._file.flush()
 
-    def account(self, run: str | None = None) -> Account:
-        """Of one run or trial; of all in the file when None."""
-        entries = self._entries.values()
-        return account(entry for entry in entries if run is None or entry.run == run)
+    def account(self) -> Account:
+        """Of all in the file."""
+        return account(self._entries.values())
+
+    def accounts(self) -> dict[str, Account]:
+        """Of each run or trial that pays, by its key."""
+        return accounts(self._entries.values())
 
     def close(self) -> None:
         self._file.close()

@@ -165,12 +165,12 @@ class Metering:
         known = instances()
         if any(INSTANCE in node.labels for node in nodes):  # else nobody would look them up
             known, _ = refreshed(known)
-        self._rates = Rates(spec.cost, read_own(), known)
+        self.rates = Rates(spec.cost, read_own(), known)
         self.ledger = Ledger(folder / LEDGER)
         self._bill = Bill(
-            self._key, self.ledger, self._rates.of, ray.get_runtime_context().get_node_id()
+            self._key, self.ledger, self.rates.of, ray.get_runtime_context().get_node_id()
         )
-        rates = {node.host: self._rates.of(node) for node in nodes}
+        rates = {node.host: self.rates.of(node) for node in nodes}
         check_budget(spec.budget, self.ledger.account(), rates)
         self._next_s = self._next_shown_s = 0.0
         self._shown = 0
@@ -222,8 +222,8 @@ class Metering:
     def tags(self, account: Account) -> dict[str, str]:
         """Where the figures are from, as tags of MLflow."""
         energy = account.energy
-        prices = sorted({rate.price for rate in self._rates.known()})
-        carbon = sorted({rate.carbon for rate in self._rates.known()})
+        prices = sorted({rate.price for rate in self.rates.known()})
+        carbon = sorted({rate.carbon for rate in self.rates.known()})
         return {
             "heliostat.energy": str(energy),
             "heliostat.energy_method": energy.method,

@@ -9,13 +9,16 @@ import contextlib
 import json
 import signal
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.bill import PERIOD_S
 from cluster.budget import BudgetSpec, spent
-from cluster.ledger import Account, Entry, account, read
+from cluster.errors import SpecError
+from cluster.ledger import Account, accounts, read
 from trainers.metering import LEDGER, Metering, metrics
 from tuning.schedule import first_rung
 from tuning.space import SweepRunSpec
@@ -23,23 +26,42 @@ from tuning.trial import LAST, Sweep
 
 ENGINE = "engine"
 """Who pays, in the ledger, for the nodes and devices of engines: `SWEEP/engine`."""
+COST_PER = {"usd": "cost_usd", "joule": "energy_j"}
+"""What `scheduler.per` compares trials after, as MLflow has it."""
 SHARED = ("cost_usd", "energy_j", "energy_low_j", "energy_high_j", "kg_co2e")
 
 _purses: dict[str, "Purse"] = {}
 """By sweep: Tune pickles its searcher and its callbacks, and a purse lives in one process."""
 
 
+@dataclass
+class _Progress:
+    """How far a trial was when it was last heard of."""
+
+    epoch: float = 0.0
+    device_s: float = 0.0
+    """Seconds of its device that it has taken."""
+    running_since: float | None = None
+    """When that was, by `time.monotonic`; None where it does not run."""
+
+
 class Purse:
     """The budget of a sweep that runs in this process."""
 
-    def __init__(self, spec: SweepRunSpec, metering: Metering, epochs: float) -> None:
+    def __init__(self, sweep: Sweep, spec: SweepRunSpec, metering: Metering, epochs: float) -> None:
         """`epochs` are those of a whole trial."""
-        self._budget, self.metering = spec.budget, metering
+        self._key, self._budget, self.metering = sweep.key, spec.budget, metering
+        self._cost = COST_PER.get(spec.sweep.scheduler.per)
+        for rate in metering.rates.known():
+            if self._cost == "cost_usd" and rate.usd_per_h is None:
+                raise SpecError(f"sweep.scheduler.per: {rate.price}; say cost.usd_per_h")
         self._rung = first_rung(spec.sweep.scheduler, epochs)
         self._lock = threading.Lock()
         self._account = metering.ledger.account()
-        self._epochs: defaultdict[int, float] = defaultdict(float)
-        self._running: set[int] = set()
+        self._trials: defaultdict[int, _Progress] = defaultdict(_Progress)
+        for number, last in _last_results(sweep).items():
+            self._trials[number] = _Progress(last["epoch"], last["device_s"])
+        self._rates: dict[int, float] = {}
         self._asked = False
         self.reason: str | None = metering.reason
         """Why the sweep ends, or starts no more trials, in a line."""
@@ -50,18 +72,41 @@ class Purse:
         with self._lock:
             self._account = self.metering.ledger.account()
             self.reason = reason or self.reason
+            if self._cost is not None:
+                self._rates = self._rates_now(self._cost)
 
     def follow(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
         """Take note of how far trials are; events as `tuning.sweep.Watcher` is told them."""
         with self._lock:
-            self._epochs[trial] = max(self._epochs[trial], result.get("epoch", 0.0))
-            (self._running.add if event in ("start", "result") else self._running.discard)(trial)
+            known = self._trials[trial]
+            known.epoch = max(known.epoch, result.get("epoch", 0.0))
+            known.device_s = max(known.device_s, result.get("device_s", 0.0))
+            known.running_since = time.monotonic() if event in ("start", "result") else None
+
+    def price(self, trial: int, result: Mapping[str, Any]) -> float:
+        """What an epoch of the trial costs, over an average one of the sweep's; 1 if unknown."""
+        with self._lock:
+            cost = sum(
+                self._rates.get(number, 0.0) * known.device_s
+                for number, known in self._trials.items()
+            )
+            epochs = sum(self._trials[number].epoch for number in self._rates)
+            # As dear a second as of the others, while nothing has been charged for this trial.
+            seconds = sum(self._trials[number].device_s for number in self._rates)
+            rate = self._rates.get(trial, cost / seconds if seconds else 0.0)
+            if not (cost and epochs and result["epoch"]):
+                return 1.0
+            return float(rate * result["device_s"] / result["epoch"] / (cost / epochs))
 
     def can_start(self) -> bool:
         """Whether one more trial can be paid to its first rung, beside those under way."""
         with self._lock:
-            owed = sum(max(0.0, self._rung - self._epochs[trial]) for trial in self._running)
-            done = sum(self._epochs.values())
+            owed = sum(
+                max(0.0, self._rung - known.epoch)
+                for known in self._trials.values()
+                if known.running_since is not None
+            )
+            done = sum(known.epoch for known in self._trials.values())
             short = unpaid(self._budget, self._account, done, owed, self._rung)
             self.reason = self.reason or short
             return self.reason is None
@@ -73,6 +118,33 @@ class Purse:
             if not self._asked and (reached or (self.reason is not None and not trials_left)):
                 self._asked = True
                 signal.raise_signal(signal.SIGINT)
+
+    def _rates_now(self, cost: str) -> dict[int, float]:
+        """Number of each trial -> what a second of its device costs, where that is known."""
+        now = time.monotonic()
+        costs = {key: metrics(own) for key, own in self.metering.ledger.accounts().items()}
+        shared = costs.get(f"{self._key}/{ENGINE}", {}).get(cost)
+        total_s = sum(known.device_s for known in self._trials.values())
+        found = {}
+        for number, known in self._trials.items():
+            own = costs.get(f"{self._key}/{number:04d}", {}).get(cost)
+            since_s = 0.0 if known.running_since is None else now - known.running_since
+            if shared is not None and total_s:
+                found[number] = shared / total_s
+            elif own and known.device_s:
+                found[number] = own / (known.device_s + since_s)
+        return found
+
+
+@dataclass(frozen=True)
+class SweepPrice:
+    """A `tuning.schedule.Price` that can be pickled: of the sweep `key`."""
+
+    key: str
+
+    def __call__(self, trial: int, result: Mapping[str, Any]) -> float:
+        purse = purse_of(self.key)
+        return purse.price(trial, result) if purse is not None else 1.0
 
 
 def unpaid(
@@ -108,7 +180,7 @@ def opened(sweep: Sweep, spec: SweepRunSpec, tracker: Any, epochs: float) -> Ite
     Raises SpecError where the budget cannot be kept or is spent.
     """
     metering = Metering(sweep.folder, spec, tracker)
-    purse = _purses[sweep.key] = Purse(spec, metering, epochs)
+    purse = _purses[sweep.key] = Purse(sweep, spec, metering, epochs)
     done = threading.Event()
 
     def work() -> None:
@@ -138,28 +210,21 @@ def trial_costs(sweep: Sweep) -> dict[int, dict[str, float]]:
     path = sweep.folder / LEDGER
     if not path.exists():
         return {}
-    entries: defaultdict[str, list[Entry]] = defaultdict(list)
-    for entry in read(path):
-        entries[entry.run].append(entry)
+    paid = {key: metrics(own) for key, own in accounts(read(path)).items()}
+    shared = paid.get(f"{sweep.key}/{ENGINE}", {})
+    lasts = _last_results(sweep)
+    total_s = sum(last["device_s"] for last in lasts.values())
     found: dict[int, dict[str, float]] = {}
-    for number, device_s in _device_s(sweep).items():
-        alone = account(entries.get(sweep.trial_key(number), []))
-        found[number] = metrics(alone)
-        if device_s:
-            found[number] |= {"device_s": device_s}
-    shared = metrics(account(entries.get(f"{sweep.key}/{ENGINE}", [])))
-    total_s = sum(costs.get("device_s", 0.0) for costs in found.values())
-    for costs in found.values():
-        part = costs.pop("device_s", 0.0) / total_s if total_s else 0.0
+    for number, last in lasts.items():
+        costs = found[number] = dict(paid.get(sweep.trial_key(number), {}))
+        part = last["device_s"] / total_s if total_s else 0.0
         for name in SHARED:
             if part and name in shared:
                 costs[name] = costs.get(name, 0.0) + part * shared[name]
     return found
 
 
-def _device_s(sweep: Sweep) -> dict[int, float]:
-    """Number of each trial that was evaluated -> seconds of an engine's device that it took."""
-    found = {}
-    for path in sweep.folder.glob(f"trials/*/{LAST}"):
-        found[int(path.parent.name)] = float(json.loads(path.read_text()).get("device_s", 0.0))
-    return found
+def _last_results(sweep: Sweep) -> dict[int, dict[str, float]]:
+    """Number of each trial that was evaluated -> the result of its last evaluation."""
+    paths = sweep.folder.glob(f"trials/*/{LAST}")
+    return {int(path.parent.name): json.loads(path.read_text()) for path in paths}

@@ -1,31 +1,46 @@
 """Which trials go on: the spec's scheduler as Ray Tune's own."""
 
 import math
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 from tuning.space import Distribution, SchedulerSpec, SweepSpec
 
 TIME = "epoch"
 """What schedulers measure progress by: trials with different batches have different steps."""
+SPENT = "spent"
+"""The same by cost: epochs at the average cost of the sweep's."""
+
+Price: TypeAlias = Callable[[int, Mapping[str, Any]], float]
+"""Of a trial's number and result: its cost of an epoch, in those of the sweep's average."""
 
 
-def build_scheduler(sweep: SweepSpec, epochs: float) -> Any:
-    """Ray Tune's scheduler for trials of `epochs` epochs."""
+def build_scheduler(sweep: SweepSpec, epochs: float, price: Price = lambda *_: 1.0) -> Any:
+    """Ray Tune's scheduler for trials of `epochs` epochs; `price` is asked where `per` is a cost.
+
+    Tune pickles the scheduler, and `price` with it.
+    """
     from ray.tune import schedulers
 
     spec = sweep.scheduler
+    by_epoch = spec.per == "epoch"
     if spec.name == "asha":
-        return schedulers.AsyncHyperBandScheduler(
-            time_attr=TIME,
+        asha = schedulers.AsyncHyperBandScheduler
+        return (asha if by_epoch else _at_cost(asha, price))(
+            time_attr=TIME if by_epoch else SPENT,
             # A trial ends by itself; being stopped there would only look like a verdict.
             max_t=math.ceil(epochs) + 1,
+            stop_last_trials=by_epoch,
             grace_period=spec.grace_epochs,
             reduction_factor=spec.reduction,
         )
     if spec.name == "median":
-        return schedulers.MedianStoppingRule(
-            time_attr=TIME, grace_period=spec.grace_epochs, min_samples_required=3
+        median = schedulers.MedianStoppingRule
+        return (median if by_epoch else _at_cost(median, price))(
+            time_attr=TIME if by_epoch else SPENT,
+            grace_period=spec.grace_epochs,
+            min_samples_required=3,
         )
     if spec.name == "pbt":
         return _population()(
@@ -45,6 +60,24 @@ def first_rung(spec: SchedulerSpec, epochs: float) -> float:
     if spec.name == "none":
         return epochs
     return min(epochs, spec.every_epochs if spec.name == "pbt" else spec.grace_epochs)
+
+
+def _at_cost(kind: Any, price: Price) -> Any:
+    """A scheduler of Ray's that also finds in each result what the trial has spent."""
+
+    class AtCost(kind):  # type: ignore[misc]
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+            return super().on_trial_result(controller, trial, _with_spent(trial, result))
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            super().on_trial_complete(controller, trial, _with_spent(trial, result))
+
+    def _with_spent(trial: Any, result: dict[str, Any]) -> dict[str, Any]:
+        if TIME not in result:
+            return result
+        return {**result, SPENT: result[TIME] * price(trial.config["trial"], result)}
+
+    return AtCost
 
 
 def _population() -> Any:

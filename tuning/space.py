@@ -71,6 +71,16 @@ class SchedulerSpec(Spec):
     """asha goes on with one in so many trials at each rung."""
     every_epochs: Annotated[float, Field(gt=0)] = 2
     """Epochs between pbt's exploitations."""
+    per: Literal["epoch", "usd", "joule"] = "epoch"
+    """After equal amounts of what asha and median compare trials. With usd or joule, the epochs of
+    `grace_epochs` are those of a trial at the sweep's average cost: a trial that costs twice as
+    much for an epoch is judged after half as many."""
+
+    @model_validator(mode="after")
+    def _compares(self) -> "SchedulerSpec":
+        if self.per != "epoch" and self.name not in ("asha", "median"):
+            raise ValueError(f"per {self.per}: {self.name} does not compare trials on their way")
+        return self
 
 
 class ResourcesSpec(Spec):

@@ -23,7 +23,7 @@ from trainers.spec import resolve
 from trainers.spool import now_ms
 from trainers.workers import scaling
 from tuning import plan
-from tuning.purse import close, opened, purse_of
+from tuning.purse import SweepPrice, close, opened, purse_of
 from tuning.report import Leaderboard, leaderboard, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
@@ -197,7 +197,7 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.T
             metric=sweep.spec.metric,
             mode=sweep.spec.mode,
             search_alg=JournaledSearch(sweep.spec, sweep.folder / JOURNAL),
-            scheduler=build_scheduler(sweep.spec, _epochs(sweep, spec)),
+            scheduler=build_scheduler(sweep.spec, _epochs(sweep, spec), SweepPrice(sweep.key)),
             num_samples=sweep.spec.total_trials,
             max_concurrent_trials=slots or concurrency(spec),
             reuse_actors=True,

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,8 @@ class Progress:
         self._metric = sweep.spec.metric
         self._folder, self._exploits = folder, sweep.spec.scheduler.name == "pbt"
         self._seen: dict[int, dict[str, float]] = {}
+        last = json.loads((folder / LAST).read_text()) if (folder / LAST).exists() else {}
+        self._before_s, self._start_s = last.get("device_s", 0.0), time.monotonic()
 
     def result(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
         """An evaluation after `step` steps, as Tune and the leaderboard take it."""
@@ -148,6 +151,7 @@ class Progress:
             "step": step,
             "epoch": step / self._epoch_steps,
             "complete": step == self._steps,
+            "device_s": self._before_s + time.monotonic() - self._start_s,
         }
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:

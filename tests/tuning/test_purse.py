@@ -1,6 +1,8 @@
 """A sweep's budget: who pays what, and which trials can still be paid to their first rung."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -9,12 +11,14 @@ import pytest
 from cluster.budget import BudgetSpec
 from cluster.config import write_yaml
 from cluster.errors import SpecError
-from cluster.ledger import Entry, account, read
+from cluster.ledger import Entry, Ledger, account, read
+from cluster.price import Rate
 from trainers.metering import LEDGER, TRACE
 from tuning import sweep as sweeps
-from tuning.purse import unpaid
+from tuning.purse import Purse, unpaid
 from tuning.schedule import first_rung
-from tuning.space import SchedulerSpec
+from tuning.space import SchedulerSpec, SweepRunSpec
+from tuning.trial import LAST, Sweep
 
 
 def spent(usd: float) -> Any:
@@ -31,6 +35,57 @@ def test_a_first_rung_is_paid_for_or_not_begun() -> None:
     )
     assert unpaid(budget, spent(4.9), done=0, owed=1, rung=10) is None, "nothing is known yet"
     assert unpaid(BudgetSpec(), spent(4), done=40, owed=1, rung=10) is None
+
+
+RATE = Rate(3600, "$3600/h", None, "", 1.0)
+
+
+def purse(tmp_path: Path, budget: BudgetSpec, rate: Rate = RATE, **scheduler: Any) -> Purse:
+    """Of a resumed sweep: two trials have done ten epochs in 10 s, for $10 and $40."""
+    data = {
+        "workload": "vision",
+        "budget": budget,
+        "sweep": {"parameters": {"optimizer.lr": {"uniform": [0, 1]}}, "scheduler": scheduler},
+    }
+    spec = SweepRunSpec.model_validate(data)
+    ledger = Ledger(tmp_path / LEDGER)
+    for number, usd in enumerate((10, 40)):
+        key = f"{tmp_path.name}/{number:04d}"
+        ledger.put([Entry(key, key, "busy", 0, 0, 10, usd=usd)])
+        folder = tmp_path / "trials" / f"{number:04d}"
+        folder.mkdir(parents=True)
+        (folder / LAST).write_text('{"epoch": 10, "device_s": 10}')
+    rates = SimpleNamespace(known=lambda: [rate])
+    metering: Any = SimpleNamespace(ledger=ledger, reason=None, tick=lambda: None, rates=rates)
+    return Purse(Sweep({}, spec.sweep, tmp_path, tmp_path), spec, metering, epochs=20)
+
+
+def test_a_resumed_sweep_knows_what_its_trials_cost_before(tmp_path: Path) -> None:
+    """20 epochs for $50: $4 are left of $54, and a first rung of one epoch costs $2.50."""
+    resumed = purse(tmp_path, BudgetSpec(usd=54))
+    assert resumed.can_start()
+    resumed.follow("start", 2, {})
+    assert not resumed.can_start()
+    assert resumed.reason == (
+        "budget.usd: $50.00 of $54.00 spent; a trial's first rung takes about 4.6% of it"
+    )
+
+
+def test_an_epochs_price_is_that_of_the_devices_time_it_takes(tmp_path: Path) -> None:
+    """On average $2.50; a trial that nothing was charged for yet pays for a second as others do."""
+    sweeps = purse(tmp_path, BudgetSpec(), per="usd")
+    assert sweeps.price(0, {"epoch": 10, "device_s": 10}) == 1, "nothing is known yet"
+    sweeps.tick()
+    assert sweeps.price(0, {"epoch": 10, "device_s": 10}) == pytest.approx(1 / 2.5)
+    assert sweeps.price(1, {"epoch": 10, "device_s": 10}) == pytest.approx(4 / 2.5)
+    assert sweeps.price(2, {"epoch": 1, "device_s": 3}) == pytest.approx(3)
+
+
+def test_dollars_compare_nothing_where_no_price_is_known(tmp_path: Path) -> None:
+    unpriced = replace(RATE, usd_per_h=None, price="price of a unknown")
+    line = r"sweep\.scheduler\.per: price of a unknown; say cost\.usd_per_h"
+    with pytest.raises(SpecError, match=line):
+        purse(tmp_path, BudgetSpec(), unpriced, per="usd")
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("asha", 2), ("median", 2), ("pbt", 3), ("none", 20)])
@@ -67,7 +122,7 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
         "train": {"epochs": 1, "global_batch": 128},
         "sweep": {
             "parameters": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}},
-            "scheduler": {"name": "none"},
+            "scheduler": {"name": "asha", "per": "joule"},
             "metric": "val/loss",
             "trials": 10_000,
             "concurrency": 2,
