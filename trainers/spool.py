@@ -130,6 +130,11 @@ def _cut_torn_line(file: int) -> int:
     return end
 
 
+def told(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every operation in the spool in `folder`, sent or not; others may be writing to it."""
+    return (operation for operation, _ in _read(folder / FILE, 0))
+
+
 def logged(folder: Path, run: str) -> Iterator[Row]:
     """Every metric of a run that is in the spool in `folder`, which others may be writing to."""
     for operation, _ in _read(folder / FILE, 0):

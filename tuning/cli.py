@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tuning.trial import Sweep
 
 
+REPORT = "report"
+"""In the folder of a sweep or run, and among its artifacts in MLflow."""
+
+
 def parser() -> argparse.ArgumentParser:
     import cluster.cli
     import cluster.launch_cli
@@ -48,6 +52,14 @@ def add_verbs(verbs: Subparsers) -> None:
         help="train three of the fused trials alone as well, and print the largest deviation",
     )
     sweep.set_defaults(command=sweep_command, plan=plan_sweep)
+    report = verbs.add_parser(
+        "report",
+        help="a sweep or run as a page for people",
+        description="Write a page on a sweep or run that opens without a network, with its charts "
+        "as PNG files, and keep both with MLflow. Needs no server.",
+    )
+    report.add_argument("name", metavar="SWEEP|RUN", help="its name, or its folder")
+    report.set_defaults(command=report_command)
     schema = verbs.add_parser(
         "schema",
         help="print the JSON schema of a spec file",
@@ -216,6 +228,27 @@ def _show_board(
 
 def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def report_command(args: argparse.Namespace) -> int:
+    from cluster.config import read_yaml
+    from cluster.errors import HeliostatError
+    from trainers.folder import SPEC, short_path
+    from trainers.page import write
+    from trainers.run_report import run_page
+    from trainers.track_cli import keep, tracked_folder
+    from tuning.sweep_report import sweep_page
+
+    folder = tracked_folder(args.name)
+    data = read_yaml(folder / SPEC)
+    page = sweep_page(folder) if data.get("sweep") else run_page(folder)
+    path = write(page, folder / REPORT)
+    print(f"{short_path(path)}: {path.stat().st_size / 1e6:.1f} MB, and {len(page.charts)} PNG files")
+    try:
+        print(f"MLflow run: {keep(folder, REPORT)} (heliostat ui)")
+    except HeliostatError as error:
+        print(f"not in MLflow: {error}")
+    return 0
 
 
 def schema_command(args: argparse.Namespace) -> int:
