@@ -246,7 +246,9 @@ def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Chart:
     start = min(span.begin for span in spans)
     idle = gaps(spans)
     longest = max(span.end for span in spans) - start
-    unit, seconds = next(u for u in (("h", 3600), ("min", 60), ("s", 1)) if longest > 2 * u[1] or u[1] == 1)
+    unit, seconds = next(
+        u for u in (("h", 3600), ("min", 60), ("s", 1)) if longest > 2 * u[1] or u[1] == 1
+    )
     shown = list(dict.fromkeys(span.place for span in spans))[:MOST_LANES]
     bars = [span for span in [*spans, *idle] if span.place in shown]
     table: Table = {
@@ -332,7 +334,10 @@ def scaling(measured: Mapping[str, Table]) -> Chart:
                 "field": "kind",
                 "type": "nominal",
                 "legend": None,
-                "scale": {"domain": kinds, "range": [[1, 0] if k in colour else [4, 3] for k in kinds]},
+                "scale": {
+                    "domain": kinds,
+                    "range": [[1, 0] if k in colour else [4, 3] for k in kinds],
+                },
             },
         },
     }

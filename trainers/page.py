@@ -130,8 +130,8 @@ def _colours() -> str:
     def variables(name: str) -> str:
         return "".join(f"--{k}: {v}; " for k, v in PALETTES[name].items() if v.startswith("#"))
 
-    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {variables('dark')}}} }}"
-    return f":root {{ {variables('light')}}}\n{dark}\n@media print {{ :root {{ {variables('light')}}} }}"
+    light, dark = (f":root {{ {variables(name)}}}" for name in ("light", "dark"))
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n@media print {{ {light} }}"
 
 
 def _anchor(title: str) -> str:

@@ -133,7 +133,7 @@ def _lanes(where: str, own: Sequence[tuple[float, float, str]]) -> list[Span]:
     found = []
     for begin, end, key in sorted(own):
         lane = next((n for n, last in enumerate(ends) if last <= begin), len(ends))
-        ends[lane:lane + 1] = [end]
+        ends[lane : lane + 1] = [end]
         found.append((lane, key, begin, end))
     many = len(ends) > 1
     return [

@@ -91,7 +91,8 @@ def cost_tiles(record: Record) -> Iterator[Tile]:
 def newest(record: Record) -> Sheet:
     """All metrics of a run, as MLflow shows them first."""
     rows = [
-        (name, series.values[-1], series.steps[-1]) for name, series in sorted(record.series.items())
+        (name, series.values[-1], series.steps[-1])
+        for name, series in sorted(record.series.items())
     ]
     return Sheet("metrics", "Newest value of every metric", ("metric", "value", "step"), rows)
 

@@ -32,7 +32,9 @@ def curves(
         "value": [value for own, _ in series.values() for value in own.values],
     }
     trials: Table = {"trial": list(series), "kind": [kinds[number] for number in series]}
-    order = [kind for kind in ("complete", "running", "stopped", "failed") if kind in trials["kind"]]
+    order = [
+        kind for kind in ("complete", "running", "stopped", "failed") if kind in trials["kind"]
+    ]
     x = quantity("epoch", "epoch")
     y = quantity("value", titled(metric), scale=scale_of(points["value"]))
     faint = max(0.12, min(0.7, 12 / max(1, len(series))))
@@ -54,7 +56,12 @@ def curves(
     }
     tooltip = [{"field": name} for name in ("trial", "epoch", "value")]
     one = {
-        "mark": {"type": "line", "strokeWidth": 2.5, "color": "$accent", "point": {"size": 16, "color": "$accent"}},
+        "mark": {
+            "type": "line",
+            "strokeWidth": 2.5,
+            "color": "$accent",
+            "point": {"size": 16, "color": "$accent"},
+        },
         "transform": [{"filter": "datum.trial == picked"}],
         "encoding": {"x": x, "y": y, "tooltip": tooltip},
     }
@@ -63,7 +70,9 @@ def curves(
         "brought out, or the one that is chosen in the leaderboard."
     )
     spec = {"params": picked(best), **data("points"), "layer": [each, one]}
-    return Chart(f"curves-{slug(metric)}", metric, text, spec, {"points": points, "trials": trials}, 320)
+    return Chart(
+        f"curves-{slug(metric)}", metric, text, spec, {"points": points, "trials": trials}, 320
+    )
 
 
 def parallel(
@@ -119,7 +128,13 @@ def parallel(
         {
             **data("ends"),
             "transform": [{"filter": f"datum.at == {at}"}],
-            "mark": {"type": "text", "color": "$ink", "fontSize": 11, "baseline": "middle", "dy": dy},
+            "mark": {
+                "type": "text",
+                "color": "$ink",
+                "fontSize": 11,
+                "baseline": "middle",
+                "dy": dy,
+            },
             "encoding": {"x": x, "y": y, "text": {"field": "text"}},
         }
         for at, dy in ((0, 8), (1, -8))
@@ -189,17 +204,26 @@ def sliced(
     x: dict[str, Any] = quantity("x", path, scale={"type": "linear", "zero": False})
     if choice:
         order = [_short(value) for value in space.choice or []]
-        x = {"field": "x", "type": "nominal", "title": path, "sort": order, "axis": {"labelAngle": 0}}
+        x = {
+            "field": "x",
+            "type": "nominal",
+            "title": path,
+            "sort": order,
+            "axis": {"labelAngle": 0},
+        }
     elif "log" in space.kind:
         x["scale"] = {"type": "log"}
     text = f"{metric} of each trial by its {path}."
-    spec = _points(x, quantity("value", titled(metric), scale=scale_of(table["value"])), table, standings[0].number)
+    spec = _points(
+        x,
+        quantity("value", titled(metric), scale=scale_of(table["value"])),
+        table,
+        standings[0].number,
+    )
     return Chart(f"slice-{slug(path)}", path, text, spec, {"dots": table}, 220)
 
 
-def _points(
-    x: Mapping[str, Any], y: Mapping[str, Any], table: Table, first: int
-) -> dict[str, Any]:
+def _points(x: Mapping[str, Any], y: Mapping[str, Any], table: Table, first: int) -> dict[str, Any]:
     order = [kind for kind in ("complete", "running", "stopped", "failed") if kind in table["kind"]]
     tooltip = [{"field": name} for name in ("trial", "kind", "x", "value")]
     dots = {

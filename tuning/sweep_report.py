@@ -71,7 +71,9 @@ def _summary(
     )
     tiles = [Tile("trials", f"{len(ends)} of {spec.total_trials}", parts)]
     if board.best:
-        best = Tile(f"best {spec.metric}", shown(board.best.value), f"trial {board.best.number:04d}")
+        best = Tile(
+            f"best {spec.metric}", shown(board.best.value), f"trial {board.best.number:04d}"
+        )
         tiles.insert(0, best)
     return [*tiles, took(record), *cost_tiles(record)]
 
@@ -95,7 +97,9 @@ def _curves(
         drawn = {n: (thin(series, each), epochs[n]) for n, series in whole.items()}
         chart = sweep_charts.curves(metric, drawn, kinds, board.standings[0].number)
         thinned = any(len(series.steps) > each for series in whole.values())
-        yield _said(chart, f" An even grid of {each} points of each is drawn.") if thinned else chart
+        yield (
+            _said(chart, f" An even grid of {each} points of each is drawn.") if thinned else chart
+        )
 
 
 def _said(chart: Chart, more: str) -> Chart:

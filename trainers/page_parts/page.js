@@ -41,6 +41,7 @@
     const theme = dark.matches ? "dark" : "light";
     const { view } = await vegaEmbed(place, spec, { actions: false, config, renderer, tooltip: { theme } });
     views.set(chart.name, view);
+    performance.mark(chart.name);
     place.classList.add("drawn");
     if (picked !== null) await bringOut(view);
   };
