@@ -22,7 +22,7 @@ VERSION = "6.4"
 """Of Vega-Lite, whose charts these are."""
 WIDTH, SCALE = 760, 2
 """Of a PNG file: pixels of the page, and dots for each of them."""
-PALETTES = {
+PALETTES: dict[str, dict[str, Any]] = {
     "light": {
         "paper": "#ffffff",
         "ink": "#1c2530",
@@ -33,7 +33,7 @@ PALETTES = {
         "grey": "#8a94a0",
         "red": "#b3123c",
         "gap": "#d9dee4",
-        "scheme": "viridis",
+        "scheme": {"name": "viridis", "extent": [0, 0.85]},
     },
     "dark": {
         "paper": "#12161c",
@@ -45,7 +45,7 @@ PALETTES = {
         "grey": "#7d8895",
         "red": "#ff7d97",
         "gap": "#333d49",
-        "scheme": "plasma",
+        "scheme": {"name": "plasma", "extent": [0.35, 1]},
     },
 }
 PARTS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
@@ -89,6 +89,8 @@ UNITS = (
     ("goodput", "fraction of 1"),
     ("mfu", "fraction of 1"),
 )
+CURVES = {"train": "$grey", "val": "$blue", "test": "$accent", "run": "$blue"}
+"""Kinds of curves -> their colour."""
 MOST_LANES = 60
 """Lanes of a time line that are still to be read."""
 
@@ -121,10 +123,10 @@ def rows_of(table: Table) -> list[dict[str, Any]]:
     return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
-def coloured(spec: Any, palette: Mapping[str, str]) -> Any:
+def coloured(spec: Any, palette: Mapping[str, Any]) -> Any:
     """The same with the colours of a palette for their names."""
     named = re.compile(r'"\$(\w+)"')
-    return json.loads(named.sub(lambda found: f'"{palette[found[1]]}"', json.dumps(spec)))
+    return json.loads(named.sub(lambda found: json.dumps(palette[found[1]]), json.dumps(spec)))
 
 
 def write_png(chart: Chart, path: Path) -> None:
@@ -167,14 +169,16 @@ def curves(name: str, title: str, x: str, tables: Mapping[str, Table], text: str
     """Lines of one metric by `kind`, from the table `points` with `x`, `y` and `kind`."""
     points = tables["points"]
     y = quantity("y", title, scale=scale_of(points["y"]))
+    kinds = [kind for kind in CURVES if kind in points["kind"]]
     encoding = {
-        "x": quantity("x", x),
+        "x": quantity("x", x, scale={"nice": False}),
         "y": y,
         "color": {
             "field": "kind",
             "type": "nominal",
             "title": None,
-            "scale": {"range": ["$blue", "$accent", "$grey"]},
+            "scale": {"domain": kinds, "range": [CURVES[kind] for kind in kinds]},
+            **({"legend": None} if len(kinds) < 2 else {}),
         },
     }
     mark = {"type": "line", "point": len(points["x"]) < 200, "tooltip": True, "clip": True}

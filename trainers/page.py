@@ -128,14 +128,14 @@ def _colours() -> str:
     """The palettes as CSS variables."""
 
     def variables(name: str) -> str:
-        return "".join(f"--{k}: {v}; " for k, v in PALETTES[name].items() if v.startswith("#"))
+        return "".join(f"--{k}: {v}; " for k, v in PALETTES[name].items() if isinstance(v, str))
 
     light, dark = (f":root {{ {variables(name)}}}" for name in ("light", "dark"))
     return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n@media print {{ {light} }}"
 
 
 def _anchor(title: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
+    return f"section-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}"
 
 
 def _section(section: Section) -> str:
@@ -196,7 +196,7 @@ def _table(sheet: Sheet) -> str:
     caption = escape(sheet.caption)
     return (
         f'<div class="scroll table" tabindex="0" role="region" aria-label="{caption}">'
-        f'<table id="{sheet.name}"><caption>{caption}</caption>'
+        f'<table id="{sheet.name}"><caption><span>{caption}</span></caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 

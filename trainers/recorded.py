@@ -123,7 +123,7 @@ def _metered(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[str, float
             place = f"{entry.node} {entry.device.removeprefix(f'{entry.node}/')}"
         elif name in found:
             place = found[name][0]  # a GPU, whose host's CPUs the same meter looks after
-        found[name] = (place, entry.begin, entry.end)
+        found[name] = (place, entry.begin, entry.begin + entry.seconds)
     return found
 
 

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from cluster.budget import duration_text
+from cluster.budget import duration_text, usd_text
+from cluster.meter import joules_text
 from trainers import charts
 from trainers.charts import Chart
 from trainers.page import Page, Section, Sheet, Tile, shown
@@ -40,12 +40,13 @@ def run_page(folder: Path) -> Page:
     if timeline:
         time_charts.append(charts.timeline(timeline, kinds))
     sections = [
-        Section("Summary", [summary(record), newest(record)]),
+        Section("Summary", [summary(record)]),
         Section("Learning curves", list(learning_curves(record))),
         Section("Where the time goes", time_charts),
         Section("Scaling", list(scaling(record))),
         Section("Forecast and actual", list(forecast(record))),
-        Section("Energy and cost", [costs(record)]),
+        Section("Energy and cost", list(costs(record))),
+        Section("All metrics", [newest(record)]),
         Section("How it was made", list(made_with(record))),
     ]
     return Page(record.key, lead(record), [each for each in sections if each.blocks])
@@ -81,11 +82,17 @@ def took(record: Record) -> Tile:
 
 
 def cost_tiles(record: Record) -> Iterator[Tile]:
-    for name in ("cost_usd", "energy_j", "kg_co2e"):
-        label, unit, tag = COSTS[name]
+    """What is known of them."""
+    texts = {"cost_usd": usd_text, "energy_j": joules_text, "kg_co2e": _carbon_text}
+    for name, text in texts.items():
+        label, _, tag = COSTS[name]
         value = record.latest(name)
-        text = "unknown" if value is None else f"{value:.4g} {unit}"
-        yield Tile(label, text, record.tags.get(f"heliostat.{tag}", ""))
+        if value is not None:
+            yield Tile(label, text(value), record.tags.get(f"heliostat.{tag}", ""))
+
+
+def _carbon_text(kg: float) -> str:
+    return f"{kg:.4g} kg CO2e" if kg >= 0.1 else f"{kg * 1000:.4g} g CO2e"
 
 
 def newest(record: Record) -> Sheet:
@@ -102,7 +109,7 @@ def learning_curves(record: Record) -> Iterator[Chart]:
     families: dict[str, dict[str, Series]] = {}
     for name, series in record.series.items():
         split, _, what = name.partition("/")
-        if split in SPLITS:
+        if split in SPLITS and name != "train/epoch":
             families.setdefault(what, {})[split] = series
     for what, by_split in families.items():
         if all(len(series.values) < 2 for series in by_split.values()):
@@ -174,7 +181,7 @@ def _windows(record: Record) -> Iterator[tuple[str, dict[str, float]]]:
         yield f"{first + 1} to {last}", parts_of(record, first, last)
 
 
-def scaling(record: Record) -> Iterator[Chart]:
+def scaling(record: Record) -> Iterator[Chart | str]:
     """What `heliostat scaling` measured, where this is its folder."""
     measured = {}
     for mode in ("strong", "weak"):
@@ -185,6 +192,8 @@ def scaling(record: Record) -> Iterator[Chart]:
             measured[mode] = table
     if measured:
         yield charts.scaling(measured)
+    if "heliostat.recommended_workers" in record.tags:
+        yield f"Recommended workers: {record.tags['heliostat.recommended_workers']}."
 
 
 def forecast(record: Record) -> Iterator[str | Sheet]:
@@ -199,13 +208,15 @@ def forecast(record: Record) -> Iterator[str | Sheet]:
         yield Sheet("forecast", "Wall time of the run", ("", "time (s)"), rows)
 
 
-def costs(record: Record) -> Sheet:
-    rows: list[tuple[Any, ...]] = []
-    for name, (label, unit, tag) in COSTS.items():
-        source = record.tags.get(f"heliostat.{tag}", "")
-        rows.append((label, record.latest(name), unit, source))
+def costs(record: Record) -> Iterator[Sheet]:
+    if not any(name in record.series for name in COSTS):
+        return
+    rows = [
+        (label, record.latest(name), unit, record.tags.get(f"heliostat.{tag}", ""))
+        for name, (label, unit, tag) in COSTS.items()
+    ]
     columns = ("what", "amount", "unit", "source")
-    return Sheet("costs", "Energy, cost and carbon, and where each is from", columns, rows)
+    yield Sheet("costs", "Energy, cost and carbon, and where each is from", columns, rows)
 
 
 def made_with(record: Record) -> Iterator[str | Sheet]:

@@ -35,7 +35,7 @@ def curves(
     order = [
         kind for kind in ("complete", "running", "stopped", "failed") if kind in trials["kind"]
     ]
-    x = quantity("epoch", "epoch")
+    x = quantity("epoch", "epoch", scale={"nice": False, "zero": False})
     y = quantity("value", titled(metric), scale=scale_of(points["value"]))
     faint = max(0.12, min(0.7, 12 / max(1, len(series))))
     each = {
@@ -212,7 +212,7 @@ def sliced(
             "axis": {"labelAngle": 0},
         }
     elif "log" in space.kind:
-        x["scale"] = {"type": "log"}
+        x["scale"] = {"type": "log", "nice": False}
     text = f"{metric} of each trial by its {path}."
     spec = _points(
         x,

@@ -54,7 +54,7 @@ def sweep_page(folder: Path) -> Page:
         Section("What the parameters did", list(_parameters(spec, board, kinds))),
         Section("Pareto fronts", list(_fronts(spec, board, trials, kinds))),
         Section("Where the time goes", time_charts),
-        Section("Energy and cost", [run_report.costs(record)]),
+        Section("Energy and cost", list(run_report.costs(record))),
         Section("How it was made", list(run_report.made_with(record))),
     ]
     return Page(record.key, run_report.lead(record), [each for each in sections if each.blocks])
@@ -87,7 +87,11 @@ def _curves(
     epochs = {s.number: s.epoch / s.step for s in board.standings if s.step}
     names = dict.fromkeys(name for number in epochs for name in trials[number].series)
     others = sorted(
-        (name for name in names if name.startswith(("val/", "train/")) and name != spec.metric),
+        (
+            name
+            for name in names
+            if name.startswith(("val/", "train/")) and name not in (spec.metric, "train/epoch")
+        ),
         key=lambda name: (name.startswith("train/"), name),
     )[:MORE_METRICS]
     for metric in (spec.metric, *others):

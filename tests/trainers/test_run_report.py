@@ -86,6 +86,7 @@ def test_the_page_has_each_part_that_there_are_numbers_for(folder: Path) -> None
         "Scaling",
         "Forecast and actual",
         "Energy and cost",
+        "All metrics",
         "How it was made",
     ]
     charts = {chart.name: chart for chart in page.charts}
@@ -110,6 +111,8 @@ def test_no_text_of_the_run_becomes_part_of_the_page(folder: Path) -> None:
     assert "alert(1)" in text
     assert "<script>alert" not in text
     assert "<b>" not in text
+    names = re.findall(r' id="([^"]+)"', text)
+    assert len(names) == len(set(names)), "two things have one name"
     data = re.search(r'id="drawn">(.*?)</script>', text, re.DOTALL)
     assert data is not None
     [loss] = [c for c in json.loads(data[1])["charts"] if c["name"] == "curve-loss"]
