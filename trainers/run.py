@@ -36,6 +36,7 @@ from trainers.folder import (
 from trainers.forecast import Forecast, Memory, compared, keys_of
 from trainers.loop import Outcome
 from trainers.metering import Metering
+from trainers.notes import NOTE, run_note
 from trainers.remote import check_everywhere
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.spool import now_ms
@@ -155,6 +156,7 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
     except BaseException as error:
         failed = isinstance(error, HeliostatError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}
+        tags[NOTE] = f"**{'Failed' if failed else 'Interrupted'}**: {error}".removesuffix(": ")
         tags |= metering.finish()[1] if metering else {}
         tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
         drain(tracker, timeout_s=10)
@@ -169,10 +171,10 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         if expected is not None and wall_s:
             became["forecast"] = _settled_forecast(run, tracker, expected, outcome, wall_s)
         tracker.model.remote(run.key, str(run.folder / MODEL))
-        tracker.finish.remote(run.key, "FINISHED", tags)
     else:
         tags["heliostat.reason"] = became.get("reason") or "stopped"
-        tracker.finish.remote(run.key, "KILLED", tags)
+    tags[NOTE] = run_note(outcome, became)
+    tracker.finish.remote(run.key, "FINISHED" if outcome.complete else "KILLED", tags)
     return outcome, {**end_tracking(tracker, run.key), **became}
 
 

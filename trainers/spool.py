@@ -115,9 +115,14 @@ class Spool:
         self._writers.release()
 
 
+def told(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every operation in the spool in `folder`, sent or not; others may be writing to it."""
+    return (operation for operation, _ in _read(folder / FILE, 0))
+
+
 def logged(folder: Path, run: str) -> Iterator[Row]:
     """Every metric of a run that is in the spool in `folder`, which others may be writing to."""
-    for operation, _ in _read(folder / FILE, 0):
+    for operation in told(folder):
         if operation["do"] == "log" and operation["run"] == run:
             yield from (tuple(row) for row in operation["rows"])
 
@@ -125,7 +130,7 @@ def logged(folder: Path, run: str) -> Iterator[Row]:
 def run_id_of(folder: Path, run: str) -> str | None:
     """MLflow's name for a run whose spool is in `folder`; None before it has made the run."""
     found = None
-    for operation, _ in _read(folder / FILE, 0):
+    for operation in told(folder):
         if operation["do"] == "made" and operation["key"] == run:
             found = operation["id"]
     return found

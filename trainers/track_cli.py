@@ -67,18 +67,47 @@ def register_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def tracked_folder(name: str) -> Path:
+    """The folder of a run or sweep, by its name in `runs` or by its path."""
+    from cluster.errors import SpecError
+    from trainers.folder import find_folder
+
+    try:
+        return find_folder(name, Path("runs"))
+    except SpecError:
+        raise SpecError(f"{name}: no such run or sweep, neither a folder nor in runs") from None
+
+
+def keep(folder: Path, part: str) -> str:
+    """Keep the files in `part` of a run's folder as artifacts of its MLflow run, at once.
+
+    Returns MLflow's name for the run. Raises a HeliostatError where MLflow cannot be told.
+    """
+    import mlflow
+
+    from cluster.errors import ClusterError
+    from trainers.folder import TRACK
+    from trainers.spool import run_id_of
+
+    _, tracking = _tracked(str(folder))
+    run_id = run_id_of(folder / TRACK, folder.name)
+    if run_id is None:
+        raise ClusterError(f"it has no run {folder.name} yet; heliostat track flush {folder.name}")
+    with _told():
+        mlflow.set_tracking_uri(str(tracking.uri))
+        mlflow.MlflowClient().log_artifacts(run_id, str(folder / part), part)
+    return run_id
+
+
 def _tracked(name: str) -> "tuple[Path, TrackingSpec]":
     """The folder of a run or sweep, and the MLflow of its spec, which answers now."""
     from cluster.config import check, read_yaml
-    from cluster.errors import ClusterError, SpecError
+    from cluster.errors import ClusterError
     from trainers.access import check_access
-    from trainers.folder import SPEC, find_folder
+    from trainers.folder import SPEC
     from trainers.spec import TrackingSpec
 
-    try:
-        folder = find_folder(name, Path("runs"))
-    except SpecError:
-        raise SpecError(f"{name}: no such run or sweep, neither a folder nor in runs") from None
+    folder = tracked_folder(name)
     tracking = check(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")
     away = check_access(str(tracking.uri), tracking.experiment)
     if away:

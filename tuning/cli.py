@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from tuning.trial import Sweep
 
 
+REPORT = "report"
+"""In the folder of a sweep or run, and among its artifacts in MLflow."""
+
+
 def parser() -> argparse.ArgumentParser:
     import cluster.cli
     import cluster.launch_cli
@@ -48,6 +52,14 @@ def add_verbs(verbs: Subparsers) -> None:
         help="train three of the fused trials alone as well, and print the largest deviation",
     )
     sweep.set_defaults(command=sweep_command, plan=plan_sweep)
+    report = verbs.add_parser(
+        "report",
+        help="a sweep or run as a page for people",
+        description="Write a page on a sweep or run that opens without a network, with its charts "
+        "as PNG files, and keep both with MLflow. Needs no server.",
+    )
+    report.add_argument("name", metavar="SWEEP|RUN", help="its name, or its folder")
+    report.set_defaults(command=report_command)
     schema = verbs.add_parser(
         "schema",
         help="print the JSON schema of a spec file",
@@ -71,6 +83,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     from trainers import run
     from trainers.spec import resolve
     from tuning import sweep as sweeps
+    from tuning.progress import SweepProgress
     from tuning.space import SweepRunSpec
 
     if args.or_resume and not args.name:
@@ -98,62 +111,6 @@ def sweep_command(args: argparse.Namespace) -> int:
             for line in sweeps.verified(sweep, board):
                 console.print(line)
     return 0 if len(board.ended) == spec.sweep.total_trials else 130
-
-
-class SweepProgress:
-    """Trials ended, running and the best so far; a line per ended trial without a terminal."""
-
-    def __init__(self, console: "Console", sweep: "Sweep") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-        from cluster.terminal import Pulse
-
-        self._console, self._sweep = console, sweep
-        self._running: set[int] = set()
-        self._ended: set[int] = set()
-        self._best: tuple[float, int] | None = None
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            "trials",
-            "{task.description}",
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            redirect_stdout=False,  # what others print goes to the log
-            redirect_stderr=False,
-        )
-        self._task = self._bar.add_task("starting", total=sweep.spec.total_trials)
-        self._pulse = Pulse(console)
-
-    def __enter__(self) -> "SweepProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def watch(self, event: str, trial: int, result: "Mapping[str, Any]") -> None:
-        if event == "start":
-            self._running.add(trial)
-        value = result.get(self._sweep.spec.metric)
-        if value is not None:
-            sign = 1 if self._sweep.spec.mode == "max" else -1
-            if self._best is None or sign * value > sign * self._best[0]:
-                self._best = (value, trial)
-        if event in ("stop", "done", "error"):
-            self._running.discard(trial)
-            self._ended.add(trial)
-            if not self._console.is_terminal:
-                self._console.print(f"trial {trial:04d} {event}  {self._summary()}")
-        self._bar.update(self._task, completed=len(self._ended), description=self._summary())
-        self._pulse.beat(lambda: f"{len(self._ended)} trials ended  {self._summary()}")
-
-    def _summary(self) -> str:
-        text = f"{len(self._running)} running"
-        if self._best is not None:
-            text += f"  best {self._sweep.spec.metric} {self._best[0]:.4f} (trial {self._best[1]})"
-        return text
 
 
 def _show_board(
@@ -216,6 +173,29 @@ def _show_board(
 
 def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def report_command(args: argparse.Namespace) -> int:
+    from cluster.config import read_yaml
+    from cluster.errors import HeliostatError
+    from trainers.folder import SPEC, short_path
+    from trainers.page import write
+    from trainers.run_report import run_page
+    from trainers.track_cli import keep, tracked_folder
+    from tuning.sweep_report import sweep_page
+
+    folder = tracked_folder(args.name)
+    data = read_yaml(folder / SPEC)
+    page = sweep_page(folder) if data.get("sweep") else run_page(folder)
+    path = write(page, folder / REPORT)
+    print(
+        f"{short_path(path)}: {path.stat().st_size / 1e6:.1f} MB, and {len(page.charts)} PNG files"
+    )
+    try:
+        print(f"MLflow run: {keep(folder, REPORT)} (heliostat ui)")
+    except HeliostatError as error:
+        print(f"not in MLflow: {error}")
+    return 0
 
 
 def schema_command(args: argparse.Namespace) -> int:

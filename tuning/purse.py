@@ -98,6 +98,12 @@ class Purse:
                 return 1.0
             return float(rate * result["device_s"] / result["epoch"] / (cost / epochs))
 
+    @property
+    def account(self) -> Account:
+        """What was spent so far."""
+        with self._lock:
+            return self._account
+
     def can_start(self) -> bool:
         """Whether one more trial can be paid to its first rung, beside those under way."""
         with self._lock:

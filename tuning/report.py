@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import write_yaml
+from trainers.notes import noted, table
 from tuning.purse import trial_costs
 from tuning.search import Journal, study_of
 from tuning.space import COSTS
 from tuning.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
+
+NOTED = 10
+"""Trials in the note on a sweep."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +141,26 @@ def _with_value(trial: Any) -> Any:
 def write_best(sweep: Sweep, best: Standing, path: Path) -> None:
     """The best trial's spec as a file that `heliostat train` takes."""
     write_yaml(sweep.trial_spec(best.parameters), path)
+
+
+def sweep_note(sweep: Sweep, board: Leaderboard, account: Mapping[str, str]) -> str:
+    """What MLflow's page of a sweep says: its best trials, what mattered, what it cost."""
+    total = sweep.spec.total_trials
+    head = f"{len(board.ended)} of {total} trials have ended, {len(board.failed)} of them failed."
+    paths = list(sweep.spec.parameters)
+    rows = [
+        (f"{s.number:04d}", s.value, s.epoch, *(s.parameters[path] for path in paths))
+        for s in board.standings[:NOTED]
+    ]
+    best = table(("trial", sweep.spec.metric, "epochs", *paths), rows)
+    shares = {f"importance of {path}": share for path, share in board.importances.items()}
+    known: dict[str, object] = {**shares, **account}
+    return noted(f"{head}\n\n{best}", known)
+
+
+def trial_note(sweep: Sweep, values: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What MLflow's page of a trial says: how far it came, with what."""
+    ended = "Complete" if result.get("complete") else f"Stopped by {sweep.spec.scheduler.name}"
+    tried = {path: values[path] for path in sweep.spec.parameters}
+    metrics = {name: value for name, value in result.items() if name.startswith("val/")}
+    return noted(f"**{ended}** after {result.get('epoch', 0):.1f} epochs.", {**tried, **metrics})

@@ -19,12 +19,13 @@ from trainers.data import prepare, rows
 from trainers.devices import local_device
 from trainers.folder import SPEC, create_folder, find_folder, unique_name
 from trainers.health import STALLS, last_stall
+from trainers.notes import NOTE
 from trainers.spec import resolve
 from trainers.spool import now_ms
 from trainers.workers import scaling
 from tuning import plan
 from tuning.purse import SweepPrice, close, opened, purse_of
-from tuning.report import Leaderboard, leaderboard, write_best
+from tuning.report import Leaderboard, leaderboard, sweep_note, trial_note, write_best
 from tuning.schedule import build_scheduler
 from tuning.search import JournaledSearch
 from tuning.space import SweepRunSpec, find_sweep
@@ -98,6 +99,7 @@ def execute(
             tags["heliostat.pareto_front"] = ", ".join(f"{number:04d}" for number in board.front)
         if not finished:
             tags["heliostat.reason"] = became.get("reason") or "stopped"
+        tags[NOTE] = sweep_note(sweep, board, became.get("account", {}))
         tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", tags)
         tracked = run.end_tracking(tracker, sweep.key)
     return board, {**tracked, **became}
@@ -299,6 +301,7 @@ class _Follower(tune.Callback):  # type: ignore[misc]
         tags = {} if complete else {"heliostat.stopped": self._sweep.spec.scheduler.name}
         ended = json.dumps({"complete": complete, "step": trial.last_result.get("step")})
         write_atomic(self._sweep.trial_folder(number) / ENDED, ended)
+        tags[NOTE] = trial_note(self._sweep, trial.config, trial.last_result)
         self._tracker().finish.remote(self._sweep.trial_key(number), "FINISHED", tags)
         self._tell("done" if complete else "stop", trial)
 
@@ -309,6 +312,6 @@ class _Follower(tune.Callback):  # type: ignore[misc]
         stall = last_stall(own) or last_stall(engines)
         reason = f"{stall}" if stall else "its worker was lost too often"
         reason = failed.read_text() if failed.exists() else reason
-        tags = {"heliostat.reason": reason}
+        tags = {"heliostat.reason": reason, NOTE: f"**Failed**: {reason}"}
         self._tracker().finish.remote(self._sweep.trial_key(number), "FAILED", tags)
         self._tell("error", trial)

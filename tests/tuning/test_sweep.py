@@ -79,8 +79,13 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
         standing = next(s for s in board.standings if f"{s.number:04d}" == run.info.run_name)
         assert float(run.data.params["optimizer.lr"]) == standing.parameters["optimizer.lr"]
         assert run.data.metrics["val/loss"] == standing.value
+        assert f"| val/loss | {standing.value:.4g} |" in run.data.tags["mlflow.note.content"]
     assert tracked["status"] == "FINISHED"
     assert tracked["metrics"]["best/val/loss"] == board.best.value
+    parent = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("8 of 8 trials have ended, 0 of them failed.")
+    assert f"| {board.best.number:04d} | {board.best.value:.4g} |" in note
     assert sum(board.importances.values()) == pytest.approx(1)
     newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints").newest()
     assert newest is not None

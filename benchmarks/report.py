@@ -1,0 +1,206 @@
+"""How long a report takes to write, how large it is, and how soon it is open.
+
+    python benchmarks/report.py [--trials 1000] [--points 100] [--rounds 5]
+
+A sweep of made-up numbers is put into a folder by the product's own journal, spool and ledger, and
+its page is opened from the disk by headless Chromium. It is open when its curves are drawn: the
+first thing under the summary. The time is the page's own, from the begin of its navigation.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from cluster.ledger import Entry, Ledger
+from trainers import page
+from trainers.folder import TRACK, create_folder
+from trainers.run import settled, tracked_run
+from trainers.spool import Spool
+from trainers.track import TrackedRun
+from tuning.search import Journal
+from tuning.space import SweepRunSpec, find_sweep
+from tuning.sweep_report import sweep_page
+from tuning.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
+
+BEGAN = 1_790_000_000
+"""Unix time at which made-up sweeps begin."""
+EVERY_S = 2.0
+"""Between two points of a trial."""
+STEPS = 20
+"""Between two points; an epoch of the digits has 20."""
+
+
+def made_up(storage: Path, name: str, trials: int, points: int, *overrides: str) -> Sweep:
+    """A sweep of the digits, as it would be in `storage`, with numbers that nobody measured.
+
+    Two trials at a time; every third one is stopped half-way, and the last one has failed.
+    """
+    overrides = (f"storage={storage}", f"sweep.trials={trials}", *overrides)
+    _, spec = find_sweep("digits", [*overrides, "cost.usd_per_h=0.9"])
+    data = settled(spec)
+    folder = create_folder(storage, name, data)
+    sweep = Sweep(data, SweepRunSpec.model_validate(data).sweep, storage, folder)
+    spool, journal = Spool(folder / TRACK), Journal(folder / JOURNAL)
+    ledger, dice = Ledger(folder / "ledger.jsonl"), random.Random(0)
+    _start(spool, tracked_run(name, data, kind="sweep"), BEGAN)
+    free, cost = [float(BEGAN)] * 2, 0.0
+    for number in range(trials):
+        lane = free.index(min(free))
+        last = number == trials - 1
+        done = points // 2 if number % 3 == 1 or last else points
+        begin, end = free[lane] + 1, free[lane] + 1 + EVERY_S * done
+        free[lane] = end
+        parameters = _parameters(sweep, dice)
+        journal.suggested(number, parameters)
+        _trial(sweep, spool, number, parameters, begin, done, dice)
+        ledger.put([_used(sweep.trial_key(number), begin, end)])
+        own = (end - begin) / 3600 * 0.45
+        cost += own
+        _costs(spool, sweep.trial_key(number), own, end, round(end - begin))
+        _end(sweep, spool, journal, number, done == points, last, end)
+    _costs(spool, name, cost, max(free), round(max(free)) - BEGAN)
+    tags = {"heliostat.price": "$0.9/h (cost.usd_per_h)", "heliostat.energy": "made up"}
+    _say(spool, "finish", name, max(free), status="FINISHED", tags=tags)
+    ledger.close()
+    spool.close()
+    return sweep
+
+
+def _parameters(sweep: Sweep, dice: random.Random) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, space in sweep.spec.parameters.items():
+        if space.choice is not None:
+            found[path] = dice.choice(space.choice)
+            continue
+        low, high = space.bounds or (0, 1)
+        logs = math.exp(dice.uniform(math.log(low), math.log(high))) if low > 0 else 0.0
+        found[path] = logs if "log" in space.kind else dice.uniform(low, high)
+    return found
+
+
+def _trial(
+    sweep: Sweep,
+    spool: Spool,
+    number: int,
+    parameters: dict[str, Any],
+    begin: float,
+    points: int,
+    dice: random.Random,
+) -> None:
+    key = sweep.trial_key(number)
+    run = tracked_run(key, sweep.trial_spec(parameters), sweep.key, "trial")
+    _start(spool, run, begin)
+    worth = abs(math.log(parameters["optimizer.lr"] / 6e-3)) + 0.2 * dice.random()
+    rows, found = [], {}
+    for point in range(1, points + 1):
+        loss = 2.3 * math.exp(-point / 8) + 0.1 + 0.2 * worth + 0.02 * dice.random()
+        found = {"val/loss": loss, "val/accuracy": math.exp(-loss / 4)}
+        shares = {"data": 0.05, "compute": 0.8, "other": 0.15}
+        perf = {"perf/step_s": 0.02, **{f"perf/{k}_s": v * 0.02 for k, v in shares.items()}}
+        perf |= {f"perf/{k}_share": v for k, v in shares.items()}
+        told = found | {"train/loss": loss * 0.9} | perf
+        at = round(1e3 * (begin + EVERY_S * point))
+        rows += [(name, value, STEPS * point, at) for name, value in told.items()]
+    spool.append({"do": "log", "run": key, "rows": rows})
+    folder = sweep.trial_folder(number)
+    folder.mkdir(parents=True)
+    result = {**found, "step": STEPS * points, "epoch": float(points), "complete": False}
+    (folder / LAST).write_text(json.dumps({**result, "device_s": EVERY_S * points}))
+
+
+def _end(
+    sweep: Sweep,
+    spool: Spool,
+    journal: Journal,
+    number: int,
+    complete: bool,
+    failed: bool,
+    end: float,
+) -> None:
+    folder = sweep.trial_folder(number)
+    last = json.loads((folder / LAST).read_text())
+    (folder / LAST).write_text(json.dumps({**last, "complete": complete}))
+    value = None if failed else last[sweep.spec.metric]
+    journal.ended(number, value, last["step"], complete)
+    (folder / (FAILED if failed else ENDED)).write_text("made up")
+    tags = {} if complete or failed else {"heliostat.stopped": "asha"}
+    status = "FAILED" if failed else "FINISHED"
+    _say(spool, "finish", sweep.trial_key(number), end, status=status, tags=tags)
+
+
+def _start(spool: Spool, run: TrackedRun, at: float) -> None:
+    told = {"key": run.key, "params": run.params, "tags": run.tags, "parent": run.parent}
+    spool.append({"do": "start", "id": uuid.uuid4().hex, **told, "at": round(1e3 * at)})
+
+
+def _say(spool: Spool, what: str, run: str, at: float, **more: Any) -> None:
+    spool.append({"do": what, "run": run, "at": round(1e3 * at), **more})
+
+
+def _costs(spool: Spool, run: str, usd: float, at: float, step: int) -> None:
+    found = {"cost_usd": usd, "energy_j": 1e5 * usd, "kg_co2e": 1e-3 * usd}
+    rows = [(name, value, step, round(1e3 * at)) for name, value in found.items()]
+    spool.append({"do": "log", "run": run, "rows": rows})
+
+
+def _used(run: str, begin: float, end: float) -> Entry:
+    usage = {"device": "vm/cpu/1", "covers": "cpu", "seconds": end - begin}
+    usage |= {"unknown_s": 0.0, "low_j": 1.0, "high_j": 3.0, "by_method": {"made up": 2.0}}
+    name = f"{uuid.uuid4().hex}/vm/cpu/1/cpu"
+    return Entry(name, run, "energy", begin, end, end - begin, "vm", "vm/cpu/1", None, usage)
+
+
+def main() -> None:
+    from browser import browser
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--points", type=int, default=100, help="of each metric of a trial")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = made_up(Path(folder), "wide", args.trials, args.points)
+        start = time.monotonic()
+        made = sweep_page(sweep.folder)
+        read_s = time.monotonic() - start
+        path = page.write(made, sweep.folder / "report")
+        written_s = time.monotonic() - start - read_s
+        opened_s, drawn_s = [], []
+        with browser() as tab:
+            tab.resize(1280, 900)
+            for _ in range(args.rounds):
+                tab.open(path)
+                first = made.charts[0].name
+                opened_s.append(tab.run(OPENED % json.dumps(first)) / 1e3)
+                tab.run("report.drawAll()")
+                drawn_s.append(tab.run("performance.now()") / 1e3)
+            assert not tab.complaints, tab.complaints
+        print(f"{args.trials} trials x {args.points} points: {path.stat().st_size / 1e6:.2f} MB")
+        print(f"read in {read_s:.1f} s, written with {len(made.charts)} PNGs in {written_s:.1f} s")
+        print(f"open in {_spread(opened_s)}; all {len(made.charts)} charts in {_spread(drawn_s)}")
+
+
+OPENED = """new Promise((ok) => {
+  const look = () => {
+    const [mark] = performance.getEntriesByName(%s);
+    mark ? ok(mark.startTime) : requestAnimationFrame(look);
+  };
+  look();
+})"""
+"""When a chart was drawn, in ms since the navigation began."""
+
+
+def _spread(seconds: list[float]) -> str:
+    middle = statistics.median(seconds)
+    return f"{middle:.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+if __name__ == "__main__":
+    main()

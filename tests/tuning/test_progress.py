@@ -1,0 +1,65 @@
+"""A sweep in the terminal and in a log."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tuning.progress import SweepProgress
+from tuning.space import SweepSpec
+from tuning.trial import Sweep
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    """Of eight trials, one of which ended under an earlier command."""
+    parameters = {"optimizer.lr": {"uniform": (0, 1)}}
+    spec = {"parameters": parameters, "metric": "val/accuracy", "mode": "max", "trials": 8}
+    (tmp_path / "trials" / "0000").mkdir(parents=True)
+    (tmp_path / "trials" / "0000" / "ended.json").write_text("{}")
+    return Sweep({}, SweepSpec.model_validate(spec), tmp_path, tmp_path)
+
+
+def test_a_log_has_a_line_per_event_and_never_two_in_a_second(sweep: Sweep) -> None:
+    now, written = 0.0, io.StringIO()
+    console = Console(file=written, width=200)
+    with SweepProgress(console, sweep, lambda: now) as progress:
+        progress.watch("start", 1, {})
+        progress.watch("result", 1, {"val/accuracy": 0.5, "epoch": 1})
+        assert written.getvalue() == ""
+        progress.watch("stop", 1, {"val/accuracy": 0.5, "epoch": 1})
+        progress.watch("error", 2, {})
+        now = 0.9
+        progress.watch("done", 3, {"val/accuracy": 0.75, "epoch": 4})
+        now = 1.1
+        progress.watch("start", 4, {})
+        progress.watch("done", 4, {})
+    assert written.getvalue().splitlines() == [
+        "trial 0001 stop  0 running  best val/accuracy 0.5000 (trial 1)",
+        "trials 0002 error, 0003 done  1 running  best val/accuracy 0.7500 (trial 3)",
+        "trial 0004 done  0 running  best val/accuracy 0.7500 (trial 3)",
+    ]
+
+
+def test_the_table_of_a_terminal(sweep: Sweep) -> None:
+    now = 100.0
+    progress = SweepProgress(Console(file=io.StringIO()), sweep, lambda: now)
+    assert progress.left_s() is None
+    progress.watch("stop", 1, {"val/accuracy": 0.5, "epoch": 2})
+    progress.watch("done", 2, {"val/accuracy": 0.25, "epoch": 6})
+    progress.watch("result", 3, {"val/accuracy": 0.75, "epoch": 2})
+    now = 150.0
+    # 2.5 trials took 50 s; of eight one had ended before, and 4.5 are left.
+    assert progress.left_s() == pytest.approx(90)
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(progress.table())
+    heads, row = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert heads.split() == [
+        *("trials", "running", "complete", "stopped", "failed"),
+        *("best", "val/accuracy", "time", "left", "spent"),
+    ]
+    assert row.split() == [
+        *("3/8", "1", "1", "1", "0", "0.7500", "(trial", "0003)"),
+        *("0:50", "about", "1:30", "unknown"),
+    ]

@@ -1,0 +1,145 @@
+"""What the person at the terminal sees of a sweep while it runs."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cluster.budget import usd_text
+from cluster.ledger import Account
+from cluster.meter import joules_text
+from cluster.terminal import Pulse
+from tuning.purse import purse_of
+from tuning.trial import ENDED, FAILED, Sweep
+
+LINE_S = 1.0
+"""Seconds between two lines of a log, at the least."""
+ENDS = {"done": "complete", "stop": "stopped", "error": "failed"}
+"""Event -> what a trial is after it."""
+
+
+class SweepProgress:
+    """A live table in a terminal; without one a line per event, and at most one a second."""
+
+    def __init__(
+        self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console, self._sweep, self._clock = console, sweep, clock
+        self._begin_s = clock()
+        self._running: dict[int, float] = {}
+        """Trial -> epochs that it has done."""
+        self._ended: dict[int, str] = {}
+        self._epochs: list[float] = []
+        """Of the trials that ended under this command."""
+        self._best: tuple[float, int] | None = None
+        self._events: list[str] = []
+        self._line_s = -LINE_S
+        self._before = {
+            path.parent.name
+            for name in (ENDED, FAILED)
+            for path in sweep.folder.glob(f"trials/*/{name}")
+        }
+        self._live = Live(
+            get_renderable=self.table,
+            console=console,
+            refresh_per_second=2,
+            redirect_stdout=False,  # what others print goes to the log
+            redirect_stderr=False,
+        )
+        self._pulse = Pulse(console)
+
+    def __enter__(self) -> "SweepProgress":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+        self._write(self._clock() + LINE_S)
+
+    def watch(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
+        """As `tuning.sweep.Watcher` is told."""
+        value = result.get(self._sweep.spec.metric)
+        if value is not None:
+            sign = 1 if self._sweep.spec.mode == "max" else -1
+            if self._best is None or sign * value > sign * self._best[0]:
+                self._best = (value, trial)
+        if event in ENDS:
+            self._running.pop(trial, None)
+            if trial not in self._ended:
+                self._epochs.append(float(result.get("epoch", 0.0)))
+            self._ended[trial] = ENDS[event]
+            self._events.append(f"{trial:04d} {event}")
+        else:
+            self._running[trial] = float(result.get("epoch", 0.0))
+        self._write(self._clock())
+        self._pulse.beat(lambda: f"{self._shown_ended()} trials ended  {self._summary()}")
+
+    def _write(self, now_s: float) -> None:
+        """The events since the last line, if it is time for one."""
+        if self._console.is_terminal or not self._events or now_s < self._line_s + LINE_S:
+            return
+        many = "s" if len(self._events) > 1 else ""
+        self._console.print(f"trial{many} {', '.join(self._events)}  {self._summary()}")
+        self._events, self._line_s = [], now_s
+
+    def _shown_ended(self) -> int:
+        return len({f"{trial:04d}" for trial in self._ended} | self._before)
+
+    def left_s(self) -> float | None:
+        """Seconds until the last trial has ended, were they all as those that have; None before."""
+        mean = sum(self._epochs) / len(self._epochs) if self._epochs else 0.0
+        if not mean:
+            return None
+        half = sum(min(0.9, epoch / mean) for epoch in self._running.values())
+        done = len(self._epochs) + half
+        missing = self._sweep.spec.total_trials - self._shown_ended() - half
+        return (self._clock() - self._begin_s) / done * max(0.0, missing)
+
+    def _account(self) -> Account | None:
+        purse = purse_of(self._sweep.key)
+        return purse.account if purse is not None else None
+
+    def _spent(self) -> str:
+        account = self._account()
+        usd = account.usd if account else None
+        joules = account.energy.joules if account else None
+        parts = [usd_text(usd)] if usd is not None else []
+        parts += [joules_text(joules)] if joules is not None else []
+        return ", ".join(parts) or "unknown"
+
+    def _summary(self) -> str:
+        text = f"{len(self._running)} running"
+        if self._best is not None:
+            text += f"  best {self._sweep.spec.metric} {self._best[0]:.4f} (trial {self._best[1]})"
+        return text
+
+    def table(self) -> Table:
+        """All of it in a row."""
+        counts = Counter(self._ended.values())
+        best = "" if self._best is None else f"{self._best[0]:.4f} (trial {self._best[1]:04d})"
+        left_s = self.left_s()
+        cells = {
+            "trials": f"{self._shown_ended()}/{self._sweep.spec.total_trials}",
+            "running": str(len(self._running)),
+            "complete": str(counts["complete"]),
+            "stopped": str(counts["stopped"]),
+            "failed": str(counts["failed"]),
+            f"best {self._sweep.spec.metric}": best,
+            "time": _clock_text(self._clock() - self._begin_s),
+            "left": "" if left_s is None else f"about {_clock_text(left_s)}",
+            "spent": self._spent(),
+        }
+        table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_row(*cells.values())
+        return table
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
