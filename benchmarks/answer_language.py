@@ -34,13 +34,13 @@ def answer() -> str:
     return "\n\n".join(
         [
             "Bits per byte of the held-out files of Python's standard library, split by file: "
-            f"{len(texts['train']) / 1e6:.2f} MB to train on, {len(texts['test']) / 1e6:.2f} MB held "
-            "out. A packer's bits *given the training text* are those by which the packed training "
-            "text grows when the held-out text is put behind it.",
+            f"{len(texts['train']) / 1e6:.2f} MB to train on, {len(texts['test']) / 1e6:.2f} MB "
+            "held out. A packer's bits *given the training text* are those by which the packed "
+            "training text grows when the held-out text is put behind it.",
             table([("", "alone", "given the training text"), *packers(texts), *ours(by_size)]),
             "By a power law the loss falls with the weights (those of the blocks, at the shipped "
-            "spec's number of tokens) and with the tokens (the middle size, each run with a schedule "
-            "of its own):",
+            "spec's number of tokens) and with the tokens (the middle size, each run with a "
+            "schedule of its own):",
             table(
                 [
                     ("varied", "values", "bits per byte", "fit", "largest residual"),

@@ -19,15 +19,17 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "answers.md"
 HEAD = """# Known answers
 
-What the shipped workloads learn, against what is known without them. `make answers` writes this page; a table is of one
-run on the machine that it names.
+What the shipped workloads learn, against what is known without them. `make answers` writes this
+page; each table is of one run on the machine that it names.
 """
 
 
 def commit() -> str:
     """What is checked out, and whether it has been changed."""
     asked = ("git", "describe", "--always", "--dirty=, changed", "--exclude=*")
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        asked, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -54,7 +56,9 @@ def replaced(page: str, name: str, text: str) -> str:
 
 
 def main() -> None:
-    there = sorted(path.stem.removeprefix("answer_") for path in Path(__file__).parent.glob("answer_*.py"))
+    there = sorted(
+        path.stem.removeprefix("answer_") for path in Path(__file__).parent.glob("answer_*.py")
+    )
     for name in sys.argv[1:] or there:
         if name not in there:
             sys.exit(f"no answers for {name!r}; there are: {', '.join(there)}")

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from trainers.workloads.base import Batch, PartedWorkload, Workload
 
 __all__ = [
-    *("Batch", "DataError", "PartedWorkload", "SampleRandom", "Spec", "Workload"),
-    *("load_model", "table"),
+    "Batch",
+    "DataError",
+    "PartedWorkload",
+    "SampleRandom",
+    "Spec",
+    "Workload",
+    "load_model",
+    "table",
 ]
 
 _HOMES = {

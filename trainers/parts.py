@@ -21,7 +21,7 @@ from cluster.files import write_atomic, write_bytes_atomic
 from trainers.workloads.base import PartedWorkload
 
 Entries = dict[str, dict[str, Any]]
-"""Files of a data set by name, as its manifest has them: `bytes`, `sha256`, and `rows` of tables."""
+"""Files of a data set by name, as its manifest has them: bytes, sha256, rows of a table."""
 Made = dict[str, tuple[int, bytes]]
 """A part: for each split its rows, and these as a Parquet file."""
 Watch = Callable[[int, int], None]

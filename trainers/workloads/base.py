@@ -21,6 +21,7 @@ Batch = dict[str, Tensor]
 
 SHIPPED = {
     "language": "trainers.workloads.language:Language",
+    "markets": "trainers.workloads.markets:Markets",
     "vision": "trainers.workloads.vision:Vision",
 }
 

@@ -161,10 +161,13 @@ def _sources(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
         size = source.stat().st_size
         ends = [0, round(size * (1 - val - test)), round(size * (1 - test)), size]
         for shares, start, stop in zip(((0, 0), (1, 0), (0, 1)), ends, ends[1:], strict=False):
-            yield *shares, [
-                Span(str(source), low, min(stop, low + PART_BYTES))
-                for low in range(start, stop, PART_BYTES)
-            ]
+            yield (
+                *shares,
+                [
+                    Span(str(source), low, min(stop, low + PART_BYTES))
+                    for low in range(start, stop, PART_BYTES)
+                ],
+            )
     elif source.is_file():
         yield val, test, _spans([source])
     elif not (source / "train").is_dir():
@@ -178,7 +181,9 @@ def _sources(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [path for path in root.rglob("*.py") if WITHOUT.isdisjoint(path.parts[len(root.parts) :])]
+    found = [
+        path for path in root.rglob("*.py") if WITHOUT.isdisjoint(path.parts[len(root.parts) :])
+    ]
     return sorted(found)
 
 
@@ -198,9 +203,7 @@ def _spans(files: Iterable[Path]) -> list[Span]:
                 spans += [Span(str(path), group, group + 1) for group in range(file.num_row_groups)]
         else:
             step = PART_BYTES if path.suffix == ".jsonl" else max(1, size)
-            spans += [
-                Span(str(path), low, min(size, low + step)) for low in range(0, size, step)
-            ]
+            spans += [Span(str(path), low, min(size, low + step)) for low in range(0, size, step)]
     return spans
 
 

@@ -16,11 +16,10 @@ import torch
 
 from cluster.config import check
 from cluster.errors import DataError, SpecError
-from trainers.data import Batches, dataset_name, open_splits, prepare
+from trainers.data import dataset_name
 from trainers.devices import Cpu
-from trainers.loop import evaluate, train
+from trainers.loop import evaluate
 from trainers.parallel import Worker
-from trainers.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.step import Stepper, build_network
 from trainers.workloads import text
@@ -353,7 +352,9 @@ def test_heads_can_be_split_over_workers(modules: Path, tmp_path: Path) -> None:
     data = {**spec.model_dump(), "scale": {"workers": 2, "parallel": "tensor", "group": 2}}
     samples = {name: values.numpy() for name, values in windows().items()}
     workers = [
-        context.Process(target=halves.work, args=(rank, tmp_path / "meeting", data, samples, answers))
+        context.Process(
+            target=halves.work, args=(rank, tmp_path / "meeting", data, samples, answers)
+        )
         for rank in (0, 1)
     ]
     for worker in workers:
