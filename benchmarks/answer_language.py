@@ -92,7 +92,7 @@ def split_texts(workload: Language) -> dict[str, bytes]:
     common = workload.common(parts)
     texts: dict[str, bytes] = {}
     for part in parts:
-        documents = list(workload._split(part))
+        documents = list(workload.documents(part))
         for split, windows in workload.part(part, common).items():
             said = b"".join(document + b"\0" for of, document in documents if of == split)
             size = sum(windows["bytes"].to_pylist())

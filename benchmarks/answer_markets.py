@@ -48,9 +48,9 @@ def answer() -> str:
     worst = max(abs(solved[a - 1, b - 1] - p) for (b, a), p in PUBLISHED.items())
     return "\n\n".join(
         [
-            f"The next move of the mid-price in {len(exact):,} held-out samples of a simulated order "
-            "book, against the exact probability in each state: divergence from it in nats, share "
-            "of what there is to know beyond one half, share of moves called right.",
+            f"The next move of the mid-price in {len(exact):,} held-out samples of a simulated "
+            "order book, against the exact probability in each state: divergence from it in nats, "
+            "share of what there is to know beyond one half, share of moves called right.",
             table([("", "kl", "skill", "accuracy"), *rows]),
             f"The exact solution differs from Cont, Stoikov and Talreja's table, printed to three "
             f"places, by at most {worst:.4f} in the five entries that were compared.",

@@ -112,7 +112,7 @@ class Text(PartedWorkload):
 
     def part(self, part: Part, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
         documents: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
-        for split, document in self._split(part):
+        for split, document in self.documents(part):
             documents[split].append(document)
         encode = _bytes
         if self.data.vocabulary > 256:
@@ -120,7 +120,7 @@ class Text(PartedWorkload):
         tables = {split: self._windows(*encode(found)) for split, found in documents.items()}
         return {split: rows for split, rows in tables.items() if len(rows)}
 
-    def _split(self, part: Part) -> Iterator[tuple[str, bytes]]:
+    def documents(self, part: Part) -> Iterator[tuple[str, bytes]]:
         """The documents of a part, each with its split."""
         for span in part.spans:
             for document in _documents(span, self.data.field):
@@ -131,7 +131,7 @@ class Text(PartedWorkload):
     def _training_texts(self, parts: Sequence[Part]) -> Iterator[str]:
         size = 0
         for part in parts:
-            for split, document in self._split(part):
+            for split, document in self.documents(part):
                 if split == "train" and size < VOCABULARY_BYTES:
                     size += len(document)
                     yield document.decode()
@@ -159,15 +159,10 @@ def _sources(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
         raise DataError(f"{source}: no such file or folder")
     elif source.is_file() and source.suffix not in (".jsonl", ".parquet"):
         size = source.stat().st_size
-        ends = [0, round(size * (1 - val - test)), round(size * (1 - test)), size]
-        for shares, start, stop in zip(((0, 0), (1, 0), (0, 1)), ends, ends[1:], strict=False):
-            yield (
-                *shares,
-                [
-                    Span(str(source), low, min(stop, low + PART_BYTES))
-                    for low in range(start, stop, PART_BYTES)
-                ],
-            )
+        first, second = round(size * (1 - val - test)), round(size * (1 - test))
+        yield 0.0, 0.0, _cut(source, 0, first, PART_BYTES)
+        yield 1.0, 0.0, _cut(source, first, second, PART_BYTES)
+        yield 0.0, 1.0, _cut(source, second, size, PART_BYTES)
     elif source.is_file():
         yield val, test, _spans([source])
     elif not (source / "train").is_dir():
@@ -203,8 +198,12 @@ def _spans(files: Iterable[Path]) -> list[Span]:
                 spans += [Span(str(path), group, group + 1) for group in range(file.num_row_groups)]
         else:
             step = PART_BYTES if path.suffix == ".jsonl" else max(1, size)
-            spans += [Span(str(path), low, min(size, low + step)) for low in range(0, size, step)]
+            spans += _cut(path, 0, size, step)
     return spans
+
+
+def _cut(path: Path, start: int, stop: int, step: int) -> list[Span]:
+    return [Span(str(path), low, min(stop, low + step)) for low in range(start, stop, step)]
 
 
 def _packed(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:

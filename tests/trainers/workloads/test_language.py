@@ -91,7 +91,7 @@ class TestSources:
         split_of: dict[bytes, str] = {}
         found: list[bytes] = []
         for part in parts:
-            for split, document in workload._split(part):
+            for split, document in workload.documents(part):
                 assert split_of.setdefault(document, split) == split  # copies stay together
                 found.append(document)
         assert found == [each.encode() for each in (*documents(), *documents(20))]
@@ -101,7 +101,7 @@ class TestSources:
         source = write_jsonl(tmp_path / "own.jsonl", documents(), key="body")
         workload = language(source=str(source), field="body", context=16)
         assert len(workload.parts()) == 1
-        split = list(workload._split(workload.parts()[0]))
+        split = list(workload.documents(workload.parts()[0]))
         for name, said in texts_of(workload).items():
             whole = b"".join(each + b"\0" for of, each in split if of == name)
             assert whole.startswith(said)
@@ -116,7 +116,7 @@ class TestSources:
         monkeypatch.setattr(text, "PART_BYTES", 2000)
         workload = language(source=str(source), val_fraction=0.1, test_fraction=0.2)
         assert len(workload.parts()) > 3
-        found = [pair for part in workload.parts() for pair in workload._split(part)]
+        found = [pair for part in workload.parts() for pair in workload.documents(part)]
         assert b"".join(said for _, said in found).decode() == "".join(lines)
         order = [split for split, _ in found]
         assert order == sorted(order, key=["train", "val", "test"].index)
