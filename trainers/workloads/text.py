@@ -5,6 +5,7 @@ What `trainers.workloads.language` says of its data is done here.
 
 import functools
 import hashlib
+import itertools
 import json
 import platform
 import sysconfig
@@ -44,6 +45,8 @@ class Span(NamedTuple):
     path: str
     start: int
     stop: int
+    size: int
+    """Bytes, of Parquet about."""
 
 
 class Part(NamedTuple):
@@ -192,18 +195,21 @@ def _spans(files: Iterable[Path]) -> list[Span]:
     """Plain files are whole; records are found in pieces of a file."""
     spans = []
     for path in files:
-        size = path.stat().st_size
         if path.suffix == ".parquet":
             with _parquet(path) as file:
-                spans += [Span(str(path), group, group + 1) for group in range(file.num_row_groups)]
+                for group in range(file.num_row_groups):
+                    size = file.metadata.row_group(group).total_byte_size
+                    spans.append(Span(str(path), group, group + 1, size))
         else:
+            size = path.stat().st_size
             step = PART_BYTES if path.suffix == ".jsonl" else max(1, size)
             spans += _cut(path, 0, size, step)
     return spans
 
 
 def _cut(path: Path, start: int, stop: int, step: int) -> list[Span]:
-    return [Span(str(path), low, min(stop, low + step)) for low in range(start, stop, step)]
+    ends = [*range(start, stop, step), stop]
+    return [Span(str(path), low, high, high - low) for low, high in itertools.pairwise(ends)]
 
 
 def _packed(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
@@ -211,9 +217,8 @@ def _packed(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
     pack: list[Span] = []
     size = 0
     for span in spans:
-        parquet = span.path.endswith(".parquet")
         pack.append(span)
-        size += PART_BYTES if parquet else span.stop - span.start
+        size += span.size
         if size >= PART_BYTES:
             yield tuple(pack)
             pack, size = [], 0
