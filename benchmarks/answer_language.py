@@ -19,7 +19,7 @@ from trainers.spec import RunSpec, find_spec, resolve
 from trainers.step import build_network
 from trainers.workloads.language import Language
 
-SIZES = {"small": (2, 32), "middle": (3, 64), "as shipped": (4, 128)}
+SIZES = {"small": (2, 32), "middle": (3, 64), "as shipped": (3, 96)}
 """Layers and width; heads of 32 channels."""
 SHARES = (0.25, 0.5, 1.0)
 """Of the shipped spec's epochs."""

@@ -372,4 +372,4 @@ def test_the_shipped_spec_trains_and_sweeps_this_workload() -> None:
     assert isinstance(workload, Language)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
     _, trial = resolve(trial_data(data, {"optimizer.lr": 0.1}), RunSpec)
-    assert trial.tokens_per_sample == 256
+    assert trial.tokens_per_sample == 128

@@ -96,7 +96,9 @@ class TestSimulation:
         mid = np.array([[4], [4], [5], [5], [3], [3]])
         assert next_moves(mid)[:, 0].tolist() == [1, 1, -1, -1, 0, 0]
 
-    def test_a_seed_is_a_part(self) -> None:
+    def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(books, "BURN_IN", 20)
+        monkeypatch.setattr(books, "EVENTS", 40)
         workload = markets()
         common = workload.common([])
         parts = [workload.part(Part("train", seed), common)["train"] for seed in (1, 1, 2)]
