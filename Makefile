@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME := digits-demo-$(shell date +%m%d-%H%M%S)
 
-.PHONY: setup demo test test-rack test-cluster test-all lint
+.PHONY: setup demo test test-rack test-cluster test-all answers lint
 
 setup: .venv/ready
 
@@ -32,6 +32,10 @@ test-cluster: setup
 # All there is, for the better part of an hour.
 test-all: setup
 	$(BIN)/pytest -m "" --durations=25
+
+# Workloads against answers that are known: writes docs/answers.md, for some minutes.
+answers: setup
+	$(BIN)/python benchmarks/answers.py
 
 lint: setup
 	$(BIN)/ruff check .

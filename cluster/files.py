@@ -14,9 +14,14 @@ def cache_folder() -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace the file at `path` by `text`; a crash leaves the old file or the new one."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """As `write_atomic`, for what is not text."""
     building = path.with_name(f".{path.name}.{os.getpid()}")
-    with building.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with building.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     building.rename(path)

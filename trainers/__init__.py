@@ -12,9 +12,18 @@ if TYPE_CHECKING:
     from trainers.data import table
     from trainers.export import load_model
     from trainers.random import SampleRandom
-    from trainers.workloads.base import Batch, Workload
+    from trainers.workloads.base import Batch, PartedWorkload, Workload
 
-__all__ = ["Batch", "DataError", "SampleRandom", "Spec", "Workload", "load_model", "table"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "PartedWorkload",
+    "SampleRandom",
+    "Spec",
+    "Workload",
+    "load_model",
+    "table",
+]
 
 _HOMES = {
     "Spec": "cluster.config",
@@ -23,6 +32,7 @@ _HOMES = {
     "SampleRandom": "trainers.random",
     "Batch": "trainers.workloads.base",
     "DataError": "cluster.errors",
+    "PartedWorkload": "trainers.workloads.base",
     "Workload": "trainers.workloads.base",
 }
 

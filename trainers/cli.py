@@ -1,10 +1,11 @@
-"""The verbs of training: `train` and `ui`."""
+"""The verbs of training: `train` and `ui`, and those of `trainers/*_cli.py`."""
 
 import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import trainers.data_cli
 import trainers.plan_cli
 import trainers.track_cli
 from cluster.cli import Subparsers, run_options
@@ -37,6 +38,7 @@ def add_verbs(verbs: Subparsers) -> None:
         help="start from the newest checkpoint of another run or trial",
     )
     train.set_defaults(command=train_command, plan=plan_train)
+    trainers.data_cli.add_verbs(verbs)
     trainers.plan_cli.add_verbs(verbs)
     ui = verbs.add_parser("ui", help="open MLflow's pages on this folder's runs, or a cluster's")
     ui.add_argument(

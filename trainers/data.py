@@ -9,9 +9,11 @@ global batches, a resumed run goes on at the exact sample, and no sample is left
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from cluster.config import Spec
 from cluster.errors import DataError, SpecError
 from cluster.files import cache_folder, commit_folder
+from trainers.parts import Watch, entry, to_parquet, unwatched, write_parts
 from trainers.random import mix_seed
 from trainers.remote import remote_dataset
-from trainers.workloads.base import Batch, Workload
+from trainers.workloads.base import Batch, PartedWorkload, Workload
 
 MANIFEST = "manifest.json"
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -57,28 +61,51 @@ def table(**columns: npt.NDArray[Any]) -> pa.Table:
     return pa.table(arrays, schema=pa.schema(fields))
 
 
-def prepare(workload: Workload, storage: Path, uri: str | None = None) -> Path:
+def prepare(
+    workload: Workload, storage: Path, uri: str | None = None, watch: Watch = unwatched
+) -> Path:
     """The folder with the workload's splits as Parquet files; built when it is not there yet.
 
     It is in `storage`, or this machine's copy of what is kept at `uri`.
     The folder's name holds a hash of everything that the data set is made from: the workload's
     code, its `data` section, and the names, sizes and times of the files that this refers to.
     """
-    full_name = f"{type(workload).__name__.lower()}-{_fingerprint(workload)}"
+    name = dataset_name(workload)
     if uri is not None:
-        return remote_dataset(uri, full_name, lambda folder: _write(workload, folder))
-    folder = storage / "datasets" / full_name
+        return remote_dataset(uri, name, lambda folder: _write(workload, folder, watch))
+    folder = storage / "datasets" / name
     if (folder / MANIFEST).exists():
         return folder
-    building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    if not isinstance(workload, PartedWorkload):
+        building = folder.with_name(f".{name}-{secrets.token_hex(4)}")
+        return _build(workload, building, folder, watch)
+    _make_folder(folder.parent)
+    with FileLock(folder.with_name(f".{name}.lock")):  # one goes on where another stopped
+        if (folder / MANIFEST).exists():
+            return folder
+        return _build(workload, folder.with_name(f".{name}"), folder, watch)
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        building.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpecError(f"storage: cannot make {building.parent}: {error.strerror}") from None
+        raise SpecError(f"storage: cannot make {folder.parent}: {error.strerror}") from None
+
+
+def dataset_name(workload: Workload) -> str:
+    """The name of the folder of the workload's data set."""
+    return f"{type(workload).__name__.lower()}-{_fingerprint(workload)}"
+
+
+def _build(workload: Workload, building: Path, folder: Path, watch: Watch) -> Path:
+    """Make a data set in the folder `building`, then call that `folder`."""
+    _make_folder(building)
     try:
-        manifest = _write(workload, building)
+        manifest = _write(workload, building, watch)
     except BaseException:
-        shutil.rmtree(building)
+        if not isinstance(workload, PartedWorkload):  # else the parts that are made stay
+            shutil.rmtree(building)
         raise
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
     try:
@@ -90,31 +117,45 @@ def prepare(workload: Workload, storage: Path, uri: str | None = None) -> Path:
     return folder
 
 
-def _write(workload: Workload, folder: Path) -> dict[str, Any]:
+def _write(workload: Workload, folder: Path, watch: Watch) -> dict[str, Any]:
     """Make a workload's data set and write it into `folder`; returns its manifest."""
     name = type(workload).__name__.lower()
-    splits = workload.dataset()
-    for split in ("train", "val"):
-        if split not in splits or len(splits[split]) == 0:
-            raise DataError(f"the data set of {name} has no samples in its split {split!r}")
     files: dict[str, Any] = {}
-    for split, rows in splits.items():
-        path = folder / f"{split}.parquet"
-        pq.write_table(rows, path, compression="zstd", use_dictionary=False)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files[path.name] = {"rows": len(rows), "bytes": path.stat().st_size, "sha256": digest}
-    return {"workload": name, "data": workload.data.model_dump(mode="json"), "files": files}
+    if isinstance(workload, PartedWorkload):
+        files = write_parts(workload, folder, watch)
+    else:
+        for split, rows in workload.dataset().items():
+            content = to_parquet(rows)
+            (folder / f"{split}.parquet").write_bytes(content)
+            files[f"{split}.parquet"] = entry(content, rows=len(rows))
+    for split in ("train", "val"):
+        if not sum(files[file]["rows"] for file in _files_of(split, files)):
+            raise DataError(f"the data set of {name} has no samples in its split {split!r}")
+    return {
+        "workload": name,
+        "data": workload.data.model_dump(mode="json"),
+        "made_with": workload.made_with(),
+        "files": files,
+    }
+
+
+def _files_of(split: str, files: Mapping[str, Any]) -> list[str]:
+    """The Parquet files of a split, in the order of their rows."""
+    pattern = re.compile(rf"{split}(-\d+)?\.parquet")
+    return sorted(name for name in files if pattern.fullmatch(name))
 
 
 def _fingerprint(workload: Workload) -> str:
     import inspect
 
     digest = hashlib.sha256()
-    source = inspect.getsourcefile(type(workload))
-    if source is not None:
-        digest.update(Path(source).read_bytes())
+    for parent in type(workload).__mro__:
+        source = inspect.getsourcefile(parent) if issubclass(parent, Workload) else None
+        if source is not None and parent not in (Workload, PartedWorkload):
+            digest.update(Path(source).read_bytes())
     data: Spec = workload.data
     digest.update(data.model_dump_json().encode())
+    digest.update(json.dumps(workload.made_with(), sort_keys=True).encode())
     for name in type(data).model_fields:
         value = getattr(data, name)
         if isinstance(value, (str, Path)) and os.sep in str(value) and Path(value).exists():
@@ -126,26 +167,34 @@ def _fingerprint(workload: Workload) -> str:
     return digest.hexdigest()[:12]
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a prepared data set consists of, and what it was made from."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return manifest
+
+
 def rows(folder: Path, split: str) -> int:
     """The number of samples in a split of a prepared data set; 0 when there is no such split."""
-    files = json.loads((folder / MANIFEST).read_text())["files"]
-    return int(files.get(f"{split}.parquet", {"rows": 0})["rows"])
+    files = manifest_of(folder)["files"]
+    return sum(int(files[name]["rows"]) for name in _files_of(split, files))
 
 
 def open_split(folder: Path, split: str) -> Batch:
     """All samples of a split as one tensor [N, ...] per column, without a copy in memory.
 
-    The Parquet file is decoded once per machine into an Arrow file that all processes there map.
+    The Parquet files are decoded once per machine into an Arrow file that all processes there map.
     """
-    source = folder / f"{split}.parquet"
-    if not source.exists():
-        raise DataError(f"{source}: no such split")
-    digest = json.loads((folder / MANIFEST).read_text())["files"][source.name]["sha256"]
+    files = manifest_of(folder)["files"]
+    names = _files_of(split, files)
+    if not names or not all((folder / name).exists() for name in names):
+        raise DataError(f"{folder / f'{split}.parquet'}: no such split")
+    digest = hashlib.sha256("".join(files[name]["sha256"] for name in names).encode()).hexdigest()
     cache = cache_folder() / f"{folder.name}-{digest[:12]}"
     target = cache / f"{split}.arrow"
     if not target.exists():
         cache.mkdir(exist_ok=True)
-        whole = pq.read_table(source).combine_chunks()
+        parts = [pq.read_table(folder / name) for name in names]
+        whole = pa.concat_tables(parts).combine_chunks()
         building = target.with_suffix(f".{os.getpid()}")
         with pa.OSFile(str(building), "wb") as file, pa.ipc.new_file(file, whole.schema) as out:
             for batch in whole.to_batches():

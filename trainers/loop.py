@@ -28,7 +28,6 @@ from trainers.spec import CheckpointSpec, RunSpec
 from trainers.step import Stepper, check_per_sample
 from trainers.workloads.base import Batch, Workload
 
-EVALUATION_BATCH = 512
 AGREE_EVERY_S = 1.0
 """How often several workers ask the first one what it has heard: to stop, to save, to hurry."""
 UNREAD_LOSSES = 256
@@ -179,7 +178,7 @@ def evaluate(
     samples: Batch,
     worker: Worker,
 ) -> dict[str, float]:
-    """Means of the loss and the workload's metrics over a split, by name; collective.
+    """The loss and the workload's metrics over a split, by name; collective.
 
     Each worker takes a contiguous share; sums are kept in float64, so that the number of workers
     does not matter beyond rounding.
@@ -187,7 +186,7 @@ def evaluate(
     count = len(next(iter(samples.values())))
     start, stop = share(count, worker.data_rank, worker.data_world)
     # Workers of a sharded model go through it equally often, if need be with nothing to count.
-    rounds = math.ceil(math.ceil(count / worker.data_world) / EVALUATION_BATCH)
+    rounds = math.ceil(math.ceil(count / worker.data_world) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
     network.eval()
     with torch.inference_mode(), compute_precision(spec.train, worker.device):
@@ -205,7 +204,7 @@ def evaluate(
                 sums[name] = sums[name] + total if name in sums else total
     network.train()
     means = (worker.sum(torch.stack(list(sums.values()))) / count).tolist()
-    return dict(zip(sums, means, strict=True))
+    return workload.summary(dict(zip(sums, means, strict=True)))
 
 
 class _Losses:

@@ -4,6 +4,7 @@ import importlib
 import sys
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from trainers.random import SampleRandom
 Batch = dict[str, Tensor]
 """Columns of the data set, each [B, ...] in the column's own dtype."""
 
-SHIPPED = {"vision": "trainers.workloads.vision:Vision"}
+SHIPPED = {
+    "language": "trainers.workloads.language:Language",
+    "markets": "trainers.workloads.markets:Markets",
+    "vision": "trainers.workloads.vision:Vision",
+}
 
 
 class Workload(ABC):
@@ -46,6 +51,13 @@ class Workload(ABC):
         from numpy arrays. Called once on one machine; the result is kept as Parquet files.
         """
 
+    def made_with(self) -> dict[str, str]:
+        """Versions of what the data set depends on besides code, fields and files: {name: version}.
+
+        Another version is another data set. The manifest has them.
+        """
+        return {}
+
     @abstractmethod
     def build(self) -> nn.Module:
         """A fresh model on the CPU. The global random state has been seeded by the caller."""
@@ -65,6 +77,18 @@ class Workload(ABC):
     def metrics(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """What evaluation takes the mean of over a split, for each sample: [B] each."""
         return {}
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """A split's metrics, from the means over it of the loss, as `loss`, and of the metrics.
+
+        For metrics that are no mean over samples: a ratio of means, a root, an exponential.
+        """
+        return means
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples that a worker evaluates at once; fewer where a sample's outputs are large."""
+        return 512
 
     def example(self) -> Any | None:
         """An input of the model as a batch of one, for the exported model's signature."""
@@ -90,6 +114,45 @@ class Workload(ABC):
     def tokens_per_sample(self) -> int | None:
         """Tokens that one sample holds, for a rate in tokens; None where there are none."""
         return None
+
+
+class PartedWorkload(Workload):
+    """A workload whose data set is made in parts that need not know of each other.
+
+    `heliostat data` makes them in parallel on all of a cluster, and goes on where it stopped.
+    """
+
+    @abstractmethod
+    def parts(self) -> Sequence[Any]:
+        """What the parts are made from, such as names of files, or seeds; small, always the same.
+
+        A part is best some megabytes large: it is what is lost when its machine is.
+        """
+
+    def common(self, parts: Sequence[Any]) -> dict[str, bytes]:
+        """What all parts need and is made before them, as files: {name: content}.
+
+        They are kept with the data set.
+        """
+        return {}
+
+    @abstractmethod
+    def part(self, part: Any, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
+        """The rows of each split that one of the parts has, the same on whatever machine.
+
+        A split may be missing. Columns are those of `dataset`.
+        """
+
+    def dataset(self) -> dict[str, pa.Table]:
+        """All parts, one after the other, in the memory of this process."""
+        parts = self.parts()
+        common = self.common(parts)
+        made = [self.part(part, common) for part in parts]
+        splits = dict.fromkeys(split for tables in made for split in tables)
+        return {
+            split: pa.concat_tables(tables[split] for tables in made if split in tables)
+            for split in splits
+        }
 
 
 def load_workload(name: str) -> type[Workload]:

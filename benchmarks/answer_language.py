@@ -1,0 +1,145 @@
+"""`language` beside packers that have seen the same text, and its loss by size and by text seen."""
+
+import gzip
+import lzma
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from answers import table
+
+from cluster.config import override
+from trainers.data import prepare, rows
+from trainers.loop import train
+from trainers.reporter import SilentReporter
+from trainers.spec import RunSpec, find_spec, resolve
+from trainers.step import build_network
+from trainers.workloads.language import Language
+
+SIZES = {"small": (2, 32), "middle": (3, 64), "as shipped": (3, 96)}
+"""Layers and width; heads of 32 channels."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of the shipped spec's epochs."""
+FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
+
+
+def answer() -> str:
+    _, workload = resolved(*SIZES["as shipped"], 1.0)
+    texts = split_texts(workload)
+    by_size = {name: trained(*size, 1.0) for name, size in SIZES.items()}
+    by_text = [trained(*SIZES["middle"], share) for share in SHARES[:-1]] + [by_size["middle"]]
+    return "\n\n".join(
+        [
+            "Bits per byte of the held-out files of Python's standard library, split by file: "
+            f"{len(texts['train']) / 1e6:.2f} MB to train on, {len(texts['test']) / 1e6:.2f} MB "
+            "held out. A packer's bits *given the training text* are those by which the packed "
+            "training text grows when the held-out text is put behind it.",
+            table([("", "alone", "given the training text"), *packers(texts), *ours(by_size)]),
+            "By a power law the loss falls with the weights (those of the blocks, at the shipped "
+            "spec's number of tokens) and with the tokens (the middle size, each run with a "
+            "schedule of its own):",
+            table(
+                [
+                    ("varied", "values", "bits per byte", "fit", "largest residual"),
+                    law("weights N", [(run["weights"], run["bits"]) for run in by_size.values()]),
+                    law("tokens D", [(run["tokens"], run["bits"]) for run in by_text]),
+                ]
+            ),
+        ]
+    )
+
+
+def resolved(layers: int, width: int, share: float) -> tuple[RunSpec, Language]:
+    data = find_spec("language")[1]
+    epochs = share * data["train"]["epochs"]
+    changes = {
+        "model.layers": layers,
+        "model.width": width,
+        "model.heads": width // 32,
+        "train.epochs": epochs,
+        "train.evaluate_every": epochs,
+    }
+    spec, workload = resolve(override(data, [f"{k}={v}" for k, v in changes.items()]), RunSpec)
+    assert isinstance(workload, Language)
+    return spec, workload
+
+
+def trained(layers: int, width: int, share: float) -> dict[str, float]:
+    """A run of the ordinary loop from start to end: its weights, tokens, bits per byte, seconds."""
+    spec, workload = resolved(layers, width, share)
+    dataset = prepare(workload, FOLDER)
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    began = time.monotonic()
+    outcome = train(spec, workload, dataset, folder, SilentReporter())
+    blocks = workload.blocks(build_network(spec.train, workload))
+    samples = spec.train.total_steps(rows(dataset, "train")) * spec.train.global_batch
+    found = {
+        "weights": sum(weight.numel() for block in blocks for weight in block.parameters()),
+        "tokens": samples * workload.tokens_per_sample,
+        "bits": outcome.metrics["test/bits_per_byte"],
+        "seconds": time.monotonic() - began,
+    }
+    print(found, flush=True)
+    return found
+
+
+def split_texts(workload: Language) -> dict[str, bytes]:
+    """The text of each split, as much of it as the windows have."""
+    parts = workload.parts()
+    common = workload.common(parts)
+    texts: dict[str, bytes] = {}
+    for part in parts:
+        documents = list(workload.documents(part))
+        for split, windows in workload.part(part, common).items():
+            said = b"".join(document + b"\0" for of, document in documents if of == split)
+            size = sum(windows["bytes"].to_pylist())
+            texts[split] = texts.get(split, b"") + said[:size]
+    return texts
+
+
+def packers(texts: dict[str, bytes]) -> list[tuple[str, str, str]]:
+    """Each packer's bits per byte of the held-out text."""
+    packed = {
+        "gzip -9": lambda text: len(gzip.compress(text, 9)),
+        "zstd --ultra -22": lambda text: len(pa.Codec("zstd", 22).compress(text)),
+        "xz -9e": lambda text: len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    known, held_out = texts["train"], texts["test"]
+    return [
+        (
+            name,
+            f"{8 * pack(held_out) / len(held_out):.3f}",
+            f"{8 * (pack(known + held_out) - pack(known)) / len(held_out):.3f}",
+        )
+        for name, pack in packed.items()
+    ]
+
+
+def ours(runs: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"`language`, {name}: {run['weights']:,.0f} weights in blocks, "
+            f"{run['tokens'] / 1e6:.1f} M tokens, {run['seconds']:.0f} s",
+            "",
+            f"{run['bits']:.3f}",
+        )
+        for name, run in runs.items()
+    ]
+
+
+def law(name: str, points: list[tuple[float, float]]) -> list[str]:
+    """A row with the least-squares line through the logarithms."""
+    x, y = np.log(np.array(points, dtype=float).T)
+    slope, intercept = np.polyfit(x, y, 1)
+    worst = np.abs(np.exp(y - (slope * x + intercept)) - 1).max()
+    symbol = name[-1]
+    return [
+        name,
+        ", ".join(f"{at:,.0f}" for at, _ in points),
+        ", ".join(f"{bits:.3f}" for _, bits in points),
+        f"{math.exp(intercept):.3g} {symbol}^{slope:.4f}",
+        f"{worst:.2%}",
+    ]

@@ -1,0 +1,74 @@
+"""Workloads against answers that are known beforehand: writes the tables of `docs/answers.md`.
+
+`python benchmarks/answers.py [NAME ...]` takes some minutes per workload on two cores. Each
+workload's own part is `answer_NAME.py` beside this file: its `answer()` trains with the ordinary
+loop and returns the rows of a table, in the document's own words.
+"""
+
+import importlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "answers.md"
+HEAD = """# Known answers
+
+What the shipped workloads learn, against what is known without them. `make answers` writes this
+page; each table is of one run on the machine that it names.
+"""
+
+
+def commit() -> str:
+    """What is checked out, and whether it has been changed."""
+    asked = ("git", "describe", "--always", "--dirty=, changed", "--exclude=*")
+    return subprocess.run(
+        asked, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown; the first row is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def section(name: str, body: str, seconds: float) -> str:
+    """A workload's part of the page."""
+    when = time.strftime("%Y-%m-%d")
+    where = f"Python {platform.python_version()}, torch {torch.__version__}"
+    where += f", {torch.get_num_threads()} CPU threads"
+    ran = f"`python benchmarks/answers.py {name}`, {when}, commit {commit()}, {where}"
+    return f"## {name}\n{ran}, {seconds:.0f} s.\n\n{body}\n"
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with a workload's section in place of the one it had, or at the end."""
+    head, *sections = page.split("\n## ")
+    kept = {each.partition("\n")[0]: f"## {each.strip()}\n" for each in sections}
+    kept[name] = text
+    return "\n".join([head.strip() + "\n", *kept.values()])
+
+
+def main() -> None:
+    there = sorted(
+        path.stem.removeprefix("answer_") for path in Path(__file__).parent.glob("answer_*.py")
+    )
+    for name in sys.argv[1:] or there:
+        if name not in there:
+            sys.exit(f"no answers for {name!r}; there are: {', '.join(there)}")
+        began = time.monotonic()
+        body = importlib.import_module(f"answer_{name}").answer()
+        text = section(name, body, time.monotonic() - began)
+        print(text)
+        page = PAGE.read_text() if PAGE.exists() else HEAD
+        PAGE.write_text(replaced(page, name, text))
+
+
+if __name__ == "__main__":
+    main()
