@@ -308,41 +308,33 @@ def kind_colours(order: Sequence[str]) -> dict[str, Any]:
 
 def scaling(measured: Mapping[str, Table]) -> Chart:
     """Samples per second by workers; `measured` by mode, with `workers`, `speed`, `fitted`."""
-    table: dict[str, list[Any]] = {"workers": [], "speed": [], "kind": []}
+    table: dict[str, list[Any]] = {"workers": [], "speed": [], "kind": [], "how": []}
+
+    def add(workers: Sequence[int], speeds: Sequence[float], kind: str, how: str) -> None:
+        table["workers"] += workers
+        table["speed"] += speeds
+        table["kind"] += [kind] * len(workers)
+        table["how"] += [how] * len(workers)
+
     for mode, found in measured.items():
-        for column, kind in (("speed", mode), ("fitted", f"{mode}, fitted")):
-            table["workers"] += found["workers"]
-            table["speed"] += found[column]
-            table["kind"] += [kind] * len(found["workers"])
+        add(found["workers"], found["speed"], mode, "measured")
+        add(found["workers"], found["fitted"], mode, "fitted")
     first = next(iter(measured.values()))
     each = first["speed"][0] / first["workers"][0]
     counts = sorted(set(table["workers"]))
-    table["workers"] += counts
-    table["speed"] += [each * count for count in counts]
-    table["kind"] += ["ideal"] * len(counts)
-    kinds = list(dict.fromkeys(table["kind"]))
-    colour = {"strong": "$blue", "weak": "$accent", "ideal": "$grey"}
+    add(counts, [each * count for count in counts], "ideal", "fitted")
+    colours = {"strong": "$blue", "weak": "$accent", "ideal": "$grey"}
+    kinds = [kind for kind in colours if kind in table["kind"]]
+    colour = {"domain": kinds, "range": [colours[kind] for kind in kinds]}
+    dash = {"domain": ["measured", "fitted"], "range": [[1, 0], [5, 4]]}
     spec = {
         **data("speeds"),
         "mark": {"type": "line", "point": True, "tooltip": True},
         "encoding": {
             "x": quantity("workers", "workers", axis={"values": counts, "format": "d"}),
             "y": quantity("speed", "samples/s", scale={"zero": True}),
-            "color": {
-                "field": "kind",
-                "type": "nominal",
-                "title": None,
-                "scale": {"domain": kinds, "range": [colour[k.partition(",")[0]] for k in kinds]},
-            },
-            "strokeDash": {
-                "field": "kind",
-                "type": "nominal",
-                "legend": None,
-                "scale": {
-                    "domain": kinds,
-                    "range": [[1, 0] if k in colour else [4, 3] for k in kinds],
-                },
-            },
+            "color": {"field": "kind", "type": "nominal", "title": None, "scale": colour},
+            "strokeDash": {"field": "how", "type": "nominal", "title": None, "scale": dash},
         },
     }
     text = "Samples per second by number of workers, as measured and as the fitted model has it."

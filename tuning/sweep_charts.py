@@ -212,7 +212,7 @@ def sliced(
             "axis": {"labelAngle": 0},
         }
     elif "log" in space.kind:
-        x["scale"] = {"type": "log", "nice": False}
+        x["scale"] = {"type": "log", "nice": False, "padding": 12}
     text = f"{metric} of each trial by its {path}."
     spec = _points(
         x,
