@@ -22,6 +22,8 @@ VERSION = "6.4"
 """Of Vega-Lite, whose charts these are."""
 WIDTH, SCALE = 760, 2
 """Of a PNG file: pixels of the page, and dots for each of them."""
+MOST_ROWS = 10_000
+"""Of a table that is drawn as a PNG file, but for the last ones of each trial."""
 PALETTES: dict[str, dict[str, Any]] = {
     "light": {
         "paper": "#ffffff",
@@ -132,7 +134,7 @@ def coloured(spec: Any, palette: Mapping[str, Any]) -> Any:
 def write_png(chart: Chart, path: Path) -> None:
     import vl_convert
 
-    named = {name: _finite(rows_of(table)) for name, table in chart.tables.items()}
+    named = {name: _finite(_thinned(rows_of(table))) for name, table in chart.tables.items()}
     whole = {
         **chart.spec,
         "title": {"text": chart.title, "anchor": "start", "color": "$ink", "fontSize": 14},
@@ -143,6 +145,19 @@ def write_png(chart: Chart, path: Path) -> None:
     light = coloured(whole, PALETTES["light"])
     data = vl_convert.vegalite_to_png({**light, "datasets": named}, vl_version=VERSION, scale=SCALE)
     path.write_bytes(data)
+
+
+def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of very many rows, one of so many of each trial, and its last: drawing takes minutes."""
+    every = -(-len(rows) // MOST_ROWS)
+    if every < 2 or "trial" not in rows[0]:
+        return rows
+    following = [row["trial"] for row in rows[1:]] + [None]
+    return [
+        row
+        for n, (row, after) in enumerate(zip(rows, following, strict=True))
+        if n % every == 0 or row["trial"] != after
+    ]
 
 
 def _finite(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
