@@ -349,7 +349,13 @@ def scaling(measured: Mapping[str, Table]) -> Chart:
             "x": quantity("workers", "workers", axis={"values": counts, "format": "d"}),
             "y": quantity("speed", "samples/s", scale={"zero": True}),
             "color": {"field": "kind", "type": "nominal", "title": None, "scale": colour},
-            "strokeDash": {"field": "how", "type": "nominal", "title": None, "scale": dash},
+            "strokeDash": {
+                "field": "how",
+                "type": "nominal",
+                "title": None,
+                "scale": dash,
+                "legend": {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeColor": "$ink"},
+            },
         },
     }
     text = "Samples per second by number of workers, as measured and as the fitted model has it."
