@@ -265,9 +265,7 @@ def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Chart:
     start = min(span.begin for span in spans)
     idle = gaps(spans)
     longest = max(span.end for span in spans) - start
-    unit, seconds = next(
-        u for u in (("h", 3600), ("min", 60), ("s", 1)) if longest > 2 * u[1] or u[1] == 1
-    )
+    unit, seconds = ("h", 3600) if longest > 7200 else ("min", 60) if longest > 120 else ("s", 1)
     shown = list(dict.fromkeys(span.place for span in spans))[:MOST_LANES]
     bars = [span for span in [*spans, *idle] if span.place in shown]
     table: Table = {

@@ -171,7 +171,7 @@ def _short(value: Any) -> str:
 
 
 def importances(shares: Mapping[str, float], metric: str) -> Chart:
-    table = {"parameter": list(shares), "share": list(shares.values())}
+    table: Table = {"parameter": list(shares), "share": list(shares.values())}
     spec = {
         **data("shares"),
         "mark": {"type": "bar", "color": "$blue", "tooltip": True},
