@@ -22,6 +22,8 @@ VERSION = "6.4"
 """Of Vega-Lite, whose charts these are."""
 WIDTH, SCALE = 760, 2
 """Of a PNG file: pixels of the page, and dots for each of them."""
+MOST_ROWS = 10_000
+"""Of a table that is drawn as a PNG file, but for the last ones of each trial."""
 PALETTES: dict[str, dict[str, Any]] = {
     "light": {
         "paper": "#ffffff",
@@ -132,7 +134,7 @@ def coloured(spec: Any, palette: Mapping[str, Any]) -> Any:
 def write_png(chart: Chart, path: Path) -> None:
     import vl_convert
 
-    named = {name: _finite(rows_of(table)) for name, table in chart.tables.items()}
+    named = {name: _finite(_thinned(rows_of(table))) for name, table in chart.tables.items()}
     whole = {
         **chart.spec,
         "title": {"text": chart.title, "anchor": "start", "color": "$ink", "fontSize": 14},
@@ -143,6 +145,19 @@ def write_png(chart: Chart, path: Path) -> None:
     light = coloured(whole, PALETTES["light"])
     data = vl_convert.vegalite_to_png({**light, "datasets": named}, vl_version=VERSION, scale=SCALE)
     path.write_bytes(data)
+
+
+def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of very many rows, one of so many of each trial, and its last: drawing takes minutes."""
+    every = -(-len(rows) // MOST_ROWS)
+    if every < 2 or "trial" not in rows[0]:
+        return rows
+    following = [row["trial"] for row in rows[1:]] + [None]
+    return [
+        row
+        for n, (row, after) in enumerate(zip(rows, following, strict=True))
+        if n % every == 0 or row["trial"] != after
+    ]
 
 
 def _finite(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -250,9 +265,7 @@ def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Chart:
     start = min(span.begin for span in spans)
     idle = gaps(spans)
     longest = max(span.end for span in spans) - start
-    unit, seconds = next(
-        u for u in (("h", 3600), ("min", 60), ("s", 1)) if longest > 2 * u[1] or u[1] == 1
-    )
+    unit, seconds = ("h", 3600) if longest > 7200 else ("min", 60) if longest > 120 else ("s", 1)
     shown = list(dict.fromkeys(span.place for span in spans))[:MOST_LANES]
     bars = [span for span in [*spans, *idle] if span.place in shown]
     table: Table = {
@@ -308,40 +321,38 @@ def kind_colours(order: Sequence[str]) -> dict[str, Any]:
 
 def scaling(measured: Mapping[str, Table]) -> Chart:
     """Samples per second by workers; `measured` by mode, with `workers`, `speed`, `fitted`."""
-    table: dict[str, list[Any]] = {"workers": [], "speed": [], "kind": []}
+    table: dict[str, list[Any]] = {"workers": [], "speed": [], "kind": [], "how": []}
+
+    def add(workers: Sequence[int], speeds: Sequence[float], kind: str, how: str) -> None:
+        table["workers"] += workers
+        table["speed"] += speeds
+        table["kind"] += [kind] * len(workers)
+        table["how"] += [how] * len(workers)
+
     for mode, found in measured.items():
-        for column, kind in (("speed", mode), ("fitted", f"{mode}, fitted")):
-            table["workers"] += found["workers"]
-            table["speed"] += found[column]
-            table["kind"] += [kind] * len(found["workers"])
+        add(found["workers"], found["speed"], mode, "measured")
+        add(found["workers"], found["fitted"], mode, "fitted")
     first = next(iter(measured.values()))
     each = first["speed"][0] / first["workers"][0]
     counts = sorted(set(table["workers"]))
-    table["workers"] += counts
-    table["speed"] += [each * count for count in counts]
-    table["kind"] += ["ideal"] * len(counts)
-    kinds = list(dict.fromkeys(table["kind"]))
-    colour = {"strong": "$blue", "weak": "$accent", "ideal": "$grey"}
+    add(counts, [each * count for count in counts], "ideal", "fitted")
+    colours = {"strong": "$blue", "weak": "$accent", "ideal": "$grey"}
+    kinds = [kind for kind in colours if kind in table["kind"]]
+    colour = {"domain": kinds, "range": [colours[kind] for kind in kinds]}
+    dash = {"domain": ["measured", "fitted"], "range": [[1, 0], [5, 4]]}
     spec = {
         **data("speeds"),
         "mark": {"type": "line", "point": True, "tooltip": True},
         "encoding": {
             "x": quantity("workers", "workers", axis={"values": counts, "format": "d"}),
             "y": quantity("speed", "samples/s", scale={"zero": True}),
-            "color": {
-                "field": "kind",
+            "color": {"field": "kind", "type": "nominal", "title": None, "scale": colour},
+            "strokeDash": {
+                "field": "how",
                 "type": "nominal",
                 "title": None,
-                "scale": {"domain": kinds, "range": [colour[k.partition(",")[0]] for k in kinds]},
-            },
-            "strokeDash": {
-                "field": "kind",
-                "type": "nominal",
-                "legend": None,
-                "scale": {
-                    "domain": kinds,
-                    "range": [[1, 0] if k in colour else [4, 3] for k in kinds],
-                },
+                "scale": dash,
+                "legend": {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeColor": "$ink"},
             },
         },
     }

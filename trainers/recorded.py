@@ -107,7 +107,7 @@ def spans(folder: Path, found: Mapping[str, Record]) -> list[Span]:
     for record in shared:
         if "/" in record.key:
             times = (record.began_ms / 1000, record.newest_ms / 1000)
-            busy["shared"].append((*times, record.key))
+            busy["slot"].append((*times, record.key))
     return [span for where, own in sorted(busy.items()) for span in _lanes(where, own)]
 
 

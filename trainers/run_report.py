@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.budget import duration_text, usd_text
 from cluster.meter import joules_text
 from trainers import charts
-from trainers.charts import Chart
+from trainers.charts import Chart, Table
 from trainers.page import Page, Section, Sheet, Tile, shown
 from trainers.recorded import Record, Series, records, spans
 
@@ -122,7 +122,7 @@ def over_steps(what: str, by_kind: Mapping[str, Series], text: str) -> Chart:
     thinned = {kind: thin(series, MOST_POINTS) for kind, series in by_kind.items()}
     if any(len(thinned[kind].steps) < len(by_kind[kind].steps) for kind in by_kind):
         text += f" An even grid of {MOST_POINTS:,} points of each is drawn."
-    table = {
+    table: Table = {
         "x": [step for series in thinned.values() for step in series.steps],
         "y": [value for series in thinned.values() for value in series.values],
         "kind": [kind for kind, series in thinned.items() for _ in series.steps],
@@ -188,7 +188,7 @@ def scaling(record: Record) -> Iterator[Chart | str]:
         speed = record.series.get(f"scaling/{mode}/samples_per_s")
         fitted = record.series.get(f"scaling/{mode}/fitted_samples_per_s")
         if speed and fitted:
-            table = {"workers": speed.steps, "speed": speed.values, "fitted": fitted.values}
+            table: Table = {"workers": speed.steps, "speed": speed.values, "fitted": fitted.values}
             measured[mode] = table
     if measured:
         yield charts.scaling(measured)

@@ -298,7 +298,9 @@ class _Follower(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, complete = trial.config["trial"], bool(trial.last_result.get("complete"))
-        tags = {} if complete else {"heliostat.stopped": self._sweep.spec.scheduler.name}
+        tags: dict[str, str] = {}
+        if not complete:
+            tags["heliostat.stopped"] = self._sweep.spec.scheduler.name
         ended = json.dumps({"complete": complete, "step": trial.last_result.get("step")})
         write_atomic(self._sweep.trial_folder(number) / ENDED, ended)
         tags[NOTE] = trial_note(self._sweep, trial.config, trial.last_result)

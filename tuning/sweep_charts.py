@@ -171,7 +171,7 @@ def _short(value: Any) -> str:
 
 
 def importances(shares: Mapping[str, float], metric: str) -> Chart:
-    table = {"parameter": list(shares), "share": list(shares.values())}
+    table: Table = {"parameter": list(shares), "share": list(shares.values())}
     spec = {
         **data("shares"),
         "mark": {"type": "bar", "color": "$blue", "tooltip": True},
@@ -212,7 +212,7 @@ def sliced(
             "axis": {"labelAngle": 0},
         }
     elif "log" in space.kind:
-        x["scale"] = {"type": "log", "nice": False}
+        x["scale"] = {"type": "log", "nice": False, "padding": 12}
     text = f"{metric} of each trial by its {path}."
     spec = _points(
         x,
