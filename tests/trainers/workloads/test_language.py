@@ -305,7 +305,7 @@ class TestNetwork:
         samples, variants, alone = windows(), [], []
         for lr in (0.01, 0.02):
             spec, workload = small(optimizer={"lr": lr})
-            variants.append(Variant(spec, workload, 40))
+            variants.append(Variant(spec, workload, 4))
             stepper = Stepper(spec, workload, samples, Worker(), 4)
             alone.append([stepper.take(step).item() for step in range(4)])
         program = Program(variants[0], 2, samples, Cpu())
@@ -321,6 +321,7 @@ HALVES_SOURCE = '''
 """One of two workers that hold half of the heads each."""
 
 import torch
+import torch.distributed as dist
 
 from trainers.parallel import Worker
 from trainers.spec import RunSpec, resolve
