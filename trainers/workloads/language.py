@@ -150,8 +150,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC)))
-        x_BTC = x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
-        return x_BTC
+        more_BTC: Tensor = self.dropout(self.mlp(self.mlp_norm(x_BTC)))
+        return x_BTC + more_BTC
 
 
 class Attention(nn.Module):
