@@ -40,6 +40,24 @@ def commit_folder(building: Path, final: Path) -> None:
     _sync(final.parent)
 
 
+def cut_torn_line(file: int) -> int:
+    """Cut off what a crash has left of a line, of which nobody was told; where the last one ends.
+
+    `file` is the descriptor of a file of lines, open to read and write.
+    """
+    size = end = os.fstat(file).st_size
+    while end:
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(file, end)
+    return end
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

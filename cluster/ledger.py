@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import ClusterError
+from cluster.files import cut_torn_line
 from cluster.meter import Energy, Usage, from_data, total
 
 Kind = Literal["wall", "busy", "idle", "energy"]
@@ -120,11 +121,10 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         """Go on with the file at `path`, or begin it. Raises ClusterError if it is damaged."""
         self._entries: dict[str, Entry] = {}
-        _cut_torn_line(path)
-        if path.exists():
-            for entry in read(path):
-                self._entries[entry.id] = entry
-        self._file = path.open("ab")
+        self._file = path.open("a+b")
+        cut_torn_line(self._file.fileno())
+        for entry in read(path):
+            self._entries[entry.id] = entry
 
     def put(self, entries: Iterable[Entry]) -> None:
         """Returns when they would survive the death of this process."""
@@ -159,13 +159,3 @@ def read(path: Path) -> Iterator[Entry]:
                 yield Entry(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise ClusterError(f"{path}:{number}: is no entry: {error}") from None
-
-
-def _cut_torn_line(path: Path) -> None:
-    """What a killed writer left of a line; nobody was told that it was safe."""
-    if path.exists():
-        with path.open("rb+") as file:
-            data = file.read()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                file.truncate(whole)

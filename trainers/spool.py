@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cluster.errors import SpecError
-from cluster.files import write_atomic
+from cluster.files import cut_torn_line, write_atomic
 
 Row = tuple[str, float, int, int]
 """A metric: name, value, step, time stamp in ms since the epoch."""
@@ -58,7 +58,7 @@ class Spool:
             raise SpecError(f"{folder}: another process is writing what is tracked there") from None
         except OSError as error:
             raise SpecError(f"{folder}: cannot keep what is tracked: {error.strerror}") from None
-        self._end = _cut_torn_line(self._file)
+        self._end = cut_torn_line(self._file)
         # A machine that lost its power can know of more that was sent than it still has.
         self.sent = min(sent, self._end)
 
@@ -113,21 +113,6 @@ class Spool:
         """Let another writer go on."""
         os.close(self._file)
         self._writers.release()
-
-
-def _cut_torn_line(file: int) -> int:
-    """Where the last whole line ends; a crash can leave half a one, of which nobody was told."""
-    size = end = os.fstat(file).st_size
-    while end:
-        start = max(0, end - 65536)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(file, end)
-    return end
 
 
 def logged(folder: Path, run: str) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
+from cluster.files import cut_torn_line
 from tuning.purse import purse_of
 from tuning.space import Distribution, SweepSpec
 
@@ -40,9 +41,8 @@ class Journal:
             self.ends[entry["trial"]] = entry
 
     def _append(self, entry: dict[str, Any]) -> None:
-        whole = self._path.read_bytes().rfind(b"\n") + 1 if self._path.exists() else 0
-        with self._path.open("ab") as file:
-            file.truncate(whole)
+        with self._path.open("a+b") as file:
+            cut_torn_line(file.fileno())
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

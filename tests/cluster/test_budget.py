@@ -131,7 +131,8 @@ def test_trials_pay_their_parts_and_the_sweep_the_rest(world: World) -> None:
     world.work("head", 1, run="run/0000")
     world.work("head", 2, run="run/0001")
     world.tick(100)
-    costs = {run: world.ledger.account(run).usd for run in ("run/0000", "run/0001", "run")}
+    paid = world.ledger.accounts()
+    costs = {run: paid[run].usd for run in ("run/0000", "run/0001", "run")}
     assert costs == pytest.approx({"run/0000": 0.25, "run/0001": 0.50, "run": 0.25})
 
 

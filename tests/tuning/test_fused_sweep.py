@@ -162,6 +162,7 @@ def test_pbt_takes_over_weights_from_slot_to_slot(run_sweep: Any) -> None:
     sweep, board, _, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 2}",
         "sweep.trials=4",
+        "train.epochs=60",  # slots run ahead of what Tune decides
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.standings] == [True] * 4

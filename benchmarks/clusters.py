@@ -1,6 +1,8 @@
 """Clusters from their start to the next new step after a machine was lost.
 
-    python benchmarks/cluster.py [power|spot] [--rounds 3]
+    python benchmarks/clusters.py [power|spot] [--rounds 3]
+
+(Not `cluster.py`, which would hide the package of that name from the scripts beside it.)
 
 Two workers train the digits network, on hosts made of namespaces (`tests/rack`; needs root and
 what that needs). `heliostat up` and `heliostat submit` against `ray up` and `ray job submit` with
