@@ -126,7 +126,8 @@ def _made(
         return
     make = ray.remote(num_cpus=1)(make_part)
     shared = [ray.put(workload), ray.put(common)]
-    todo, under_way = deque(missing), {}
+    todo = deque(missing)
+    under_way: dict[Any, int] = {}
     at_once = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     try:
         while todo or under_way:

@@ -150,7 +150,8 @@ class Books:
 
     @property
     def twice_mid_B(self) -> Numbers:
-        return self.bid_B + self.ask_B + 2 * self.shift_B
+        twice_B: Numbers = self.bid_B + self.ask_B + 2 * self.shift_B
+        return twice_B
 
     def advance(self) -> None:
         """One event in each book: Gillespie's method, without the times."""

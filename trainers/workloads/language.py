@@ -150,7 +150,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC)))
-        return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
+        more_BTC: Tensor = self.dropout(self.mlp(self.mlp_norm(x_BTC)))
+        return x_BTC + more_BTC
 
 
 class Attention(nn.Module):
@@ -165,7 +166,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         def split(y_BTC: Tensor) -> Tensor:  # of tensor parallelism, a worker has some heads
-            return y_BTC.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            return y_BTC.view(*y_BTC.shape[:2], -1, self.head_width).transpose(1, 2)
 
         query_BHTD, key_BHTD = _rotated(split(self.query(x_BTC)), split(self.key(x_BTC)))
         value_BHTD = split(self.value(x_BTC))

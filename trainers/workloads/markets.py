@@ -100,7 +100,7 @@ class Markets(OrderBooks):
 
 def mirrored_book(book_BTF: Tensor) -> Tensor:
     """The book with bids and asks exchanged, and prices turned around the mid-price."""
-    sides_BTLSX = book_BTF.unflatten(-1, (LEVELS, 2, 2)).flip(3)
+    sides_BTLSX = book_BTF.reshape(*book_BTF.shape[:2], LEVELS, 2, 2).flip(3)
     sign_X = torch.tensor([-1.0, 1.0], dtype=book_BTF.dtype, device=book_BTF.device)
     return (sides_BTLSX * sign_X).flatten(2)
 
@@ -139,7 +139,8 @@ class Network(nn.Module):
         x_BCT1 = self.levels(book_BTF[:, None].to(self.last.weight.dtype))
         x_BC = torch.cat([over(x_BCT1) for over in self.times], 1).flatten(1)
         logit_B1 = self.last(F.leaky_relu(self.hidden(x_BC)))
-        return logit_B1.squeeze(1).to(self.last.weight.dtype)
+        logit_B: Tensor = logit_B1.squeeze(1)
+        return logit_B.to(self.last.weight.dtype)
 
 
 def _conv(inputs: int, outputs: int, size: tuple[int, int], **more: Any) -> Iterator[nn.Module]:

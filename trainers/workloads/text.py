@@ -346,7 +346,7 @@ def _pairs(documents: Sequence[bytes], tokenizer: bytes) -> Encoded:
     merged = Tokenizer.from_str(tokenizer.decode())
     merged.encode_special_tokens = True  # a text may have the separator's name in it
     size, end = merged.get_vocab_size(), merged.token_to_id(SEPARATOR)
-    length_V = np.array([len(merged.id_to_token(token)) for token in range(size)])
+    length_V = np.array([len(merged.id_to_token(token) or "") for token in range(size)])
     length_V[end] = 1
     encoded = merged.encode_batch([document.decode() for document in documents])
     tokens = [token for each in encoded for token in (*each.ids, end)]
