@@ -102,6 +102,8 @@ class Bill:
         self._used: set[str] = {own_node}
         self._nodes: dict[str, Node] = {}
         self._heard: dict[str, _Heard] = {}
+        self._over: set[str] = set()
+        """Sessions of meters that have ended."""
         self._held: dict[tuple[str, str, str], _Held] = {}
         self._entries: dict[str, Entry] = {}
 
@@ -112,30 +114,40 @@ class Bill:
         self._last_s = now
         present = {node.id: node for node in nodes}
         self._nodes |= present
-        self._listen(posts, now)
+        ended = self._listen(posts, now)
         for node in present.values():
             seen = self._seen.setdefault(node.id, now if self._seen else self._start_s)
             at_work = self._at_work(node.id, now)
-            if (at_work or node.share(node.ours)) and node.id not in self._used:
+            worked = [(post, elapsed_s) for post in at_work]
+            worked += [(post, min(s, elapsed_s)) for post, s in ended if post.node == node.id]
+            if (worked or node.share(node.ours)) and node.id not in self._used:
                 self._used.add(node.id)
                 waited_s = max(0.0, now - max(seen, self._start_s) - elapsed_s)
                 self._charge(node, self._key, "idle", waited_s * self._holds(node, at_work))
             if node.id in self._used:
-                self._charge_node(node, at_work, elapsed_s)
+                held_s = self._holds(node, at_work) * elapsed_s
+                self._charge_node(node, worked, held_s, elapsed_s)
         self._wall_s += elapsed_s
         wall = f"{self._session}/wall"
         self._entries[wall] = Entry(wall, self._key, "wall", self._begin, self._now(), self._wall_s)
         self._ledger.put(self._entries.values())
         self._entries.clear()
 
-    def _listen(self, posts: Iterable[Post], now: float) -> None:
+    def _listen(self, posts: Iterable[Post], now: float) -> list[tuple[Post, float]]:
+        """The meters that have ended, each with the seconds since it was heard before."""
+        ended = []
         for post in posts:
+            if post.session in self._over:
+                continue
             known = self._heard.get(post.session)
             if known is None or post.number > known.post.number:
                 self._heard[post.session] = _Heard(post, now)
                 self._note_energy(post)
                 if post.ended:
                     del self._heard[post.session]
+                    self._over.add(post.session)
+                    ended.append((post, post.seconds - (known.post.seconds if known else 0.0)))
+        return ended
 
     def _at_work(self, node: str, now: float) -> list[Post]:
         return [
@@ -153,14 +165,16 @@ class Bill:
             return own / max(own, anybody)
         return 0.0 if anybody else 1.0
 
-    def _charge_node(self, node: Node, at_work: list[Post], elapsed_s: float) -> None:
-        own = sum(node.share(post.reserved) for post in at_work)
-        scale = 1 / max(1.0, own)  # what Ray lets overlap costs no more than the node
-        for post in at_work:
-            part = node.share(post.reserved) * scale
-            self._charge(node, post.run, "busy", part * elapsed_s)
-        left = self._holds(node, at_work) - own * scale
-        self._charge(node, self._key, "idle", max(0.0, left) * elapsed_s)
+    def _charge_node(
+        self, node: Node, worked: list[tuple[Post, float]], held_s: float, elapsed_s: float
+    ) -> None:
+        """Who `worked` for how many seconds, and the rest of what is held."""
+        own_s = sum(node.share(post.reserved) * seconds for post, seconds in worked)
+        # What Ray lets overlap costs no more than the node.
+        scale = min(1.0, elapsed_s / own_s) if own_s else 1.0
+        for post, seconds in worked:
+            self._charge(node, post.run, "busy", node.share(post.reserved) * seconds * scale)
+        self._charge(node, self._key, "idle", max(0.0, held_s - own_s * scale))
 
     def _charge(self, node: Node, run: str, kind: Any, seconds: float) -> None:
         if not seconds:

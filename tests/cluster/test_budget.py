@@ -53,9 +53,8 @@ class World:
         """A meter on a node says something new."""
         session = f"{run}@{name}"
         number = self.posts[session].number + 1 if session in self.posts else 0
-        self.posts[session] = Post(
-            session, run, name, {"CPU": cpus}, number, 0.0, 0.0, **{"usages": [], **more}
-        )
+        more = {"seconds": 0.0, "usages": [], **more}
+        self.posts[session] = Post(session, run, name, {"CPU": cpus}, number, 0.0, **more)
 
     def tick(self, seconds: float = PERIOD_S) -> Account:
         self.now += seconds
@@ -134,6 +133,19 @@ def test_trials_pay_their_parts_and_the_sweep_the_rest(world: World) -> None:
     paid = world.ledger.accounts()
     costs = {run: paid[run].usd for run in ("run/0000", "run/0001", "run")}
     assert costs == pytest.approx({"run/0000": 0.25, "run/0001": 0.50, "run": 0.25})
+
+
+def test_what_ends_between_two_ticks_is_paid_for_its_own_seconds(world: World) -> None:
+    world.work("head", 2, run="run/0000", seconds=1.5, ended=True)
+    world.work("head", 4, run="run/0001", seconds=0.0)
+    world.tick(2)
+    world.work("head", 4, run="run/0001", seconds=2.5, ended=True)
+    for _ in range(2):
+        world.tick(2)
+    paid = {run: found.busy_s for run, found in world.ledger.accounts().items()}
+    assert paid == pytest.approx(
+        {"run/0000": 0.75 * 2 / 2.75, "run/0001": 2 * 2 / 2.75 + 2, "run": 0}
+    )
 
 
 @pytest.mark.parametrize("limit", ["usd", "kwh", "kg_co2e", "wall"])
