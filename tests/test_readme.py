@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -114,6 +116,7 @@ def test_ui_serves_the_runs_of_this_folder(
         server.wait(20)
 
 
+@pytest.mark.slow
 def test_the_demo_reaches_98_percent_on_images_no_trial_saw(tmp_path: Path) -> None:
     """`make demo`, with a Ray and an MLflow store of its own, as on a fresh machine."""
     listing = subprocess.run(

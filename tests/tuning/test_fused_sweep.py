@@ -206,6 +206,7 @@ def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
     assert_tracked_once(mlflow_server, tracked, board)
 
 
+@pytest.mark.slow
 def test_a_fused_sweep_whose_driver_was_killed_ends_with_the_trials_it_was_to_have(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_failed_trial_is_told_in_a_line_and_the_others_go_on(
     assert by_name["0000"].info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
     _, board, tracked = run_sweep("scale.workers=2", "sweep.trials=1", "sweep.scheduler.name=none")
     assert [s.complete for s in board.standings] == [True]

@@ -340,6 +340,7 @@ def work(rank, meeting, data, samples, answers):
 '''
 
 
+@pytest.mark.slow
 def test_heads_can_be_split_over_workers(modules: Path, tmp_path: Path) -> None:
     spec, workload = small()
     stepper = Stepper(spec, workload, windows(), Worker(), 4)
