@@ -153,7 +153,7 @@ class Bill:
         return [
             heard.post
             for heard in self._heard.values()
-            if heard.post.node == node and not heard.post.ended and now - heard.at <= SILENCE_S
+            if heard.post.node == node and now - heard.at <= SILENCE_S
         ]
 
     @staticmethod

@@ -50,7 +50,7 @@ class Purse:
 
     def __init__(self, sweep: Sweep, spec: SweepRunSpec, metering: Metering, epochs: float) -> None:
         """`epochs` are those of a whole trial."""
-        self._key, self._budget, self.metering = sweep.key, spec.budget, metering
+        self._sweep, self._budget, self.metering = sweep, spec.budget, metering
         self._cost = COST_PER.get(spec.sweep.scheduler.per)
         for rate in metering.rates.known():
             if self._cost == "cost_usd" and rate.usd_per_h is None:
@@ -86,16 +86,14 @@ class Purse:
     def price(self, trial: int, result: Mapping[str, Any]) -> float:
         """What an epoch of the trial costs, over an average one of the sweep's; 1 if unknown."""
         with self._lock:
-            cost = sum(
-                self._rates.get(number, 0.0) * known.device_s
-                for number, known in self._trials.items()
-            )
-            epochs = sum(self._trials[number].epoch for number in self._rates)
-            # As dear a second as of the others, while nothing has been charged for this trial.
-            seconds = sum(self._trials[number].device_s for number in self._rates)
-            rate = self._rates.get(trial, cost / seconds if seconds else 0.0)
+            charged = [(rate, self._trials[number]) for number, rate in self._rates.items()]
+            cost = sum(rate * known.device_s for rate, known in charged)
+            seconds = sum(known.device_s for _, known in charged)
+            epochs = sum(known.epoch for _, known in charged)
             if not (cost and epochs and result["epoch"]):
                 return 1.0
+            # As dear a second as of the others, while nothing has been charged for this trial.
+            rate = self._rates.get(trial, cost / seconds)
             return float(rate * result["device_s"] / result["epoch"] / (cost / epochs))
 
     @property
@@ -129,11 +127,11 @@ class Purse:
         """Number of each trial -> what a second of its device costs, where that is known."""
         now = time.monotonic()
         costs = {key: metrics(own) for key, own in self.metering.ledger.accounts().items()}
-        shared = costs.get(f"{self._key}/{ENGINE}", {}).get(cost)
+        shared = costs.get(f"{self._sweep.key}/{ENGINE}", {}).get(cost)
         total_s = sum(known.device_s for known in self._trials.values())
         found = {}
         for number, known in self._trials.items():
-            own = costs.get(f"{self._key}/{number:04d}", {}).get(cost)
+            own = costs.get(self._sweep.trial_key(number), {}).get(cost)
             since_s = 0.0 if known.running_since is None else now - known.running_since
             if shared is not None and total_s:
                 found[number] = shared / total_s
@@ -232,5 +230,6 @@ def trial_costs(sweep: Sweep) -> dict[int, dict[str, float]]:
 
 def _last_results(sweep: Sweep) -> dict[int, dict[str, float]]:
     """Number of each trial that was evaluated -> the result of its last evaluation."""
+    unknown = {"device_s": 0.0}  # sweeps of earlier versions say it of fused trials alone
     paths = sweep.folder.glob(f"trials/*/{LAST}")
-    return {int(path.parent.name): json.loads(path.read_text()) for path in paths}
+    return {int(path.parent.name): unknown | json.loads(path.read_text()) for path in paths}

@@ -24,21 +24,22 @@ def build_scheduler(sweep: SweepSpec, epochs: float, price: Price = lambda *_: 1
     from ray.tune import schedulers
 
     spec = sweep.scheduler
-    by_epoch = spec.per == "epoch"
     if spec.name == "asha":
-        asha = schedulers.AsyncHyperBandScheduler
-        return (asha if by_epoch else _at_cost(asha, price))(
-            time_attr=TIME if by_epoch else SPENT,
+        return _timed(
+            schedulers.AsyncHyperBandScheduler,
+            spec,
+            price,
             # A trial ends by itself; being stopped there would only look like a verdict.
             max_t=math.ceil(epochs) + 1,
-            stop_last_trials=by_epoch,
+            stop_last_trials=spec.per == "epoch",
             grace_period=spec.grace_epochs,
             reduction_factor=spec.reduction,
         )
     if spec.name == "median":
-        median = schedulers.MedianStoppingRule
-        return (median if by_epoch else _at_cost(median, price))(
-            time_attr=TIME if by_epoch else SPENT,
+        return _timed(
+            schedulers.MedianStoppingRule,
+            spec,
+            price,
             grace_period=spec.grace_epochs,
             min_samples_required=3,
         )
@@ -60,6 +61,13 @@ def first_rung(spec: SchedulerSpec, epochs: float) -> float:
     if spec.name == "none":
         return epochs
     return min(epochs, spec.every_epochs if spec.name == "pbt" else spec.grace_epochs)
+
+
+def _timed(kind: Any, spec: SchedulerSpec, price: Price, **options: Any) -> Any:
+    """A scheduler of Ray's that compares trials after equal epochs, or equal costs."""
+    if spec.per == "epoch":
+        return kind(time_attr=TIME, **options)
+    return _at_cost(kind, price)(time_attr=SPENT, **options)
 
 
 def _at_cost(kind: Any, price: Price) -> Any:
