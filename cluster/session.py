@@ -53,6 +53,8 @@ def ray_session(
         )
     except Exception as error:  # Ray raises Exception itself where a node does not start in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if cause := str(error.__cause__ or "").strip():
+            reason = f"{reason}: {cause.splitlines()[-1]}"
         where = "a local Ray" if here else f"the cluster at {address}"
         raise ClusterError(f"cannot connect to {where}: {reason}") from error
     _free_ended_starts()

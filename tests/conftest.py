@@ -354,6 +354,7 @@ def job_cluster() -> Iterator[JobCluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "HELIOSTAT_STORAGE": str(folder / "home"),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "COLUMNS": "200",
     }
     ports = {name: _free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}

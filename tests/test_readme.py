@@ -69,19 +69,17 @@ def test_your_own_model(heliostat: Any) -> None:
     assert float(re.search(r"\d{4} +([\d.]+)", output)[1]) > 0.9
 
 
-def test_a_ray_job(heliostat: Any, ray_dashboard: str) -> None:
+def test_a_ray_job(job_cluster: Any, tmp_path: Path) -> None:
     """`ray job submit` as the README has it, on a shorter run."""
     submitting = next(block for block in blocks("console") if "ray job submit" in block)
-    command = submitting.strip().replace("http://127.0.0.1:8265", ray_dashboard)
+    command = submitting.strip().replace("http://127.0.0.1:8265", job_cluster.url)
     before, _, after = command.partition(" -- ")
-    folder = heliostat.folder
-    (folder / "here.txt").write_text("sent along")
-    arguments = [*shlex.split(before), "--working-dir", str(folder), "--", *shlex.split(after)]
-    arguments += ["--set", f"storage={folder / 'runs'}", "--set", "train.epochs=2"]
-    arguments += ["--set", "scale.workers=2"]
+    (tmp_path / "here.txt").write_text("sent along")
+    arguments = [*shlex.split(before), "--working-dir", str(tmp_path), "--", *shlex.split(after)]
+    arguments += ["--set", "train.epochs=2", "--set", "scale.workers=2"]
     done = subprocess.run(
         arguments,
-        env={**heliostat.environment, "RAY_AUTH_MODE": "token"},
+        env=job_cluster.environment,
         capture_output=True,
         text=True,
         check=False,
@@ -89,7 +87,7 @@ def test_a_ray_job(heliostat: Any, ray_dashboard: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test/accuracy" in done.stdout
-    assert list((folder / "runs").glob("digits-*/model/model.safetensors"))
+    assert list((job_cluster.folder / "runs").glob("digits-*/model/model.safetensors"))
 
 
 def test_ui_serves_the_runs_of_this_folder(

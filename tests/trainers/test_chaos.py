@@ -90,13 +90,14 @@ def progress(folder: Path) -> float:
     return int(sent.read_text()) / max(whole, spool.stat().st_size) if sent.exists() else 0.0
 
 
-@settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+def test_each_killed_once(
+    server: Server, tmp_path_factory: pytest.TempPathFactory, wait_until: Callable[..., None]
+) -> None:
+    survives([("writer", 0.2, 0.1), ("server", 0.5, 0.1)], server, tmp_path_factory, wait_until)
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(EVENTS)
 def test_killed_at_any_time(
     server: Server,
@@ -104,6 +105,16 @@ def test_killed_at_any_time(
     wait_until: Callable[..., None],
     events: list[tuple[str, float, float]],
 ) -> None:
+    survives(events, server, tmp_path_factory, wait_until)
+
+
+def survives(
+    events: list[tuple[str, float, float]],
+    server: Server,
+    tmp_path_factory: pytest.TempPathFactory,
+    wait_until: Callable[..., None],
+) -> None:
+    """Everybody in `events` is killed in turn while a run is written: nothing is lost or double."""
     folder, run = tmp_path_factory.mktemp("spool"), f"chaos-{next(numbers)}"
 
     def write() -> subprocess.Popen[bytes]:

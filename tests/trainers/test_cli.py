@@ -95,6 +95,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
         assert weights[f"model.{name}"].equal(weight), name
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_anothers_checkpoint(
     heliostat: Any, client: mlflow.MlflowClient, train_here: Any
 ) -> None:

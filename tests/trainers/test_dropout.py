@@ -241,6 +241,7 @@ def test_a_rate_for_each_of_several_models_at_once() -> None:
         torch.testing.assert_close(y, dropped(nn.Dropout(p), x))
 
 
+@pytest.mark.slow
 def test_compiled_once_for_all_steps_and_all_calls() -> None:
     """Also where the graph is broken between the draws, and the pieces are compiled alike."""
 

@@ -111,6 +111,7 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
     assert {m.step: m.value for m in history} == two_workers.losses
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
     train: Runner, two_workers: Done, tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ def test_the_model_in_mlflow_is_the_one_that_was_trained(
     assert np.array_equal(served.predict(images), expected)
 
 
+@pytest.mark.slow
 def test_as_many_workers_as_there_is_room_for(train: Runner, one_worker: Done) -> None:
     """Four CPUs hold four of [2, 6] workers; 64 samples a step, in the order of one worker."""
     elastic = train(scale={"workers": [2, 6]})

@@ -337,7 +337,11 @@ STILL = {"model.blocks": (1,), "model.augment": 0.0}
 
 
 @pytest.fixture(
-    scope="module", params=[(Points, "adamw", {}), (Vision, "sgd", STILL)], ids=["points", "vision"]
+    scope="module",
+    params=[
+        pytest.param((Points, "adamw", {}), id="points"),
+        pytest.param((Vision, "sgd", STILL), id="vision", marks=pytest.mark.slow),
+    ],
 )
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     """PyTorch compiles the first one's step in place; on a CPU it cannot do so for the second."""

@@ -184,6 +184,7 @@ def test_what_cannot_be_fused_gets_a_process_and_a_line_says_so(
     assert ".item()" in lines[0]
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
     spirals: Path, ray_cluster: str, mlflow_server: str, wait_until: Wait, ray_dashboard: str
 ) -> None:
