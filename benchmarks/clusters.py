@@ -137,61 +137,20 @@ class Steps(Vision):
 """
 
 
-def tutorial() -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+TUTORIAL = """\
+import benchmark
+import guide
+from ray import cloudpickle
 
-    TorchTrainer(
-        _tutorial_worker,
-        scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(
-            storage_path=str(SHARED / "plain"), failure_config=FailureConfig(max_failures=3)
-        ),
-    ).fit()
-
-
-def _tutorial_worker() -> None:
-    import ray.train
-    import torch
-    from ray.train import Checkpoint
-    from ray.train.torch import prepare_data_loader, prepare_model
-    from sklearn.datasets import load_digits
-    from torch.utils.data import DataLoader, TensorDataset
-
-    from trainers.workloads.vision import ResNet, Vision
-
-    bunch, context = load_digits(), ray.train.get_context()
-    images = torch.from_numpy(bunch.images[:1437, None]).float()
-    data = TensorDataset(images, torch.from_numpy(bunch.target[:1437]))
-    batch_size = BATCH // context.get_world_size()
-    loader = prepare_data_loader(DataLoader(data, batch_size=batch_size, shuffle=True))
-    model = prepare_model(ResNet(1, 10, Vision.Model(width=16)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    epoch, step = 0, 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint:
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt")
-        model.module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        epoch, step = state["epoch"], state["step"]
-    while step < STEPS:
-        loader.sampler.set_epoch(epoch)
-        for batch, labels in loader:
-            begin_step(step)
-            loss = torch.nn.functional.cross_entropy(model(batch), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-        epoch += 1
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if context.get_world_rank() == 0:
-                state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save({**state, "epoch": epoch, "step": step}, Path(folder) / "state.pt")
-                saved = Checkpoint.from_directory(folder)
-            ray.train.report({"loss": loss.item()}, checkpoint=saved)
+cloudpickle.register_pickle_by_value(benchmark)
+guide.train(
+    benchmark.begin_step,
+    benchmark.SHARED / "plain",
+    workers=benchmark.WORKERS,
+    steps=benchmark.STEPS,
+    batch=benchmark.BATCH,
+)
+"""
 
 
 class Lab:
@@ -362,7 +321,8 @@ def lay_out(hosts: "Rack", case: str) -> None:
         left.unlink()
     (work / "benchmark.py").write_text(Path(__file__).read_text())
     (work / "steps.py").write_text(WORKLOAD)
-    (work / "tutorial.py").write_text("from benchmark import tutorial\n\ntutorial()\n")
+    (work / "guide.py").write_text(Path(__file__).with_name("guide.py").read_text())
+    (work / "tutorial.py").write_text(TUTORIAL)
     (work / "plain.yaml").write_text(PLAIN_HOSTS)
     if case == "spot":
         from aws import IMAGE

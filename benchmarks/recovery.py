@@ -23,11 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import guide
 from contest import compete, finish, rows, show
 
 from trainers import Batch, SampleRandom
-from trainers.workloads.vision import ResNet, Vision
+from trainers.workloads.vision import Vision
 
 KILLED, STEPS, BATCH, EVERY = 60, 80, 64, 10
 PARTS = ("a new process", "its first step", "steps done again")
@@ -82,57 +82,6 @@ def _run(command: list[str], folder: Path) -> None:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 
 
-def run_tutorial(events: str) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    TorchTrainer(
-        _tutorial_worker,
-        train_loop_config={"events": events},
-        scaling_config=ScalingConfig(num_workers=1),
-        run_config=RunConfig(
-            storage_path=str(Path.cwd()), failure_config=FailureConfig(max_failures=3)
-        ),
-    ).fit()
-
-
-def _tutorial_worker(config: dict[str, str]) -> None:
-    import ray.train
-    from ray.train import Checkpoint
-    from ray.train.torch import prepare_data_loader, prepare_model
-    from sklearn.datasets import load_digits
-    from torch.utils.data import DataLoader, TensorDataset
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images[:1437, None]).float()
-    data = TensorDataset(images, torch.from_numpy(bunch.target[:1437]))
-    loader = prepare_data_loader(DataLoader(data, batch_size=BATCH, shuffle=True))
-    model = prepare_model(ResNet(1, 10, Vision.Model(width=16)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    epoch, step = 0, 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint:
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / "state.pt")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        epoch, step = state["epoch"], state["step"]
-    while step < STEPS:
-        for batch, labels in loader:
-            begin_step(Path(config["events"]), step)
-            loss = torch.nn.functional.cross_entropy(model(batch), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-        epoch += 1
-        with tempfile.TemporaryDirectory() as folder:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "epoch": epoch, "step": step}, Path(folder) / "state.pt")
-            saved = Checkpoint.from_directory(folder)
-            ray.train.report({"loss": loss.item()}, checkpoint=saved)
-
-
 def recovery(events: Path) -> tuple[dict[str, float], int]:
     """Seconds of each part, and the steps done twice."""
     lines = [line.split() for line in events.read_text().splitlines()]
@@ -150,10 +99,12 @@ def recovery(events: Path) -> tuple[dict[str, float], int]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--tutorial", metavar="EVENTS", help=argparse.SUPPRESS)
+    options.add_argument("--tutorial", type=Path, metavar="EVENTS", help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.tutorial:
-        run_tutorial(args.tutorial)
+        guide.train(
+            partial(begin_step, args.tutorial), Path.cwd(), workers=1, steps=STEPS, batch=BATCH
+        )
         return
     parts: dict[str, list[dict[str, float]]] = defaultdict(list)
     again: dict[str, list[float]] = defaultdict(list)
