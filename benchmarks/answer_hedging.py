@@ -1,4 +1,4 @@
-"""`hedging` beside Black and Scholes, Boyle and Emanuel, Leland, and Whalley and Wilmott."""
+"""`hedging` beside Black and Scholes, Boyle and Emanuel, and Leland."""
 
 import math
 import tempfile
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from answers import table
-from torch import Tensor
 
 from cluster.config import override
 from trainers.data import open_splits, prepare
@@ -18,7 +17,6 @@ from trainers.workloads.hedging import (
     Hedging,
     black_scholes_delta,
     black_scholes_price,
-    deviation_left,
     left_over,
     remaining_deviation,
 )
@@ -27,8 +25,6 @@ FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 REBALANCINGS = (5, 20, 80)
 COST = 0.002
 """Of each trade: 20 basis points."""
-BANDS = torch.linspace(0, 0.5, 26)
-"""Half-widths at a gamma of one, of which the best in training is taken."""
 
 
 def answer() -> str:
@@ -89,44 +85,17 @@ def run(*changes: str) -> tuple[dict[str, float], Hedging, Path]:
 def others(workload: Hedging, dataset: Path) -> list[tuple[str, str, str]]:
     """What is usual where trades cost."""
     data, splits = workload.data, open_splits(dataset)
-    seen, tested = (splits[name]["price"].double() for name in ("train", "test"))
     step = math.sqrt(data.years / data.rebalancings)
-    larger = data.volatility * math.sqrt(
-        1 + math.sqrt(8 / math.pi) * COST / (data.volatility * step)
-    )
-    errors = [left(seen, banded(data, seen, float(width))).std() for width in BANDS]
-    best = float(BANDS[int(torch.stack(errors).argmin())])
-    hedges = {
-        "Black and Scholes' delta": lambda price: black_scholes_delta(data, price),
-        "Leland's delta": lambda price: black_scholes_delta(data, price, larger),
-        f"Whalley and Wilmott's band, {best:.2f} gamma^(2/3)": lambda price: banded(
-            data, price, best
-        ),
-    }
+    larger = math.sqrt(1 + math.sqrt(8 / math.pi) * COST / (data.volatility * step))
     rows = []
-    for name, hedge in hedges.items():
-        price = -left(seen, hedge(seen)).mean()
-        error = (price + left(tested, hedge(tested))).square().mean().sqrt()
+    for name, factor in (("Black and Scholes' delta", 1.0), ("Leland's delta", larger)):
+        lacking = {}
+        for split in ("train", "test"):
+            price = splits[split]["price"].double()
+            holding = black_scholes_delta(data, price, factor * data.volatility)
+            nothing = torch.zeros(len(price)).double()
+            lacking[split] = -PERCENT * left_over(nothing, holding, price, COST)
+        price = lacking["train"].mean()
+        error = (price - lacking["test"]).square().mean().sqrt()
         rows.append((name, f"{price:.4f}", f"{error:.4f}"))
     return rows
-
-
-def left(price_BN1: Tensor, holding_BN: Tensor) -> Tensor:
-    """In percent of the strike, when nothing was asked."""
-    return PERCENT * left_over(torch.zeros_like(price_BN1[:, 0]), holding_BN, price_BN1, COST)
-
-
-def banded(data: Hedging.Data, price_BN1: Tensor, width: float) -> Tensor:
-    """Trades to the edge of a band around the delta, as wide as gamma^(2/3) [B, N]."""
-    delta_BN = black_scholes_delta(data, price_BN1)
-    sd_N = deviation_left(data, price_BN1)
-    now_BN = price_BN1[:, :-1]
-    d_BN = now_BN.log() / sd_N + sd_N / 2
-    gamma_BN = torch.exp(-d_BN.square() / 2) / math.sqrt(2 * math.pi) / (now_BN * sd_N)
-    half_BN = width * (now_BN * gamma_BN.square() * 1e-3).pow(1 / 3)
-    held_B = torch.zeros_like(delta_BN[:, 0])
-    holdings = []
-    for delta_B, half_B in zip(delta_BN.unbind(1), half_BN.unbind(1), strict=True):
-        held_B = held_B.clamp(delta_B - half_B, delta_B + half_B)
-        holdings.append(held_B)
-    return torch.stack(holdings, 1)

@@ -17,7 +17,7 @@ from trainers.spec import RunSpec, find_spec, resolve
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 TRANSFORMER = ["model.network=vit", "model.width=48", "model.blocks=[4]", "optimizer.lr=0.002"]
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 
 def answer() -> str:

@@ -12,8 +12,7 @@ and, where trading costs, what is held already, such that the squared error at t
 **What is known.** Without costs, and ever more rebalancings, the holding is Black and Scholes'
 delta and the price theirs. With n of them an error remains whose standard deviation is near
 sqrt(pi / 4 / n) vega volatility (Boyle and Emanuel, Journal of Financial Economics 8, 1980, for
-the way it shrinks). With costs, Leland (Journal of Finance 40, 1985) hedges at a larger volatility,
-and Whalley and Wilmott (Mathematical Finance 7, 1997) leave the holding alone within a band.
+the way it shrinks). With costs, Leland (Journal of Finance 40, 1985) hedges at a larger volatility.
 
 **Metrics.** `hedging_error`, root mean square in percent of the strike, beside `delta_hedged` of
 Black and Scholes' delta on the same paths at the same costs and their price; `delta_deviation`,
