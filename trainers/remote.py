@@ -7,6 +7,7 @@ training where the machines are there already, else by the first worker that mis
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def check_everywhere(folder: Path, spec: RunSpec) -> None:
     ]
     if not needs_shared_folder(spec) or not others:
         return
-    look = ray.remote(num_cpus=0, max_retries=0)(_sees_spec)
+    # Python's own function, for which no machine imports this module, and with it torch.
+    look = ray.remote(num_cpus=0, max_retries=0)(os.path.isfile)
     asked = {
         look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -99,10 +101,6 @@ def check_everywhere(folder: Path, spec: RunSpec) -> None:
     blind = [asked[answer] for answer in answered if _answer(answer) is False]
     if blind:
         raise _refusal(folder, blind, trials=spec.sweep is not None)
-
-
-def _sees_spec(path: str) -> bool:
-    return Path(path).is_file()
 
 
 def _answer(reference: Any) -> bool | None:
