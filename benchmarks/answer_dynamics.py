@@ -13,7 +13,7 @@ from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.eos import EquationOfState
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import thermalize_momenta, Stationary
 from ase.md.verlet import VelocityVerlet
 from torch import nn
 
@@ -155,7 +155,7 @@ def free_motion(calculator: Any, kelvin: float) -> tuple[str, str, str]:
     crystal.calc = calculator
     random = np.random.default_rng(0)
     # Half of it goes into the potential energy of a crystal that was at rest.
-    MaxwellBoltzmannDistribution(crystal, temperature_K=2 * kelvin, rng=random)
+    thermalize_momenta(crystal, temperature_K=2 * kelvin, rng=random)
     Stationary(crystal)
     dynamics = VelocityVerlet(crystal, STEP_FS * units.fs)
     dynamics.run(WARM_UP)

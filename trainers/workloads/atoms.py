@@ -204,7 +204,7 @@ def trajectory(part: Part, data: Structures.Data) -> Iterator[Labelled]:
     from ase.build import bulk
     from ase.calculators.emt import EMT
     from ase.md.langevin import Langevin
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+    from ase.md.velocitydistribution import thermalize_momenta
 
     random = np.random.default_rng((data.seed, part.seed))
     shear_33 = random.uniform(-STRAIN, STRAIN, (3, 3)) / 2
@@ -212,7 +212,7 @@ def trajectory(part: Part, data: Structures.Data) -> Iterator[Labelled]:
     atoms = bulk("Cu", "fcc", a=LATTICE, cubic=True) * (CELLS, CELLS, CELLS)
     atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain_33), scale_atoms=True)
     atoms.calc = EMT()
-    MaxwellBoltzmannDistribution(atoms, temperature_K=part.temperature_k, rng=random)
+    thermalize_momenta(atoms, temperature_K=part.temperature_k, rng=random)
     dynamics = Langevin(
         atoms,
         TIME_STEP_FS * units.fs,

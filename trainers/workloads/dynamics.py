@@ -33,7 +33,7 @@ from trainers.workloads.atoms import Structures, nothing, packed
 from trainers.workloads.base import Batch, dtype_of
 
 # Suffixes: B structures, N atoms, K neighbours of an atom, R = 1 + K, X four numbers, 3 of space,
-# C features, Q basis functions.
+# C features, Q functions of a distance, Y = 3 Q, D = 3 C, M = B N K.
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -53,7 +53,7 @@ class Dynamics(Structures):
         """Numbers, and vectors, of an atom."""
         layers: PositiveInt = 2
         """Times that neighbours hear of each other."""
-        radial: PositiveInt = 16
+        radial: PositiveInt = 8
         """Functions that a distance is spread over."""
         energy_weight: Annotated[float, Field(ge=0)] = 1000.0
         """Weight of the squared error of the energy, in eV per atom, beside that of a component of
@@ -143,13 +143,10 @@ class Potential(nn.Module):
         """Takes derivatives also where none are recorded, as in evaluation."""
         recorded = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            if atoms_BNRX.is_inference():
-                atoms_BNRX = atoms_BNRX.clone()
-            moved_BN3 = torch.zeros_like(atoms_BNRX[:, :, 0, 1:])
-            gradient_BN3, energy_BN = torch.func.grad(self._sum, has_aux=True)(
-                moved_BN3, atoms_BNRX
-            )
-            found_BNX = torch.cat([energy_BN[..., None], -gradient_BN3], -1)
+            atoms_BNRX = atoms_BNRX.clone()  # what comes from inference mode has no derivatives
+            still_BN3 = torch.zeros_like(atoms_BNRX[:, :, 0, 1:])
+            slope_BN3, energy_BN = torch.func.grad(self._sum, has_aux=True)(still_BN3, atoms_BNRX)
+            found_BNX = torch.cat([energy_BN[..., None], -slope_BN3], -1)
         return found_BNX if recorded else found_BNX.detach()
 
     def _sum(self, moved_BN3: Tensor, atoms_BNRX: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,28 +161,35 @@ class Potential(nn.Module):
         near_BNK3 = _gathered(moved_BN3, place_BNK) - moved_BN3[:, :, None]
         vector_BNK3 = atoms_BNRX[:, :, 1:, 1:] + near_BNK3
         distance_BNK1 = vector_BNK3.square().sum(-1, keepdim=True).sqrt()
-        unit_BNK3 = vector_BNK3 / distance_BNK1
         fade_BNK1 = (distance_BNK1 * (math.pi / self.cutoff)).clamp(max=math.pi).cos() / 2 + 0.5
         waves_BNKQ = (distance_BNK1 * self.frequency_Q).sin() / distance_BNK1
-        basis_BNKQ = torch.cat([waves_BNKQ * fade_BNK1, fade_BNK1], -1)
+        basis_BNKQ = torch.cat([fade_BNK1, waves_BNKQ * fade_BNK1], -1)
+        unit_BNK3 = vector_BNK3 / distance_BNK1
+        toward_BNKY = (unit_BNK3[..., None] * basis_BNKQ[:, :, :, None]).flatten(3)
         number_BN = atoms_BNRX[:, :, 0, 0].long()
         scalar_BNC, vector_BN3C = self.embed(number_BN), None
         for layer in self.layers:
             scalar_BNC, vector_BN3C = layer(
-                scalar_BNC, vector_BN3C, place_BNK, unit_BNK3, basis_BNKQ
+                scalar_BNC, vector_BN3C, place_BNK, basis_BNKQ, toward_BNKY
             )
         energy_BN = self.energy(scalar_BNC).squeeze(-1).to(atoms_BNRX.dtype)
         return torch.where(number_BN > 0, energy_BN, 0)
 
 
 class Layer(nn.Module):
-    """What neighbours say is added to an atom's numbers and vectors, then these to each other."""
+    """What neighbours say is added to an atom's numbers and vectors, then these to each other.
+
+    A message is what the neighbour says times a function of its distance, a sum over the basis.
+    Neighbours are added up for each function of the basis first, as matrix products: so pairs of
+    atoms, of which there are most, have no numbers of their own but what is gathered.
+    """
 
     def __init__(self, features: int, radial: int, first: bool) -> None:
         super().__init__()
         self.features, kinds = features, 2 if first else 3
         self.say = _mlp(features, features, kinds * features)
-        self.far = nn.ModuleList(nn.Linear(radial + 1, features, bias=False) for _ in range(kinds))
+        self.far = nn.Parameter(torch.empty(kinds, radial + 1, features))
+        nn.init.normal_(self.far, std=(radial + 1) ** -0.5)
         self.mix = nn.Linear(features, 2 * features, bias=False)
         self.update = _mlp(2 * features, features, 3 * features)
 
@@ -194,20 +198,20 @@ class Layer(nn.Module):
         scalar_BNC: Tensor,
         vector_BN3C: Tensor | None,
         place_BNK: Tensor,
-        unit_BNK3: Tensor,
         basis_BNKQ: Tensor,
+        toward_BNKY: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        more_BNKC, toward_BNKC, *gate_BNKC = (
-            _gathered(said_BNC, place_BNK) * far(basis_BNKQ)
-            for said_BNC, far in zip(
-                self.say(scalar_BNC).split(self.features, -1), self.far, strict=True
-            )
-        )
-        scalar_BNC = scalar_BNC + more_BNKC.sum(2) / MESSAGES**0.5
-        told_BN3C = torch.einsum("bnkx,bnkc->bnxc", unit_BNK3, toward_BNKC)
+        more_BNC, point_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
+        far_QC, point_far_QC, *gate_far_QC = self.far.unbind()
+        more_BNQC = basis_BNKQ.mT @ _gathered(more_BNC, place_BNK)
+        scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / MESSAGES**0.5
+        told_BNYC = toward_BNKY.mT @ _gathered(point_BNC, place_BNK)
+        told_BN3C = (told_BNYC.unflatten(2, (3, -1)) * point_far_QC).sum(3)
         if vector_BN3C is not None:
-            vector_BNK3C = _gathered(vector_BN3C.flatten(2), place_BNK).unflatten(-1, (3, -1))
-            told_BN3C = told_BN3C + (vector_BNK3C * gate_BNKC[0][:, :, :, None]).sum(2)
+            gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
+            told_BNQD = basis_BNKQ.mT @ _gathered(gated_BN3C.flatten(2), place_BNK)
+            told_BNQ3C = told_BNQD.unflatten(3, (3, -1))
+            told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
         told_BN3C = told_BN3C / MESSAGES**0.5
         vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
 

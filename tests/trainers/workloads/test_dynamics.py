@@ -322,7 +322,7 @@ class TestFiles:
         ("spoil", "line"),
         [
             (lambda lines: ["many", *lines[1:]], "line 1: 'many' is no number of atoms"),
-            (lambda lines: lines[:-2], "line 20: ends after 2 of 4 atoms"),
+            (lambda lines: lines[:-2], "line 22: ends after 2 of 4 atoms"),
             (
                 lambda lines: [*lines[:8], lines[8].replace("0.", "O."), *lines[9:]],
                 "line 7: cannot be read: could not convert string to float: ",
