@@ -31,11 +31,11 @@ LATTICE, CELLS = 3.61, 2
 STRAIN = 0.03
 """Cells are this much longer or shorter along each axis, and sheared by as much at most."""
 TRAIN_K = (200, 1600)
-VAL_K = (450, 750, 1050, 1350)
-TEST_K = (300, 600, 900, 1200, 1500)
+VAL_K = range(300, 1501, 300)
+TEST_K = range(250, 1601, 150)
 """Temperatures of the trajectories; those to train on are spread evenly over their range."""
 TIME_STEP_FS, FRICTION_PER_FS = 5.0, 0.02
-BURN_IN, EVERY = 100, 10
+BURN_IN, EVERY = 50, 10
 """Steps until a crystal has its temperature, and between frames."""
 PART = 500
 """Structures of a file in a part of the data set."""
@@ -100,9 +100,9 @@ class Structures(PartedWorkload):
         """Room for a structure's atoms; smaller ones are filled up with nothing."""
         neighbors: PositiveInt = 64
         """Room for an atom's neighbours within the cutoff, images in other cells among them."""
-        trajectories: PositiveInt = 20
-        """Of emt, to train on; there are 4 more to validate and 5 to test on."""
-        frames: PositiveInt = 20
+        trajectories: PositiveInt = 40
+        """Of emt, to train on; there are 5 more to validate and 10 to test on."""
+        frames: PositiveInt = 10
         """Of each trajectory of emt."""
         seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
         """Decides how cells are strained and what thermal noise there is in emt."""

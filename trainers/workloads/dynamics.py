@@ -216,7 +216,7 @@ class Layer(nn.Module):
         vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
 
         left_BN3C, right_BN3C = self.mix(vector_BN3C).split(self.features, -1)
-        length_BNC = (right_BN3C.square().sum(2) + 1e-8).sqrt()
+        length_BNC = (1 + right_BN3C.square().sum(2)).sqrt()  # smooth where an atom is at rest
         both = self.update(torch.cat([scalar_BNC, length_BNC], -1))
         keep_BNC, inner_BNC, turn_BNC = both.split(self.features, -1)
         scalar_BNC = scalar_BNC + keep_BNC + inner_BNC * (left_BN3C * right_BN3C).sum(2)

@@ -176,7 +176,7 @@ def batch() -> dict[str, Tensor]:
 class TestTrajectories:
     def test_are_in_one_split_each(self) -> None:
         parts = dynamics(trajectories=3).parts()
-        assert [part.split for part in parts] == ["train"] * 3 + ["val"] * 4 + ["test"] * 5
+        assert [part.split for part in parts] == ["train"] * 3 + ["val"] * 5 + ["test"] * 10
         assert len({part.seed for part in parts}) == len(parts)
         assert [part.temperature_k for part in parts[:3]] == [200, 900, 1600]
 
