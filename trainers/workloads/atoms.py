@@ -154,7 +154,7 @@ class Structures(PartedWorkload):
         atoms, energy, forces = (np.stack(column) for column in zip(*rows, strict=True))
         return {part.split: table(atoms=atoms, energy=energy, forces=forces)}
 
-    def _row(self, found: Labelled, references: Mapping[str, float]) -> tuple[Numbers, ...]:
+    def _row(self, found: Labelled, references: Mapping[str, float]) -> tuple[Any, ...]:
         """atoms [N, R, X], energy [], forces [N, 3], as the data set has them."""
         data, (count, size) = self.data, found.forces_N3.shape
         if count > data.atoms:
@@ -336,6 +336,8 @@ def _read(part: Part, data: Structures.Data) -> Iterator[Labelled]:
 
 def _labelled(where: str, atoms: Any, data: Structures.Data) -> Labelled:
     """With energy and forces, which stand with a calculator's results, or by names of one's own."""
+    if not len(atoms):
+        raise DataError(f"{where}: has no atoms")
     known = {**atoms.info, **atoms.arrays, **(atoms.calc.results if atoms.calc else {})}
     for field in ("energy", "forces"):
         if known.get(name := getattr(data, field)) is None:

@@ -128,6 +128,8 @@ class Potential(nn.Module):
     neighbours. The energies of a structure's atoms add up to its own.
     """
 
+    frequency_Q: Tensor
+
     def __init__(self, spec: Dynamics.Model, cutoff: float) -> None:
         super().__init__()
         self.cutoff = cutoff
@@ -162,7 +164,7 @@ class Potential(nn.Module):
         vector_BNK3 = atoms_BNRX[:, :, 1:, 1:] + near_BNK3
         distance_BNK1 = vector_BNK3.square().sum(-1, keepdim=True).sqrt()
         fade_BNK1 = (distance_BNK1 * (math.pi / self.cutoff)).clamp(max=math.pi).cos() / 2 + 0.5
-        waves_BNKQ = (distance_BNK1 * self.frequency_Q).sin() / distance_BNK1
+        waves_BNKQ = (distance_BNK1 * self.frequency_Q).sin() * (self.cutoff / distance_BNK1)
         basis_BNKQ = torch.cat([fade_BNK1, waves_BNKQ * fade_BNK1], -1)
         unit_BNK3 = vector_BNK3 / distance_BNK1
         toward_BNKY = (unit_BNK3[..., None] * basis_BNKQ[:, :, :, None]).flatten(3)
@@ -206,11 +208,12 @@ class Layer(nn.Module):
         more_BNQC = basis_BNKQ.mT @ _gathered(more_BNC, place_BNK)
         scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / MESSAGES**0.5
         told_BNYC = toward_BNKY.mT @ _gathered(point_BNC, place_BNK)
-        told_BN3C = (told_BNYC.unflatten(2, (3, -1)) * point_far_QC).sum(3)
+        told_BN3QC = told_BNYC.view(*told_BNYC.shape[:2], 3, -1, self.features)
+        told_BN3C = (told_BN3QC * point_far_QC).sum(3)
         if vector_BN3C is not None:
             gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
             told_BNQD = basis_BNKQ.mT @ _gathered(gated_BN3C.flatten(2), place_BNK)
-            told_BNQ3C = told_BNQD.unflatten(3, (3, -1))
+            told_BNQ3C = told_BNQD.view(*told_BNQD.shape[:3], 3, -1)
             told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
         told_BN3C = told_BN3C / MESSAGES**0.5
         vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
@@ -230,7 +233,7 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def _gathered(values_BNC: Tensor, place_BNK: Tensor) -> Tensor:
     """What each atom's neighbours have [B, N, K, C]."""
     found_MC = values_BNC.flatten(0, 1).index_select(0, place_BNK.flatten())
-    return found_MC.unflatten(0, place_BNK.shape)
+    return found_MC.view(*place_BNK.shape, -1)
 
 
 def calculator(potential: nn.Module) -> Any:
@@ -240,12 +243,15 @@ def calculator(potential: nn.Module) -> Any:
     """
     from ase.calculators.calculator import Calculator
 
+    assert isinstance(potential, Potential)
+    cutoff = potential.cutoff
+
     class Learned(Calculator):  # type: ignore[misc]
         implemented_properties = ["energy", "energies", "free_energy", "forces"]
 
         def calculate(self, atoms: Any = None, *what: Any) -> None:
             super().calculate(atoms, *what)
-            atoms_NRX = torch.from_numpy(packed(self.atoms, potential.cutoff))
+            atoms_NRX = torch.from_numpy(packed(self.atoms, cutoff))
             with torch.no_grad():
                 found_NX = potential(atoms_NRX[None].to(dtype_of(potential)))[0].double().numpy()
             energy = found_NX[:, 0].sum()

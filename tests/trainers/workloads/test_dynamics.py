@@ -1,6 +1,7 @@
 """What `dynamics` makes, reads and refuses, and what it promises about energies and forces."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,21 @@ from torch import Tensor
 from cluster.config import check
 from cluster.errors import DataError, SpecError
 from trainers.data import open_splits, prepare
+from trainers.devices import Cpu
 from trainers.export import export_model, load_model
 from trainers.folder import CHECKPOINTS
 from trainers.loop import evaluate, train
 from trainers.parallel import Worker
 from trainers.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.step import Stepper
+from trainers.step import Stepper, build_network
 from trainers.throughput import count_flops
 from trainers.workloads import atoms
 from trainers.workloads.atoms import REFERENCES, Part, nothing, packed, trajectory
 from trainers.workloads.dynamics import Dynamics, Potential, calculator
-from tuning.space import SweepRunSpec, check_parameters
+from tuning.fuse import Program
+from tuning.space import SweepRunSpec, check_parameters, trial_data
+from tuning.variant import Variant
 
 CUTOFF = 4.0
 
@@ -333,11 +337,16 @@ class TestFiles:
                 "line 7: has no 'energy' (data.energy)",
             ),
             (
-                lambda lines: [*lines[:7], lines[7].replace("energy=-", "energy=nan#"), *lines[8:]],
-                "line 7: cannot be read: ",
+                lambda lines: [
+                    *lines[:7],
+                    re.sub("energy=\\S*", "energy=nan", lines[7]),
+                    *lines[8:],
+                ],
+                "line 7: energy or forces are not finite",
             ),
+            (lambda lines: ["0", "", *lines], "line 1: has no atoms"),
         ],
-        ids=["head", "cut short", "word", "few columns", "no energy", "no number"],
+        ids=["head", "cut short", "word", "few columns", "no energy", "no number", "no atoms"],
     )
     def test_a_malformed_xyz_file_is_one_line(
         self, tmp_path: Path, spoil: Callable[[list[str]], list[str]], line: str
@@ -414,6 +423,32 @@ def test_a_trained_model_is_exported_and_loaded(tmp_path: Path) -> None:
     assert np.abs(structure.get_forces()).max() > 0
     with torch.inference_mode():  # as MLflow's flavour calls it
         assert not loaded(torch.from_numpy(packed(alloy(), CUTOFF)).float()[None]).requires_grad
+
+
+def test_trials_of_it_are_fused(tmp_path: Path) -> None:
+    """Their losses are those that each has alone, though forces are derivatives."""
+    spec, workload = short(tmp_path)
+    samples = open_splits(prepare(workload, tmp_path))["train"]
+    trials = []
+    for weight in (100.0, 1000.0):
+        varied = {
+            "model.energy_weight": weight,
+            "optimizer.lr": 1 / weight,
+            "train.precision": "fp64",
+        }
+        trials.append(
+            Variant(*resolve(trial_data(spec.model_dump(mode="json"), varied), RunSpec), 3)
+        )
+    program = Program(trials[0], 2, samples, Cpu(), {"energy_weight": [100.0, 1000.0]})
+    for slot, trial in enumerate(trials):
+        network = build_network(trial.spec.train, trial.workload)
+        assert program.fits(trial, network)
+        program.admit(slot, trial, network)
+    fused = program.run([0, 1], 3)
+    for slot, trial in enumerate(trials):
+        alone = Stepper(trial.spec, trial.workload, samples, Worker(), 3)
+        losses = [alone.take(step).item() for step in range(3)]
+        assert [both[slot] for both in fused] == pytest.approx(losses, rel=1e-9)
 
 
 @pytest.mark.slow
