@@ -208,12 +208,12 @@ class Layer(nn.Module):
         more_BNQC = basis_BNKQ.mT @ _gathered(more_BNC, place_BNK)
         scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / MESSAGES**0.5
         told_BNYC = toward_BNKY.mT @ _gathered(point_BNC, place_BNK)
-        told_BN3QC = told_BNYC.view(*told_BNYC.shape[:2], 3, -1, self.features)
+        told_BN3QC = told_BNYC.reshape(*told_BNYC.shape[:2], 3, -1, self.features)
         told_BN3C = (told_BN3QC * point_far_QC).sum(3)
         if vector_BN3C is not None:
             gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
             told_BNQD = basis_BNKQ.mT @ _gathered(gated_BN3C.flatten(2), place_BNK)
-            told_BNQ3C = told_BNQD.view(*told_BNQD.shape[:3], 3, -1)
+            told_BNQ3C = told_BNQD.reshape(*told_BNQD.shape[:3], 3, -1)
             told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
         told_BN3C = told_BN3C / MESSAGES**0.5
         vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
