@@ -249,6 +249,8 @@ def _file_parts(data: Structures.Data) -> list[Part]:
             for start in range(low, high, PART):
                 some = tuple(records[start : min(high, start + PART)])
                 parts.append(Part(split, path=str(path), records=some))
+    if not any(part.split == "train" for part in parts):
+        raise DataError(f"{data.source}: has no structures to train on")
     return parts
 
 

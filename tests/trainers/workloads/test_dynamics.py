@@ -379,6 +379,12 @@ class TestFiles:
         with pytest.raises(DataError, match=r"an atom has \d\d neighbours within 4 Å, data\.neigh"):
             dynamics(source=str(source), **{**OWN, "neighbors": 9}).dataset()
 
+    def test_an_empty_file_is_one_line(self, tmp_path: Path) -> None:
+        source = tmp_path / "own.xyz"
+        source.write_text("\n")
+        with pytest.raises(DataError, match=r"own\.xyz: has no structures to train on"):
+            dynamics(source=str(source), **OWN).parts()
+
     def test_without_ase_it_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from importlib.metadata import PackageNotFoundError
 
