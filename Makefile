@@ -19,7 +19,7 @@ demo: setup
 	@echo "see every run and trial: $(BIN)/heliostat ui"
 
 test: setup
-	$(BIN)/pytest --durations=25
+	$(BIN)/pytest --durations=25 $(TESTS)
 
 # Hosts made of namespaces, with real SSH: needs root, openssh-server, rsync and iproute2.
 test-rack: setup

@@ -12,14 +12,11 @@ import json
 import math
 import random
 import statistics
-import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # before cluster.py beside this file
 
 from cluster.ledger import Entry, Ledger
 from trainers import page

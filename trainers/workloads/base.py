@@ -21,6 +21,7 @@ Batch = dict[str, Tensor]
 
 SHIPPED = {
     "dynamics": "trainers.workloads.dynamics:Dynamics",
+    "hedging": "trainers.workloads.hedging:Hedging",
     "language": "trainers.workloads.language:Language",
     "markets": "trainers.workloads.markets:Markets",
     "vision": "trainers.workloads.vision:Vision",

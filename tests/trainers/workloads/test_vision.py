@@ -467,14 +467,34 @@ class TestNetwork:
         assert example.shape == (1, channels, size, size)
         assert workload.build()(example).shape == (1, 17)
 
+    def test_a_transformer_of_other_patches(self) -> None:
+        workload = vision({"network": "vit", "patch": 4, "blocks": [1, 2]}, size=12, channels=3)
+        model = workload.build()
+        assert model(workload.example()).shape == (1, 10)
+        assert model.get_parameter("place").shape == (9, 24)
+        assert len(workload.blocks(model)) == 3
+
+    @pytest.mark.parametrize(
+        ("model", "error"),
+        [
+            ({"patch": 3}, "model.patch: must divide data.size, which is 8"),
+            ({"heads": 5}, "model.heads: must divide model.width, which is 24"),
+        ],
+    )
+    def test_patches_and_heads_that_do_not_fit(self, model: dict[str, Any], error: str) -> None:
+        with pytest.raises(SpecError, match=error):
+            vision({"network": "vit", **model})
+        vision(model)
+
     def test_blocks_start_as_the_identity(self) -> None:
         model = vision({"blocks": [2]}).build()
         for block in model.get_submodule("blocks").children():
             x = torch.rand(2, 24, 8, 8)
             assert torch.equal(block(x), x)
 
-    def test_a_sample_does_not_see_the_rest_of_its_batch(self) -> None:
-        workload = vision()
+    @pytest.mark.parametrize("network", ["resnet", "vit"])
+    def test_a_sample_does_not_see_the_rest_of_its_batch(self, network: str) -> None:
+        workload = vision({"network": network})
         model = trained_a_little(workload).train()
         batch = digits_batch(4)
         together = workload.forward(model, batch)
@@ -483,14 +503,16 @@ class TestNetwork:
             assert torch.allclose(alone, together[index], rtol=0, atol=1e-12)
         assert (together[0] - together[1]).abs().max() > 1e-3
 
-    def test_uint8_and_floating_images_are_the_same(self) -> None:
-        model = trained_a_little(vision())
+    @pytest.mark.parametrize("network", ["resnet", "vit"])
+    def test_uint8_and_floating_images_are_the_same(self, network: str) -> None:
+        model = trained_a_little(vision({"network": network}))
         image = digits_batch(4)["image"]
         assert torch.equal(model(image), model(image.double()))
         assert model(image).dtype == torch.float64
 
-    def test_float32_agrees_with_float64_and_bf16_roughly(self) -> None:
-        workload, image = vision(), digits_batch(8)["image"]
+    @pytest.mark.parametrize("network", ["resnet", "vit"])
+    def test_float32_agrees_with_float64_and_bf16_roughly(self, network: str) -> None:
+        workload, image = vision({"network": network}), digits_batch(8)["image"]
         exact = trained_a_little(workload)(image)
         model = workload.build()
         model.load_state_dict(trained_a_little(workload).float().state_dict())
@@ -500,8 +522,9 @@ class TestNetwork:
         assert rough.dtype == torch.float32
         assert (rough - exact).abs().max() < 0.1 * exact.abs().max()
 
-    def test_two_sets_of_weights_at_once(self) -> None:
-        workload = vision({"label_smoothing": 0.1})
+    @pytest.mark.parametrize("network", ["resnet", "vit"])
+    def test_two_sets_of_weights_at_once(self, network: str) -> None:
+        workload = vision({"network": network, "label_smoothing": 0.1})
         batch = digits_batch(4)
         models = [trained_a_little(workload), workload.build().double().eval()]
         weights, buffers = torch.func.stack_module_state(models)
@@ -547,13 +570,23 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_it_learns_from_prepared_digits(tmp_path: Path) -> None:
-    workload = vision({"width": 8, "blocks": [1, 1], "augment": 0.5})
+@pytest.mark.parametrize(
+    ("network", "lr", "right"),
+    [
+        ({"width": 8, "blocks": [1, 1]}, 0.01, 0.8),
+        ({"network": "vit", "width": 24, "blocks": [2]}, 0.004, 0.4),
+    ],
+    ids=["resnet", "vit"],
+)
+def test_it_learns_from_prepared_digits(
+    tmp_path: Path, network: dict[str, Any], lr: float, right: float
+) -> None:
+    workload = vision({**network, "augment": 0.5})
     folder = prepare(workload, tmp_path)
     batches = Batches(open_split(folder, "train"), seed=0, global_batch=64)
     torch.manual_seed(0)
     model = workload.build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(150):
         positions, batch = batches.at(step)
         batch = workload.augment(batch, SampleRandom(0, positions))
@@ -565,4 +598,4 @@ def test_it_learns_from_prepared_digits(tmp_path: Path) -> None:
     with torch.inference_mode():
         val = open_split(folder, "val")
         accuracy = workload.metrics(workload.forward(model, val), val)["accuracy"].mean()
-    assert accuracy > 0.8  # a constant guess is right for a tenth
+    assert accuracy > right  # a constant guess is right for a tenth

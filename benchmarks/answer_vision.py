@@ -1,0 +1,74 @@
+"""`vision` on the digits that ship with scikit-learn, beside what is usual without training."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from answers import table
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
+from torch import Tensor
+
+from cluster.config import override
+from trainers.data import open_splits, prepare
+from trainers.loop import train
+from trainers.reporter import SilentReporter
+from trainers.spec import RunSpec, find_spec, resolve
+
+FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
+TRANSFORMER = ["model.network=vit", "model.width=48", "model.blocks=[4]", "optimizer.lr=0.002"]
+SEEDS = (0, 1)
+
+
+def answer() -> str:
+    networks = {
+        "`digits` as shipped, a ResNet": [],
+        f"a transformer: `{' '.join(TRANSFORMER)} train.epochs=60`": [
+            *TRANSFORMER,
+            "train.epochs=60",
+        ],
+    }
+    rows = [row for name, changes in networks.items() for row in trained(name, changes)]
+    return "\n\n".join(
+        [
+            "Real handwritten digits, of which a fixed share of each class was held out; 0.985 is "
+            "what was asked for. One digit is 0.0028.",
+            table([("", "test accuracy", "seconds"), *usual(), *rows]),
+        ]
+    )
+
+
+def trained(name: str, changes: list[str]) -> list[tuple[str, str, str]]:
+    """A network with each of the seeds."""
+    rows = []
+    for seed in SEEDS:
+        data = override(find_spec("digits")[1], [*changes, f"train.seed={seed}"])
+        spec, workload = resolve(data, RunSpec)
+        dataset, folder = prepare(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))
+        began = time.monotonic()
+        found = train(spec, workload, dataset, folder, SilentReporter()).metrics
+        seconds = time.monotonic() - began
+        rows.append((f"{name}, seed {seed}", f"{found['test/accuracy']:.4f}", f"{seconds:.0f}"))
+    return rows
+
+
+def usual() -> list[tuple[str, str, str]]:
+    """Classifiers that need no training to speak of, on the same split."""
+    _, workload = resolve(find_spec("digits")[1], RunSpec)
+    splits = open_splits(prepare(workload, FOLDER))
+    seen, held_out = splits["train"], splits["test"]
+
+    def pixels(image: Tensor) -> Tensor:
+        return image.flatten(1) * (16 / 255)  # as scikit-learn has them
+
+    classifiers = {
+        "three nearest neighbours": KNeighborsClassifier(3),
+        "support vector machine, RBF kernel": SVC(gamma=0.001),
+    }
+    rows = []
+    for name, classifier in classifiers.items():
+        began = time.monotonic()
+        classifier.fit(pixels(seen["image"]), seen["label"])
+        right = classifier.score(pixels(held_out["image"]), held_out["label"])
+        rows.append((name, f"{right:.4f}", f"{time.monotonic() - began:.1f}"))
+    return rows
