@@ -27,7 +27,7 @@ from trainers.workloads.dynamics import Dynamics, calculator
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 STRAIN = 0.005
-STEP_FS, STEPS, WARM_UP = 5.0, 400, 100
+STEP_FS, STEPS, WARM_UP = 5.0, 200, 50
 NVE_K = (300, 900)
 
 Calculators = dict[str, Callable[[], Any]]
