@@ -20,6 +20,7 @@ Batch = dict[str, Tensor]
 """Columns of the data set, each [B, ...] in the column's own dtype."""
 
 SHIPPED = {
+    "dynamics": "trainers.workloads.dynamics:Dynamics",
     "hedging": "trainers.workloads.hedging:Hedging",
     "language": "trainers.workloads.language:Language",
     "markets": "trainers.workloads.markets:Markets",

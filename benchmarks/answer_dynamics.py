@@ -1,0 +1,170 @@
+"""`dynamics` beside the potential that it was shown: errors, crystals, motion without a bath."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from answers import table
+from ase import Atoms, units
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.eos import EquationOfState
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
+from ase.md.verlet import VelocityVerlet
+from torch import nn
+
+from trainers.data import open_splits, prepare
+from trainers.export import export_model, load_model
+from trainers.folder import CHECKPOINTS
+from trainers.loop import train
+from trainers.reporter import SilentReporter
+from trainers.spec import RunSpec, find_spec, resolve
+from trainers.workloads.dynamics import Dynamics, calculator
+
+FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
+STRAIN = 0.005
+STEP_FS, STEPS, WARM_UP = 5.0, 200, 50
+NVE_K = (300, 900)
+
+Calculators = dict[str, Callable[[], Any]]
+
+
+def answer() -> str:
+    spec, workload = resolve(find_spec("dynamics")[1], RunSpec)
+    assert isinstance(workload, Dynamics)
+    began = time.monotonic()
+    dataset = prepare(workload, FOLDER)
+    made_s, began = time.monotonic() - began, time.monotonic()
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    outcome = train(spec, workload, dataset, folder, SilentReporter())
+    trained_s = time.monotonic() - began
+    export_model(folder / "model", spec, workload, max((folder / CHECKPOINTS).iterdir()))
+    potential = load_model(folder / "model")
+    splits = open_splits(dataset)
+    frames = f"{len(splits['train']['energy'])} frames, {len(splits['test']['energy'])} held out"
+    worst = equivariance(potential, splits["test"])
+    exact = potential.double()
+    known: Calculators = {"EMT": EMT, "learned": lambda: calculator(exact)}
+    return "\n\n".join(
+        [
+            f"Copper of ASE's effective medium theory, {frames} in trajectories of their own, made "
+            f"in {made_s:.0f} s. Mean absolute errors of the energy in meV per atom and of the "
+            "forces' components in meV/Å, and root mean squares.",
+            table(
+                [
+                    ("", "energy MAE", "force MAE", "energy RMSE", "force RMSE"),
+                    ("the training set's mean, no forces", *constant(splits)),
+                    (
+                        f"`dynamics` as shipped, {trained_s:.0f} s",
+                        *(f"{outcome.metrics[f'test/{name}']:.2f}" for name in SCORES),
+                    ),
+                ]
+            ),
+            f"Turned at random, held-out structures have forces in float32 that differ from the "
+            f"turned ones by at most {worst:.1e} eV/Å.",
+            "Perfect crystals of the learned potential; of them it has seen strained and hot ones "
+            "alone.",
+            table([("", *known, "difference"), *crystals(known)]),
+            f"{STEPS * STEP_FS / 1e3:.0f} ps of 108 atoms without a heat bath, {STEP_FS:.0f} fs a "
+            "step: slope of the total energy, and its root mean square about that slope.",
+            table(
+                [
+                    ("", "K", "drift, meV/atom/ps", "fluctuation, meV/atom"),
+                    *(
+                        (f"{name}, started at {kelvin} K", *free_motion(make(), kelvin))
+                        for kelvin in NVE_K
+                        for name, make in known.items()
+                    ),
+                ]
+            ),
+        ]
+    )
+
+
+SCORES = (
+    "energy_mae_mev_per_atom",
+    "force_mae_mev_per_a",
+    "energy_rmse_mev_per_atom",
+    "force_rmse_mev_per_a",
+)
+
+
+def constant(splits: dict[str, dict[str, torch.Tensor]]) -> tuple[str, ...]:
+    """The scores of who knows the mean energy alone."""
+    test = splits["test"]
+    off = 1e3 * (test["energy"] - splits["train"]["energy"].mean()) / test["atoms"].shape[1]
+    forces = 1e3 * test["forces"]
+    rms = off.square().mean().sqrt(), forces.square().mean().sqrt()
+    return tuple(f"{each:.2f}" for each in (off.abs().mean(), forces.abs().mean(), *rms))
+
+
+def equivariance(potential: nn.Module, test: dict[str, torch.Tensor]) -> float:
+    """The largest difference between the forces on turned structures and the turned forces."""
+    turn_33, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+    atoms = test["atoms"][::10].clone()
+    with torch.no_grad():
+        forces = potential(atoms)[..., 1:] @ turn_33.T
+        atoms[..., 1:] = atoms[..., 1:] @ turn_33.T
+        return float((potential(atoms)[..., 1:] - forces).abs().max())
+
+
+def energy(make: Callable[[], Any], side: float, strain: np.ndarray) -> float:
+    """Of a cubic cell of copper in eV, strained."""
+    crystal = bulk("Cu", "fcc", a=side, cubic=True)
+    crystal.set_cell(crystal.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+    crystal.calc = make()
+    return float(crystal.get_potential_energy())
+
+
+def crystals(known: Calculators) -> list[tuple[str, ...]]:
+    """Lattice constant, bulk modulus and elastic constants, by each potential."""
+    names = ("lattice constant, Å", "bulk modulus, GPa", "C11, GPa", "C12, GPa", "C44, GPa")
+    found = [properties(make) for make in known.values()]
+    return [
+        (name, f"{one:.4g}", f"{other:.4g}", f"{other / one - 1:+.2%}")
+        for name, one, other in zip(names, *found, strict=True)
+    ]
+
+
+def properties(make: Callable[[], Any]) -> tuple[float, ...]:
+    """By a fit of Birch and Murnaghan's equation of state, and by second differences."""
+    sides = 3.6 * np.linspace(0.97, 1.03, 9)
+    energies = [energy(make, side, np.zeros((3, 3))) for side in sides]
+    volume, _, bulk_modulus = EquationOfState(sides**3, energies, "birchmurnaghan").fit()
+    side = float(np.cbrt(volume))
+
+    def curvature(strain: np.ndarray) -> float:
+        """Of the energy density along a strain, in GPa."""
+        ends = [energy(make, side, sign * STRAIN * strain) for sign in (1, 0, -1)]
+        return (ends[0] - 2 * ends[1] + ends[2]) / STRAIN**2 / volume / units.GPa
+
+    c11 = curvature(np.diag([1.0, 0, 0]))
+    c12 = c11 - curvature(np.diag([1.0, -1.0, 0])) / 2
+    shear = np.zeros((3, 3))
+    shear[0, 1] = shear[1, 0] = 0.5
+    return side, bulk_modulus / units.GPa, c11, c12, curvature(shear)
+
+
+def free_motion(calculator: Any, kelvin: float) -> tuple[str, str, str]:
+    """What becomes of the total energy, which nothing adds to or takes from."""
+    crystal: Atoms = bulk("Cu", "fcc", a=3.63, cubic=True) * (3, 3, 3)
+    crystal.calc = calculator
+    random = np.random.default_rng(0)
+    # Half of it goes into the potential energy of a crystal that was at rest.
+    thermalize_momenta(crystal, temperature_K=2 * kelvin, rng=random)
+    Stationary(crystal)
+    dynamics = VelocityVerlet(crystal, STEP_FS * units.fs)
+    dynamics.run(WARM_UP)
+    totals, temperatures = [], []
+    for _ in range(STEPS):
+        dynamics.run(1)
+        totals.append(1e3 * crystal.get_total_energy() / len(crystal))
+        temperatures.append(crystal.get_temperature())
+    time_ps = STEP_FS / 1e3 * np.arange(STEPS)
+    slope, start = np.polyfit(time_ps, totals, 1)
+    about = np.array(totals) - slope * time_ps - start
+    return f"{np.mean(temperatures):.0f}", f"{slope:+.4f}", f"{about.std():.4f}"
