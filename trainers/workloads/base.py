@@ -20,6 +20,7 @@ Batch = dict[str, Tensor]
 """Columns of the data set, each [B, ...] in the column's own dtype."""
 
 SHIPPED = {
+    "folding": "trainers.workloads.folding:Folding",
     "language": "trainers.workloads.language:Language",
     "markets": "trainers.workloads.markets:Markets",
     "vision": "trainers.workloads.vision:Vision",
