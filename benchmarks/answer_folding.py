@@ -47,7 +47,10 @@ def answer() -> str:
     random = torch.Generator().manual_seed(0)
     rows = [
         row("another of the folds", rated(true.roll(1, 0), true)),
-        row("`folding` as shipped, scores shuffled", found(workload, network, shuffled(test, random))),
+        row(
+            "`folding` as shipped, scores shuffled",
+            found(workload, network, shuffled(test, random)),
+        ),
         row("distance geometry of the best L scores", better(geometry(likely), true)),
         trained_row("`folding` without triangles", *without, test),
         trained_row("`folding` as shipped", *with_triangles, test),
@@ -65,12 +68,12 @@ def answer() -> str:
     return "\n\n".join(
         [
             f"{len(true):,} held-out folds of {workload.data.length} residues, from sequences and "
-            "scores of contacts that are as noisy as those in training (a contact is "
-            f"{workload.data.signal:g} standard deviations). Distance geometry is the shortest ways "
-            "along the chain and over contacts, scaled to three dimensions, in the better of both "
-            "hands; that of the true contacts has no noise, and the true distances are all that the "
-            "network could know before it moves anything.",
-            table([("", "lDDT-Cα", "TM-score", "GDT_TS"), *rows]),
+            "scores of contacts that are as noisy as in training: a contact is "
+            f"{workload.data.signal:g} standard deviations of the noise. Distance geometry takes "
+            "the shortest ways along the chain and over contacts, scaled to three dimensions, in "
+            "the better of both hands. The true contacts have no noise; the true distances are all "
+            "that the network could know before it moves anything.",
+            table([("", "lDDT-C\N{GREEK SMALL LETTER ALPHA}", "TM-score", "GDT_TS"), *rows]),
             f"The last two rows: {len(real['residue'])} windows of {count} chains of the real "
             "structures 2GTL and 7OK9, with scores simulated from their contacts; the network has "
             "seen generated folds alone.",
@@ -95,7 +98,7 @@ def trained(triangles: bool) -> tuple[Folding, nn.Module, float]:
 
 
 def found(workload: Folding, network: nn.Module, split: Batch) -> list[float]:
-    """lDDT-Cα, TM-score and GDT_TS of what the network makes of a split."""
+    """lDDT, TM-score and GDT_TS of what the network makes of a split."""
     batch = {name: v.float() if v.is_floating_point() else v for name, v in split.items()}
     with torch.inference_mode():
         places = [

@@ -59,6 +59,7 @@ CLAMP, BEYOND = 10.0, 0.1
 where to go, but not outweigh all that is near."""
 PositiveInt = Annotated[int, Field(gt=0)]
 
+
 class Folding(Proteins):
     """Windows of proteins, whose backbones are to be found."""
 
@@ -99,9 +100,10 @@ class Folding(Proteins):
         """FAPE of the last iteration, half of the mean over all, 0.3 of the cross-entropy."""
         with torch.autocast(batch["backbone"].device.type, enabled=False):
             nitrogen_BIX, alpha_BIX, carbon_BIX = batch["backbone"].unbind(2)
-            true = frames_of(carbon_BIX - alpha_BIX, nitrogen_BIX - alpha_BIX), alpha_BIX
+            frames = frames_of(carbon_BIX - alpha_BIX, nitrogen_BIX - alpha_BIX), alpha_BIX
+            true_BIJX = seen_from(frames, alpha_BIX)
             steps = zip(output.rotation.unbind(1), output.place_BRIX.unbind(1), strict=True)
-            error_RB = torch.stack([fape(found, true) for found in steps])
+            error_RB = torch.stack([fape(found, true_BIJX) for found in steps])
             bin_BIJ = (pairwise(alpha_BIX)[..., None] > edges(alpha_BIX)).sum(-1)
             logit_BKIJ = output.distance_BIJK.permute(0, 3, 1, 2)
             entropy_BIJ = F.cross_entropy(logit_BKIJ, bin_BIJ, reduction="none")
@@ -130,15 +132,17 @@ def features(residue_BI: Tensor, score_BIJ: Tensor) -> Tensor:
 
 
 def seen_from(frames: Frames, place_BJX: Tensor) -> Tensor:
-    """Places as each residue's frame has them [B, I, J, X]. No matrix product: it stays exact."""
+    """Places as each residue's frame has them [B, I, J, X]."""
     rotation, origin_BIX = frames
-    offset_BIJX = place_BJX[:, None] - origin_BIX[:, :, None]
-    return (rotation[:, :, None] * offset_BIJX[..., None]).sum(-2)
+    return (place_BJX[:, None] - origin_BIX[:, :, None]) @ rotation
 
 
-def fape(found: Frames, true: Frames) -> Tensor:
-    """Frame aligned point error of the alpha carbons [B], in units of 10 Å."""
-    off_BIJX = seen_from(found, found[1]) - seen_from(true, true[1])
+def fape(found: Frames, true_BIJX: Tensor) -> Tensor:
+    """Frame aligned point error [B] of the alpha carbons, in units of 10 Å.
+
+    `true_BIJX` is where each residue's true frame sees the others.
+    """
+    off_BIJX = seen_from(found, found[1]) - true_BIJX
     off_BIJ = (off_BIJX.square().sum(-1) + 1e-4).sqrt()
     clamped_BIJ = torch.minimum(off_BIJ, CLAMP + BEYOND * (off_BIJ - CLAMP))
     return clamped_BIJ.mean((1, 2)) / NANOMETRE

@@ -15,8 +15,8 @@ from trainers.workloads.structures import AMINO_ACIDS, rotation_of
 # N points of a head, X coordinates in Å, K bins of distance, R iterations, A atoms. Rotations are
 # [B, I, X, X] and have none.
 
-BINS = 24
-NEAREST, FARTHEST = 4.0, 22.0
+BINS = 38
+NEAREST, FARTHEST = 4.0, 40.0
 """Å that the first bin of distances ends at, and the last one begins."""
 REACH = 32
 """Places along the chain from which on it does not matter how many they are."""
@@ -38,7 +38,7 @@ class Folded(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbones [B, I, A, X] from features [B, I, F]; with `whole`, all that is found on the way."""
+    """Backbones [B, I, A, X] from features [B, I, F]; with `whole`, what is found on the way."""
 
     def __init__(self, blocks: int, width: int, triangles: bool, iterations: int) -> None:
         """The same as the fields of `Folding.Model`."""
@@ -125,7 +125,8 @@ def scaled(distance_BIJ: Tensor) -> Tensor:
     across_B1J, down_BI1 = square_BIJ.mean(1, keepdim=True), square_BIJ.mean(2, keepdim=True)
     product_BIJ = (across_B1J + down_BI1 - square_BIJ - square_BIJ.mean((1, 2), keepdim=True)) / 2
     size_BX, axis_BIX = (each[..., -3:] for each in torch.linalg.eigh(product_BIJ))
-    return axis_BIX * size_BX.clamp(min=1e-3).sqrt()[:, None]
+    place_BIX: Tensor = axis_BIX * size_BX.clamp(min=1e-3).sqrt()[:, None]
+    return place_BIX
 
 
 def backbone_of(frames: Frames) -> Tensor:
@@ -248,17 +249,18 @@ class PointAttention(nn.Module):
 
     def forward(self, single_BIS: Tensor, pair_BIJP: Tensor, frames: Frames) -> Tensor:
         rotation, place_BIX = frames[0], frames[1] / NANOMETRE
+        place_BIX = place_BIX - place_BIX.mean(1, keepdim=True)  # what cancels stays small
         parts = self.query_key_value(single_BIS).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         own = self.points(single_BIS).unflatten(-1, (-1, 3))
         points = (own @ rotation.mT + place_BIX[:, :, None]).unflatten(2, (self.heads, -1))
-        sizes = (self.asked, self.asked, self.told)
-        query_BIHNX, key_BJHNX, value_BJHNX = points.split(sizes, 3)
-        off_BIJHNX = query_BIHNX[:, :, None] - key_BJHNX[:, None]
-        near_BIJH = off_BIJHNX.square().sum((-1, -2)) * F.softplus(self.nearness)
-        logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1])
+        asks, shows, value_BJHNX = points.split((self.asked, self.asked, self.told), 3)
+        ask_BHIF, show_BHJF = (each.flatten(3).transpose(1, 2) for each in (asks, shows))
+        near_BHIJ = ask_BHIF.square().sum(-1, keepdim=True) - 2 * ask_BHIF @ show_BHJF.mT
+        near_BHIJ = near_BHIJ + show_BHJF.square().sum(-1)[:, :, None]
+        weight_H11 = F.softplus(self.nearness)[:, None, None] / math.sqrt(18 * self.asked)
+        logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1]) - weight_H11 * near_BHIJ
         logit_BHIJ = logit_BHIJ + self.bias(pair_BIJP).permute(0, 3, 1, 2)
-        logit_BHIJ = logit_BHIJ - near_BIJH.permute(0, 3, 1, 2) / math.sqrt(18 * self.asked)
         weight_BHIJ = (logit_BHIJ / math.sqrt(3)).softmax(-1)
         told_BHIF = weight_BHIJ @ value_BJHNX.flatten(3).transpose(1, 2)
         told_BIHNX = told_BHIF.transpose(1, 2).unflatten(-1, (self.told, 3))

@@ -19,30 +19,38 @@ from cluster.config import Spec
 from cluster.errors import SpecError
 from trainers.data import table
 from trainers.workloads.base import PartedWorkload
-from trainers.workloads.structures import chains, structure_files, windows
+from trainers.workloads.structures import AMINO_ACIDS, chains, structure_files, windows
 
 # Suffixes: B samples, L residues, A atoms (N, CA, C of a residue), X coordinates in Å, T torsions
 # (phi and psi). Backbones are [B, L, A, X] and have none.
 
 Numbers = npt.NDArray[Any]
 
-HYDROPATHY = np.array(
-    [1.8, -4.5, -3.5, -3.5, 2.5, -3.5, -3.5, -0.4, -3.2, 4.5]
-    + [3.8, -3.9, 1.9, 2.8, -1.6, -0.8, -0.7, -0.9, -1.3, 4.2]
-)
-"""Of each amino acid, in the order of AMINO_ACIDS; Kyte and Doolittle 1982 (doi:10.1016/0022-2836(82)90515-0)."""
-PROPENSITY = np.array(
-    [
-        [0.66, 0.95, 1.56, 1.46, 1.19, 0.98, 0.74, 1.56, 0.95, 0.47]
-        + [0.59, 1.01, 0.60, 0.60, 1.52, 1.43, 0.96, 0.96, 1.14, 0.50],
-        [1.42, 0.98, 0.67, 1.01, 0.70, 1.11, 1.51, 0.57, 1.00, 1.08]
-        + [1.21, 1.16, 1.45, 1.13, 0.57, 0.77, 0.83, 1.08, 0.69, 1.06],
-        [0.83, 0.93, 0.89, 0.54, 1.19, 1.10, 0.37, 0.75, 0.87, 1.60]
-        + [1.30, 0.74, 1.05, 1.38, 0.55, 0.75, 1.19, 1.37, 1.47, 1.70],
-    ]
-)
-"""How much more often each amino acid is in a turn, helix or strand than elsewhere; Chou and
-Fasman 1978 (doi:10.1002/9780470122921.ch2)."""
+TASTES = """
+A  1.8 0.66 1.42 0.83
+R -4.5 0.95 0.98 0.93
+N -3.5 1.56 0.67 0.89
+D -3.5 1.46 1.01 0.54
+C  2.5 1.19 0.70 1.19
+Q -3.5 0.98 1.11 1.10
+E -3.5 0.74 1.51 0.37
+G -0.4 1.56 0.57 0.75
+H -3.2 0.95 1.00 0.87
+I  4.5 0.47 1.08 1.60
+L  3.8 0.59 1.21 1.30
+K -3.9 1.01 1.16 0.74
+M  1.9 0.60 1.45 1.05
+F  2.8 0.60 1.13 1.38
+P -1.6 1.52 0.57 0.55
+S -0.8 1.43 0.77 0.75
+T -0.7 0.96 0.83 1.19
+W -0.9 0.96 1.08 1.37
+Y -1.3 1.14 0.69 1.47
+V  4.2 0.50 1.06 1.70
+"""
+"""Amino acids: hydropathy (Kyte and Doolittle 1982, doi:10.1016/0022-2836(82)90515-0), and how much
+more often than elsewhere they are in turns, helices and strands (Chou and Fasman 1978,
+doi:10.1002/9780470122921.ch2)."""
 LOOP, HELIX, STRAND = range(3)
 
 N_CA, CA_C, C_N = 1.458, 1.525, 1.329
@@ -52,7 +60,7 @@ AT_CA, AT_C, AT_N = (math.radians(angle) for angle in (111.0, 116.6, 121.7))
 
 FOLDS = 256
 """Chains of a part that are folded side by side; some are thrown away."""
-ROUNDS, RATE = 150, 0.06
+ROUNDS, RATE = 100, 0.08
 """Steps of Adam that fold a chain, in radians."""
 NEAREST, NEAREST_ATOMS = 3.9, 2.8
 """Å that alpha carbons, and any atoms of the backbone, of residues 3 apart in the chain keep."""
@@ -86,8 +94,8 @@ class Proteins(PartedWorkload):
         signal: Annotated[float, Field(ge=0)] = 2.0
         """What a contact adds to the score of a pair of residues, in standard deviations of the
         noise."""
-        train_parts: PositiveInt = 8
-        """Generated parts to train on, of some 200 folds each; one more each to validate and to
+        train_parts: PositiveInt = 6
+        """Generated parts to train on, of some 250 folds each; one more each to validate and to
         test on."""
         seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
         """Decides what is generated, and the noise."""
@@ -164,8 +172,9 @@ def folds(count: int, length: int, random: np.random.Generator) -> tuple[Numbers
     """Folded chains: backbones [B, L, A, X], and for each residue LOOP, HELIX or STRAND [B, L].
 
     Chains of random secondary structure fold by their loops: torsions go down an energy of
-    clashes, contacts and the radius of gyration, 2.2 L^0.38 Å for globular proteins (Skolnick et
-    al. 1997, doi:10.1006/jmbi.1996.0720). What clashes, or stays long, is left out: B <= count.
+    clashes, contacts and the radius of gyration, 2.2 L^0.38 Å for globular proteins
+    (Kuszewski et al. 1999, J. Am. Chem. Soc. 121:2337). What clashes, or stays long, is left out:
+    B <= count.
     """
     kind_BL = _secondary_structure(count, length, random)
     start_BLT = _torsions(kind_BL, random)
@@ -209,7 +218,8 @@ def _torsions(kind_BL: Numbers, random: np.random.Generator) -> Numbers:
     loop_BL = np.digitize(random.random(kind_BL.shape), (0.45, 0.9))
     basin_BL = np.where(kind_BL == LOOP, loop_BL, kind_BL + 2)
     noise_BLT = random.standard_normal((*kind_BL.shape, 2)) * spread[basin_BL][..., None]
-    return np.radians(basins[basin_BL] + noise_BLT)
+    torsion_BLT: Numbers = np.radians(basins[basin_BL] + noise_BLT)
+    return torsion_BLT
 
 
 def chain(torsion_BLT: Numbers) -> Numbers:
@@ -220,22 +230,17 @@ def chain(torsion_BLT: Numbers) -> Numbers:
     count, length, _ = torsion_BLT.shape
     atoms = np.empty((count, length, 3, 3))
     place = np.zeros((count, 3))
-    frame = tuple(np.broadcast_to(axis, (count, 3)) for axis in np.eye(3))
-    cos, sin = np.cos(torsion_BLT)[..., None], np.sin(torsion_BLT)[..., None]
+    along, up, aside = (np.broadcast_to(axis, (count, 3)) for axis in np.eye(3))
     for index in range(length):
-        before = max(0, index - 1)
-        turns = (cos[:, before, 1], sin[:, before, 1]), (-1.0, 0.0), (cos[:, index, 0],
-                 sin[:, index, 0])
+        before, flat = torsion_BLT[:, max(0, index - 1), 1], np.full(count, np.pi)
+        turns = before, flat, torsion_BLT[:, index, 0]
         bends = (AT_C, C_N), (AT_N, N_CA), (AT_CA, CA_C)
-        for atom, ((cosine, sine), (angle, bond)) in enumerate(zip(turns, bends, strict=True)):
-            along, up, aside = frame
-            bent = cosine * up + sine * aside
-            frame = (
-                -math.cos(angle) * along + math.sin(angle) * bent,
-                -math.cos(angle) * bent - math.sin(angle) * along,
-                cosine * aside - sine * up,
-            )
-            place = place + bond * frame[0]
+        for atom, (turn_B, (angle, bond)) in enumerate(zip(turns, bends, strict=True)):
+            cos_B1, sin_B1 = np.cos(turn_B)[:, None], np.sin(turn_B)[:, None]
+            bent, aside = cos_B1 * up + sin_B1 * aside, cos_B1 * aside - sin_B1 * up
+            up = -math.cos(angle) * bent - math.sin(angle) * along
+            along = -math.cos(angle) * along + math.sin(angle) * bent
+            place = place + bond * along
             atoms[:, index, atom] = place
     return atoms
 
@@ -272,16 +277,17 @@ class _Energy:
 
     def gradient(self, carbon_BLX: Numbers) -> Numbers:
         """The energy's derivatives by the positions."""
-        distance_BLL = distances(carbon_BLX) + np.eye(carbon_BLX.shape[1])
+        distance_BLL = distances(carbon_BLX) + np.eye(carbon_BLX.shape[1])  # not to divide by 0
         near_BLL = 1 / (1 + np.exp(distance_BLL - 9.5))
         slope_BLL = self._pull_BLL * near_BLL * (1 - near_BLL)
         slope_BLL -= 2 * np.maximum(0, self._reach_BLL - distance_BLL)
         slope_BLL /= distance_BLL
-        pairs_BLX = slope_BLL.sum(2)[..., None] * carbon_BLX
+        pairs_BLX: Numbers = slope_BLL.sum(2)[..., None] * carbon_BLX
         pairs_BLX -= np.einsum("bij,bjx->bix", slope_BLL, carbon_BLX)
         radius_B = gyration(carbon_BLX)
         size_B = 8 * (radius_B - self._target_B) / radius_B / carbon_BLX.shape[1]
-        return pairs_BLX + size_B[:, None, None] * (carbon_BLX - carbon_BLX.mean(1, keepdims=True))
+        pairs_BLX += size_B[:, None, None] * (carbon_BLX - carbon_BLX.mean(1, keepdims=True))
+        return pairs_BLX
 
 
 def distances(place_BLX: Numbers) -> Numbers:
@@ -290,13 +296,15 @@ def distances(place_BLX: Numbers) -> Numbers:
     square_BL = (centred**2).sum(2)
     product_BLL = np.einsum("bix,bjx->bij", centred, centred)
     square_BLL = square_BL[:, :, None] + square_BL[:, None] - 2 * product_BLL
-    return np.sqrt(np.maximum(square_BLL, 0))
+    distance_BLL: Numbers = np.sqrt(np.maximum(square_BLL, 0))
+    return distance_BLL
 
 
 def gyration(carbon_BLX: Numbers) -> Numbers:
     """Radius of gyration [B] in Å."""
     centred = carbon_BLX - carbon_BLX.mean(1, keepdims=True)
-    return np.sqrt((centred**2).sum(2).mean(1))
+    radius_B: Numbers = np.sqrt((centred**2).sum(2).mean(1))
+    return radius_B
 
 
 def _keeps_apart(backbone: Numbers) -> Numbers:
@@ -325,8 +333,11 @@ def sequences(backbone: Numbers, kind_BL: Numbers, random: np.random.Generator) 
     neighbours_BL = (distances(beta_carbons(backbone)) < 10).sum(2)
     spread_B1 = neighbours_BL.std(1, keepdims=True) + 1e-6
     buried_BL = (neighbours_BL - neighbours_BL.mean(1, keepdims=True)) / spread_B1
-    likes = 1.2 * buried_BL[..., None] * HYDROPATHY / 4.5 + np.log(PROPENSITY)[kind_BL]
-    return np.argmax(likes + random.gumbel(size=likes.shape), axis=-1)
+    rows = {letter: tastes for letter, *tastes in map(str.split, TASTES.strip().splitlines())}
+    hydropathy, *propensities = np.array([rows[letter] for letter in AMINO_ACIDS], float).T
+    likes = 1.2 * buried_BL[..., None] * hydropathy / 4.5 + np.log(propensities)[kind_BL]
+    residue_BL: Numbers = np.argmax(likes + random.gumbel(size=likes.shape), axis=-1)
+    return residue_BL
 
 
 def samples(

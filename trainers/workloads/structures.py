@@ -1,5 +1,8 @@
 """Structures of proteins: read from PDB and mmCIF files, and compared by the field's measures."""
 
+import gzip
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ AMINO_ACIDS = "ARNDCQEGHILKMFPSTWYV"
 CODES = {letter: place for place, letter in enumerate(AMINO_ACIDS)}
 UNKNOWN = len(AMINO_ACIDS)
 """Where a residue is none of these, or one of them that has been changed beyond its name."""
+NUMBER = re.compile(rb"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
 SUFFIXES = (".pdb", ".ent", ".cif")
 ATOMS = ("N", "CA", "C")
 BROKEN = 2.0
@@ -54,6 +58,8 @@ def chains(path: Path) -> Iterator[tuple[Numbers, Numbers]]:
     if not found:
         raise DataError(f"{path}: has no residue with the atoms N, CA and C")
     residue_L, backbone = np.array([each[0] for each in found]), np.stack([e[1] for e in found])
+    if not np.isfinite(backbone).all():
+        raise DataError(f"{path}: has an atom whose coordinates are no numbers")
     gap = np.linalg.norm(backbone[1:, 0] - backbone[:-1, 2], axis=-1) > BROKEN
     starts = np.flatnonzero(np.array([each[2] for each in found])[1:] | gap) + 1
     yield from zip(np.split(residue_L, starts), np.split(backbone, starts), strict=True)
@@ -62,14 +68,32 @@ def chains(path: Path) -> Iterator[tuple[Numbers, Numbers]]:
 def _model(path: Path) -> Any:
     import gemmi
 
+    if not path.name.lower().removesuffix(".gz").endswith(".cif"):
+        _check_numbers(path)
     try:
         structure = gemmi.read_structure(str(path))
     except (OSError, RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).replace(str(path), "").split()).strip(": ")
-        raise DataError(f"{path}: {reason}") from None
+        reason = re.sub(r"^:(\d+):\d+\(\d+\)", r"line \1", str(error).replace(str(path), ""))
+        raise DataError(f"{path}: {' '.join(reason.split())}") from None
     if not len(structure):
         raise DataError(f"{path}: has no atoms")
     return structure[0]
+
+
+def _check_numbers(path: Path) -> None:
+    """DataError for a PDB file with coordinates that are no numbers, which gemmi takes for 0."""
+    read = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with read(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                cells = [line[at : at + 8] for at in (30, 38, 46)]
+                if line.startswith((b"ATOM  ", b"HETATM")) and not all(
+                    map(NUMBER.fullmatch, cells)
+                ):
+                    text = line[30:54].decode(errors="replace").strip()
+                    raise DataError(f"{path}: line {number}: {text!r} are no coordinates")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _with_backbone(chain: Any) -> Iterator[tuple[bool, Any]]:
@@ -103,9 +127,13 @@ def lddt(found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
     (Mariani et al. 2013, doi:10.1093/bioinformatics/btt473).
     """
     found_BLL, true_BLL = pairwise(found_BLX), pairwise(true_BLX)
-    counts_BLL = (true_BLL < 15) & ~torch.eye(true_BLX.shape[1], dtype=torch.bool).to(true_BLL.device)
+    counts_BLL = (true_BLL < 15) & ~torch.eye(true_BLX.shape[1], dtype=torch.bool).to(
+        true_BLL.device
+    )
     off_BLL = (found_BLL - true_BLL).abs()
-    kept_BLL = torch.stack([off_BLL < within for within in (0.5, 1, 2, 4)]).to(off_BLL.dtype).mean(0)
+    kept_BLL = (
+        torch.stack([off_BLL < within for within in (0.5, 1, 2, 4)]).to(off_BLL.dtype).mean(0)
+    )
     return (kept_BLL * counts_BLL).sum((1, 2)) / counts_BLL.sum((1, 2)).clamp(min=1)
 
 

@@ -1,8 +1,6 @@
 """What `folding` generates, reads and refuses; its measures against others; its network."""
 
 import gzip
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from trainers.random import SampleRandom
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.step import Stepper
 from trainers.workloads import proteins
-from trainers.workloads.folding import Folding, features, fape
+from trainers.workloads.folding import Folding, fape, features, seen_from
 from trainers.workloads.folding_network import BINS, Structure, edges, frames_of, spread_out
 from trainers.workloads.proteins import (
     AT_C,
@@ -55,6 +53,8 @@ from trainers.workloads.structures import (
 from tuning.space import SweepRunSpec, check_parameters, trial_data
 
 LENGTH = 36
+ATOM = "ATOM  {:5}  {:3} ALA A   1    {:>8}   2.000   3.000  1.00  0.00"
+"""A line of a PDB file."""
 
 
 def folding(model: dict[str, Any] | None = None, **data: Any) -> Folding:
@@ -251,7 +251,23 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("name", "text", "line"),
-        [],
+        [
+            (
+                "word.pdb",
+                f"{ATOM.format(1, 'N', '1.000')}\n{ATOM.format(2, 'CA', 'x')}\n",
+                "{path}: line 2: 'x   2.000   3.000' are no coordinates",
+            ),
+            ("short.pdb", "ATOM      1  N   ALA\n", "{path}: line 1: '' are no coordinates"),
+            ("none.ent", "HEADER\n", "{path}: has no residue with the atoms N, CA and C"),
+            (
+                "loop.cif",
+                "data_x\nloop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0\n3\n",
+                "{path}: line 2: Wrong number of values in loop _atom_site.*",
+            ),
+            ("none.cif", "hello", "{path}: line 1: expected block header (data_)"),
+            ("empty.cif", "data_x\n", "{path}: has no atoms"),
+            ("plain.pdb.gz", "HEADER\n", "{path}: cannot be read: Not a gzipped file (b'HE')"),
+        ],
     )
     def test_a_malformed_file_is_one_line(
         self, tmp_path: Path, name: str, text: str, line: str
@@ -311,20 +327,20 @@ class TestMeasures:
         assert lddt(found, true).item() == pytest.approx(1)
 
     def test_gdt_counts_residues_that_are_near(self) -> None:
-        """A long rod of which a quarter is moved aside by 5 Å: within 4 Å of a place between."""
+        """A long rod of which a quarter is somewhere else altogether."""
         true = torch.zeros(1, 80, 3)
         true[0, :, 0] = torch.arange(80) * 3.8
         true[0, :, 1] = 10 * torch.sin(torch.arange(80) / 3.0)
         found = true.clone()
-        found[0, 60:, 2] += 5
+        found[0, 60:, 2] += 500
         _, gdt = superposed(found, true)
-        assert gdt.item() == pytest.approx((2 * 0.75 + 2) / 4, abs=0.03)
+        assert gdt.item() == pytest.approx(0.75, abs=0.01)
 
-    @pytest.mark.parametrize("noise", [0.5, 1.5, 3.0])
+    @pytest.mark.parametrize("noise", [0.5, 1.5])
     def test_tm_scores_are_those_of_tm_align(
         self, folded: tuple[Numbers, Numbers], noise: float
     ) -> None:
-        """Which also looks for the alignment, and so may find a little more where little fits."""
+        """Which also looks for the alignment: where little fits, it finds more."""
         true = torch.from_numpy(folded[0][:16, :, 1].copy())
         random = torch.Generator().manual_seed(1)
         found = true @ turned() + noise * torch.randn(true.shape, generator=random).double()
@@ -357,9 +373,7 @@ class TestNetwork:
         assert np.linalg.norm(alpha - nitrogen, axis=-1) == pytest.approx(N_CA, abs=1e-4)
         assert angle(alpha, nitrogen, carbon) == pytest.approx(AT_CA, abs=1e-3)
 
-    def test_nothing_depends_on_how_a_protein_lies_in_space(
-        self, batch: dict[str, Tensor]
-    ) -> None:
+    def test_nothing_depends_on_how_a_protein_lies_in_space(self, batch: dict[str, Tensor]) -> None:
         """Loss and metrics, to 1e-4; but its mirror image is another protein."""
         torch.manual_seed(0)
         workload = folding({"width": 16})
@@ -387,7 +401,9 @@ class TestNetwork:
         place, turn = 5 * torch.randn(2, 12, 3), turned().float()
         channels, (found, where) = layer(single, pair, (rotation, place))
         shift = torch.tensor([3.0, -8.0, 1.0])
-        again, (turned_found, moved) = layer(single, pair, (turn @ rotation, place @ turn.T + shift))
+        again, (turned_found, moved) = layer(
+            single, pair, (turn @ rotation, place @ turn.T + shift)
+        )
         assert torch.allclose(again, channels, atol=1e-4)
         assert torch.allclose(turned_found, turn @ found, atol=1e-4)
         assert torch.allclose(moved, where @ turn.T + shift, atol=1e-3)
@@ -398,19 +414,21 @@ class TestNetwork:
         certain = 1e4 * torch.nn.functional.one_hot(bins, BINS).double()
         rotation, place = spread_out(certain)
         tm, _ = superposed(place, true)
-        assert tm.min() > 0.8  # in the right hand, too
+        assert tm.min() > 0.9  # in the right hand, too
         assert torch.linalg.det(rotation).tolist() == [pytest.approx([1.0] * LENGTH)] * len(true)
 
     def test_the_truth_has_no_error(self, batch: dict[str, Tensor]) -> None:
         nitrogen, alpha, carbon = batch["backbone"].unbind(2)
-        true = frames_of(carbon - alpha, nitrogen - alpha), alpha
-        assert fape(true, true).max() < 2e-3
+        frames = frames_of(carbon - alpha, nitrogen - alpha)
+        true = seen_from((frames, alpha), alpha)
+        assert fape((frames, alpha), true).max() < 2e-3
         rotation = turned()
-        moved = rotation @ true[0], alpha @ rotation.T + 30
-        assert torch.allclose(fape(moved, true), fape(true, true), atol=1e-6)
+        moved = rotation @ frames, alpha @ rotation.T + 30
+        assert fape(moved, true).max() < 2e-3
         away = alpha.clone()
-        away[:, 0] += 1000
-        assert fape((true[0], away), true).max() < 1  # it is clamped
+        away[:, 0] += 50  # of which 10 Å count whole, and a tenth of the others
+        expected = 2 * (LENGTH - 1) / LENGTH**2 * (10 + 0.1 * (50 * 3**0.5 - 10)) / 10
+        assert fape((frames, away), true).tolist() == pytest.approx([expected] * 6, abs=0.05)
 
     def test_noise_is_drawn_anew_in_training(self, batch: dict[str, Tensor]) -> None:
         workload = folding(signal=3.0)
@@ -442,3 +460,22 @@ def test_the_shipped_spec_trains_and_sweeps_this_workload() -> None:
         sum(weight.numel() for weight in each.build().parameters()) for each in (workload, trial)
     )
     assert fewer < weights
+
+
+@pytest.mark.slow
+def test_it_soon_folds_better_than_it_started(tmp_path: Path) -> None:
+    """In about a minute, most of the way to what the shipped spec reaches; see docs/answers.md."""
+    data = find_spec("folding")[1]
+    data["data"] |= {"train_parts": 2}
+    data["model"] |= {"width": 16, "iterations": 2}
+    data["train"] |= {"epochs": None, "steps": 300}
+    spec, workload = resolve(data, RunSpec)
+    splits = open_splits(prepare(workload, tmp_path))
+    stepper = Stepper(spec, workload, splits["train"], Worker(), 300)
+    before = evaluate(spec, workload, stepper.network, splits["test"], Worker())
+    for step in range(300):
+        stepper.take(step)
+    found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
+    assert before["lddt_ca"] < 0.35
+    assert found["lddt_ca"] > 0.5
+    assert found["tm_score"] > before["tm_score"] + 0.1
