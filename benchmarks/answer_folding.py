@@ -24,9 +24,9 @@ from trainers.workloads.folding_network import BINS, edges, scaled, spread_out
 from trainers.workloads.proteins import samples
 from trainers.workloads.structures import (
     UNKNOWN,
-    chains,
     lddt,
     pairwise,
+    pieces,
     structure_files,
     superposed,
     windows,
@@ -171,10 +171,12 @@ def real_windows(workload: Folding) -> tuple[Batch, int]:
     """Samples of the structures that come with tmtools, and of how many different chains."""
     data, seen, cut = workload.data, set(), []
     for path in structure_files(Path(tmtools.__file__).parent / "data"):
-        for residue, backbone in chains(Path(path)):
-            if residue.tobytes() not in seen and UNKNOWN not in residue:
-                seen.add(residue.tobytes())
-                cut += windows(residue, backbone, data.length)
-    residue, backbone = (np.stack(each) for each in zip(*cut, strict=True))
+        for piece in pieces(Path(path)):
+            what = piece.residue_L.tobytes()
+            if what not in seen and UNKNOWN not in piece.residue_L:
+                seen.add(what)
+                cut += [(piece.whole, *window) for window in windows(piece, data.length)]
+    residue, backbone = (np.stack(each) for each in list(zip(*cut, strict=True))[1:])
     columns = samples(residue, backbone, data.signal, np.random.default_rng(data.seed))
-    return {name: torch.from_numpy(values) for name, values in columns.items()}, len(seen)
+    count = len({whole for whole, *_ in cut})
+    return {name: torch.from_numpy(values) for name, values in columns.items()}, count

@@ -19,7 +19,7 @@ from cluster.config import Spec
 from cluster.errors import SpecError
 from trainers.data import table
 from trainers.workloads.base import PartedWorkload
-from trainers.workloads.structures import AMINO_ACIDS, chains, structure_files, windows
+from trainers.workloads.structures import AMINO_ACIDS, pieces, structure_files, windows
 
 # Suffixes: B samples, L residues, A atoms (N, CA, C of a residue), X coordinates in Å, T torsions
 # (phi and psi). Backbones are [B, L, A, X] and have none.
@@ -147,8 +147,8 @@ class Proteins(PartedWorkload):
         self.made_with()
         found: dict[str, list[tuple[Numbers, Numbers]]] = {"train": [], "val": [], "test": []}
         for path in part.paths:
-            for residue, backbone in chains(Path(path)):
-                found[self._split(residue)] += windows(residue, backbone, self.data.length)
+            for piece in pieces(Path(path)):
+                found[self._split(piece.whole)] += windows(piece, self.data.length)
         names = "/".join(Path(path).name for path in part.paths).encode()
         seed = int.from_bytes(hashlib.sha256(names).digest()[:8], "big")
         random = np.random.default_rng((self.data.seed, seed))
@@ -159,9 +159,9 @@ class Proteins(PartedWorkload):
                 tables[split] = table(**samples(residue, backbone, self.data.signal, random))
         return tables
 
-    def _split(self, residue_L: Numbers) -> str:
-        """By a hash of the chain's sequence, so that copies of a chain never part."""
-        digest = hashlib.sha256(residue_L.astype(np.uint8).tobytes()).digest()
+    def _split(self, sequence: str) -> str:
+        """By a hash of the whole chain's sequence, so that copies of a chain never part."""
+        digest = hashlib.sha256(sequence.encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         if place < self.data.test_fraction:
             return "test"

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,27 +45,53 @@ def structure_files(folder: Path) -> list[str]:
     return [str(path) for path in found]
 
 
-def chains(path: Path) -> Iterator[tuple[Numbers, Numbers]]:
-    """What is uninterrupted in the chains of the file's first model.
+class Piece(NamedTuple):
+    """What is uninterrupted of a chain."""
 
-    Residues [L], as places in AMINO_ACIDS, and their backbones [L, 3, 3] in Å.
-    """
-    found = [
-        (_code(residue.name), np.array([residue[atom][0].pos.tolist() for atom in ATOMS]), start)
-        for chain in _model(path)
-        for start, residue in _with_backbone(chain)
-    ]
+    whole: str
+    """Names of all residues of the chain that it is of: as in the record of the sequence, or where
+    there is none, as there are places."""
+    residue_L: Numbers
+    """As places in AMINO_ACIDS."""
+    backbone: Numbers
+    """[L, 3, 3] in Å."""
+
+
+def pieces(path: Path) -> list[Piece]:
+    """Of all chains of the file's first model; what lacks N, CA or C interrupts a chain."""
+    structure = _structure(path)
+    structure.setup_entities()
+    found = [piece for chain in structure[0] for piece in _pieces_of(chain, structure, path)]
     if not found:
         raise DataError(f"{path}: has no residue with the atoms N, CA and C")
-    residue_L, backbone = np.array([each[0] for each in found]), np.stack([e[1] for e in found])
-    if not np.isfinite(backbone).all():
-        raise DataError(f"{path}: has an atom whose coordinates are no numbers")
-    gap = np.linalg.norm(backbone[1:, 0] - backbone[:-1, 2], axis=-1) > BROKEN
-    starts = np.flatnonzero(np.array([each[2] for each in found])[1:] | gap) + 1
-    yield from zip(np.split(residue_L, starts), np.split(backbone, starts), strict=True)
+    return found
 
 
-def _model(path: Path) -> Any:
+def _pieces_of(chain: Any, structure: Any, path: Path) -> Iterator[Piece]:
+    residues = [
+        residue
+        for residue in chain.first_conformer()
+        if all(residue.find_atom(atom, "*") for atom in ATOMS)
+    ]
+    if not residues:
+        return
+    places = [[residue[atom][0].pos.tolist() for atom in ATOMS] for residue in residues]
+    for residue, each in zip(residues, places, strict=True):
+        if not np.isfinite(each).all():
+            where = f"residue {residue.seqid} of chain {chain.name}"
+            raise DataError(f"{path}: {where}: its coordinates are no numbers")
+    polymer = chain.get_polymer()
+    entity = structure.get_entity_of(polymer) if len(polymer) else None
+    names = entity.full_sequence if entity else ()
+    whole = " ".join(names or (residue.name for residue in residues))
+    residue_L, backbone = np.array([_code(residue.name) for residue in residues]), np.array(places)
+    gaps = np.linalg.norm(backbone[1:, 0] - backbone[:-1, 2], axis=-1) > BROKEN
+    starts = np.flatnonzero(gaps) + 1
+    for piece in zip(np.split(residue_L, starts), np.split(backbone, starts), strict=True):
+        yield Piece(whole, *piece)
+
+
+def _structure(path: Path) -> Any:
     import gemmi
 
     if not path.name.lower().removesuffix(".gz").endswith(".cif"):
@@ -77,7 +103,7 @@ def _model(path: Path) -> Any:
         raise DataError(f"{path}: {' '.join(reason.split())}") from None
     if not len(structure):
         raise DataError(f"{path}: has no atoms")
-    return structure[0]
+    return structure
 
 
 def _check_numbers(path: Path) -> None:
@@ -87,22 +113,12 @@ def _check_numbers(path: Path) -> None:
         with read(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 cells = [line[at : at + 8] for at in (30, 38, 46)]
-                if line.startswith((b"ATOM  ", b"HETATM")) and not all(
-                    map(NUMBER.fullmatch, cells)
-                ):
+                numbers = all(NUMBER.fullmatch(cell) for cell in cells)
+                if line.startswith((b"ATOM  ", b"HETATM")) and not numbers:
                     text = line[30:54].decode(errors="replace").strip()
                     raise DataError(f"{path}: line {number}: {text!r} are no coordinates")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _with_backbone(chain: Any) -> Iterator[tuple[bool, Any]]:
-    """The residues of a chain that have all atoms, and whether nothing of it was before them."""
-    start = True
-    for residue in chain.first_conformer():
-        if all(residue.find_atom(atom, "*") for atom in ATOMS):
-            yield start, residue
-            start = False
 
 
 def _code(name: str) -> int:
@@ -112,12 +128,11 @@ def _code(name: str) -> int:
     return CODES.get(gemmi.find_tabulated_residue(name).one_letter_code.upper(), UNKNOWN)
 
 
-def windows(residue_L: Numbers, backbone: Numbers, length: int) -> list[tuple[Numbers, Numbers]]:
-    """Windows of `length` residues that overlap by half; none where the chain is shorter."""
-    starts = range(0, len(residue_L) - length + 1, max(1, length // 2))
-    return [
-        (residue_L[start : start + length], backbone[start : start + length]) for start in starts
-    ]
+def windows(piece: Piece, length: int) -> list[tuple[Numbers, Numbers]]:
+    """Residues and backbones of `length` that overlap by half; none where a piece is shorter."""
+    starts = range(0, len(piece.residue_L) - length + 1, max(1, length // 2))
+    parts = [slice(start, start + length) for start in starts]
+    return [(piece.residue_L[part], piece.backbone[part]) for part in parts]
 
 
 def lddt(found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
@@ -127,14 +142,11 @@ def lddt(found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
     (Mariani et al. 2013, doi:10.1093/bioinformatics/btt473).
     """
     found_BLL, true_BLL = pairwise(found_BLX), pairwise(true_BLX)
-    counts_BLL = (true_BLL < 15) & ~torch.eye(true_BLX.shape[1], dtype=torch.bool).to(
-        true_BLL.device
-    )
+    itself_LL = torch.eye(true_BLX.shape[1], dtype=torch.bool, device=true_BLX.device)
+    counts_BLL = (true_BLL < 15) & ~itself_LL
     off_BLL = (found_BLL - true_BLL).abs()
-    kept_BLL = (
-        torch.stack([off_BLL < within for within in (0.5, 1, 2, 4)]).to(off_BLL.dtype).mean(0)
-    )
-    return (kept_BLL * counts_BLL).sum((1, 2)) / counts_BLL.sum((1, 2)).clamp(min=1)
+    kept_BLL = torch.stack([off_BLL < within for within in (0.5, 1, 2, 4)]).to(off_BLL.dtype)
+    return (kept_BLL.mean(0) * counts_BLL).sum((1, 2)) / counts_BLL.sum((1, 2)).clamp(min=1)
 
 
 def pairwise(place_BLX: Tensor) -> Tensor:

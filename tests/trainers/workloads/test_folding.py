@@ -14,11 +14,12 @@ from torch import Tensor
 from cluster.config import check
 from cluster.errors import DataError, SpecError
 from trainers.data import open_splits, prepare
+from trainers.devices import Cpu
 from trainers.loop import evaluate
 from trainers.parallel import Worker
 from trainers.random import SampleRandom
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.step import Stepper
+from trainers.step import Stepper, build_network
 from trainers.workloads import proteins
 from trainers.workloads.folding import Folding, fape, features, seen_from
 from trainers.workloads.folding_network import BINS, Structure, edges, frames_of, spread_out
@@ -45,16 +46,27 @@ from trainers.workloads.structures import (
     AMINO_ACIDS,
     UNKNOWN,
     best_rotation,
-    chains,
     lddt,
     pairwise,
+    pieces,
     superposed,
 )
+from tuning.fuse import Program
 from tuning.space import SweepRunSpec, check_parameters, trial_data
+from tuning.variant import Variant
 
 LENGTH = 36
 ATOM = "ATOM  {:5}  {:3} ALA A   1    {:>8}   2.000   3.000  1.00  0.00"
 """A line of a PDB file."""
+ATOM_SITE = "".join(
+    f"_atom_site.{name}\n"
+    for name in (
+        *("group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id"),
+        *("label_asym_id", "label_entity_id", "label_seq_id", "Cartn_x", "Cartn_y", "Cartn_z"),
+        *("auth_seq_id", "auth_asym_id", "occupancy", "pdbx_PDB_model_num"),
+    )
+)
+"""The columns of atoms in an mmCIF file."""
 
 
 def folding(model: dict[str, Any] | None = None, **data: Any) -> Folding:
@@ -74,6 +86,30 @@ def batch(folded: tuple[Numbers, Numbers]) -> dict[str, Tensor]:
     columns = proteins.samples(residue, folded[0], 2.0, random)
     batch = {name: torch.from_numpy(values[:6]) for name, values in columns.items()}
     return {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
+
+
+def small(**sections: Any) -> tuple[RunSpec, dict[str, Tensor]]:
+    """A short run of a small network, and what it trains on."""
+    data = {
+        "workload": "folding",
+        "data": {"length": 12},
+        "model": {"blocks": 1, "width": 8, "iterations": 2},
+        "train": {"global_batch": 4, "precision": "fp64", "steps": 3},
+        "tracking": {"every_steps": 1},
+        **sections,
+    }
+    random = np.random.default_rng(0)
+    backbone, kind = folds(8, 12, random)
+    columns = proteins.samples(proteins.sequences(backbone, kind, random), backbone, 2.0, random)
+    spec, _ = resolve(data, RunSpec)
+    return spec, {name: torch.from_numpy(values) for name, values in columns.items()}
+
+
+def losses(**sections: Any) -> list[float]:
+    spec, samples = small(**sections)
+    _, workload = resolve(spec.model_dump(), RunSpec)
+    stepper = Stepper(spec, workload, samples, Worker(), 3)
+    return [stepper.take(step).item() for step in range(3)]
 
 
 def turned(seed: int = 0) -> Tensor:
@@ -216,9 +252,9 @@ class TestFiles:
         else:
             text = structure(folded).make_pdb_string().encode()
             path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
-        found = list(chains(path))
-        assert [len(residue) for residue, _ in found] == [LENGTH] * 12
-        for number, (residue, backbone) in enumerate(found):
+        found = pieces(path)
+        assert [len(piece.residue_L) for piece in found] == [LENGTH] * 12
+        for number, (_, residue, backbone) in enumerate(found):
             assert residue.tolist() == [(place + number) % 20 for place in range(LENGTH)]
             assert backbone == pytest.approx(folded[0][number], abs=1e-3)
 
@@ -230,9 +266,10 @@ class TestFiles:
         chained[9].remove_atom("CA", "\0", gemmi.Element("C"))
         chained[20].name = "XYZ"
         made.write_pdb(str(tmp_path / "one.pdb"))
-        found = list(chains(tmp_path / "one.pdb"))
-        assert [len(residue) for residue, _ in found] == [9, 26]
-        assert found[1][0][10] == UNKNOWN
+        first, second = pieces(tmp_path / "one.pdb")
+        assert (len(first.residue_L), len(second.residue_L)) == (9, 26)
+        assert second.residue_L[10] == UNKNOWN
+        assert first.whole == second.whole
 
     def test_windows_of_a_folder_become_splits(
         self, folded: tuple[Numbers, Numbers], tmp_path: Path
@@ -265,6 +302,13 @@ class TestFiles:
                 "{path}: line 2: Wrong number of values in loop _atom_site.*",
             ),
             ("none.cif", "hello", "{path}: line 1: expected block header (data_)"),
+            (
+                "word.cif",
+                f"data_x\nloop_\n{ATOM_SITE}ATOM 1 N N . ALA A 1 1 1.0 2.0 3.0 7 A 1.0 1\n"
+                "ATOM 2 C CA . ALA A 1 1 1.0 x 3.0 7 A 1.0 1\n"
+                "ATOM 3 C C . ALA A 1 1 1.0 2.0 3.0 7 A 1.0 1\n",
+                "{path}: residue 7 of chain A: its coordinates are no numbers",
+            ),
             ("empty.cif", "data_x\n", "{path}: has no atoms"),
             ("plain.pdb.gz", "HEADER\n", "{path}: cannot be read: Not a gzipped file (b'HE')"),
         ],
@@ -444,6 +488,30 @@ class TestNetwork:
         noise = (score - 3 * batch["contact"])[:, scored]
         assert noise.mean().abs() < 0.05
         assert noise.std().item() == pytest.approx(1, abs=0.05)
+
+    def test_blocks_can_be_computed_again(self) -> None:
+        train = {"global_batch": 4, "precision": "fp64", "steps": 3}
+        again = losses(train={**train, "activation_checkpointing": True})
+        assert again == pytest.approx(losses(), rel=1e-9)
+
+    def test_half_precision_keeps_places_whole(self) -> None:
+        train = {"global_batch": 4, "steps": 3}
+        whole, half = (losses(train={**train, "precision": each}) for each in ("fp32", "bf16"))
+        assert half == pytest.approx(whole, rel=0.02)
+
+    def test_slots_of_a_program_learn_what_trials_learn_alone(self) -> None:
+        variants = []
+        for lr in (0.001, 0.002):
+            spec, samples = small(optimizer={"lr": lr})
+            variants.append(Variant(*resolve(spec.model_dump(), RunSpec), 3))
+        program = Program(variants[0], 2, samples, Cpu())
+        for slot, variant in enumerate(variants):
+            network = build_network(variant.spec.train, variant.workload)
+            assert program.fits(variant, network)
+            program.admit(slot, variant, network)
+        together = np.array(program.run([0, 1], 3))
+        alone = [losses(optimizer={"lr": lr}) for lr in (0.001, 0.002)]
+        assert together.T.tolist() == [pytest.approx(each, rel=1e-9) for each in alone]
 
     def test_a_residue_may_be_unknown(self) -> None:
         found = features(torch.tensor([[0, UNKNOWN]], dtype=torch.uint8), torch.ones(1, 2, 2))
