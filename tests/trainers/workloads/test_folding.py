@@ -499,6 +499,7 @@ class TestNetwork:
         whole, half = (losses(train={**train, "precision": each}) for each in ("fp32", "bf16"))
         assert half == pytest.approx(whole, rel=0.02)
 
+    @pytest.mark.slow
     def test_slots_of_a_program_learn_what_trials_learn_alone(self) -> None:
         variants = []
         for lr in (0.001, 0.002):
