@@ -120,8 +120,8 @@ class Folding(Proteins):
 
     @property
     def evaluation_batch(self) -> int:
-        """As many as have 2**24 channels of pairs, 64 MiB."""
-        return min(512, max(1, (1 << 24) // (self.data.length**2 * self.model.width * 4)))
+        """As many as have 2**24 channels of pairs in the widest layer, 64 MiB."""
+        return min(512, max(1, (1 << 24) // (4 * self.model.width * self.data.length**2)))
 
 
 def features(residue_BI: Tensor, score_BIJ: Tensor) -> Tensor:

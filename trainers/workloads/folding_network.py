@@ -15,8 +15,8 @@ from trainers.workloads.structures import AMINO_ACIDS, rotation_of
 # N points of a head, X coordinates in Å, K bins of distance, R iterations, A atoms. Rotations are
 # [B, I, X, X] and have none.
 
-BINS = 38
-NEAREST, FARTHEST = 4.0, 40.0
+BINS = 24
+NEAREST, FARTHEST = 4.0, 22.0
 """Å that the first bin of distances ends at, and the last one begins."""
 REACH = 32
 """Places along the chain from which on it does not matter how many they are."""

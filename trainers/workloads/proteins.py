@@ -64,6 +64,8 @@ ROUNDS, RATE = 100, 0.08
 """Steps of Adam that fold a chain, in radians."""
 NEAREST, NEAREST_ATOMS = 3.9, 2.8
 """Å that alpha carbons, and any atoms of the backbone, of residues 3 apart in the chain keep."""
+LONGEST = 1.25
+"""Radii of gyration, in those that are usual, that a globular protein may have."""
 CONTACT, APART = 8.0, 3
 """Å between beta carbons that are in contact, and residues between which there are scores."""
 FILES = 16
@@ -95,7 +97,7 @@ class Proteins(PartedWorkload):
         """What a contact adds to the score of a pair of residues, in standard deviations of the
         noise."""
         train_parts: PositiveInt = 6
-        """Generated parts to train on, of some 250 folds each; one more each to validate and to
+        """Generated parts to train on, of some 220 folds each; one more each to validate and to
         test on."""
         seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
         """Decides what is generated, and the noise."""
@@ -178,7 +180,8 @@ def folds(count: int, length: int, random: np.random.Generator) -> tuple[Numbers
     """
     kind_BL = _secondary_structure(count, length, random)
     start_BLT = _torsions(kind_BL, random)
-    target_B = 2.2 * length**0.38 * (0.95 + 0.4 * random.random(count) ** 2)
+    usual = 2.2 * length**0.38
+    target_B = usual * (0.95 + 0.4 * random.random(count) ** 2)
     pull_B = random.uniform(0.02, 0.10, count)
     give_BL1 = np.where(kind_BL == LOOP, 1.06, 0.06)[..., None]
     energy = _Energy(kind_BL, target_B, pull_B)
@@ -193,7 +196,7 @@ def folds(count: int, length: int, random: np.random.Generator) -> tuple[Numbers
         size = np.sqrt(square / (1 - 0.999**step)) + 1e-8
         shift_BLT -= RATE * mean / (1 - 0.9**step) / size
     backbone = chain(start_BLT + give_BL1 * shift_BLT)
-    good_B = _keeps_apart(backbone) & (gyration(backbone[:, :, 1]) < 1.2 * target_B)
+    good_B = _keeps_apart(backbone) & (gyration(backbone[:, :, 1]) < LONGEST * usual)
     return backbone[good_B], kind_BL[good_B]
 
 

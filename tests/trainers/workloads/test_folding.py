@@ -148,7 +148,7 @@ class TestGeneratedFolds:
         alpha = folded[0][:, :, 1]
         near = distances(alpha)[:, *np.triu_indices(LENGTH, 3)]
         assert near.min() > NEAREST
-        assert gyration(alpha) == pytest.approx(2.2 * LENGTH**0.38, rel=0.65)
+        assert gyration(alpha) == pytest.approx(2.2 * LENGTH**0.38, rel=0.25)
         assert np.median(gyration(alpha)) == pytest.approx(2.2 * LENGTH**0.38, rel=0.25)
         contacts = (near < 8).sum(1) / LENGTH
         assert 0.5 < np.median(contacts) < 5
@@ -458,7 +458,8 @@ class TestNetwork:
         certain = 1e4 * torch.nn.functional.one_hot(bins, BINS).double()
         rotation, place = spread_out(certain)
         tm, _ = superposed(place, true)
-        assert tm.min() > 0.9  # in the right hand, too
+        assert tm.mean() > 0.9  # in the right hand, too
+        assert tm.min() > 0.7
         assert torch.linalg.det(rotation).tolist() == [pytest.approx([1.0] * LENGTH)] * len(true)
 
     def test_the_truth_has_no_error(self, batch: dict[str, Tensor]) -> None:
