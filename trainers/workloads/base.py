@@ -21,6 +21,7 @@ Batch = dict[str, Tensor]
 
 SHIPPED = {
     "dynamics": "trainers.workloads.dynamics:Dynamics",
+    "folding": "trainers.workloads.folding:Folding",
     "hedging": "trainers.workloads.hedging:Hedging",
     "language": "trainers.workloads.language:Language",
     "markets": "trainers.workloads.markets:Markets",
