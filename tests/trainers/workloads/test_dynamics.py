@@ -462,6 +462,7 @@ def test_it_learns_most_of_the_forces(tmp_path: Path) -> None:
     data = find_spec("dynamics")[1]
     data["data"] |= {"trajectories": 12}
     data["model"] |= {"features": 16}
+    data["train"] |= {"epochs": 20}
     spec, workload = resolve(data, SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
     assert isinstance(workload, Dynamics)
@@ -472,5 +473,4 @@ def test_it_learns_most_of_the_forces(tmp_path: Path) -> None:
         stepper.take(step)
     found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
     usual = 1e3 * splits["test"]["forces"].square().mean().sqrt().item()
-    print(found, usual, total)
     assert found["force_rmse_mev_per_a"] < 0.25 * usual
