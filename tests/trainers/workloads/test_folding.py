@@ -380,11 +380,11 @@ class TestMeasures:
         _, gdt = superposed(found, true)
         assert gdt.item() == pytest.approx(0.75, abs=0.01)
 
-    @pytest.mark.parametrize("noise", [0.5, 1.5])
+    @pytest.mark.parametrize(("noise", "within"), [(0.5, 0.03), (1.5, 0.06)])
     def test_tm_scores_are_those_of_tm_align(
-        self, folded: tuple[Numbers, Numbers], noise: float
+        self, folded: tuple[Numbers, Numbers], noise: float, within: float
     ) -> None:
-        """Which also looks for the alignment: where little fits, it finds more."""
+        """TM-align looks for the alignment, too: where less fits, the two are further apart."""
         true = torch.from_numpy(folded[0][:16, :, 1].copy())
         random = torch.Generator().manual_seed(1)
         found = true @ turned() + noise * torch.randn(true.shape, generator=random).double()
@@ -396,7 +396,7 @@ class TestMeasures:
                 for one, other in zip(found.numpy(), true.numpy(), strict=True)
             ]
         )
-        assert ours == pytest.approx(theirs, abs=0.03)
+        assert ours == pytest.approx(theirs, abs=within)
 
     def test_rotations_are_found(self) -> None:
         points = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double()
