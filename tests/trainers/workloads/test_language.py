@@ -368,6 +368,7 @@ def test_heads_can_be_split_over_workers(modules: Path, tmp_path: Path) -> None:
     assert found[0][2] == pytest.approx(alone, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_it_soon_knows_more_than_how_often_bytes_are(tmp_path: Path) -> None:
     """After a few seconds on some real source: less than 85 % of the bits of a byte by itself."""
     source = tmp_path / "source"
