@@ -38,12 +38,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def section(name: str, body: str, seconds: float) -> str:
+def section(name: str, body: str, seconds: float, version: str) -> str:
     """A workload's part of the page."""
     when = time.strftime("%Y-%m-%d")
     where = f"Python {platform.python_version()}, torch {torch.__version__}"
-    where += f", {torch.get_num_threads()} CPU threads"
-    ran = f"`python benchmarks/answers.py {name}`, {when}, commit {commit()}, {where}"
+    where += f", {torch.get_num_threads()} CPU thread(s)"
+    ran = f"`python benchmarks/answers.py {name}`, {when}, commit {version}, {where}"
     return f"## {name}\n{ran}, {seconds:.0f} s.\n\n{body}\n"
 
 
@@ -59,12 +59,13 @@ def main() -> None:
     there = sorted(
         path.stem.removeprefix("answer_") for path in Path(__file__).parent.glob("answer_*.py")
     )
+    version = commit()  # the page that is written here is itself a change
     for name in sys.argv[1:] or there:
         if name not in there:
             sys.exit(f"no answers for {name!r}; there are: {', '.join(there)}")
         began = time.monotonic()
         body = importlib.import_module(f"answer_{name}").answer()
-        text = section(name, body, time.monotonic() - began)
+        text = section(name, body, time.monotonic() - began, version)
         print(text)
         page = PAGE.read_text() if PAGE.exists() else HEAD
         PAGE.write_text(replaced(page, name, text))
