@@ -14,12 +14,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from cluster.config import Spec
 from cluster.errors import DataError, SpecError
 from trainers.data import table
-from trainers.workloads.base import PartedWorkload
+from trainers.workloads.base import PartedWorkload, Splits, source_or
 
 # Suffixes: N atoms, K neighbours of an atom, R = 1 + K, X four numbers, S structures, Z elements.
 
@@ -80,10 +79,10 @@ class Labelled(NamedTuple):
 class Structures(PartedWorkload):
     """What has structures of atoms for its data."""
 
-    class Data(Spec):
+    class Data(Splits):
         """Which structures, and the shape that they are kept in."""
 
-        source: str = "emt"
+        source: Annotated[str, source_or("emt")] = "emt"
         """emt; or a file or folder of extended XYZ (.xyz, .extxyz) or ASE databases (.db, .json).
         A folder may have train/, and optionally val/ and test/, else each file is cut in place."""
         energy: str = "energy"
@@ -106,17 +105,6 @@ class Structures(PartedWorkload):
         """Of each trajectory of emt."""
         seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
         """Decides how cells are strained and what thermal noise there is in emt."""
-
-        @field_validator("source")
-        @classmethod
-        def _absolute(cls, source: str) -> str:
-            return source if source == "emt" else str(Path(source).expanduser().absolute())
-
-        @model_validator(mode="after")
-        def _leaves_some(self) -> "Structures.Data":
-            if self.val_fraction + self.test_fraction >= 1:
-                raise ValueError("val_fraction + test_fraction must be less than 1")
-            return self
 
     data: Data
 

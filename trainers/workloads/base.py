@@ -6,10 +6,11 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import torch
+from pydantic import AfterValidator, model_validator
 from torch import Tensor, nn
 
 from cluster.config import Spec, did_you_mean
@@ -27,6 +28,27 @@ SHIPPED = {
     "markets": "trainers.workloads.markets:Markets",
     "vision": "trainers.workloads.vision:Vision",
 }
+
+
+def source_or(shipped: str) -> AfterValidator:
+    """For a field that names the `shipped` data, or a file or folder: a relative one's whole path.
+
+    The working folder of whoever reads it later may be another one.
+    """
+    return AfterValidator(
+        lambda source: source if source == shipped else str(Path(source).expanduser().absolute())
+    )
+
+
+class Splits(Spec):
+    """Base of a `Data` section with `val_fraction` and `test_fraction`, which leave some."""
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        val, test = (getattr(self, f"{split}_fraction") for split in ("val", "test"))
+        if val + test >= 1:
+            raise ValueError("val_fraction + test_fraction must be less than 1")
+        return self
 
 
 class Workload(ABC):

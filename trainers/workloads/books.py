@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from cluster.config import Spec
 from cluster.errors import DataError
 from trainers.data import table
-from trainers.workloads.base import PartedWorkload
+from trainers.workloads.base import PartedWorkload, source_or
 
 # Suffixes: B books or samples, W prices, D distances from the best price, T events of a window,
 # L levels, F = 4 L features, X price and size of both sides, S spreads, N rows of a file.
@@ -58,7 +58,7 @@ class OrderBooks(PartedWorkload):
     class Data(Spec):
         """Which books, and how much of them a sample shows."""
 
-        source: str = "simulated"
+        source: Annotated[str, source_or("simulated")] = "simulated"
         """simulated; or a folder with LOBSTER's `*_orderbook_*.csv` or FI-2010's `*.txt`, whose
         files by name are for training, the last but one for validation, the last for testing."""
         window: PositiveInt = 10
@@ -70,11 +70,6 @@ class OrderBooks(PartedWorkload):
         """Decides what is simulated."""
         horizon: Literal[10, 20, 30, 50, 100] = 10
         """Events ahead of which FI-2010's labels speak."""
-
-        @field_validator("source")
-        @classmethod
-        def _absolute(cls, source: str) -> str:
-            return source if source == "simulated" else str(Path(source).expanduser().absolute())
 
         @field_validator("window")
         @classmethod

@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from cluster.config import Spec
 from cluster.errors import DataError
 from trainers.data import table
-from trainers.workloads.base import Workload
+from trainers.workloads.base import Splits, Workload, source_or
 
 # Suffixes: N images of the set, C channels, H x W pixels.
 
@@ -32,10 +31,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Images(Workload):
     """What has images of one size and their labels for its data."""
 
-    class Data(Spec):
+    class Data(Splits):
         """Where the images come from, and what they are turned into."""
 
-        source: str = "digits"
+        source: Annotated[str, source_or("digits")] = "digits"
         """digits; or a folder of class folders, a Parquet file, or a folder of Parquet files
         with the columns image (encoded) and label. A relative path is kept as absolute."""
         size: Annotated[int, Field(ge=2, le=4096)] = 8
@@ -48,17 +47,6 @@ class Images(Workload):
         """Share of each class to validate on, where the source has no val folder of its own."""
         test_fraction: Fraction = 0.2
         """Share of each class to hold out for testing, where the source comes unsplit."""
-
-        @field_validator("source")
-        @classmethod
-        def _absolute(cls, source: str) -> str:
-            return source if source == "digits" else str(Path(source).expanduser().absolute())
-
-        @model_validator(mode="after")
-        def _leaves_some(self) -> "Images.Data":
-            if self.val_fraction + self.test_fraction >= 1:
-                raise ValueError("val_fraction + test_fraction must be less than 1")
-            return self
 
     data: Data
 

@@ -13,12 +13,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from cluster.config import Spec
 from cluster.errors import SpecError
 from trainers.data import table
-from trainers.workloads.base import PartedWorkload
+from trainers.workloads.base import PartedWorkload, Splits, source_or
 from trainers.workloads.structures import AMINO_ACIDS, pieces, structure_files, windows
 
 # Suffixes: B samples, L residues, A atoms (N, CA, C of a residue), X coordinates in Å, T torsions
@@ -85,10 +84,10 @@ class Part(NamedTuple):
 class Proteins(PartedWorkload):
     """What has backbones of proteins for its data, in windows of `length` residues."""
 
-    class Data(Spec):
+    class Data(Splits):
         """Which proteins, and how much is told of their contacts."""
 
-        source: str = "generated"
+        source: Annotated[str, source_or("generated")] = "generated"
         """generated; or a folder of .pdb, .ent and .cif files, packed by gzip or not."""
         length: Annotated[int, Field(ge=12)] = 36
         """Residues of a sample. Chains of files are cut into windows that overlap by half; what is
@@ -105,17 +104,6 @@ class Proteins(PartedWorkload):
         """Share of the chains of files to validate on."""
         test_fraction: Fraction = 0.1
         """Share of the chains of files to hold out for testing."""
-
-        @field_validator("source")
-        @classmethod
-        def _absolute(cls, source: str) -> str:
-            return source if source == "generated" else str(Path(source).expanduser().absolute())
-
-        @model_validator(mode="after")
-        def _leaves_some(self) -> "Proteins.Data":
-            if self.val_fraction + self.test_fraction >= 1:
-                raise ValueError("val_fraction + test_fraction must be less than 1")
-            return self
 
     data: Data
 

@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from cluster.config import Spec
 from cluster.errors import DataError, SpecError
 from trainers.data import table
-from trainers.workloads.base import PartedWorkload
+from trainers.workloads.base import PartedWorkload, Splits, source_or
 
 # Suffixes: N tokens of a text.
 
@@ -60,10 +59,10 @@ class Part(NamedTuple):
 class Text(PartedWorkload):
     """What has text for its data, in windows of `context` + 1 tokens."""
 
-    class Data(Spec):
+    class Data(Splits):
         """Where the text comes from, and what it is cut into."""
 
-        source: str = "stdlib"
+        source: Annotated[str, source_or("stdlib")] = "stdlib"
         """stdlib, a file, or a folder of files. A relative path is kept as absolute."""
         field: str = "text"
         """The column of Parquet files, and the key of JSON lines (.jsonl), that holds the text."""
@@ -75,17 +74,6 @@ class Text(PartedWorkload):
         """Share of the documents to validate on, where the source has no val folder of its own."""
         test_fraction: Fraction = 0.1
         """Share of the documents to hold out for testing, where the source comes unsplit."""
-
-        @field_validator("source")
-        @classmethod
-        def _absolute(cls, source: str) -> str:
-            return source if source == "stdlib" else str(Path(source).expanduser().absolute())
-
-        @model_validator(mode="after")
-        def _leaves_some(self) -> "Text.Data":
-            if self.val_fraction + self.test_fraction >= 1:
-                raise ValueError("val_fraction + test_fraction must be less than 1")
-            return self
 
     data: Data
 
