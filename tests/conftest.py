@@ -205,28 +205,29 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    _wait_until(lambda: _healthy(uri), 120, lambda: (folder / "log").read_text())
+    _wait_until(lambda: _healthy(uri), lambda: (folder / "log").read_text())
     yield uri
     os.killpg(server.pid, signal.SIGTERM)
-    server.wait(20)
+    server.wait(600)
 
 
 def _healthy(uri: str) -> bool:
     return _answers(f"{uri}/health")
 
 
-def _wait_until(
-    true: Callable[[], bool], timeout_s: float, why: Callable[[], str] = lambda: ""
-) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait_until(true: Callable[[], bool], why: Callable[[], str] = lambda: "") -> None:
+    deadline = time.monotonic() + 600
     while not true():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {why()}"
+        assert time.monotonic() < deadline, f"not within 10 minutes: {why()}"
         time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[..., None]:
-    """Returns as soon as its first argument gives True; fails when that takes too long."""
+    """Returns as soon as its first argument gives True; fails when that takes too long.
+
+    Limits, here and elsewhere, end a test that hangs: a busy machine may take its time.
+    """
     return _wait_until
 
 
@@ -278,13 +279,13 @@ class CommandLine:
                 break
             seen += data
         os.close(ours)
-        assert process.wait(60) == 0, seen.decode()
+        assert process.wait(600) == 0, seen.decode()
         return seen.decode()
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
         """What it prints; the exit code has to be `code`."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == code, output
         return output
 
@@ -389,11 +390,11 @@ def job_cluster() -> Iterator[JobCluster]:
         return _answers(f"{url}/api/authentication_mode") and _answers(agent)
 
     ray = start()
-    _wait_until(runs, 300, log.read_text)
+    _wait_until(runs, log.read_text)
     yield JobCluster(url, agent_port, folder / "home", environment)
     ray.terminate()
     try:
-        ray.wait(60)
+        ray.wait(600)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(ray.pid, signal.SIGKILL)

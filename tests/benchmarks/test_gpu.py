@@ -22,7 +22,7 @@ def run(*options: str, hidden: tuple[str, ...] = HIDDEN) -> subprocess.Completed
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_tiny_sizes_on_a_cpu() -> None:

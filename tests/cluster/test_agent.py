@@ -94,7 +94,7 @@ def cluster() -> Iterator[Cluster]:
     yield cluster
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(120) == 0
+    assert process.wait(600) == 0
 
 
 def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
@@ -137,15 +137,15 @@ def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
     assert times("no Ray on this machine yet") == 1
 
     cluster.add()
-    wait_until(lambda: after_a_step(lambda: times("is drained") == 1), 120, lambda: str(said))
-    wait_until(lambda: cluster.status() == "DRAINING", 60)
+    wait_until(lambda: after_a_step(lambda: times("is drained") == 1), lambda: str(said))
+    wait_until(lambda: cluster.status() == "DRAINING")
     step()
     assert times("is drained") == 1
 
     monkeypatch.setattr(agent, "GRACE_S", -600.0)  # as if the time had passed
-    wait_until(lambda: after_a_step(lambda: not list(raylets())), 120, lambda: str(said))
+    wait_until(lambda: after_a_step(lambda: not list(raylets())), lambda: str(said))
     assert times("this machine is still there; stopping Ray's node") == 1
-    wait_until(lambda: cluster.status() == "DEAD", 60)
+    wait_until(lambda: cluster.status() == "DEAD")
 
 
 def test_a_head_that_is_gone_takes_nothing_with_it(
@@ -186,7 +186,7 @@ def test_it_is_small_and_the_newest_one_counts(
     try:
         assert second.stdout is not None
         assert second.stdout.readline().endswith("watching for aws's notices\n")
-        assert first.wait(60) < 0
+        assert first.wait(600) < 0
         assert second.poll() is None
     finally:
         second.kill()

@@ -59,7 +59,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=600,
                 check=False,
             )
             assert "syntax error" not in done.stderr
@@ -103,7 +103,7 @@ def test_what_runs_is_neither_started_twice_nor_stopped(
     for _ in range(2):
         assert host.run(head) == 0
         assert host.run(commands.worker_start(spec(), provider)) == 0
-    wait_until(lambda: host.said("mlflow server") and host.said("cluster.monitor"), 60)
+    wait_until(lambda: host.said("mlflow server") and host.said("cluster.monitor"))
     assert len(host.said("ray start")) == 1
     assert host.said("ray stop") == []
     second = str(head[1]).rstrip().removesuffix("&")  # in the foreground: it ends at once
@@ -165,7 +165,7 @@ def test_mlflows_password_follows_from_the_token(
     password = commands.mlflow_password("secret")
     assert password == hashlib.sha256(b"mlflow:secret").hexdigest()[:32]
     assert f"MLFLOW_TRACKING_PASSWORD={password}" in host.said("ray start")[0]
-    wait_until(lambda: host.said("mlflow server"), 60)
+    wait_until(lambda: host.said("mlflow server"))
     server = host.said("mlflow server")[0]
     assert f"MLFLOW_AUTH_ADMIN_PASSWORD={password}" in server
     assert "--app-name basic-auth" in server

@@ -98,7 +98,7 @@ def test_kill_9_between_two_writes_loses_nothing_that_was_written(tmp_path: Path
         written = int(writer.stdout.readline())
     writer.send_signal(signal.SIGKILL)
     written = max([written, *map(int, writer.stdout.read().split())])
-    writer.wait(60)
+    writer.wait(600)
     found = Ledger(path).account()
     assert found.busy_s in (written, written + 1)
     assert found.usd == found.busy_s / 2

@@ -54,11 +54,11 @@ def test_a_run_and_what_its_dashboard_asks_for(
     write_yaml(spec, heliostat.folder / "s.yaml")
     process = heliostat.start("train", "s.yaml", "--name", "seen")
     try:
-        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK, 600)
+        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK)
         text = scrape()
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     seen = values(text, "seen")
     assert 0 < seen["heliostat_goodput_ratio"] <= 1

@@ -68,7 +68,7 @@ def test_a_start_frees_what_earlier_starts_of_its_job_still_hold(ray_cluster: st
     holders = [driver(HOLDS, name) for name in ("a", "b")]
     try:
         first, other = [holder.stdout.readline().strip() for holder in holders if holder.stdout]
-        states = ast.literal_eval(driver(CONNECTS, "a").communicate(timeout=300)[0])
+        states = ast.literal_eval(driver(CONNECTS, "a").communicate(timeout=600)[0])
         assert (states[first], states[other]) == ("REMOVED", "CREATED")
     finally:
         for holder in holders:

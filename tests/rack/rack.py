@@ -208,7 +208,7 @@ class Rack:
         return Path(f"/proc/{self.hosts[name].process}/root")
 
     def run(
-        self, name: str, command: str, check: bool = True, timeout_s: float = 240
+        self, name: str, command: str, check: bool = True, timeout_s: float = 900
     ) -> subprocess.CompletedProcess[str]:
         """Run a line of bash on a host; its errors are in the output."""
         process = self.start(name, command)

@@ -94,7 +94,7 @@ def test_strangers_run_nothing(cluster: OwnHosts) -> None:
 
 def test_ui_opens_both_pages_for_as_long_as_it_runs(cluster: OwnHosts) -> None:
     script = """
-        heliostat ui --cluster cluster.yaml > ui.txt & ui=$!
+        > ui.txt; heliostat ui --cluster cluster.yaml >> ui.txt & ui=$!
         until grep -q MLflow: ui.txt; do sleep 0.2; kill -0 $ui || exit 1; done
         for page in $(grep -o 'http://[0-9.:]*' ui.txt); do
             for _ in $(seq 100); do

@@ -124,7 +124,7 @@ def survives(
     writer = write()
     try:
         for victim, share, delay_s in sorted(events, key=lambda event: event[1]):
-            wait_until(lambda share=share: progress(folder) >= share, 240)
+            wait_until(lambda share=share: progress(folder) >= share)
             time.sleep(delay_s)
             if victim == "server":
                 server.kill()
@@ -133,7 +133,7 @@ def survives(
                 writer.kill()
                 assert writer.wait() in (-signal.SIGKILL, 0)
                 writer = write()
-        assert writer.wait(240) == 0
+        assert writer.wait(600) == 0
     finally:
         writer.kill()
     client = mlflow.MlflowClient(server.uri)

@@ -68,7 +68,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
             os.kill(process.pid, signal.SIGTERM)
             break
     seen.append(process.stdout.read())
-    assert process.wait(60) == 130, "".join(seen)
+    assert process.wait(600) == 130, "".join(seen)
     output = "".join(seen)
     assert "heliostat train --resume runs/cut" in output
     stopped = int(re.search(r"stopped after step (\d+) of 3000", output)[1])

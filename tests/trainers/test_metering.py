@@ -100,7 +100,7 @@ def test_a_budget_saves_stops_and_can_be_raised(
 
     with pytest.raises(SpecError, match=r"budget.kwh: .* is spent; go on with --set budget.kwh="):
         execute(run.resumed_run("budget", storage, []))
-    wait_until(lambda: not tracked_by_somebody("budget"), 120)
+    wait_until(lambda: not tracked_by_somebody("budget"))
     more = (ledger.kwh or 0) + 1
     again, became = execute(run.resumed_run("budget", storage, [f"budget.kwh={more}"]))
     assert again.step > outcome.step

@@ -28,7 +28,7 @@ def fill(tracker: Tracker, wait_until: Callable[..., None], path: Path) -> str:
     tracker.artifact("run", str(path))
     tracker.log("run", ROWS, 3000)
     tracker.finish("run", "FINISHED")
-    wait_until(lambda: tracker.pending()[0] == 0, 240, lambda: str(tracker.pending()))
+    wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     return str(tracker.read("run")["run_id"])
 
 
@@ -49,7 +49,7 @@ def test_a_fresh_sqlite_store_opened_by_two_at_once(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", FRESH, str(tmp_path / name), uri])
         for name in ("a", "b")
     ]
-    assert [process.wait(240) for process in both] == [0, 0]
+    assert [process.wait(600) for process in both] == [0, 0]
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("fresh")
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
@@ -153,7 +153,7 @@ def team_server(
         except SpecError as error:
             return "401" in str(error)
 
-    wait_until(refused, 240, log.read_text)
+    wait_until(refused, log.read_text)
     yield uri
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
@@ -178,7 +178,7 @@ def test_a_teams_server(
     tracker.close()
     (spool / "sent").write_text("0")  # as after a crash before anything was recorded
     tracker = Tracker(str(spool), team_server, "teams")
-    wait_until(lambda: tracker.pending()[0] == 0, 240, lambda: str(tracker.pending()))
+    wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     tracker.close()
     client = mlflow.MlflowClient(team_server)
     history = client.get_metric_history(run_id, "loss")

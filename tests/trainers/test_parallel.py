@@ -187,7 +187,7 @@ def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         ]
         for process in processes:
             process.start()
-        _, rows, notes, error = min(answers.get(timeout=120) for _ in processes)
+        _, rows, notes, error = min(answers.get(timeout=600) for _ in processes)
         for process in processes:
             process.join()
         return Trained(rows, notes, folder, error)

@@ -113,7 +113,7 @@ def three_nodes() -> Iterator[Nodes]:
     about = next(line for line in process.stdout if line.startswith("{"))
     yield Nodes(**json.loads(about), process=process)
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
 
 
 def test_at_most_one_step_is_lost_and_no_restart_is_counted(
@@ -142,17 +142,16 @@ def test_at_most_one_step_is_lost_and_no_restart_is_counted(
         lines = (notes / "steps").read_text().splitlines() if (notes / "steps").exists() else []
         return [(int(line.split()[0]), line.split()[1]) for line in lines]
 
-    wait_until(lambda: len(steps()) > 8, 120, lambda: "".join(output))
+    wait_until(lambda: len(steps()) > 8, lambda: "".join(output))
     busy = {node for _, node in steps()}
     leaving = next(node for node in three_nodes.workers if node in busy)
     three_nodes.drain(leaving, seconds=60)
     told = re.compile(r"node [\d.]+ is going at \d\d:\d\d:\d\d \w+; saving after every step")
-    wait_until(lambda: told.search("".join(output)), 60, lambda: "".join(output))
-    before = len(steps())
-    wait_until(lambda: len(steps()) > before + 4, 60)
+    wait_until(lambda: told.search("".join(output)), lambda: "".join(output))
+    wait_until(lambda: list(here.glob("runs/spot/checkpoints/step-*")))
     three_nodes.kill(leaving)
     (notes / "gone").touch()
-    assert process.wait(120) == 0, "".join(output)
+    assert process.wait(600) == 0, "".join(output)
 
     reader.join()
     assert len(told.findall("".join(output))) == 1

@@ -87,7 +87,7 @@ def tracked(
     tracker.start(TrackedRun("run", {"model.width": 8}, {"mlflow.source.git.commit": "abc"}))
     tracker.model("run", str(folder / MODEL))
     tracker.finish("run", "FINISHED")
-    wait_until(lambda: tracker.pending()[0] == 0, 240, lambda: str(tracker.pending()))
+    wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     found = tracker.read("run")
     tracker.close()
     return {**found, "folder": folder, "network": network.eval()}
@@ -127,7 +127,7 @@ def test_it_loads_where_nothing_of_ours_is(
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert shown.returncode == 0, shown.stderr
     assert np.allclose(json.loads(shown.stdout.splitlines()[-1]), outputs, atol=1e-6)

@@ -385,7 +385,7 @@ def test_communication_is_what_could_not_be_hidden(tmp_path: Path) -> None:
         )
         for rank in (0, 1)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     waiting, late = (json.loads(output.splitlines()[-1]) for output in outputs)
     assert waiting["same"]
     assert late["same"]

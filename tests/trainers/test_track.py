@@ -36,7 +36,7 @@ def rows(steps: range, name: str = "train/loss") -> list[Row]:
 
 
 def drained(tracker: Tracker, wait_until: Wait) -> None:
-    wait_until(lambda: tracker.pending()[0] == 0, 240, lambda: str(tracker.pending()))
+    wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
 
 
 def history(client: mlflow.MlflowClient, run_id: str, name: str = "train/loss") -> list[int]:
@@ -95,7 +95,7 @@ for step in range(2000):
             time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=240)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=600)
     assert killed.returncode == -9
     tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("killed", {"a.b": 1}, {"resumed": "yes"}))

@@ -197,7 +197,7 @@ def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
     thread = threading.Thread(target=lambda: found.append(sweeps.execute(sweep, lambda *_: None)))
     thread.start()
     saved = f"trials/*/{CHECKPOINTS}/step-*"
-    wait_until(lambda: len(list(sweep.folder.glob(saved))) >= 6, 90)
+    wait_until(lambda: len(list(sweep.folder.glob(saved))) >= 6)
     filters = [("class_name", "=", "Host"), ("state", "=", "ALIVE")]
     for actor in list_actors(address=ray_dashboard, filters=filters, detail=True):
         os.kill(actor.pid, signal.SIGKILL)
@@ -219,9 +219,7 @@ def test_a_fused_sweep_whose_driver_was_killed_ends_with_the_trials_it_was_to_ha
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
     folder = heliostat.folder / "runs" / "cut"
-    wait_until(
-        lambda: len(list(folder.glob("trials/*/ended.json"))) >= 2, 90, lambda: "".join(lines)
-    )
+    wait_until(lambda: len(list(folder.glob("trials/*/ended.json"))) >= 2, lambda: "".join(lines))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     output = heliostat("sweep", "--resume", "runs/cut", "--verify-fusion")

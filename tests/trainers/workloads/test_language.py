@@ -361,7 +361,7 @@ def test_heads_can_be_split_over_workers(modules: Path, tmp_path: Path) -> None:
     ]
     for worker in workers:
         worker.start()
-    found = sorted(answers.get(timeout=120) for _ in workers)
+    found = sorted(answers.get(timeout=600) for _ in workers)
     for worker in workers:
         worker.join()
     assert [mode for _, mode, _ in found] == ["tensor", "tensor"]
