@@ -2,9 +2,9 @@
 
 A forecast is what the probe saw (start, evaluation, save, end) and the steps, predicted by the
 scaling model. Its interval is to hold the truth 9 times out of 10. Until a project has runs of
-its own, that rests on shipped error bars; each run that ends is compared with its forecast, and
-the differences widen or narrow what comes next (split conformal prediction: Vovk et al.,
-"Algorithmic Learning in a Random World", 2005).
+its own, that rests on shipped error bars; each run that ends is compared with its forecast. What
+the differences have in common moves what comes next, and what is left of them widens or narrows
+it (split conformal prediction: Vovk et al., "Algorithmic Learning in a Random World", 2005).
 """
 
 import hashlib
@@ -34,6 +34,8 @@ SHIPPED = 10
 """How many runs the shipped error bars count for; a project's own take their place one by one."""
 REMEMBERED = 100
 """How many of the newest runs count."""
+TENDENCY_PRIOR = 2
+"""How many runs that were just as forecast stand against what a project's own have in common."""
 NARROWEST = 0.25
 """Of the shipped interval: a lucky series does not make anything certain."""
 
@@ -61,11 +63,22 @@ class Interval(NamedTuple):
         up = math.hypot(*(math.log(x.high / x.middle) for x in (self, other)))
         return Interval(middle * math.exp(-down), middle, middle * math.exp(up))
 
-    def widened(self, factor: float) -> "Interval":
-        """Its logarithmic width times `factor`."""
-        low, middle, high = self
-        down, up = (low / middle) ** factor, (high / middle) ** factor
-        return Interval(middle * down, middle, middle * up)
+    def calibrated(self, by: "Calibration") -> "Interval":
+        """Moved, and its logarithmic width times `by.widening`."""
+        down, up = self.middle / self.low, self.high / self.middle
+        middle = self.middle * (up if by.shift > 0 else down) ** by.shift
+        return Interval(middle / down**by.widening, middle, middle * up**by.widening)
+
+
+class Calibration(NamedTuple):
+    """What a project's own runs do to the shipped error bars."""
+
+    shift: float = 0.0
+    """By how many of its half widths an interval is moved; negative when runs take less."""
+    widening: float = 1.0
+
+
+AS_SHIPPED = Calibration()
 
 
 def added(parts: Iterable[Interval]) -> Interval:
@@ -105,8 +118,8 @@ class Forecast:
     wall_s: Interval
     step_s: Interval
     basis: str
-    widening: float = 1.0
-    """By which the interval is wider than the shipped error bars have it."""
+    shipped_s: Interval
+    """`wall_s` by the shipped error bars, before a project's own runs have moved and widened it."""
     at: float = 0.0
     """When it was made, in Unix time."""
 
@@ -115,17 +128,17 @@ class Forecast:
 
 
 def forecast(
-    probed: ProbedPool, workers: int, run: Length, widening: float = 1.0
+    probed: ProbedPool, workers: int, run: Length, by: Calibration = AS_SHIPPED
 ) -> Forecast | Unknown:
     """The run on so many workers of the pool."""
     found = probed.predict(workers)
     if isinstance(found, Unknown):
         return found
     step_s = Interval.around(found.step_s, found.error)
-    return whole(step_s, probed.nearest(workers), run, str(found.basis), widening)
+    return whole(step_s, probed.nearest(workers), run, str(found.basis), by)
 
 
-def whole(step_s: Interval, seen: Probe, run: Length, basis: str, widening: float) -> Forecast:
+def whole(step_s: Interval, seen: Probe, run: Length, basis: str, by: Calibration) -> Forecast:
     """A run of such steps; all else takes what it took the probe."""
     around_s = (
         seen.start_s
@@ -135,18 +148,22 @@ def whole(step_s: Interval, seen: Probe, run: Length, basis: str, widening: floa
         + seen.end_s
     )
     parts = [step_s.times(run.steps - 1), Interval.around(around_s, OVERHEAD_ERROR)]
-    wall_s = added(parts).widened(widening)
-    return Forecast(wall_s, step_s.widened(widening), basis, widening, time.time())
+    shipped_s = added(parts)
+    wall_s, step_s = shipped_s.calibrated(by), step_s.calibrated(by)
+    return Forecast(wall_s, step_s, basis, shipped_s, time.time())
 
 
-def widening(scores: Sequence[float]) -> float:
-    """By what the shipped intervals are to be widened (or, below 1, narrowed).
+def calibrated_by(scores: Sequence[float]) -> Calibration:
+    """How the shipped intervals are to be moved, and widened (or, below 1, narrowed).
 
     `scores` are those of the project's runs, the newest last: how far off each was, in units of
-    the half of its interval on that side. With few, the shipped error bars count as further runs,
-    spread as those of normally distributed errors.
+    the half of its shipped interval on that side. With few, the shipped error bars count as
+    further runs, spread as those of normally distributed errors.
     """
-    own = [abs(score) for score in scores[-REMEMBERED:]]
+    newest = scores[-REMEMBERED:]
+    common = statistics.median(newest) if newest else 0.0
+    shift = common * len(newest) / (len(newest) + TENDENCY_PRIOR)
+    own = [abs(score - shift) for score in newest]
     missing = max(0, SHIPPED - len(own))
     normal = statistics.NormalDist()
     # Half-normal quantiles, scaled so that the one at 90 % is 1.
@@ -155,12 +172,12 @@ def widening(scores: Sequence[float]) -> float:
     shipped = [bars[SHIPPED - 1 - int(k * step)] / bars[-1] for k in range(missing)]
     ranked = sorted([*own, *shipped])
     place = min(len(ranked), math.ceil((len(ranked) + 1) * LEVEL))
-    return max(NARROWEST, ranked[place - 1])
+    return Calibration(shift, max(NARROWEST, ranked[place - 1]))
 
 
 def score(expected: Forecast, wall_s: float) -> float:
     """How far off a forecast was, in units of half the shipped interval; negative when too long."""
-    low, middle, high = expected.wall_s.widened(1 / expected.widening)
+    low, middle, high = expected.shipped_s
     off = math.log(wall_s / middle)
     return off / math.log(high / middle) if off > 0 else off / math.log(middle / low)
 
@@ -184,7 +201,7 @@ class Memory:
                     Interval(*line["wall_s"]),
                     Interval(*line["step_s"]),
                     line["basis"],
-                    line["widening"],
+                    Interval(*line["shipped_s"]),
                     line["at"],
                 )
         return found

@@ -12,7 +12,7 @@ from cluster.labels import MARKET
 from cluster.own import Own
 from cluster.price import CostSpec
 from trainers import datasheet
-from trainers.forecast import Forecast, Interval, Length, forecast, whole
+from trainers.forecast import AS_SHIPPED, Calibration, Forecast, Interval, Length, forecast, whole
 from trainers.pools import ProbedPool
 from trainers.rates import Cost, Machine, cost, device_in, here, rented
 from trainers.scaling import Unknown, knee
@@ -30,8 +30,8 @@ class Question:
     """What is asked: the run, and how much is known about its forecasts."""
 
     length: Length
-    widening: float = 1.0
-    """By the residuals of earlier runs; see `forecast.widening`."""
+    calibration: Calibration = AS_SHIPPED
+    """By earlier runs."""
     own: Own = field(default_factory=Own)
     cost: CostSpec = field(default_factory=CostSpec)
     known: tuple[Instance, ...] | None = None
@@ -80,7 +80,7 @@ def options_here(probed: ProbedPool, question: Question, most: int = 8) -> list[
         nodes = probed.pool.nodes_for(workers)
         if nodes is not None:
             machine = here(probed, -(-workers // nodes), question.own, question.cost)
-            found = forecast(probed, workers, question.length, question.widening)
+            found = forecast(probed, workers, question.length, question.calibration)
             market = probed.pool.labels.get(MARKET, "")
             kind = probed.pool.accelerator
             option = Option("here", kind, workers, nodes, market, found, machine, None)
@@ -130,14 +130,14 @@ def _rented(
         if pool.lone.device == device.name:
             slots = (instance.accelerators,) * nodes
             there = replace(pool, pool=replace(pool.pool, slots=slots))
-            return forecast(there, workers, question.length, question.widening)
+            return forecast(there, workers, question.length, question.calibration)
     step_s = datasheet.step_s(probed[0], device.peak_flop_per_s, workers, nodes)
     if isinstance(step_s, Unknown):
         return step_s
     lone = probed[0].lone  # evaluations are as much faster there as steps are
     faster = min(1.0, step_s.middle / lone.step_s)
     seen = replace(lone, evaluation_s=lone.evaluation_s * faster, test_s=lone.test_s * faster)
-    return whole(step_s, seen, question.length, "data sheet", 1.0)
+    return whole(step_s, seen, question.length, "data sheet", AS_SHIPPED)
 
 
 @dataclass(frozen=True)

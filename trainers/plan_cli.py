@@ -92,7 +92,7 @@ def plan_command(args: argparse.Namespace) -> int:
     from cluster.live import refreshed
     from cluster.own import overridden, read_own
     from trainers.folder import create_folder, short_path, unique_name
-    from trainers.forecast import Memory, widening
+    from trainers.forecast import Memory, calibrated_by
     from trainers.plan import plan
     from trainers.run import connected
 
@@ -100,7 +100,7 @@ def plan_command(args: argparse.Namespace) -> int:
     machines = select(args.on, overridden(own, instances())) if args.on else []
     asked = _subject(args.spec, args.set, args.seconds)
     memory = Memory(asked.storage)
-    question = replace(asked.question, widening=widening(memory.scores()), own=own)
+    question = replace(asked.question, calibration=calibrated_by(memory.scores()), own=own)
     if machines:  # what is asked for at today's prices, where there are any
         known, problem = refreshed(machines)
         question = replace(question, known=known)
@@ -189,7 +189,7 @@ def _remember(
     for pool in probed:
         names = {pool.pool.accelerator} | ({"gpu"} if accelerated == [pool] else set())
         for workers in pool.pool.counts(pool.batch):
-            found = forecast(pool, workers, question.length, question.widening)
+            found = forecast(pool, workers, question.length, question.calibration)
             if isinstance(found, Forecast):
                 on = with_value(data, "scale.workers", workers)
                 for name in names:
