@@ -107,6 +107,14 @@ def test_ui_opens_both_pages_for_as_long_as_it_runs(cluster: OwnHosts) -> None:
     assert cluster.me(script).split() == ["200", "200", "closed"]
 
 
+def test_attach_is_a_shell_on_the_head(cluster: OwnHosts) -> None:
+    typed = "ip -4 -o address; echo ended-$((2 + 3)); exit 7"
+    shell = "script -qec 'heliostat attach cluster.yaml' /dev/null"
+    output = cluster.fails(f"echo '{typed}' | {shell}", code=7)
+    assert ADDRESSES["head"] in output
+    assert "ended-5" in output
+
+
 def test_trouble_is_told_in_a_line(cluster: OwnHosts) -> None:
     wrong = "sed 's/head_ip: .*/head_ip: 10.77.0.99/' cluster.yaml > wrong.yaml"
     output = cluster.fails(f"{wrong}; heliostat up wrong.yaml", code=1)
