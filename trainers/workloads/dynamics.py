@@ -2,7 +2,7 @@
 
 **Data.** `emt` is copper as the effective medium theory of Jacobsen, Stoltze and Norskov (Surface
 Science 366, 394, 1996) has it in ASE: crystals of 32 atoms whose cells are strained and sheared at
-random by up to 3 %, in a heat bath at 200 to 1600 K (Langevin dynamics), a frame every 50 fs. Each
+random by up to 3 %, in a heat bath at 20 to 1600 K (Langevin dynamics), a frame every 50 fs. Each
 trajectory is a part, and is in one split as a whole. Own data: extended XYZ and ASE databases, as
 quantum chemistry writes them, periodic or not. Energies are kept relative to those of single
 atoms, which are fitted to the training structures and stand in `references.json` of the data set.
