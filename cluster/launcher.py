@@ -27,6 +27,7 @@ from cluster.token import ensure_token
 from cluster.tunnel import (
     Door,
     doors_on_premises,
+    head_door,
     on_node,
     read_cluster,
     tunnel,
@@ -123,9 +124,17 @@ def down(file: Path, say: Say) -> None:
 
 
 def attach(file: Path) -> int:
-    """A shell on the head, in this terminal. Returns its exit code."""
-    read_cluster(file)
-    return subprocess.run([*_launcher(), "attach", str(file)], check=False).returncode
+    """A shell on the head, in this terminal. Returns its exit code.
+
+    Not by `ray attach`, which takes the exit code of the last thing typed for a failure of its own.
+    Raises ClusterError if the head does not let us in.
+    """
+    door = head_door(file)
+    shell = "exec bash --login -c 'exec \"$SHELL\"'"  # it reads ~/.profile, and then ~/.bashrc
+    code = subprocess.run([*door.command("-t"), shell], check=False).returncode
+    if code == 255:  # ssh's own; it has said why
+        raise ClusterError(f"ssh to {door.address}: no shell")
+    return code
 
 
 def log_of(name: str, verb: str) -> Path:

@@ -113,6 +113,7 @@ def test_attach_is_a_shell_on_the_head(cluster: OwnHosts) -> None:
     output = cluster.fails(f"echo '{typed}' | {shell}", code=7)
     assert ADDRESSES["head"] in output
     assert "ended-5" in output
+    assert "Error" not in output
 
 
 def test_trouble_is_told_in_a_line(cluster: OwnHosts) -> None:
