@@ -66,8 +66,8 @@ def answer() -> str:
             ),
             f"Turned at random, held-out structures have forces in float32 that differ from the "
             f"turned ones by at most {worst:.1e} eV/Å.",
-            "Perfect crystals of the learned potential; of them it has seen strained and hot ones "
-            "alone.",
+            "Perfect crystals of the learned potential; it has seen strained ones alone, from 20 K "
+            "on.",
             table([("", *known, "difference"), *crystals(known)]),
             f"{STEPS * STEP_FS / 1e3:.0f} ps of 108 atoms without a heat bath, {STEP_FS:.0f} fs a "
             "step: slope of the total energy, and its root mean square about that slope.",
