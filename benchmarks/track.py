@@ -87,12 +87,18 @@ def by_mlflow(uri: str, folder: Path, synchronous: bool) -> Iterator[Calls]:
         mlflow.flush_async_logging()
 
 
+class Trial(SimpleNamespace):
+    """What Ray's callback reads of a trial, which it keeps by its identity."""
+
+    __hash__ = object.__hash__
+
+
 @contextlib.contextmanager
 def by_ray(uri: str, folder: Path) -> Iterator[Calls]:
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     callback = MLflowLoggerCallback(uri, experiment_name="benchmark")
-    trial = SimpleNamespace(config={}, local_path=str(folder))
+    trial = Trial(config={}, local_path=str(folder))
     callback.setup()
     callback.log_trial_start(trial)
 
