@@ -42,13 +42,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def section(name: str, body: str, seconds: float, version: str) -> str:
-    """A workload's part of the page."""
-    when = time.strftime("%Y-%m-%d")
+def conditions(at_once: int) -> str:
+    """Under which all that is asked for now is measured."""
+    when = f"{time.strftime('%Y-%m-%d')}, commit {commit()}"
     where = f"Python {platform.python_version()}, torch {torch.__version__}"
-    where += f", on one core, {os.cpu_count()} such at once"
-    ran = f"`python benchmarks/answers.py {name}`, {when}, commit {version}, {where}"
-    return f"## {name}\n{ran}, {seconds:.0f} s.\n\n{body}\n"
+    return f"{when}, {where}, on one core, {at_once} such at once"
+
+
+def section(name: str, body: str, seconds: float, under: str) -> str:
+    """A workload's part of the page."""
+    ran = f"`python benchmarks/answers.py {name}`, {under}, {seconds:.0f} s."
+    return f"## {name}\n{ran}\n\n{body}\n"
 
 
 def replaced(page: str, name: str, text: str) -> str:
@@ -59,27 +63,28 @@ def replaced(page: str, name: str, text: str) -> str:
     return "\n".join([head.strip() + "\n", *kept.values()])
 
 
-def answered(name: str, version: str) -> str:
+def answered(name: str, under: str) -> str:
     """A workload's part of the page, by a process of its own."""
     torch.set_num_threads(1)
     began = time.monotonic()
     body = importlib.import_module(f"answer_{name}").answer()
-    return section(name, body, time.monotonic() - began, version)
+    return section(name, body, time.monotonic() - began, under)
 
 
 def main() -> None:
     there = sorted(
         path.stem.removeprefix("answer_") for path in Path(__file__).parent.glob("answer_*.py")
     )
-    version = commit()  # the page that is written here is itself a change
     names = sys.argv[1:] or there
     for name in names:
         if name not in there:
             sys.exit(f"no answers for {name!r}; there are: {', '.join(there)}")
+    at_once = min(len(names), os.cpu_count() or 1)
+    under = conditions(at_once)  # now: the page that is written below is itself a change
     with concurrent.futures.ProcessPoolExecutor(
-        os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        asked = {pool.submit(answered, name, version): name for name in names}
+        asked = {pool.submit(answered, name, under): name for name in names}
         for done in concurrent.futures.as_completed(asked):
             print(done.result(), flush=True)
             page = PAGE.read_text() if PAGE.exists() else HEAD

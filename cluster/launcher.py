@@ -133,7 +133,7 @@ def attach(file: Path) -> int:
     shell = "exec bash --login -c 'exec \"$SHELL\"'"  # it reads ~/.profile, and then ~/.bashrc
     code = subprocess.run([*door.command("-t"), shell], check=False).returncode
     if code == 255:  # ssh's own; it has said why
-        raise ClusterError(f"ssh to {door.address}: no shell")
+        raise ClusterError(f"ssh to {door.address}: the connection failed")
     return code
 
 

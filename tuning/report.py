@@ -14,10 +14,9 @@ from tuning.search import Journal, study_of
 from tuning.space import COSTS
 from tuning.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
 
-DEPTH = 8
-"""Of the trees of fANOVA. Optuna's 64 splits down to single trials: the time grows with the square
-of their number, and the shares differ by less than those of another seed do.
-"""
+TREE_DEPTH = 8
+"""Of fANOVA. Optuna's 64 splits down to single trials: that takes the longer the more there are,
+and shares differ by less than those of another seed do."""
 NOTED = 10
 """Trials in the note on a sweep."""
 
@@ -128,7 +127,7 @@ def importances(sweep: Sweep, journal: Journal) -> dict[str, float]:
         return {}
     plain = optuna.create_study(direction=study.direction.name.lower())
     plain.add_trials(known)
-    evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=DEPTH, seed=0)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=TREE_DEPTH, seed=0)
     found = optuna.importance.get_param_importances(plain, evaluator=evaluator)
     return {str(path): float(share) for path, share in found.items()}
 

@@ -69,6 +69,9 @@ def test_the_shipped_error_bars_hold_until_there_are_runs() -> None:
     assert calibrated_by([0.1, -0.1] * 15) == (0, 0.25)  # not below a quarter
     assert calibrated_by([0.4, -0.4] * 15) == (0, pytest.approx(0.4))
     assert calibrated_by([3.0, -3.0]).widening == 3.0  # one of eleven is more than one of ten
+    assert calibrated_by([3.0]) == (pytest.approx(1), pytest.approx(2))
+    few = [calibrated_by([2.0, -2.0] * count).widening for count in range(6)]
+    assert few == sorted(few)
     narrower = [calibrated_by([0.3, -0.3] * count).widening for count in range(6)]
     assert narrower == sorted(narrower, reverse=True)
 
@@ -131,6 +134,7 @@ def test_what_runs_took_is_kept_and_a_torn_line_is_nothing(tmp_path: Path) -> No
         file.write('{"kind": "actual", "sco\n')
     memory.took("second", expected, 10.0)
     assert memory.scores() == [pytest.approx(1), 0.0]
+    assert calibrated_by(memory.scores()) == pytest.approx(calibrated_by([1.0, 0.0]))
     assert compared(expected, 12.5) == (
         "10 s forecast (measured), 12.5 s taken: +25%, outside 8.33 to 12 s"
     )

@@ -88,7 +88,7 @@ with watched(Path({str(tmp_path)!r}), int(sys.argv[1]), 2, 2.0):
         time.sleep(0.05)
     time.sleep(0.5)
     (tmp_path / "both").touch()
-    assert [process.wait(600) for process in both] == [1, 1]
+    assert [process.wait(30) for process in both] == [1, 1]
     ends = [stall.path.stat().st_mtime for stall in stalls(tmp_path)]
     assert len(ends) == 2
     assert abs(ends[0] - ends[1]) < 0.25
