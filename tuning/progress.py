@@ -1,5 +1,6 @@
 """What the person at the terminal sees of a sweep while it runs."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -35,7 +36,8 @@ class SweepProgress:
         self._ended: dict[int, str] = {}
         self._epochs: list[float] = []
         """Of the trials that ended under this command."""
-        self._best: tuple[float, int] | None = None
+        self._values: dict[int, float] = {}
+        """Trial -> the metric at its last evaluation, by which leaderboards go too."""
         self._events: list[str] = []
         self._line_s = -LINE_S
         self._before = {
@@ -65,9 +67,9 @@ class SweepProgress:
         """As `tuning.sweep.Watcher` is told."""
         value = result.get(self._sweep.spec.metric)
         if value is not None:
-            sign = 1 if self._sweep.spec.mode == "max" else -1
-            if self._best is None or sign * value > sign * self._best[0]:
-                self._best = (value, trial)
+            self._values[trial] = value
+        if event == "error":
+            self._values.pop(trial, None)
         if event in ENDS:
             self._running.pop(trial, None)
             if trial not in self._ended:
@@ -112,16 +114,22 @@ class SweepProgress:
         parts += [joules_text(joules)] if joules is not None else []
         return ", ".join(parts) or "unknown"
 
+    def _best(self) -> str:
+        """The best value and whose it is; nothing before the first that is a number."""
+        known = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
+        if not known:
+            return ""
+        first = (max if self._sweep.spec.mode == "max" else min)(known, key=known.__getitem__)
+        return f"{known[first]:.4f} (trial {first:04d})"
+
     def _summary(self) -> str:
-        text = f"{len(self._running)} running"
-        if self._best is not None:
-            text += f"  best {self._sweep.spec.metric} {self._best[0]:.4f} (trial {self._best[1]})"
-        return text
+        best = self._best()
+        shown = f"  best {self._sweep.spec.metric} {best}" if best else ""
+        return f"{len(self._running)} running{shown}"
 
     def table(self) -> Table:
         """All of it in a row."""
         counts = Counter(self._ended.values())
-        best = "" if self._best is None else f"{self._best[0]:.4f} (trial {self._best[1]:04d})"
         left_s = self.left_s()
         cells = {
             "trials": f"{self._shown_ended()}/{self._sweep.spec.total_trials}",
@@ -129,7 +137,7 @@ class SweepProgress:
             "complete": str(counts["complete"]),
             "stopped": str(counts["stopped"]),
             "failed": str(counts["failed"]),
-            f"best {self._sweep.spec.metric}": best,
+            f"best {self._sweep.spec.metric}": self._best(),
             "time": _clock_text(self._clock() - self._begin_s),
             "left": "" if left_s is None else f"about {_clock_text(left_s)}",
             "spent": self._spent(),

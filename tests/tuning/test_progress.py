@@ -1,6 +1,7 @@
 """A sweep in the terminal and in a log."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ def test_a_log_has_a_line_per_event_and_never_two_in_a_second(sweep: Sweep) -> N
         progress.watch("start", 4, {})
         progress.watch("done", 4, {})
     assert written.getvalue().splitlines() == [
-        "trial 0001 stop  0 running  best val/accuracy 0.5000 (trial 1)",
-        "trials 0002 error, 0003 done  1 running  best val/accuracy 0.7500 (trial 3)",
-        "trial 0004 done  0 running  best val/accuracy 0.7500 (trial 3)",
+        "trial 0001 stop  0 running  best val/accuracy 0.5000 (trial 0001)",
+        "trials 0002 error, 0003 done  1 running  best val/accuracy 0.7500 (trial 0003)",
+        "trial 0004 done  0 running  best val/accuracy 0.7500 (trial 0003)",
     ]
 
 
@@ -63,3 +64,19 @@ def test_the_table_of_a_terminal(sweep: Sweep) -> None:
         *("3/8", "1", "1", "1", "0", "0.7500", "(trial", "0003)"),
         *("0:50", "about", "1:30", "unknown"),
     ]
+
+
+def test_best_is_what_the_leaderboard_puts_first(sweep: Sweep) -> None:
+    """Which goes by the last evaluation of trials that did not fail."""
+    progress = SweepProgress(Console(file=io.StringIO()), sweep)
+
+    def after(event: str, trial: int, value: float) -> str:
+        progress.watch(event, trial, {"val/accuracy": value})
+        return str(list(progress.table().columns[5].cells)[0])
+
+    assert after("result", 1, math.nan) == ""
+    assert after("result", 1, 0.5) == "0.5000 (trial 0001)"
+    assert after("result", 2, 0.75) == "0.7500 (trial 0002)"
+    assert after("result", 2, 0.625) == "0.6250 (trial 0002)"
+    assert after("error", 2, 0.625) == "0.5000 (trial 0001)"
+    assert after("result", 3, -math.inf) == "0.5000 (trial 0001)"
