@@ -1,12 +1,14 @@
 """What tracking costs a training loop, how fast MLflow is told, and what is lost under kills.
 
     python benchmarks/track.py [--seconds 20] [--rounds 3] [--stores sqlite,server,postgres]
+        [--contenders NAME ...]
 
-Contenders: ours (the reporter of the loop, and its writer in Ray), `mlflow.log_metrics`, MLflow's
-asynchronous logging as it is and with its buffer, and Ray's `MLflowLoggerCallback`. Each is a
-process of its own that does steps of ten metrics as fast as its calls return, at most 500 steps
-per second of `--seconds`; when the time is over it may drain for as long again. Postgres is the
-one of Debian's packages, and left out where that is not installed.
+Contenders: ours (the reporter of the loop, and its writer in Ray), MLflow's client with full
+batches and nothing else to do, which is what the store itself can take, `mlflow.log_metrics`,
+MLflow's asynchronous logging as it is and with its buffer, and Ray's `MLflowLoggerCallback`. Each
+is a process of its own that does steps of ten metrics as fast as its calls return, at most 500
+steps per second of `--seconds`; when the time is over it may drain for as long again. Postgres is
+the one of Debian's packages, and left out where that is not installed.
 
 Under kills the steps come every 10 ms. The server of one worker is killed after a third of the
 time and comes back a sixth later; after two thirds the writer is killed, and its successor goes on
@@ -87,6 +89,32 @@ def by_mlflow(uri: str, folder: Path, synchronous: bool) -> Iterator[Calls]:
         mlflow.flush_async_logging()
 
 
+@contextlib.contextmanager
+def by_batches(uri: str, folder: Path) -> Iterator[Calls]:
+    """What one client can get into the store, if nothing need be kept: full batches in a loop."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("benchmark")
+    found = experiment.experiment_id if experiment else client.create_experiment("benchmark")
+    run_id = client.create_run(found).info.run_id
+    waiting: list[Metric] = []
+
+    def send() -> None:
+        client.log_batch(run_id, metrics=waiting)
+        waiting.clear()
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1e3)
+        waiting.extend(Metric(name, value, now, step) for name, value in metrics.items())
+        if len(waiting) >= 1000:
+            send()
+
+    yield log, nothing
+    send()
+
+
 class Trial(SimpleNamespace):
     """What Ray's callback reads of a trial, which it keeps by its identity."""
 
@@ -112,6 +140,7 @@ def by_ray(uri: str, folder: Path) -> Iterator[Calls]:
 BUFFER = {"MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1"}
 CONTENDERS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = {
     "Heliostat": (ours, {}, {}),
+    "client, batches of 1,000": (by_batches, {}, {}),
     "mlflow.log_metrics": (by_mlflow, {"synchronous": True}, {}),
     "asynchronous": (by_mlflow, {"synchronous": False}, {}),
     "asynchronous, buffer of 1 s": (by_mlflow, {"synchronous": False}, BUFFER),
@@ -294,6 +323,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stores", default="sqlite,server,postgres")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--write", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write:
@@ -305,19 +335,22 @@ def main() -> None:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and "postgres" in kinds:
         print("Postgres is not installed and left out")
         kinds.remove("postgres")
+    names = args.contenders or list(CONTENDERS)
     for kind in kinds:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for name in names * args.rounds:
+            runs[name].append(calm(name, kind, args.seconds))
         print(f"\n{kind:<30} metrics/s       us per metric", flush=True)
-        for name in CONTENDERS:
-            runs = [calm(name, kind, args.seconds) for _ in range(args.rounds)]
-            row = {key: statistics.median(run[key] for run in runs) for key in ("per_s", "us")}
-            results.append({"case": kind, "contender": name, **row, "runs": runs})
+        for name, figures in runs.items():
+            row = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
+            results.append({"case": kind, "contender": name, **row, "runs": figures})
             print(f"  {name:<28} {row['per_s']:9,.0f} {row['us']:15.1f}", flush=True)
     print(f"\n{'under kills':<30} metrics    lost   twice   exit", flush=True)
-    for name in CONTENDERS:
-        row = killed(name, args.seconds)
-        results.append({"case": "under kills", "contender": name, **row})
-        figures = f"{row['wanted']:7,d} {row['lost']:7,d} {row['twice']:7,d}   {row['code']}"
-        print(f"  {name:<28} {figures}", flush=True)
+    for name in names:
+        found = killed(name, args.seconds)
+        results.append({"case": "under kills", "contender": name, **found})
+        counts = f"{found['wanted']:7,d} {found['lost']:7,d} {found['twice']:7,d}"
+        print(f"  {name:<28} {counts}   {found['code']}", flush=True)
     print(json.dumps({"benchmark": "track", "rows": results}))
 
 

@@ -33,7 +33,10 @@ def run_options(named: bool = True) -> argparse.ArgumentParser:
     options.add_argument(
         "--or-resume",
         action="store_true",
-        help="go on with the run of that --name if there is one, instead of refusing the name",
+        # Said again to a job whose driver was lost; others than these make nothing to go on with.
+        help="go on with the run of that --name if there is one, instead of refusing the name"
+        if named
+        else argparse.SUPPRESS,
     )
     options.add_argument(
         "--verbose", action="store_true", help="show everything that Ray and its workers print"
@@ -116,7 +119,7 @@ def add_job_verbs(verbs: Subparsers) -> None:
     submit = verbs.add_parser(
         "submit",
         parents=[where_options()],
-        help="run train or sweep on a cluster, as a job",
+        help="run train, sweep, data, plan or scaling on a cluster, as a job",
         description="Send the working folder, without what git ignores, and start the command "
         "there; it goes on when this machine is switched off.",
     )
@@ -124,7 +127,7 @@ def add_job_verbs(verbs: Subparsers) -> None:
     submit.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave these files here"
     )
-    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="train|sweep SPEC ...")
+    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="VERB SPEC ...")
     submit.set_defaults(command=submit_command, verbs=verbs)
     jobs = verbs.add_parser("jobs", parents=[where_options()], help="list a cluster's jobs")
     jobs.set_defaults(command=jobs_command)

@@ -51,9 +51,9 @@ def add_verbs(verbs: Subparsers) -> None:
 
 
 def plan_train(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
-    from trainers.submission import find_run, planned
+    from trainers.submission import planned
 
-    return planned(args, words, find_run, "")
+    return planned(args, words)
 
 
 def train_command(args: argparse.Namespace) -> int:

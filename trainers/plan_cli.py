@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from cluster.jobs import Planned
     from trainers.forecast import Interval, Memory
     from trainers.plan import Option, Plan, Question
     from trainers.pools import ProbedPool
@@ -38,7 +39,7 @@ def add_verbs(verbs: Subparsers) -> None:
     plan.add_argument(
         "--budget", type=float, metavar="USD", help="leave out what may cost more dollars"
     )
-    plan.set_defaults(command=plan_command)
+    plan.set_defaults(command=plan_command, plan=plan_plan)
     scaling = verbs.add_parser(
         "scaling",
         parents=[run_options()],
@@ -50,7 +51,7 @@ def add_verbs(verbs: Subparsers) -> None:
     scaling.add_argument(
         "--workers", type=counts, required=True, metavar="N,N,...", help="such as 1,2,4,8"
     )
-    scaling.set_defaults(command=scaling_command)
+    scaling.set_defaults(command=scaling_command, plan=plan_scaling)
     for verb in (plan, scaling):
         verb.add_argument(
             "--seconds",
@@ -58,6 +59,18 @@ def add_verbs(verbs: Subparsers) -> None:
             default=4.0,
             help="of steps, for each number of workers and batch (default 4)",
         )
+
+
+def plan_plan(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+    from trainers.submission import planned
+
+    return planned(args, words, suffix="-plan")
+
+
+def plan_scaling(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+    from trainers.submission import planned
+
+    return planned(args, words, suffix="-scaling")
 
 
 def seconds(text: str) -> float:
@@ -240,12 +253,13 @@ def scaling_command(args: argparse.Namespace) -> int:
     from cluster.own import read_own
     from trainers import scaling_study as studies
     from trainers.folder import create_folder, short_path, unique_name
-    from trainers.run import connected, end_tracking, start_tracking
+    from trainers.run import begun, connected, end_tracking, start_tracking
 
     own = read_own()
     asked = _subject(args.spec, args.set, args.seconds)
     name = args.name or unique_name(f"scaling-{asked.stem}")
-    folder = create_folder(asked.storage, name, asked.subject.data)
+    storage = begun(args)
+    folder = storage / name if storage else create_folder(asked.storage, name, asked.subject.data)
     with connected(folder, asked.spec, args.address, args.verbose) as (console, _):
         pool = studies.pool_of(asked.spec, args.workers)
         tracker = start_tracking(folder, asked.spec, asked.subject.data, "scaling")

@@ -1,8 +1,9 @@
 """What `heliostat submit` sends: a command that was found to be in order on this machine."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster.config import flatten, override
 from cluster.errors import SpecError
@@ -21,13 +22,15 @@ def find_run(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
     return stem, resolve(override(data, overrides), RunSpec)[0]
 
 
-def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find, suffix: str) -> Planned:
-    """A run or sweep as it was asked for, of which nothing lies where no cluster can see it.
+def planned(
+    args: argparse.Namespace, words: tuple[str, ...], find: Find = find_run, suffix: str = ""
+) -> Planned:
+    """What a verb with a spec was asked for, of which nothing lies where no cluster can see it.
 
     `suffix` is what its kind adds to a name made from the spec's. Raises SpecError as the verb
     itself would.
     """
-    if args.resume:
+    if "resume" in args and args.resume:
         name = Path(args.resume).name
         if not Path(args.resume).is_absolute():  # one that is absolute is the cluster's own
             words = tuple(name if word == args.resume else word for word in words)
@@ -45,21 +48,23 @@ def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find, suffix
             raise SpecError(f"{args.spec}: is not in the working folder, which is what is sent")
         needed = (file.relative_to(folder.resolve()),)
         words = tuple(str(needed[0]) if word == args.spec else word for word in words)
-    _check_sources(spec, folder, exclude)
-    name = args.name or unique_name(stem + suffix)
-    if not args.name:
+    written = override(find_spec(args.spec)[1], args.set)  # before its paths were made absolute
+    _check_sources(flatten(written.get("data") or {}, "data."), folder, exclude)
+    named = "name" in args  # the job of a verb that keeps nothing by its name needs one, too
+    name = (args.name if named else None) or unique_name(stem + suffix)
+    if named and not args.name:
         words = (*words, "--name", name)
     return Planned(name, words, needed, exclude)
 
 
-def _check_sources(spec: RunSpec, folder: Path, exclude: tuple[str, ...]) -> None:
+def _check_sources(data: Mapping[str, Any], folder: Path, exclude: tuple[str, ...]) -> None:
     """SpecError for data in relative places that are here, and are not sent along.
 
     An absolute path may be storage that this machine shares with the cluster, which the run
     itself finds out there.
     """
     sent: list[Path] | None = None
-    for field, value in flatten(spec.data, "data.").items():
+    for field, value in data.items():
         if not isinstance(value, str) or Path(value).is_absolute() or "://" in value:
             continue
         if not value or not (folder / value).exists():

@@ -72,7 +72,7 @@ def test_best_is_what_the_leaderboard_puts_first(sweep: Sweep) -> None:
 
     def after(event: str, trial: int, value: float) -> str:
         progress.watch(event, trial, {"val/accuracy": value})
-        return str(list(progress.table().columns[5].cells)[0])
+        return str(next(iter(progress.table().columns[5].cells)))
 
     assert after("result", 1, math.nan) == ""
     assert after("result", 1, 0.5) == "0.5000 (trial 0001)"
