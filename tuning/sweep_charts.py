@@ -39,7 +39,7 @@ def curves(
     y = quantity("value", titled(metric), scale=scale_of(points["value"]))
     faint = max(0.12, min(0.7, 12 / max(1, len(series))))
     each = {
-        "mark": {"type": "line", "strokeWidth": 1.2, "opacity": faint, "aria": False},
+        "mark": {"type": "line", "strokeWidth": 1.2, "strokeOpacity": faint, "aria": False},
         "transform": [
             {
                 "lookup": "trial",
@@ -115,7 +115,7 @@ def parallel(
     faint = max(0.15, min(0.8, 40 / max(1, len(standings))))
     each = {
         **data("lines"),
-        "mark": {"type": "line", "strokeWidth": 1.3, "opacity": faint, "aria": False},
+        "mark": {"type": "line", "strokeWidth": 1.3, "strokeOpacity": faint, "aria": False},
         "encoding": {**shape, "color": colour},
     }
     one = {
