@@ -38,6 +38,7 @@ class SweepProgress:
         """Of the trials that ended under this command."""
         self._values: dict[int, float] = {}
         """Trial -> the metric at its last evaluation, by which leaderboards go too."""
+        self._account: Account | None = None
         self._events: list[str] = []
         self._line_s = -LINE_S
         self._before = {
@@ -102,12 +103,11 @@ class SweepProgress:
         missing = self._sweep.spec.total_trials - self._shown_ended() - half
         return (self._clock() - self._begin_s) / done * max(0.0, missing)
 
-    def _account(self) -> Account | None:
-        purse = purse_of(self._sweep.key)
-        return purse.account if purse is not None else None
-
     def _spent(self) -> str:
-        account = self._account()
+        purse = purse_of(self._sweep.key)
+        if purse is not None:
+            self._account = purse.account
+        account = self._account  # the last one's, when the purse is closed
         usd = account.usd if account else None
         joules = account.energy.joules if account else None
         parts = [usd_text(usd)] if usd is not None else []
@@ -139,7 +139,7 @@ class SweepProgress:
             "failed": str(counts["failed"]),
             f"best {self._sweep.spec.metric}": self._best(),
             "time": _clock_text(self._clock() - self._begin_s),
-            "left": "" if left_s is None else f"about {_clock_text(left_s)}",
+            "left": f"about {_clock_text(left_s)}" if left_s else "",
             "spent": self._spent(),
         }
         table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
