@@ -1,10 +1,13 @@
 """A run's model in MLflow: others load it who have nothing of ours, and it gets a name."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +136,46 @@ def test_it_loads_where_nothing_of_ours_is(
     assert np.allclose(json.loads(shown.stdout.splitlines()[-1]), outputs, atol=1e-6)
     example = mlflow.pyfunc.load_model(str(files)).input_example
     assert np.asarray(example).shape == (1, 2)
+
+
+def test_mlflow_serves_it(
+    tracked: dict[str, Any], mlflow_server: str, free_port: int, wait_until: Callable[..., None]
+) -> None:
+    points = [[0.5, -0.25], [1.0, 2.0]]
+    url = f"http://127.0.0.1:{free_port}"
+    command = ["-m", "mlflow", "models", "serve", "--env-manager", "local", "--port"]
+    server = subprocess.Popen(
+        [sys.executable, *command, str(free_port), "--model-uri", tracked["model_uri"]],
+        env={
+            **os.environ,
+            "MLFLOW_TRACKING_URI": mlflow_server,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # it calls uvicorn
+        },
+        start_new_session=True,
+    )
+
+    def answers() -> bool:
+        assert server.poll() is None, "the server ended"
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ping", timeout=5) as pong:
+            return pong.status == 200
+        return False
+
+    try:
+        wait_until(answers, "the server to answer")
+        asked = urllib.request.Request(
+            f"{url}/invocations",
+            json.dumps({"inputs": points}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            predictions = json.load(answer)["predictions"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    with torch.inference_mode():
+        outputs = tracked["network"](torch.tensor(points)).numpy()
+    assert np.allclose(predictions, outputs, atol=1e-6)
 
 
 def test_a_run_without_a_model_cannot_be_registered(tmp_path: Path, mlflow_server: str) -> None:
