@@ -3,7 +3,8 @@
 - On premises (provider `local`), autoscaler v2 never counts the head and never finds a second
   worker (Ray 2.60): v1 is asked for.
 - The launcher's notes say that a head is set up which has been replaced by another machine: they
-  are thrown away when the head does not run, and kept when it does, so that nothing is restarted.
+  are thrown away when the head does not run. When it does, the lines that start it start what is
+  missing, and nothing twice.
 - `ray down` stops the head alone: all hosts are told.
 - The token is made first, and a file that would not carry it is refused.
 """
@@ -86,9 +87,7 @@ def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
     arguments = ["up", "-y", "--disable-usage-stats", str(file)]
     if config["provider"]["type"] == "local":
         head, *workers = doors_on_premises(config).values()
-        if _head_runs(head):
-            arguments.insert(1, "--no-restart")
-        else:
+        if not _head_runs(head):
             _forget(name)
             if not _keeps_state(config):
                 _stop(workers, name)

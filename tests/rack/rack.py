@@ -215,8 +215,8 @@ class Rack:
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started holds its output open
+            output, _ = process.communicate(timeout=60)
             output = f"no end after {timeout_s} s\n{output}"
         assert not check or process.returncode == 0, f"{name}: {command}:\n{output}"
         return subprocess.CompletedProcess(command, process.returncode, output)
@@ -231,6 +231,7 @@ class Rack:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def me(self, command: str, timeout_s: float = 900) -> str:
@@ -241,9 +242,10 @@ class Rack:
 
     def processes(self, name: str) -> list[str]:
         """The command lines of all processes of a host, but the host's own."""
-        own = ("bash ", "sleep 3600", "sshd: /usr/sbin/sshd")
+        # A connection whose other end lost its power keeps its sshd for a while.
+        own = ("bash ", "sleep 3600", "sshd: ", "/usr/sbin/sshd", "ps -eo")
         lines = self.run(name, "ps -eo args= --no-headers").stdout.splitlines()
-        return [line for line in lines if not line.startswith((*own, "ps -eo", "/usr/sbin/sshd"))]
+        return [line for line in lines if not line.startswith(own)]
 
     def _at_the_bridge(self, script: str) -> None:
         command = ["nsenter", "-t", str(self.process), "--net", "--mount", "--pid"]

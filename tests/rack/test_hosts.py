@@ -1,10 +1,12 @@
 """A cluster on one's own hosts: up, status, locked doors, down; and Ray's traps on the way."""
 
+import json
 import re
 
 import pytest
 from own_hosts import ADDRESSES, HOSTS, OwnHosts
 
+WORKERS = (ADDRESSES["one"], ADDRESSES["two"])
 ATTACK = """
 import json, sys, urllib.error, urllib.request
 request = urllib.request.Request(
@@ -149,6 +151,15 @@ def test_a_replaced_head_takes_its_workers_over(cluster: OwnHosts) -> None:
     cluster.pull("head")
     cluster.boot("head")
     assert "3 nodes in" in cluster.me("heliostat up cluster.yaml", timeout_s=600)
+
+    def started() -> bool:
+        """Whether the new head's autoscaler has gone through its commands on both workers."""
+        text = cluster.run("head", "cat /tmp/ray/cluster-rack.state").stdout
+        workers = [node for address, node in json.loads(text).items() if address in WORKERS]
+        states = [node["tags"].get("ray-node-status") for node in workers]
+        return states == ["up-to-date"] * len(WORKERS)
+
+    cluster.wait(started, "the autoscaler to have been on both workers")
     assert [pid_of(cluster, host, "raylet") for host in ("one", "two")] == before
 
 
