@@ -13,8 +13,8 @@ Ray's defaults and the loop of Ray's guide to saving and loading checkpoints.
 - `spot`: AWS in a box. At step 60 one worker's spot instance is told that it has two minutes, and
   is taken away after them; plain Ray does not hear of it.
 
-The time from the loss to the first step that had not been done before is broken down by cause. All
-hosts are on one kernel, so that their clocks agree.
+The longest time without a step that had not been done before is broken down by cause. All hosts are
+on one kernel, so that their clocks agree.
 
 Ray's autoscaler v2 never starts a second worker on hosts of one's own, so that plain Ray gets v1
 there, and a dashboard that can be reached. Neither has anything to set up on own hosts; on AWS
@@ -22,6 +22,7 @@ Heliostat's commands install it, from the machine's own image.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -57,6 +58,7 @@ PARTS = (
     "their first step",
     "steps done again",
 )
+PAUSE = "without a new step"
 PLAIN_HOSTS = """\
 cluster_name: plain
 provider: {type: local, head_ip: 10.77.0.10, worker_ips: [10.77.0.11, 10.77.0.12]}
@@ -169,8 +171,8 @@ class Lab:
         """The host that the head is on, by name."""
         raise NotImplementedError
 
-    def lose(self, address: str) -> float:
-        """Take the worker's host away; the Unix time at which it went."""
+    def lose(self, address: str) -> None:
+        """Take the worker's host away; returns when it has gone."""
         raise NotImplementedError
 
     def events(self) -> list[tuple[float, float, int, str]]:
@@ -214,33 +216,40 @@ class Lab:
         found["first step"] = self.events()[0][1] - began
         self.wait(lambda: self.last_step() >= CUT_AT, f"step {CUT_AT}")
         leaving = next(where for *_, where in reversed(self.events()))
-        went = self.lose(leaving)
-        done = max(step for _, now, step, _ in self.events() if now <= went)
+        told = time.time()
+        self.lose(leaving)
+        done = self.last_step()
         self.wait(lambda: self.last_step() > done, "a new step")
-        return {**found, **self._recovery(went, leaving, done)}
+        return {**found, **self._recovery(told, leaving)}
 
-    def _recovery(self, went: float, lost: str, done: int) -> dict[str, float]:
-        """What happened when after the loss; parts that end before an earlier one take 0 s."""
-        new = min(now for _, now, step, _ in self.events() if step > done)
-        after = [event for event in self.events() if went < event[0] and event[1] <= new]
-        gone = next(node for node, at in self._before(went).items() if at == lost)
-        nodes = [entry for entry in self.nodes() if entry[0] > went]
-        whole = [at for at, there in nodes if len(there.keys() - {gone}) > WORKERS]
-        if len(self._before(went).keys() - {gone}) > WORKERS:
-            whole = [went]
+    def _recovery(self, told: float, lost: str) -> dict[str, float]:
+        """The longest time without a new step, and what happened in it when.
+
+        Parts that end before an earlier one does take 0 s.
+        """
+        firsts: dict[int, float] = {}
+        for _, now, step, _ in self.events():
+            firsts.setdefault(step, now)
+        moments_of_new = sorted(firsts.values())
+        pairs = [(a, b) for a, b in itertools.pairwise(moments_of_new) if b > told]
+        began, new = max(pairs, key=lambda pair: pair[1] - pair[0])
+        done = max(step for step, now in firsts.items() if now <= began)
+        after = [event for event in self.events() if event[0] > told and event[1] <= new]
+        gone = next(node for node, at in self._before(told).items() if at == lost)
+        nodes = [(began, self._before(began)), *(each for each in self.nodes() if each[0] > began)]
         moments = (
-            next((at for at, there in nodes if gone not in there), went),
-            min(whole, default=went),
-            max((made for made, *_ in after), default=went),
-            min((now for _, now, *_ in after), default=went),
+            next((at for at, there in nodes if gone not in there), began),
+            next((at for at, there in nodes if len(there.keys() - {gone}) > WORKERS), began),
+            max((made for made, *_ in after), default=began),
+            min((now for _, now, *_ in after), default=began),
             new,
         )
-        parts, last = {}, went
+        parts, last = {}, began
         for part, moment in zip(PARTS, moments, strict=True):
             parts[part] = max(0.0, moment - last)
             last = max(last, moment)
         twice = max(0, done + 1 - min((step for _, _, step, _ in after), default=done + 1))
-        return {**parts, "loss to new step": last - went, "steps done twice": float(twice)}
+        return {**parts, PAUSE: new - began, "steps done twice": float(twice)}
 
     def _before(self, moment: float) -> dict[str, str]:
         return [there for at, there in self.nodes() if at <= moment][-1]
@@ -252,13 +261,11 @@ class Power(Lab):
     def head(self) -> str:
         return "head"
 
-    def lose(self, address: str) -> float:
+    def lose(self, address: str) -> None:
         name = next(host.name for host in self.hosts.hosts.values() if host.address == address)
         self.hosts.pull(name)
-        went = time.time()
         time.sleep(AWAY_S)
         self.hosts.boot(name)
-        return went
 
 
 class Spot(Lab):
@@ -272,13 +279,12 @@ class Spot(Lab):
             str(each["InstanceId"]) for each in instances if each.get("InstanceLifecycle") != "spot"
         )
 
-    def lose(self, address: str) -> float:
+    def lose(self, address: str) -> None:
         name = next(host.name for host in self.hosts.hosts.values() if host.address == address)
         self.hosts.notice(name, NOTICE_S)  # type: ignore[attr-defined]
         time.sleep(NOTICE_S)
         self.hosts.reclaim(name)  # type: ignore[attr-defined]
         self.wait(lambda: name not in self.hosts.hosts, "the end of the instance")
-        return time.time()
 
 
 def heliostat(lab: Lab, nodes: int) -> dict[str, float]:
@@ -348,7 +354,7 @@ def contender(
         print(f"{name}: " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), flush=True)
     for what, value in found.items():
         kept[what][name].append(value)
-    return found["loss to new step"]
+    return found[PAUSE]
 
 
 def main() -> None:
@@ -371,13 +377,13 @@ def main() -> None:
         {name: partial(contender, name, run, args.case, kept) for name, run in contenders.items()},
         args.rounds,
     )
-    show(f"{args.case}: from the loss to the next new step", measured, "s", 1.0)
+    show(f"{args.case}: {PAUSE}", measured, "s", 1.0)
     print(f"\n{'seconds, medians':<28}" + "".join(f"{name:>14}" for name in contenders))
     for what, by in kept.items():
         values = "".join(f"{statistics.median(by[name]):>14.1f}" for name in contenders)
         print(f"{what:<28}{values}")
     results = []
-    for what in ("up", "first step", "loss to new step"):
+    for what in ("up", "first step", PAUSE):
         results += rows(f"{args.case}: {what}", "Heliostat", kept[what])
     finish("cluster", results)
 
