@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 HOME = Path(__file__).parents[1]
 SHARED = Path("/srv/shared")
 EVENTS, NODES = "events", "nodes"
-CUT_AT, STEPS, BATCH, EVERY = 60, 400, 64, 10
+CUT_AT, STEPS, BATCH, EVERY = 60, 3000, 64, 10
 STEP_S = 0.1
 """What a step takes besides computing: a model of some size, without its load on this machine."""
 AWAY_S = 5.0
