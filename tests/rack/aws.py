@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ class AwsBox(Rack):
         moto = DomainDispatcherApplication(create_backend_app)
         self._serve(GATEWAY, 5000, self._recorded(moto))
         self._serve(METADATA, 80, self._metadata)
+        # What an earlier box of this process has left in there.
+        forget = urllib.request.Request(f"{API}/moto-api/reset", method="POST")
+        in_network(self.process, lambda: urllib.request.urlopen(forget, timeout=60).close())
         self.boot("me")
         # Public addresses are on the same wire.
         self.run("me", "ip route add 54.0.0.0/8 dev eth0; mkdir -p ~/work ~/.aws ~/.ssh")
