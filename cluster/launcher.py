@@ -75,8 +75,9 @@ SAYS_NOTHING = re.compile(
 def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
     """Start the cluster of `file`, or what is missing of it, and wait for its minimum nodes.
 
-    What runs on a cluster that is up goes on. Raises ClusterError, with the log's path, if a node
-    is not in after `limit_s`.
+    What runs on a cluster that is up goes on, where the file's commands start nothing twice, as
+    those of rendered files don't. Raises ClusterError, with the log's path, if a node is not in
+    after `limit_s`.
     """
     start = time.monotonic()
     config = read_cluster(file)
