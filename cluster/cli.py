@@ -127,7 +127,12 @@ def add_job_verbs(verbs: Subparsers) -> None:
     submit.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave these files here"
     )
-    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="VERB SPEC ...")
+    submit.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="VERB SPEC ...",
+        help="train, sweep, data, plan or scaling, with its own options",
+    )
     submit.set_defaults(command=submit_command, verbs=verbs)
     jobs = verbs.add_parser("jobs", parents=[where_options()], help="list a cluster's jobs")
     jobs.set_defaults(command=jobs_command)
