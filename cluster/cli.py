@@ -33,7 +33,7 @@ def run_options(named: bool = True) -> argparse.ArgumentParser:
     options.add_argument(
         "--or-resume",
         action="store_true",
-        # Said again to a job whose driver was lost; others than these make nothing to go on with.
+        # A job whose driver was lost is started again with it, whatever its verb.
         help="go on with the run of that --name if there is one, instead of refusing the name"
         if named
         else argparse.SUPPRESS,

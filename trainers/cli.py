@@ -10,13 +10,13 @@ import trainers.plan_cli
 import trainers.track_cli
 from cluster.cli import Subparsers, run_options
 from cluster.launch_cli import ui_of_cluster
+from trainers.plan_cli import as_job
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
 
-    from cluster.jobs import Planned
     from trainers.loop import Outcome
     from trainers.run import Run
     from trainers.spool import Row
@@ -37,7 +37,7 @@ def add_verbs(verbs: Subparsers) -> None:
         metavar="RUN",
         help="start from the newest checkpoint of another run or trial",
     )
-    train.set_defaults(command=train_command, plan=plan_train)
+    train.set_defaults(command=train_command, plan=as_job)
     trainers.data_cli.add_verbs(verbs)
     trainers.plan_cli.add_verbs(verbs)
     ui = verbs.add_parser("ui", help="open MLflow's pages on this folder's runs, or a cluster's")
@@ -48,12 +48,6 @@ def add_verbs(verbs: Subparsers) -> None:
     ui.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default 5000)")
     ui.set_defaults(command=ui_command)
     trainers.track_cli.add_verbs(verbs)
-
-
-def plan_train(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
-    from trainers.submission import planned
-
-    return planned(args, words)
 
 
 def train_command(args: argparse.Namespace) -> int:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.cli import Subparsers, run_options
+from trainers.plan_cli import as_job
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.jobs import Planned
     from trainers.spec import RunSpec
     from trainers.workloads.base import Workload
 
@@ -23,13 +23,7 @@ def add_verbs(verbs: Subparsers) -> None:
         "What was stopped goes on where it was; what is there is checked, file by file.",
     )
     data.add_argument("spec", help="a file, a shipped spec's name, or module:Class")
-    data.set_defaults(command=data_command, plan=plan_data)
-
-
-def plan_data(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
-    from trainers.submission import planned
-
-    return planned(args, words, suffix="-data")
+    data.set_defaults(command=data_command, plan=as_job)
 
 
 def data_command(args: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def add_verbs(verbs: Subparsers) -> None:
     plan.add_argument(
         "--budget", type=float, metavar="USD", help="leave out what may cost more dollars"
     )
-    plan.set_defaults(command=plan_command, plan=plan_plan)
+    plan.set_defaults(command=plan_command, plan=as_job)
     scaling = verbs.add_parser(
         "scaling",
         parents=[run_options()],
@@ -51,7 +51,7 @@ def add_verbs(verbs: Subparsers) -> None:
     scaling.add_argument(
         "--workers", type=counts, required=True, metavar="N,N,...", help="such as 1,2,4,8"
     )
-    scaling.set_defaults(command=scaling_command, plan=plan_scaling)
+    scaling.set_defaults(command=scaling_command, plan=as_job)
     for verb in (plan, scaling):
         verb.add_argument(
             "--seconds",
@@ -61,16 +61,11 @@ def add_verbs(verbs: Subparsers) -> None:
         )
 
 
-def plan_plan(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+def as_job(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+    """What `submit` sends for a verb with the spec of a run."""
     from trainers.submission import planned
 
-    return planned(args, words, suffix="-plan")
-
-
-def plan_scaling(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
-    from trainers.submission import planned
-
-    return planned(args, words, suffix="-scaling")
+    return planned(args, words)
 
 
 def seconds(text: str) -> float:

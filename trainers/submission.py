@@ -22,13 +22,10 @@ def find_run(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
     return stem, resolve(override(data, overrides), RunSpec)[0]
 
 
-def planned(
-    args: argparse.Namespace, words: tuple[str, ...], find: Find = find_run, suffix: str = ""
-) -> Planned:
+def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find = find_run) -> Planned:
     """What a verb with a spec was asked for, of which nothing lies where no cluster can see it.
 
-    `suffix` is what its kind adds to a name made from the spec's. Raises SpecError as the verb
-    itself would.
+    Raises SpecError as the verb itself would.
     """
     if "resume" in args and args.resume:
         name = Path(args.resume).name
@@ -51,7 +48,8 @@ def planned(
     written = override(find_spec(args.spec)[1], args.set)  # before its paths were made absolute
     _check_sources(flatten(written.get("data") or {}, "data."), folder, exclude)
     named = "name" in args  # the job of a verb that keeps nothing by its name needs one, too
-    name = (args.name if named else None) or unique_name(stem + suffix)
+    kind = "" if words[0] == "train" else f"-{words[0]}"
+    name = (args.name if named else None) or unique_name(stem + kind)
     if named and not args.name:
         words = (*words, "--name", name)
     return Planned(name, words, needed, exclude)

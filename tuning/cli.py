@@ -75,7 +75,7 @@ def plan_sweep(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
     from trainers.submission import planned
     from tuning.space import find_sweep
 
-    return planned(args, words, find_sweep, "-sweep")
+    return planned(args, words, find_sweep)
 
 
 def sweep_command(args: argparse.Namespace) -> int:

@@ -39,6 +39,7 @@ def curves(
     y = quantity("value", titled(metric), scale=scale_of(points["value"]))
     faint = max(0.12, min(0.7, 12 / max(1, len(series))))
     each = {
+        # With `opacity` each line would be a layer of its own, and a thousand take a minute.
         "mark": {"type": "line", "strokeWidth": 1.2, "strokeOpacity": faint, "aria": False},
         "transform": [
             {

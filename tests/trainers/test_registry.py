@@ -161,7 +161,7 @@ def test_mlflow_serves_it(
         return False
 
     try:
-        wait_until(answers, "the server to answer")
+        wait_until(answers)
         asked = urllib.request.Request(
             f"{url}/invocations",
             json.dumps({"inputs": points}).encode(),
