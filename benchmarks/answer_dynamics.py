@@ -17,13 +17,13 @@ from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from torch import nn
 
-from trainers.data import open_splits, prepare
-from trainers.export import export_model, load_model
-from trainers.folder import CHECKPOINTS
-from trainers.loop import train
-from trainers.reporter import SilentReporter
+from trainers.data.dataset import open_splits, prepare
+from trainers.checkpoints.export import export_model, load_model
+from trainers.run_folder import CHECKPOINTS
+from trainers.engine.loop import train
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.workloads.dynamics import Dynamics, calculator
+from trainers.workloads.dynamics.workload import Dynamics, calculator
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 STRAIN = 0.005

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 from answers import table
 
-from cluster.config import override
-from trainers.data import prepare, rows
-from trainers.loop import train
-from trainers.reporter import SilentReporter
+from cluster.base.config import override
+from trainers.data.dataset import prepare, rows
+from trainers.engine.loop import train
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.step import build_network
-from trainers.workloads.language import Language
+from trainers.engine.step import build_network
+from trainers.workloads.language.workload import Language
 
 SIZES = {"small": (2, 32), "middle": (2, 48), "as shipped": (3, 64)}
 """Layers and width; heads of 32 channels at the least."""

@@ -8,11 +8,11 @@ import numpy as np
 from answers import table
 from sklearn.linear_model import LogisticRegression
 
-from trainers.data import open_splits, prepare
-from trainers.loop import train
-from trainers.reporter import SilentReporter
+from trainers.data.dataset import open_splits, prepare
+from trainers.engine.loop import train
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.workloads.books import LEVELS, exact_up
+from trainers.workloads.markets.books import LEVELS, exact_up
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 PUBLISHED = {(1, 1): 0.500, (1, 2): 0.336, (1, 3): 0.259, (2, 1): 0.664, (2, 3): 0.407}

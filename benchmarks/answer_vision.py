@@ -9,10 +9,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor
 
-from cluster.config import override
-from trainers.data import open_splits, prepare
-from trainers.loop import train
-from trainers.reporter import SilentReporter
+from cluster.base.config import override
+from trainers.data.dataset import open_splits, prepare
+from trainers.engine.loop import train
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"

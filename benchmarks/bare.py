@@ -7,7 +7,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers import Batch, Workload
-from trainers.parallel import Worker
+from trainers.worker import Worker
 
 
 class Bare:

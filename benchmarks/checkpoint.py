@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from contest import compete, finish, rows, show
 from torch import nn
 
-from trainers.checkpoint import Checkpoints, interval_s
+from trainers.checkpoints.checkpoints import Checkpoints, interval_s
 from trainers.spec import CheckpointSpec
 
 LAYERS = 24

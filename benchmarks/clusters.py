@@ -129,7 +129,7 @@ def watch_nodes() -> None:
 
 WORKLOAD = """\
 from benchmark import BATCH, begin_step
-from trainers.workloads.vision import Vision
+from trainers.workloads.vision.workload import Vision
 
 
 class Steps(Vision):

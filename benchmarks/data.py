@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from trainers import Batch, Spec, table
-from trainers.data import Batches, open_split, prepare
+from trainers.data.dataset import Batches, open_split, prepare
 
 BATCH, BUFFER = 256, 2560
 AT_LEAST_S = 0.3

@@ -53,11 +53,11 @@ try:
     from contest import compete, finish, rows, show
     from peers import SWEEP, TRIALS, WARM_UP
 
-    from cluster.config import write_yaml
-    from trainers.data import prepare
+    from cluster.base.config import write_yaml
+    from trainers.data.dataset import prepare
     from trainers.spec import resolve
-    from tuning.search import JournaledSearch
-    from tuning.space import SweepRunSpec, trial_data
+    from tuning.trials.searcher import JournaledSearch
+    from tuning.trials.space import SweepRunSpec, trial_data
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/fused.py: needs {error.name}, which is not installed here")
 
@@ -109,7 +109,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32)
 PER_DEVICE = (1, 2, 4, 8)
 DATABASE = "mlflow.db"
 LIMIT_S = 3600
-OURS = "import sys; from tuning.main import main; sys.exit(main())"
+OURS = "import sys; from heliostat.main import main; sys.exit(main())"
 
 Report = tuple[int, int, float, float]
 """An evaluation: the trial, its steps done, when (Unix time), and the metric."""

@@ -25,11 +25,11 @@ try:
     from bare import Bare
     from contest import Contender, compete, finish, rows, show
 
-    from trainers.data import open_split, prepare
+    from trainers.data.dataset import open_split, prepare
     from trainers.devices import local_device
-    from trainers.parallel import Worker
+    from trainers.worker import Worker
     from trainers.spec import RunSpec, resolve
-    from trainers.step import Stepper
+    from trainers.engine.step import Stepper
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/gpu.py: needs {error.name}, which is not installed here")
 

@@ -39,7 +39,7 @@ def _worker(config: dict[str, Any]) -> None:
     from sklearn.datasets import load_digits
     from torch.utils.data import DataLoader, TensorDataset
 
-    from trainers.workloads.vision import ResNet, Vision
+    from trainers.workloads.vision.workload import ResNet, Vision
 
     bunch, context = load_digits(), ray.train.get_context()
     images = torch.from_numpy(bunch.images[:1437, None]).float()

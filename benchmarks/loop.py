@@ -29,10 +29,10 @@ from contest import Contender, compete, finish, installed, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainers.data import open_split, prepare
-from trainers.loop import train
-from trainers.parallel import Worker
-from trainers.reporter import SilentReporter
+from trainers.data.dataset import open_split, prepare
+from trainers.engine.loop import train
+from trainers.worker import Worker
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, resolve
 
 WARM_UP, STEPS = 10, 60

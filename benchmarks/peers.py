@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.config import read_yaml
-from trainers.data import open_split, permutation, prepare, rows
-from trainers.loop import milestones
-from trainers.random import mix_seed
+from cluster.base.config import read_yaml
+from trainers.data.dataset import (open_split, permutation, prepare, rows)
+from trainers.engine.loop import milestones
+from trainers.counter_rng import mix_seed
 from trainers.spec import RunSpec, resolve
-from tuning.space import SweepRunSpec
+from tuning.trials.space import SweepRunSpec
 
 SWEEP, TRIALS = "sweep.yaml", "trials.json"
 WARM_UP = 20
@@ -127,7 +127,7 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
     import ray
     from ray import tune
 
-    from tuning.schedule import build_scheduler
+    from tuning.trials.schedulers import build_scheduler
 
     reports = []
 

@@ -27,7 +27,7 @@ import guide
 from contest import compete, finish, rows, show
 
 from trainers import Batch, SampleRandom
-from trainers.workloads.vision import Vision
+from trainers.workloads.vision.workload import Vision
 
 KILLED, STEPS, BATCH, EVERY = 60, 80, 64, 10
 PARTS = ("a new process", "its first step", "steps done again")

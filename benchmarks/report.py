@@ -18,16 +18,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from cluster.ledger import Entry, Ledger
-from trainers import page
-from trainers.folder import TRACK, create_folder
-from trainers.run import settled, tracked_run
-from trainers.spool import Spool
-from trainers.track import TrackedRun
-from tuning.search import Journal
-from tuning.space import SweepRunSpec, find_sweep
-from tuning.sweep_report import sweep_page
-from tuning.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
+from cluster.cost.ledger import Entry, Ledger
+from trainers.reports import page
+from trainers.run_folder import TRACK, create_folder
+from trainers.runs.run import settled, tracked_run
+from trainers.tracking.operation_log import Spool
+from trainers.tracking.tracker import TrackedRun
+from tuning.trials.searcher import Journal
+from tuning.trials.space import SweepRunSpec, find_sweep
+from tuning.reports.sweep_report import sweep_page
+from tuning.trials.trial import (ENDED, FAILED, JOURNAL, LAST, Sweep)
 
 BEGAN = 1_790_000_000
 """Unix time at which made-up sweeps begin."""

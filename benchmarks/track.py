@@ -49,8 +49,8 @@ def nothing() -> None:
 def ours(uri: str, folder: Path) -> Iterator[Calls]:
     import ray
 
-    from trainers.reporter import TrackerReporter
-    from trainers.track import TrackedRun, drain, start_tracker
+    from trainers.tracking.reporter import TrackerReporter
+    from trainers.tracking.tracker import TrackedRun, drain, start_tracker
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     tracker = start_tracker(folder / "track", uri, "benchmark", "tracker")
@@ -251,7 +251,7 @@ def postgres(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def store(kind: str) -> Iterator[tuple[str, str, Path]]:
     """A fresh store: MLflow's URI of it, its database, and a folder."""
-    from trainers.mlflow_store import make_database
+    from trainers.tracking.mlflow_store import make_database
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -289,7 +289,7 @@ def calm(name: str, kind: str, seconds: float) -> dict[str, float]:
 def killed(name: str, seconds: float) -> dict[str, Any]:
     """Metrics lost and twice, and the longest step, with server and writer killed."""
     with tempfile.TemporaryDirectory() as temporary:
-        from trainers.mlflow_store import make_database
+        from trainers.tracking.mlflow_store import make_database
 
         folder, port = Path(temporary), free_port()
         database = f"sqlite:///{folder}/mlflow.db"

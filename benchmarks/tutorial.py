@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def train_func(config: dict[str, str]) -> None:
-    from trainers.workloads.vision import ResNet, Vision
+    from trainers.workloads.vision.workload import ResNet, Vision
 
     model = ray.train.torch.prepare_model(ResNet(1, 10, Vision.Model(width=16)))
     criterion, optimizer = CrossEntropyLoss(), AdamW(model.parameters(), lr=8e-3)

@@ -100,7 +100,7 @@ from pathlib import Path
 
 import torch
 
-from trainers.workloads.vision import Vision
+from trainers.workloads.vision.workload import Vision
 
 
 def sleeps():
@@ -144,7 +144,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modules")
     (folder / "faulty.py").write_text(FAULTY_SOURCE)
     os.environ["PYTHONPATH"] = str(folder)
-    # As for every Ray that is one machine; see cluster.session.
+    # As for every Ray that is one machine; see cluster.connection.ray_connection.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     # A cluster's own set-up puts the commands on the path that jobs get.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -321,7 +321,7 @@ STAND = """#!/bin/sh
 # Stands in for a run: stand print CODE | stand work. All else is Heliostat itself.
 if [ "$1" != stand ]; then
     export PYTHONPATH="$PYTHONPATH:{home}"
-    exec {python} -c 'import sys; from tuning.main import main; sys.exit(main())' "$@"
+    exec {python} -c 'import sys; from heliostat.main import main; sys.exit(main())' "$@"
 fi
 cd "$HELIOSTAT_STORAGE"
 name=$4

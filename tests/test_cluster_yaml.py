@@ -1,5 +1,5 @@
 """What the cluster.yaml at the root promises; that it is what the renderer gives is said in
-tests/cluster/test_render.py.
+tests/cluster/definition/test_launcher_file.py.
 """
 
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import read_yaml
+from cluster.base.config import read_yaml
 
 CLUSTER_YAML = Path(__file__).parent.parent / "cluster.yaml"
 
@@ -23,7 +23,7 @@ def test_no_door_is_open_to_the_world(config: dict[str, Any]) -> None:
     starts = [line for line in commands.split("export ") if "ray start" in line]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in start for start in starts)
-    assert "cluster.doors" in " ".join(config["head_setup_commands"])
+    assert "cluster.lifecycle.aws_ssh_ingress" in " ".join(config["head_setup_commands"])
     ranges = [
         source["CidrIp"]
         for rule in config["provider"]["security_group"]["IpPermissions"]

@@ -7,12 +7,12 @@ trained network of a run.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.config import Spec
-    from cluster.errors import DataError
-    from trainers.data import table
-    from trainers.export import load_model
-    from trainers.random import SampleRandom
-    from trainers.workloads.base import Batch, PartedWorkload, Workload
+    from cluster.base.config import Spec
+    from cluster.base.errors import DataError
+    from trainers.data.dataset import table
+    from trainers.checkpoints.export import load_model
+    from trainers.counter_rng import SampleRandom
+    from trainers.workload import Batch, PartedWorkload, Workload
 
 __all__ = [
     "Batch",
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Spec": "cluster.config",
-    "table": "trainers.data",
-    "load_model": "trainers.export",
-    "SampleRandom": "trainers.random",
-    "Batch": "trainers.workloads.base",
-    "DataError": "cluster.errors",
-    "PartedWorkload": "trainers.workloads.base",
-    "Workload": "trainers.workloads.base",
+    "Spec": "cluster.base.config",
+    "table": "trainers.data.dataset.dataset",
+    "load_model": "trainers.checkpoints.export",
+    "SampleRandom": "trainers.counter_rng",
+    "Batch": "trainers.workload",
+    "DataError": "cluster.base.errors",
+    "PartedWorkload": "trainers.workload",
+    "Workload": "trainers.workload",
 }
 
 

@@ -4,7 +4,7 @@ import importlib.util
 
 from torch import nn
 
-from cluster.errors import SpecError
+from cluster.base.errors import SpecError
 from trainers.devices import Device
 
 

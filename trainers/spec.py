@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.budget import BudgetSpec
-from cluster.config import ModelT, Spec, check, did_you_mean, read_yaml
-from cluster.errors import SpecError
-from cluster.price import CostSpec
+from cluster.cost.budget import BudgetSpec
+from cluster.base.config import (ModelT, Spec, check, did_you_mean, read_yaml)
+from cluster.base.errors import SpecError
+from cluster.cost.node_rates import CostSpec
 
 if TYPE_CHECKING:
-    from trainers.workloads.base import Workload
+    from trainers.workload import Workload
 
 SpecT = TypeVar("SpecT", bound="RunSpec")
 
@@ -244,7 +244,7 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
 
 def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Workload"]:
     """Plain data as a checked spec with all defaults filled in, and the workload it describes."""
-    from trainers.workloads.base import load_workload
+    from trainers.workload import load_workload
 
     name = data.get("workload")
     if not isinstance(name, str):

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cluster.budget import usd_text
-from cluster.ledger import Account
-from cluster.meter import joules_text
-from cluster.terminal import Pulse
-from tuning.purse import purse_of
-from tuning.trial import ENDED, FAILED, Sweep
+from cluster.cost.budget import usd_text
+from cluster.cost.ledger import Account
+from cluster.cost.energy_meter import joules_text
+from cluster.base.terminal import Pulse
+from tuning.trials.budget import purse_of
+from tuning.trials.trial import ENDED, FAILED, Sweep
 
 LINE_S = 1.0
 """Seconds between two lines of a log, at the least."""

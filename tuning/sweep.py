@@ -11,25 +11,26 @@ from typing import Any
 
 from ray import tune
 
-from cluster.config import override, read_yaml
-from cluster.errors import SpecError
-from cluster.files import write_atomic
-from trainers import run
-from trainers.data import prepare, rows
+from cluster.base.config import override, read_yaml
+from cluster.base.errors import SpecError
+from cluster.base.files import write_atomic
+from trainers.runs import run
+from trainers.data.dataset import prepare, rows
 from trainers.devices import local_device
-from trainers.folder import SPEC, create_folder, find_folder, unique_name
-from trainers.health import STALLS, last_stall
-from trainers.notes import NOTE
+from trainers.run_folder import (SPEC, create_folder, find_folder, unique_name)
+from trainers.engine.stall_files import STALLS
+from trainers.runs.stalls import last_stall
+from trainers.tracking.descriptions import NOTE
 from trainers.spec import resolve
-from trainers.spool import now_ms
-from trainers.workers import scaling
-from tuning import plan
-from tuning.purse import SweepPrice, close, opened, purse_of
-from tuning.report import Leaderboard, leaderboard, sweep_note, trial_note, write_best
-from tuning.schedule import build_scheduler
-from tuning.search import JournaledSearch
-from tuning.space import SweepRunSpec, find_sweep
-from tuning.trial import ENDED, FAILED, JOURNAL, Sweep, run_trial
+from trainers.tracking.operation_log import now_ms
+from trainers.runs.ray_train import scaling
+from tuning.fused import decision
+from tuning.trials.budget import (SweepPrice, close, opened, purse_of)
+from tuning.reports.leaderboard import (Leaderboard, leaderboard, sweep_note, trial_note, write_best)
+from tuning.trials.schedulers import build_scheduler
+from tuning.trials.searcher import JournaledSearch
+from tuning.trials.space import SweepRunSpec, find_sweep
+from tuning.trials.trial import (ENDED, FAILED, JOURNAL, Sweep, run_trial)
 
 BEST, TUNE = "best.yaml", "tune"
 
@@ -70,7 +71,7 @@ def execute(
 
     Ctrl-C ends it early with its state saved. `tell` is given a line on how trials share devices.
     Returns what the trials came to, and what MLflow has of the sweep (`Tracker.read`, or
-    `unsent`), with `account` and `reason` as `trainers.run.execute` gives them.
+    `unsent`), with `account` and `reason` as `trainers.runs.run.execute` gives them.
     """
     spec, _ = resolve(sweep.data, SweepRunSpec)
     tracker = run.start_tracking(sweep.folder, spec, sweep.data, kind="sweep")
@@ -118,13 +119,13 @@ def _engines(
     """The engines of a sweep that is fused; yields how many slots they have, 0 if it is not."""
     import ray
 
-    from tuning.slots import start_hosts, trials_in_slots
+    from tuning.fused.tune_adapter import start_hosts, trials_in_slots
 
     hosts: list[Any] = []
     try:
-        chosen = plan.kept(sweep) or plan.plan_by_spec(sweep)
+        chosen = decision.kept(sweep) or decision.plan_by_spec(sweep)
         if chosen is None and _trials_run_here(spec):  # what it compiles, engines find on the disk
-            chosen, _ = plan.try_plan(sweep, devices(spec))
+            chosen, _ = decision.try_plan(sweep, devices(spec))
         if chosen is None:
             hosts = start_hosts(sweep, tracker, devices(spec))
             chosen = ray.get(hosts[0].plan.remote(len(hosts)))
@@ -164,9 +165,9 @@ def verified(sweep: Sweep, board: Leaderboard) -> Iterator[str]:
     """A line for each of three fused trials, as they are trained once more, alone."""
     import ray
 
-    from tuning import verify
+    from tuning.fused import verify
 
-    if not plan.slots_of(sweep):
+    if not decision.slots_of(sweep):
         yield "nothing to verify: no trial was fused"
         return
     needs = sweep.spec.resources
@@ -179,7 +180,7 @@ def _tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.T
     """Ray's tuner, taken up where it was if it has been here before."""
     saves = None
     if slots:
-        from tuning.slots import SLOT, SlotTrainable
+        from tuning.fused.tune_adapter import SLOT, SlotTrainable
 
         trainable = tune.with_resources(SlotTrainable, {SLOT: 1})
         saves = tune.CheckpointConfig(checkpoint_at_end=False)  # the engine's own are enough
@@ -284,7 +285,7 @@ class _Follower(tune.Callback):  # type: ignore[misc]
             parent=self._sweep.key,
             kind="trial",
         )
-        slots = plan.slots_of(self._sweep)
+        slots = decision.slots_of(self._sweep)
         if slots:
             shared = f"a slot of {slots}; device time is divided by the trials that shared it"
             tracked = replace(tracked, tags={**tracked.tags, "heliostat.fused": shared})

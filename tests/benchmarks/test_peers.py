@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.data import prepare
-from trainers.loop import train
-from trainers.reporter import SilentReporter
+from trainers.data.dataset import prepare
+from trainers.engine.loop import train
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, resolve
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

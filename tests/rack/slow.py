@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from trainers.workloads.vision import Vision
+from trainers.workloads.vision.workload import Vision
 
 
 class Slow(Vision):

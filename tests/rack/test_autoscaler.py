@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rack import CHECKOUT, Rack
 
-from cluster.config import read_yaml
+from cluster.base.config import read_yaml
 
 pytestmark = pytest.mark.cluster
 

@@ -20,7 +20,7 @@ EDITED = {
     "max_workers: 4 ": "max_workers: 3 ",
     "idle_timeout_minutes: 10": "idle_timeout_minutes: 1",
     "203.0.113.0/24": "172.31.0.0/16",
-    "cluster.fallback 300": "cluster.fallback 20",
+    "cluster.node.spot_fallback 300": "cluster.node.spot_fallback 20",
 }
 """The lines of the file that its user edits, and times that nobody would wait for here."""
 

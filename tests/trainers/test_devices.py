@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.errors import SpecError
-from trainers.devices import FAMILIES, Cpu, Cuda, Device, Hpu, Neuron, Rocm, Tpu, Xpu, local_device
+from cluster.base.errors import SpecError
+from trainers.devices import (FAMILIES, Cpu, Cuda, Device, Hpu, Neuron, Rocm, Tpu, Xpu, local_device)
 
 PROC = Path("/proc/self/status")
 

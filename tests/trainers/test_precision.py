@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cluster.errors import SpecError
+from cluster.base.errors import SpecError
 from trainers.devices import Cpu, Cuda
 from trainers.precision import check_precision, fp8_layers
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import check, override
-from cluster.errors import SpecError
-from trainers.spec import SPECS, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve
-from trainers.workloads.base import load_workload
-from trainers.workloads.vision import Vision
-from tuning.main import main
+from cluster.base.config import check, override
+from cluster.base.errors import SpecError
+from trainers.spec import (SPECS, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve)
+from trainers.workload import load_workload
+from trainers.workloads.vision.workload import Vision
+from heliostat.main import main
 
 OWN: dict[str, Any] = {"workload": "spirals:Spirals"}
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from tuning.progress import SweepProgress
-from tuning.space import SweepSpec
-from tuning.trial import Sweep
+from tuning.trials.space import SweepSpec
+from tuning.trials.trial import Sweep
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 import mlflow
 import pytest
 
-from cluster.config import read_yaml, write_yaml
-from cluster.errors import SpecError
-from trainers.checkpoint import Checkpoints
+from cluster.base.config import read_yaml, write_yaml
+from cluster.base.errors import SpecError
+from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.spec import RunSpec, resolve
 from tuning import sweep as sweeps
-from tuning.report import Leaderboard
-from tuning.trial import Sweep
+from tuning.reports.leaderboard import Leaderboard
+from tuning.trials.trial import Sweep
 
 Wait = Callable[..., None]
 

@@ -18,24 +18,25 @@ from ase.io import write
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from cluster.config import check
-from cluster.errors import DataError, SpecError
-from trainers.data import open_splits, prepare
+from cluster.base.config import check
+from cluster.base.errors import DataError, SpecError
+from trainers.data.dataset import open_splits, prepare
 from trainers.devices import Cpu
-from trainers.export import export_model, load_model
-from trainers.folder import CHECKPOINTS
-from trainers.loop import evaluate, train
-from trainers.parallel import Worker
-from trainers.reporter import SilentReporter
+from trainers.checkpoints.export import export_model, load_model
+from trainers.run_folder import CHECKPOINTS
+from trainers.engine.evaluate import evaluate
+from trainers.engine.loop import train
+from trainers.worker import Worker
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.step import Stepper, build_network
-from trainers.throughput import count_flops
-from trainers.workloads import atoms
-from trainers.workloads.atoms import REFERENCES, Part, nothing, packed, trajectory
-from trainers.workloads.dynamics import Dynamics, Potential, calculator
-from tuning.fuse import Program
-from tuning.space import SweepRunSpec, check_parameters, trial_data
-from tuning.variant import Variant
+from trainers.engine.step import Stepper, build_network
+from trainers.engine.throughput import count_flops
+from trainers.workloads.dynamics import atoms
+from trainers.workloads.dynamics.atoms import (REFERENCES, Part, nothing, packed, trajectory)
+from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
+from tuning.fused.program import Program
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
+from tuning.fused.signature import Variant
 
 CUTOFF = 4.0
 

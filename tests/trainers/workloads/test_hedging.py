@@ -9,21 +9,13 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from cluster.config import check, override
-from trainers.data import open_splits, prepare
-from trainers.loop import train
-from trainers.reporter import SilentReporter
+from cluster.base.config import check, override
+from trainers.data.dataset import open_splits, prepare
+from trainers.engine.loop import train
+from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.workloads.hedging import (
-    PATHS,
-    Hedging,
-    Part,
-    black_scholes_delta,
-    black_scholes_price,
-    left_over,
-    remaining_deviation,
-)
-from tuning.space import SweepRunSpec, check_parameters
+from trainers.workloads.hedging.workload import (PATHS, Hedging, Part, black_scholes_delta, black_scholes_price, left_over, remaining_deviation)
+from tuning.trials.space import SweepRunSpec, check_parameters
 
 
 def hedging(model: dict[str, Any] | None = None, **data: Any) -> Hedging:

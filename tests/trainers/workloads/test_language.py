@@ -14,19 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.config import check
-from cluster.errors import DataError, SpecError
-from trainers.data import dataset_name, open_splits, prepare
+from cluster.base.config import check
+from cluster.base.errors import DataError, SpecError
+from trainers.data.dataset import dataset_name, open_splits, prepare
 from trainers.devices import Cpu
-from trainers.loop import evaluate
-from trainers.parallel import Worker
+from trainers.engine.evaluate import evaluate
+from trainers.worker import Worker
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.step import Stepper, build_network
-from trainers.workloads import text
-from trainers.workloads.language import Language
-from tuning.fuse import Program
-from tuning.space import SweepRunSpec, check_parameters, trial_data
-from tuning.variant import Variant
+from trainers.engine.step import Stepper, build_network
+from trainers.workloads.language import text
+from trainers.workloads.language.workload import Language
+from tuning.fused.program import Program
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
+from tuning.fused.signature import Variant
 
 POEM = "Füllest wieder Busch und Tal\nStill mit Nebelglanz,\nLösest endlich auch einmal\n"
 
@@ -323,9 +323,9 @@ HALVES_SOURCE = '''
 import torch
 import torch.distributed as dist
 
-from trainers.parallel import Worker
+from trainers.engine.strategy import Worker
 from trainers.spec import RunSpec, resolve
-from trainers.step import Stepper
+from trainers.engine.step import Stepper
 
 
 def work(rank, meeting, data, samples, answers):

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config import check
-from cluster.errors import DataError
-from trainers.data import open_splits, prepare
-from trainers.loop import evaluate
-from trainers.parallel import Worker
-from trainers.random import SampleRandom
+from cluster.base.config import check
+from cluster.base.errors import DataError
+from trainers.data.dataset import open_splits, prepare
+from trainers.engine.evaluate import evaluate
+from trainers.worker import Worker
+from trainers.counter_rng import SampleRandom
 from trainers.spec import find_spec, resolve
-from trainers.step import Stepper
-from trainers.workloads import books
-from trainers.workloads.books import EXACT, LEVELS, Books, Part, exact_up, next_moves
-from trainers.workloads.markets import Markets, mirrored_book
-from tuning.space import SweepRunSpec, check_parameters
+from trainers.engine.step import Stepper
+from trainers.workloads.markets import books
+from trainers.workloads.markets.books import (EXACT, LEVELS, Books, Part, exact_up, next_moves)
+from trainers.workloads.markets.workload import Markets, mirrored_book
+from tuning.trials.space import SweepRunSpec, check_parameters
 
 PUBLISHED = """
 0.500 0.336 0.259 0.216 0.188

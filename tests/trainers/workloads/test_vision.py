@@ -17,13 +17,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import nn
 
-from cluster.config import check
-from cluster.errors import DataError, SpecError
-from trainers.data import Batches, open_split, prepare
-from trainers.random import SampleRandom
+from cluster.base.config import check
+from cluster.base.errors import DataError, SpecError
+from trainers.data.dataset import Batches, open_split, prepare
+from trainers.counter_rng import SampleRandom
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.workloads.base import Batch
-from trainers.workloads.vision import Vision
+from trainers.workload import Batch
+from trainers.workloads.vision.workload import Vision
 
 Split = dict[str, npt.NDArray[Any]]
 

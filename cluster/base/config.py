@@ -1,0 +1,197 @@
+"""Specs: strict models read from YAML, changed by dotted paths, with errors that name the path.
+
+A spec is data. `read_yaml` gives plain dictionaries, `override` changes them by dotted path,
+`check` turns them into frozen models, and `flatten` gives back one scalar per dotted path.
+The same dotted path is the key in the file, the override on the command line, the key of a
+search space, the name of the MLflow parameter and the place named in an error.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from cluster.base.errors import SpecError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Spec(BaseModel):
+    """Base of every spec: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML 1.2 file, so that `3e-4` is a number and `no` is a word.
+
+    Raises SpecError for a missing file, broken YAML, a repeated key, or anything but a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise SpecError(f"{path}: {reason}") from None
+    data = _parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: must be a mapping of sections (got {_short(data)})")
+    return data
+
+
+def write_yaml(data: Mapping[str, Any], path: Path) -> None:
+    """Write a mapping as block YAML that `read_yaml` gives back unchanged."""
+    with path.open("w", encoding="utf-8") as file:
+        YAML().dump(dict(data), file)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        problem = (error.problem or str(error)).splitlines()[0]
+        raise SpecError(f"{place}: broken YAML: {problem}") from None
+    except (YAMLError, ValueError, KeyError) as error:  # the last two: a date or tag that lies
+        raise SpecError(f"{where}: broken YAML: {str(error).splitlines()[0]}") from None
+
+
+def override(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=value` assignments, each value read as YAML, to a copy of `data`."""
+    result = dict(data)
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        if not equals or not path.strip():
+            raise SpecError(f"--set {assignment}: must look like optimizer.lr=3e-4")
+        result = with_value(result, path.strip(), _parse_yaml(value, f"--set {path}"))
+    return result
+
+
+def with_value(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `data` in which the value at the dotted `path` is `value`."""
+    head, _, rest = path.partition(".")
+    result = dict(data)
+    if not rest:
+        result[head] = value
+        return result
+    inner = result.get(head)
+    if inner is not None and not isinstance(inner, Mapping):
+        raise SpecError(f"{head}: has no key {rest!r}, it is {_short(inner)}")
+    try:
+        result[head] = with_value(inner or {}, rest, value)
+    except SpecError as error:
+        raise SpecError(f"{head}.{error}") from None
+    return result
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One entry per leaf, keyed by dotted path. Lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check(model: type[ModelT], data: Any, prefix: str = "") -> ModelT:
+    """Turn plain data into a `model`, or raise a SpecError with one line per mistake.
+
+    `prefix` stands before each path: where `data` is within the file, such as `model.`.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise SpecError("\n".join(_lines(model, data, details, prefix))) from None
+
+
+def _lines(model: type[BaseModel], data: Any, errors: list[ErrorDetails], prefix: str) -> list[str]:
+    """One line per place: the branches of a union complain one by one about the same place."""
+    problems: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for error in errors:
+        path = (prefix + _place(error, data)).rstrip(".")
+        problem = _problem(model, error)
+        known = problems.setdefault(path, [])
+        if problem not in known:
+            known.append(problem)
+        if path and error["type"] not in ("extra_forbidden", "missing"):
+            got[path] = f" (got {_short(error['input'])})"
+    return [
+        (f"{path}: " if path else "") + " or ".join(found) + got.get(path, "")
+        for path, found in problems.items()
+    ]
+
+
+def _place(error: ErrorDetails, data: Any) -> str:
+    """The dotted path of an error, without the branches of unions that pydantic adds to it."""
+    parts: list[str] = []
+    for part in error["loc"]:
+        inside = isinstance(data, Mapping) and part in data
+        if isinstance(data, (list, tuple)) and isinstance(part, int):
+            inside = part < len(data)
+        if inside:
+            data = data[part]
+            parts.append(str(part))
+        elif error["type"] == "missing" and part == error["loc"][-1]:
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _problem(model: type[BaseModel], error: ErrorDetails) -> str:
+    if error["type"] == "missing":
+        return "is required"
+    if error["type"] == "extra_forbidden":
+        return "unknown key" + did_you_mean(str(error["loc"][-1]), _keys(model, error["loc"][:-1]))
+    if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return "must be a mapping"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be")
+    return message[0].lower() + message[1:] if message[:1].isupper() else message
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for a near miss, else the list of what is known."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f" (known: {', '.join(known)})" if known else ""
+
+
+def _keys(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+    """The keys that the model at `loc` below `model` allows."""
+    current: Any = model
+    for part in loc:
+        fields = getattr(current, "model_fields", {})
+        if part in fields:
+            current = _model_in(fields[part].annotation)
+        elif typing.get_origin(current) is dict:  # any key, and a value of one kind
+            current = _model_in(typing.get_args(current)[1])
+    return list(getattr(current, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    """The spec inside an optional annotation."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if hasattr(a, "model_fields")]
+        return inner[0] if inner else annotation
+    return annotation
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,111 @@
+"""Budgets that stop a run: in dollars, energy, carbon and time, over all nodes and restarts."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from cluster.base.config import Spec
+from cluster.base.errors import SpecError
+from cluster.cost.ledger import Account
+from cluster.cost.node_rates import Rate
+
+Amount = Annotated[float, Field(gt=0)]
+
+UNKNOWN_SHARE = 0.01
+"""With more than this of its time unknown, an amount of energy is no ground to go on."""
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class BudgetSpec(Spec):
+    """What may be spent on the run in all; at the limit it is saved and stopped.
+
+    A limit can be raised when the run is resumed. Unset ones don't count.
+    """
+
+    usd: Amount | None = None
+    """US dollars, for the nodes that the run holds, idle or not."""
+    kwh: Amount | None = None
+    """Kilowatt-hours of the devices that are metered, estimates included."""
+    kg_co2e: Amount | None = None
+    """Kilograms of CO2 equivalent of that energy, with the overhead of the building (PUE)."""
+    wall: Amount | None = None
+    """Seconds under a command, or as in 90m, 1h30m, 2d."""
+
+    @field_validator("wall", mode="before")
+    @classmethod
+    def _as_seconds(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+        if not parts or "".join(f"{n}{unit}" for n, unit in parts) != re.sub(r"\s", "", value):
+            raise ValueError("must be seconds, or as in 90m, 1h30m, 2d")
+        return sum(float(number) * UNITS_S[unit] for number, unit in parts)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.4g} s"
+    minutes, _ = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def usd_text(usd: float) -> str:
+    """Dollars with cents, or with as many places as a small amount needs."""
+    return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
+
+
+def spent(budget: BudgetSpec, account: Account) -> list[tuple[str, float, float, str]]:
+    """Name, what is spent, what may be, and both in words, of each limit that is set."""
+    figures = (
+        ("usd", account.usd, usd_text),
+        ("kwh", account.kwh, "{:.4g} kWh".format),
+        ("kg_co2e", account.kg_co2e, "{:.4g} kg CO2e".format),
+        ("wall", account.wall_s, duration_text),
+    )
+    found = []
+    for name, used, text in figures:
+        limit = getattr(budget, name)
+        if limit is not None:
+            amount = used or 0.0
+            found.append((name, amount, limit, f"{text(amount)} of {text(limit)}"))
+    return found
+
+
+def reached(budget: BudgetSpec, account: Account) -> str | None:
+    """Which limit is spent, in a line; None while there is something left of all of them."""
+    for name, amount, limit, words in spent(budget, account):
+        if amount >= limit:
+            return f"budget.{name} reached: {words}"
+    return unwatched(budget, account)
+
+
+def unwatched(budget: BudgetSpec, account: Account) -> str | None:
+    """Why a limit cannot be kept, in a line: what it counts is not known for a part of the run."""
+    energy = account.energy
+    if budget.usd is not None and account.unpriced_s:
+        return f"budget.usd cannot be kept: {account.unpriced_s:.0f} s of nodes have no price"
+    for name in ("kwh", "kg_co2e"):
+        if getattr(budget, name) is not None and energy.unknown_share > UNKNOWN_SHARE:
+            share = f"{energy.unknown_share:.0%}"
+            return f"budget.{name} cannot be kept: the energy of {share} of the time is unknown"
+    if budget.kg_co2e is not None and account.unknown_carbon:
+        return "budget.kg_co2e cannot be kept: the carbon of a node's grid is unknown"
+    return None
+
+
+def check_budget(budget: BudgetSpec, account: Account, rates: dict[str, Rate]) -> None:
+    """Refuse to begin what cannot be paid for, or not be watched.
+
+    `rates` are those of the nodes that are there, by name. Raises SpecError with one line.
+    """
+    for rate in rates.values():
+        if budget.usd is not None and rate.usd_per_h is None:
+            raise SpecError(f"budget.usd: {rate.price}; say cost.usd_per_h")
+        if budget.kg_co2e is not None and rate.g_co2e_per_kwh is None:
+            raise SpecError(f"budget.kg_co2e: {rate.carbon}; say cost.g_co2e_per_kwh")
+    for name, amount, limit, words in spent(budget, account):
+        if amount >= limit:
+            raise SpecError(f"budget.{name}: {words} is spent; go on with --set budget.{name}=MORE")

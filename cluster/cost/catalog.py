@@ -1,0 +1,214 @@
+"""What accelerators and machines there are, and what they cost, each row with where that is from.
+
+The rows are in `data/accelerators.csv`, whose figures are of one chip as it is sold, and in
+`data/prices.csv`, a snapshot of cloud prices. They are read with the standard library's csv
+module: 160 rows need no faster reader, and pyarrow takes longer to import than all of them take
+to read.
+"""
+
+import csv
+import datetime
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.base.errors import SpecError
+
+T = TypeVar("T")
+
+PRICES = Path(__file__).parent / "data" / "prices.csv"
+
+_MEMORY_TOLERANCE = 0.15
+"""Vendors count memory in GB or GiB, and drivers keep some of it; partitions have half or less."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device as its driver counts them: on some chips there are several, which share it."""
+
+    name: str
+    vendor: str
+    ray_accelerator_type: str
+    """What Ray calls it, as in `scale.accelerator`; it may mean several kinds of device."""
+    ray_resource: str
+    """The resource under which Ray counts it: GPU, TPU, HPU or neuron_cores."""
+    memory_bytes: int
+    bandwidth_bytes_per_s: float
+    peak_flop_per_s: float | None
+    """Dense bf16, without sparsity; where there is none, fp16 or fp32 as `note` says."""
+    power_w: float | None
+    """The most it draws for long."""
+    devices_per_chip: int
+    """Devices that the driver shows for one chip as sold."""
+    driver_name: str
+    """The full name that its driver gives it; empty when that is not known."""
+    source: str
+    """Where the figures are from."""
+    confidence: str
+    """high, medium or low."""
+    note: str
+
+    def note_of_peak(self) -> str:
+        """Its peak for people, with the source."""
+        if self.peak_flop_per_s is None:
+            return f"peak unknown ({self.source})"
+        return f"{self.peak_flop_per_s / 1e12:.4g} TFLOP/s at its peak ({self.source})"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kind of machine that a provider rents out, in one region."""
+
+    provider: str
+    """aws, gcp, azure, lambda, nebius, runpod, or `own` for a machine of the user's."""
+    region: str
+    name: str
+    """The provider's name for it, such as g5.xlarge."""
+    accelerator: str
+    """What is in it, for people; empty where there is none."""
+    ray_accelerator_type: str
+    accelerators: int
+    """How many it has."""
+    accelerator_memory_bytes: int | None
+    """Of each."""
+    vcpus: float
+    memory_bytes: int
+    usd_per_h: float | None
+    """On demand, without storage and traffic; None when unknown."""
+    spot_usd_per_h: float | None
+    """The median over the zones of the snapshot, or the only price that it has."""
+    spot_low_usd_per_h: float | None
+    """In the cheapest zone of the snapshot."""
+    source: str
+    date: datetime.date | None
+    """When the prices held; None when the source does not say."""
+    note: str
+
+    @property
+    def key(self) -> str:
+        """How it is named by users and in messages."""
+        return f"{self.provider}/{self.region}/{self.name}"
+
+    def usd(self, spot: bool) -> float | None:
+        """Dollars an hour."""
+        return self.spot_usd_per_h if spot else self.usd_per_h
+
+
+@cache
+def instances(path: Path = PRICES) -> tuple[Instance, ...]:
+    """All machines of the price list at `path`, the bundled snapshot.
+
+    Raises SpecError with one line that names the file, the row and the column.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return tuple(_instance(row, f"{path}:{reader.line_num}") for row in reader)
+
+
+def find_instance(provider: str, name: str, region: str | None = None) -> Instance | None:
+    """The machine of this provider and name: in this region, else in any other; None if unknown.
+
+    A price of another region is better than none: they differ by tens of percent, while
+    providers differ by multiples. The caller sees the region in what it gets.
+    """
+    found = [each for each in instances() if (each.provider, each.name) == (provider, name)]
+    return next((each for each in found if each.region == region), found[0] if found else None)
+
+
+def _instance(row: dict[str, str], where: str) -> Instance:
+    def figure(column: str, read: Callable[[str], T]) -> T | None:
+        text = row.get(column) or ""
+        try:
+            return read(text) if text else None
+        except ValueError:
+            raise SpecError(f"{where}: {column} cannot be {text!r}") from None
+
+    def needed(column: str, read: Callable[[str], T]) -> T:
+        found = figure(column, read)
+        if found is None:
+            raise SpecError(f"{where}: {column} is missing")
+        return found
+
+    gpu_memory = figure("accelerator_mem_gb", _positive)
+    low, median = (figure(f"spot_usd_h_{which}", _positive) for which in ("min", "median"))
+    return Instance(
+        provider=needed("provider", str),
+        region=needed("region", str),
+        name=needed("instance_type", str),
+        accelerator=row["accelerator"],
+        ray_accelerator_type=row["ray_accelerator_type"],
+        accelerators=needed("accelerator_count", int),
+        accelerator_memory_bytes=None if gpu_memory is None else round(gpu_memory * 1e9),
+        vcpus=needed("vcpus", _positive),
+        memory_bytes=round(needed("memory_gib", _positive) * 2**30),
+        usd_per_h=needed("ondemand_usd_h", _positive),
+        spot_usd_per_h=low if median is None else median,
+        spot_low_usd_per_h=low,
+        source=needed("source", str),
+        date=figure("snapshot_date", datetime.date.fromisoformat),
+        note=row["note"],
+    )
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError
+    return number
+
+
+@cache
+def devices() -> tuple[Accelerator, ...]:
+    """All devices of the catalogue."""
+    with (Path(__file__).parent / "data" / "accelerators.csv").open(newline="") as file:
+        return tuple(_device(row) for row in csv.DictReader(file))
+
+
+def find_device(name: str, memory_bytes: int | None) -> Accelerator | None:
+    """The device of this full name (`torch.cuda.get_device_name`) and memory; None if unknown.
+
+    Both must fit. Ray's name for it does not say enough: an A100 has 40 or 80 GB, an H100 756 or
+    989 TFLOP/s; and a part of a device (MIG) may bear the name of the whole.
+    """
+    if not name or memory_bytes is None:
+        return None
+    for device in devices():
+        share = memory_bytes / device.memory_bytes
+        if name == device.driver_name and abs(share - 1) <= _MEMORY_TOLERANCE:
+            return device
+    return None
+
+
+def ray_resource(accelerator_type: str) -> str:
+    """The resource under which Ray counts a type of `scale.accelerator`; GPU for an unknown one."""
+    known = {device.ray_accelerator_type: device.ray_resource for device in devices()}
+    return known.get(accelerator_type, "GPU")
+
+
+def _device(row: dict[str, str]) -> Accelerator:
+    share = 1 / int(row["devices_per_chip"])
+
+    def figure(column: str, unit: float) -> float | None:
+        return float(row[column]) * unit * share if row[column] else None
+
+    memory, bandwidth = figure("mem_gb", 1e9), figure("mem_bw_tb_s", 1e12)
+    assert memory is not None
+    assert bandwidth is not None
+    return Accelerator(
+        name=row["name"],
+        vendor=row["vendor"],
+        ray_accelerator_type=row["ray_accelerator_type"],
+        ray_resource=row["ray_resource"],
+        memory_bytes=round(memory),
+        bandwidth_bytes_per_s=bandwidth,
+        peak_flop_per_s=figure("peak_dense_bf16_tflops", 1e12),
+        power_w=figure("tdp_w", 1),
+        devices_per_chip=int(row["devices_per_chip"]),
+        driver_name=row["driver_name"],
+        source=row["source"],
+        confidence=row["confidence"],
+        note=row["note"],
+    )

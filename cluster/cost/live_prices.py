@@ -1,0 +1,102 @@
+"""Today's prices, by gpuhunt (`heliostat[prices]`), where it is installed and answers.
+
+It downloads the price lists that dstack publishes, or reads the folder that
+GPUHUNT_CATALOG_DIR names. Without it, or without the network, nothing is newer than the
+snapshot, and the reason is told.
+"""
+
+import datetime
+import importlib.metadata
+import logging
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from cluster.cost.catalog import Instance
+
+TIMEOUT_S = 20.0
+NAMES = {"lambda": "lambdalabs"}
+"""Our name of a provider -> gpuhunt's, where they differ."""
+PROVIDERS = ("aws", "gcp", "azure", "lambda", "nebius", "runpod")
+
+
+def refreshed(
+    known: Iterable[Instance],
+    providers: Iterable[str] = PROVIDERS,
+    today: datetime.date | None = None,
+) -> tuple[tuple[Instance, ...], str | None]:
+    """The machines at today's prices where there are any; and why there are none, in a phrase.
+
+    Blocks for `TIMEOUT_S` at most. The same machine in a region is matched by its name.
+    """
+    known = tuple(known)
+    offers, problem = _within(TIMEOUT_S, tuple(providers))
+    if problem:
+        return known, problem
+    day = today or datetime.date.today()
+    source = f"gpuhunt {importlib.metadata.version('gpuhunt')}"
+    return tuple(_renewed(each, offers, source, day) for each in known), None
+
+
+def _renewed(
+    instance: Instance,
+    offers: dict[tuple[str, str, bool], dict[str, float]],
+    source: str,
+    day: datetime.date,
+) -> Instance:
+    """Prices are by region, or by zone, whose name begins with the region's."""
+
+    def prices(spot: bool) -> list[float]:
+        found = offers.get((instance.provider, instance.name, spot), {})
+        return sorted(usd for place, usd in found.items() if place.startswith(instance.region))
+
+    demand, spot = prices(False), prices(True)
+    if not demand:
+        return instance
+    return replace(
+        instance,
+        usd_per_h=demand[0],
+        spot_usd_per_h=spot[len(spot) // 2] if spot else None,
+        spot_low_usd_per_h=spot[0] if spot else None,
+        source=source,
+        date=day,
+    )
+
+
+def _within(timeout_s: float, providers: tuple[str, ...]) -> tuple[Any, str | None]:
+    """What `_offers` gives, unless it takes too long: gpuhunt itself waits for ever."""
+    found: list[Any] = []
+    problem: list[str] = []
+
+    def ask() -> None:
+        try:
+            found.append(_offers(providers))
+        except ImportError:
+            problem.append("gpuhunt is not installed")
+        except Exception as error:  # whatever the network and its parsers raise
+            problem.append(f"gpuhunt: {error}".splitlines()[0])
+
+    thread = threading.Thread(target=ask, daemon=True, name="prices")
+    thread.start()
+    thread.join(timeout_s)
+    if found:
+        return found[0], None
+    return {}, problem[0] if problem else f"no prices within {timeout_s:g} s"
+
+
+def _offers(providers: tuple[str, ...]) -> dict[tuple[str, str, bool], dict[str, float]]:
+    """(provider, name, spot) -> place -> dollars an hour."""
+    import gpuhunt
+
+    logging.getLogger("gpuhunt").setLevel(logging.CRITICAL)  # it logs tracebacks when offline
+    # With a folder of one's own it would still ask the network first.
+    catalog = gpuhunt.Catalog(auto_reload="GPUHUNT_CATALOG_DIR" not in os.environ)
+    offers: defaultdict[tuple[str, str, bool], dict[str, float]] = defaultdict(dict)
+    for provider in providers:
+        for item in catalog.query(provider=NAMES.get(provider, provider)):
+            if item.price > 0:
+                offers[provider, item.instance_name, item.spot][item.location] = item.price
+    return offers

@@ -1,0 +1,180 @@
+"""What an hour of a node costs, and what a kWh there emits, each with where that is from.
+
+What counts, the first that is known: the spec's own `cost` section, the label
+`heliostat.io/usd-per-hour` of the node (unless it repeats the snapshot), the user's price file
+by the node's host name, and by the labels that say which instance the node is: the user's price
+for it, today's, the snapshot's.
+"""
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from cluster.cost.carbon import PUE, carbon_of
+from cluster.cost.catalog import Instance, instances
+from cluster.base.config import Spec
+from cluster.base.errors import SpecError
+from cluster.base.labels import (INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT, USD_PER_HOUR)
+from cluster.cost.user_prices import Machine, Own, overridden
+
+RAY_MARKET, RAY_REGION = "ray.io/market-type", "ray.io/availability-region"
+"""Ray's own labels, where a provider sets them; ours count first."""
+
+
+class CostSpec(Spec):
+    """What a node costs and emits where the catalogue cannot know, or is wrong."""
+
+    usd_per_h: Annotated[float, Field(ge=0)] | None = None
+    """US dollars that each node costs an hour; by the price list when not given."""
+    g_co2e_per_kwh: Annotated[float, Field(ge=0)] | None = None
+    """Grams of CO2 equivalent per kWh of its electricity; by its region when not given."""
+    pue: Annotated[float, Field(ge=1)] | None = None
+    """Energy of the whole building over that of its machines; as the provider publishes it when
+    not given, and 1 where nothing is published."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a node costs and emits."""
+
+    usd_per_h: float | None
+    """None when unknown."""
+    price: str
+    """Where that is from, for people; or why it is unknown."""
+    g_co2e_per_kwh: float | None
+    """Of electricity at the building's meter; None when unknown."""
+    carbon: str
+    """Where that is from, and the PUE."""
+    pue: float
+
+    def kg_co2e(self, energy_j: float) -> float | None:
+        """Of so much energy of the machine's."""
+        if self.g_co2e_per_kwh is None:
+            return None
+        return energy_j / 3.6e6 * self.pue * self.g_co2e_per_kwh / 1000
+
+
+def age(date: datetime.date | None, today: datetime.date) -> str:
+    """How old a price is, for people."""
+    if date is None:
+        return "of unknown age"
+    days = (today - date).days
+    return f"of {date}, {days} day{'' if days == 1 else 's'} old" if days > 0 else f"of {date}"
+
+
+def quote(instance: Instance, spot: bool, today: datetime.date | None = None) -> str:
+    """An instance's price with its source and age, in one line."""
+    usd = instance.usd(spot)
+    market = "spot" if spot else "on demand"
+    if usd is None:
+        return f"{instance.key} {market}: price unknown ({instance.source})"
+    held = age(instance.date, today or datetime.date.today())
+    held = "" if instance.source.startswith("your price file") else f", {held}"
+    return f"{instance.key} {market}: ${usd:,.4g}/h ({instance.source}{held})"
+
+
+def rate_of(
+    host: str,
+    labels: Mapping[str, str],
+    cost: CostSpec,
+    own: Own,
+    known: Iterable[Instance] | None = None,
+    today: datetime.date | None = None,
+) -> Rate:
+    """The rate of the node `host` with these Ray labels; no `host` for one that is not there.
+
+    `known` are the machines at today's prices, the snapshot when None. Raises SpecError where
+    a label is no number.
+    """
+    today = today or datetime.date.today()
+    machine = own.machine_of(host) if host else None
+    usd, price = _price(host, labels, cost, own, machine, known, today)
+    intensity, carbon = _intensity(labels, cost, machine)
+    pue, pue_from = _pue(labels, cost, machine)
+    if intensity is not None:
+        carbon += f"; PUE {pue:g} ({pue_from})"
+    return Rate(usd, price, intensity, carbon, pue)
+
+
+def _price(
+    host: str,
+    labels: Mapping[str, str],
+    cost: CostSpec,
+    own: Own,
+    machine: tuple[str, Machine] | None,
+    known: Iterable[Instance] | None,
+    today: datetime.date,
+) -> tuple[float | None, str]:
+    if cost.usd_per_h is not None:
+        return cost.usd_per_h, f"${cost.usd_per_h:g}/h (cost.usd_per_h)"
+    spot = labels.get(MARKET, labels.get(RAY_MARKET, ON_DEMAND)) == SPOT
+    if USD_PER_HOUR in labels:
+        usd = _dollars(labels[USD_PER_HOUR], host)
+        snapshot = _labelled(labels, instances())
+        if snapshot is None or f"{snapshot.usd(spot) or 0:g}" != f"{usd:g}":
+            return usd, f"${usd:g}/h (label {USD_PER_HOUR})"
+    if machine is not None:
+        name, found = machine
+        return found.usd_per_h, f"{name}: ${found.usd_per_h:.4g}/h (your price file)"
+    if INSTANCE not in labels:
+        return None, f"price of {host} unknown: no label, no row in your price file"
+    here = _labelled(labels, overridden(own, instances() if known is None else known))
+    if here is None:
+        return None, f"price of {labels[INSTANCE]} unknown: not in the price list"
+    text, region = quote(here, spot, today), _region(labels)
+    if region and here.region != region:
+        text += f", taken for {region}"
+    return here.usd(spot), text
+
+
+def _provider(labels: Mapping[str, str]) -> str:
+    """Who rents the node out: as labelled, else who has such instances."""
+    here = _labelled(labels, instances())
+    return labels.get(PROVIDER, here.provider if here else "")
+
+
+def _region(labels: Mapping[str, str]) -> str:
+    return labels.get(REGION, labels.get(RAY_REGION, ""))
+
+
+def _labelled(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
+    """The instance that the labels name, in their region if the list has it there."""
+    name, provider = labels.get(INSTANCE), labels.get(PROVIDER)
+    same = [each for each in known if each.name == name and provider in (None, each.provider)]
+    here = [each for each in same if each.region == _region(labels)]
+    return next(iter(here or same), None)
+
+
+def _dollars(text: str, host: str) -> float:
+    try:
+        usd = float(text)
+    except ValueError:
+        usd = -1.0
+    if not 0 <= usd < float("inf"):
+        raise SpecError(f"node {host}: label {USD_PER_HOUR} must be a number (got {text!r})")
+    return usd
+
+
+def _intensity(
+    labels: Mapping[str, str], cost: CostSpec, machine: tuple[str, Machine] | None
+) -> tuple[float | None, str]:
+    if cost.g_co2e_per_kwh is not None:
+        return cost.g_co2e_per_kwh, f"{cost.g_co2e_per_kwh:g} g CO2e/kWh (cost.g_co2e_per_kwh)"
+    if machine is not None and machine[1].g_co2e_per_kwh is not None:
+        grams = machine[1].g_co2e_per_kwh
+        return grams, f"{grams:g} g CO2e/kWh (your price file)"
+    found = carbon_of(_provider(labels), _region(labels))
+    return (found.g_co2e_per_kwh, str(found)) if found else (None, "carbon of its grid unknown")
+
+
+def _pue(
+    labels: Mapping[str, str], cost: CostSpec, machine: tuple[str, Machine] | None
+) -> tuple[float, str]:
+    if cost.pue is not None:
+        return cost.pue, "cost.pue"
+    if machine is not None:
+        return machine[1].pue, "your price file"
+    return PUE.get(_provider(labels), (1.0, "unknown, so without overhead"))

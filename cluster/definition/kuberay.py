@@ -1,0 +1,250 @@
+"""From the spec of a cluster to manifests for KubeRay: RayCluster, RayJob, and MLflow beside them.
+
+Written for the operator 1.7. Its autoscaler needs pods that are never restarted in place, and its
+token authentication a Ray of 2.52 or newer that is named.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+from cluster.definition.commented_yaml import Noted, emit
+from cluster.definition.spec import (ClusterSpec, Kuberay, Mlflow, NodeType, Pod, Workers)
+
+RESTARTS = {"restartPolicy": "Never"}
+_HEADING = """{what} on Kubernetes with the KubeRay operator 1.7: `kubectl apply -f FILE`.
+Rendered by `heliostat cluster render --provider kuberay{option}` from
+cluster/definition/launch/heliostat.yaml. Lines marked EDIT are yours to change, here or there. All of Ray asks
+for a token, which KubeRay keeps in a secret. Nothing is open to the outside: the way in is
+`kubectl port-forward`."""
+
+
+def text(spec: ClusterSpec, job: bool) -> str:
+    """The manifests as one file."""
+    what, option = ("One job", " --job") if job else ("A cluster", "")
+    first, *rest = manifests(spec, job)
+    return "---\n".join([emit(first, _HEADING.format(what=what, option=option)), *map(emit, rest)])
+
+
+def manifests(spec: ClusterSpec, job: bool) -> list[dict[str, Any]]:
+    """A cluster that stays, or a job with a cluster of its own; and MLflow, which both share."""
+    kuberay = spec.kuberay
+    assert kuberay is not None
+    cluster = _cluster(spec, kuberay)
+    ray = _named(spec, "ray.io/v1", "RayCluster", spec.name, cluster)
+    if job:
+        body = {
+            "entrypoint": Noted(kuberay.job, "EDIT, with `storage` where all pods reach it"),
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "submissionMode": "K8sJobMode",
+            "rayClusterSpec": cluster,
+        }
+        ray = _named(spec, "ray.io/v1", "RayJob", f"{spec.name}-job", body)
+    return [ray, *_mlflow(spec, kuberay)]
+
+
+def _named(
+    spec: ClusterSpec, api: str, kind: str, name: str, body: dict[str, Any]
+) -> dict[str, Any]:
+    assert spec.kuberay is not None
+    metadata = {"name": name, "namespace": spec.kuberay.namespace, "labels": _labels(spec)}
+    return {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": body}
+
+
+def _labels(spec: ClusterSpec) -> dict[str, str]:
+    return {"app.kubernetes.io/part-of": spec.name, **spec.tags}
+
+
+def _cluster(spec: ClusterSpec, kuberay: Kuberay) -> dict[str, Any]:
+    auth: dict[str, Any] = {"mode": "token"}
+    if kuberay.token_secret is not None:
+        auth["secretName"] = kuberay.token_secret
+    head = {
+        "resources": _handed_out(spec.head.cpus or 0, spec.head.gpus or 0),
+        "rayStartParams": {
+            "dashboard-host": "0.0.0.0"
+        },  # the service's way in; it asks for a token
+        "template": _template(spec, "head", spec.head),
+    }
+    cluster: dict[str, Any] = {
+        "rayVersion": version("ray"),
+        "authOptions": auth,
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {
+            "version": "v2",
+            "idleTimeoutSeconds": round(spec.idle_minutes * 60),
+        },
+    }
+    if spec.state is not None:
+        cluster["gcsFaultToleranceOptions"] = _state(spec.name, spec.state)
+    cluster["headGroupSpec"] = _with_labels(head, spec.head)
+    cluster["workerGroupSpecs"] = [_group(spec, name, kind) for name, kind in spec.workers.items()]
+    return cluster
+
+
+def _state(name: str, state: str) -> dict[str, Any]:
+    """Ray's own state on a volume that KubeRay makes, or in the user's Redis."""
+    if state.startswith("redis://"):
+        address = state.removeprefix("redis://").rstrip("/")
+        return {"backend": "redis", "redisAddress": address, "externalStorageNamespace": name}
+    return {"backend": "rocksdb", "storage": {"size": "1Gi", "subPath": state.strip("/~")}}
+
+
+def _group(spec: ClusterSpec, name: str, kind: Workers) -> dict[str, Any]:
+    assert spec.kuberay is not None
+    pod = spec.kuberay.pods[name]
+    cpus = pod.cpus if kind.cpus is None else kind.cpus
+    gpus = pod.gpus if kind.gpus is None else kind.gpus
+    group = {
+        "groupName": name,
+        "replicas": kind.min,
+        "minReplicas": kind.min,
+        "maxReplicas": Noted(kind.max, "EDIT: how many the bill can bear"),
+        "resources": _handed_out(cpus, gpus),
+        "rayStartParams": {},
+        "template": _template(spec, name, kind),
+    }
+    return _with_labels(group, kind)
+
+
+def _handed_out(cpus: int, gpus: int) -> dict[str, str]:
+    return {"CPU": str(cpus)} | ({"GPU": str(gpus)} if gpus else {})
+
+
+def _with_labels(group: dict[str, Any], kind: NodeType) -> dict[str, Any]:
+    return group | ({"labels": dict(kind.labels)} if kind.labels else {})
+
+
+def _template(spec: ClusterSpec, name: str, kind: NodeType) -> dict[str, Any]:
+    """A pod of one kind. Requests are limits, so that nobody on the machine takes its share."""
+    kuberay = spec.kuberay
+    assert kuberay is not None
+    pod = kuberay.pods[name]
+    container = {
+        "name": "ray-head" if name == "head" else "ray-worker",
+        "image": Noted(kuberay.image, "EDIT: Ray and your checkout in one image"),
+        "env": _environment(spec, kuberay),
+        "resources": _requests(pod, kind, kuberay),
+        "securityContext": {"allowPrivilegeEscalation": False},
+    }
+    if name == "head":
+        ports = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+        container["ports"] = [{"name": key, "containerPort": port} for key, port in ports.items()]
+    metadata: dict[str, Any] = {"labels": _labels(spec)}
+    if spec.metrics:
+        metadata["annotations"] = {"prometheus.io/scrape": "true", "prometheus.io/port": "8080"}
+    body: dict[str, Any] = {**RESTARTS, "containers": [container]}
+    tolerations = []
+    if pod.gpus:
+        tolerations.append(_tolerated(kuberay.gpu_resource))
+    if isinstance(kind, Workers) and kind.spot and kuberay.spot_label is not None:
+        key, value = kuberay.spot_label.split("=")
+        tolerations.append(_tolerated(key))
+        body["affinity"] = {"nodeAffinity": _affinity(key, value, spec.fallback_after_s is None)}
+    if tolerations:
+        body["tolerations"] = tolerations
+    return {"metadata": metadata, "spec": body}
+
+
+def _tolerated(taint: str) -> dict[str, str]:
+    return {"key": taint, "operator": "Exists", "effect": "NoSchedule"}
+
+
+def _affinity(key: str, value: str, only: bool) -> dict[str, Any]:
+    """On spot alone, or where there is none on demand: here Kubernetes decides, at once."""
+    term = {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]}
+    if only:
+        return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+    wish = {"weight": 100, "preference": term}
+    return {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}
+
+
+def _requests(pod: Pod, kind: NodeType, kuberay: Kuberay) -> dict[str, Any]:
+    asked: dict[str, Any] = {
+        "cpu": str(pod.cpus),
+        "memory": f"{pod.memory_gb}Gi",
+        "ephemeral-storage": f"{kind.disk_gb}Gi",
+    }
+    if pod.gpus:
+        asked[kuberay.gpu_resource] = str(pod.gpus)
+    return {"requests": asked, "limits": asked}
+
+
+def _environment(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
+    uri = f"http://{spec.name}-mlflow:{spec.mlflow.port}"
+    told: list[dict[str, Any]] = [{"name": "MLFLOW_TRACKING_URI", "value": uri}]
+    if spec.storage is not None:
+        told.append({"name": "HELIOSTAT_STORAGE", "value": spec.storage})
+    if spec.mlflow.auth:
+        told.append({"name": "MLFLOW_TRACKING_USERNAME", "value": "admin"})
+        told.append(_secret("MLFLOW_TRACKING_PASSWORD", kuberay))
+    return told
+
+
+def _secret(variable: str, kuberay: Kuberay) -> dict[str, Any]:
+    source = {"name": kuberay.token_secret, "key": "mlflow_password"}
+    return {"name": variable, "valueFrom": {"secretKeyRef": source}}
+
+
+def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
+    """MLflow outlives both: a deployment with a volume, for this cluster's pods alone."""
+    name, port = f"{spec.name}-mlflow", spec.mlflow.port
+    chosen = {"app.kubernetes.io/name": name}
+    container = {
+        "name": "mlflow",
+        "image": kuberay.image,
+        "command": ["mlflow", "server", *_server(spec.mlflow, name)],
+        "env": [],
+        "ports": [{"name": "http", "containerPort": port}],
+        "volumeMounts": [{"name": "data", "mountPath": "/mlflow"}],
+        "securityContext": {"allowPrivilegeEscalation": False},
+    }
+    if spec.mlflow.auth:
+        container["env"] = [
+            _secret("MLFLOW_AUTH_ADMIN_PASSWORD", kuberay),
+            _secret("MLFLOW_FLASK_SERVER_SECRET_KEY", kuberay),
+        ]
+        container["workingDir"] = "/mlflow"  # where it keeps its users
+    claim = {"persistentVolumeClaim": {"claimName": name}}
+    template = {
+        "metadata": {"labels": _labels(spec) | chosen},
+        "spec": {"containers": [container], "volumes": [{"name": "data", **claim}]},
+    }
+    selector = {"matchLabels": chosen}
+    deployment = {
+        "replicas": 1,
+        "strategy": {"type": "Recreate"},
+        "selector": selector,
+        "template": template,
+    }
+    friends = {"podSelector": {"matchLabels": {"app.kubernetes.io/part-of": spec.name}}}
+    policy = {
+        "podSelector": selector,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [friends], "ports": [{"port": port}]}],
+    }
+    volume = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": f"{spec.head.disk_gb}Gi"}},
+    }
+    service = {"selector": chosen, "ports": [{"name": "http", "port": port}]}
+    return [
+        _named(spec, "apps/v1", "Deployment", name, deployment),
+        _named(spec, "v1", "Service", name, service),
+        _named(spec, "v1", "PersistentVolumeClaim", name, volume),
+        _named(spec, "networking.k8s.io/v1", "NetworkPolicy", name, policy),
+    ]
+
+
+def _server(mlflow: Mlflow, name: str) -> list[str]:
+    options = {
+        "--host": "0.0.0.0",  # the pod's; who may come is the policy's business
+        "--port": str(mlflow.port),
+        "--workers": "1",
+        "--allowed-hosts": f"{name}:{mlflow.port},127.0.0.1:*,localhost:*",
+        "--backend-store-uri": mlflow.database or "sqlite:////mlflow/mlflow.db",
+        "--artifacts-destination": mlflow.artifacts or "/mlflow/artifacts",
+    }
+    if mlflow.auth:
+        options["--app-name"] = "basic-auth"
+    return [word for pair in options.items() for word in pair]

@@ -1,0 +1,320 @@
+"""The lines of shell that run on a cluster's hosts: set-up, the head's start, a worker's start.
+
+Each line stands alone, since Ray's launcher runs each in a shell of its own, and may be run again
+on a host where it has been run before: nothing is started twice, and nothing that runs is stopped.
+"""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+
+from cluster.definition.commented_yaml import Text
+from cluster.base.labels import USD_PER_HOUR
+from cluster.definition.spec import ClusterSpec, Provider
+
+PROJECT = "~/heliostat"
+"""Where this checkout is on the hosts."""
+TOKEN = "~/.ray/auth_token"
+MARK = "HELIOSTAT_CLUSTER"
+"""In the environment of all that these lines start: the cluster's name, for `down` to find it."""
+HOME = "~/.heliostat"
+"""What runs beside Ray on a host keeps its files here."""
+POSTGRES = "postgresql://mlflow@db.internal/mlflow"
+S3 = "s3://my-bucket/mlflow"
+CLIENTS = {
+    "aws": ["boto3"],
+    "gcp": ["google-api-python-client"],
+    "azure": [
+        "azure-core==1.35.0",
+        "azure-identity==1.23.1",
+        "azure-mgmt-compute==35.0.0",
+        "azure-mgmt-network==29.0.0",
+        "azure-mgmt-resource==24.0.0",
+        "azure-common==1.1.28",
+        "msrest==0.7.1",
+        "msrestazure==0.6.4.post1",
+    ],
+}
+"""What Ray's launcher and autoscaler ask a cloud with; Azure's as Ray 2.60 has them."""
+
+_DETECTION = {
+    "RAY_health_check_initial_delay_ms": 0,
+    "RAY_health_check_period_ms": 1000,
+    "RAY_health_check_timeout_ms": 2500,
+    "RAY_health_check_failure_threshold": 3,
+}
+"""A node that is silent for 10 s is dead, and one that is busy for 6 s is not."""
+_AUTOSCALER = {"AUTOSCALER_HEARTBEAT_TIMEOUT_S": 10, "AUTOSCALER_UPDATE_INTERVAL_S": 2}
+"""How soon Ray is started again on a host that is back; 30 and 5 s otherwise."""
+_AUTH_SETTINGS = (
+    "[mlflow]\\ndefault_permission = NO_PERMISSIONS\\ndatabase_uri = sqlite:///auth.db\\n"
+    "admin_username = admin\\nauth_cache_ttl_seconds = 60\\n"
+    "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\\n"
+)
+"""For `printf`. Without the cache each request costs a slow hash of the password."""
+_ADDRESS = (
+    "$(hostname -I | cut -d' ' -f1)",
+    '$(grep -o \'"head_ip": "[^"]*\' ~/ray_bootstrap_config.yaml | cut -d\'"\' -f4)',
+)
+"""The head's on the private network: a machine of a cloud has one, other hosts may have several."""
+_RECONNECT_S = 600
+"""How long workers wait for a head that keeps its state; 60 s otherwise."""
+
+
+def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """On every host, once: the environment at the versions of constraints.txt."""
+    owned = Text([f"mkdir -p {HOME} && chmod 700 {HOME} ~/.ray && chmod 600 {TOKEN}"])
+    shells = Text(
+        [
+            "grep -qs RAY_AUTH_MODE ~/.bashrc || {",
+            f"{{ echo 'export RAY_AUTH_MODE=token PATH={spec.venv}/bin:$PATH';",
+            "cat ~/.bashrc; } > ~/.bashrc.new 2>/dev/null; mv ~/.bashrc.new ~/.bashrc; }",
+        ]
+    )
+    if spec.setup == "installed":
+        return [owned, shells]
+    extras = CLIENTS.get(provider, []) + _mlflow_packages(spec)
+    return [
+        Text(
+            [
+                f"{spec.python} -c 'import ensurepip' 2>/dev/null ||",
+                "($(command -v sudo) apt-get update -qq -o DPkg::Lock::Timeout=600 &&",
+                "$(command -v sudo) apt-get install -y -qq -o DPkg::Lock::Timeout=600",
+                "python3-venv)",
+            ]
+        ),
+        Text([f"test -x {spec.venv}/bin/python || {spec.python} -m venv {spec.venv}"]),
+        Text(
+            [
+                _pip(spec),
+                " ".join([PROJECT, *extras]),
+            ]
+        ),
+        owned,
+        shells,
+    ]
+
+
+def head_setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """On the head alone, once. Ray's launcher opens SSH to the world on AWS; this shuts it."""
+    if provider != "aws" or spec.aws is None:
+        return []
+    group = f"--group {spec.name} --region {spec.aws.region}"
+    return [Text([f"{spec.venv}/bin/python -m cluster.lifecycle.aws_ssh_ingress {group}"])]
+
+
+def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """On the head, at every `up`: Ray, the MLflow server and the agent.
+
+    What a head that died in part has left would keep the new one from its port, so it is stopped.
+    """
+    address = _ADDRESS[provider == "local"]
+    exports = [*_exports(spec, address), *_assignments(_DETECTION)]
+    if provider == "local":
+        exports += _assignments(_AUTOSCALER)
+    if spec.state is not None:
+        exports.append(_state(spec))
+    resources = {"CPU": 0}
+    if provider == "local" and spec.local is not None:
+        resources = spec.local.head_resources
+    start = [
+        "ray start --head --port=6379 --dashboard-host=127.0.0.1 --disable-usage-stats",
+        "--autoscaling-config=~/ray_bootstrap_config.yaml",
+        *_resources(resources if provider == "local" else {}),
+        *_labels(spec, provider),
+    ]
+    folder = [] if spec.state is None or "://" in spec.state else [f"mkdir -p {spec.state};"]
+    lines = [
+        *_export(exports),
+        *folder,
+        f"{_running('gcs_server')} && {_running('raylet')} || {{",
+        f"if {_running('gcs_server')} || {_running('raylet')};",
+        "then ray stop --force >/dev/null; fi;",
+        "ulimit -n 65536;",
+        *start[:-1],
+        f"{start[-1]}; }}",
+    ]
+    return [Text(lines), _mlflow(spec, address), *_programs(spec, provider, head=True)]
+
+
+def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
+    """On a worker, at its birth and when Ray has to be started again on it.
+
+    Where one runs no second raylet is started: a replaced head starts Ray on all its hosts.
+    """
+    exports = _exports(spec, "$RAY_HEAD_IP")
+    if spec.state is not None:
+        exports.append(f"RAY_gcs_rpc_server_reconnect_timeout_s={_RECONNECT_S}")
+    start = ["ray start --address=$RAY_HEAD_IP:6379 --disable-usage-stats"]
+    if provider == "local" and spec.local is not None:
+        start += _resources(spec.local.worker_resources)
+    start += _labels(spec, provider)
+    lines = [
+        *_export(exports),
+        f"{_running('raylet')} || {{ ulimit -n 65536;",
+        *start[:-1],
+        f"{start[-1]}; }}",
+    ]
+    if provider == "local":
+        # Ray never comes back to a host of its own on which this has failed once.
+        lines[-1] += " || true"
+    return [Text(lines), *_programs(spec, provider, head=False)]
+
+
+def _exports(spec: ClusterSpec, head: str) -> list[str]:
+    """What Ray, its workers and jobs find in their environment."""
+    port = spec.mlflow.port
+    exports = [
+        f"PATH={spec.venv}/bin:$PATH",
+        f"RAY_AUTH_MODE=token {_mark(spec)}",
+        f"MLFLOW_TRACKING_URI=http://{head}:{port}",
+    ]
+    if spec.storage is not None:
+        exports.append(f"HELIOSTAT_STORAGE={spec.storage}")
+    if spec.mlflow.auth:
+        exports.append(f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password()}")
+    return exports
+
+
+def _mark(spec: ClusterSpec) -> str:
+    return f"{MARK}={spec.name}"
+
+
+def _export(exports: list[str]) -> list[str]:
+    first, *rest = exports
+    return [f"export {first}", *rest[:-1], f"{rest[-1]};"]
+
+
+def _assignments(values: Mapping[str, object]) -> list[str]:
+    """Two to a line."""
+    each = [f"{name}={value}" for name, value in values.items()]
+    return [" ".join(each[at : at + 2]) for at in range(0, len(each), 2)]
+
+
+def _state(spec: ClusterSpec) -> str:
+    """Ray's own state where it outlives the head: RocksDB in a folder, or the user's Redis."""
+    assert spec.state is not None
+    if spec.state.startswith("redis://"):
+        host = spec.state.removeprefix("redis://").rstrip("/")
+        return f"RAY_REDIS_ADDRESS={host} RAY_external_storage_namespace={spec.name}"
+    return f"RAY_gcs_storage=rocksdb RAY_gcs_storage_path={spec.state}"
+
+
+def _running(program: str) -> str:
+    return f'pgrep -u "$(id -u)" -x {program} >/dev/null'
+
+
+def _resources(resources: Mapping[str, int]) -> list[str]:
+    """Options of `ray start`; what Ray has no option for goes into one."""
+    options = {"CPU": "num-cpus", "GPU": "num-gpus", "memory": "memory"}
+    options["object_store_memory"] = "object-store-memory"
+    known = [f"--{options[key]}={value}" for key, value in resources.items() if key in options]
+    other = {key: value for key, value in resources.items() if key not in options}
+    if other:
+        known.append(f"--resources={shlex.quote(json.dumps(other))}")
+    return [" ".join(known)] if known else []
+
+
+def _labels(spec: ClusterSpec, provider: Provider) -> list[str]:
+    """On hosts of one's own; a cloud's node types have theirs in the file."""
+    if provider != "local" or spec.local is None or spec.local.usd_per_hour is None:
+        return []
+    return [f"--labels={USD_PER_HOUR}={spec.local.usd_per_hour:g}"]
+
+
+def _mlflow_packages(spec: ClusterSpec) -> list[str]:
+    packages = ["'mlflow[auth]'"] if spec.mlflow.auth else []
+    if spec.mlflow.database is not None and spec.mlflow.database.startswith("postgresql"):
+        packages.append("'psycopg[binary]'")
+    if spec.mlflow.artifacts is not None and spec.mlflow.artifacts.startswith("s3:"):
+        packages.append("boto3")
+    return packages
+
+
+def mlflow_password(token: str) -> str:
+    """What MLflow asks for where `mlflow.auth` is set, of the user `admin`.
+
+    It follows from the cluster's token, so that there is no second secret to hand around.
+    """
+    return hashlib.sha256(f"mlflow:{token}".encode()).hexdigest()[:32]
+
+
+def _password() -> str:
+    """The same, worked out on a host."""
+    return f"$(printf 'mlflow:%s' \"$(cat {TOKEN})\" | sha256sum | cut -c1-32)"
+
+
+def _mlflow(spec: ClusterSpec, address: str) -> Text:
+    """The server, on the private address alone, for clients that call it by that or by a tunnel.
+
+    A tunnel finds the address in a file, since the head's private one is not known outside.
+    """
+    mlflow = spec.mlflow
+    lines = [
+        f"export PATH={spec.venv}/bin:$PATH {_mark(spec)} HELIOSTAT_IP={address}",
+        f"mkdir -p {HOME}/mlflow && cd {HOME}/mlflow",
+        f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOME}/mlflow_uri",
+        "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",
+        f"export MLFLOW_BACKEND_STORE_URI={shlex.quote(mlflow.database or 'sqlite:///mlflow.db')}",
+        f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
+    ]
+    if mlflow.database is None:
+        other = f"export MLFLOW_BACKEND_STORE_URI={POSTGRES}"
+        lines.append(f"# {_pip(spec)} 'psycopg[binary]'; {other}")
+    if mlflow.artifacts is None:
+        lines.append(f"# {_pip(spec)} boto3; export MLFLOW_ARTIFACTS_DESTINATION={S3}")
+    application = ""
+    if mlflow.auth:
+        application = " --app-name basic-auth"
+        lines += [
+            f"printf '{_AUTH_SETTINGS}' > auth.ini",
+            f"export MLFLOW_AUTH_CONFIG_PATH=auth.ini MLFLOW_AUTH_ADMIN_PASSWORD={_password()}",
+            "export MLFLOW_FLASK_SERVER_SECRET_KEY=$MLFLOW_AUTH_ADMIN_PASSWORD",
+        ]
+    lines += [
+        # The lock is held as long as the server lives: a second one ends at once.
+        # Ray's agents, which end a node that they do not reach in 15 s of its start, come first.
+        f"setsid nohup nice flock -n {HOME}/mlflow.lock \\",
+        f"  mlflow server --workers 1 --host $HELIOSTAT_IP --port {mlflow.port}{application} \\",
+        f'  --allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*" \\',
+        f"  >>{HOME}/mlflow.log 2>&1 </dev/null &",
+    ]
+    return Text(lines, kept=True)
+
+
+def _pip(spec: ClusterSpec) -> str:
+    return f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt"
+
+
+def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
+    """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
+    programs = _head_programs(spec, provider) if head else {}
+    if provider != "local":
+        programs["agent"] = provider  # hears the cloud's notices
+    said = []
+    for program, argument in programs.items():
+        lock = f"flock -n {HOME}/{program}.lock " if program in ("furnish", "keeper") else ""
+        said.append(
+            Text(
+                [
+                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
+                    f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
+                    f">>{HOME}/{program}.log 2>&1 </dev/null &",
+                ]
+            )
+        )
+    return said
+
+
+def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
+    """Modules of ours with their argument."""
+    programs = {"keeper": ""}  # starts jobs again whose driver was lost
+    spot = any(kind.spot for kind in spec.workers.values())
+    if provider == "local":
+        programs["furnish"] = ""  # sets up hosts that come back as empty machines
+    elif spot and spec.fallback_after_s is not None:
+        programs["fallback"] = f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
+    if spec.metrics:
+        programs["monitor"] = ""  # starts Prometheus and Grafana
+    return programs

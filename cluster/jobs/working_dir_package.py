@@ -1,0 +1,153 @@
+"""The working folder as a package that a cluster can run: what goes along, and what must not.
+
+What git would ignore stays here, by git itself: all of its rules hold, in a folder that is no
+repository too.
+"""
+
+import fnmatch
+import hashlib
+import io
+import os
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.base.errors import SpecError
+from cluster.jobs.secret_scan import suspects
+
+LIMIT_BYTES = 256 << 20
+"""Ray takes packages of up to 512 MiB and keeps them in the memory of the head's GCS."""
+
+NEVER = (".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
+         "mlflow.db", "mlartifacts", "node_modules", ".DS_Store")  # fmt: skip
+"""What is never code, whatever git says: environments, caches, and what runs write."""
+
+OURS = Path(__file__).resolve().parent.parent
+"""Heliostat's own checkout or installation, of which the cluster has one of its own."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A folder's files as one zip, named by what is in it."""
+
+    data: bytes
+    files: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """The same for the same files, so that it is sent once."""
+        return f"_ray_pkg_{hashlib.sha256(self.data).hexdigest()[:40]}.zip"
+
+    @property
+    def uri(self) -> str:
+        return f"gcs://{self.name}"
+
+
+def pack(folder: Path, needed: Iterable[Path] = (), exclude: Iterable[str] = ()) -> Package:
+    """The files of `folder` that git does not ignore, and the `needed` ones that it does.
+
+    `exclude` are patterns of paths or names that stay here. SpecError for files that look like
+    keys, and for a folder that is too large, with a line for each file.
+    """
+    files = listed(folder, exclude)
+    files = sorted({*files, *(path for path in needed if (folder / path).is_file())})
+    found = suspects(folder, files)
+    if found:
+        raise SpecError(
+            "\n".join(found) + "\nnothing was sent; move these files out of the folder, "
+            "name them in .gitignore or give --exclude"
+        )
+    sizes = {path: (folder / path).stat().st_size for path in files}
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = sorted(files, key=lambda path: sizes[path], reverse=True)[:5]
+        raise SpecError(
+            "\n".join(f"{path}: {mebibytes(sizes[path])}" for path in largest)
+            + f"\nthe folder has {mebibytes(total)}, more than the {mebibytes(LIMIT_BYTES)} that "
+            "are sent along; name large files in .gitignore, give --exclude, and keep data on "
+            "storage that the cluster can see"
+        )
+    return Package(_zipped(folder, files), tuple(files))
+
+
+def listed(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
+    """The files below `folder` that git does not ignore, relative to it, sorted."""
+    excluded = (*NEVER, *exclude)
+    own = {
+        name
+        for name in ("cluster", "trainers", "tuning")
+        if (folder / name).resolve() == OURS / name
+    }
+    return sorted(
+        path
+        for path in map(Path, _git_files(folder))
+        if path.parts[0] not in own
+        and not any(_matches(path, pattern) for pattern in excluded)
+        and (folder / path).is_file()  # not deleted, and no link to a folder
+    )
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    """Whether the path, one of its folders, or the name of one of these fits the pattern.
+
+    With a slash before it, a pattern is for the path alone.
+    """
+    wanted = pattern.strip("/").removeprefix("./")
+    folders = [path, *path.parents][:-1]
+    return any(
+        fnmatch.fnmatch(part.as_posix(), wanted)
+        or (not pattern.startswith("/") and fnmatch.fnmatch(part.name, wanted))
+        for part in folders
+    )
+
+
+def _git_files(folder: Path) -> list[str]:
+    """What git sees in a folder, with a repository of its own where the folder has none."""
+    flags = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    inside = _git(["-C", str(folder), "rev-parse", "--is-inside-work-tree"])
+    if inside is None or inside.strip() != "true":
+        with tempfile.TemporaryDirectory() as empty:
+            if _git(["init", "--quiet", "--bare", empty]) is None:
+                return _without_git(folder)
+            place = [f"--git-dir={empty}", f"--work-tree={folder}", "-c", "core.bare=false"]
+            names = _git(["-C", str(folder), *place, *flags]) or ""
+    else:
+        names = _git(["-C", str(folder), *flags]) or ""
+    return [name for name in names.split("\0") if name]
+
+
+def _git(arguments: list[str]) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def _without_git(folder: Path) -> list[str]:
+    if any(folder.rglob(".gitignore")):
+        raise SpecError("git: is needed to tell what .gitignore names; install it")
+    names = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in NEVER]
+        names += [str((Path(place) / name).relative_to(folder)) for name in files]
+    return names
+
+
+def _zipped(folder: Path, files: Iterable[Path]) -> bytes:
+    """The same bytes for the same files, whenever they were written."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as package:
+        for path in files:
+            entry = zipfile.ZipInfo(path.as_posix())  # of 1980, as zip counts
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = ((folder / path).stat().st_mode & 0o777) << 16
+            package.writestr(entry, (folder / path).read_bytes())
+    return target.getvalue()
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / (1 << 20):,.1f} MiB"

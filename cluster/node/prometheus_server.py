@@ -1,0 +1,111 @@
+"""Prometheus and Grafana on the head: what one line of the cluster's file (`metrics`) starts.
+
+    python -m cluster.node.prometheus_server
+
+Both listen on the head's loopback alone, since what Ray exports asks for no token. Prometheus takes
+its targets from the list of nodes that Ray keeps; where it is not installed its release is fetched.
+Grafana is started where it is installed, with Ray's settings, and finds our dashboard beside Ray's.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from pathlib import Path
+
+from cluster.node.preemption_agent import PLACE, say, take_over
+
+DASHBOARD = Path(__file__).parent / "data" / "grafana.json"
+SESSION = Path("/tmp/ray/session_latest/metrics")
+"""Where Ray's head writes the configuration of Prometheus and Grafana."""
+PROMETHEUS = "3.5.0"
+"""The release that is fetched, of Prometheus' long-term support."""
+_RELEASES = "https://github.com/prometheus/prometheus/releases/download"
+
+
+def install_dashboard(session: Path = SESSION) -> Path:
+    """Put our dashboard beside Ray's, where Grafana finds it; Ray has to be there."""
+    folder = session / "grafana" / "dashboards"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(DASHBOARD, folder / "heliostat_grafana_dashboard.json"))
+
+
+def prometheus_command(home: Path, session: Path = SESSION) -> list[str] | None:
+    """How Prometheus is started here; None where there is none and none can be fetched."""
+    program = shutil.which("prometheus") or _fetched(home / f"prometheus-{PROMETHEUS}")
+    if program is None:
+        return None
+    return [
+        str(program),
+        f"--config.file={session / 'prometheus' / 'prometheus.yml'}",
+        f"--storage.tsdb.path={home / 'prometheus'}",
+        "--web.listen-address=127.0.0.1:9090",
+    ]
+
+
+def grafana_command(session: Path = SESSION) -> list[str] | None:
+    """How Grafana is started here, with Ray's settings; None where it is not installed."""
+    program = shutil.which("grafana")
+    home = Path("/usr/share/grafana")
+    if program is None or not home.exists():
+        return None
+    return [program, "server", f"--homepath={home}", f"--config={session / 'grafana/grafana.ini'}"]
+
+
+def _fetched(folder: Path) -> Path | None:
+    """The program in Prometheus' own release for this machine, fetched once."""
+    program = folder / "prometheus"
+    if program.exists():
+        return program
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine)
+    name = f"prometheus-{PROMETHEUS}.linux-{machine}"
+    building = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        url = f"{_RELEASES}/v{PROMETHEUS}/{name}.tar.gz"
+        with (
+            urllib.request.urlopen(url, timeout=60) as data,
+            tarfile.open(fileobj=data, mode="r|gz") as archive,
+        ):
+            archive.extractall(building, filter="data")
+        (building / name).rename(folder)
+    except OSError as error:
+        say(f"Prometheus {PROMETHEUS} cannot be fetched: {error}")
+        return None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return program
+
+
+def main() -> None:
+    """Start what there is, and stay until all of it has ended."""
+    home = PLACE.expanduser().parent
+    take_over(home / "metrics.pid")
+    while not (SESSION / "prometheus" / "prometheus.yml").exists():  # the dashboard writes it
+        time.sleep(1)
+    say(f"dashboard: {install_dashboard()}")
+    programs = {"Prometheus": prometheus_command(home), "Grafana": grafana_command()}
+    running = []
+    environment = {**os.environ, "GF_SERVER_HTTP_ADDR": "127.0.0.1"}
+    for name, command in programs.items():
+        if command is None:
+            say(f"{name} is not here")
+            continue
+        say(f"{name}: {' '.join(command)}")
+        running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+    try:
+        for process in running:
+            process.wait()
+    finally:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    main()

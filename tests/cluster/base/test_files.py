@@ -1,0 +1,74 @@
+"""Files and folders are whole or not there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.base.files import cache_folder, commit_folder, write_atomic
+
+
+def test_write_atomic_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(path, "first")
+    write_atomic(path, "zweite Fassung: ü\n")
+    assert path.read_bytes() == "zweite Fassung: ü\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_of_an_atomic_file_see_one_text_or_the_other(tmp_path: Path) -> None:
+    """While another process replaces a file of a megabyte again and again."""
+    path = tmp_path / "state"
+    texts = {"a" * 1_000_000, "b" * 1_000_000}
+    write_atomic(path, max(texts))
+    code = (
+        "from pathlib import Path; from cluster.base.files import write_atomic\n"
+        f"path = Path({str(path)!r})\n"
+        "for _ in range(20):\n"
+        "    write_atomic(path, 'a' * 1_000_000); write_atomic(path, 'b' * 1_000_000)\n"
+    )
+    seen = set()
+    with subprocess.Popen([sys.executable, "-c", code]) as writer:
+        while writer.poll() is None:
+            seen.add(path.read_text())
+    assert writer.returncode == 0
+    assert seen <= texts
+    assert len(seen) == 2
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")  # a lone surrogate has no UTF-8
+    assert path.read_text() == "old"
+
+
+def test_commit_folder_gives_a_tree_its_name(tmp_path: Path) -> None:
+    building, final = tmp_path / ".building", tmp_path / "final"
+    (building / "inner").mkdir(parents=True)
+    (building / "inner" / "file").write_text("content")
+    commit_folder(building, final)
+    assert (final / "inner" / "file").read_text() == "content"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_commit_folder_does_not_replace_what_is_there(tmp_path: Path) -> None:
+    building, final = tmp_path / ".building", tmp_path / "final"
+    for folder, content in ((building, "new"), (final, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+    with pytest.raises(OSError, match="not empty"):
+        commit_folder(building, final)
+    assert (final / "file").read_text() == "old"
+    assert (building / "file").read_text() == "new"
+
+
+def test_the_cache_folder_is_this_users_alone() -> None:
+    folder = cache_folder()
+    assert folder == cache_folder()
+    status = folder.stat()
+    assert status.st_uid == os.getuid()
+    assert status.st_mode & 0o077 == 0

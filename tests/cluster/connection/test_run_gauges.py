@@ -1,0 +1,136 @@
+"""Metrics of a real run at Ray's own exporter, and the dashboard that shows them."""
+
+import json
+import os
+import re
+import signal
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.connection import run_gauges
+from cluster.base.config import write_yaml
+from cluster.connection.run_gauges import GAUGES, RunGauges
+from cluster.node.prometheus_server import DASHBOARD, install_dashboard, prometheus_command
+
+AT_WORK = {
+    "heliostat_step_seconds",
+    "heliostat_samples_per_second",
+    "heliostat_goodput_ratio",
+    "heliostat_trials",
+}
+
+
+def scrape() -> str:
+    """What Prometheus is told by all nodes of the shared Ray."""
+    import ray
+
+    texts = []
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            texts.append(answer.read().decode())
+    return "\n".join(texts)
+
+
+def values(text: str, run: str) -> dict[str, float]:
+    """Our gauges of a run."""
+    found = re.finditer(r'^ray_(heliostat_\w+)\{.*\brun="(.*?)".*\} (\S+)$', text, re.MULTILINE)
+    return {match[1]: float(match[3]) for match in found if match[2] == run}
+
+
+def test_a_run_and_what_its_dashboard_asks_for(
+    heliostat: Any, spirals_source: str, wait_until: Callable[..., None]
+) -> None:
+    """The run goes on until it has been seen."""
+    (heliostat.folder / "spirals.py").write_text(spirals_source)
+    spec = {
+        "workload": "spirals:Spirals",
+        "train": {"steps": 10_000_000, "global_batch": 20, "evaluate_every": 100},
+    }
+    write_yaml(spec, heliostat.folder / "s.yaml")
+    process = heliostat.start("train", "s.yaml", "--name", "seen")
+    try:
+        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK)
+        text = scrape()
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 130, output
+    seen = values(text, "seen")
+    assert 0 < seen["heliostat_goodput_ratio"] <= 1
+    assert seen["heliostat_trials"] == 1
+    rate = 20 / seen["heliostat_step_seconds"]
+    assert seen["heliostat_samples_per_second"] == pytest.approx(rate, rel=0.01)
+    exported = set(re.findall(r"^(ray_\w+)[{ ]", text, re.MULTILINE))
+    unknown = asked_for() - {f"ray_{name}" for name in GAUGES} - exported
+    assert not unknown, "the dashboard asks for what nobody exports"
+
+
+def asked_for() -> set[str]:
+    """The names of metrics in the dashboard's queries."""
+    return set(re.findall(r"\bray_\w+", DASHBOARD.read_text()))
+
+
+def test_the_dashboard_shows_all_that_is_ours() -> None:
+    assert asked_for() >= {f"ray_{name}" for name in GAUGES}
+    board = json.loads(DASHBOARD.read_text())
+    places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+    assert len({panel["id"] for panel in board["panels"]}) == len(places)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is exported of the only run."""
+    found: dict[str, float] = {}
+
+    def set_gauge(name: str, value: float, run: str) -> None:
+        assert name in GAUGES
+        assert run == "sweep"
+        found[name] = value
+
+    monkeypatch.setattr(run_gauges, "set_gauge", set_gauge)
+    return found
+
+
+def test_trials_are_added_up_while_they_last(told: dict[str, float]) -> None:
+    gauges = RunGauges()
+    for trial, rate in (("0000", 100.0), ("0001", 300.0)):
+        rows = [("perf/samples_per_s", rate, 1, 0), ("perf/step_s", 10 / rate, 1, 0)]
+        gauges.take(f"sweep/{trial}", rows)
+    assert told["heliostat_trials"] == 2
+    assert told["heliostat_samples_per_second"] == 400
+    assert told["heliostat_step_seconds"] == pytest.approx((0.1 + 0.1 / 3) / 2)
+    gauges.finish("sweep/0000")
+    assert (told["heliostat_trials"], told["heliostat_samples_per_second"]) == (1, 300)
+    gauges.finish("sweep/0001")
+    assert (told["heliostat_trials"], told["heliostat_samples_per_second"]) == (0, 0)
+
+
+def test_watts_and_dollars_per_hour_are_the_growth_of_totals(told: dict[str, float]) -> None:
+    gauges = RunGauges()
+    gauges.take("sweep", [("energy_j", 1000.0, 30, 30_000), ("cost_usd", 0.10, 30, 30_000)])
+    assert "heliostat_watts" not in told  # one point has no growth
+    gauges.take("sweep/0000", [("energy_j", 7.0, 40, 40_000)])  # a part of it
+    gauges.take("sweep", [("energy_j", 4000.0, 60, 60_000), ("cost_usd", 0.13, 60, 60_000)])
+    assert told["heliostat_watts"] == pytest.approx(100)
+    assert told["heliostat_usd_per_hour"] == pytest.approx(3.6)
+    assert told["heliostat_usd"] == pytest.approx(0.13)
+
+
+def test_prometheus_is_reached_from_the_head_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "prometheus"
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    command = prometheus_command(tmp_path, tmp_path / "session")
+    assert command is not None
+    assert command[0] == str(program)
+    assert "--web.listen-address=127.0.0.1:9090" in command
+    assert json.loads(install_dashboard(tmp_path / "session").read_text())["uid"] == "heliostat"

@@ -1,0 +1,130 @@
+"""A ledger adds up, whoever was killed, however often, and in whatever order it was told."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.base.errors import ClusterError
+from cluster.cost.ledger import (Entry, Ledger, account, read)
+
+
+def entry(name: str, seconds: float, kind: str = "busy", usd: float | None = None) -> Entry:
+    return Entry(name, "run", kind, 0.0, 0.0, seconds, node="n", usd=usd)  # type: ignore[arg-type]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("use"), st.integers(0, 3), st.integers(1, 100)),
+        st.tuples(st.just("again"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("restart"), st.booleans(), st.integers(1, 60)),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(STEPS)
+def test_it_adds_up_however_often_processes_restart(steps: list[tuple[str, int, int]]) -> None:
+    """A process works for a while, says old things again, and is replaced, perhaps in mid-line."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.jsonl"
+        ledger, process, busy_s = Ledger(path), 0, 0
+        so_far: defaultdict[int, int] = defaultdict(int)
+        said: dict[int, Entry] = {}
+        for do, which, amount in steps:
+            if do == "use":
+                so_far[which] += amount
+                busy_s += amount
+                said[which] = entry(f"{process}/{which}", so_far[which], usd=so_far[which] / 4)
+                ledger.put([said[which]])
+            elif do == "again" and which in said:
+                ledger.put([said[which]])
+            elif do == "restart":
+                ledger.close()
+                if which:  # killed while it wrote
+                    with path.open("ab") as file:
+                        file.write(b'{"id":"torn","run":"run","kind":"busy","begin":0.0,'[:amount])
+                ledger, process = Ledger(path), process + 1
+                so_far.clear()
+                said.clear()
+        found = ledger.account()
+        assert ledger.accounts() == ({"run": found} if busy_s else {})
+        assert found.busy_s == busy_s
+        assert (found.usd or 0) == busy_s / 4
+        assert account(read(path)) == found
+        ledger.close()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 50)), max_size=30), st.randoms())
+def test_the_order_of_lines_does_not_matter(amounts: list[tuple[int, int]], random: object) -> None:
+    entries = [entry(f"{which}", seconds, usd=float(seconds)) for which, seconds in amounts]
+    shuffled = [*entries, *entries[::2]]
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert account(shuffled) == account(entries)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from cluster.cost.ledger import Entry, Ledger
+ledger = Ledger(Path(sys.argv[1]))
+for seconds in range(1, 10**9):
+    ledger.put([Entry(f"me", "run", "busy", 0.0, 0.0, seconds, usd=seconds / 2)])
+    print(seconds, flush=True)
+"""
+
+
+def test_kill_9_between_two_writes_loses_nothing_that_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    home = Path(__file__).parents[2]
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(home)},
+    )
+    assert writer.stdout is not None
+    for _ in range(50):
+        written = int(writer.stdout.readline())
+    writer.send_signal(signal.SIGKILL)
+    written = max([written, *map(int, writer.stdout.read().split())])
+    writer.wait(600)
+    found = Ledger(path).account()
+    assert found.busy_s in (written, written + 1)
+    assert found.usd == found.busy_s / 2
+
+
+def test_idle_time_is_shown_apart_and_an_unknown_price_is_not_zero() -> None:
+    found = account(
+        [
+            entry("a", 3600, usd=2.0),
+            entry("b", 1800, "idle", usd=1.0),
+            entry("c", 600, "busy"),
+            entry("d", 60, "wall"),
+        ]
+    )
+    assert (found.busy_s, found.idle_s, found.wall_s) == (4200, 1800, 60)
+    assert (found.usd, found.idle_usd, found.unpriced_s) == (3.0, 1.0, 600)
+    assert account([entry("c", 600)]).usd is None
+    assert account([]).energy.joules is None
+
+
+def test_damage_is_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.put([entry("a", 1), entry("b", 2)])
+    ledger.close()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + "#" * 20 + "\n" + lines[1])
+    with pytest.raises(ClusterError, match=r"ledger.jsonl:2: is no entry"):
+        Ledger(path)

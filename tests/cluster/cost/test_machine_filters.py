@@ -1,0 +1,56 @@
+"""Conditions on machines: what they leave, and what is said where nothing is left."""
+
+import pytest
+
+from cluster.cost.catalog import instances
+from cluster.base.errors import SpecError
+from cluster.cost.machine_filters import select
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "provider=aws",
+        "provider=aws,gcp accelerators>=8 usd<60",
+        "accelerator=T4 vcpus<=8",
+        "name=g5.* region!=eu-*",
+        "spot_usd<20 memory_gib>500",
+    ],
+)
+def test_all_conditions_hold_for_what_is_left(text: str) -> None:
+    left = select(text, instances())
+    assert 0 < len(left) < len(instances())
+    fields = {
+        "provider=aws": lambda i: i.provider == "aws",
+        "provider=aws,gcp accelerators>=8 usd<60": lambda i: (
+            i.provider in ("aws", "gcp") and i.accelerators >= 8 and i.usd_per_h < 60
+        ),
+        "accelerator=T4 vcpus<=8": lambda i: i.accelerator == "T4" and i.vcpus <= 8,
+        "name=g5.* region!=eu-*": lambda i: (
+            i.name.startswith("g5.") and not i.region.startswith("eu-")
+        ),
+        "spot_usd<20 memory_gib>500": lambda i: (
+            i.spot_usd_per_h is not None and i.spot_usd_per_h < 20 and i.memory_bytes > 500 * 2**30
+        ),
+    }
+    assert left == [each for each in instances() if fields[text](each)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "needs conditions"),
+        ("aws", "must look like provider=aws"),
+        ("providor=aws", "did you mean 'provider'?"),
+        ("usd=cheap", "usd is a number (got 'cheap')"),
+        ("provider<aws", "provider is a word"),
+        ("provider=awz", "provider: aws, azure, gcp, lambda, nebius, runpod"),
+        ("provider=lambda accelerator=T4", "no machine with provider=lambda has that; acc"),
+        ("usd<0.001", "usd: 0."),
+    ],
+)
+def test_what_matches_nothing_is_told_with_what_would(text: str, said: str) -> None:
+    with pytest.raises(SpecError) as error:
+        select(text, instances())
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

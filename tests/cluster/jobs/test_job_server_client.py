@@ -1,0 +1,71 @@
+"""Ray's job server as it answers, and fails to; the real one is asked in tests/rack."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.jobs.job_server_client import (BusyError, NotFoundError, TakenError, call, dashboard_url)
+from cluster.base.errors import ClusterError, SpecError
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """The path is what it answers: a status and a text."""
+
+    def do_GET(self) -> None:
+        code, _, text = self.path.strip("/").partition("/")
+        self.send_response(int(code))
+        self.send_header("Content-Type", "application/json" if code == "200" else "text/plain")
+        self.end_headers()
+        self.wfile.write(text.replace("%20", " ").replace("%0A", "\n").encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "line"),
+    [
+        ("401", ClusterError, "asks for the cluster's token; there is none in ~/.ray/auth_token"),
+        ("403", ClusterError, "refuses the token of ~/.ray/auth_token"),
+        ("404/no%20such%20job", NotFoundError, ": no such job$"),
+        ("500/Traceback%0AValueError:%20x%20already%20exists", TakenError, "of that name is there"),
+        ("500/Traceback%0AValueError:%20no%20agent", BusyError, ": ValueError: no agent$"),
+        ("400", ClusterError, ": HTTP 400$"),
+        ("200/[1", BusyError, "cannot reach the cluster at "),
+    ],
+)
+def test_a_failure_says_what_to_do(
+    server: str, answer: str, kind: type[ClusterError], line: str
+) -> None:
+    with pytest.raises(ClusterError, match=line) as raised:
+        call(server, "GET", f"/{answer}")
+    assert type(raised.value) is kind
+
+
+def test_an_answer_is_data_where_it_is_json(server: str) -> None:
+    assert call(server, "GET", "/200/[1]") == [1]
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(BusyError, match=r"at http://127\.0\.0\.1:9: "):
+        call("http://127.0.0.1:9", "GET", "/")
+
+
+def test_the_dashboard_is_an_option_a_variable_or_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert dashboard_url(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
+    assert dashboard_url(None) == "http://head:8265"
+    assert dashboard_url("https://other") == "https://other"
+    with pytest.raises(SpecError, match="--address ray://head:10001: must be the dashboard's"):
+        dashboard_url("ray://head:10001")

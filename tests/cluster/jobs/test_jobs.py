@@ -1,0 +1,284 @@
+"""Jobs on a real Ray behind a token: started once, followed, stopped, started again when lost."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.jobs import jobs
+from cluster.base.errors import ClusterError, SpecError
+from cluster.jobs.log_follower import Follower, log_of
+from cluster.jobs.jobs import Job, Planned, why_lost
+from cluster.jobs.job_supervisor import look
+from cluster.jobs.working_dir_package import Package, pack
+
+Wait = Callable[..., None]
+LIMIT_S = 600
+
+
+@pytest.fixture
+def url(job_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The job server, for a user who has the token."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", job_cluster.environment["RAY_AUTH_TOKEN"])
+    return str(job_cluster.url)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    (tmp_path / "sent.txt").write_text(f"sent along: {tmp_path.name}\n")
+    return pack(tmp_path)
+
+
+@pytest.fixture
+def work(
+    url: str, job_cluster: Any, package: Package, tmp_path: Path, wait_until: Wait
+) -> Iterator["Work"]:
+    """A job that is at work until it is told to end."""
+    begun = Work(url, tmp_path.name.replace("_", "-"), job_cluster.folder, wait_until)
+    job, new = jobs.submit(url, begun.planned, package)
+    assert (new, job.attempt) == (True, 1)
+    begun.pid()
+    yield begun
+    (job_cluster.folder / f"{begun.name}.end").touch()
+
+
+class Work:
+    def __init__(self, url: str, name: str, folder: Path, wait_until: Wait) -> None:
+        self.url, self.name, self.folder, self._wait_until = url, name, folder, wait_until
+        self.planned = Planned(name, ("stand", "work", "0", name))
+
+    def pid(self, after: int = 0) -> int:
+        """The process of its driver, once that is another one than `after`."""
+        file, found = self.folder / f"{self.name}.pid", [0]
+
+        def changed() -> bool:
+            found[0] = int(file.read_text()) if file.exists() else 0
+            return found[0] not in (0, after)
+
+        self._wait_until(changed)
+        return found[0]
+
+    def starts(self) -> list[str]:
+        return (self.folder / f"{self.name}.starts").read_text().splitlines()
+
+    def end(self) -> None:
+        (self.folder / f"{self.name}.end").touch()
+
+
+def attack(url: str, token: str | None, marker: Path) -> int:
+    """What ShadowRay does: submit a command; the HTTP status of the answer."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = json.dumps({"entrypoint": f"touch {marker}"}).encode()
+    request = urllib.request.Request(url, data, {**headers, "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_without_the_token_nobody_gets_in(job_cluster: Any, tmp_path: Path) -> None:
+    """CVE-2023-48022, at the head's job server and at the agent that listens on every node."""
+    token = job_cluster.environment["RAY_AUTH_TOKEN"]
+    marker = tmp_path / "got-in"
+    agent = f"http://127.0.0.1:{job_cluster.agent_port}/api/job_agent/jobs/"
+    for door in (f"{job_cluster.url}/api/jobs/", agent):
+        assert attack(door, None, marker) == 401
+        assert attack(door, "f" * 64, marker) == 403
+    assert not marker.exists()
+    request = urllib.request.Request(
+        f"{job_cluster.url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert not [job for job in json.load(answer) if "got-in" in job["entrypoint"]]
+
+
+@pytest.mark.parametrize(("token", "line"), [("", "asks for the"), ("f" * 64, "refuses the")])
+def test_a_missing_or_wrong_token_is_told_in_a_line(
+    job_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str, line: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    with pytest.raises(ClusterError, match=f"{line} token|{line} cluster's token"):
+        jobs.all_jobs(job_cluster.url)
+
+
+def test_a_job_is_followed_to_its_end_and_its_code_is_ours(
+    url: str, package: Package, tmp_path: Path
+) -> None:
+    name = "ends-with-7"
+    job, new = jobs.submit(url, Planned(name, ("stand", "print", "7", name)), package)
+    assert new
+    output, told = io.StringIO(), []
+    job = Follower(name, output, told.append).follow(url)
+    assert (job.status, job.code, told) == ("FAILED", 7, [])
+    assert f"start 1 of {name}\nsent along: {tmp_path.name}\n" in output.getvalue()
+    assert "step" not in output.getvalue()  # progress is for terminals
+    assert f"start 1 of {name}\nsent along" in log_of(url, job)
+    again, new = jobs.submit(url, Planned(name, job.words), package)
+    assert (again, new) == (job, False)
+
+
+def test_a_name_runs_once(work: Work, package: Package) -> None:
+    """Also when many ask at the same moment; and a name stands for one command."""
+    several = [
+        threading.Thread(target=lambda: jobs.submit(work.url, work.planned, package))
+        for _ in range(3)
+    ]
+    for each in several:
+        each.start()
+    for each in several:
+        each.join(LIMIT_S)
+    other = replace(work.planned, words=("stand", "work", "1", work.name))
+    with pytest.raises(SpecError, match=f"--name {work.name}: a job of this name was started as"):
+        jobs.submit(work.url, other, package)
+    assert len(work.starts()) == 1
+    assert [job.name for job in jobs.all_jobs(work.url)].count(work.name) == 1
+
+
+@pytest.mark.parametrize("victim", ["driver", "supervisor"])
+def test_a_lost_driver_is_started_again(work: Work, victim: str) -> None:
+    """The driver itself, or the process of Ray's that keeps it. The log goes on."""
+    output, told = io.StringIO(), []
+    ended: list[Job] = []
+    follower = Follower(work.name, output, told.append)
+    thread = threading.Thread(target=lambda: ended.append(follower.follow(work.url)))
+    thread.start()
+    first = work.pid()
+    os.kill(first if victim == "driver" else parent(first), signal.SIGKILL)
+    work.pid(after=first)
+    work.end()
+    thread.join(LIMIT_S)
+    (job,) = ended
+    assert (job.status, job.attempt, job.code) == ("SUCCEEDED", 2, 0)
+    assert len(told) == 1
+    assert "started again (1 of 5)" in told[0]
+    plain = " ".join(work.planned.words)
+    assert work.starts() == [plain, f"{plain} --or-resume"]
+    assert f"start 1 of {work.name}\n" in output.getvalue()
+    assert f"start 2 of {work.name}\nsent along" in output.getvalue()
+    assert output.getvalue().rstrip().endswith("done")
+
+
+def parent(pid: int) -> int:
+    """The process that started this one."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_stopped_job_saves_and_stays_stopped_until_it_is_resumed(
+    work: Work, package: Package
+) -> None:
+    job = jobs.stop(work.url, work.name)
+    assert (job.status, job.attempt) == ("STOPPED", 1)
+    assert (work.folder / f"{work.name}.saved").exists()
+    assert look(work.url, {}) == []
+    assert jobs.submit(work.url, work.planned, package) == (job, False)
+    words = ("stand", "work", "0", work.name, "--resume", work.name)
+    resumed, new = jobs.submit(work.url, replace(work.planned, words=words), package)
+    assert (new, resumed.attempt) == (True, 2)
+
+
+def test_the_keeper_starts_a_lost_job_again_and_many_keepers_once(
+    work: Work, wait_until: Wait
+) -> None:
+    first = work.pid()
+    os.kill(first, signal.SIGKILL)
+    lines: list[str] = []
+    held: dict[str, float] = {}
+
+    def looked() -> bool:
+        keepers = [
+            threading.Thread(target=lambda: lines.extend(look(work.url, held))) for _ in range(2)
+        ]
+        for each in keepers:
+            each.start()
+        for each in keepers:
+            each.join(LIMIT_S)
+        return bool(lines)
+
+    wait_until(looked)
+    assert f"{work.name}: its driver was killed by signal 9" in lines[0]
+    work.pid(after=first)
+    assert len(work.starts()) == 2
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_return(work: Work, job_cluster: Any) -> None:
+    command = ["heliostat", "logs", work.name, "--follow", "--address", work.url]
+    following = subprocess.Popen(
+        ["env", "--default-signal=INT", *command],
+        env=job_cluster.environment,
+        cwd=work.folder,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert following.stdout
+    for line in following.stdout:
+        if line.startswith("sent along"):
+            break
+    following.send_signal(signal.SIGINT)
+    rest = following.stdout.read()
+    assert following.wait(LIMIT_S) == 130
+    assert f"detached; {work.name} goes on" in rest
+    assert f"heliostat logs {work.name} --follow --address {work.url}" in rest
+    assert f"heliostat stop {work.name} --address {work.url}" in rest
+    job = jobs.known(work.url, work.name)
+    assert job.status == "RUNNING"
+
+
+def test_an_unknown_name_is_told(work: Work) -> None:
+    with pytest.raises(SpecError, match=f"no job '{work.name}x' on .*did you mean '{work.name}'"):
+        jobs.known(work.url, f"{work.name}x")
+
+
+RUNNING = Job("a", 1, "RUNNING", ("train",), "gcs://p.zip", 0.0, None, "n1", None, None, "")
+FAILED = replace(RUNNING, status="FAILED")
+
+
+@pytest.mark.parametrize(
+    ("job", "lost"),
+    [
+        (RUNNING, False),
+        (replace(RUNNING, node="n0"), True),  # on a head that was replaced
+        (replace(RUNNING, node="n0", status="SUCCEEDED"), False),
+        (replace(FAILED, exit_code=1), False),
+        (replace(FAILED, exit_code=2), False),
+        (replace(FAILED, exit_code=-9), True),
+        (replace(FAILED, exit_code=137), True),
+        (replace(FAILED, exit_code=-15), False),  # somebody asked it to end
+        (replace(FAILED, exit_code=130), False),
+        (replace(FAILED, error="JOB_SUPERVISOR_ACTOR_DIED"), True),
+        (replace(FAILED, error="RUNTIME_ENV_SETUP_FAILURE"), False),
+    ],
+)
+def test_what_counts_as_lost(job: Job, lost: bool) -> None:
+    assert (why_lost(job, frozenset({"n1", "n2"})) is not None) == lost
+    if job.status == "RUNNING":  # nothing is known of the nodes
+        assert why_lost(job, frozenset()) is None
+
+
+def test_it_is_not_started_again_for_ever() -> None:
+    worn = replace(FAILED, exit_code=-9, attempt=jobs.RESTARTS + 1)
+    assert jobs.restart_if_lost("http://127.0.0.1:9", worn, frozenset()) is None
+
+
+@pytest.mark.parametrize(
+    ("planned", "line"),
+    [
+        (Planned("a b", ("train",)), "--name a b: must be letters"),
+        (Planned("a~2", ("train",)), "--name a~2: must be"),
+        (Planned("a", ("train", "x=http://me:secretword@h")), "x: a password in a URL"),
+    ],
+)
+def test_names_and_words_that_must_not_be(planned: Planned, line: str) -> None:
+    with pytest.raises(SpecError, match=line):
+        jobs.check_plan(planned)

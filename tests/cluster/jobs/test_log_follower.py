@@ -1,0 +1,41 @@
+"""A log on a terminal and elsewhere."""
+
+import io
+
+from cluster.jobs.log_follower import CLEAR, LogPrinter
+from cluster.base.terminal import PROGRESS
+
+LOG = f"begun\n{PROGRESS}step 1\n{PROGRESS}step 2\nevaluated\n{PROGRESS}step 3\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_stays_in_its_place_on_a_terminal() -> None:
+    terminal = Terminal()
+    printer = LogPrinter(terminal)
+    printer.write(LOG)
+    printer.close()
+    shown = f"begun\n{CLEAR}step 1{CLEAR}step 2{CLEAR}evaluated\n{CLEAR}step 3\n"
+    assert terminal.getvalue() == shown
+
+
+def test_elsewhere_it_is_left_out_however_the_log_comes_in_parts() -> None:
+    for size in range(1, len(LOG)):
+        file = io.StringIO()
+        printer = LogPrinter(file)
+        for start in range(0, len(LOG), size):
+            printer.write(LOG[start : start + size])
+        printer.close()
+        assert file.getvalue() == "begun\nevaluated\n"
+
+
+def test_an_unfinished_line_is_not_lost() -> None:
+    file = io.StringIO()
+    printer = LogPrinter(file)
+    printer.write("begun\nKill")
+    printer.write("ed")
+    printer.close()
+    assert file.getvalue() == "begun\nKilled\n"

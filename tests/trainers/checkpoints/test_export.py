@@ -1,0 +1,242 @@
+"""An exported model gives the outputs that the trained one gave, wherever it is loaded."""
+
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cluster.base.config import read_yaml
+from cluster.base.errors import CheckpointError
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.export import export_model, load_model
+from trainers.engine.optimizer import build_optimizer
+from trainers.precision import weights_dtype
+from trainers.spec import RunSpec, resolve
+
+Exported = tuple[Path, nn.Module]
+"""The folder of an exported model, and the network that it is to be."""
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Callable[..., Exported]:
+    """Exports the workload `name` with random weights, as after a run, to the folder `to`."""
+
+    def export_to(to: str, name: str, precision: str = "fp32", **sections: Any) -> Exported:
+        data = {"workload": name, "train": {"precision": precision}, **sections}
+        spec, workload = resolve(data, RunSpec)
+        torch.manual_seed(len(to))
+        network = workload.build().to(weights_dtype(spec.train))
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight += 0.1 * torch.randn_like(weight)
+        checkpoints = Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
+        checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
+        checkpoint = checkpoints.settled()
+        assert checkpoint is not None
+        folder = tmp_path / "exported" / to
+        export_model(folder, spec, workload, checkpoint)
+        return folder, network.eval()
+
+    return export_to
+
+
+def forget_spirals() -> None:
+    """As in a new process."""
+    sys.modules.pop("spirals", None)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_the_shipped_network(export: Callable[..., Exported], precision: str) -> None:
+    folder, network = export("vision", "vision", precision, model={"width": 8, "dropout": 0.5})
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    loaded = load_model(folder)
+    assert not loaded.training
+    assert torch.equal(loaded(images), network(images))
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    assert {weight.dtype for weight in loaded.parameters()} == {dtype}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "spec.yaml",
+        "signature.json",
+        "example.safetensors",
+    }
+    example = load_file(folder / "example.safetensors")
+    assert torch.equal(loaded(example["input"]), example["output"])
+    assert json.loads((folder / "signature.json").read_text()) == {
+        "input": {"dtype": "uint8", "shape": [-1, 1, 8, 8]},
+        "output": {"dtype": str(dtype).removeprefix("torch."), "shape": [-1, 10]},
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_a_users_own_network(
+    own_folder: Path, export: Callable[..., Exported], precision: str
+) -> None:
+    folder, network = export("own", "spirals:Spirals", precision, model={"width": 8})
+    points = torch.randn(5, 2, dtype=next(network.parameters()).dtype)
+    loaded = load_model(folder)
+    assert torch.equal(loaded(points), network(points))
+    assert read_yaml(folder / "spec.yaml") == {
+        "workload": "spirals:Spirals",
+        "data": {"points": 400, "noise": 0.05},
+        "model": {"width": 8, "dropout": 0.1},
+    }
+    source = (own_folder / "spirals.py").read_bytes()
+    assert [path.name for path in (folder / "code").iterdir()] == ["spirals.py"]
+    assert (folder / "code" / "spirals.py").read_bytes() == source
+    dtype = "float64" if precision == "fp64" else "float32"
+    assert json.loads((folder / "signature.json").read_text()) == {
+        "input": {"dtype": dtype, "shape": [-1, 2]},
+        "output": {"dtype": dtype, "shape": [-1, 2]},
+    }
+
+
+def in_packages(folder: Path) -> list[str]:
+    """Spirals in a package's module, in a package itself, and in a package of a package."""
+    source = (folder / "spirals.py").read_text()
+    for package in ("alpha", "beta", "gamma/inner"):
+        (folder / package).mkdir(parents=True)
+    (folder / "alpha" / "width.py").write_text("WIDTH = 5\n")
+    relative = source.replace("import torch\n", "import torch\nfrom .width import WIDTH\n", 1)
+    (folder / "alpha" / "__init__.py").touch()
+    (folder / "alpha" / "spirals.py").write_text(
+        relative.replace("width: int = 16", "width: int = WIDTH")
+    )
+    (folder / "beta" / "__init__.py").write_text(source)
+    (folder / "gamma" / "__init__.py").touch()
+    (folder / "gamma" / "inner" / "__init__.py").write_text(source)
+    importlib.invalidate_caches()
+    return ["alpha.spirals:Spirals", "beta:Spirals", "gamma.inner:Spirals"]
+
+
+LOAD = """
+import importlib.util, json, sys, torch
+from trainers import load_model
+points = torch.tensor([[0.5, -0.25], [1.0, 2.0]])
+found = {}
+for name in sys.argv[1:]:
+    assert importlib.util.find_spec(name.partition(".")[0]) is None
+    try:
+        found[name] = load_model(f"../exported/{name}")(points).tolist()
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+
+
+def test_it_needs_nothing_but_its_folder(
+    own_folder: Path, tmp_path: Path, export: Callable[..., Exported]
+) -> None:
+    """In another process, from another folder, after the user's own is gone."""
+    points = torch.tensor([[0.5, -0.25], [1.0, 2.0]])
+    wanted = {}
+    for name in ("spirals:Spirals", *in_packages(own_folder)):
+        module = name.partition(":")[0]
+        _, network = export(module, name)
+        wanted[module] = network(points).tolist()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    own_folder.rename(tmp_path / "gone")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *wanted],
+        cwd=elsewhere,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+
+
+def changed(own_folder: Path) -> None:
+    """The user tries another activation. The weights have the shapes that they had."""
+    path = own_folder / "spirals.py"
+    path.write_text(path.read_text().replace("nn.ReLU()", "nn.Sigmoid()"))
+    forget_spirals()
+
+
+def test_it_is_what_was_trained_though_the_users_code_has_changed_since(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    folder, network = export("own", "spirals:Spirals")
+    changed(own_folder)
+    points = torch.randn(5, 2)
+    assert torch.equal(load_model(folder)(points), network(points))
+
+
+def test_two_versions_of_a_users_code_in_one_process(
+    own_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    export: Callable[..., Exported],
+) -> None:
+    exported = [export("first", "spirals:Spirals")]
+    changed(own_folder)
+    exported.append(export("second", "spirals:Spirals"))
+    forget_spirals()
+    monkeypatch.chdir(tmp_path)
+    sys.path.remove(str(own_folder))
+    points = torch.randn(5, 2)
+    for folder, network in exported:
+        assert torch.equal(load_model(folder)(points), network(points)), folder.name
+
+
+def test_a_second_export_replaces_the_first(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    folder, _ = export("own", "spirals:Spirals", model={"width": 4})
+    (folder / "stale").touch()
+    again, network = export("own", "spirals:Spirals", model={"width": 6})
+    assert again == folder
+    assert [path.name for path in folder.parent.iterdir()] == ["own"]
+    assert not (folder / "stale").exists()
+    points = torch.randn(5, 2)
+    assert torch.equal(load_model(folder)(points), network(points))
+
+
+def test_nothing_in_it_is_a_pickle(own_folder: Path, export: Callable[..., Exported]) -> None:
+    folder, _ = export("own", "spirals:Spirals")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    for path in files:
+        assert path.suffix in (".safetensors", ".yaml", ".json", ".py")
+        assert not zipfile.is_zipfile(path)
+        with pytest.raises(Exception, match=r"."):
+            pickle.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "optimizer.pt", "plain"])
+def test_pickled_code_is_refused(
+    own_folder: Path, export: Callable[..., Exported], tmp_path: Path, name: str
+) -> None:
+    """Under any name, in what is exported as in what is loaded."""
+    folder, network = export("own", "spirals:Spirals")
+    if name == "plain":
+        (folder / name).write_bytes(pickle.dumps(network.state_dict()))
+    else:
+        torch.save(network.state_dict(), folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: holds pickled code"):
+        load_model(folder)
+    spec, workload = resolve({"workload": "spirals:Spirals"}, RunSpec)
+    with pytest.raises(CheckpointError, match=rf"{name}: holds pickled code"):
+        export_model(tmp_path / "again", spec, workload, folder)
+
+
+def test_missing_weights_are_named(own_folder: Path, export: Callable[..., Exported]) -> None:
+    folder, _ = export("own", "spirals:Spirals")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"^{folder}: no model\.safetensors in it$"):
+        load_model(folder)

@@ -1,0 +1,395 @@
+"""Where a run's time goes, what a model costs, and how much of a run was of use."""
+
+import json
+import subprocess
+import sys
+import timeit
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trainers import Batch, Workload, table
+from trainers.devices import Cpu, Cuda, Memory
+from trainers.engine.throughput import STEP, Meter, count_flops
+
+
+class Clock:
+    """A clock that goes on when told to, used for laps and for Unix time."""
+
+    def __init__(self) -> None:
+        self.s = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+def meter(clock: Clock, samples: int = 32, **rest: Any) -> Meter:
+    return Meter(samples, clock=clock, now=clock, **rest)
+
+
+def spend(meter: Meter, clock: Clock, part: Any, seconds: float) -> None:
+    clock.s += seconds
+    meter.mark(part)
+
+
+class TestLaps:
+    @given(st.lists(st.lists(st.tuples(st.sampled_from(STEP), st.floats(0.001, 100))), min_size=1))
+    def test_parts_add_up_to_the_step(self, steps: list[list[tuple[Any, float]]]) -> None:
+        clock = Clock()
+        it = meter(clock)
+        begin = clock()
+        for laps in steps:
+            for part, seconds in laps:
+                spend(it, clock, part, seconds)
+            it.step()
+        found = it.read()
+        assert found["perf/step_s"] == pytest.approx((clock() - begin) / len(steps))
+        parts = [found.get(f"perf/{part}_s", 0.0) for part in STEP]
+        assert sum(parts) == pytest.approx(found["perf/step_s"])
+        if any(steps):
+            assert sum(found.get(f"perf/{part}_share", 0.0) for part in STEP) == pytest.approx(1)
+
+    def test_rates(self) -> None:
+        clock = Clock()
+        it = meter(clock, samples=32, tokens=10, flops=1e9)
+        for _ in range(4):
+            spend(it, clock, "data", 0.1)
+            spend(it, clock, "compute", 0.4)
+            it.step()
+        found = it.read()
+        assert found["perf/samples_per_s"] == pytest.approx(64)
+        assert found["perf/tokens_per_s"] == pytest.approx(640)
+        assert found["perf/model_flop_per_s"] == pytest.approx(64e9)
+        assert found["perf/data_share"] == pytest.approx(0.2)
+        assert found["perf/compute_s"] == pytest.approx(0.4)
+        # Nobody marked it, and nothing is known of the device.
+        assert not found.keys() & {"perf/communication_share", "perf/mfu"}
+
+    def test_starting_and_evaluating_are_not_step_time(self) -> None:
+        clock = Clock()
+        it = meter(clock)
+        spend(it, clock, "start", 7)
+        spend(it, clock, "compute", 2)
+        it.step()
+        spend(it, clock, "evaluation", 50)
+        assert it.read()["perf/step_s"] == pytest.approx(2)
+        assert it.samples_per_s() == pytest.approx(16)
+
+    def test_a_read_is_of_the_steps_since_the_last_one(self) -> None:
+        clock = Clock()
+        it = meter(clock)
+        for seconds in (1, 3):
+            spend(it, clock, "compute", seconds)
+            it.step()
+            assert it.read()["perf/step_s"] == pytest.approx(seconds)
+        assert it.read() == {}
+        assert it.samples_per_s() == pytest.approx(32 * 2 / 4)
+
+    def test_a_mark_costs_less_than_two_microseconds(self) -> None:
+        it = Meter(1)
+        assert min(timeit.repeat(lambda: it.mark("data"), number=2000, repeat=20)) < 2000 * 2e-6
+
+
+class TestTheDevice:
+    def test_mfu_is_the_share_of_the_peak_of_all_devices(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Cuda, "name", "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(Cuda, "memory", lambda self: Memory(85_520_809_984, 0, 5_000))
+        clock = Clock()
+        it = meter(clock, samples=100, flops=1e12, device=Cuda(), world=4)
+        spend(it, clock, "compute", 0.05)
+        it.step()
+        found = it.read()
+        assert found["perf/mfu"] == pytest.approx(2000e12 / (4 * 989e12))
+        assert found["perf/peak_memory_bytes"] == 5_000
+        assert it.rated is not None
+        assert it.rated.source
+
+    def test_a_device_that_is_in_no_catalogue_has_no_mfu(self) -> None:
+        clock = Clock()
+        it = meter(clock, flops=1e12, device=Cpu())
+        spend(it, clock, "compute", 1)
+        it.step()
+        found = it.read()
+        assert "perf/mfu" not in found
+        assert found["perf/peak_memory_bytes"] > 50_000_000
+
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["step", "save", "evaluate", "crash", "stop"]), st.floats(0.01, 1000))
+)
+
+
+class TestGoodput:
+    @given(EVENTS)
+    def test_is_the_time_of_steps_that_count_over_all_time_but_pauses(
+        self, events: list[tuple[str, float]]
+    ) -> None:
+        """Any history of a run, against a count of its own."""
+        clock = Clock()
+        begin = clock()
+        it, saved = meter(clock), None
+        useful, kept, paused = 0.0, 0.0, 0.0
+        for event, seconds in events:
+            if event == "step":
+                spend(it, clock, "compute", seconds)
+                it.step()
+                useful += seconds
+            elif event == "save":
+                saved, kept = it.state(stopped=False), useful
+                spend(it, clock, "checkpoint", seconds)
+            elif event == "evaluate":
+                spend(it, clock, "evaluation", seconds)
+            elif event == "crash":
+                clock.s += seconds
+                # Without a save the run begins anew, under the same command.
+                it = meter(clock, started=None if saved else begin)
+                it.load(saved or {})
+                useful = kept
+            else:
+                saved, kept = it.state(stopped=True), useful
+                clock.s += seconds
+                paused += seconds
+                it = meter(clock)
+                it.load(saved)
+                # It is resumed by a new command; the next save says that it goes on.
+                saved = it.state(stopped=False)
+        wall = clock() - begin - paused
+        assert it.goodput() == pytest.approx(useful / wall if wall else 0, abs=1e-6)
+
+    def test_starting_again_after_a_pause_counts_from_the_command(self) -> None:
+        clock = Clock()
+        first = meter(clock)
+        spend(first, clock, "compute", 60)
+        state = first.state(stopped=True)
+        clock.s += 1_000_000  # a holiday
+        command = clock()
+        clock.s += 30  # Ray starts, models are built
+        second = meter(clock, started=command)
+        second.load(state)
+        spend(second, clock, "start", 10)
+        spend(second, clock, "compute", 20)
+        assert second.goodput() == pytest.approx(80 / 120)
+
+    def test_steps_done_again_count_once(self) -> None:
+        clock = Clock()
+        first = meter(clock)
+        spend(first, clock, "compute", 10)
+        state = first.state(stopped=False)
+        spend(first, clock, "compute", 10)  # lost
+        second = meter(clock)
+        second.load(state)
+        spend(second, clock, "compute", 10)
+        assert second.goodput() == pytest.approx(20 / 30)
+
+    def test_the_state_survives_json_beside_other_numbers(self) -> None:
+        clock = Clock()
+        it = meter(clock)
+        spend(it, clock, "compute", 10)
+        numbers = json.loads(json.dumps({"scale": 65536.0, **it.state(stopped=False)}))
+        again = meter(clock)
+        again.load(numbers)
+        assert again.goodput() == it.goodput() == 1
+        again.load({"scale": 65536.0})  # from before there was a meter
+        assert again.goodput() == 1
+
+
+class Model(Workload):
+    """Any network, with the loss of a regression or of the next token."""
+
+    network: nn.Module
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(None, None)
+        self.network = network
+
+    def dataset(self) -> dict[str, pa.Table]:
+        return {"train": table(), "val": table()}
+
+    def build(self) -> nn.Module:
+        return self.network
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        return model(batch["x"])
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return output.flatten(1).square().mean(1)
+
+
+def flops(network: nn.Module, *shape: int) -> float | None:
+    return count_flops(Model(network), network, {"x": torch.randn(2, *shape)})
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        b, t, c = x_BTC.shape
+        qkv = self.mix(x_BTC).view(b, t, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x_BTC + self.out(y.transpose(1, 2).reshape(b, t, c))
+
+
+class Gpt(nn.Module):
+    """Blocks of 12 C^2 weights each, and a head tied to the embedding."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = torch.ones(width)  # neither weight nor buffer
+        mlp = [nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
+        block = [Attention(width, 4), nn.LayerNorm(width), *mlp, nn.Dropout(0.1)]
+        self.blocks = nn.ModuleList(nn.Sequential(*block) for _ in range(layers))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTC = self.embed(tokens_BT) * self.scale + torch.zeros(tokens_BT.shape[1], 1)
+        for block in self.blocks:
+            x_BTC = block(x_BTC)
+        return self.head(x_BTC)
+
+
+class TestFlops:
+    @pytest.mark.parametrize(("context", "width", "layers"), [(64, 32, 2), (16, 64, 3)])
+    def test_of_a_gpt_are_six_for_a_weight_and_token_and_twelve_for_attention(
+        self, context: int, width: int, layers: int
+    ) -> None:
+        """6 N + 12 L T C a token (Chowdhery et al., PaLM, 2022, appendix B)."""
+        network = Gpt(256, width, layers)
+        batch = {"x": torch.zeros(2, context, dtype=torch.int64)}
+        weights = 12 * width**2 * layers + 256 * width
+        expected = context * (6 * weights + 12 * layers * context * width)
+        assert count_flops(Model(network), network, batch) == expected
+
+    def test_of_a_convolutional_network(self) -> None:
+        """Two a weight and place forward, and four backward but where no gradient is needed."""
+        first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1, stride=2)
+        network = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.Flatten())
+        expected = 4 * (3 * 8 * 9) * 32**2 + 6 * (8 * 16 * 9) * 16**2
+        assert flops(network, 3, 32, 32) == expected
+
+    def test_frozen_weights_need_no_gradient(self) -> None:
+        network = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        network[0].weight.requires_grad_(False)
+        assert flops(network, 8) == 2 * 64 + 4 * 64
+
+    def test_nothing_of_the_run_is_disturbed(self) -> None:
+        network = nn.Sequential(
+            *(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+        ).eval()
+        network[0].weight.grad = torch.ones(8, 8)
+        batch = {"x": torch.randn(4, 8)}
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        x, random = batch["x"].clone(), torch.get_rng_state()
+        assert count_flops(Model(network), network, batch)
+        after = network.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert torch.equal(batch["x"], x)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert torch.equal(network[0].weight.grad, torch.ones(8, 8))
+        assert network[3].weight.grad is None
+        assert not network.training
+
+    def test_no_memory_is_needed(self) -> None:
+        """Forty gigabytes of weights."""
+        with torch.device("meta"):
+            network = nn.Linear(100_000, 100_000, bias=False)
+        before = Cpu().memory().peak
+        assert flops(network, 100_000) == 4e10
+        assert Cpu().memory().peak < before + 200_000_000
+
+    def test_in_double_precision(self) -> None:
+        assert flops(nn.Linear(8, 8, bias=False).double(), 8) == 4 * 64
+
+    def test_as_in_training_whatever_mode_the_network_is_in(self) -> None:
+        class Twice(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                x = super().forward(x)
+                return super().forward(x) if self.training else x
+
+        assert flops(Twice(8, 8, bias=False).eval(), 8) == (2 + 4 + 4) * 64
+
+    def test_none_where_the_way_depends_on_the_data(self) -> None:
+        class Branch(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) if x.mean() > 0 else x
+
+        assert flops(Branch(8, 8), 8) is None
+
+    def test_none_where_the_model_is_wrong(self) -> None:
+        assert flops(nn.Linear(8, 8), 9) is None
+
+
+WORKER = """
+import json, sys, time
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from trainers.engine.throughput import Meter, watch_communication
+
+rank = int(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+
+
+def gradients(meter):
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    model = DistributedDataParallel(network, bucket_cap_mb=0.02, gradient_as_bucket_view=True)
+    if meter:
+        watch_communication(model, meter)
+    torch.manual_seed(rank)
+    for step in range(3):
+        network.zero_grad()
+        loss = model(torch.randn(8, 64)).square().mean()
+        if meter:
+            if step == 1:
+                meter.read()  # buckets were made in the first step
+            time.sleep(0.3 * rank)  # one is late for every exchange
+        loss.backward()
+        if meter:
+            meter.mark("compute")
+            meter.step()
+    return [weight.grad.clone() for weight in network.parameters()]
+
+
+plain = gradients(None)
+meter = Meter(8)
+watched = gradients(meter)
+same = all(torch.equal(a, b) for a, b in zip(plain, watched))
+print(json.dumps({"same": same, **meter.read()}))
+"""
+
+
+def test_communication_is_what_could_not_be_hidden(tmp_path: Path) -> None:
+    """Of two processes one is 0.3 s late each step: the other's wait is communication."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meeting")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    waiting, late = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert waiting["same"]
+    assert late["same"]
+    assert waiting["perf/communication_s"] > 0.25
+    assert waiting["perf/communication_share"] > 0.7
+    assert late["perf/compute_s"] > 0.25
+    assert late["perf/communication_share"] < 0.3

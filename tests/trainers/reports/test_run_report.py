@@ -1,0 +1,124 @@
+"""The page of a run, and what is read for it from its folder."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from cluster.base.errors import SpecError
+from cluster.cost.ledger import Entry, Ledger
+from trainers.reports.charts import gaps
+from trainers.run_folder import TRACK
+from trainers.reports.page import html
+from trainers.reports.history import Span, records, spans
+from trainers.reports.run_report import run_page
+from trainers.tracking.operation_log import Spool
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of two workers with numbers of every kind; one of its metrics has a hostile name."""
+    folder = tmp_path / "best"
+    spool = Spool(folder / TRACK)
+    params = {"workload": "vision", "note": "</script><script>alert(1)</script>"}
+    start = {"key": "best", "params": params, "tags": {"heliostat.kind": "train"}, "parent": None}
+    spool.append({"do": "start", "id": "1", **start, "at": 1_000_000})
+    rows = [("train/loss", 2.0 / step, step, 1_000_000 + step) for step in range(1, 6)]
+    rows += [("val/loss", [2.5, math.nan, 0.5][n], 2 * n + 1, 1_000_010) for n in range(3)]
+    rows += [("test/<b>", 0.25, 5, 1_000_010)]
+    for step in (2, 4):
+        parts = {"data": 0.1, "compute": 0.3}
+        rows += [("perf/step_s", 0.4, step, 1_000_010)]
+        rows += [(f"perf/{part}_s", s * step, step, 1_000_010) for part, s in parts.items()]
+        rows += [(f"perf/{part}_share", s / 0.4, step, 1_000_010) for part, s in parts.items()]
+    forecast = {"wall_s": 60.0, "low_s": 50.0, "high_s": 75.0, "actual_s": 66.0}
+    rows += [(f"forecast/{name}", value, 5, 1_000_010) for name, value in forecast.items()]
+    for workers, speed in ((1, 100.0), (2, 180.0)):
+        for name in ("samples_per_s", "fitted_samples_per_s"):
+            rows += [(f"scaling/strong/{name}", speed, workers, 1_000_010)]
+    rows += [("cost_usd", 0.125, 9, 1_000_020)]
+    spool.append({"do": "log", "run": "best", "rows": rows})
+    spool.append({"do": "made", "key": "best", "id": "abc"})
+    tags = {"heliostat.price": "$1/h (a price list)"}
+    ended = {"do": "finish", "run": "best", "status": "FINISHED", "tags": tags, "at": 1_060_000}
+    spool.append(ended)
+    spool.close()
+    ledger = Ledger(folder / "ledger.jsonl")
+    for worker in range(2):
+        used = {"device": f"vm/cpu/{worker}", "covers": "cpu"}
+        times = (1000.0 + worker, 1030.0 + worker, 30.0)
+        device = f"vm/cpu/{worker}"
+        entry = Entry(f"w{worker}/{device}", "best", "energy", *times, "vm", device, None, used)
+        ledger.put([entry])
+    ledger.close()
+    return folder
+
+
+def test_what_was_told_is_read_as_it_was_told(folder: Path) -> None:
+    record = records(folder)["best"]
+    assert (record.status, record.run_id) == ("FINISHED", "abc")
+    assert record.newest_ms - record.began_ms == 60_000
+    assert record.series["train/loss"].steps == [1, 2, 3, 4, 5]
+    assert record.latest("train/loss") == 0.4
+    assert record.latest("nothing") is None
+    assert math.isnan(record.series["val/loss"].values[1])
+
+
+def test_devices_have_lanes_and_gaps(folder: Path) -> None:
+    found = spans(folder, records(folder))
+    first, second = "vm cpu, 1", "vm cpu, 2"
+    assert found == [Span(first, "best", 1000, 1030), Span(second, "best", 1001, 1031)]
+    idle = gaps([*found, Span(first, "best", 1030.5, 1031)])
+    assert [(gap.place, gap.begin, gap.end) for gap in idle] == [
+        (first, 1030, 1030.5),
+        (second, 1000, 1001),
+    ]
+
+
+def test_the_page_has_each_part_that_there_are_numbers_for(folder: Path) -> None:
+    page = run_page(folder)
+    assert [section.title for section in page.sections] == [
+        "Summary",
+        "Learning curves",
+        "Where the time goes",
+        "Scaling",
+        "Forecast and actual",
+        "Energy and cost",
+        "All metrics",
+        "How it was made",
+    ]
+    charts = {chart.name: chart for chart in page.charts}
+    assert charts.keys() == {"curve-loss", "step-time", "time-line", "scaling"}
+    parts = charts["step-time"].tables["parts"]
+    ms = dict(zip(zip(parts["row"], parts["part"], strict=True), parts["ms"], strict=True))
+    assert ms == pytest.approx(
+        {
+            ("1 to 2", "data"): 200,
+            ("1 to 2", "compute"): 600,
+            ("3 to 4", "data"): 400,
+            ("3 to 4", "compute"): 1200,
+        }
+    )
+    speeds = charts["scaling"].tables["speeds"]
+    ideal = [s for s, kind in zip(speeds["speed"], speeds["kind"], strict=True) if kind == "ideal"]
+    assert ideal == [100, 200]
+
+
+def test_no_text_of_the_run_becomes_part_of_the_page(folder: Path) -> None:
+    text = html(run_page(folder))
+    assert "alert(1)" in text
+    assert "<script>alert" not in text
+    assert "<b>" not in text
+    names = re.findall(r' id="([^"]+)"', text)
+    assert len(names) == len(set(names)), "two things have one name"
+    data = re.search(r'id="drawn">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    [loss] = [c for c in json.loads(data[1])["charts"] if c["name"] == "curve-loss"]
+    assert None in loss["tables"]["points"]["y"], "NaN is no JSON"
+
+
+def test_a_folder_where_nothing_was_tracked_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="nothing was tracked yet"):
+        records(tmp_path)

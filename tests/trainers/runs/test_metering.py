@@ -1,0 +1,135 @@
+"""A run that is metered and stopped at its budget, on the real Ray Train and the real MLflow."""
+
+import gc
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.base.errors import SpecError
+from cluster.cost.ledger import account, read
+from trainers.runs import run
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.run_folder import CHECKPOINTS
+from trainers.runs.metering import LEDGER, TRACE
+
+TRACE_ROWS = """t_s,device,covers,method,counter_j,power_w
+0,GPU-a,gpu,power_integrated,,3600000
+"""
+"""A kilowatt-hour every second."""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("metered")
+
+
+@pytest.fixture
+def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE_ROWS)
+    monkeypatch.setenv(TRACE, str(path))
+
+
+def settings(storage: Path, uri: str, **more: Any) -> list[str]:
+    values = {
+        "storage": storage,
+        "tracking.uri": uri,
+        "train.epochs": "null",
+        "model.width": 4,
+        "model.blocks": [1, 1],
+        "cost.usd_per_h": 36,
+        "cost.g_co2e_per_kwh": 500,
+        **{name.replace("__", "."): value for name, value in more.items()},
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def execute(one: run.Run) -> tuple[Any, dict[str, Any]]:
+    return run.execute(one, lambda *_: None, threading.Event())
+
+
+def tracked_by_somebody(name: str) -> bool:
+    """Whether the tracker of a run that failed is still there; it goes with its last handle."""
+    gc.collect()
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_budget_saves_stops_and_can_be_raised(
+    storage: Path,
+    ray_cluster: str,
+    mlflow_server: str,
+    trace: None,
+    wait_until: Callable[..., None],
+) -> None:
+    """Two workers on one device of a recorded trace: it is one device."""
+    import mlflow
+
+    values = settings(storage, mlflow_server, train__steps=10**6, budget__kwh=3, scale__workers=2)
+    one = run.new_run("digits", values, "budget", None)
+    outcome, tracked = execute(one)
+    assert not outcome.complete
+    assert outcome.step > 0
+    assert tracked["reason"].startswith("budget.kwh reached: ")
+    assert tracked["reason"].endswith(" of 3 kWh")
+    newest = Checkpoints(one.folder / CHECKPOINTS).newest()
+    assert newest is not None
+    assert newest.name.endswith(f"{outcome.step:08d}")
+
+    ledger = account(read(one.folder / LEDGER))
+    found = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
+    assert found.info.status == "KILLED"
+    assert found.data.tags["heliostat.reason"] == tracked["reason"]
+    assert found.data.tags["heliostat.energy_method"] == "power_integrated"
+    assert found.data.tags["heliostat.energy_estimated"] == "false"
+    assert found.data.tags["heliostat.price"] == "$36/h (cost.usd_per_h)"
+    shown = found.data.metrics
+    assert shown["energy_j"] == pytest.approx(ledger.energy.joules, rel=1e-6)
+    assert shown["energy_j"] >= 3 * 3.6e6
+    assert shown["kg_co2e"] == pytest.approx(shown["energy_j"] / 3.6e6 * 0.5, rel=1e-6)
+    assert shown["cost_usd"] == pytest.approx((ledger.busy_s + ledger.idle_s) / 100, rel=1e-6)
+    assert 0 < shown["cost_idle_usd"] < shown["cost_usd"]
+
+    with pytest.raises(SpecError, match=r"budget.kwh: .* is spent; go on with --set budget.kwh="):
+        execute(run.resumed_run("budget", storage, []))
+    wait_until(lambda: not tracked_by_somebody("budget"))
+    more = (ledger.kwh or 0) + 1
+    again, became = execute(run.resumed_run("budget", storage, [f"budget.kwh={more}"]))
+    assert again.step > outcome.step
+    assert became["reason"].startswith("budget.kwh reached: ")
+    total = account(read(one.folder / LEDGER))
+    assert (total.kwh or 0) >= more
+    assert total.wall_s > ledger.wall_s
+
+
+def test_an_estimate_is_flagged_as_one(storage: Path, ray_cluster: str, mlflow_server: str) -> None:
+    """The CPUs of this machine: measured where RAPL can be read, else estimated."""
+    import mlflow
+
+    values = settings(storage, mlflow_server, train__steps=3)
+    outcome, tracked = execute(run.new_run("digits", values, "estimate", None))
+    assert outcome.complete
+    found = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
+    method = found.data.tags["heliostat.energy_method"]
+    assert method in ("tdp_util_estimate", "rapl")
+    estimated = method == "tdp_util_estimate"
+    assert json.loads(found.data.tags["heliostat.energy_estimated"]) is estimated
+    assert (found.data.metrics["energy_measured_share"] == 0) is estimated
+    assert found.data.metrics["energy_j"] > 0
+    assert ("an estimate (" in tracked["account"]["energy"]) is estimated
+
+
+def test_a_budget_without_a_price_is_refused(
+    storage: Path, ray_cluster: str, mlflow_server: str
+) -> None:
+    values = settings(storage, mlflow_server, budget__usd=5, cost__usd_per_h="null")
+    with pytest.raises(SpecError, match=r"^budget.usd: price of .* unknown: .*usd_per_h$"):
+        execute(run.new_run("digits", values, "unpriced", None))

@@ -1,0 +1,243 @@
+"""Runs on the real Ray Train: several workers, killed workers, mistakes in the user's code."""
+
+import gc
+import json
+import re
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.base.errors import SpecError, TrainingError
+from trainers import run_folder as folders
+from trainers import load_model
+from trainers.runs import run
+from trainers.outcome import Outcome
+from trainers.spec import RunSpec, resolve
+
+STEPS = 30
+
+TINY = {
+    "workload": "faulty:Faulty",
+    "model": {"width": 4, "blocks": [1, 1], "dropout": 0.3},
+    "train": {"steps": STEPS, "global_batch": 64, "precision": "fp64", "evaluate_every": 0.5},
+    "checkpoint": {"every_steps": 7},
+    "tracking": {"every_steps": 1},
+}
+
+
+@dataclass
+class Done:
+    outcome: Outcome
+    tracked: dict[str, Any]
+    folder: Path
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, Any]:
+        return load_file(self.folder / "model" / "model.safetensors")
+
+
+Runner = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_server: str) -> Runner:
+    """Runs the tiny spec with some fields changed, to its end."""
+    storage = tmp_path_factory.mktemp("storage")
+
+    def runner(told: list[str] | None = None, **sections: dict[str, Any]) -> Done:
+        data: dict[str, Any] = {**TINY, "storage": str(storage)}
+        data["tracking"] = {**data["tracking"], "uri": mlflow_server}
+        for name, values in sections.items():
+            data[name] = {**data.get(name, {}), **values}
+        spec, workload = resolve(data, RunSpec)
+        full = run.settled(spec)
+        folder = folders.create_folder(storage, folders.unique_name("tiny"), full)
+        dataset = run.prepare(workload, storage)
+        one = run.Run(full, spec, workload, dataset, folder)
+        losses: dict[int, float] = {}
+
+        def watch(step: int, rows: list[Any], lines: list[str]) -> None:
+            losses.update({row[2]: row[1] for row in rows if row[0] == "train/loss"})
+            if told is not None:
+                told.extend(lines)
+
+        outcome, tracked = run.execute(one, watch, threading.Event())
+        return Done(outcome, tracked, folder, losses)
+
+    return runner
+
+
+@pytest.fixture(scope="module")
+def one_worker(train: Runner) -> Done:
+    return train()
+
+
+@pytest.fixture(scope="module")
+def two_workers(train: Runner) -> Done:
+    return train(scale={"workers": 2})
+
+
+def test_two_workers_give_the_losses_of_one(one_worker: Done, two_workers: Done) -> None:
+    assert sorted(one_worker.losses) == sorted(two_workers.losses) == list(range(1, STEPS + 1))
+    for step, loss in one_worker.losses.items():
+        assert two_workers.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
+    for name, value in one_worker.outcome.metrics.items():
+        assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
+
+
+def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
+    train: Runner, two_workers: Done, tmp_path: Path, mlflow_server: str
+) -> None:
+    """Not in the weights, which are bit for bit the same, and not in what was tracked."""
+    import mlflow
+
+    marker = tmp_path / "killed"
+    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
+    killed = train(scale={"workers": 2}, data=fault)
+    assert marker.exists(), "no worker was killed"
+    assert killed.outcome.complete
+    for name, weight in two_workers.weights().items():
+        assert killed.weights()[name].equal(weight), name
+    client = mlflow.MlflowClient(mlflow_server)
+    history = client.get_metric_history(killed.tracked["run_id"], "train/loss")
+    assert [metric.step for metric in history] == list(range(1, STEPS + 1))
+    assert {m.step: m.value for m in history} == two_workers.losses
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
+    train: Runner, two_workers: Done, tmp_path: Path
+) -> None:
+    """Worker 1 hangs in the same step of two starts; then no restart is left, and it is resumed."""
+    told: list[str] = []
+
+    def why_it_failed() -> str:
+        fault = {"fault": "hang", "position": 18 * 64 + 40, "marker": str(tmp_path / "hung")}
+        scale = {"workers": 2, "max_restarts": 1}
+        with pytest.raises(TrainingError) as caught:
+            train(told, scale=scale, data=fault, train={"stall_timeout_s": 5})
+        return str(caught.value)
+
+    pattern = r"worker 1 made no step for 5 s at step 19; its stack: (\S+/stalls/worker-1-\d.txt)"
+    last = re.fullmatch(
+        pattern + r"; it was lost too often \(scale.max_restarts\)", why_it_failed()
+    )
+    first = next(match for line in told if (match := re.fullmatch(pattern, line)))
+    stacks = [Path(match[1]).read_text() for match in (first, last)]
+    assert "in sleeps\n" in stacks[0]
+    assert "in holds_the_interpreter\n" in stacks[1]
+
+    gc.collect()  # the tracker of the run that failed goes with its handle
+    folder = Path(last[1]).parents[1]
+    again = run.resumed_run(str(folder), Path("runs"), [])
+    done = Done(*run.execute(again, lambda *_: None, threading.Event()), folder)
+    for name, weight in two_workers.weights().items():
+        assert done.weights()[name].equal(weight), name
+
+
+def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(mlflow_server)
+    found = client.get_run(two_workers.tracked["run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optimizer.lr"] == "0.001"
+    assert found.data.params["train.steps"] == str(STEPS)
+    assert found.data.params["model.blocks"] == "[1, 1]"
+    assert found.data.metrics["test/accuracy"] == two_workers.outcome.metrics["test/accuracy"]
+    names = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"spec.yaml", "environment.json"} <= names
+    assert two_workers.tracked["model_uri"].startswith("models:/m-")
+
+
+def test_the_model_in_mlflow_is_the_one_that_was_trained(
+    two_workers: Done, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    mlflow.set_tracking_uri(mlflow_server)
+    uri = two_workers.tracked["model_uri"]
+    network = load_model(uri)
+    for name, weight in two_workers.weights().items():
+        assert network.state_dict()[name].equal(weight)
+    images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 1, 8, 8)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(images)).numpy()
+    served = mlflow.pyfunc.load_model(uri)
+    assert served.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["dtype"] == "uint8"
+    assert np.array_equal(served.predict(images), expected)
+
+
+@pytest.mark.slow
+def test_as_many_workers_as_there_is_room_for(train: Runner, one_worker: Done) -> None:
+    """Four CPUs hold four of [2, 6] workers; 64 samples a step, in the order of one worker."""
+    elastic = train(scale={"workers": [2, 6]})
+    for step, loss in one_worker.losses.items():
+        assert elastic.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
+
+
+def test_what_only_a_worker_can_find_is_a_mistake_in_the_spec_too(train: Runner) -> None:
+    with pytest.raises(SpecError, match=r"^train\.precision: fp8 needs the package torchao"):
+        train(train={"precision": "fp8"})
+
+
+def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
+    train: Runner, mlflow_server: str
+) -> None:
+    import mlflow
+
+    with pytest.raises(TrainingError, match=r"KeyError: 'no such feature' \(.*faulty.py:\d+\)"):
+        train(data={"fault": "raise", "position": 3 * 64})
+    client = mlflow.MlflowClient(mlflow_server)
+    experiment = client.get_experiment_by_name("heliostat").experiment_id
+    failed = client.search_runs([experiment], "attributes.status = 'FAILED'", max_results=1)[0]
+    assert "no such feature" in failed.data.tags["heliostat.reason"]
+
+
+def test_a_finished_run_is_only_read_again(two_workers: Done, ray_cluster: str) -> None:
+    again = run.resumed_run(str(two_workers.folder), Path("runs"), [])
+    outcome, tracked = run.execute(again, lambda *_: None, threading.Event())
+    assert outcome.complete
+    assert outcome.step == STEPS
+    assert tracked["run_id"] == two_workers.tracked["run_id"]
+    assert tracked["model_uri"] == two_workers.tracked["model_uri"]
+
+
+def test_only_what_does_not_change_the_result_may_be_set_on_resume(one_worker: Done) -> None:
+    with pytest.raises(SpecError, match=r"--set train\.seed=1: cannot change in a resumed run"):
+        run.resumed_run(str(one_worker.folder), Path("runs"), ["train.seed=1"])
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    with (
+        folders.exclusive(tmp_path),
+        pytest.raises(SpecError, match="another process is working on this run"),
+        folders.exclusive(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_one_interrupts(
+    number: signal.Signals,
+) -> None:
+    with run.stop_on_signal() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(number)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+
+
+def test_the_environment_names_versions() -> None:
+    packages = json.loads(json.dumps(folders.environment()))["packages"]
+    assert packages["ray"] == "2.60.0"

@@ -1,0 +1,147 @@
+"""What is committed is whole, in a folder and at a URI alike."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.base.errors import SpecError
+from trainers.checkpoints.checkpoints import Checkpoints, load_network
+from trainers.spec import CheckpointSpec
+from trainers.stores import (MANIFEST, LocalStore, RemoteStore, Store)
+
+Open = Callable[[], Store]
+
+
+@pytest.fixture(params=["folder", "uri"])
+def open_store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Open:
+    """Opens the same place anew, as another process would."""
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "cache")
+    if request.param == "folder":
+        return lambda: LocalStore(tmp_path / "place")
+    return lambda: RemoteStore(f"file://{tmp_path}/place", "run")
+
+
+def build(store: Store, name: str, **files: str) -> None:
+    """Everything up to the commit."""
+    store.begin(name)
+    for file, text in files.items():
+        (store.building(name) / file).write_text(text)
+        store.publish(name, file)
+    manifest = {"files": dict.fromkeys(files)}
+    (store.building(name) / MANIFEST).write_text(json.dumps(manifest))
+
+
+def content(store: Store, name: str) -> dict[str, str]:
+    files = {path.name: path.read_text() for path in store.fetch(name).iterdir()}
+    assert json.loads(files.pop(MANIFEST)) == json.loads(store.manifest(name))
+    return files
+
+
+def test_what_is_committed_is_found_again(open_store: Open) -> None:
+    store = open_store()
+    build(store, "step-2", a="1", b="2")
+    store.commit("step-2")
+    build(store, "step-1", a="3")
+    store.commit("step-1")
+    for each in (store, open_store()):
+        assert each.names() == ["step-1", "step-2"]
+        assert content(each, "step-2") == {"a": "1", "b": "2"}
+        assert content(each, "step-1") == {"a": "3"}
+
+
+def test_what_is_not_committed_is_not_there(open_store: Open) -> None:
+    store = open_store()
+    assert store.names() == []
+    build(store, "step-1", a="half")
+    assert open_store().names() == []
+
+
+def test_an_attempt_that_broke_off_leaves_nothing_in_the_next(open_store: Open) -> None:
+    build(open_store(), "step-1", left="over")
+    store = open_store()
+    build(store, "step-1", a="new")
+    store.commit("step-1")
+    assert content(open_store(), "step-1") == {"a": "new"}
+
+
+def test_what_is_abandoned_is_gone(open_store: Open, tmp_path: Path) -> None:
+    store = open_store()
+    build(store, "step-1", a="half")
+    store.abandon("step-1")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_is_committed_cannot_be_abandoned(open_store: Open) -> None:
+    """As when something goes wrong right after the commit."""
+    store = open_store()
+    build(store, "step-1", a="whole")
+    store.commit("step-1")
+    store.abandon("step-1")
+    assert content(open_store(), "step-1") == {"a": "whole"}
+
+
+def test_a_commit_replaces_what_had_the_name(open_store: Open) -> None:
+    store, other = open_store(), open_store()
+    for text in ("old", "new"):
+        build(store, "step-1", a=text)
+        store.commit("step-1")
+        assert content(other, "step-1") == {"a": text}
+
+
+def test_what_is_removed_is_gone(open_store: Open, tmp_path: Path) -> None:
+    store = open_store()
+    for name in ("step-1", "step-2"):
+        build(store, name, a=name)
+        store.commit(name)
+        store.fetch(name)
+    store.remove("step-1")
+    assert open_store().names() == ["step-2"]
+    assert not list(tmp_path.rglob("step-1"))
+
+
+@pytest.mark.parametrize("uri", ["nonsense", "nosuch://bucket/x", "s3://"])
+def test_a_place_that_cannot_be_reached_is_told_in_a_line(uri: str) -> None:
+    with pytest.raises(SpecError, match=r"^checkpoint\.uri: .* cannot be used: ") as caught:
+        RemoteStore(uri, "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_at_a_uri_are_found_by_their_folder(tmp_path: Path) -> None:
+    """Who looks for a run's checkpoints knows its folder, and not its spec."""
+    folder, uri = tmp_path / "runs" / "mine" / "checkpoints", f"file://{tmp_path}/bucket"
+    network = nn.Linear(2, 3)
+    checkpoints = Checkpoints(folder, CheckpointSpec(uri=uri, keep=2))
+    for step in (1, 2, 3):
+        checkpoints.save(step, network, torch.optim.SGD(network.parameters()))
+    checkpoints.wait()
+    assert not list(folder.glob("step-*"))
+    kept = sorted(path.name for path in (tmp_path / "bucket").glob("*/step-*"))
+    assert kept == ["step-00000002", "step-00000003"]
+    newest = Checkpoints(folder).newest()
+    assert newest is not None
+    other = nn.Linear(2, 3)
+    load_network(newest, other)
+    assert other.weight.equal(network.weight)
+
+
+def test_a_damaged_one_at_a_uri_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = nn.Linear(2, 3)
+    folder, uri = tmp_path / "checkpoints", f"file://{tmp_path}/bucket"
+    checkpoints = Checkpoints(folder, CheckpointSpec(uri=uri))
+    for step in (1, 2):
+        checkpoints.save(step, network, torch.optim.SGD(network.parameters()))
+    checkpoints.wait()
+    state = next((tmp_path / "bucket").glob("*/step-00000002/*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-1])
+    newest = Checkpoints(folder).newest()
+    assert newest is not None
+    assert newest.name == "step-00000001"
+    assert "state-00000.safetensors is truncated; passed over" in capsys.readouterr().out

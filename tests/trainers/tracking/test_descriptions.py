@@ -1,0 +1,33 @@
+"""What MLflow's page of a run says."""
+
+from trainers.outcome import Outcome
+from trainers.tracking.descriptions import run_note, table
+
+
+def test_a_note_has_the_metrics_the_forecast_beside_the_actual_and_the_costs() -> None:
+    became = {
+        "forecast": "40 s forecast (measured), 44 s taken: +10%, within 30 to 50 s",
+        "account": {"cost": "$0.0082 (a|b)"},
+    }
+    note = run_note(Outcome(236, 236, {"val/loss": 0.12345, "test/loss": 0.5}, 2029.4), became)
+    assert note.splitlines() == [
+        "**Complete**: 236 of 236 steps, 2,029 samples/s.",
+        "",
+        "|  |  |",
+        "| --- | --- |",
+        "| test/loss | 0.5 |",
+        "| val/loss | 0.1235 |",
+        "| forecast | 40 s forecast (measured), 44 s taken: +10%, within 30 to 50 s |",
+        "| cost | $0.0082 (a\\|b) |",
+    ]
+
+
+def test_a_run_that_stopped_says_why() -> None:
+    stopped = Outcome(1, 10, {}, 0.0)
+    reason = "budget.usd reached: $5 of $5"
+    assert run_note(stopped, {"reason": reason}) == f"**Stopped** ({reason}): 1 of 10 steps."
+    assert run_note(stopped, {}) == "**Stopped**: 1 of 10 steps."
+
+
+def test_a_cell_is_one_line() -> None:
+    assert table(("a",), [("b\nc",)]) == "| a |\n| --- |\n| b c |"

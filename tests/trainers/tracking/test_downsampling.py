@@ -1,0 +1,49 @@
+"""Very long series: what MLflow is given of them has their shape, and short ones are whole."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.tracking.downsampling import EXACT, Sampler
+from trainers.tracking.operation_log import Row
+
+CHUNKS = st.lists(st.integers(1, 40_000), min_size=1, max_size=6)
+
+
+def series(length: int, peak: int) -> list[Row]:
+    """A falling curve with one spike, one dip and one NaN."""
+    values = {peak: 1e6, peak // 2: -1e6, peak // 3: math.nan}
+    return [("loss", values.get(i, 1 / (i + 1)), i, i) for i in range(length)]
+
+
+def in_parts(rows: list[Row], sizes: list[int]) -> Iterator[list[Row]]:
+    for size in sizes:
+        yield rows[:size]
+        rows = rows[size:]
+
+
+@settings(max_examples=20, deadline=None)
+@given(CHUNKS, st.floats(0, 0.999))
+def test_what_is_kept(sizes: list[int], place: float) -> None:
+    rows = series(sum(sizes), int(place * sum(sizes)))
+    sampler, whole = Sampler(), Sampler()
+    sent = [row for part in in_parts(rows, sizes) for row in sampler.take("run", part)]
+    assert sent == whole.take("run", rows), "how the rows came must not matter"
+    assert sent[:EXACT] == rows[:EXACT]
+    assert sampler.thinned("run") == (len(rows) > EXACT)
+    sent += sampler.rest("run")
+    steps = [row[2] for row in sent]
+    assert steps == sorted(set(steps)), "nothing twice"
+    assert sent[-1] == rows[-1]
+    values = [0.5, *(row[1] for row in rows if not math.isnan(row[1]))]
+    kept = [0.5, *(row[1] for row in sent if not math.isnan(row[1]))]
+    assert (min(kept), max(kept)) == (min(values), max(values))
+    assert all(b - a <= 64 for a, b in pairwise(steps))
+
+
+def test_many_points_come_to_few() -> None:
+    sent = len(Sampler().take("run", series(300_000, 200_000)))
+    assert 1.5 * EXACT < sent < 3 * EXACT

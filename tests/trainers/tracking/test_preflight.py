@@ -1,0 +1,112 @@
+"""MLflow is asked before anything is spent: what is a mistake, and what is only away."""
+
+import sqlite3
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from cluster.base.errors import SpecError
+from trainers.runs import run
+from trainers.tracking.preflight import check_access, newest_schema
+from trainers.spec import RunSpec, resolve
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answers with the status that the experiment's name asks for; lets in whoever has `me:it`."""
+
+    def do_GET(self) -> None:
+        code = int(self.path.rpartition("=")[2])
+        if code == 401 and self.headers["Authorization"] == "Basic bWU6aXQ=":
+            code = 200
+        body = b'{"experiment": {"experiment_id": "7", "lifecycle_stage": "active"}}'
+        if code == 404:
+            body = b'{"error_code": "RESOURCE_DOES_NOT_EXIST"}'
+        if code == 410:
+            code, body = 200, body.replace(b"active", b"deleted")
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(body if code in (200, 404) else b"No.\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert check_access(server, "200") is None
+    assert check_access(server, "404") is None, "an experiment that is not made yet"
+    for code in ("401", "403"):
+        with pytest.raises(SpecError, match=rf"^tracking.uri: {server} refuses us \({code}: No.\)"):
+            check_access(server, code)
+    for code in ("429", "500"):
+        assert f"answers {code}; training begins" in (check_access(server, code) or "")
+    with pytest.raises(SpecError, match="mlflow experiments restore --experiment-id 7"):
+        check_access(server, "410")
+    (tmp_path / ".mlflow").mkdir()
+    credentials = "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = {}\n"
+    (tmp_path / ".mlflow" / "credentials").write_text(credentials.format("wrong"))
+    with pytest.raises(SpecError, match="401"):
+        check_access(server, "401")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "it")
+    assert check_access(server, "401") is None
+
+
+def test_wrong_credentials_end_a_run_before_ray_is_started(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = {"uri": server, "experiment": "401"}
+    spec, _ = resolve({"workload": "vision", "tracking": tracking}, RunSpec)
+    started: list[object] = []
+    monkeypatch.setattr(run, "ray_session", started.append)
+    with pytest.raises(SpecError, match="401"), run.at_work(tmp_path, spec, None, True):
+        pass
+    assert started == []
+
+
+def test_nobody_there(free_port: int) -> None:
+    away = check_access(f"http://me:secret@127.0.0.1:{free_port}", "x")
+    assert away is not None
+    assert "cannot be reached" in away
+    assert "training begins" in away
+    assert "secret" not in away
+    assert len(away.splitlines()) == 1
+
+
+def test_a_database_of_another_mlflow_gives_its_upgrade_command(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    uri = f"sqlite:///{file}"
+    assert check_access(uri, "x") is None
+    for version in ("451aebb31d03", newest_schema()):
+        with sqlite3.connect(file) as database:
+            database.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num TEXT)")
+            database.execute("DELETE FROM alembic_version")
+            database.execute("INSERT INTO alembic_version VALUES (?)", (version,))
+        database.close()
+        if version == newest_schema():
+            assert check_access(uri, "x") is None
+        else:
+            with pytest.raises(SpecError, match=f"run: mlflow db upgrade '{uri}'$"):
+                check_access(uri, "x")
+    file.write_text("no database, but long enough to be looked at" * 50)
+    with pytest.raises(SpecError, match="not a database"):
+        check_access(uri, "x")
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "ftp://somewhere"])
+def test_what_mlflow_cannot_be_at(uri: str) -> None:
+    with pytest.raises(SpecError, match=r"^tracking.uri: must be http"):
+        check_access(uri, "x")

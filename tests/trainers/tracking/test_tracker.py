@@ -1,0 +1,312 @@
+"""The one writer to MLflow: nothing lost, nothing twice, nobody kept waiting."""
+
+import contextlib
+import io
+import math
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from cluster.base.config import write_yaml
+from trainers.run_folder import SPEC, TRACK
+from trainers.tracking.operation_log import Row, run_id_of
+from trainers.tracking.tracker import TrackedRun, Tracker
+from trainers.cli.track import flush_command
+
+Wait = Callable[..., None]
+
+
+@pytest.fixture
+def client(mlflow_server: str) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(mlflow_server)
+
+
+def rows(steps: range, name: str = "train/loss") -> list[Row]:
+    return [(name, step / 7, step, 1_700_000_000_000 + step) for step in steps]
+
+
+def drained(tracker: Tracker, wait_until: Wait) -> None:
+    wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
+
+
+def history(client: mlflow.MlflowClient, run_id: str, name: str = "train/loss") -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run_id, name)]
+
+
+def test_a_parent_and_its_child(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    (tmp_path / "spec.yaml").write_text("uri: http://me:secret@host\n")
+    tracker.start(TrackedRun("sweep", {"train.seed": 3}, {"kind": "sweep"}))
+    tracker.start(TrackedRun("sweep/0001", {"optimizer.lr": 3e-4}, parent="sweep"))
+    tracker.log("sweep/0001", rows(range(5)), 5)
+    tracker.artifact("sweep", str(tmp_path / "spec.yaml"))
+    tracker.finish("sweep/0001", "FAILED", {"heliostat.reason": "KeyError"})
+    tracker.finish("sweep", "FINISHED")
+    drained(tracker, wait_until)
+    parent, child = (tracker.read(key) for key in ("sweep", "sweep/0001"))
+    found = client.get_run(child["run_id"])
+    assert found.data.tags["mlflow.parentRunId"] == parent["run_id"]
+    assert found.data.params == {"optimizer.lr": "0.0003"}
+    assert (found.info.status, parent["status"]) == ("FAILED", "FINISHED")
+    assert found.data.tags["heliostat.reason"] == "KeyError"
+    assert history(client, child["run_id"]) == list(range(5))
+    path = client.download_artifacts(parent["run_id"], "spec.yaml", str(tmp_path))
+    assert Path(path).read_text() == "uri: http://me:***@host\n"
+    tracker.close()
+
+
+def test_a_step_done_again_is_tracked_once(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("again", {}))
+    tracker.log("again", rows(range(10)), 10)
+    tracker.log("again", rows(range(6, 15)), 15)
+    drained(tracker, wait_until)
+    assert history(client, tracker.read("again")["run_id"]) == list(range(15))
+    tracker.close()
+
+
+def test_a_second_writer_goes_on_where_the_first_was_killed(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    script = f"""
+import os, signal, time
+from pathlib import Path
+from trainers.tracking.tracker import Tracker, TrackedRun
+tracker = Tracker({str(tmp_path)!r}, {mlflow_server!r}, "track")
+tracker.start(TrackedRun("killed", {{"a.b": 1}}))
+for step in range(2000):
+    tracker.log("killed", [("train/loss", step / 7, step, 1_700_000_000_000 + step)], step)
+    if step == 1500:
+        while not Path({str(tmp_path)!r}, "sent").exists():
+            time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=600)
+    assert killed.returncode == -9
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("killed", {"a.b": 1}, {"resumed": "yes"}))
+    tracker.log("killed", rows(range(1900, 2100)), 2100)
+    drained(tracker, wait_until)
+    run_id = tracker.read("killed")["run_id"]
+    assert history(client, run_id) == list(range(2100))
+    assert client.get_run(run_id).data.tags["resumed"] == "yes"
+    experiment = client.get_experiment_by_name("track").experiment_id
+    assert len(client.search_runs([experiment], "tags.`heliostat.key` = 'killed'")) == 1
+    tracker.close()
+
+
+class Faults(ThreadingHTTPServer):
+    """Stands before a server, and does to requests that change something what `plan` says.
+
+    Each letter is a request's fate: `.` passed on; `5`, `9` refused with 500 or 429; `l` passed on
+    but its answer lost, told as 500; `h` passed on and never answered; `s` answered slowly.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: str, plan: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Fault)
+        self.target, self.plan, self.lock = server, list(plan), threading.Lock()
+        self.given_up = threading.Event()
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def fate(self, method: str, path: str) -> str:
+        with self.lock:
+            reads = method == "GET" or path.endswith(("/search", "/get-by-name"))
+            return self.plan.pop(0) if self.plan and not reads else "."
+
+    def end(self) -> None:
+        self.given_up.set()
+        self.shutdown()
+        self.server_close()
+
+
+class _Fault(BaseHTTPRequestHandler):
+    server: Faults
+
+    def _pass_on(self) -> None:
+        fate = self.server.fate(self.command, self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fate in "59":
+            self._answer({"5": 500, "9": 429}[fate], b"Try later")
+            return
+        skip = ("host", "connection", "content-length")
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in skip}
+        url = self.server.target + self.path
+        request = urllib.request.Request(url, body or None, headers, method=self.command)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                code, data = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            code, data = error.code, error.read()
+        if fate == "h":
+            self.server.given_up.wait(120)
+        elif fate == "l":
+            self._answer(500, b"Lost")
+        else:
+            self.server.given_up.wait(0.5 if fate == "s" else 0)
+            self._answer(code, data)
+
+    def _answer(self, code: int, data: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = _pass_on
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("plan", ["59l", "h.ls5l"])
+def test_a_server_that_fails(
+    plan: str,
+    tmp_path: Path,
+    mlflow_server: str,
+    client: mlflow.MlflowClient,
+    wait_until: Wait,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first requests make the run; those whose answer is lost were done all the same."""
+    client.get_experiment_by_name("track") or client.create_experiment("track")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
+    faults = Faults(mlflow_server, plan)
+    tracker = Tracker(str(tmp_path), faults.uri, "track")
+    key = f"failing-{plan}"
+    tracker.start(TrackedRun(key, {"a.b": 1}, {"c": "d"}))
+    tracker.log(key, rows(range(1500)), 1500)
+    tracker.finish(key, "FINISHED")
+    drained(tracker, wait_until)
+    assert faults.plan == []
+    run_id = tracker.read(key)["run_id"]
+    assert history(client, run_id) == list(range(1500))
+    experiment = client.get_experiment_by_name("track").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`heliostat.key` = '{key}'")
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    assert (run.data.params, run.data.tags["c"]) == ({"a.b": "1"}, "d")
+    tracker.close()
+    faults.end()
+
+
+def test_a_server_that_is_away_delays_nobody_and_gets_everything_later(
+    tmp_path: Path,
+    mlflow_server: str,
+    client: mlflow.MlflowClient,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With `heliostat track flush`, long after the run."""
+    monkeypatch.setattr("trainers.tracking.downsampling.EXACT", 100)
+    folder = tmp_path / "patient"
+    tracker = Tracker(str(folder / TRACK), f"http://127.0.0.1:{free_port}", "track")
+    tracker.start(TrackedRun("patient", {}))
+    tracker.log("patient", rows(range(105)), 105)
+    assert tracker.pending()[0] > 0
+    tracker.close()
+    write_yaml({"tracking": {"uri": mlflow_server, "experiment": "track"}}, folder / SPEC)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert flush_command(Namespace(run=str(folder))) == 0
+        assert flush_command(Namespace(run=str(folder))) == 0
+    assert re.fullmatch(r"patient: [\d,]+ bytes sent\npatient: nothing was left\n", said.getvalue())
+    run_id = run_id_of(folder / TRACK, "patient")
+    assert run_id is not None
+    steps = history(client, run_id)
+    assert sorted(steps) == [*range(100), 100, 104], "the least, and the last"
+    assert "heliostat.sampled" in client.get_run(run_id).data.tags
+
+
+def test_numbers_and_names_that_mlflow_cannot_hold(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("odd", {"long": "x" * 7000, "uri": "http://me:secret@host"}))
+    inf, nan, at = float("inf"), float("nan"), 1_700_000_000_000
+    tracker.log("odd", [("loss", v, i, at) for i, v in enumerate((inf, nan, -inf, 1.0))], 4)
+    tracker.log("odd", [("acc@5", 0.5, 0, at), ("/../x", 0.25, 0, at)], 4)
+    tracker.finish("odd", "FAILED", {"heliostat.reason": "y" * 9000})
+    drained(tracker, wait_until)
+    run_id = tracker.read("odd")["run_id"]
+    values = [metric.value for metric in client.get_metric_history(run_id, "loss")]
+    assert values[0] == -values[2] == sys.float_info.max
+    assert math.isnan(values[1])
+    found = client.get_run(run_id).data
+    assert "1.797e308" in found.tags["heliostat.infinite.loss"]
+    assert (found.metrics["acc_5"], found.metrics["x"]) == (0.5, 0.25)
+    assert found.tags["heliostat.renamed.acc_5"] == "acc@5"
+    assert found.params["uri"] == "http://me:***@host"
+    for kind, name, text in (
+        ("parameters", "long", "x" * 7000),
+        ("tags", "heliostat.reason", "y" * 9000),
+    ):
+        shown = {**found.params, **found.tags}[name]
+        assert shown.endswith(f"({len(text)} characters, whole in {kind}/{name}.txt)")
+        path = client.download_artifacts(run_id, f"{kind}/{name}.txt", str(tmp_path))
+        assert Path(path).read_text() == text
+    tracker.close()
+
+
+def test_a_clock_that_goes_back(
+    tmp_path: Path,
+    mlflow_server: str,
+    client: mlflow.MlflowClient,
+    wait_until: Wait,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("clock", {}))
+    for step in range(20):
+        tracker.log("clock", [("loss", step / 7, step, 1_900_000_000_000 - 60_000 * step)], step)
+    monkeypatch.setattr("trainers.tracking.tracker.now_ms", lambda: 1_000_000_000_000)
+    tracker.finish("clock", "FINISHED")
+    drained(tracker, wait_until)
+    run_id = tracker.read("clock")["run_id"]
+    assert sorted(history(client, run_id, "loss")) == list(range(20))
+    run = client.get_run(run_id)
+    assert run.data.metrics["loss"] == 19 / 7
+    assert run.info.end_time >= run.info.start_time
+    tracker.close()
+
+
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("refused", {}))
+    at = 1_700_000_000_000
+    tracker.log("refused", [("loss", 0.5, 0, at), ("loss too far", 1.0, 2**70, at)], 0)
+    tracker.artifact("refused", str(tmp_path / "missing.txt"))
+    tracker.finish("refused", "FINISHED")
+    drained(tracker, wait_until)
+    run = client.get_run(tracker.read("refused")["run_id"])
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
+    assert run.data.tags["heliostat.refused.log"].startswith("loss too far: ")
+    assert run.data.tags["heliostat.refused.artifact"].endswith("missing.txt is gone")
+    tracker.close()
+
+
+def test_a_run_asked_to_stop_hears_it_with_its_next_metrics(tmp_path: Path) -> None:
+    tracker = Tracker(str(tmp_path), "http://127.0.0.1:9", "track")
+    assert tracker.log("run", rows(range(2)), 2) is False
+    tracker.request_stop("run")
+    assert tracker.log("run", [], 3) is True
+    assert tracker.watch("run") == (3, rows(range(2)), [])
+    assert tracker.watch("run") == (3, [], [])
+    tracker.close()

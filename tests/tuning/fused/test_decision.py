@@ -1,0 +1,88 @@
+"""Whether and how widely a sweep is fused, as measured on this machine's CPU."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.base.config import write_yaml
+from trainers.data.dataset import open_split
+from trainers.devices import Cpu
+from tuning.fused.program import Program
+from tuning.fused.decision import (MEMORY_SHARE, Plan, make_plan, plan_by_spec, usual_variant)
+from tuning.sweep import new_sweep
+from tuning.trials.trial import Sweep
+
+SPEC = """
+workload: spirals:Spirals
+model: {width: 32}
+train: {epochs: 400, global_batch: 8}
+sweep:
+  parameters:
+    optimizer.lr: {loguniform: [1e-4, 1e-1]}
+    model.dropout: {uniform: [0.0, 0.5]}
+  search: random
+  trials: 40
+"""
+
+
+@pytest.fixture
+def sweep_of(own_folder: Path) -> Callable[..., Sweep]:
+    """A sweep over the spirals with some fields changed; nothing is run."""
+    (own_folder / "s.yaml").write_text(SPEC)
+    return lambda *overrides: new_sweep("s.yaml", list(overrides), None)
+
+
+def test_slots_take_no_more_memory_than_there_is_and_fill_it(
+    sweep_of: Callable[..., Sweep],
+) -> None:
+    sweep = sweep_of()
+    samples = open_split(sweep.dataset, "train")
+
+    def needs(slots: int) -> int:
+        varied = {"dropout": [0.0, 0.5]}
+        return Program(usual_variant(sweep), slots, samples, Cpu(), varied).peak_bytes()
+
+    room_for_three = int((needs(3) + 1) / MEMORY_SHARE)
+    plan, program = make_plan(sweep, engines=1, free_bytes=room_for_three)
+    assert plan.slots == 3
+    assert program is not None
+    assert program.peak_bytes() <= MEMORY_SHARE * room_for_three
+    assert re.fullmatch(
+        r"fused: 3 trials as one program on one device, \S+ times as fast as alone", plan.line
+    )
+    nothing, _ = make_plan(sweep, engines=1, free_bytes=int(needs(1) / MEMORY_SHARE))
+    assert nothing.slots == 0
+    assert nothing.line == "not fused: there is no room for two trials on a device"
+
+
+def test_a_model_that_keeps_the_device_busy_is_not_fused(own_folder: Path) -> None:
+    spec = {
+        "workload": "vision",
+        "model": {"width": 64},
+        "train": {"global_batch": 128, "epochs": 100},
+        "sweep": {"parameters": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}},
+    }
+    write_yaml(spec, own_folder / "busy.yaml")
+    plan, _ = make_plan(new_sweep("busy.yaml", [], None), engines=1)
+    assert plan.slots == 0
+    assert re.fullmatch(r"not fused: a lone trial keeps \d+% of its device busy", plan.line)
+
+
+def test_one_value_that_cannot_be_fused_is_enough(sweep_of: Callable[..., Sweep]) -> None:
+    sweep = sweep_of(
+        "sweep.parameters={train.precision: {choice: [fp32, bf16, fp16]}, optimizer.lr: "
+        "{loguniform: [1e-4, 1e-1]}}"
+    )
+    plan, _ = make_plan(sweep, engines=1)
+    assert plan.line.startswith("not fused: train.precision: fp16 ")
+
+
+def test_what_the_spec_says_is_not_tried(sweep_of: Callable[..., Sweep]) -> None:
+    assert plan_by_spec(sweep_of("sweep.fuse=off")) == Plan(0, "")
+    assert plan_by_spec(sweep_of("sweep.trials=2", "train.epochs=2")) == Plan(0, "")
+    assert plan_by_spec(sweep_of()) is None
+    assert plan_by_spec(sweep_of("sweep.trials=2", "sweep.fuse=2")) is None
+    spread = "not fused: scale.workers: a trial of several workers is spread over devices"
+    assert plan_by_spec(sweep_of("scale.workers=2")) == Plan(0, spread)

@@ -1,0 +1,189 @@
+"""Which trials fit into a program, and which into none; by what they are told apart."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainers import Batch, Spec, Workload
+from trainers.devices import Cpu
+from trainers.worker import Worker
+from trainers.counter_rng import SampleRandom
+from trainers.spec import RunSpec
+from trainers.engine.step import Stepper, build_network
+from tuning.fused.program import Program
+from tuning.fused.rewrites import NotFusibleError
+from tuning.trials.space import trial_data
+from tuning.fused.signature import Variant, reason_against
+
+
+class Points(Workload):
+    """Points that are moved at random, or not; and a small network."""
+
+    class Data(Spec):
+        noise: float = 0.0
+
+    class Model(Spec):
+        width: int = 8
+        depth: int = 1
+        dropout: float = 0.1
+        second: float = 0.2
+        smoothing: float = 0.1
+        move: float = 1.0
+
+    def dataset(self) -> dict[str, Any]:
+        return {}
+
+    def build(self) -> nn.Module:
+        width, model = self.model.width, self.model
+        inner = [nn.Linear(width, width) for _ in range(model.depth)]
+        ends = nn.Linear(3, width), nn.Linear(width, 3)
+        return nn.Sequential(
+            ends[0], nn.Dropout(model.dropout), *inner, nn.Dropout(model.second), ends[1]
+        )
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        if self.model.move == 0:
+            return batch
+        return {**batch, "x": batch["x"] + self.model.move * random.normal(3)}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(batch["x"])
+        return logits
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        smoothing = self.model.smoothing
+        return F.cross_entropy(output, batch["label"], reduction="none", label_smoothing=smoothing)
+
+
+class Hidden(Points):
+    """One of its numbers is in nobody's sight."""
+
+    def build(self) -> nn.Module:
+        network, smoothing = super().build(), self.model.smoothing
+        network.register_forward_hook(lambda module, _, output: output * (1 + smoothing))
+        return network
+
+
+SAMPLES = {
+    "x": torch.randn(20, 3, generator=torch.Generator().manual_seed(0)),
+    "label": torch.arange(20) % 3,
+}
+
+
+def trial(workload: type[Points] = Points, **values: Any) -> Variant:
+    """Fields of the spec's sections are given as SECTION__FIELD."""
+    usual = {"workload": workload.__name__, "train": {"global_batch": 4, "clip_norm": 1.0}}
+    data = trial_data(usual, {name.replace("__", "."): value for name, value in values.items()})
+    sections = workload.Data(**data.get("data", {})), workload.Model(**data.get("model", {}))
+    return Variant(RunSpec.model_validate(data), workload(*sections), 20)
+
+
+def built(variant: Variant) -> nn.Module:
+    return build_network(variant.spec.train, variant.workload)
+
+
+def program_of(variant: Variant, slots: int = 2, **varied: Sequence[float]) -> Program:
+    return Program(variant, slots, SAMPLES, Cpu(), varied)
+
+
+class TestAProgramFits:
+    @staticmethod
+    @cache
+    def program() -> Program:
+        return program_of(trial(), dropout=(0.1, 0.2), smoothing=(0.0, 0.3), move=(0.5, 1.0))
+
+    def fits(self, **values: Any) -> bool:
+        other = trial(**values)
+        return self.program().fits(other, built(other))
+
+    def test_trials_with_other_numbers(self) -> None:
+        assert self.fits(optimizer__lr=0.5, optimizer__weight_decay=0.0)
+        assert self.fits(optimizer__betas=(0.1, 0.2), optimizer__schedule={"name": "constant"})
+        assert self.fits(train__clip_norm=7.0, train__seed=7, train__steps=70)
+        assert self.fits(model__dropout=0.7, model__smoothing=0.5, model__move=0.01)
+        assert self.fits(model__dropout=0.0, model__smoothing=0.0)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("model__width", 9),
+            ("model__depth", 2),
+            ("data__noise", 0.1),
+            ("train__global_batch", 5),
+            ("train__precision", "bf16"),
+            ("train__clip_norm", None),
+            ("optimizer__name", "sgd"),
+            ("workload", Hidden),
+        ],
+    )
+    def test_no_trial_that_is_another_program(self, field: str, value: Any) -> None:
+        assert not self.fits(**{field: value})
+
+    def test_no_trial_that_takes_another_branch(self) -> None:
+        """`if self.model.move == 0` went the other way when the program was traced."""
+        assert not self.fits(model__move=0.0)
+
+    def test_no_trial_with_another_number_that_was_not_to_vary(self) -> None:
+        assert not self.fits(model__second=0.3)
+
+
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.Tensor.item": lambda loss: loss * loss.mean().item(),
+    "torch.nn.functional.dropout": lambda loss: F.dropout(loss),
+    "torch.Tensor.__bool__": lambda loss: loss if loss.mean() > 0 else -loss,
+    "torch.Tensor.__getitem__": lambda loss: loss + loss[loss > 1].mean(),
+}
+
+
+class TestWhatCannotBeFused:
+    @pytest.mark.parametrize("operation", REFUSED)
+    def test_is_named_by_the_operation(self, operation: str) -> None:
+        class Own(Points):
+            def loss(self, output: Tensor, batch: Batch) -> Tensor:
+                return REFUSED[operation](super().loss(output, batch))
+
+        with pytest.raises(NotFusibleError, match=f"^{re.escape(operation)}: RuntimeError: "):
+            program_of(trial(Own))
+
+    def test_shows_in_the_first_loss_and_holds_up_no_neighbour(self) -> None:
+        like, other = trial(Hidden), trial(Hidden, model__smoothing=0.5)
+        program = program_of(like, smoothing=(0.1, 0.5))
+        assert program.fits(other, built(other))
+        program.admit(0, other, built(other))
+        program.admit(1, like, built(like))
+        with pytest.raises(NotFusibleError, match=r"^a fused trial's first loss is .* alone it is"):
+            program.run([0, 1], 10)
+        ordinary = Stepper(like.spec, like.workload, SAMPLES, Worker(), like.total_steps)
+        losses = [ordinary.take(step).item() for step in range(20)]
+        found = [loss for (loss,) in program.run([1], 10)]
+        assert found == pytest.approx(losses[10:], rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("place", "value"),
+        [
+            ("scale.workers", (1, 2)),
+            ("train.precision", "fp16"),
+            ("train.precision", "fp8"),
+            ("train.micro_batch", 2),
+            ("train.activation_checkpointing", True),
+            ("train.on_nonfinite", "skip"),
+        ],
+    )
+    def test_stands_in_the_spec(self, place: str, value: Any) -> None:
+        spec = RunSpec.model_validate(trial_data({"workload": "x"}, {place: value}))
+        assert str(reason_against(spec)).startswith(f"{place}: ")
+
+    def test_is_nothing_in_a_usual_spec(self) -> None:
+        assert reason_against(RunSpec(workload="x")) is None
+
+
+def test_memory_grows_with_the_slots() -> None:
+    one, two, four = (program_of(trial(), slots).peak_bytes() for slots in (1, 2, 4))
+    assert 0 < two == pytest.approx(2 * one, rel=0.1)
+    assert four == pytest.approx(4 * one, rel=0.1)

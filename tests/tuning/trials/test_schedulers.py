@@ -1,0 +1,69 @@
+"""The spec's scheduler as Ray's own."""
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import cloudpickle
+import pytest
+from ray.tune import schedulers
+
+from tuning.trials.schedulers import build_scheduler
+from tuning.trials.space import SchedulerSpec, SweepSpec
+
+KINDS = {
+    "asha": schedulers.AsyncHyperBandScheduler,
+    "median": schedulers.MedianStoppingRule,
+    "pbt": schedulers.PopulationBasedTraining,
+    "none": schedulers.FIFOScheduler,
+}
+
+
+def sweep(name: str, **scheduler: Any) -> SweepSpec:
+    parameters: dict[str, Any] = {
+        "optimizer.lr": {"loguniform": [1e-3, 1e-1]},
+        "model.dropout": {"uniform": [0, 0.5]},
+        "model.width": {"log_integer": [4, 64]},
+        "optimizer.name": {"choice": ["adamw", "sgd"]},
+        "train.seed": {"integer": [0, 3]},
+    }
+    return SweepSpec.model_validate(
+        {"parameters": parameters, "scheduler": {"name": name, **scheduler}}
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_name_is_rays_scheduler(name: str) -> None:
+    assert type(build_scheduler(sweep(name), 10)) is KINDS[name] or name == "pbt"
+    assert isinstance(build_scheduler(sweep(name), 10), KINDS[name])
+
+
+def test_dear_trials_are_judged_earlier_where_cost_counts() -> None:
+    """At an epoch for the one and two for the other both have spent as much."""
+    verdicts = {}
+    for per in ("epoch", "usd"):
+        spec = sweep("asha", grace_epochs=2, per=per)
+        asha = build_scheduler(spec, 10, lambda trial, _: 1.0 + trial)
+        asha.set_search_properties("val/loss", "min")
+        cheap, dear = (SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2))
+        for trial in (cheap, dear):
+            asha.on_trial_add(None, trial)
+        asha = pickle.loads(cloudpickle.dumps(asha))
+        for epoch in (1, 2):
+            told = asha.on_trial_result(None, cheap, {"epoch": epoch, "val/loss": 1.0})
+            assert told == "CONTINUE"
+        verdicts[per] = asha.on_trial_result(None, dear, {"epoch": 1, "val/loss": 2.0})
+    assert verdicts == {"epoch": "CONTINUE", "usd": "STOP"}
+
+
+def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
+    with pytest.raises(ValueError, match="per joule: pbt does not compare trials on their way"):
+        SchedulerSpec(name="pbt", per="joule")
+
+
+def test_pbt_never_leaves_the_space() -> None:
+    pbt = build_scheduler(sweep("pbt"), 10)
+    config = {"optimizer.lr": 0.1, "model.dropout": 0.5, "model.width": 64, "train.seed": 3}
+    config |= {"optimizer.name": "sgd", "trial": 5}
+    raised = {"optimizer.lr": 0.12, "model.dropout": 0.6, "model.width": 76, "train.seed": 3}
+    assert pbt._custom_explore_fn({**config, **raised}) == config

@@ -1,0 +1,114 @@
+"""Searches that forget nothing: what was suggested is on disk before anybody knows of it."""
+
+import pickle
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.search import Searcher
+
+from tuning.trials.searcher import Journal, JournaledSearch
+from tuning.trials.space import SweepSpec
+
+PARAMETERS: dict[str, Any] = {
+    "optimizer.lr": {"loguniform": [1e-4, 1e-1]},
+    "model.width": {"integer": [4, 64]},
+    "model.blocks": {"choice": [[1], [1, 1], [2, 2]]},
+    "train.seed": {"choice": [0, None, "x", True]},
+}
+
+
+def sweep(**fields: Any) -> SweepSpec:
+    return SweepSpec(**{"parameters": PARAMETERS, "trials": 12, "mode": "min", **fields})
+
+
+def ended(search: JournaledSearch, trial_id: str, value: float, complete: bool = True) -> None:
+    result = {"val/loss": value, "step": 10, "complete": complete}
+    search.on_trial_complete(trial_id, result)
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "cmaes"])
+def test_every_search_stays_within_the_space_and_ends(name: str, tmp_path: Path) -> None:
+    search = JournaledSearch(sweep(search=name), tmp_path / "journal")
+    for number in range(12):
+        config = search.suggest(f"t{number}")
+        assert isinstance(config, dict)
+        assert config["trial"] == number
+        assert 1e-4 <= config["optimizer.lr"] <= 1e-1
+        assert config["model.width"] in range(4, 65)
+        assert config["model.blocks"] in PARAMETERS["model.blocks"]["choice"]
+        assert config["train.seed"] in PARAMETERS["train.seed"]["choice"]
+        ended(search, f"t{number}", number / 3, complete=number % 2 == 0)
+    assert search.suggest("t12") == Searcher.FINISHED
+
+
+def test_tpe_learns_where_the_good_values_are(tmp_path: Path) -> None:
+    spec = sweep(parameters={"optimizer.lr": {"uniform": [0.0, 1.0]}}, trials=60)
+    search = JournaledSearch(spec, tmp_path / "journal")
+    tried = []
+    for number in range(60):
+        lr = search.suggest(f"t{number}")["optimizer.lr"]
+        tried.append(abs(lr - 0.7))
+        ended(search, f"t{number}", tried[-1])
+    assert statistics.median(tried[30:]) < 0.6 * statistics.median(tried[:10])
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_restored_search_gives_the_very_trials_that_were_lost(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Tune's snapshot may be older than the journal by any number of trials."""
+    folder = tmp_path_factory.mktemp("search")
+    search = JournaledSearch(sweep(search="random"), folder / "journal")
+    snapshot_at = data.draw(st.integers(0, 8))
+    asked = data.draw(st.integers(snapshot_at, 8))
+    suggested = {}
+    pickled = pickle.dumps(search)
+    for number in range(asked):
+        if number == snapshot_at:
+            search.save(str(folder / "snapshot"))
+        suggested[number] = search.suggest(f"t{number}")
+    if asked == snapshot_at:
+        search.save(str(folder / "snapshot"))
+    restored: JournaledSearch = pickle.loads(pickled)
+    restored.restore(str(folder / "snapshot"))
+    again = [restored.suggest(f"new{n}") for n in range(12 - snapshot_at)]
+    assert again[: asked - snapshot_at] == [suggested[n] for n in range(snapshot_at, asked)]
+    assert [config["trial"] for config in again] == list(range(snapshot_at, 12))
+    assert restored.suggest("one more") == Searcher.FINISHED
+
+
+def test_a_restored_search_knows_how_the_trials_ended(tmp_path: Path) -> None:
+    search = JournaledSearch(sweep(), tmp_path / "journal")
+    for number in range(3):
+        search.suggest(f"t{number}")
+    ended(search, "t0", 0.5)
+    ended(search, "t1", 0.7, complete=False)
+    search.on_trial_complete("t2", {}, error=True)
+    restored: JournaledSearch = pickle.loads(pickle.dumps(search))
+    states = [(trial.state.name, trial.value) for trial in restored._study.trials]
+    assert states == [("COMPLETE", 0.5), ("PRUNED", None), ("FAIL", None)]
+    assert restored._study.trials[1].intermediate_values == {10: 0.7}
+
+
+def test_a_value_that_is_no_number_counts_as_failed(tmp_path: Path) -> None:
+    search = JournaledSearch(sweep(), tmp_path / "journal")
+    search.suggest("t0")
+    ended(search, "t0", float("nan"))
+    assert [trial.state.name for trial in search._study.trials] == ["FAIL"]
+
+
+def test_half_a_line_at_the_end_of_the_journal_was_never_said(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.suggested(0, {"a.b": 1})
+    journal.suggested(1, {"a.b": 2})
+    path.write_bytes(path.read_bytes()[:-5])
+    torn = Journal(path)
+    assert torn.parameters == {0: {"a.b": 1}}
+    torn.suggested(1, {"a.b": 3})
+    assert Journal(path).parameters == {0: {"a.b": 1}, 1: {"a.b": 3}}

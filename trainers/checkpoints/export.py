@@ -1,0 +1,202 @@
+"""Trained models that others can load: weights as safetensors, beside what rebuilds the network.
+
+An exported model is a folder with `model.safetensors`, `spec.yaml` (the spec's sections
+`workload`, `data` and `model`), `signature.json` (dtypes and shapes), `example.safetensors` (an
+input, and what the network makes of it) and, for a user's own workload, its source under `code/`.
+In MLflow it is a `pyfunc` model. There is no pickle in it, and none is read.
+"""
+
+import contextlib
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_file
+from safetensors.torch import save_model as save_weights
+from torch import nn
+
+from cluster.base.config import check, read_yaml, write_yaml
+from cluster.base.errors import CheckpointError
+from cluster.base.files import commit_folder
+from trainers.checkpoints.checkpoints import load_network
+from trainers.precision import weights_dtype
+from trainers.model_files import CODE, EXAMPLE, SIGNATURE
+from trainers.spec import RunSpec
+from trainers.workload import (SHIPPED, Workload, dtype_of, load_workload)
+
+WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
+PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+
+
+def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
+    """Write the model that a checkpoint holds to `folder`, in place of what was there.
+
+    Raises CheckpointError if the checkpoint holds a pickle.
+    """
+    refuse_pickles(checkpoint)
+    network = workload.build().to(weights_dtype(spec.train))
+    load_network(checkpoint, network)
+    building = folder.with_name(f".{folder.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_weights(network, str(building / WEIGHTS))
+    sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
+    if spec.workload not in SHIPPED:  # where the class is, not where the spec found it
+        sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
+    write_yaml(sections, building / SPEC)
+    tensors = _example(workload, network)
+    (building / SIGNATURE).write_text(json.dumps(_signature(tensors)))
+    if tensors:
+        save_file(tensors, building / EXAMPLE)
+    if spec.workload not in SHIPPED:
+        _copy_code(type(workload), building / CODE)
+    shutil.rmtree(folder, ignore_errors=True)
+    commit_folder(building, folder)
+
+
+def _example(workload: Workload, network: nn.Module) -> dict[str, torch.Tensor]:
+    """The workload's example as `input` and the network's `output`, where these are tensors."""
+    example = workload.example()
+    if not isinstance(example, torch.Tensor):
+        return {}
+    network.eval()
+    with torch.inference_mode():
+        example = example.to(dtype_of(network) if example.is_floating_point() else None)
+        output = network(example)
+    tensors = {"input": example, "output": output}
+    return {k: v.contiguous() for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+
+
+def _signature(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """dtype and shape of input and output; -1 is the batch."""
+    return {
+        name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": [-1, *value.shape[1:]]}
+        for name, value in tensors.items()
+    }
+
+
+def refuse_pickles(folder: Path) -> None:
+    """CheckpointError if a file in `folder` is a pickle, by its name or its beginning.
+
+    To load one is to run whatever code its author put there.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(9)
+            # Python's protocols 2 to 5, and the archives of torch.save. A safetensors file begins
+            # with the length of its header, which can look like the former, and then the header.
+            pickled = start[:1] == b"\x80" and start[1:2] in PROTOCOLS and start[8:] != b"{"
+            if path.suffix in PICKLES or pickled or start.startswith(b"PK\x03\x04"):
+                raise CheckpointError(
+                    f"{path}: holds pickled code, which is never loaded; use safetensors"
+                )
+
+
+def _copy_code(workload: type[Workload], folder: Path) -> None:
+    """The module that defines the workload, with the package around it if there is one."""
+    source = inspect.getsourcefile(workload)
+    if source is None:
+        return
+    parts = workload.__module__.split(".")
+    if Path(source).name == "__init__.py":
+        parts.append("__init__")
+    if len(parts) == 1:
+        folder.mkdir()
+        shutil.copy(source, folder)
+        return
+    package = Path(source).parents[len(parts) - 2]
+    only_python = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, folder / package.name, ignore=only_python)
+
+
+def load_model(source: str | Path) -> nn.Module:
+    """The trained network of a run, in evaluation mode, on the CPU.
+
+    `source` is an exported folder or MLflow's URI of the model, such as `models:/m-...`.
+    Nothing is unpickled, CheckpointError if there is a pickle; the code of a user's own workload is
+    imported.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        import mlflow
+
+        folder = Path(mlflow.artifacts.download_artifacts(str(source)))
+    found = sorted(folder.rglob(WEIGHTS))
+    if not found:
+        raise FileNotFoundError(f"{source}: no {WEIGHTS} in it")
+    folder = found[0].parent
+    refuse_pickles(folder)
+    sections = read_yaml(folder / SPEC)
+    with _importable(folder / CODE, sections["workload"].partition(":")[0]):
+        workload = load_workload(sections["workload"])
+    network = workload(
+        check(workload.Data, sections["data"]), check(workload.Model, sections["model"])
+    ).build()
+    try:
+        network = network.to(_dtype(folder / WEIGHTS))
+        load_weights(network, str(folder / WEIGHTS))
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+    return network.eval()
+
+
+@contextlib.contextmanager
+def _importable(code: Path, module: str) -> Iterator[None]:
+    """In here `module` is the one under `code`, whatever else has its name; then it is forgotten.
+
+    So a model is built by the code it was trained with, and two versions live in one process.
+    """
+    if not code.is_dir():
+        yield
+        return
+    top = module.partition(".")[0]
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == top]
+
+    hidden = {name: sys.modules.pop(name) for name in loaded()}
+    path = list(sys.path)
+    sys.path[:0] = [str(code), str(Path.cwd())]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in loaded():
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _dtype(path: Path) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+class _Predictor:
+    """The network as MLflow's pyfunc flavour wants it: arrays in, arrays out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def predict(self, data: npt.NDArray[Any], params: Any = None) -> npt.NDArray[Any]:
+        with torch.inference_mode():
+            output: torch.Tensor = self.network(torch.from_numpy(np.asarray(data)))
+        return np.asarray(output)
+
+
+def _load_pyfunc(path: str) -> _Predictor:
+    """What MLflow calls to load the model."""
+    return _Predictor(load_model(path))

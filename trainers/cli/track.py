@@ -1,0 +1,128 @@
+"""The verbs of what is tracked: `track flush` and `model register`."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.cli.jobs import Subparsers
+
+if TYPE_CHECKING:
+    from trainers.spec import TrackingSpec
+
+
+def add_verbs(verbs: Subparsers) -> None:
+    track = verbs.add_parser("track", help="what MLflow has not been told yet")
+    actions = track.add_subparsers(title="actions", metavar="ACTION", required=True)
+    flush = actions.add_parser(
+        "flush",
+        help="send what is left of a run or sweep",
+        description="Send MLflow what it has not been told of a run or sweep, "
+        "since it could not be reached.",
+    )
+    flush.add_argument("run", metavar="RUN|SWEEP", help="its name, or its folder")
+    flush.set_defaults(command=flush_command)
+    model = verbs.add_parser("model", help="trained models in MLflow's registry")
+    actions = model.add_subparsers(title="actions", metavar="ACTION", required=True)
+    register = actions.add_parser(
+        "register",
+        help="register a run's model under a name",
+        description="Register the model of a finished run; doing it again changes nothing.",
+    )
+    register.add_argument("run", metavar="RUN", help="its name, or its folder")
+    register.add_argument("--name", required=True, help="name of the registered model")
+    register.add_argument("--alias", help="a name for this version, such as champion")
+    register.set_defaults(command=register_command)
+
+
+def flush_command(args: argparse.Namespace) -> int:
+    from trainers.run_folder import TRACK, exclusive
+    from trainers.tracking.tracker import flush
+
+    folder, tracking = _tracked(args.run)
+    with exclusive(folder), _told():
+        sent = flush(folder / TRACK, str(tracking.uri), tracking.experiment)
+    print(f"{folder.name}: {sent:,} bytes sent" if sent else f"{folder.name}: nothing was left")
+    return 0
+
+
+def register_command(args: argparse.Namespace) -> int:
+    import mlflow
+
+    from cluster.base.errors import SpecError
+    from trainers.run_folder import TRACK
+    from trainers.tracking.registry import register
+    from trainers.tracking.operation_log import run_id_of
+
+    folder, tracking = _tracked(args.run)
+    run_id = run_id_of(folder / TRACK, folder.name)
+    if run_id is None:
+        raise SpecError(f"{folder.name}: not in MLflow yet; heliostat track flush {folder.name}")
+    with _told():
+        mlflow.set_tracking_uri(str(tracking.uri))
+        version = register(mlflow.MlflowClient(), run_id, args.name, args.alias)
+    alias = f", {args.alias}: models:/{args.name}@{args.alias}" if args.alias else ""
+    print(f"models:/{args.name}/{version}{alias}")
+    return 0
+
+
+def tracked_folder(name: str) -> Path:
+    """The folder of a run or sweep, by its name in `runs` or by its path."""
+    from cluster.base.errors import SpecError
+    from trainers.run_folder import find_folder
+
+    try:
+        return find_folder(name, Path("runs"))
+    except SpecError:
+        raise SpecError(f"{name}: no such run or sweep, neither a folder nor in runs") from None
+
+
+def keep(folder: Path, part: str) -> str:
+    """Keep the files in `part` of a run's folder as artifacts of its MLflow run, at once.
+
+    Returns MLflow's name for the run. Raises a HeliostatError where MLflow cannot be told.
+    """
+    import mlflow
+
+    from cluster.base.errors import ClusterError
+    from trainers.run_folder import TRACK
+    from trainers.tracking.operation_log import run_id_of
+
+    _, tracking = _tracked(str(folder))
+    run_id = run_id_of(folder / TRACK, folder.name)
+    if run_id is None:
+        raise ClusterError(f"it has no run {folder.name} yet; heliostat track flush {folder.name}")
+    with _told():
+        mlflow.set_tracking_uri(str(tracking.uri))
+        mlflow.MlflowClient().log_artifacts(run_id, str(folder / part), part)
+    return run_id
+
+
+def _tracked(name: str) -> "tuple[Path, TrackingSpec]":
+    """The folder of a run or sweep, and the MLflow of its spec, which answers now."""
+    from cluster.base.config import check, read_yaml
+    from cluster.base.errors import ClusterError
+    from trainers.tracking.preflight import check_access
+    from trainers.run_folder import SPEC
+    from trainers.spec import TrackingSpec
+
+    folder = tracked_folder(name)
+    tracking = check(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")
+    away = check_access(str(tracking.uri), tracking.experiment)
+    if away:
+        raise ClusterError(away.partition(";")[0])
+    return folder, tracking
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What MLflow raises in here is told in a line."""
+    from cluster.base.errors import ClusterError, HeliostatError
+
+    try:
+        yield
+    except HeliostatError:
+        raise
+    except Exception as error:
+        raise ClusterError(f"MLflow: {error}".splitlines()[0]) from error

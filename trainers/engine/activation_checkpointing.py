@@ -1,0 +1,78 @@
+"""Activation checkpointing: a block keeps its input alone, and is computed again in the backward
+pass (Chen et al., 2016, arXiv:1604.06174).
+"""
+
+import functools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cluster.base.errors import SpecError
+from trainers.engine.dropout import Draws
+
+
+def recompute(blocks: Iterable[nn.Module], draws: Draws, compiled: bool = False) -> None:
+    """Have each block computed again in the backward pass, in place; dropout as the first time.
+
+    Only the class of a block changes, to a subclass of its own: names, hooks and keys of the
+    state stay. Blocks inside of blocks are left alone. `compiled` says that the network goes
+    through `torch.compile`. Raises SpecError when there is no block.
+    """
+    blocks = [block for block in blocks if not isinstance(block, (nn.ModuleList, nn.ModuleDict))]
+    if not blocks:
+        raise SpecError(
+            "train.activation_checkpointing: the model has no blocks to compute again; name them "
+            "in the workload's method blocks"
+        )
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    kinds = {kind: _recomputed(kind) for kind in {type(block) for block in blocks}}
+    for block in set(blocks) - inner:
+        block.__class__ = kinds[type(block)]
+        block._draws = draws  # type: ignore[assignment]
+    if compiled:
+        import torch._dynamo
+
+        # A compiled block is computed again from its graph, in which the draws are fixed.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+class _Recomputed(nn.Module):
+    _draws: Draws
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        forward = functools.partial(super().forward, **options)
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        if torch.compiler.is_compiling():
+            return checkpoint(forward, *inputs, use_reentrant=False)
+        keys_B = self._draws.keys_B
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _Again(self._draws, keys_B)
+
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+
+
+class _Again(AbstractContextManager[None]):
+    """Draws in here go on from `keys_B`, and afterwards from where they were.
+
+    A class, since a second backward pass through the same graph enters it once more.
+    """
+
+    def __init__(self, draws: Draws, keys_B: Tensor | None) -> None:
+        self._draws, self._keys_B = draws, keys_B
+
+    def __enter__(self) -> None:
+        self._before = self._draws.keys_B
+        self._draws.keys_B = self._keys_B
+
+    def __exit__(self, *_: object) -> None:
+        self._draws.keys_B = self._before

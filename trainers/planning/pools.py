@@ -1,0 +1,166 @@
+"""What a cluster has for a run: nodes of one kind, and the numbers of workers that fit there."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from cluster.cost.catalog import ray_resource
+from trainers.planning.step_time import (Curve, Place, Point, Prediction, Unknown, fit)
+from trainers.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Nodes of one kind: workers computing on their CPUs, or on one kind of accelerator."""
+
+    accelerator: str
+    """What `scale.accelerator` has to be: cpu, or Ray's name for the type."""
+    slots: tuple[int, ...]
+    """Workers that fit on each node, the largest node first."""
+    cores: float
+    """CPUs of the smallest node."""
+    host: str = ""
+    """The name of one of the nodes."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray's labels that all nodes share, by which their price is known."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.slots)
+
+    @property
+    def on_cpus(self) -> bool:
+        return self.accelerator == "cpu"
+
+    def nodes_for(self, workers: int) -> int | None:
+        """On how many nodes Ray puts them, which fills nodes; None where they do not fit."""
+        together = enumerate(itertools.accumulate(self.slots), start=1)
+        return next((nodes for nodes, room in together if room >= workers), None)
+
+    def place(self, workers: int, batch: int) -> Place | None:
+        """Where a step over `batch` samples would be done; None where the workers do not fit."""
+        nodes = self.nodes_for(workers)
+        if nodes is None:
+            return None
+        return Place(workers, nodes, batch / workers, self.cores if self.on_cpus else None)
+
+    def counts(self, batch: int) -> list[int]:
+        """The numbers of workers that can be had and that share `batch` evenly."""
+        return [count for count in range(1, self.total + 1) if batch % count == 0]
+
+    def to_probe(self, batch: int) -> list[int]:
+        """One worker, two, a full node, two nodes, four, and all: what the model is fitted to."""
+        full = [sum(self.slots[:nodes]) for nodes in (1, 2, 4, len(self.slots))]
+        wanted = {1, 2, *full} if self.total > 1 else {1}
+        possible = self.counts(batch)
+        found = {max((c for c in possible if c <= count), default=1) for count in wanted}
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few seconds of the ordinary loop took, on one number of workers."""
+
+    place: Place
+    batch: int
+    """Global."""
+    step_s: float
+    spread: float
+    """Relative; see `Point`."""
+    start_s: float
+    """From asking for the workers to the end of the first step."""
+    evaluation_s: float
+    """One pass over the validation split."""
+    test_s: float
+    """One over the test split; 0 where there is none."""
+    save_s: float
+    """For which a save stops training."""
+    end_s: float
+    """From the end of the loop until the workers are gone, the model exported."""
+    shares: Mapping[str, float]
+    """Of a step's time: data, compute, communication, other."""
+    flops: float | None
+    """Model operations of one sample; None where they cannot be counted."""
+    device: str
+    """The device as the catalogue has it, else as the driver calls it."""
+    mfu: float | None
+    """Share of the device's peak; None where that is not known."""
+    peak_memory_bytes: float | None = None
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.batch / self.step_s
+
+
+@dataclass(frozen=True)
+class ProbedPool:
+    """A pool, what was measured on it, and what follows for more workers."""
+
+    pool: Pool
+    probes: tuple[Probe, ...]
+    batch: int
+    """The global batch of the run that was asked about."""
+
+    @cached_property
+    def curve(self) -> Curve:
+        return fit([Point(each.place, each.step_s, each.spread) for each in self.probes])
+
+    def predict(self, workers: int) -> Prediction | Unknown:
+        """A step of the run on so many workers."""
+        place = self.pool.place(workers, self.batch)
+        if place is None:
+            return Unknown(f"the cluster has no room for {workers} workers")
+        return self.curve.predict(place)
+
+    def nearest(self, workers: int) -> Probe:
+        """The probe of the run's own batch on the number of workers that is most like this."""
+        own = [each for each in self.probes if each.batch == self.batch]
+        return min(own, key=lambda each: abs(each.place.workers - workers))
+
+    @property
+    def lone(self) -> Probe:
+        return self.nearest(1)
+
+
+def probed(pool: Pool, probes: Sequence[Probe], batch: int) -> ProbedPool:
+    """The pool with its probes; how many cores its nodes have is taken from what they saw."""
+    cores = [each.place.cores for each in probes if each.place.cores is not None]
+    return ProbedPool(replace(pool, cores=min(cores, default=pool.cores)), tuple(probes), batch)
+
+
+def pools(nodes: Iterable[Mapping[str, Any]], spec: RunSpec) -> list[Pool]:
+    """What is there for the spec's workers, from what `ray.nodes()` gives; accelerators last.
+
+    A node with accelerators counts for its CPUs too: a run may be better off there.
+    `scale.accelerator` narrows the choice down.
+    """
+    scale, found = spec.scale, defaultdict(list)
+    for node in nodes:
+        resources = node["Resources"]
+        on_cpus = int(resources.get("CPU", 0.0) // scale.cpus_per_worker)
+        if not node["Alive"] or not on_cpus:
+            continue
+        if scale.accelerator in ("auto", "cpu"):
+            found["cpu"].append((on_cpus, node))
+        for name in resources:
+            kind = name.removeprefix("accelerator_type:")
+            if kind != name and scale.accelerator in ("auto", "gpu", kind):
+                slots = min(on_cpus, int(resources.get(ray_resource(kind), 0)))
+                if slots:
+                    found[kind].append((slots, node))
+    return [_pool(kind, members) for kind, members in found.items()]
+
+
+def _pool(kind: str, members: list[tuple[int, Mapping[str, Any]]]) -> Pool:
+    nodes = [node for _, node in members]
+    labels = [node.get("Labels", {}).items() for node in nodes]
+    return Pool(
+        accelerator=kind,
+        slots=tuple(sorted((slots for slots, _ in members), reverse=True)),
+        cores=min(node["Resources"]["CPU"] for node in nodes),
+        host=nodes[0].get("NodeManagerHostname", ""),
+        labels=dict(set(labels[0]).intersection(*labels[1:])),
+    )

@@ -1,0 +1,107 @@
+"""The folder of a run or sweep: what is in it, who holds it, how it is found again."""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cluster.base.config import write_yaml
+from cluster.base.errors import SpecError
+from cluster.base.files import write_atomic
+from trainers.checkpoints.checkpoints import Checkpoints
+
+SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.log"
+CHECKPOINTS, TRACK = "checkpoints", "track"
+TRIALS = "trials"
+"""In a sweep's folder: the folders of its trials."""
+
+
+def create_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path:
+    """The folder of a new run or sweep, with its spec and its environment in it."""
+    folder = storage / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise SpecError(f"--name {name}: {folder} is there already") from None
+    except OSError as error:
+        raise SpecError(f"storage: cannot make {folder}: {error.strerror}") from None
+    write_yaml(data, folder / SPEC)
+    write_atomic(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
+    return folder
+
+
+def unique_name(stem: str) -> str:
+    """A name that says what and when, and that two starts in one second do not share."""
+    return f"{stem}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def find_folder(name: str, storage: Path) -> Path:
+    """The folder of an earlier run or sweep, by its name under `storage` or by its path."""
+    for folder in (storage / name, Path(name)):
+        if (folder / SPEC).is_file():
+            return folder.absolute()
+    raise SpecError(f"--resume {name}: no such run in {short_path(storage)}")
+
+
+def find_checkpoint(name: str, storage: Path) -> Path:
+    """The newest whole checkpoint of a run, a trial or a folder of checkpoints."""
+    for folder in (storage / name, Path(name)):
+        for checkpoints in (folder / CHECKPOINTS, folder):
+            found = Checkpoints(checkpoints).newest()
+            if found is not None:
+                return found
+    raise SpecError(f"--from {name}: no checkpoint there")
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no second process goes on with the same run."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise SpecError(f"{folder.name}: another process is working on this run") from None
+
+
+def short_path(path: Path) -> str:
+    """A path as the user would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: versions of Python, the system and every package."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]},
+    }
+
+
+@functools.cache
+def git_tags(folder: Path) -> dict[str, str]:
+    """The commit of the working folder under MLflow's own tag, if it is in a git checkout."""
+    command = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run(
+            [*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*command, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "heliostat.git.changed": str(bool(changed)).lower()}

@@ -1,0 +1,77 @@
+"""What `heliostat submit` sends: a command that was found to be in order on this machine."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.base.config import flatten, override
+from cluster.base.errors import SpecError
+from cluster.jobs.jobs import Planned
+from cluster.jobs.working_dir_package import listed
+from trainers.run_folder import unique_name
+from trainers.spec import RunSpec, find_spec, resolve
+
+Find = Callable[[str, list[str]], tuple[str, RunSpec]]
+"""The short name and the checked spec for a spec's name and overrides of it."""
+
+
+def find_run(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
+    """The short name and the checked spec of the run that `name` with overrides describes."""
+    stem, data = find_spec(name)
+    return stem, resolve(override(data, overrides), RunSpec)[0]
+
+
+def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find = find_run) -> Planned:
+    """What a verb with a spec was asked for, of which nothing lies where no cluster can see it.
+
+    Raises SpecError as the verb itself would.
+    """
+    if "resume" in args and args.resume:
+        name = Path(args.resume).name
+        if not Path(args.resume).is_absolute():  # one that is absolute is the cluster's own
+            words = tuple(name if word == args.resume else word for word in words)
+        return Planned(name, words)
+    if not args.spec:
+        raise SpecError(f"{words[0]}: needs a spec, or --resume NAME")
+    folder = Path.cwd()
+    stem, spec = find(args.spec, args.set)
+    storage = Path(spec.storage)
+    exclude = () if storage.is_absolute() else (f"/{storage.as_posix().strip('/')}",)
+    needed: tuple[Path, ...] = ()
+    if Path(args.spec).is_file():
+        file = Path(args.spec).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            raise SpecError(f"{args.spec}: is not in the working folder, which is what is sent")
+        needed = (file.relative_to(folder.resolve()),)
+        words = tuple(str(needed[0]) if word == args.spec else word for word in words)
+    written = override(find_spec(args.spec)[1], args.set)  # before its paths were made absolute
+    _check_sources(flatten(written.get("data") or {}, "data."), folder, exclude)
+    named = "name" in args  # the job of a verb that keeps nothing by its name needs one, too
+    kind = "" if words[0] == "train" else f"-{words[0]}"
+    name = (args.name if named else None) or unique_name(stem + kind)
+    if named and not args.name:
+        words = (*words, "--name", name)
+    return Planned(name, words, needed, exclude)
+
+
+def _check_sources(data: Mapping[str, Any], folder: Path, exclude: tuple[str, ...]) -> None:
+    """SpecError for data in relative places that are here, and are not sent along.
+
+    An absolute path may be storage that this machine shares with the cluster, which the run
+    itself finds out there.
+    """
+    sent: list[Path] | None = None
+    for field, value in data.items():
+        if not isinstance(value, str) or Path(value).is_absolute() or "://" in value:
+            continue
+        if not value or not (folder / value).exists():
+            continue
+        sent = listed(folder, exclude) if sent is None else sent
+        place = Path(value)
+        if not any(path == place or place in path.parents for path in sent):
+            raise SpecError(
+                f"{field}: {value} is on this machine and is not sent along (git ignores it, or "
+                "it is outside of the working folder); put it on storage that the cluster sees, "
+                "and give its path or URI there"
+            )

@@ -1,0 +1,130 @@
+"""What a run on several machines needs to see from each of them.
+
+Workers read the data set and write checkpoints, each on its own machine. Both may be in a folder
+that all machines share (`storage`), or at URIs (`datasets`, `checkpoint.uri`), which pyarrow's
+file systems reach from everywhere. A folder that only the driver's machine has is refused, before
+training where the machines are there already, else by the first worker that misses it.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.base.errors import SpecError
+from trainers.run_folder import SPEC, TRIALS
+from trainers.spec import RunSpec
+from trainers.stores import MANIFEST, RemoteStore
+
+LOOK_S = 60
+"""How long a machine may take to say what it sees; then nothing is said about it."""
+
+
+def remote_dataset(uri: str, name: str, build: Callable[[Path], dict[str, Any]]) -> Path:
+    """The folder on this machine with the data set `name` that is kept at `uri`.
+
+    If it is not there, `build` writes its files into the folder it is given and returns the
+    manifest. Two that build at once write the same.
+    """
+    store = RemoteStore(uri, "datasets", writable=True, field="datasets")
+    if name not in store.names():
+        store.begin(name)
+        folder = store.building(name)
+        try:
+            manifest = build(folder)
+            for file in manifest["files"]:
+                store.publish(name, file)
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            store.commit(name)
+        except BaseException:
+            store.abandon(name)
+            raise
+    return store.fetch(name)
+
+
+def here(dataset: Path, spec: RunSpec) -> Path:
+    """The data set that the driver prepared, on this machine."""
+    if spec.datasets is None:
+        return dataset
+    return RemoteStore(spec.datasets, "datasets", field="datasets").fetch(dataset.name)
+
+
+def needs_shared_folder(spec: RunSpec) -> bool:
+    """Whether workers on other machines must see `storage`; trials of a sweep always must."""
+    return spec.sweep is not None or spec.datasets is None or spec.checkpoint.uri is None
+
+
+def sees(folder: Path) -> bool:
+    """Whether the folder of a run, or of a trial within its sweep's, is seen by this machine."""
+    whole = folder.parents[1] if folder.parent.name == TRIALS else folder
+    return (whole / SPEC).is_file()
+
+
+def check_here(folder: Path, spec: RunSpec) -> None:
+    """SpecError if this machine is to work on a run whose folder it must see, and does not."""
+    if needs_shared_folder(spec) and not sees(folder):
+        raise _refusal(folder, [_address()], trials=spec.sweep is not None)
+
+
+def check_sweep_here(folder: Path) -> None:
+    """SpecError if this machine is to do a trial of a sweep whose folder it does not see."""
+    if not sees(folder):
+        raise _refusal(folder, [_address()], trials=True)
+
+
+def check_everywhere(folder: Path, spec: RunSpec) -> None:
+    """SpecError if a machine that is in the cluster now must see the run's folder, and does not.
+
+    Machines without CPUs for workers, such as the head, are not asked.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own = ray.get_runtime_context().get_node_id()
+    others = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != own and node["Resources"].get("CPU")
+    ]
+    if not needs_shared_folder(spec) or not others:
+        return
+    # Python's own function, for which no machine imports this module, and with it torch.
+    look = ray.remote(num_cpus=0, max_retries=0)(os.path.isfile)
+    asked = {
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(folder / SPEC)): node["NodeManagerAddress"]
+        for node in others
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
+    blind = [asked[answer] for answer in answered if _answer(answer) is False]
+    if blind:
+        raise _refusal(folder, blind, trials=spec.sweep is not None)
+
+
+def _answer(reference: Any) -> bool | None:
+    """None from a machine that went away in between."""
+    import ray
+
+    try:
+        return bool(ray.get(reference))
+    except ray.exceptions.RayError:
+        return None
+
+
+def _address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _refusal(folder: Path, blind: list[str], trials: bool) -> SpecError:
+    """What is told of machines that must see a run's folder, and do not."""
+    ways = "a folder that all machines share (NFS)"
+    if not trials:
+        ways += ", or datasets and checkpoint.uri at URIs such as s3://bucket/path"
+    return SpecError(
+        f"storage: {folder} cannot be seen from {', '.join(sorted(blind))}, where workers are to "
+        f"run; it takes {ways}"
+    )

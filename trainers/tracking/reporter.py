@@ -1,0 +1,138 @@
+"""What the training loop tells the world about itself, without ever waiting for it."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainers.tracking.operation_log import Row, now_ms
+
+if TYPE_CHECKING:
+    from trainers.checkpoints.checkpoints import Checkpoints
+
+
+class Reporter(Protocol):
+    """What the training loop says about itself. Nothing but `flush` ever waits."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take metrics measured after `step` steps."""
+
+    def note(self, name: str, text: str) -> None:
+        """Take a fact about the run that is no series of numbers, such as what `auto` chose."""
+
+    def tick(self, step: int) -> None:
+        """Called after every step."""
+
+    def flush(self) -> None:
+        """Return when all that was logged is on a disk."""
+
+    def evaluated(
+        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
+    ) -> None:
+        """Called after the metrics of an evaluation were logged, and the state saved if due."""
+
+    def should_stop(self) -> bool:
+        """Whether somebody wants the run to stop; it may take a second to be heard."""
+
+    def preempted(self) -> bool:
+        """Whether the machine of some worker is about to be taken away."""
+
+
+class TrackerReporter:
+    """A reporter that sends to a tracker actor twice a second at most.
+
+    `leaving` says in a phrase which machine is about to be taken away, or None.
+    """
+
+    def __init__(
+        self,
+        tracker: Any,
+        run: str,
+        interval_s: float = 0.5,
+        leaving: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._tracker, self._run, self._interval_s = tracker, run, interval_s
+        self._lock = threading.Lock()  # checkpoints are written, and flush, in a thread
+        self._rows: list[Row] = []
+        self._step = 0
+        self._next_send = 0.0
+        self._in_flight: list[Any] = []
+        self._stop = False
+        self._leaving = leaving
+        self._preempted = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        now = now_ms()
+        rows = [(name, float(value), step, now) for name, value in metrics.items()]
+        with self._lock:
+            self._rows += rows
+
+    def note(self, name: str, text: str) -> None:
+        with self._lock:
+            self._in_flight.append(self._tracker.note.remote(self._run, name, text))
+
+    def tick(self, step: int) -> None:
+        self._step = step
+        now = time.monotonic()
+        if now >= self._next_send:
+            self._next_send = now + self._interval_s
+            self._collect(self._send(), timeout_s=0)
+
+    def _send(self, sync: bool = False) -> list[Any]:
+        with self._lock:
+            rows, self._rows = self._rows, []
+            self._in_flight.append(self._tracker.log.remote(self._run, rows, self._step, sync))
+            return list(self._in_flight)
+
+    def _collect(self, sent: list[Any], timeout_s: float | None) -> None:
+        import ray
+
+        done, _ = ray.wait(sent, num_returns=len(sent), timeout=timeout_s)
+        stop = any(ray.get(done))
+        with self._lock:
+            self._stop |= stop
+            self._in_flight = [ref for ref in self._in_flight if ref not in done]
+
+    def flush(self) -> None:
+        self._collect(self._send(sync=True), timeout_s=None)
+
+    def evaluated(
+        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
+    ) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return self._stop
+
+    def preempted(self) -> bool:
+        if not self._preempted and (leaving := self._leaving()):
+            self._preempted = True
+            self._tracker.tell.remote(self._run, f"{leaving}; saving after every step")
+        return self._preempted
+
+
+class SilentReporter:
+    """The reporter of all workers but the first."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def note(self, name: str, text: str) -> None:
+        pass
+
+    def tick(self, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def evaluated(
+        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
+    ) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return False
+
+    def preempted(self) -> bool:
+        return False

@@ -1,0 +1,265 @@
+"""Molecular dynamics: the energy of a structure of atoms, and the force on each of them.
+
+**Data.** `emt` is copper as the effective medium theory of Jacobsen, Stoltze and Norskov (Surface
+Science 366, 394, 1996) has it in ASE: crystals of 32 atoms whose cells are strained and sheared at
+random by up to 3 %, in a heat bath at 20 to 1600 K (Langevin dynamics), a frame every 50 fs. Each
+trajectory is a part, and is in one split as a whole. Own data: extended XYZ and ASE databases, as
+quantum chemistry writes them, periodic or not. Energies are kept relative to those of single
+atoms, which are fitted to the training structures and stand in `references.json` of the data set.
+
+**Model.** PaiNN (Schütt, Unke and Gastegger 2021, arXiv:2102.03150): each atom has `features`
+numbers that do not change when the structure is turned, and as many vectors that turn with it;
+neighbours within `data.cutoff` tell each other of both, `layers` times. The energy is the sum of
+what its atoms say, and the forces are its exact derivative, so that energy is conserved, an atom
+has no force on itself, and a turned structure has turned forces.
+
+**Metrics** are those of the field: mean absolute and root mean square errors of the energy in
+meV per atom, and of the forces' components in meV/Å. Measured: `docs/answers.md`, where dynamics
+and elastic constants of copper are compared too.
+
+**Not shown:** chemistry. EMT is itself a model, of metals; what has learned crystals of copper
+knows neither surfaces nor liquids, nor distances that it has not seen.
+"""
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cluster.base.config import Spec
+from trainers.workloads.dynamics.atoms import Structures, nothing, packed
+from trainers.workload import Batch, dtype_of
+
+# Suffixes: B structures, N atoms, K neighbours of an atom, R = 1 + K, X four numbers, 3 of space,
+# C features, Q functions of a distance, Y = 3 Q, D = 3 C, M = B N K.
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+ELEMENTS = 120
+"""Atomic numbers below this; 0 is no atom."""
+MESSAGES = 16
+"""Neighbours, weighted by their distance, whose messages add up to what one layer can handle."""
+
+
+class Dynamics(Structures):
+    """Structures, each with its energy and forces."""
+
+    class Model(Spec):
+        """The size of the network, and what it is to learn."""
+
+        features: PositiveInt = 32
+        """Numbers, and vectors, of an atom."""
+        layers: PositiveInt = 2
+        """Times that neighbours hear of each other."""
+        radial: PositiveInt = 8
+        """Functions that a distance is spread over."""
+        energy_weight: Annotated[float, Field(ge=0)] = 1000.0
+        """Weight of the squared error of the energy, in eV per atom, beside that of a component of
+        the forces, in eV/Å."""
+
+    data: Structures.Data
+    model: Model
+
+    def build(self) -> nn.Module:
+        return Potential(self.model, self.data.cutoff)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Energy in eV and force in eV/Å of each atom [B, N, X]."""
+        found_BNX: Tensor = model(batch["atoms"])
+        return found_BNX
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        energy_B, forces_BN3, count_B = _errors(output, batch)
+        forces_B = forces_BN3.square().sum((1, 2)) / (3 * count_B)
+        return forces_B + self.model.energy_weight * energy_B.square()
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        energy_B, forces_BN3, count_B = _errors(output, batch)
+        return {
+            "energy": energy_B.abs(),
+            "energy_squared": energy_B.square(),
+            "forces": forces_BN3.abs().sum((1, 2)),
+            "forces_squared": forces_BN3.square().sum((1, 2)),
+            "components": 3 * count_B,
+        }
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        components = means["components"]
+        return {
+            "loss": means["loss"],
+            "energy_mae_mev_per_atom": 1e3 * means["energy"],
+            "energy_rmse_mev_per_atom": 1e3 * math.sqrt(means["energy_squared"]),
+            "force_mae_mev_per_a": 1e3 * means["forces"] / components,
+            "force_rmse_mev_per_a": 1e3 * math.sqrt(means["forces_squared"] / components),
+        }
+
+    def example(self) -> Tensor:
+        """Two atoms of copper."""
+        atoms_NRX = nothing(self.data.atoms, self.data.neighbors, self.data.cutoff)
+        atoms_NRX[:2, 0, 0] = 29
+        atoms_NRX[1, 0, 1] = 2.5
+        if self.data.atoms > 1:
+            atoms_NRX[:2, 1] = [[1, 2.5, 0, 0], [0, -2.5, 0, 0]]
+        return torch.from_numpy(atoms_NRX)[None]
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """None: forces are a derivative through all layers, which are sharded in one piece."""
+        return []
+
+    @property
+    def evaluation_batch(self) -> int:
+        """As many as have 2**15 pairs of neighbours: forces take as much memory as training."""
+        return min(512, max(1, (1 << 15) // (self.data.atoms * self.data.neighbors)))
+
+
+def _errors(output_BNX: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the energy per atom [B] and of forces [B, N, 3]; and the number of atoms [B]."""
+    count_B = (batch["atoms"][:, :, 0, 0] > 0).sum(1)
+    energy_B = (output_BNX[:, :, 0].sum(1) - batch["energy"]) / count_B
+    return energy_B, output_BNX[:, :, 1:] - batch["forces"], count_B
+
+
+class Potential(nn.Module):
+    """Energy and force of each atom [B, N, X], in eV and eV/Å, of structures [B, N, R, X].
+
+    Structures are as `trainers.workloads.dynamics.atoms.packed` makes them, with any room for atoms and
+    neighbours. The energies of a structure's atoms add up to its own.
+    """
+
+    frequency_Q: Tensor
+
+    def __init__(self, spec: Dynamics.Model, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        self.embed = nn.Embedding(ELEMENTS, spec.features)
+        self.layers = nn.ModuleList(
+            Layer(spec.features, spec.radial, first=index == 0) for index in range(spec.layers)
+        )
+        self.energy = _mlp(spec.features, spec.features, 1)
+        pi_Q = math.pi * torch.arange(1, spec.radial + 1)
+        self.register_buffer("frequency_Q", pi_Q / cutoff, persistent=False)
+
+    def forward(self, atoms_BNRX: Tensor) -> Tensor:
+        """Takes derivatives also where none are recorded, as in evaluation."""
+        recorded = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            atoms_BNRX = atoms_BNRX.clone()  # what comes from inference mode has no derivatives
+            still_BN3 = torch.zeros_like(atoms_BNRX[:, :, 0, 1:])
+            slope_BN3, energy_BN = torch.func.grad(self._sum, has_aux=True)(still_BN3, atoms_BNRX)
+            found_BNX = torch.cat([energy_BN[..., None], -slope_BN3], -1)
+        return found_BNX if recorded else found_BNX.detach()
+
+    def _sum(self, moved_BN3: Tensor, atoms_BNRX: Tensor) -> tuple[Tensor, Tensor]:
+        energy_BN = self.energies(moved_BN3, atoms_BNRX)
+        return energy_BN.sum(), energy_BN
+
+    def energies(self, moved_BN3: Tensor, atoms_BNRX: Tensor) -> Tensor:
+        """Of each atom [B, N], after all have moved, by less than the cutoff changes much."""
+        batch, atoms = atoms_BNRX.shape[:2]
+        first_B = torch.arange(batch, device=atoms_BNRX.device) * atoms
+        place_BNK = atoms_BNRX[:, :, 1:, 0].long() + first_B[:, None, None]  # among all atoms
+        near_BNK3 = _gathered(moved_BN3, place_BNK) - moved_BN3[:, :, None]
+        vector_BNK3 = atoms_BNRX[:, :, 1:, 1:] + near_BNK3
+        distance_BNK1 = vector_BNK3.square().sum(-1, keepdim=True).sqrt()
+        fade_BNK1 = (distance_BNK1 * (math.pi / self.cutoff)).clamp(max=math.pi).cos() / 2 + 0.5
+        waves_BNKQ = (distance_BNK1 * self.frequency_Q).sin() * (self.cutoff / distance_BNK1)
+        basis_BNKQ = torch.cat([fade_BNK1, waves_BNKQ * fade_BNK1], -1)
+        unit_BNK3 = vector_BNK3 / distance_BNK1
+        toward_BNKY = (unit_BNK3[..., None] * basis_BNKQ[:, :, :, None]).flatten(3)
+        number_BN = atoms_BNRX[:, :, 0, 0].long()
+        scalar_BNC, vector_BN3C = self.embed(number_BN), None
+        for layer in self.layers:
+            scalar_BNC, vector_BN3C = layer(
+                scalar_BNC, vector_BN3C, place_BNK, basis_BNKQ, toward_BNKY
+            )
+        energy_BN = self.energy(scalar_BNC).squeeze(-1).to(atoms_BNRX.dtype)
+        return torch.where(number_BN > 0, energy_BN, 0)
+
+
+class Layer(nn.Module):
+    """What neighbours say is added to an atom's numbers and vectors, then these to each other.
+
+    A message is what the neighbour says times a function of its distance, a sum over the basis.
+    Neighbours are added up for each function of the basis first, as matrix products: so pairs of
+    atoms, of which there are most, have no numbers of their own but what is gathered.
+    """
+
+    def __init__(self, features: int, radial: int, first: bool) -> None:
+        super().__init__()
+        self.features, kinds = features, 2 if first else 3
+        self.say = _mlp(features, features, kinds * features)
+        self.far = nn.Parameter(torch.empty(kinds, radial + 1, features))
+        nn.init.normal_(self.far, std=(radial + 1) ** -0.5)
+        self.mix = nn.Linear(features, 2 * features, bias=False)
+        self.update = _mlp(2 * features, features, 3 * features)
+
+    def forward(
+        self,
+        scalar_BNC: Tensor,
+        vector_BN3C: Tensor | None,
+        place_BNK: Tensor,
+        basis_BNKQ: Tensor,
+        toward_BNKY: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        more_BNC, point_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
+        far_QC, point_far_QC, *gate_far_QC = self.far.unbind()
+        more_BNQC = basis_BNKQ.mT @ _gathered(more_BNC, place_BNK)
+        scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / MESSAGES**0.5
+        told_BNYC = toward_BNKY.mT @ _gathered(point_BNC, place_BNK)
+        told_BN3QC = told_BNYC.reshape(*told_BNYC.shape[:2], 3, -1, self.features)
+        told_BN3C = (told_BN3QC * point_far_QC).sum(3)
+        if vector_BN3C is not None:
+            gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
+            told_BNQD = basis_BNKQ.mT @ _gathered(gated_BN3C.flatten(2), place_BNK)
+            told_BNQ3C = told_BNQD.reshape(*told_BNQD.shape[:3], 3, -1)
+            told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
+        told_BN3C = told_BN3C / MESSAGES**0.5
+        vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
+
+        left_BN3C, right_BN3C = self.mix(vector_BN3C).split(self.features, -1)
+        length_BNC = (1 + right_BN3C.square().sum(2)).sqrt()  # smooth where an atom is at rest
+        both = self.update(torch.cat([scalar_BNC, length_BNC], -1))
+        keep_BNC, inner_BNC, turn_BNC = both.split(self.features, -1)
+        scalar_BNC = scalar_BNC + keep_BNC + inner_BNC * (left_BN3C * right_BN3C).sum(2)
+        return scalar_BNC, vector_BN3C + turn_BNC[:, :, None] * left_BN3C
+
+
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+def _gathered(values_BNC: Tensor, place_BNK: Tensor) -> Tensor:
+    """What each atom's neighbours have [B, N, K, C]."""
+    found_MC = values_BNC.flatten(0, 1).index_select(0, place_BNK.flatten())
+    return found_MC.view(*place_BNK.shape, -1)
+
+
+def calculator(potential: nn.Module) -> Any:
+    """An ASE calculator of energies and forces by a trained `Potential`, as `load_model` gives it.
+
+    Energies are relative to those of single atoms; see the data set's `references.json`.
+    """
+    from ase.calculators.calculator import Calculator
+
+    assert isinstance(potential, Potential)
+    cutoff = potential.cutoff
+
+    class Learned(Calculator):  # type: ignore[misc]
+        implemented_properties = ["energy", "energies", "free_energy", "forces"]
+
+        def calculate(self, atoms: Any = None, *what: Any) -> None:
+            super().calculate(atoms, *what)
+            atoms_NRX = torch.from_numpy(packed(self.atoms, cutoff))
+            with torch.no_grad():
+                found_NX = potential(atoms_NRX[None].to(dtype_of(potential)))[0].double().numpy()
+            energy = found_NX[:, 0].sum()
+            self.results = {
+                "energy": energy,
+                "free_energy": energy,
+                "energies": found_NX[:, 0],
+                "forces": found_NX[:, 1:],
+            }
+
+    return Learned()

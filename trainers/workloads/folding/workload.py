@@ -1,0 +1,140 @@
+"""Protein folding: a backbone from a sequence and noisy scores of which residues touch.
+
+**Data.** `generated` are chains with ideal bonds and angles (Engh and Huber 1991) of helices,
+strands and loops, which fold by their loops' torsions to a globular protein's size without clashes;
+sequences that like their place by hydropathy and by what is usual in helices, strands and turns;
+and for each pair of residues 3 or more apart a score as an analysis of co-evolution would give it:
+noise of standard deviation 1, and `signal` more where beta carbons are within 8 Å. Noise is drawn
+anew whenever a sample is trained on, and once for the others. Own data: PDB and mmCIF files, whose
+chains are cut into windows and get such scores from their own contacts; chains are put into
+`train`, `val` or `test` by a hash of their sequence.
+
+**Model.** As AlphaFold 2 (Jumper et al. 2021, doi:10.1038/s41586-021-03819-2), far smaller and
+without alignments, templates, recycling and side chains. A trunk keeps a vector for each residue
+and each pair: attention biased by pairs, pairs updated by outer products and by multiplication
+around triangles (`triangles` leaves these out, for comparison). It predicts distances of alpha
+carbons; their multidimensional scaling, in the hand that has right-handed helices, is where the
+structure begins, not one point for all residues: that takes much less training. Then frames of
+residues are moved by invariant point attention, the same layer `iterations` times. The loss is the
+frame aligned point error (FAPE) of alpha carbons after each of them, and the cross-entropy of the
+distances.
+
+**Metrics.** Of alpha carbons, in [0, 1]: `lddt_ca`, which needs no superposition; `tm_score`,
+normalised to the window; `gdt_ts`. Measured: `docs/answers.md`, beside the same model without
+triangles, shuffled scores and distance geometry.
+
+**Not shown:** folding from a sequence alone, of which this data holds little; side chains; chains
+longer than a window. Generated folds have no sheets of hydrogen bonds, and real co-evolution
+errs with more system than noise does. Chains of files that are alike but not the same may be on
+both sides of the split.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from cluster.base.config import Spec
+from trainers.counter_rng import SampleRandom
+from trainers.workload import Batch
+from trainers.workloads.folding.network import (NANOMETRE, Folded, Frames, Network, apart, edges, frames_of)
+from trainers.workloads.folding.proteins import APART, Proteins
+from trainers.workloads.folding.structures import (AMINO_ACIDS, lddt, pairwise, superposed)
+
+# Suffixes: B samples, I and J residues, F features, X coordinates in Å, R iterations. Rotations are
+# [B, I, X, X] and have none.
+
+CLAMP, BEYOND = 10.0, 0.1
+"""Å of a frame aligned error from which on the share BEYOND counts: what is far off should feel
+where to go, but not outweigh all that is near."""
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Folding(Proteins):
+    """Windows of proteins, whose backbones are to be found."""
+
+    class Model(Spec):
+        """The size of the network."""
+
+        blocks: PositiveInt = 2
+        """Of the trunk."""
+        width: Annotated[int, Field(ge=8, multiple_of=4)] = 32
+        """Channels of a pair of residues; a residue has twice as many."""
+        triangles: bool = True
+        """Update pairs around triangles; without, each pair learns of others by residues alone."""
+        iterations: PositiveInt = 4
+        """Times that the structure is moved."""
+
+    data: Proteins.Data
+    model: Model
+
+    def build(self) -> nn.Module:
+        fields = self.model
+        return Network(fields.blocks, fields.width, fields.triangles, fields.iterations)
+
+    def augment(self, batch: Batch, random: SampleRandom) -> Batch:
+        """Scores with other noise: upper triangles of normal numbers, mirrored."""
+        length = batch["residue"].shape[1]
+        noise_BIJ = random.normal(length, length).to(batch["score"].dtype)
+        noise_BIJ = torch.where(apart(length, noise_BIJ.device) >= APART, noise_BIJ, 0)
+        contact_BIJ = batch["contact"].to(noise_BIJ.dtype)
+        score_BIJ = self.data.signal * contact_BIJ + noise_BIJ + noise_BIJ.mT
+        return {**batch, "score": score_BIJ}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Folded:
+        """Distances, and the structure after each iteration."""
+        folded: Folded = model(features(batch["residue"], batch["score"]), whole=True)
+        return folded
+
+    def loss(self, output: Folded, batch: Batch) -> Tensor:
+        """FAPE of the last iteration, half of the mean over all, 0.3 of the cross-entropy."""
+        with torch.autocast(batch["backbone"].device.type, enabled=False):
+            nitrogen_BIX, alpha_BIX, carbon_BIX = batch["backbone"].unbind(2)
+            frames = frames_of(carbon_BIX - alpha_BIX, nitrogen_BIX - alpha_BIX), alpha_BIX
+            true_BIJX = seen_from(frames, alpha_BIX)
+            steps = zip(output.rotation.unbind(1), output.place_BRIX.unbind(1), strict=True)
+            error_RB = torch.stack([fape(found, true_BIJX) for found in steps])
+            bin_BIJ = (pairwise(alpha_BIX)[..., None] > edges(alpha_BIX)).sum(-1)
+            logit_BKIJ = output.distance_BIJK.permute(0, 3, 1, 2)
+            entropy_BIJ = F.cross_entropy(logit_BKIJ, bin_BIJ, reduction="none")
+            return error_RB[-1] + error_RB.mean(0) / 2 + 0.3 * entropy_BIJ.mean((1, 2))
+
+    def metrics(self, output: Folded, batch: Batch) -> dict[str, Tensor]:
+        found_BIX, true_BIX = output.place_BRIX[:, -1], batch["backbone"][:, :, 1]
+        tm_B, gdt_B = superposed(found_BIX, true_BIX)
+        return {"lddt_ca": lddt(found_BIX, true_BIX), "tm_score": tm_B, "gdt_ts": gdt_B}
+
+    def example(self) -> Tensor:
+        length = self.data.length
+        return features(torch.zeros(1, length, dtype=torch.uint8), torch.zeros(1, length, length))
+
+    @property
+    def evaluation_batch(self) -> int:
+        """As many as have 2**24 channels of pairs in the widest layer, 64 MiB."""
+        return min(512, max(1, (1 << 24) // (4 * self.model.width * self.data.length**2)))
+
+
+def features(residue_BI: Tensor, score_BIJ: Tensor) -> Tensor:
+    """What the network takes [B, I, F]: residues, one channel per amino acid, and their scores."""
+    kinds = torch.arange(len(AMINO_ACIDS), device=residue_BI.device)
+    one_hot_BIF = (residue_BI[..., None] == kinds).to(score_BIJ.dtype)
+    return torch.cat([one_hot_BIF, score_BIJ], -1)
+
+
+def seen_from(frames: Frames, place_BJX: Tensor) -> Tensor:
+    """Places as each residue's frame has them [B, I, J, X]."""
+    rotation, origin_BIX = frames
+    return (place_BJX[:, None] - origin_BIX[:, :, None]) @ rotation
+
+
+def fape(found: Frames, true_BIJX: Tensor) -> Tensor:
+    """Frame aligned point error [B] of the alpha carbons, in units of 10 Å.
+
+    `true_BIJX` is where each residue's true frame sees the others.
+    """
+    off_BIJX = seen_from(found, found[1]) - true_BIJX
+    off_BIJ = (off_BIJX.square().sum(-1) + 1e-4).sqrt()
+    clamped_BIJ = torch.minimum(off_BIJ, CLAMP + BEYOND * (off_BIJ - CLAMP))
+    return clamped_BIJ.mean((1, 2)) / NANOMETRE
