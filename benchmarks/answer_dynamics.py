@@ -17,11 +17,11 @@ from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from torch import nn
 
-from trainers.data.dataset import open_splits, prepare
 from trainers.checkpoints.export import export_model, load_model
-from trainers.run_folder import CHECKPOINTS
+from trainers.data.dataset import open_splits, prepare
 from trainers.engine.loop import train
 from trainers.engine.reporter import SilentReporter
+from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.dynamics.workload import Dynamics, calculator
 

@@ -14,15 +14,23 @@ from torch import Tensor, nn
 from cluster.base.config import override
 from trainers.checkpoints.checkpoints import Checkpoints, load_network
 from trainers.data.dataset import open_splits, prepare
-from trainers.run_folder import CHECKPOINTS
 from trainers.engine.loop import train
 from trainers.engine.reporter import SilentReporter
+from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
-from trainers.workloads.folding.workload import Folding
-from trainers.workloads.folding.network import (BINS, edges, scaled, spread_out)
+from trainers.workloads.folding.network import BINS, edges, scaled, spread_out
 from trainers.workloads.folding.proteins import samples
-from trainers.workloads.folding.structures import (UNKNOWN, lddt, pairwise, pieces, structure_files, superposed, windows)
+from trainers.workloads.folding.structures import (
+    UNKNOWN,
+    lddt,
+    pairwise,
+    pieces,
+    structure_files,
+    superposed,
+    windows,
+)
+from trainers.workloads.folding.workload import Folding
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 NEXT, NEXT_BUT_ONE, TOUCHING = 3.8, 5.8, 6.5

@@ -15,8 +15,8 @@ from cluster.base.config import override
 from trainers.data.dataset import prepare, rows
 from trainers.engine.loop import train
 from trainers.engine.reporter import SilentReporter
-from trainers.spec import RunSpec, find_spec, resolve
 from trainers.engine.step import build_network
+from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.language.workload import Language
 
 SIZES = {"small": (2, 32), "middle": (2, 48), "as shipped": (3, 64)}

@@ -27,9 +27,9 @@ try:
 
     from trainers.data.dataset import open_split, prepare
     from trainers.devices import local_device
-    from trainers.worker import Worker
-    from trainers.spec import RunSpec, resolve
     from trainers.engine.step import Stepper
+    from trainers.spec import RunSpec, resolve
+    from trainers.worker import Worker
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/gpu.py: needs {error.name}, which is not installed here")
 

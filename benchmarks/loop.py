@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from trainers.data.dataset import open_split, prepare
 from trainers.engine.loop import train
-from trainers.worker import Worker
 from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, resolve
+from trainers.worker import Worker
 
 WARM_UP, STEPS = 10, 60
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers import (Batch, Spec, Workload, table)
+from trainers import Batch, Spec, Workload, table
 
 
 class Text(Workload):

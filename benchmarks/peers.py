@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from cluster.base.config import read_yaml
-from trainers.data.dataset import (open_split, permutation, prepare, rows)
-from trainers.engine.loop import milestones
 from trainers.counter_rng import mix_seed
+from trainers.data.dataset import open_split, permutation, prepare, rows
+from trainers.engine.loop import milestones
 from trainers.spec import RunSpec, resolve
 from tuning.trials.space import SweepRunSpec
 

@@ -24,10 +24,10 @@ from trainers.run_folder import TRACK, create_folder
 from trainers.runs.run import settled, tracked_run
 from trainers.tracking.operation_log import Spool
 from trainers.tracking.tracker import TrackedRun
+from tuning.reports.sweep_report import sweep_page
 from tuning.trials.searcher import Journal
 from tuning.trials.space import SweepRunSpec, find_sweep
-from tuning.reports.sweep_report import sweep_page
-from tuning.trials.trial import (ENDED, FAILED, JOURNAL, LAST, Sweep)
+from tuning.trials.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
 
 BEGAN = 1_790_000_000
 """Unix time at which made-up sweeps begin."""

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGES = ("cluster", "trainers", "tuning")
+PACKAGES = ("cluster", "trainers", "tuning", "heliostat")
 HOME = Path(__file__).resolve().parent.parent
 
 

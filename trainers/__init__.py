@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluster.base.config import Spec
     from cluster.base.errors import DataError
-    from trainers.data.dataset import table
     from trainers.checkpoints.export import load_model
     from trainers.counter_rng import SampleRandom
+    from trainers.data.dataset import table
     from trainers.workload import Batch, PartedWorkload, Workload
 
 __all__ = [

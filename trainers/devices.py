@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cluster.cost.catalog import Accelerator, find_device, ray_resource
 from cluster.base.errors import SpecError
+from cluster.cost.catalog import Accelerator, find_device, ray_resource
 
 
 class Memory(NamedTuple):

@@ -1,11 +1,15 @@
 """In which numbers a model is computed: what a device allows, and layers in fp8."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
 from trainers.devices import Device
+from trainers.spec import TrainSpec
 
 
 def check_precision(precision: str, device: Device) -> None:
@@ -35,3 +39,19 @@ def fp8_layers(network: nn.Module) -> nn.Module:
     config = Float8LinearConfig(pad_inner_dim=True)
     layers: nn.Module = convert_to_float8_training(network, module_filter_fn=fits, config=config)
     return layers
+
+
+def weights_dtype(train: TrainSpec) -> torch.dtype:
+    """The dtype in which weights and optimizer state are kept."""
+    return torch.float64 if train.precision == "fp64" else torch.float32
+
+
+@contextmanager
+def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
+    """Forward passes in here are computed in the spec's precision."""
+    dtypes = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
+    if train.precision not in dtypes:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtypes[train.precision]):
+        yield

@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.checkpoints.checkpoints import Checkpoints
 
 SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.log"
 CHECKPOINTS, TRACK = "checkpoints", "track"
@@ -51,16 +50,6 @@ def find_folder(name: str, storage: Path) -> Path:
         if (folder / SPEC).is_file():
             return folder.absolute()
     raise SpecError(f"--resume {name}: no such run in {short_path(storage)}")
-
-
-def find_checkpoint(name: str, storage: Path) -> Path:
-    """The newest whole checkpoint of a run, a trial or a folder of checkpoints."""
-    for folder in (storage / name, Path(name)):
-        for checkpoints in (folder / CHECKPOINTS, folder):
-            found = Checkpoints(checkpoints).newest()
-            if found is not None:
-                return found
-    raise SpecError(f"--from {name}: no checkpoint there")
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.cost.budget import BudgetSpec
-from cluster.base.config import (ModelT, Spec, check, did_you_mean, read_yaml)
+from cluster.base.config import ModelT, Spec, check, did_you_mean, read_yaml
 from cluster.base.errors import SpecError
+from cluster.cost.budget import BudgetSpec
 from cluster.cost.node_rates import CostSpec
 
 if TYPE_CHECKING:

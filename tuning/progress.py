@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cluster.cost.budget import usd_text
-from cluster.cost.ledger import Account
-from cluster.cost.energy_meter import joules_text
 from cluster.base.terminal import Pulse
+from cluster.cost.budget import usd_text
+from cluster.cost.energy_meter import joules_text
+from cluster.cost.ledger import Account
 from tuning.trials.budget import purse_of
 from tuning.trials.trial import ENDED, FAILED, Sweep
 

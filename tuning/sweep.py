@@ -14,23 +14,23 @@ from ray import tune
 from cluster.base.config import override, read_yaml
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.runs import run
 from trainers.data.dataset import prepare, rows
 from trainers.devices import local_device
-from trainers.run_folder import (SPEC, create_folder, find_folder, unique_name)
 from trainers.engine.stall_files import STALLS
-from trainers.runs.stalls import last_stall
-from trainers.tracking.descriptions import NOTE
-from trainers.spec import resolve
-from trainers.tracking.operation_log import now_ms
+from trainers.run_folder import SPEC, create_folder, find_folder, unique_name
+from trainers.runs import run
 from trainers.runs.ray_train import scaling
+from trainers.runs.stalls import last_stall
+from trainers.spec import resolve
+from trainers.tracking.descriptions import NOTE
+from trainers.tracking.operation_log import now_ms
 from tuning.fused import decision
-from tuning.trials.budget import (SweepPrice, close, opened, purse_of)
-from tuning.reports.leaderboard import (Leaderboard, leaderboard, sweep_note, trial_note, write_best)
+from tuning.reports.leaderboard import Leaderboard, leaderboard, sweep_note, trial_note, write_best
+from tuning.trials.budget import SweepPrice, close, opened, purse_of
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearch
 from tuning.trials.space import SweepRunSpec, find_sweep
-from tuning.trials.trial import (ENDED, FAILED, JOURNAL, Sweep, run_trial)
+from tuning.trials.trial import ENDED, FAILED, JOURNAL, Sweep, run_trial
 
 BEST, TUNE = "best.yaml", "tune"
 

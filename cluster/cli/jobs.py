@@ -221,8 +221,8 @@ def jobs_command(args: argparse.Namespace) -> int:
 def logs_command(args: argparse.Namespace) -> int:
     if args.follow:
         return _follow(args, args.name)
-    from cluster.jobs.log_follower import log_of
     from cluster.jobs.jobs import known
+    from cluster.jobs.log_follower import log_of
 
     with dashboard(args) as url:
         print(log_of(url, known(url, args.name)), end="")
@@ -252,8 +252,8 @@ def _follow(args: argparse.Namespace, name: str) -> int:
     import time
 
     from cluster.jobs.job_server_client import BusyError
-    from cluster.jobs.log_follower import Follower
     from cluster.jobs.jobs import known
+    from cluster.jobs.log_follower import Follower
 
     follower = Follower(name, sys.stdout, lambda line: print(line, file=sys.stderr, flush=True))
     lost_s = None

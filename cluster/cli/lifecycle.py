@@ -55,8 +55,8 @@ def status_command(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cluster.jobs.job_server_client import dashboard_url
-    from cluster.lifecycle.status import show
     from cluster.lifecycle.ssh import tunnel
+    from cluster.lifecycle.status import show
 
     console = Console(highlight=False, soft_wrap=True)
     if args.file:

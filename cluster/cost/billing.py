@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.cost.ledger import Entry, Ledger
 from cluster.cost.energy_meter import Usage
+from cluster.cost.ledger import Entry, Ledger
 from cluster.cost.node_rates import Rate
 
 PERIOD_S = 2.0

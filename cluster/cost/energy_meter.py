@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cluster.cost.power_sources import (MEASURED, Reading, Source, by_utilisation)
+from cluster.cost.power_sources import MEASURED, Reading, Source, by_utilisation
 
 GAP_S = 120.0
 """Power that was read longer ago says nothing about the time between; a counter does."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cluster.base.errors import ClusterError
 from cluster.base.files import cut_torn_line
-from cluster.cost.energy_meter import (Energy, Usage, from_data, total)
+from cluster.cost.energy_meter import Energy, Usage, from_data, total
 
 Kind = Literal["wall", "busy", "idle", "energy"]
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster.cost.catalog import Instance
 from cluster.base.config import did_you_mean
 from cluster.base.errors import SpecError
+from cluster.cost.catalog import Instance
 
 Field = Callable[[Instance], str | float | None]
 

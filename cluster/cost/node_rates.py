@@ -13,11 +13,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.cost.carbon import PUE, carbon_of
-from cluster.cost.catalog import Instance, instances
 from cluster.base.config import Spec
 from cluster.base.errors import SpecError
-from cluster.base.labels import (INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT, USD_PER_HOUR)
+from cluster.base.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT, USD_PER_HOUR
+from cluster.cost.carbon import PUE, carbon_of
+from cluster.cost.catalog import Instance, instances
 from cluster.cost.user_prices import Machine, Own, overridden
 
 RAY_MARKET, RAY_REGION = "ray.io/market-type", "ray.io/availability-region"

@@ -26,9 +26,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from cluster.cost.catalog import Instance, instances
-from cluster.base.config import (Spec, check, did_you_mean, read_yaml)
+from cluster.base.config import Spec, check, did_you_mean, read_yaml
 from cluster.base.errors import SpecError
+from cluster.cost.catalog import Instance, instances
 
 HOURS_PER_YEAR = 8766.0
 

@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cluster.cost.catalog import instances, ray_resource
 from cluster.base.config import did_you_mean, read_yaml
 from cluster.base.errors import SpecError
-from cluster.base.labels import (INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT)
+from cluster.base.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT
+from cluster.cost.catalog import instances, ray_resource
 from cluster.definition.hourly_cost import Offer, offers, quote
 
 LEAST_DISK_GB = 40
@@ -305,7 +305,9 @@ def _ssh_of_launcher(config: _Config) -> Iterator[str]:
     types = config["available_node_types"].values()
     if all("SecurityGroupIds" in kind["node_config"] for kind in types):
         return
-    if not any("cluster.lifecycle.aws_ssh_ingress" in command for command in config["head_setup_commands"]):
+    if not any(
+        "cluster.lifecycle.aws_ssh_ingress" in command for command in config["head_setup_commands"]
+    ):
         yield (
             "head_setup_commands: Ray's launcher opens port 22 to the world; add "
             "`python -m cluster.lifecycle.aws_ssh_ingress --group NAME --region REGION`"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.cost.catalog import Instance, find_instance
 from cluster.base.labels import FALLBACK_FOR
+from cluster.cost.catalog import Instance, find_instance
 
 
 @dataclass(frozen=True)

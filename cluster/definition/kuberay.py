@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cluster.definition.commented_yaml import Noted, emit
-from cluster.definition.spec import (ClusterSpec, Kuberay, Mlflow, NodeType, Pod, Workers)
+from cluster.definition.spec import ClusterSpec, Kuberay, Mlflow, NodeType, Pod, Workers
 
 RESTARTS = {"restartPolicy": "Never"}
 _HEADING = """{what} on Kubernetes with the KubeRay operator 1.7: `kubectl apply -f FILE`.

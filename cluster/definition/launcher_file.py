@@ -7,12 +7,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from cluster.definition import shell_commands, kuberay
-from cluster.cost.catalog import Instance, find_instance
-from cluster.definition.commented_yaml import Noted, emit
 from cluster.base.errors import SpecError
-from cluster.base.labels import (FALLBACK_FOR, INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT, USD_PER_HOUR)
-from cluster.definition.spec import (Cloud, ClusterSpec, NodeType, Provider)
+from cluster.base.labels import (
+    FALLBACK_FOR,
+    INSTANCE,
+    MARKET,
+    ON_DEMAND,
+    PROVIDER,
+    REGION,
+    SPOT,
+    USD_PER_HOUR,
+)
+from cluster.cost.catalog import Instance, find_instance
+from cluster.definition import kuberay, shell_commands
+from cluster.definition.commented_yaml import Noted, emit
+from cluster.definition.spec import Cloud, ClusterSpec, NodeType, Provider
 
 _EXCLUDED = [".git/**", ".venv/**", "runs/**", "mlartifacts/**", "mlflow.db", "**/__pycache__/**"]
 

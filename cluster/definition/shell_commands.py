@@ -9,8 +9,8 @@ import json
 import shlex
 from collections.abc import Mapping
 
-from cluster.definition.commented_yaml import Text
 from cluster.base.labels import USD_PER_HOUR
+from cluster.definition.commented_yaml import Text
 from cluster.definition.spec import ClusterSpec, Provider
 
 PROJECT = "~/heliostat"
@@ -291,16 +291,18 @@ def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
     """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
     programs = _head_programs(spec, provider) if head else {}
     if provider != "local":
-        programs["agent"] = provider  # hears the cloud's notices
+        programs["node.preemption_agent"] = provider  # hears the cloud's notices
     said = []
     for program, argument in programs.items():
-        lock = f"flock -n {HOME}/{program}.lock " if program in ("furnish", "keeper") else ""
+        name = program.rpartition(".")[2]
+        alone = name in ("host_reprovisioner", "job_supervisor")
+        lock = f"flock -n {HOME}/{name}.lock " if alone else ""
         said.append(
             Text(
                 [
                     f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
                     f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
-                    f">>{HOME}/{program}.log 2>&1 </dev/null &",
+                    f">>{HOME}/{name}.log 2>&1 </dev/null &",
                 ]
             )
         )
@@ -309,12 +311,12 @@ def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
 
 def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
     """Modules of ours with their argument."""
-    programs = {"keeper": ""}  # starts jobs again whose driver was lost
+    programs = {"jobs.job_supervisor": ""}  # starts jobs again whose driver was lost
     spot = any(kind.spot for kind in spec.workers.values())
     if provider == "local":
-        programs["furnish"] = ""  # sets up hosts that come back as empty machines
+        programs["node.host_reprovisioner"] = ""  # sets up hosts that come back as empty machines
     elif spot and spec.fallback_after_s is not None:
-        programs["fallback"] = f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
+        programs["node.spot_fallback"] = f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
     if spec.metrics:
-        programs["monitor"] = ""  # starts Prometheus and Grafana
+        programs["node.prometheus_server"] = ""  # starts Prometheus and Grafana
     return programs

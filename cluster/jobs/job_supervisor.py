@@ -10,9 +10,9 @@ import argparse
 import math
 import time
 
-from cluster.jobs.job_server_client import LOCAL_URL
 from cluster.base.errors import ClusterError
-from cluster.jobs.jobs import (HOLD_S, Job, alive_nodes, all_jobs, hold_package, restart_if_lost)
+from cluster.jobs.job_server_client import LOCAL_URL
+from cluster.jobs.jobs import HOLD_S, Job, alive_nodes, all_jobs, hold_package, restart_if_lost
 
 POLL_S = 2.0
 
@@ -43,7 +43,9 @@ def _hold(url: str, job: Job, held: dict[str, float]) -> None:
 
 def main() -> None:
     """Look every two seconds, for ever; a head that does not answer yet is asked again."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.jobs.job_supervisor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.jobs.job_supervisor", description=__doc__
+    )
     parser.add_argument("--url", default=LOCAL_URL, help="the dashboard's (default %(default)s)")
     url = parser.parse_args().url
     held: dict[str, float] = {}

@@ -12,11 +12,21 @@ from typing import TextIO
 
 import aiohttp
 
-from cluster.jobs.job_server_client import call
 from cluster.base.errors import ClusterError
-from cluster.jobs.jobs import (HOLD_S, RESTARTS, Job, alive_nodes, hold_package, known, patiently, restart_if_lost, why_lost)
 from cluster.base.terminal import PROGRESS
 from cluster.connection.auth_token import authorization
+from cluster.jobs.job_server_client import call
+from cluster.jobs.jobs import (
+    HOLD_S,
+    RESTARTS,
+    Job,
+    alive_nodes,
+    hold_package,
+    known,
+    patiently,
+    restart_if_lost,
+    why_lost,
+)
 
 POLL_S = 1.0
 CLEAR = "\r\x1b[2K"

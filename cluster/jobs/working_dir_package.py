@@ -25,7 +25,7 @@ NEVER = (".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", "
          "mlflow.db", "mlartifacts", "node_modules", ".DS_Store")  # fmt: skip
 """What is never code, whatever git says: environments, caches, and what runs write."""
 
-OURS = Path(__file__).resolve().parent.parent
+OURS = Path(__file__).resolve().parents[2]
 """Heliostat's own checkout or installation, of which the cluster has one of its own."""
 
 

@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.definition.shell_commands import MARK
 from cluster.base.errors import ClusterError, SpecError
 from cluster.base.files import cache_folder
-from cluster.lifecycle.status import Node, nodes_alive
 from cluster.connection.auth_token import ensure_token
-from cluster.lifecycle.ssh import (Door, doors_on_premises, head_door, on_node, read_cluster, tunnel)
+from cluster.definition.shell_commands import MARK
+from cluster.lifecycle.ssh import Door, doors_on_premises, head_door, on_node, read_cluster, tunnel
+from cluster.lifecycle.status import Node, nodes_alive
 
 Say = Callable[[str], object]
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.jobs.job_server_client import call
 from cluster.base.labels import USD_PER_HOUR
+from cluster.jobs.job_server_client import call
 
 if TYPE_CHECKING:
     from rich.console import Console

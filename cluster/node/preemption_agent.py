@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.node.cloud_notices import (Look, NoAnswerError, Notice, watcher)
+from cluster.node.cloud_notices import Look, NoAnswerError, Notice, watcher
 
 POLL_S = 2.0
 DRAIN_TIMEOUT_S = 20.0

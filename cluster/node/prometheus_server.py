@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cluster.node.preemption_agent import PLACE, say, take_over
 
-DASHBOARD = Path(__file__).parent / "data" / "grafana.json"
+DASHBOARD = Path(__file__).with_name("grafana.json")
 SESSION = Path("/tmp/ray/session_latest/metrics")
 """Where Ray's head writes the configuration of Prometheus and Grafana."""
 PROMETHEUS = "3.5.0"

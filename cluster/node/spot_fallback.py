@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.node.preemption_agent import (PLACE, raylets, say, take_over)
 from cluster.base.files import write_atomic
 from cluster.base.labels import FALLBACK_FOR, USD_PER_HOUR
+from cluster.node.preemption_agent import PLACE, raylets, say, take_over
 
 CONFIG = Path("~/ray_bootstrap_config.yaml")
 """What Ray's launcher leaves on the head for its autoscaler; it is JSON."""

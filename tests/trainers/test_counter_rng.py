@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainers.devices import Cpu
 from trainers.counter_rng import SampleRandom, mix_seed, seed_device
+from trainers.devices import Cpu
 
 SEEDS = st.integers(0, 2**31 - 1)
 POSITIONS = st.lists(st.integers(0, 2**48), min_size=1, max_size=12)

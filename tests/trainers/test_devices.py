@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.base.errors import SpecError
-from trainers.devices import (FAMILIES, Cpu, Cuda, Device, Hpu, Neuron, Rocm, Tpu, Xpu, local_device)
+from trainers.devices import FAMILIES, Cpu, Cuda, Device, Hpu, Neuron, Rocm, Tpu, Xpu, local_device
 
 PROC = Path("/proc/self/status")
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from cluster.base.config import check, override
 from cluster.base.errors import SpecError
-from trainers.spec import (SPECS, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve)
+from heliostat.main import main
+from trainers.spec import SPECS, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve
 from trainers.workload import load_workload
 from trainers.workloads.vision.workload import Vision
-from heliostat.main import main
 
 OWN: dict[str, Any] = {"workload": "spirals:Spirals"}
 

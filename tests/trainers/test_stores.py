@@ -11,7 +11,7 @@ from torch import nn
 from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints, load_network
 from trainers.spec import CheckpointSpec
-from trainers.stores import (MANIFEST, LocalStore, RemoteStore, Store)
+from trainers.stores import MANIFEST, LocalStore, RemoteStore, Store
 
 Open = Callable[[], Store]
 

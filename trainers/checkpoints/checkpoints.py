@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from cluster.base.errors import CheckpointError
+from cluster.base.errors import CheckpointError, SpecError
 from cluster.base.files import write_atomic
 from trainers.checkpoints import shards
-from trainers.worker import Worker
+from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
-from trainers.stores import (MANIFEST, LocalStore, RemoteStore, Store)
+from trainers.stores import MANIFEST, LocalStore, RemoteStore, Store
+from trainers.worker import Worker
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -365,3 +366,13 @@ def _explained(error: BaseException, place: str) -> BaseException:
     if isinstance(cause, (OSError, SafetensorError)):
         return CheckpointError(f"{place}: cannot be written: {str(cause).splitlines()[0]}")
     return cause
+
+
+def find_checkpoint(name: str, storage: Path) -> Path:
+    """The newest whole checkpoint of a run, a trial or a folder of checkpoints."""
+    for folder in (storage / name, Path(name)):
+        for checkpoints in (folder / CHECKPOINTS, folder):
+            found = Checkpoints(checkpoints).newest()
+            if found is not None:
+                return found
+    raise SpecError(f"--from {name}: no checkpoint there")

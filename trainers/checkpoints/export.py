@@ -28,10 +28,10 @@ from cluster.base.config import check, read_yaml, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
 from trainers.checkpoints.checkpoints import load_network
-from trainers.precision import weights_dtype
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
+from trainers.precision import weights_dtype
 from trainers.spec import RunSpec
-from trainers.workload import (SHIPPED, Workload, dtype_of, load_workload)
+from trainers.workload import SHIPPED, Workload, dtype_of, load_workload
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
 PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")

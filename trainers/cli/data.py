@@ -46,8 +46,8 @@ def _check(folder: Path) -> int:
 
     from cluster.base.errors import DataError
     from trainers.data.dataset import manifest_of
-    from trainers.run_folder import short_path
     from trainers.data.partitions import broken
+    from trainers.run_folder import short_path
 
     wrong = broken(folder, manifest_of(folder)["files"])
     if wrong:
@@ -65,8 +65,8 @@ def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> in
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from cluster.base.files import cache_folder
-    from cluster.connection.ray_connection import ray_session
     from cluster.base.terminal import Pulse, quiet
+    from cluster.connection.ray_connection import ray_session
     from trainers.data.dataset import prepare
     from trainers.workload import PartedWorkload
 

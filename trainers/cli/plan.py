@@ -94,14 +94,14 @@ def plan_command(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict, replace
 
-    from cluster.cost.catalog import instances
     from cluster.base.files import write_atomic
-    from cluster.cost.machine_filters import select
+    from cluster.cost.catalog import instances
     from cluster.cost.live_prices import refreshed
+    from cluster.cost.machine_filters import select
     from cluster.cost.user_prices import overridden, read_own
-    from trainers.run_folder import create_folder, short_path, unique_name
     from trainers.planning.forecast import Memory, calibrated_by
     from trainers.planning.plan import plan
+    from trainers.run_folder import create_folder, short_path, unique_name
     from trainers.runs.run import connected
 
     own = read_own()
@@ -246,9 +246,9 @@ def _amount(found: "Interval | None") -> str:
 
 def scaling_command(args: argparse.Namespace) -> int:
     from cluster.cost.user_prices import read_own
-    from trainers.runs import scaling_study as studies
     from trainers.run_folder import create_folder, short_path, unique_name
-    from trainers.runs.run import (begun, connected, end_tracking, start_tracking)
+    from trainers.runs import scaling_study as studies
+    from trainers.runs.run import begun, connected, end_tracking, start_tracking
 
     own = read_own()
     asked = _subject(args.spec, args.set, args.seconds)

@@ -52,8 +52,8 @@ def register_command(args: argparse.Namespace) -> int:
 
     from cluster.base.errors import SpecError
     from trainers.run_folder import TRACK
-    from trainers.tracking.registry import register
     from trainers.tracking.operation_log import run_id_of
+    from trainers.tracking.registry import register
 
     folder, tracking = _tracked(args.run)
     run_id = run_id_of(folder / TRACK, folder.name)
@@ -103,9 +103,9 @@ def _tracked(name: str) -> "tuple[Path, TrackingSpec]":
     """The folder of a run or sweep, and the MLflow of its spec, which answers now."""
     from cluster.base.config import check, read_yaml
     from cluster.base.errors import ClusterError
-    from trainers.tracking.preflight import check_access
     from trainers.run_folder import SPEC
     from trainers.spec import TrackingSpec
+    from trainers.tracking.preflight import check_access
 
     folder = tracked_folder(name)
     tracking = check(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")

@@ -28,8 +28,8 @@ from torch import Tensor
 from cluster.base.config import Spec
 from cluster.base.errors import DataError, SpecError
 from cluster.base.files import cache_folder, commit_folder
-from trainers.data.partitions import (Watch, entry, to_parquet, unwatched, write_parts)
 from trainers.counter_rng import mix_seed
+from trainers.data.partitions import Watch, entry, to_parquet, unwatched, write_parts
 from trainers.data.remote import remote_dataset
 from trainers.workload import Batch, PartedWorkload, Workload
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from trainers.counter_rng import (SampleRandom, keep, next_draw, threshold_of)
+from trainers.counter_rng import SampleRandom, keep, next_draw, threshold_of
 
 OWN_RANDOM = (
     "this model draws random numbers of its own: the run is exact after a restart with the same "

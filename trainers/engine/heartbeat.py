@@ -11,24 +11,16 @@ import faulthandler
 import mmap
 import os
 import platform
-import re
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-STALLS = "stalls"
-START_ALLOWANCE = 3
-"""How many times `train.stall_timeout_s` a start may take up to the end of its first step: it
-builds the model, reads the checkpoint and compiles."""
-HEAD_BYTES = 256
-STEP = slice(5, 15)
-"""Where the head of the file has the step."""
-WAITING = (
-    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py"),
-    *("trainers/engine/loop.py", "trainers/engine/step.py", "trainers/engine/strategy.py"),
+from trainers.engine.stall_files import (
+    HEAD_BYTES,
+    START_ALLOWANCE,
+    STEP,
+    next_stall_path,
 )
-"""Where a worker's innermost call is while it waits for the others, or for its device."""
 
 
 class _Watchdog:
@@ -36,7 +28,7 @@ class _Watchdog:
 
     def __init__(self, folder: Path, rank: int, world: int, timeout_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = _next_path(folder, rank)
+        self._path = next_stall_path(folder, rank)
         self._file = self._path.open("w+b", buffering=0)
         self._file.write(b" " * HEAD_BYTES)  # the stack goes behind it
         self._page = mmap.mmap(self._file.fileno(), HEAD_BYTES)
@@ -106,117 +98,3 @@ def alive(step: int | None = None) -> None:
     """A sign of life, before step `step` or within an evaluation; nothing where none is awaited."""
     if _watchdog is not None:
         _watchdog.alive(step)
-
-
-@dataclass(frozen=True)
-class Stall:
-    """A worker that hung, as its file tells it."""
-
-    worker: int
-    step: int
-    """The step that hung, counted from 1; 0 before the first one."""
-    allowed_s: float
-    waiting: bool
-    """Whether it waited for another worker, or for its device."""
-    path: Path
-
-    def __str__(self) -> str:
-        where = f"at step {self.step}" if self.step else "before its first step"
-        return (
-            f"worker {self.worker} made no step for {self.allowed_s:g} s {where}; "
-            f"its stack: {self.path}"
-        )
-
-
-def stalls(folder: Path) -> list[Stall]:
-    """All stalls of the run that keeps them in `folder`, the newest of each worker last."""
-    return [stall for path in _paths(folder) if (stall := _read(path)) is not None]
-
-
-def last_stall(folder: Path, workers: Collection[int] | None = None) -> Stall | None:
-    """The stall that ended the last start of one of `workers`, if it was one.
-
-    Of workers that waited for one another it is the one that all others waited for.
-    """
-    newest = {_numbers(path)[0]: path for path in _paths(folder)}
-    found = [stall for path in newest.values() if (stall := _read(path)) is not None]
-    if workers is not None and not any(stall.worker in workers for stall in found):
-        return None
-    return blamed(found)
-
-
-def blamed(found: list[Stall]) -> Stall | None:
-    """The one among workers that hung together which the others waited for."""
-    return min(found, key=lambda stall: (stall.waiting, stall.worker), default=None)
-
-
-class StallWatch:
-    """Tells of stalls as they appear in a run's folder; for who started the workers."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._told = {stall.path for stall in stalls(folder)}
-        self._waiting: set[Path] = set()
-        self._next = 0.0
-
-    def news(self) -> Stall | None:
-        """A new stall, once a second at most and when all workers have written their stacks."""
-        now = time.monotonic()
-        if now < self._next:
-            return None
-        self._next = now + 1
-        found = [stall for stall in stalls(self._folder) if stall.path not in self._told]
-        paths = {stall.path for stall in found}
-        if paths != self._waiting:
-            self._waiting = paths
-            return None
-        self._told |= paths
-        self._waiting = set()
-        return blamed(found)
-
-    def tidy(self) -> None:
-        """Remove what workers left that did not hang but were ended in another way."""
-        for path in _paths(self._folder):
-            if _read(path) is None:
-                path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty, or never made
-            self._folder.rmdir()
-
-
-def _paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("worker-*-*.txt"), key=_numbers)
-
-
-def _numbers(path: Path) -> tuple[int, int]:
-    """The rank and the count in a name."""
-    _, rank, count = path.stem.split("-")
-    return int(rank), int(count)
-
-
-def _next_path(folder: Path, rank: int) -> Path:
-    """The worker's next file: a count above those of its stalls."""
-    counts = [_numbers(stall.path)[1] for stall in stalls(folder) if stall.worker == rank]
-    return folder / f"worker-{rank}-{max(counts, default=0) + 1}.txt"
-
-
-def _read(path: Path) -> Stall | None:
-    """What a file tells; None when there is no stack in it."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    stack = content[HEAD_BYTES:].decode(errors="replace")
-    if not stack:
-        return None
-    head = content[:HEAD_BYTES].decode(errors="replace")
-    allowed = re.search(r"after (\S+) s without", head)
-    threads = re.split(r"^(?:Current t|T)hread ", stack, flags=re.MULTILINE)
-    trains = next((thread for thread in threads if "/trainers/loop.py" in thread), "")
-    innermost = re.search(r'File "(.*?)"', trains)
-    return Stall(
-        worker=_numbers(path)[0],
-        step=int(head[STEP]),
-        allowed_s=float(allowed[1]) if allowed else 0.0,
-        waiting=innermost is not None and any(part in innermost[1] for part in WAITING),
-        path=path,
-    )

@@ -14,21 +14,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import Batches, on_device
-from trainers.devices import Cpu
-from trainers.engine.dropout import sample_dropout
-from trainers.data.prefetch import Fed, feed, micro
-from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
-from trainers.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
-from trainers.worker import Worker
-from trainers.engine.strategy import (choose_layout, clip_gradient, compiled, exchanged_when, gradient_norm, memory_per_worker, spread)
-from trainers.precision import compute_precision, weights_dtype
-from trainers.precision import check_precision, fp8_layers
-from trainers.counter_rng import (SampleRandom, device_state, mix_seed, seed_device)
-from trainers.engine.activation_checkpointing import recompute
 from trainers.checkpoints.shards import own_part
-from trainers.spec import RunSpec, TrainSpec
+from trainers.counter_rng import SampleRandom, device_state, mix_seed, seed_device
+from trainers.data.dataset import Batches, on_device
+from trainers.data.prefetch import Fed, feed, micro
+from trainers.devices import Cpu
+from trainers.engine.activation_checkpointing import recompute
+from trainers.engine.dropout import sample_dropout
+from trainers.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
+from trainers.engine.strategy import (
+    choose_layout,
+    clip_gradient,
+    compiled,
+    exchanged_when,
+    gradient_norm,
+    memory_per_worker,
+    spread,
+)
 from trainers.engine.throughput import Meter, count_flops, watch_communication
+from trainers.precision import check_precision, compute_precision, fp8_layers, weights_dtype
+from trainers.spec import RunSpec, TrainSpec
+from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 

@@ -7,8 +7,8 @@ sharding. What a model computes is the same in every mode; only where its parts 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import SpecError
-from trainers.devices import Cpu, Device
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
+from trainers.worker import Worker
 from trainers.workload import Workload
 
 Mode = Literal["single", "ddp", "fsdp", "hsdp", "tensor"]
@@ -28,56 +28,6 @@ Mode = Literal["single", "ddp", "fsdp", "hsdp", "tensor"]
 STATE_SHARE = 0.5
 """Share of a device's memory that weights, gradients and optimizer may take; activations and
 temporary copies need the rest."""
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of `world` workers that train together, and the hardware it computes on."""
-
-    rank: int = 0
-    world: int = 1
-    hardware: Device = field(default_factory=Cpu)
-    local_world: int = 1
-    """Workers on this worker's machine."""
-    group: int = 1
-    """Workers that see the same samples, because each holds a part of every layer."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        return self.hardware.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of the global batch is this worker's, out of `data_world`."""
-        return self.rank // self.group
-
-    @property
-    def data_world(self) -> int:
-        return self.world // self.group
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all shares of the data, in place; collective."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values.div_(self.group) if self.group > 1 else values
-
-    def decided_by_first(self, value: Any) -> Any:
-        """The first worker's value, on all of them; collective."""
-        if self.world == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def wait_for_all(self) -> None:
-        """Return when all workers have called this; collective."""
-        if self.world > 1:
-            dist.barrier()
 
 
 @dataclass(frozen=True)
@@ -264,19 +214,3 @@ def memory_per_worker(worker: Worker) -> int | None:
 def _bytes(count: int) -> str:
     unit = min(3, int(math.log10(max(1, count))) // 3)
     return f"{count / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"
-
-
-def weights_dtype(train: TrainSpec) -> torch.dtype:
-    """The dtype in which weights and optimizer state are kept."""
-    return torch.float64 if train.precision == "fp64" else torch.float32
-
-
-@contextmanager
-def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
-    """Forward passes in here are computed in the spec's precision."""
-    dtypes = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
-    if train.precision not in dtypes:
-        yield
-        return
-    with torch.autocast(device.type, dtype=dtypes[train.precision]):
-        yield

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.base.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT
 from cluster.cost.catalog import Accelerator, Instance, devices
-from cluster.base.labels import (INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT)
-from cluster.cost.user_prices import Own
-from cluster.cost.power_sources import CPU_W
 from cluster.cost.node_rates import CostSpec, Rate, rate_of
+from cluster.cost.power_sources import CPU_W
+from cluster.cost.user_prices import Own
 from trainers.planning.forecast import Interval
 from trainers.planning.pools import ProbedPool
 

@@ -7,14 +7,22 @@ recorded ones, and tested without the hardware.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.cost.catalog import Instance
 from cluster.base.labels import MARKET
-from cluster.cost.user_prices import Own
+from cluster.cost.catalog import Instance
 from cluster.cost.node_rates import CostSpec
+from cluster.cost.user_prices import Own
 from trainers.planning import datasheet
-from trainers.planning.forecast import (AS_SHIPPED, Calibration, Forecast, Interval, Length, forecast, whole)
+from trainers.planning.forecast import (
+    AS_SHIPPED,
+    Calibration,
+    Forecast,
+    Interval,
+    Length,
+    forecast,
+    whole,
+)
+from trainers.planning.machines import Cost, Machine, cost, device_in, here, rented
 from trainers.planning.pools import ProbedPool
-from trainers.planning.machines import (Cost, Machine, cost, device_in, here, rented)
 from trainers.planning.step_time import Unknown, knee
 
 FULL = 0.1

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from cluster.cost.catalog import ray_resource
-from trainers.planning.step_time import (Curve, Place, Point, Prediction, Unknown, fit)
+from trainers.planning.step_time import Curve, Place, Point, Prediction, Unknown, fit
 from trainers.spec import RunSpec
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.files import write_atomic
-from trainers.reports.charts import (CONFIG, PALETTES, VERSION, Chart, plain, write_png)
+from trainers.reports.charts import CONFIG, PALETTES, VERSION, Chart, plain, write_png
 
 FILE = "index.html"
 POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'"
@@ -116,7 +116,7 @@ def html(page: Page) -> str:
 
 
 def _part(name: str) -> str:
-    return (files("trainers") / "page_parts" / name).read_text(encoding="utf-8")
+    return (files("trainers.reports") / "page_parts" / name).read_text(encoding="utf-8")
 
 
 def _in_script(text: str) -> str:

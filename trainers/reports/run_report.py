@@ -9,8 +9,8 @@ from cluster.cost.budget import duration_text, usd_text
 from cluster.cost.energy_meter import joules_text
 from trainers.reports import charts
 from trainers.reports.charts import Chart, Table
-from trainers.reports.page import (Page, Section, Sheet, Tile, shown)
-from trainers.reports.history import (Record, Series, records, spans)
+from trainers.reports.history import Record, Series, records, spans
+from trainers.reports.page import Page, Section, Sheet, Tile, shown
 
 SPLITS = ("train", "val", "test")
 PERFORMANCE = ("samples_per_s", "tokens_per_s", "mfu", "goodput", "peak_memory_bytes")

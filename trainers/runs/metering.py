@@ -14,16 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.cost.billing import (PERIOD_S, Bill, Node, Post)
-from cluster.cost.budget import (check_budget, duration_text, reached, usd_text)
-from cluster.cost.catalog import Instance, instances
 from cluster.base.labels import INSTANCE
+from cluster.cost.billing import PERIOD_S, Bill, Node, Post
+from cluster.cost.budget import check_budget, duration_text, reached, usd_text
+from cluster.cost.catalog import Instance, instances
+from cluster.cost.energy_meter import Meter, as_data
 from cluster.cost.ledger import Account, Ledger
 from cluster.cost.live_prices import refreshed
-from cluster.cost.energy_meter import Meter, as_data
-from cluster.cost.user_prices import Own, read_own
-from cluster.cost.power_sources import (Amd, CpuEstimate, Nvml, Rapl, Reading, Replay, Source)
 from cluster.cost.node_rates import CostSpec, Rate, rate_of
+from cluster.cost.power_sources import Amd, CpuEstimate, Nvml, Rapl, Reading, Replay, Source
+from cluster.cost.user_prices import Own, read_own
 from trainers.devices import Device
 from trainers.spec import RunSpec
 from trainers.tracking.operation_log import Row, now_ms

@@ -20,17 +20,17 @@ from typing import Any
 from cluster.base.config import flatten, with_value
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import rows
 from trainers.checkpoints.export import export_model
-from trainers.run_folder import CHECKPOINTS, unique_name
-from trainers.engine.loop import train
-from trainers.worker import Worker
-from trainers.planning.pools import (Pool, Probe, ProbedPool, probed)
+from trainers.data.dataset import rows
 from trainers.data.remote import here
+from trainers.engine.loop import train
 from trainers.engine.reporter import SilentReporter
+from trainers.planning.pools import Pool, Probe, ProbedPool, probed
 from trainers.planning.step_time import Place
+from trainers.run_folder import CHECKPOINTS, unique_name
+from trainers.runs.ray_train import Job, hired, ray_trainer, reason, scaling, watch_for_stalls
 from trainers.spec import RunSpec, resolve
-from trainers.runs.ray_train import (Job, hired, ray_trainer, reason, scaling, watch_for_stalls)
+from trainers.worker import Worker
 from trainers.workload import Workload
 
 ROOM_S = 60.0

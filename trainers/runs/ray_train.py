@@ -13,26 +13,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.cost.catalog import ray_resource
 from cluster.base.errors import HeliostatError, SpecError, TrainingError
 from cluster.connection.ray_connection import missing_resources
+from cluster.cost.catalog import ray_resource
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.devices import local_device
 from trainers.checkpoints.export import export_model
-from trainers.run_folder import CHECKPOINTS, MODEL
-from trainers.engine.stall_files import STALLS
-from trainers.runs.stalls import StallWatch, last_stall
-from trainers.engine.heartbeat import watched
-from trainers.outcome import Outcome
-from trainers.engine.loop import train
-from trainers.runs.metering import TRACE, WorkerMeter
-from trainers.worker import Worker
-from trainers.runs.visibility import check_here, sees
 from trainers.data.remote import here
+from trainers.devices import local_device
+from trainers.engine.heartbeat import watched
+from trainers.engine.loop import train
 from trainers.engine.reporter import Reporter, SilentReporter
-from trainers.tracking.reporter import TrackerReporter
+from trainers.engine.stall_files import STALLS
+from trainers.outcome import Outcome
+from trainers.run_folder import CHECKPOINTS, MODEL
+from trainers.runs.metering import TRACE, WorkerMeter
+from trainers.runs.stalls import StallWatch, last_stall
+from trainers.runs.visibility import check_here, sees
 from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.tracking.operation_log import Row
+from trainers.tracking.reporter import TrackerReporter
+from trainers.worker import Worker
 from trainers.workload import Workload
 
 POLL_S = 0.2

@@ -11,24 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.config import flatten, override, read_yaml
 from cluster.base.errors import HeliostatError, SpecError
-from cluster.jobs.secret_scan import in_text
-from cluster.connection.ray_connection import home, ray_session
 from cluster.base.terminal import quiet
-from trainers.tracking.preflight import check_access
-from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import prepare, rows
+from cluster.connection.ray_connection import home, ray_session
+from cluster.jobs.secret_scan import in_text
+from trainers.checkpoints.checkpoints import Checkpoints, find_checkpoint
 from trainers.checkpoints.export import export_model
-from trainers.run_folder import (CHECKPOINTS, ENVIRONMENT, LOG, MODEL, SPEC, TRACK, create_folder, exclusive, find_folder, git_tags, short_path, unique_name)
-from trainers.checkpoints.checkpoints import find_checkpoint
-from trainers.planning.forecast import (Forecast, Memory, compared, keys_of)
+from trainers.data.dataset import prepare, rows
 from trainers.outcome import Outcome
+from trainers.planning.forecast import Forecast, Memory, compared, keys_of
+from trainers.run_folder import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    LOG,
+    MODEL,
+    SPEC,
+    TRACK,
+    create_folder,
+    exclusive,
+    find_folder,
+    git_tags,
+    short_path,
+    unique_name,
+)
 from trainers.runs.metering import Metering
-from trainers.tracking.descriptions import NOTE, run_note
+from trainers.runs.ray_train import Job, Watcher, run_workers, scaling, shortage
 from trainers.runs.visibility import check_everywhere
 from trainers.spec import RunSpec, find_spec, resolve
+from trainers.tracking.descriptions import NOTE, run_note
 from trainers.tracking.operation_log import now_ms
-from trainers.tracking.tracker import (TrackedRun, default_uri, drain, start_tracker)
-from trainers.runs.ray_train import (Job, Watcher, run_workers, scaling, shortage)
+from trainers.tracking.preflight import check_access
+from trainers.tracking.tracker import TrackedRun, default_uri, drain, start_tracker
 from trainers.workload import Workload
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.base.errors import SpecError
-from cluster.cost.user_prices import Own
 from cluster.cost.node_rates import CostSpec
+from cluster.cost.user_prices import Own
 from trainers.planning.forecast import Interval
-from trainers.planning.plan import knee_of, paying
-from trainers.planning.pools import (Pool, Probe, ProbedPool, pools, probed)
-from trainers.runs.probe import Subject, probe
 from trainers.planning.machines import here
+from trainers.planning.plan import knee_of, paying
+from trainers.planning.pools import Pool, Probe, ProbedPool, pools, probed
+from trainers.runs.probe import Subject, probe
 from trainers.spec import RunSpec
 from trainers.tracking.operation_log import now_ms
 

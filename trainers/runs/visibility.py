@@ -6,48 +6,16 @@ file systems reach from everywhere. A folder that only the driver's machine has 
 training where the machines are there already, else by the first worker that misses it.
 """
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cluster.base.errors import SpecError
 from trainers.run_folder import SPEC, TRIALS
 from trainers.spec import RunSpec
-from trainers.stores import MANIFEST, RemoteStore
 
 LOOK_S = 60
 """How long a machine may take to say what it sees; then nothing is said about it."""
-
-
-def remote_dataset(uri: str, name: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder on this machine with the data set `name` that is kept at `uri`.
-
-    If it is not there, `build` writes its files into the folder it is given and returns the
-    manifest. Two that build at once write the same.
-    """
-    store = RemoteStore(uri, "datasets", writable=True, field="datasets")
-    if name not in store.names():
-        store.begin(name)
-        folder = store.building(name)
-        try:
-            manifest = build(folder)
-            for file in manifest["files"]:
-                store.publish(name, file)
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            store.commit(name)
-        except BaseException:
-            store.abandon(name)
-            raise
-    return store.fetch(name)
-
-
-def here(dataset: Path, spec: RunSpec) -> Path:
-    """The data set that the driver prepared, on this machine."""
-    if spec.datasets is None:
-        return dataset
-    return RemoteStore(spec.datasets, "datasets", field="datasets").fetch(dataset.name)
 
 
 def needs_shared_folder(spec: RunSpec) -> bool:

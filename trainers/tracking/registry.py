@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.errors import HeliostatError
-
-SIGNATURE, EXAMPLE, CODE = "signature.json", "example.safetensors", "code"
-"""In an exported model: dtypes and shapes; an input and its output; the user's own code."""
+from trainers.model_files import CODE, EXAMPLE, SIGNATURE
 
 NEEDED = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml", "pyarrow", "filelock")
-HOME = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def models_of(client: Any, run: Any) -> dict[str, bool]:
@@ -65,7 +63,7 @@ def _save(folder: Path, files: Path, run_id: str, model_id: str) -> None:
         path=str(files),
         loader_module="trainers.checkpoints.export",
         data_path=str(folder),
-        code_paths=[str(HOME.parent / "cluster"), str(HOME)],
+        code_paths=[str(PACKAGE.parent / "cluster"), str(PACKAGE)],
         signature=ModelSignature(schemas["input"], schemas.get("output")) if schemas else None,
         input_example=example,
         pip_requirements=requirements(folder / CODE),

@@ -4,8 +4,8 @@ from collections import deque
 from threading import Event
 from typing import Any
 
-from trainers.tracking.mlflow_store import MlflowStore, is_final
 from trainers.tracking.downsampling import NOTE, Sampler
+from trainers.tracking.mlflow_store import MlflowStore, is_final
 from trainers.tracking.operation_log import Spool, batches
 
 

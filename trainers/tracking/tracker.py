@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster.cost.billing import Post
-from cluster.connection.run_gauges import RunGauges
 from cluster.connection.ray_connection import home
+from cluster.connection.run_gauges import RunGauges
+from cluster.cost.billing import Post
 from trainers.tracking.mlflow_store import MlflowStore
-from trainers.tracking.sender import Sender
 from trainers.tracking.operation_log import Row, Spool, now_ms
+from trainers.tracking.sender import Sender
 
 SYNC_S = 1.0
 """Seconds between what is brought to the disk."""

@@ -178,10 +178,10 @@ def _shown(value: object) -> str:
 def report_command(args: argparse.Namespace) -> int:
     from cluster.base.config import read_yaml
     from cluster.base.errors import HeliostatError
-    from trainers.run_folder import SPEC, short_path
+    from trainers.cli.track import keep, tracked_folder
     from trainers.reports.page import write
     from trainers.reports.run_report import run_page
-    from trainers.cli.track import keep, tracked_folder
+    from trainers.run_folder import SPEC, short_path
     from tuning.reports.sweep_report import sweep_page
 
     folder = tracked_folder(args.name)

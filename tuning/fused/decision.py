@@ -11,17 +11,17 @@ import torch
 
 from cluster.base.files import write_atomic
 from trainers.data.dataset import open_split, rows
-from trainers.devices import Device, local_device
-from trainers.worker import Worker
-from trainers.precision import weights_dtype
 from trainers.data.remote import here
-from trainers.spec import RunSpec, resolve
+from trainers.devices import Device, local_device
 from trainers.engine.step import Stepper
+from trainers.precision import weights_dtype
 from trainers.runs.ray_train import explain
+from trainers.spec import RunSpec, resolve
+from trainers.worker import Worker
 from tuning.fused.program import Program
 from tuning.fused.rewrites import NotFusibleError
-from tuning.trials.trial import Sweep, set_threads
 from tuning.fused.signature import Variant, program_key, reason_against
+from tuning.trials.trial import Sweep, set_threads
 
 FILE = "fuse.json"
 WORTH_STEPS = 5000

@@ -33,25 +33,25 @@ from cluster.base.files import write_atomic
 from cluster.connection.run_gauges import set_gauge
 from trainers.checkpoints.checkpoints import Checkpoints, interval_s
 from trainers.data.dataset import open_splits, rows
+from trainers.data.remote import here
 from trainers.devices import local_device
-from trainers.run_folder import CHECKPOINTS
-from trainers.engine.stall_files import STALLS
-from trainers.engine.heartbeat import alive, watched
 from trainers.engine.coordination import FIRST_SAVE_S
 from trainers.engine.evaluate import evaluate, splits_due
+from trainers.engine.heartbeat import alive, watched
 from trainers.engine.loop import milestones
-from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.optimizer import build_optimizer, learning_rate
-from trainers.worker import Worker
-from trainers.data.remote import here
-from trainers.tracking.reporter import TrackerReporter
-from trainers.spec import RunSpec, resolve
+from trainers.engine.out_of_memory import is_out_of_memory
+from trainers.engine.stall_files import STALLS
 from trainers.engine.step import build_network
+from trainers.run_folder import CHECKPOINTS
 from trainers.runs.ray_train import explain
-from tuning.fused.program import Program, Row, StrangersError
+from trainers.spec import RunSpec, resolve
+from trainers.tracking.reporter import TrackerReporter
+from trainers.worker import Worker
 from tuning.fused.decision import usual_variant, varied_numbers
-from tuning.trials.trial import (ENDED, FAILED, LAST, Progress, Sweep, set_threads)
+from tuning.fused.program import Program, Row, StrangersError
 from tuning.fused.signature import Variant
+from tuning.trials.trial import ENDED, FAILED, LAST, Progress, Sweep, set_threads
 
 CHUNK_S = 0.02
 """About how long the device computes before it is asked again what else there is to do."""

@@ -27,19 +27,19 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from trainers.counter_rng import SampleRandom, stream_of
 from trainers.data.dataset import Batches, on_device
 from trainers.devices import Device
 from trainers.engine.dropout import Draws, Rate, sample_dropout
 from trainers.engine.optimizer import build_optimizer, decays, learning_rate
-from trainers.precision import compute_precision, weights_dtype
-from trainers.counter_rng import SampleRandom, stream_of
-from trainers.spec import RunSpec
 from trainers.engine.step import build_network, check_per_sample
+from trainers.precision import compute_precision, weights_dtype
+from trainers.spec import RunSpec
 from trainers.workload import Batch, Workload
 from tuning.fused.compile import Step, compile_step
-from tuning.fused.rewrites import (MODEL, Guards, NotFusibleError, Place, Rewrites, phrase)
 from tuning.fused.optimizers import RULES, Numbers
-from tuning.fused.signature import (Variant, attributes, lifted, numbers_in, signature, with_fields)
+from tuning.fused.rewrites import MODEL, Guards, NotFusibleError, Place, Rewrites, phrase
+from tuning.fused.signature import Variant, attributes, lifted, numbers_in, signature, with_fields
 
 
 class StrangersError(NotFusibleError):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainers.spec import RunSpec
 from trainers.engine.step import build_network
+from trainers.spec import RunSpec
 from trainers.workload import Workload
 from tuning.fused.rewrites import MODEL, Place
 

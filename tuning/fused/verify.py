@@ -6,12 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from trainers.devices import local_device
-from trainers.run_folder import TRACK
 from trainers.engine.loop import train
-from trainers.worker import Worker
 from trainers.engine.reporter import SilentReporter
+from trainers.run_folder import TRACK
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.operation_log import logged
+from trainers.worker import Worker
 from tuning.reports.leaderboard import Leaderboard, Standing
 from tuning.trials.trial import Sweep, set_threads
 

@@ -12,7 +12,7 @@ from trainers.tracking.descriptions import noted, table
 from tuning.trials.budget import trial_costs
 from tuning.trials.searcher import Journal, study_of
 from tuning.trials.space import COSTS
-from tuning.trials.trial import (ENDED, FAILED, JOURNAL, LAST, Sweep)
+from tuning.trials.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
 
 TREE_DEPTH = 8
 """Of fANOVA. Optuna's 64 splits down to single trials: that takes the longer the more there are,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.reports.charts import (Chart, Table, data, kind_colours, quantity, scale_of, titled)
+from trainers.reports.charts import Chart, Table, data, kind_colours, quantity, scale_of, titled
 from trainers.reports.history import Series
 from tuning.reports.leaderboard import Standing
 from tuning.trials.space import Distribution

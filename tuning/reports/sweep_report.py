@@ -8,10 +8,10 @@ from pathlib import Path
 from cluster.base.config import check, read_yaml
 from trainers.reports import charts, run_report
 from trainers.reports.charts import Chart
-from trainers.run_folder import SPEC
-from trainers.reports.page import (Page, Section, Sheet, Tile, shown)
 from trainers.reports.history import Record, records, spans
-from trainers.reports.run_report import (cost_tiles, kind_of, thin, took)
+from trainers.reports.page import Page, Section, Sheet, Tile, shown
+from trainers.reports.run_report import cost_tiles, kind_of, thin, took
+from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.leaderboard import Leaderboard, leaderboard, pareto_front
 from tuning.trials.space import SweepSpec

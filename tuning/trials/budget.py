@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.base.errors import SpecError
 from cluster.cost.billing import PERIOD_S
 from cluster.cost.budget import BudgetSpec, spent
-from cluster.base.errors import SpecError
 from cluster.cost.ledger import Account, accounts, read
 from trainers.runs.metering import LEDGER, Metering, metrics
 from tuning.trials.schedulers import first_rung

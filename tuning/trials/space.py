@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cluster.base.config import Spec, override, with_value
 from cluster.base.errors import SpecError
-from trainers.spec import (PositiveInt, RunSpec, find_spec, resolve)
+from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 
 if TYPE_CHECKING:
     from trainers.workload import Workload

@@ -19,19 +19,19 @@ from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.data.dataset import rows
+from trainers.data.remote import here
 from trainers.devices import local_device
-from trainers.run_folder import CHECKPOINTS, TRIALS
-from trainers.engine.stall_files import STALLS
 from trainers.engine.heartbeat import watched
 from trainers.engine.loop import train
+from trainers.engine.stall_files import STALLS
+from trainers.run_folder import CHECKPOINTS, TRIALS
 from trainers.runs.metering import TRACE, WorkerMeter
-from trainers.worker import Worker
+from trainers.runs.ray_train import Job, explain, run_workers
 from trainers.runs.visibility import check_sweep_here
-from trainers.data.remote import here
-from trainers.tracking.reporter import TrackerReporter
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.operation_log import Row
-from trainers.runs.ray_train import Job, explain, run_workers
+from trainers.tracking.reporter import TrackerReporter
+from trainers.worker import Worker
 from tuning.trials.space import SweepSpec, trial_data
 
 JOURNAL = "journal.jsonl"

@@ -8,7 +8,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from cluster.base.config import (Spec, check, did_you_mean, flatten, override, read_yaml, with_value, write_yaml)
+from cluster.base.config import (
+    Spec,
+    check,
+    did_you_mean,
+    flatten,
+    override,
+    read_yaml,
+    with_value,
+    write_yaml,
+)
 from cluster.base.errors import SpecError
 
 

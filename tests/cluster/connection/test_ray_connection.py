@@ -58,7 +58,7 @@ def test_a_start_frees_what_earlier_starts_of_its_job_still_hold(ray_cluster: st
             "RAY_ADDRESS": ray_cluster,
             "RAY_AUTH_MODE": "token",
             "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(metadata),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": str(Path(__file__).parents[3]),
         }
         pipe = subprocess.PIPE
         return subprocess.Popen(

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cluster.connection import run_gauges
 from cluster.base.config import write_yaml
+from cluster.connection import run_gauges
 from cluster.connection.run_gauges import GAUGES, RunGauges
 from cluster.node.prometheus_server import DASHBOARD, install_dashboard, prometheus_command
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from cluster.cost.billing import (PERIOD_S, SILENCE_S, Bill, Node, Post)
-from cluster.cost.budget import (BudgetSpec, check_budget, duration_text, reached, usd_text)
 from cluster.base.config import check
 from cluster.base.errors import SpecError
-from cluster.cost.ledger import Account, Ledger, account
+from cluster.cost.billing import PERIOD_S, SILENCE_S, Bill, Node, Post
+from cluster.cost.budget import BudgetSpec, check_budget, duration_text, reached, usd_text
 from cluster.cost.energy_meter import Meter, Usage, as_data
-from cluster.cost.user_prices import Own
-from cluster.cost.power_sources import Replay
+from cluster.cost.ledger import Account, Ledger, account
 from cluster.cost.node_rates import CostSpec, Rate, rate_of
+from cluster.cost.power_sources import Replay
+from cluster.cost.user_prices import Own
 
 RATE = Rate(36.0, "$36/h", 500.0, "500 g", 1.2)
 """A cent a second."""

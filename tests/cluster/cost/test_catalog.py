@@ -9,8 +9,15 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from ray.util.accelerators import accelerators
 
 import cluster.cost.catalog
-from cluster.cost.catalog import (PRICES, devices, find_device, find_instance, instances, ray_resource)
 from cluster.base.errors import SpecError
+from cluster.cost.catalog import (
+    PRICES,
+    devices,
+    find_device,
+    find_instance,
+    instances,
+    ray_resource,
+)
 
 GIB = 2**30
 
@@ -94,12 +101,14 @@ def test_the_types_are_those_that_ray_finds() -> None:
 
 
 def test_tables_and_launch_files_are_installed_with_the_package() -> None:
-    home = Path(cluster.cost.catalog.__file__).parents[1]
+    home = Path(cluster.cost.catalog.__file__).parents[2]
     pyproject = tomllib.loads((home / "pyproject.toml").read_text())
     patterns = pyproject["tool"]["setuptools"]["package-data"]["cluster"]
     installed = {path for pattern in patterns for path in (home / "cluster").glob(pattern)}
-    tables, launch_files = home / "cluster" / "data", home / "cluster" / "launch"
-    assert installed == {*tables.iterdir(), *launch_files.iterdir()}
+    tables = home / "cluster" / "cost" / "data"
+    launch_files = home / "cluster" / "definition" / "launch"
+    dashboard = home / "cluster" / "node" / "grafana.json"
+    assert installed == {*tables.iterdir(), *launch_files.iterdir(), dashboard}
 
 
 @pytest.mark.parametrize(

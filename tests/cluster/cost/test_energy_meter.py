@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster.cost.energy_meter import (Meter, Usage, as_data, from_data, total)
-from cluster.cost.power_sources import (CPU_W, CpuEstimate, Nvml, Rapl, Reading, Replay)
+from cluster.cost.energy_meter import Meter, Usage, as_data, from_data, total
+from cluster.cost.power_sources import CPU_W, CpuEstimate, Nvml, Rapl, Reading, Replay
 
 
 class Clock:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.errors import ClusterError
-from cluster.cost.ledger import (Entry, Ledger, account, read)
+from cluster.cost.ledger import Entry, Ledger, account, read
 
 
 def entry(name: str, seconds: float, kind: str = "busy", usd: float | None = None) -> Entry:
@@ -85,7 +85,7 @@ for seconds in range(1, 10**9):
 
 def test_kill_9_between_two_writes_loses_nothing_that_was_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    home = Path(__file__).parents[2]
+    home = Path(__file__).parents[3]
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)],
         stdout=subprocess.PIPE,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.cost.catalog import instances
 from cluster.base.errors import SpecError
+from cluster.cost.catalog import instances
 from cluster.cost.machine_filters import select
 
 

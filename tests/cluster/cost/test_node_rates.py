@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.base.errors import SpecError
 from cluster.cost.carbon import carbon_of
 from cluster.cost.catalog import find_instance, instances
-from cluster.base.errors import SpecError
 from cluster.cost.live_prices import refreshed
-from cluster.cost.user_prices import Own, overridden, read_own
 from cluster.cost.node_rates import CostSpec, quote, rate_of
+from cluster.cost.user_prices import Own, overridden, read_own
 
 TODAY = datetime.date(2026, 11, 22)
 P5 = {

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.definition.check import Report, examine
 from cluster.base.config import check, read_yaml
 from cluster.base.errors import SpecError
+from cluster.definition.check import Report, examine
 from cluster.definition.launcher_file import render
 from cluster.definition.spec import SHIPPED, ClusterSpec, Provider
 
-HOME = Path(__file__).parents[2]
+HOME = Path(__file__).parents[3]
 GPU = "available_node_types.gpu"
 
 
@@ -220,7 +220,7 @@ def test_the_price_at_rest_and_at_most_with_date_and_source(
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="for Kubernetes"):
-        examine(HOME / "cluster" / "launch" / "kuberay.yaml")
+        examine(HOME / "cluster" / "definition" / "launch" / "kuberay.yaml")
     with pytest.raises(SpecError, match="not a file for Ray's launcher"):
         examine(SHIPPED)
     with pytest.raises(SpecError, match="No such file"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.config import read_yaml
-from cluster.definition.commented_yaml import (Noted, Text, emit, plain)
+from cluster.definition.commented_yaml import Noted, Text, emit, plain
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=20)
 SCALARS = st.one_of(

@@ -19,7 +19,7 @@ from cluster.base.config import check, read_yaml
 from cluster.definition.kuberay import text
 from cluster.definition.spec import SHIPPED, ClusterSpec
 
-HOME = Path(__file__).parents[2]
+HOME = Path(__file__).parents[3]
 PLACES = [Path(os.environ.get("KUBERAY_CRDS", "none")), HOME.parent / "shared" / "data" / "kuberay"]
 
 

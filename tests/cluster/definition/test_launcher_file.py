@@ -12,14 +12,14 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.base.config import Spec, check, read_yaml
-from cluster.definition.commented_yaml import plain
 from cluster.base.errors import SpecError
 from cluster.base.labels import FALLBACK_FOR
+from cluster.definition.commented_yaml import plain
 from cluster.definition.launcher_file import launcher, render
-from cluster.definition.spec import (SHIPPED, ClusterSpec, Provider, read_cluster)
+from cluster.definition.spec import SHIPPED, ClusterSpec, Provider, read_cluster
 
-HOME = Path(__file__).parents[2]
-LAUNCH = HOME / "cluster" / "launch"
+HOME = Path(__file__).parents[3]
+LAUNCH = HOME / "cluster" / "definition" / "launch"
 FILES: dict[Path, tuple[Provider, bool]] = {
     HOME / "cluster.yaml": ("aws", False),
     LAUNCH / "gcp.yaml": ("gcp", False),

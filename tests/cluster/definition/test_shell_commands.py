@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cluster.definition import shell_commands
 from cluster.base.config import check, read_yaml
+from cluster.definition import shell_commands
 from cluster.definition.commented_yaml import Text
 from cluster.definition.spec import SHIPPED, ClusterSpec, Provider
 

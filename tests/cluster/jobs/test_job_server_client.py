@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.jobs.job_server_client import (BusyError, NotFoundError, TakenError, call, dashboard_url)
 from cluster.base.errors import ClusterError, SpecError
+from cluster.jobs.job_server_client import BusyError, NotFoundError, TakenError, call, dashboard_url
 
 
 class Answering(http.server.BaseHTTPRequestHandler):

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from cluster.jobs import jobs
 from cluster.base.errors import ClusterError, SpecError
-from cluster.jobs.log_follower import Follower, log_of
-from cluster.jobs.jobs import Job, Planned, why_lost
+from cluster.jobs import jobs
 from cluster.jobs.job_supervisor import look
+from cluster.jobs.jobs import Job, Planned, why_lost
+from cluster.jobs.log_follower import Follower, log_of
 from cluster.jobs.working_dir_package import Package, pack
 
 Wait = Callable[..., None]

@@ -2,8 +2,8 @@
 
 import io
 
-from cluster.jobs.log_follower import CLEAR, LogPrinter
 from cluster.base.terminal import PROGRESS
+from cluster.jobs.log_follower import CLEAR, LogPrinter
 
 LOG = f"begun\n{PROGRESS}step 1\n{PROGRESS}step 2\nevaluated\n{PROGRESS}step 3\n"
 

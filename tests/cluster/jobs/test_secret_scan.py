@@ -59,7 +59,7 @@ def test_words_of_a_command() -> None:
 
 
 def test_this_checkout_holds_no_keys() -> None:
-    home = Path(__file__).parents[2]
+    home = Path(__file__).parents[3]
     files = [path.relative_to(home) for path in (home / "cluster").rglob("*") if path.is_file()]
     files += [path.relative_to(home) for path in (home / "tests").rglob("*.py")]
     assert suspects(home, files) == []

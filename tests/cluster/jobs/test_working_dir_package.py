@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs import working_dir_package
 from cluster.base.errors import SpecError
+from cluster.jobs import working_dir_package
 from cluster.jobs.working_dir_package import listed, pack
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.node import preemption_agent
-from cluster.node.preemption_agent import Agent, raylets
 from cluster.node.cloud_notices import NoAnswerError, Notice
+from cluster.node.preemption_agent import Agent, raylets
 
 HOST = "127.0.0.7"
 PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}

@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 
 from cluster.base.config import Spec
 from cluster.base.errors import DataError
-from trainers.data.dataset import (Batches, open_split, permutation, prepare, rows, share, table)
+from trainers.data.dataset import Batches, open_split, permutation, prepare, rows, share, table
 from trainers.workload import Batch, Workload, load_workload
 
 NUMBER = itertools.count()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from cluster.base.errors import DataError
-from trainers.data.dataset import (MANIFEST, manifest_of, open_split, prepare, rows)
-from trainers.workload import PartedWorkload, load_workload
 from heliostat.main import main
+from trainers.data.dataset import MANIFEST, manifest_of, open_split, prepare, rows
+from trainers.workload import PartedWorkload, load_workload
 
 SOURCE = '''
 """Five parts of numbers; each that is made leaves a mark, one may be broken."""

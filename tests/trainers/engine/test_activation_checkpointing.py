@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.base.errors import SpecError
-from trainers.devices import Cpu
-from trainers.engine.dropout import Draws, sample_dropout
 from trainers.counter_rng import SampleRandom, seed_device
+from trainers.devices import Cpu
 from trainers.engine.activation_checkpointing import recompute
+from trainers.engine.dropout import Draws, sample_dropout
 from trainers.spec import RunSpec, resolve
 from trainers.workloads.vision.workload import Vision
 

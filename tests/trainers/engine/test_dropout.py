@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainers.counter_rng import SampleRandom, device_state, keep, next_draw, threshold_of
 from trainers.devices import Cpu
 from trainers.engine.dropout import Rate, sample_dropout
-from trainers.counter_rng import (SampleRandom, device_state, keep, next_draw, threshold_of)
 
 CPU = torch.device("cpu")
 POSITIONS = st.lists(st.integers(0, 2**48), min_size=1, max_size=12)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.base.errors import SpecError, TrainingError
-from trainers.engine import loop
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import open_split, permutation, prepare
-from trainers.outcome import Outcome
-from trainers.engine.loop import milestones, train
 from trainers.counter_rng import mix_seed
-from trainers.spec import RunSpec, resolve
+from trainers.data.dataset import open_split, permutation, prepare
+from trainers.engine import loop
+from trainers.engine.loop import milestones, train
 from trainers.engine.step import Stepper
+from trainers.outcome import Outcome
+from trainers.spec import RunSpec, resolve
 
 
 class Recorder:

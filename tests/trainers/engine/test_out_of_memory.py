@@ -10,10 +10,10 @@ import torch
 
 from cluster.base.errors import TrainingError
 from trainers.data.dataset import open_split, prepare
-from trainers.engine.out_of_memory import (fits, is_out_of_memory, largest_that_fits, memory_advice)
-from trainers.worker import Worker
-from trainers.spec import RunSpec, resolve
+from trainers.engine.out_of_memory import fits, is_out_of_memory, largest_that_fits, memory_advice
 from trainers.engine.step import Stepper
+from trainers.spec import RunSpec, resolve
+from trainers.worker import Worker
 
 GIB = 1 << 30
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import torch
 
 from cluster.base.errors import SpecError
 from trainers.data.dataset import open_split, prepare
-from trainers.worker import Worker
-from trainers.spec import RunSpec, resolve
 from trainers.engine.step import Stepper
+from trainers.spec import RunSpec, resolve
+from trainers.worker import Worker
 
 
 def stepper(own_folder: Path, **train: Any) -> Stepper:

@@ -14,9 +14,9 @@ from torch import nn
 from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints, load_network
 from trainers.data.dataset import prepare
-from trainers.worker import Worker
 from trainers.engine.strategy import choose_layout, state_bytes
 from trainers.spec import RunSpec, resolve
+from trainers.worker import Worker
 
 TOWER_SOURCE = '''
 """A residual network in blocks, whose layers can be split; and how a worker of several runs it."""

@@ -7,10 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.planning.forecast import (Calibration, Forecast, Interval, Length, Memory, added, calibrated_by, compared, forecast, key_of, keys_of, length, score)
+from trainers.planning.forecast import (
+    Calibration,
+    Forecast,
+    Interval,
+    Length,
+    Memory,
+    added,
+    calibrated_by,
+    compared,
+    forecast,
+    key_of,
+    keys_of,
+    length,
+    score,
+)
 from trainers.planning.pools import Pool, Probe, probed
-from trainers.runs.run import settled
 from trainers.planning.step_time import Place, Unknown
+from trainers.runs.run import settled
 from trainers.spec import RunSpec, find_spec, resolve
 
 NUMBERS = st.floats(1e-3, 1e6)

@@ -11,8 +11,8 @@ from cluster.cost.catalog import instances
 from cluster.cost.machine_filters import select
 from cluster.cost.node_rates import CostSpec
 from trainers.planning.forecast import Forecast, Length
-from trainers.planning.plan import (Option, Plan, Question, better_on_cpus, knee_of, plan)
-from trainers.planning.pools import (Pool, Probe, ProbedPool, pools, probed)
+from trainers.planning.plan import Option, Plan, Question, better_on_cpus, knee_of, plan
+from trainers.planning.pools import Pool, Probe, ProbedPool, pools, probed
 from trainers.planning.step_time import Place, Unknown
 from trainers.spec import RunSpec, find_spec, resolve
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.planning.step_time import (Curve, Place, Point, Prediction, Unknown, fit, knee)
+from trainers.planning.step_time import Curve, Place, Point, Prediction, Unknown, fit, knee
 
-TRACES = Path(os.environ.get("POLLUX_TRACES", Path(__file__).parents[3] / "shared/data/pollux"))
+TRACES = Path(os.environ.get("POLLUX_TRACES", Path(__file__).parents[4] / "shared/data/pollux"))
 
 
 def predicted(curve: Curve, place: Place) -> Prediction:

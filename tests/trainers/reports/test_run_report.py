@@ -10,10 +10,10 @@ import pytest
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import Entry, Ledger
 from trainers.reports.charts import gaps
-from trainers.run_folder import TRACK
-from trainers.reports.page import html
 from trainers.reports.history import Span, records, spans
+from trainers.reports.page import html
 from trainers.reports.run_report import run_page
+from trainers.run_folder import TRACK
 from trainers.tracking.operation_log import Spool
 
 

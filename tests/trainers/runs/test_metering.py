@@ -12,9 +12,9 @@ import ray
 
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import account, read
-from trainers.runs import run
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.run_folder import CHECKPOINTS
+from trainers.runs import run
 from trainers.runs.metering import LEDGER, TRACE
 
 TRACE_ROWS = """t_s,device,covers,method,counter_j,power_w

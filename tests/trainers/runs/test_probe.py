@@ -10,9 +10,9 @@ from cluster.base.config import override, with_value
 from cluster.base.errors import ClusterError, TrainingError
 from trainers.data.dataset import prepare, rows
 from trainers.planning.pools import Pool
-from trainers.runs.probe import (Subject, _Watch, look, probe, steady, wait_for_room)
-from trainers.runs.run import settled
 from trainers.planning.step_time import Place, Prediction
+from trainers.runs.probe import Subject, _Watch, look, probe, steady, wait_for_room
+from trainers.runs.run import settled
 from trainers.spec import RunSpec, find_spec, resolve
 
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.base.errors import SpecError, TrainingError
-from trainers import run_folder as folders
 from trainers import load_model
-from trainers.runs import run
+from trainers import run_folder as folders
 from trainers.outcome import Outcome
+from trainers.runs import run
 from trainers.spec import RunSpec, resolve
 
 STEPS = 30

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cost.user_prices import Own
 from cluster.cost.node_rates import CostSpec
-from trainers.planning.pools import (Pool, Probe, ProbedPool, probed)
+from cluster.cost.user_prices import Own
+from trainers.planning.pools import Pool, Probe, ProbedPool, probed
 from trainers.planning.step_time import Place
 from trainers.runs.scaling_study import plot, study
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trainers.engine.heartbeat import watched
 from trainers.engine.stall_files import Stall, stalls
 from trainers.runs.stalls import StallWatch, blamed, last_stall
-from trainers.engine.heartbeat import watched
 
 HANGS = {
     "sleeps": "time.sleep(60)",

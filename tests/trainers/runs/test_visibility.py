@@ -13,8 +13,8 @@ from cluster.base.errors import SpecError
 from cluster.base.files import cache_folder
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.data.dataset import open_splits, prepare, rows
-from trainers.runs.visibility import check_here, needs_shared_folder
 from trainers.data.remote import here
+from trainers.runs.visibility import check_here, needs_shared_folder
 from trainers.spec import CheckpointSpec, RunSpec, resolve
 
 Wait = Callable[..., None]

@@ -10,8 +10,8 @@ import pytest
 
 from cluster.base.errors import SpecError
 from trainers.runs import run
-from trainers.tracking.preflight import check_access, newest_schema
 from trainers.spec import RunSpec, resolve
+from trainers.tracking.preflight import check_access, newest_schema
 
 
 class Answer(BaseHTTPRequestHandler):

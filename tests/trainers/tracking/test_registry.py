@@ -23,11 +23,11 @@ from cluster.base.errors import SpecError
 from trainers import load_model
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
-from trainers.run_folder import MODEL, SPEC, TRACK
+from trainers.cli.track import register_command
 from trainers.engine.optimizer import build_optimizer
+from trainers.run_folder import MODEL, SPEC, TRACK
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.tracker import TrackedRun, Tracker
-from trainers.cli.track import register_command
 
 ELSEWHERE = """
 import importlib.util, json, sys

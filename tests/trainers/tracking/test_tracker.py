@@ -18,10 +18,10 @@ import mlflow
 import pytest
 
 from cluster.base.config import write_yaml
+from trainers.cli.track import flush_command
 from trainers.run_folder import SPEC, TRACK
 from trainers.tracking.operation_log import Row, run_id_of
 from trainers.tracking.tracker import TrackedRun, Tracker
-from trainers.cli.track import flush_command
 
 Wait = Callable[..., None]
 

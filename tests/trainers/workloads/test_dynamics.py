@@ -20,23 +20,23 @@ from torch import Tensor
 
 from cluster.base.config import check
 from cluster.base.errors import DataError, SpecError
+from trainers.checkpoints.export import export_model, load_model
 from trainers.data.dataset import open_splits, prepare
 from trainers.devices import Cpu
-from trainers.checkpoints.export import export_model, load_model
-from trainers.run_folder import CHECKPOINTS
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
-from trainers.worker import Worker
 from trainers.engine.reporter import SilentReporter
-from trainers.spec import RunSpec, find_spec, resolve
 from trainers.engine.step import Stepper, build_network
 from trainers.engine.throughput import count_flops
+from trainers.run_folder import CHECKPOINTS
+from trainers.spec import RunSpec, find_spec, resolve
+from trainers.worker import Worker
 from trainers.workloads.dynamics import atoms
-from trainers.workloads.dynamics.atoms import (REFERENCES, Part, nothing, packed, trajectory)
+from trainers.workloads.dynamics.atoms import REFERENCES, Part, nothing, packed, trajectory
 from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
 from tuning.fused.program import Program
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 from tuning.fused.signature import Variant
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 
 CUTOFF = 4.0
 

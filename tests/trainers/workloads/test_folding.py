@@ -13,21 +13,47 @@ from torch import Tensor
 
 from cluster.base.config import check
 from cluster.base.errors import DataError, SpecError
+from trainers.counter_rng import SampleRandom
 from trainers.data.dataset import open_splits, prepare
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.worker import Worker
-from trainers.counter_rng import SampleRandom
-from trainers.spec import RunSpec, find_spec, resolve
 from trainers.engine.step import Stepper, build_network
+from trainers.spec import RunSpec, find_spec, resolve
+from trainers.worker import Worker
 from trainers.workloads.folding import proteins
-from trainers.workloads.folding.workload import (Folding, fape, features, seen_from)
-from trainers.workloads.folding.network import (BINS, Structure, edges, frames_of, spread_out)
-from trainers.workloads.folding.proteins import (AT_C, AT_CA, AT_N, C_N, CA_C, CONTACT, HELIX, N_CA, NEAREST, Numbers, Part, beta_carbons, chain, distances, folds, gyration, torsion_gradient)
-from trainers.workloads.folding.structures import (AMINO_ACIDS, UNKNOWN, best_rotation, lddt, pairwise, pieces, superposed)
+from trainers.workloads.folding.network import BINS, Structure, edges, frames_of, spread_out
+from trainers.workloads.folding.proteins import (
+    AT_C,
+    AT_CA,
+    AT_N,
+    C_N,
+    CA_C,
+    CONTACT,
+    HELIX,
+    N_CA,
+    NEAREST,
+    Numbers,
+    Part,
+    beta_carbons,
+    chain,
+    distances,
+    folds,
+    gyration,
+    torsion_gradient,
+)
+from trainers.workloads.folding.structures import (
+    AMINO_ACIDS,
+    UNKNOWN,
+    best_rotation,
+    lddt,
+    pairwise,
+    pieces,
+    superposed,
+)
+from trainers.workloads.folding.workload import Folding, fape, features, seen_from
 from tuning.fused.program import Program
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 from tuning.fused.signature import Variant
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 
 LENGTH = 36
 ATOM = "ATOM  {:5}  {:3} ALA A   1    {:>8}   2.000   3.000  1.00  0.00"

@@ -14,7 +14,15 @@ from trainers.data.dataset import open_splits, prepare
 from trainers.engine.loop import train
 from trainers.engine.reporter import SilentReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.workloads.hedging.workload import (PATHS, Hedging, Part, black_scholes_delta, black_scholes_price, left_over, remaining_deviation)
+from trainers.workloads.hedging.workload import (
+    PATHS,
+    Hedging,
+    Part,
+    black_scholes_delta,
+    black_scholes_price,
+    left_over,
+    remaining_deviation,
+)
 from tuning.trials.space import SweepRunSpec, check_parameters
 
 

@@ -19,14 +19,14 @@ from cluster.base.errors import DataError, SpecError
 from trainers.data.dataset import dataset_name, open_splits, prepare
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.worker import Worker
-from trainers.spec import RunSpec, find_spec, resolve
 from trainers.engine.step import Stepper, build_network
+from trainers.spec import RunSpec, find_spec, resolve
+from trainers.worker import Worker
 from trainers.workloads.language import text
 from trainers.workloads.language.workload import Language
 from tuning.fused.program import Program
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 from tuning.fused.signature import Variant
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 
 POEM = "Füllest wieder Busch und Tal\nStill mit Nebelglanz,\nLösest endlich auch einmal\n"
 

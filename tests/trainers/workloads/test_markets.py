@@ -10,14 +10,14 @@ import torch
 
 from cluster.base.config import check
 from cluster.base.errors import DataError
+from trainers.counter_rng import SampleRandom
 from trainers.data.dataset import open_splits, prepare
 from trainers.engine.evaluate import evaluate
-from trainers.worker import Worker
-from trainers.counter_rng import SampleRandom
-from trainers.spec import find_spec, resolve
 from trainers.engine.step import Stepper
+from trainers.spec import find_spec, resolve
+from trainers.worker import Worker
 from trainers.workloads.markets import books
-from trainers.workloads.markets.books import (EXACT, LEVELS, Books, Part, exact_up, next_moves)
+from trainers.workloads.markets.books import EXACT, LEVELS, Books, Part, exact_up, next_moves
 from trainers.workloads.markets.workload import Markets, mirrored_book
 from tuning.trials.space import SweepRunSpec, check_parameters
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from cluster.base.config import check
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import Batches, open_split, prepare
 from trainers.counter_rng import SampleRandom
+from trainers.data.dataset import Batches, open_split, prepare
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
 from trainers.workloads.vision.workload import Vision

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from heliostat.main import main
 from trainers.engine.loop import train
 from trainers.engine.reporter import SilentReporter
 from trainers.runs.run import new_run
-from heliostat.main import main
 
 
 @pytest.fixture

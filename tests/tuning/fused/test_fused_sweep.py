@@ -12,9 +12,9 @@ import mlflow
 import pytest
 
 from cluster.base.config import write_yaml
-from trainers.runs import run
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.run_folder import CHECKPOINTS
+from trainers.runs import run
 from tuning import sweep as sweeps
 from tuning.reports.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainers import Batch, Spec, Workload
-from trainers.devices import Cpu
-from trainers.worker import Worker
 from trainers.counter_rng import SampleRandom
-from trainers.spec import RunSpec
+from trainers.devices import Cpu
 from trainers.engine.step import Stepper, build_network
+from trainers.spec import RunSpec
+from trainers.worker import Worker
 from tuning.fused.program import Program
 from tuning.fused.rewrites import NotFusibleError
-from tuning.trials.space import trial_data
 from tuning.fused.signature import Variant, reason_against
+from tuning.trials.space import trial_data
 
 
 class Points(Workload):

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from trainers import Batch, Spec, Workload
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.devices import Cpu
-from trainers.worker import Worker
-from trainers.spec import RunSpec
 from trainers.engine.step import Stepper, build_network
+from trainers.spec import RunSpec
+from trainers.worker import Worker
 from trainers.workloads.vision.workload import Vision
 from tuning.fused.program import Program, Row
-from tuning.trials.space import trial_data
 from tuning.fused.signature import Variant
+from tuning.trials.space import trial_data
 
-Text = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "models.py"))["Text"]
+Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]
 STEPS = 200
 Values = dict[str, Any]
 """What a trial's spec says, by dotted path."""

@@ -12,13 +12,13 @@ import mlflow
 import pytest
 
 from cluster.base.config import read_yaml
+from heliostat.main import main
 from trainers.run_folder import TRACK
 from trainers.tracking.tracker import flush
-from heliostat.main import main
 from tuning.reports.sweep_report import sweep_page
 from tuning.trials.trial import Sweep
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
 sys.path.append(BENCHMARKS)
 browsers, made = importlib.import_module("browser"), importlib.import_module("report")
 sys.path.remove(BENCHMARKS)

@@ -8,10 +8,10 @@ from typing import Any
 import mlflow
 import pytest
 
-from cluster.cost.budget import BudgetSpec
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
-from cluster.cost.ledger import (Entry, Ledger, account, read)
+from cluster.cost.budget import BudgetSpec
+from cluster.cost.ledger import Entry, Ledger, account, read
 from cluster.cost.node_rates import Rate
 from trainers.runs.metering import LEDGER, TRACE
 from tuning import sweep as sweeps

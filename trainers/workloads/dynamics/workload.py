@@ -29,8 +29,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cluster.base.config import Spec
-from trainers.workloads.dynamics.atoms import Structures, nothing, packed
 from trainers.workload import Batch, dtype_of
+from trainers.workloads.dynamics.atoms import Structures, nothing, packed
 
 # Suffixes: B structures, N atoms, K neighbours of an atom, R = 1 + K, X four numbers, 3 of space,
 # C features, Q functions of a distance, Y = 3 Q, D = 3 C, M = B N K.

@@ -18,7 +18,7 @@ from pydantic import Field
 from cluster.base.errors import SpecError
 from trainers.data.dataset import table
 from trainers.workload import PartedWorkload, Splits, source_or
-from trainers.workloads.folding.structures import (AMINO_ACIDS, pieces, structure_files, windows)
+from trainers.workloads.folding.structures import AMINO_ACIDS, pieces, structure_files, windows
 
 # Suffixes: B samples, L residues, A atoms (N, CA, C of a residue), X coordinates in Å, T torsions
 # (phi and psi). Backbones are [B, L, A, X] and have none.

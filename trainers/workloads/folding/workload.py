@@ -39,9 +39,17 @@ from torch import Tensor, nn
 from cluster.base.config import Spec
 from trainers.counter_rng import SampleRandom
 from trainers.workload import Batch
-from trainers.workloads.folding.network import (NANOMETRE, Folded, Frames, Network, apart, edges, frames_of)
+from trainers.workloads.folding.network import (
+    NANOMETRE,
+    Folded,
+    Frames,
+    Network,
+    apart,
+    edges,
+    frames_of,
+)
 from trainers.workloads.folding.proteins import APART, Proteins
-from trainers.workloads.folding.structures import (AMINO_ACIDS, lddt, pairwise, superposed)
+from trainers.workloads.folding.structures import AMINO_ACIDS, lddt, pairwise, superposed
 
 # Suffixes: B samples, I and J residues, F features, X coordinates in Å, R iterations. Rotations are
 # [B, I, X, X] and have none.

@@ -1,0 +1,91 @@
+"""Files that a worker which hangs leaves behind: when, where, and the stacks of its threads."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STALLS = "stalls"
+
+
+START_ALLOWANCE = 3
+"""How many times `train.stall_timeout_s` a start may take up to the end of its first step: it
+builds the model, reads the checkpoint and compiles."""
+
+
+HEAD_BYTES = 256
+
+
+STEP = slice(5, 15)
+"""Where the head of the file has the step."""
+
+
+WAITING = (
+    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py"),
+    *("trainers/engine/loop.py", "trainers/engine/evaluate.py", "trainers/engine/coordination.py"),
+    *("trainers/engine/step.py", "trainers/engine/strategy.py"),
+)
+"""Where a worker's innermost call is while it waits for the others, or for its device."""
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A worker that hung, as its file tells it."""
+
+    worker: int
+    step: int
+    """The step that hung, counted from 1; 0 before the first one."""
+    allowed_s: float
+    waiting: bool
+    """Whether it waited for another worker, or for its device."""
+    path: Path
+
+    def __str__(self) -> str:
+        where = f"at step {self.step}" if self.step else "before its first step"
+        return (
+            f"worker {self.worker} made no step for {self.allowed_s:g} s {where}; "
+            f"its stack: {self.path}"
+        )
+
+
+def stalls(folder: Path) -> list[Stall]:
+    """All stalls of the run that keeps them in `folder`, the newest of each worker last."""
+    return [stall for path in stall_paths(folder) if (stall := read_stall(path)) is not None]
+
+
+def stall_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("worker-*-*.txt"), key=rank_and_count)
+
+
+def rank_and_count(path: Path) -> tuple[int, int]:
+    """The rank and the count in a name."""
+    _, rank, count = path.stem.split("-")
+    return int(rank), int(count)
+
+
+def next_stall_path(folder: Path, rank: int) -> Path:
+    """The worker's next file: a count above those of its stalls."""
+    counts = [rank_and_count(stall.path)[1] for stall in stalls(folder) if stall.worker == rank]
+    return folder / f"worker-{rank}-{max(counts, default=0) + 1}.txt"
+
+
+def read_stall(path: Path) -> Stall | None:
+    """What a file tells; None when there is no stack in it."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    stack = content[HEAD_BYTES:].decode(errors="replace")
+    if not stack:
+        return None
+    head = content[:HEAD_BYTES].decode(errors="replace")
+    allowed = re.search(r"after (\S+) s without", head)
+    threads = re.split(r"^(?:Current t|T)hread ", stack, flags=re.MULTILINE)
+    trains = next((thread for thread in threads if "/trainers/engine/loop.py" in thread), "")
+    innermost = re.search(r'File "(.*?)"', trains)
+    return Stall(
+        worker=rank_and_count(path)[0],
+        step=int(head[STEP]),
+        allowed_s=float(allowed[1]) if allowed else 0.0,
+        waiting=innermost is not None and any(part in innermost[1] for part in WAITING),
+        path=path,
+    )
