@@ -24,9 +24,9 @@ from trainers.runs.stalls import last_stall
 from trainers.spec import resolve
 from trainers.tracking.descriptions import NOTE
 from trainers.tracking.operation_log import now_ms
-from tuning.fused import decision
-from tuning.reports.leaderboard import Leaderboard, leaderboard, sweep_note, trial_note, write_best
+from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepPrice, close, opened, purse_of
+from tuning.trials.leaderboard import Leaderboard, leaderboard, sweep_note, trial_note, write_best
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearch
 from tuning.trials.space import SweepRunSpec, find_sweep
@@ -123,9 +123,9 @@ def _engines(
 
     hosts: list[Any] = []
     try:
-        chosen = decision.kept(sweep) or decision.plan_by_spec(sweep)
+        chosen = fusion_plan.kept(sweep) or fusion_plan.plan_by_spec(sweep)
         if chosen is None and _trials_run_here(spec):  # what it compiles, engines find on the disk
-            chosen, _ = decision.try_plan(sweep, devices(spec))
+            chosen, _ = fusion_plan.try_plan(sweep, devices(spec))
         if chosen is None:
             hosts = start_hosts(sweep, tracker, devices(spec))
             chosen = ray.get(hosts[0].plan.remote(len(hosts)))
@@ -167,7 +167,7 @@ def verified(sweep: Sweep, board: Leaderboard) -> Iterator[str]:
 
     from tuning.fused import verify
 
-    if not decision.slots_of(sweep):
+    if not fusion_plan.slots_of(sweep):
         yield "nothing to verify: no trial was fused"
         return
     needs = sweep.spec.resources
@@ -285,7 +285,7 @@ class _Follower(tune.Callback):  # type: ignore[misc]
             parent=self._sweep.key,
             kind="trial",
         )
-        slots = decision.slots_of(self._sweep)
+        slots = fusion_plan.slots_of(self._sweep)
         if slots:
             shared = f"a slot of {slots}; device time is divided by the trials that shared it"
             tracked = replace(tracked, tags={**tracked.tags, "heliostat.fused": shared})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from cluster.jobs.jobs import Job, Planned
+    from cluster.jobs.ray_jobs import Job, Planned
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -148,19 +148,19 @@ def add_job_verbs(verbs: Subparsers) -> None:
 @contextlib.contextmanager
 def dashboard(args: argparse.Namespace) -> Iterator[str]:
     """The URL of the dashboard of the cluster that `where_options` name, as long as needed."""
-    from cluster.jobs.job_server_client import dashboard_url
+    from cluster.connection.job_server_client import dashboard_url
 
     if args.cluster is None:
         yield dashboard_url(args.address)
         return
-    from cluster.lifecycle.ssh import tunnel
+    from cluster.connection.ssh import tunnel
 
     with tunnel(args.cluster) as urls:
         yield urls.dashboard
 
 
 def submit_command(args: argparse.Namespace) -> int:
-    from cluster.jobs.jobs import submit
+    from cluster.jobs.ray_jobs import submit
     from cluster.jobs.working_dir_package import mebibytes, pack
 
     planned = _planned(args)
@@ -182,7 +182,7 @@ def submit_command(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace) -> "Planned":
     """What the words after `submit` ask for, parsed and checked by the verb that they name."""
     from cluster.base.errors import SpecError
-    from cluster.jobs.jobs import check_plan
+    from cluster.jobs.ray_jobs import check_plan
 
     known = {name: verb for name, verb in args.verbs.choices.items() if verb.get_default("plan")}
     if not args.words or args.words[0] not in known:
@@ -202,7 +202,7 @@ def jobs_command(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.jobs.jobs import all_jobs
+    from cluster.jobs.ray_jobs import all_jobs
 
     with dashboard(args) as url:
         jobs = all_jobs(url)
@@ -221,8 +221,8 @@ def jobs_command(args: argparse.Namespace) -> int:
 def logs_command(args: argparse.Namespace) -> int:
     if args.follow:
         return _follow(args, args.name)
-    from cluster.jobs.jobs import known
     from cluster.jobs.log_follower import log_of
+    from cluster.jobs.ray_jobs import known
 
     with dashboard(args) as url:
         print(log_of(url, known(url, args.name)), end="")
@@ -230,7 +230,7 @@ def logs_command(args: argparse.Namespace) -> int:
 
 
 def stop_command(args: argparse.Namespace) -> int:
-    from cluster.jobs.jobs import known, stop
+    from cluster.jobs.ray_jobs import known, stop
 
     with dashboard(args) as url:
         before = known(url, args.name)
@@ -251,9 +251,9 @@ def _follow(args: argparse.Namespace, name: str) -> int:
     import sys
     import time
 
-    from cluster.jobs.job_server_client import BusyError
-    from cluster.jobs.jobs import known
+    from cluster.connection.job_server_client import BusyError
     from cluster.jobs.log_follower import Follower
+    from cluster.jobs.ray_jobs import known
 
     follower = Follower(name, sys.stdout, lambda line: print(line, file=sys.stderr, flush=True))
     lost_s = None

@@ -54,8 +54,8 @@ def attach_command(args: argparse.Namespace) -> int:
 def status_command(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from cluster.jobs.job_server_client import dashboard_url
-    from cluster.lifecycle.ssh import tunnel
+    from cluster.connection.job_server_client import dashboard_url
+    from cluster.connection.ssh import tunnel
     from cluster.lifecycle.status import show
 
     console = Console(highlight=False, soft_wrap=True)
@@ -71,7 +71,7 @@ def ui_of_cluster(file: Path, mlflow_port: int) -> int:
     """Keep a tunnel to a cluster's pages open until Ctrl-C."""
     import signal
 
-    from cluster.lifecycle.ssh import tunnel
+    from cluster.connection.ssh import tunnel
 
     with tunnel(file, mlflow_port=mlflow_port) as urls:
         say(f"Ray's dashboard: {urls.dashboard}  (it asks for the token in ~/.ray/auth_token)")

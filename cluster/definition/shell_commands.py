@@ -316,7 +316,9 @@ def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
     if provider == "local":
         programs["node.host_reprovisioner"] = ""  # sets up hosts that come back as empty machines
     elif spot and spec.fallback_after_s is not None:
-        programs["node.spot_fallback"] = f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
+        programs["node.spot_fallback"] = (
+            f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
+        )
     if spec.metrics:
         programs["node.prometheus_server"] = ""  # starts Prometheus and Grafana
     return programs

@@ -11,8 +11,8 @@ import math
 import time
 
 from cluster.base.errors import ClusterError
-from cluster.jobs.job_server_client import LOCAL_URL
-from cluster.jobs.jobs import HOLD_S, Job, alive_nodes, all_jobs, hold_package, restart_if_lost
+from cluster.connection.job_server_client import LOCAL_URL
+from cluster.jobs.ray_jobs import HOLD_S, Job, alive_nodes, all_jobs, hold_package, restart_if_lost
 
 POLL_S = 2.0
 

@@ -15,8 +15,8 @@ import aiohttp
 from cluster.base.errors import ClusterError
 from cluster.base.terminal import PROGRESS
 from cluster.connection.auth_token import authorization
-from cluster.jobs.job_server_client import call
-from cluster.jobs.jobs import (
+from cluster.connection.job_server_client import call
+from cluster.jobs.ray_jobs import (
     HOLD_S,
     RESTARTS,
     Job,

@@ -23,8 +23,8 @@ from typing import Any
 from cluster.base.errors import ClusterError, SpecError
 from cluster.base.files import cache_folder
 from cluster.connection.auth_token import ensure_token
+from cluster.connection.ssh import Door, doors_on_premises, head_door, on_node, read_cluster, tunnel
 from cluster.definition.shell_commands import MARK
-from cluster.lifecycle.ssh import Door, doors_on_premises, head_door, on_node, read_cluster, tunnel
 from cluster.lifecycle.status import Node, nodes_alive
 
 Say = Callable[[str], object]

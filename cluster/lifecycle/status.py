@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.base.labels import USD_PER_HOUR
-from cluster.jobs.job_server_client import call
+from cluster.connection.job_server_client import call
 
 if TYPE_CHECKING:
     from rich.console import Console

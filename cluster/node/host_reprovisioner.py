@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.lifecycle.ssh import Door, doors_on_premises, on_node
+from cluster.connection.ssh import Door, doors_on_premises, on_node
 
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """What Ray's launcher puts on a head: the cluster's file, as JSON."""

@@ -16,7 +16,7 @@ from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.spec import RunSpec, resolve
 from tuning import sweep as sweeps
-from tuning.reports.leaderboard import Leaderboard
+from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep
 
 Wait = Callable[..., None]

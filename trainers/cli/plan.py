@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from cluster.jobs.jobs import Planned
+    from cluster.jobs.ray_jobs import Planned
     from trainers.planning.forecast import Interval, Memory
     from trainers.planning.plan import Option, Plan, Question
     from trainers.planning.pools import ProbedPool

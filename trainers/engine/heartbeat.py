@@ -15,12 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainers.engine.stall_files import (
-    HEAD_BYTES,
-    START_ALLOWANCE,
-    STEP,
-    next_stall_path,
-)
+from trainers.engine.stall_files import HEAD_BYTES, START_ALLOWANCE, STEP, next_stall_path
 
 
 class _Watchdog:

@@ -5,13 +5,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from trainers.engine.stall_files import (
-    Stall,
-    rank_and_count,
-    read_stall,
-    stall_paths,
-    stalls,
-)
+from trainers.engine.stall_files import Stall, rank_and_count, read_stall, stall_paths, stalls
 
 
 def last_stall(folder: Path, workers: Collection[int] | None = None) -> Stall | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.base.config import flatten, override
 from cluster.base.errors import SpecError
-from cluster.jobs.jobs import Planned
+from cluster.jobs.ray_jobs import Planned
 from cluster.jobs.working_dir_package import listed
 from trainers.run_folder import unique_name
 from trainers.spec import RunSpec, find_spec, resolve

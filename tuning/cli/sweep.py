@@ -9,8 +9,8 @@ from cluster.cli.jobs import Subparsers, run_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.jobs.jobs import Planned
-    from tuning.reports.leaderboard import Leaderboard
+    from cluster.jobs.ray_jobs import Planned
+    from tuning.trials.leaderboard import Leaderboard
     from tuning.trials.trial import Sweep
 
 

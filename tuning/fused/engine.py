@@ -48,9 +48,9 @@ from trainers.runs.ray_train import explain
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
-from tuning.fused.decision import usual_variant, varied_numbers
+from tuning.fused.fusion_plan import usual_variant, varied_numbers
 from tuning.fused.program import Program, Row, StrangersError
-from tuning.fused.signature import Variant
+from tuning.fused.program_signature import Variant
 from tuning.trials.trial import ENDED, FAILED, LAST, Progress, Sweep, set_threads
 
 CHUNK_S = 0.02

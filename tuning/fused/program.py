@@ -36,10 +36,17 @@ from trainers.engine.step import build_network, check_per_sample
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.workload import Batch, Workload
-from tuning.fused.compile import Step, compile_step
-from tuning.fused.optimizers import RULES, Numbers
-from tuning.fused.rewrites import MODEL, Guards, NotFusibleError, Place, Rewrites, phrase
-from tuning.fused.signature import Variant, attributes, lifted, numbers_in, signature, with_fields
+from tuning.fused.batched_optimizers import RULES, Numbers
+from tuning.fused.compile_step import Step, compile_step
+from tuning.fused.program_signature import (
+    Variant,
+    attributes,
+    lifted,
+    numbers_in,
+    signature,
+    with_fields,
+)
+from tuning.fused.vmap_rewrites import MODEL, Guards, NotFusibleError, Place, Rewrites, phrase
 
 
 class StrangersError(NotFusibleError):

@@ -26,8 +26,8 @@ from ray.tune.execution.tune_controller import TuneController
 
 from trainers.devices import local_device
 from trainers.runs.metering import WorkerMeter
-from tuning.fused.decision import Plan, slots_of, try_plan
 from tuning.fused.engine import Engine
+from tuning.fused.fusion_plan import Plan, slots_of, try_plan
 from tuning.fused.program import Program
 from tuning.trials.budget import ENGINE
 from tuning.trials.trial import Sweep

@@ -12,7 +12,7 @@ from trainers.run_folder import TRACK
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.operation_log import logged
 from trainers.worker import Worker
-from tuning.reports.leaderboard import Leaderboard, Standing
+from tuning.trials.leaderboard import Leaderboard, Standing
 from tuning.trials.trial import Sweep, set_threads
 
 TRIALS = 3

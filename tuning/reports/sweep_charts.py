@@ -6,7 +6,7 @@ from typing import Any
 
 from trainers.reports.charts import Chart, Table, data, kind_colours, quantity, scale_of, titled
 from trainers.reports.history import Series
-from tuning.reports.leaderboard import Standing
+from tuning.trials.leaderboard import Standing
 from tuning.trials.space import Distribution
 
 AXIS_WIDTH = 95

@@ -13,7 +13,7 @@ from trainers.reports.page import Page, Section, Sheet, Tile, shown
 from trainers.reports.run_report import cost_tiles, kind_of, thin, took
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
-from tuning.reports.leaderboard import Leaderboard, leaderboard, pareto_front
+from tuning.trials.leaderboard import Leaderboard, leaderboard, pareto_front
 from tuning.trials.space import SweepSpec
 from tuning.trials.trial import Sweep
 

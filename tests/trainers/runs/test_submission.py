@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
-from cluster.jobs.jobs import Planned
+from cluster.jobs.ray_jobs import Planned
 from tuning.cli.sweep import parser
 
 

@@ -35,7 +35,7 @@ from trainers.workloads.dynamics import atoms
 from trainers.workloads.dynamics.atoms import REFERENCES, Part, nothing, packed, trajectory
 from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
 from tuning.fused.program import Program
-from tuning.fused.signature import Variant
+from tuning.fused.program_signature import Variant
 from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 
 CUTOFF = 4.0

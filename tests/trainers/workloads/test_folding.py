@@ -52,7 +52,7 @@ from trainers.workloads.folding.structures import (
 )
 from trainers.workloads.folding.workload import Folding, fape, features, seen_from
 from tuning.fused.program import Program
-from tuning.fused.signature import Variant
+from tuning.fused.program_signature import Variant
 from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 
 LENGTH = 36

@@ -25,7 +25,7 @@ from trainers.worker import Worker
 from trainers.workloads.language import text
 from trainers.workloads.language.workload import Language
 from tuning.fused.program import Program
-from tuning.fused.signature import Variant
+from tuning.fused.program_signature import Variant
 from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
 
 POEM = "Füllest wieder Busch und Tal\nStill mit Nebelglanz,\nLösest endlich auch einmal\n"

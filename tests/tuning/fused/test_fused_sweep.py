@@ -16,7 +16,7 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs import run
 from tuning import sweep as sweeps
-from tuning.reports.leaderboard import Leaderboard
+from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep
 
 Wait = Callable[..., None]

@@ -17,8 +17,8 @@ from trainers.engine.step import Stepper, build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from tuning.fused.program import Program
-from tuning.fused.rewrites import NotFusibleError
-from tuning.fused.signature import Variant, reason_against
+from tuning.fused.program_signature import Variant, reason_against
+from tuning.fused.vmap_rewrites import NotFusibleError
 from tuning.trials.space import trial_data
 
 

@@ -24,7 +24,7 @@ from trainers.spec import RunSpec
 from trainers.worker import Worker
 from trainers.workloads.vision.workload import Vision
 from tuning.fused.program import Program, Row
-from tuning.fused.signature import Variant
+from tuning.fused.program_signature import Variant
 from tuning.trials.space import trial_data
 
 Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.jobs import jobs
+from cluster.jobs import ray_jobs
 from cluster.jobs.job_supervisor import look
-from cluster.jobs.jobs import Job, Planned, why_lost
 from cluster.jobs.log_follower import Follower, log_of
+from cluster.jobs.ray_jobs import Job, Planned, why_lost
 from cluster.jobs.working_dir_package import Package, pack
 
 Wait = Callable[..., None]
@@ -45,7 +45,7 @@ def work(
 ) -> Iterator["Work"]:
     """A job that is at work until it is told to end."""
     begun = Work(url, tmp_path.name.replace("_", "-"), job_cluster.folder, wait_until)
-    job, new = jobs.submit(url, begun.planned, package)
+    job, new = ray_jobs.submit(url, begun.planned, package)
     assert (new, job.attempt) == (True, 1)
     begun.pid()
     yield begun
@@ -110,14 +110,14 @@ def test_a_missing_or_wrong_token_is_told_in_a_line(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     with pytest.raises(ClusterError, match=f"{line} token|{line} cluster's token"):
-        jobs.all_jobs(job_cluster.url)
+        ray_jobs.all_jobs(job_cluster.url)
 
 
 def test_a_job_is_followed_to_its_end_and_its_code_is_ours(
     url: str, package: Package, tmp_path: Path
 ) -> None:
     name = "ends-with-7"
-    job, new = jobs.submit(url, Planned(name, ("stand", "print", "7", name)), package)
+    job, new = ray_jobs.submit(url, Planned(name, ("stand", "print", "7", name)), package)
     assert new
     output, told = io.StringIO(), []
     job = Follower(name, output, told.append).follow(url)
@@ -125,14 +125,14 @@ def test_a_job_is_followed_to_its_end_and_its_code_is_ours(
     assert f"start 1 of {name}\nsent along: {tmp_path.name}\n" in output.getvalue()
     assert "step" not in output.getvalue()  # progress is for terminals
     assert f"start 1 of {name}\nsent along" in log_of(url, job)
-    again, new = jobs.submit(url, Planned(name, job.words), package)
+    again, new = ray_jobs.submit(url, Planned(name, job.words), package)
     assert (again, new) == (job, False)
 
 
 def test_a_name_runs_once(work: Work, package: Package) -> None:
     """Also when many ask at the same moment; and a name stands for one command."""
     several = [
-        threading.Thread(target=lambda: jobs.submit(work.url, work.planned, package))
+        threading.Thread(target=lambda: ray_jobs.submit(work.url, work.planned, package))
         for _ in range(3)
     ]
     for each in several:
@@ -141,9 +141,9 @@ def test_a_name_runs_once(work: Work, package: Package) -> None:
         each.join(LIMIT_S)
     other = replace(work.planned, words=("stand", "work", "1", work.name))
     with pytest.raises(SpecError, match=f"--name {work.name}: a job of this name was started as"):
-        jobs.submit(work.url, other, package)
+        ray_jobs.submit(work.url, other, package)
     assert len(work.starts()) == 1
-    assert [job.name for job in jobs.all_jobs(work.url)].count(work.name) == 1
+    assert [job.name for job in ray_jobs.all_jobs(work.url)].count(work.name) == 1
 
 
 @pytest.mark.parametrize("victim", ["driver", "supervisor"])
@@ -178,13 +178,13 @@ def parent(pid: int) -> int:
 def test_a_stopped_job_saves_and_stays_stopped_until_it_is_resumed(
     work: Work, package: Package
 ) -> None:
-    job = jobs.stop(work.url, work.name)
+    job = ray_jobs.stop(work.url, work.name)
     assert (job.status, job.attempt) == ("STOPPED", 1)
     assert (work.folder / f"{work.name}.saved").exists()
     assert look(work.url, {}) == []
-    assert jobs.submit(work.url, work.planned, package) == (job, False)
+    assert ray_jobs.submit(work.url, work.planned, package) == (job, False)
     words = ("stand", "work", "0", work.name, "--resume", work.name)
-    resumed, new = jobs.submit(work.url, replace(work.planned, words=words), package)
+    resumed, new = ray_jobs.submit(work.url, replace(work.planned, words=words), package)
     assert (new, resumed.attempt) == (True, 2)
 
 
@@ -231,13 +231,13 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_return(work: Work, job_cluster: A
     assert f"detached; {work.name} goes on" in rest
     assert f"heliostat logs {work.name} --follow --address {work.url}" in rest
     assert f"heliostat stop {work.name} --address {work.url}" in rest
-    job = jobs.known(work.url, work.name)
+    job = ray_jobs.known(work.url, work.name)
     assert job.status == "RUNNING"
 
 
 def test_an_unknown_name_is_told(work: Work) -> None:
     with pytest.raises(SpecError, match=f"no job '{work.name}x' on .*did you mean '{work.name}'"):
-        jobs.known(work.url, f"{work.name}x")
+        ray_jobs.known(work.url, f"{work.name}x")
 
 
 RUNNING = Job("a", 1, "RUNNING", ("train",), "gcs://p.zip", 0.0, None, "n1", None, None, "")
@@ -267,8 +267,8 @@ def test_what_counts_as_lost(job: Job, lost: bool) -> None:
 
 
 def test_it_is_not_started_again_for_ever() -> None:
-    worn = replace(FAILED, exit_code=-9, attempt=jobs.RESTARTS + 1)
-    assert jobs.restart_if_lost("http://127.0.0.1:9", worn, frozenset()) is None
+    worn = replace(FAILED, exit_code=-9, attempt=ray_jobs.RESTARTS + 1)
+    assert ray_jobs.restart_if_lost("http://127.0.0.1:9", worn, frozenset()) is None
 
 
 @pytest.mark.parametrize(
@@ -281,4 +281,4 @@ def test_it_is_not_started_again_for_ever() -> None:
 )
 def test_names_and_words_that_must_not_be(planned: Planned, line: str) -> None:
     with pytest.raises(SpecError, match=line):
-        jobs.check_plan(planned)
+        ray_jobs.check_plan(planned)

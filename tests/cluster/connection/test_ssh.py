@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.lifecycle.ssh import Door, doors_on_premises, read_cluster, tunnel_to
+from cluster.connection.ssh import Door, doors_on_premises, read_cluster, tunnel_to
 
 LOCAL = {
     "provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]},

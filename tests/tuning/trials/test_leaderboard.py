@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.reports.leaderboard import pareto_front
+from tuning.trials.leaderboard import pareto_front
 
 MODES = {"val/accuracy": "max", "cost_usd": "min"}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.jobs.job_server_client import BusyError, NotFoundError, TakenError, call
+from cluster.connection.job_server_client import BusyError, NotFoundError, TakenError, call
 from cluster.jobs.secret_scan import in_text
 from cluster.jobs.working_dir_package import Package
 

@@ -19,8 +19,8 @@ from trainers.runs.ray_train import explain
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.fused.program import Program
-from tuning.fused.rewrites import NotFusibleError
-from tuning.fused.signature import Variant, program_key, reason_against
+from tuning.fused.program_signature import Variant, program_key, reason_against
+from tuning.fused.vmap_rewrites import NotFusibleError
 from tuning.trials.trial import Sweep, set_threads
 
 FILE = "fuse.json"

@@ -12,7 +12,7 @@ from torch import nn
 from trainers.engine.step import build_network
 from trainers.spec import RunSpec
 from trainers.workload import Workload
-from tuning.fused.rewrites import MODEL, Place
+from tuning.fused.vmap_rewrites import MODEL, Place
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.jobs.job_server_client import BusyError, NotFoundError, TakenError, call, dashboard_url
+from cluster.connection.job_server_client import (
+    BusyError,
+    NotFoundError,
+    TakenError,
+    call,
+    dashboard_url,
+)
 
 
 class Answering(http.server.BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cluster.base.files import cache_folder
-from tuning.fused.rewrites import NotFusibleError, phrase
+from tuning.fused.vmap_rewrites import NotFusibleError, phrase
 
 Step = Callable[..., Tensor]
 """Takes the state, which it changes in place, and the inputs; gives the losses."""

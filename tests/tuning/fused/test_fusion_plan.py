@@ -9,7 +9,7 @@ import pytest
 from cluster.base.config import write_yaml
 from trainers.data.dataset import open_split
 from trainers.devices import Cpu
-from tuning.fused.decision import MEMORY_SHARE, Plan, make_plan, plan_by_spec, usual_variant
+from tuning.fused.fusion_plan import MEMORY_SHARE, Plan, make_plan, plan_by_spec, usual_variant
 from tuning.fused.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import Sweep
