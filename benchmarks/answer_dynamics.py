@@ -18,9 +18,9 @@ from ase.md.verlet import VelocityVerlet
 from torch import nn
 
 from trainers.checkpoints.export import export_model, load_model
-from trainers.data.dataset import open_splits, prepare
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.dynamics.workload import Dynamics, calculator
@@ -37,10 +37,10 @@ def answer() -> str:
     spec, workload = resolve(find_spec("dynamics")[1], RunSpec)
     assert isinstance(workload, Dynamics)
     began = time.monotonic()
-    dataset = prepare(workload, FOLDER)
+    dataset = prepare_dataset(workload, FOLDER)
     made_s, began = time.monotonic() - began, time.monotonic()
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
-    outcome = train(spec, workload, dataset, folder, SilentReporter())
+    outcome = train(spec, workload, dataset, folder, NullReporter())
     trained_s = time.monotonic() - began
     export_model(folder / "model", spec, workload, max((folder / CHECKPOINTS).iterdir()))
     potential = load_model(folder / "model")

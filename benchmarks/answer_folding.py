@@ -11,23 +11,28 @@ from answers import table
 from scipy.sparse.csgraph import shortest_path
 from torch import Tensor, nn
 
-from cluster.base.config import override
-from trainers.checkpoints.checkpoints import Checkpoints, load_network
-from trainers.data.dataset import open_splits, prepare
+from cluster.base.config import apply_overrides
+from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
-from trainers.workloads.folding.network import BINS, edges, scaled, spread_out
-from trainers.workloads.folding.proteins import samples
+from trainers.workloads.folding.network import (
+    DISTANCE_BINS,
+    bin_edges,
+    initial_frames,
+    multidimensional_scaling,
+)
+from trainers.workloads.folding.proteins import sample_columns
 from trainers.workloads.folding.structures import (
-    UNKNOWN,
+    UNKNOWN_INDEX,
+    chain_segments,
     lddt,
-    pairwise,
-    pieces,
+    pairwise_distances,
     structure_files,
-    superposed,
+    tm_score_and_gdt_ts,
     windows,
 )
 from trainers.workloads.folding.workload import Folding
@@ -41,7 +46,7 @@ def answer() -> str:
     FOLDER.mkdir(exist_ok=True)
     with_triangles, without = trained(True), trained(False)
     workload, network, _ = with_triangles
-    test = open_splits(prepare(workload, FOLDER))["test"]
+    test = open_splits(prepare_dataset(workload, FOLDER))["test"]
     true = test["backbone"][:, :, 1]
     likely, contact = best_scores(test["score"].float()), test["contact"] > 0
     random = torch.Generator().manual_seed(0)
@@ -83,17 +88,17 @@ def answer() -> str:
 
 def trained(triangles: bool) -> tuple[Folding, nn.Module, float]:
     """The workload, its network after a run of the ordinary loop, and the seconds of that."""
-    data = override(find_spec("folding")[1], [f"model.triangles={triangles}".lower()])
+    data = apply_overrides(find_spec("folding")[1], [f"model.triangles={triangles}".lower()])
     spec, workload = resolve(data, RunSpec)
     assert isinstance(workload, Folding)
-    dataset, folder = prepare(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))
+    dataset, folder = prepare_dataset(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))
     began = time.monotonic()
-    train(spec, workload, dataset, folder, SilentReporter())
+    train(spec, workload, dataset, folder, NullReporter())
     seconds = time.monotonic() - began
-    checkpoint = Checkpoints(folder / CHECKPOINTS, spec.checkpoint).newest()
+    checkpoint = Checkpoints(folder / CHECKPOINTS, spec.checkpoint).latest()
     assert checkpoint is not None
     network = workload.build()
-    load_network(checkpoint, network)
+    load_model_weights(checkpoint, network)
     return workload, network.eval(), seconds
 
 
@@ -111,14 +116,19 @@ def found(workload: Folding, network: nn.Module, split: Batch) -> list[float]:
 
 
 def rated(places: Tensor, true: Tensor) -> list[float]:
-    return [lddt(places, true).mean().item(), *(s.mean().item() for s in superposed(places, true))]
+    return [
+        lddt(places, true).mean().item(),
+        *(s.mean().item() for s in tm_score_and_gdt_ts(places, true)),
+    ]
 
 
 def better(places: Tensor, true: Tensor) -> list[float]:
     """Of each structure and its mirror image, the one with the better TM-score."""
     tm, gdt = (
         torch.stack(each).amax(0).mean().item()
-        for each in zip(*(superposed(hand, true) for hand in (places, -places)), strict=True)
+        for each in zip(
+            *(tm_score_and_gdt_ts(hand, true) for hand in (places, -places)), strict=True
+        )
     )
     return [lddt(places, true).mean().item(), tm, gdt]
 
@@ -158,25 +168,25 @@ def geometry(contact: Tensor) -> Tensor:
     ways = [
         shortest_path(np.where((along == 0) & each, TOUCHING, along)) for each in contact.numpy()
     ]
-    return scaled(torch.from_numpy(np.stack(ways)).float())
+    return multidimensional_scaling(torch.from_numpy(np.stack(ways)).float())
 
 
 def binned(true: Tensor) -> Tensor:
     """Places from the true distances, known as well as the network's bins can say."""
-    bins = (pairwise(true)[..., None] > edges(true)).sum(-1)
-    return spread_out(1e4 * torch.nn.functional.one_hot(bins, BINS).float())[1]
+    bins = (pairwise_distances(true)[..., None] > bin_edges(true)).sum(-1)
+    return initial_frames(1e4 * torch.nn.functional.one_hot(bins, DISTANCE_BINS).float())[1]
 
 
 def real_windows(workload: Folding) -> tuple[Batch, int]:
     """Samples of the structures that come with tmtools, and of how many different chains."""
     data, seen, cut = workload.data, set(), []
     for path in structure_files(Path(tmtools.__file__).parent / "data"):
-        for piece in pieces(Path(path)):
+        for piece in chain_segments(Path(path)):
             what = piece.residue_L.tobytes()
-            if what not in seen and UNKNOWN not in piece.residue_L:
+            if what not in seen and UNKNOWN_INDEX not in piece.residue_L:
                 seen.add(what)
-                cut += [(piece.whole, *window) for window in windows(piece, data.length)]
+                cut += [(piece.chain_sequence, *window) for window in windows(piece, data.length)]
     residue, backbone = (np.stack(each) for each in list(zip(*cut, strict=True))[1:])
-    columns = samples(residue, backbone, data.signal, np.random.default_rng(data.seed))
+    columns = sample_columns(residue, backbone, data.signal, np.random.default_rng(data.seed))
     count = len({whole for whole, *_ in cut})
     return {name: torch.from_numpy(values) for name, values in columns.items()}, count

@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 from answers import table
 
-from cluster.base.config import override
-from trainers.data.dataset import open_splits, prepare
+from cluster.base.config import apply_overrides
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.hedging.workload import (
     PERCENT,
     Hedging,
     black_scholes_delta,
     black_scholes_price,
-    left_over,
     remaining_deviation,
+    terminal_wealth,
 )
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
@@ -75,11 +75,11 @@ def answer() -> str:
 
 def run(*changes: str) -> tuple[dict[str, float], Hedging, Path]:
     """Train the shipped spec with the changes: metrics, workload and data set."""
-    spec, workload = resolve(override(find_spec("hedging")[1], changes), RunSpec)
+    spec, workload = resolve(apply_overrides(find_spec("hedging")[1], changes), RunSpec)
     assert isinstance(workload, Hedging)
-    dataset = prepare(workload, FOLDER)
+    dataset = prepare_dataset(workload, FOLDER)
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
-    return train(spec, workload, dataset, folder, SilentReporter()).metrics, workload, dataset
+    return train(spec, workload, dataset, folder, NullReporter()).metrics, workload, dataset
 
 
 def others(workload: Hedging, dataset: Path) -> list[tuple[str, str, str]]:
@@ -94,7 +94,7 @@ def others(workload: Hedging, dataset: Path) -> list[tuple[str, str, str]]:
             price = splits[split]["price"].double()
             holding = black_scholes_delta(data, price, factor * data.volatility)
             nothing = torch.zeros(len(price)).double()
-            lacking[split] = -PERCENT * left_over(nothing, holding, price, COST)
+            lacking[split] = -PERCENT * terminal_wealth(nothing, holding, price, COST)
         price = lacking["train"].mean()
         error = (price - lacking["test"]).square().mean().sqrt()
         rows.append((name, f"{price:.4f}", f"{error:.4f}"))

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from answers import table
 
-from cluster.base.config import override
-from trainers.data.dataset import prepare, rows
+from cluster.base.config import apply_overrides
+from trainers.data.dataset import count_samples, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.engine.step import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.language.workload import Language
@@ -60,9 +60,11 @@ def resolved(layers: int, width: int, share: float) -> tuple[RunSpec, Language]:
         "model.width": width,
         "model.heads": width // 32,
         "train.epochs": epochs,
-        "train.evaluate_every": epochs,
+        "train.evaluate_every_epochs": epochs,
     }
-    spec, workload = resolve(override(data, [f"{k}={v}" for k, v in changes.items()]), RunSpec)
+    spec, workload = resolve(
+        apply_overrides(data, [f"{k}={v}" for k, v in changes.items()]), RunSpec
+    )
     assert isinstance(workload, Language)
     return spec, workload
 
@@ -70,12 +72,12 @@ def resolved(layers: int, width: int, share: float) -> tuple[RunSpec, Language]:
 def trained(layers: int, width: int, share: float) -> dict[str, float]:
     """A run of the ordinary loop from start to end: its weights, tokens, bits per byte, seconds."""
     spec, workload = resolved(layers, width, share)
-    dataset = prepare(workload, FOLDER)
+    dataset = prepare_dataset(workload, FOLDER)
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
     began = time.monotonic()
-    outcome = train(spec, workload, dataset, folder, SilentReporter())
+    outcome = train(spec, workload, dataset, folder, NullReporter())
     blocks = workload.blocks(build_network(spec.train, workload))
-    samples = spec.train.total_steps(rows(dataset, "train")) * spec.train.global_batch
+    samples = spec.train.total_steps(count_samples(dataset, "train")) * spec.train.global_batch
     found = {
         "weights": sum(weight.numel() for block in blocks for weight in block.parameters()),
         "tokens": samples * workload.tokens_per_sample,

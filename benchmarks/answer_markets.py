@@ -8,11 +8,11 @@ import numpy as np
 from answers import table
 from sklearn.linear_model import LogisticRegression
 
-from trainers.data.dataset import open_splits, prepare
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.workloads.markets.books import LEVELS, exact_up
+from trainers.workloads.markets.books import LEVELS, exact_up_probability
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 PUBLISHED = {(1, 1): 0.500, (1, 2): 0.336, (1, 3): 0.259, (2, 1): 0.664, (2, 3): 0.407}
@@ -21,9 +21,9 @@ PUBLISHED = {(1, 1): 0.500, (1, 2): 0.336, (1, 3): 0.259, (2, 1): 0.664, (2, 3):
 
 def answer() -> str:
     spec, workload = resolve(find_spec("markets")[1], RunSpec)
-    dataset = prepare(workload, FOLDER)
+    dataset = prepare_dataset(workload, FOLDER)
     began = time.monotonic()
-    outcome = train(spec, workload, dataset, Path(tempfile.mkdtemp(dir=FOLDER)), SilentReporter())
+    outcome = train(spec, workload, dataset, Path(tempfile.mkdtemp(dir=FOLDER)), NullReporter())
     seconds = time.monotonic() - began
     splits = {
         name: {column: values.numpy() for column, values in split.items()}
@@ -44,7 +44,7 @@ def answer() -> str:
         ),
         scores("the exact probability", exact, exact, half, splits["test"]),
     ]
-    solved = exact_up(1)
+    solved = exact_up_probability(1)
     worst = max(abs(solved[a - 1, b - 1] - p) for (b, a), p in PUBLISHED.items())
     return "\n\n".join(
         [

@@ -9,10 +9,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor
 
-from cluster.base.config import override
-from trainers.data.dataset import open_splits, prepare
+from cluster.base.config import apply_overrides
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
@@ -42,11 +42,11 @@ def trained(name: str, changes: list[str]) -> list[tuple[str, str, str]]:
     """A network with each of the seeds."""
     rows = []
     for seed in SEEDS:
-        data = override(find_spec("digits")[1], [*changes, f"train.seed={seed}"])
+        data = apply_overrides(find_spec("digits")[1], [*changes, f"train.seed={seed}"])
         spec, workload = resolve(data, RunSpec)
-        dataset, folder = prepare(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))
+        dataset, folder = prepare_dataset(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))
         began = time.monotonic()
-        found = train(spec, workload, dataset, folder, SilentReporter()).metrics
+        found = train(spec, workload, dataset, folder, NullReporter()).metrics
         seconds = time.monotonic() - began
         rows.append((f"{name}, seed {seed}", f"{found['test/accuracy']:.4f}", f"{seconds:.0f}"))
     return rows
@@ -55,7 +55,7 @@ def trained(name: str, changes: list[str]) -> list[tuple[str, str, str]]:
 def usual() -> list[tuple[str, str, str]]:
     """Classifiers that need no training to speak of, on the same split."""
     _, workload = resolve(find_spec("digits")[1], RunSpec)
-    splits = open_splits(prepare(workload, FOLDER))
+    splits = open_splits(prepare_dataset(workload, FOLDER))
     seen, held_out = splits["train"], splits["test"]
 
     def pixels(image: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ class Bare:
     ) -> None:
         torch.manual_seed(0)
         self.workload, self.split, self.worker, self.autocast = workload, split, worker, autocast
-        self.batch_size = global_batch // worker.world
+        self.batch_size = global_batch // worker.world_size
         self.network = self.model = workload.build().to(worker.device).train()
-        if worker.world > 1:
+        if worker.world_size > 1:
             self.model = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         if compiled:
             self.model = torch.compile(self.model)
@@ -38,7 +38,7 @@ class Bare:
         self.order = torch.randperm(len(next(iter(split.values()))))
 
     def take(self, step: int) -> None:
-        low = (step * self.worker.world + self.worker.rank) * self.batch_size
+        low = (step * self.worker.world_size + self.worker.rank) * self.batch_size
         low %= len(self.order) - self.batch_size + 1
         index = self.order[low : low + self.batch_size]
         batch = {

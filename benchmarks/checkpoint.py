@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from contest import compete, finish, rows, show
 from torch import nn
 
-from trainers.checkpoints.checkpoints import Checkpoints, interval_s
+from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
 from trainers.spec import CheckpointSpec
 
 LAYERS = 24
@@ -97,8 +97,8 @@ def main() -> None:
         shutil.rmtree(folder)
     case = f"{millions:.0f} M parameters"
     show(case, measured, "s", 1.0)
-    shares = [1 + seconds / interval_s(seconds, 86400.0) for seconds in measured["heliostat"]]
-    interval = interval_s(statistics.median(measured["heliostat"]), 86400.0)
+    shares = [1 + seconds / save_interval_s(seconds, 86400.0) for seconds in measured["heliostat"]]
+    interval = save_interval_s(statistics.median(measured["heliostat"]), 86400.0)
     print(f"\nthe automatic interval is {interval:.0f} s")
     ones = [1.0] * args.rounds
     results = rows(case, "heliostat", measured)

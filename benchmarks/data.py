@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from trainers import Batch, Spec, table
-from trainers.data.dataset import Batches, open_split, prepare
+from trainers.data.dataset import SampleStream, open_split, prepare_dataset
 
 BATCH, BUFFER = 256, 2560
 AT_LEAST_S = 0.3
@@ -67,8 +67,10 @@ class Rows:
 
 
 def heliostat(split: Batch) -> Source:
-    batches, steps = Batches(split, 0, BATCH), len(split["number"]) // BATCH
-    return lambda epoch: (batches.at(step)[1] for step in range(epoch * steps, (epoch + 1) * steps))
+    batches, steps = SampleStream(split, 0, BATCH), len(split["number"]) // BATCH
+    return lambda epoch: (
+        batches.batch(step)[1] for step in range(epoch * steps, (epoch + 1) * steps)
+    )
 
 
 def loader(split: Batch, workers: int, whole_batches: bool) -> Source:
@@ -192,7 +194,8 @@ def main() -> None:
     results = []
     for case in CASES:
         split = open_split(
-            prepare(Rows(case), Path(tempfile.gettempdir()) / "heliostat-benchmarks"), "train"
+            prepare_dataset(Rows(case), Path(tempfile.gettempdir()) / "heliostat-benchmarks"),
+            "train",
         )
         with tempfile.TemporaryDirectory() as folder:
             contenders: dict[str, Contender] = {}

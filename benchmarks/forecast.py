@@ -66,7 +66,7 @@ def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def planned(folder: Path, size: Size, seconds: float) -> tuple[list[str], float]:
     """Make a plan; what says the size on the command line, and how long the plan took."""
-    changes = {"train.epochs": "null", "train.evaluate_every": 20, **size.changes}
+    changes = {"train.epochs": "null", "train.evaluate_every_epochs": 20, **size.changes}
     options = [word for k, value in changes.items() for word in ("--set", f"{k}={value}")]
     began = time.monotonic()
     heliostat(folder, "plan", size.spec, *options, "--seconds", str(seconds))

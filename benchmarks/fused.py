@@ -54,10 +54,10 @@ try:
     from peers import SWEEP, TRIALS, WARM_UP
 
     from cluster.base.config import write_yaml
-    from trainers.data.dataset import prepare
+    from trainers.data.dataset import prepare_dataset
     from trainers.spec import resolve
-    from tuning.trials.searcher import JournaledSearch
-    from tuning.trials.space import SweepRunSpec, trial_data
+    from tuning.trials.searcher import JournaledSearcher
+    from tuning.trials.space import SweepRunSpec, trial_spec_data
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/fused.py: needs {error.name}, which is not installed here")
 
@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {
         "workload": "models:Mlp",
         "model": {"width": 64},
-        "train": {"epochs": 200, "global_batch": 16, "evaluate_every": 10},
+        "train": {"epochs": 200, "global_batch": 16, "evaluate_every_epochs": 10},
         "tracking": {"every_steps": 100},
         "sweep": {
             "parameters": {
@@ -80,7 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cnn": {
         "workload": "vision",
         "model": {"width": 16},
-        "train": {"epochs": 60, "global_batch": 64, "evaluate_every": 10},
+        "train": {"epochs": 60, "global_batch": 64, "evaluate_every_epochs": 10},
         "sweep": {
             "parameters": {
                 "optimizer.lr": {"loguniform": [1e-4, 3e-2]},
@@ -94,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt": {
         "workload": "models:Chains",
         "data": {"sequences": 512},
-        "train": {"epochs": 4, "global_batch": 8, "evaluate_every": 1},
+        "train": {"epochs": 4, "global_batch": 8, "evaluate_every_epochs": 1},
         "sweep": {
             "parameters": {
                 "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
@@ -141,9 +141,9 @@ def case_data(case: str, tiny: bool) -> dict[str, Any]:
         sweep["resources"] = {"gpu": 1}
     if tiny:
         sweep["trials"] = 4
-        train["evaluate_every"] /= 10
-        train["epochs"] = 2 * train["evaluate_every"]
-        sweep["scheduler"]["grace_epochs"] = train["evaluate_every"]
+        train["evaluate_every_epochs"] /= 10
+        train["epochs"] = 2 * train["evaluate_every_epochs"]
+        sweep["scheduler"]["grace_epochs"] = train["evaluate_every_epochs"]
     return data
 
 
@@ -154,11 +154,11 @@ def write_case(data: dict[str, Any], folder: Path) -> None:
     MlflowClient(f"sqlite:///{folder / DATABASE}").search_experiments()  # makes the tables
     write_yaml(data, folder / SWEEP)
     spec, workload = resolve(data, SweepRunSpec)
-    prepare(workload, folder)
-    search = JournaledSearch(spec.sweep, folder / "journal.jsonl")
+    prepare_dataset(workload, folder)
+    search = JournaledSearcher(spec.sweep, folder / "journal.jsonl")
     drawn = [search.suggest(str(number)) for number in range(spec.sweep.trials)]
     paths = spec.sweep.parameters
-    trials = [trial_data(data, {path: values[path] for path in paths}) for values in drawn]
+    trials = [trial_spec_data(data, {path: values[path] for path in paths}) for values in drawn]
     (folder / TRIALS).write_text(json.dumps(trials))
 
 

@@ -25,9 +25,9 @@ try:
     from bare import Bare
     from contest import Contender, compete, finish, rows, show
 
-    from trainers.data.dataset import open_split, prepare
+    from trainers.data.dataset import open_split, prepare_dataset
     from trainers.devices import local_device
-    from trainers.engine.step import Stepper
+    from trainers.engine.step import TrainStep
     from trainers.spec import RunSpec, resolve
     from trainers.worker import Worker
 except ModuleNotFoundError as error:
@@ -121,10 +121,10 @@ def contenders(
         },
     }
     spec, workload = resolve(data, RunSpec)
-    folder = prepare(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
+    folder = prepare_dataset(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
     split = open_split(folder, "train")
     worker = Worker(hardware=local_device("cpu" if device.type == "cpu" else "gpu"))
-    stepper = Stepper(spec, workload, split, worker, 10**6)
+    stepper = TrainStep(spec, workload, split, worker, 10**6)
     bare = Bare(workload, split, case["batch"], worker, autocast=torch.bfloat16, compiled=compiled)
     weights = sum(weight.numel() for weight in bare.network.parameters())
     weights -= bare.network.place.numel()
@@ -133,7 +133,7 @@ def contenders(
     flops = (6 * weights + 12 * layers * width * case["data"]["context"]) * tokens
     print(f"\n{weights / 1e6:.0f} M weights, {flops / 1e12:.3g} TFLOP a step of {tokens} tokens")
     return {
-        "Heliostat": steps(device, stepper.take),
+        "Heliostat": steps(device, stepper.run),
         "bare PyTorch": steps(device, bare.take),
         "matrix products": products(device, sizes, flops),
     }

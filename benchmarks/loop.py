@@ -29,9 +29,9 @@ from contest import Contender, compete, finish, installed, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainers.data.dataset import open_split, prepare
+from trainers.data.dataset import open_split, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
@@ -49,19 +49,23 @@ CASES: dict[str, dict[str, Any]] = {
 
 def resolved(case: str) -> tuple[RunSpec, Any, Path]:
     data = {**CASES[case], "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
-    data["train"] = {**data["train"], "steps": WARM_UP + STEPS, "evaluate_every": 1e6}
+    data["train"] = {**data["train"], "steps": WARM_UP + STEPS, "evaluate_every_epochs": 1e6}
     data["checkpoint"] = {"every_steps": 10**6}
     spec, workload = resolve(data, RunSpec)
-    return spec, workload, prepare(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
+    return (
+        spec,
+        workload,
+        prepare_dataset(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks"),
+    )
 
 
-class Clock(SilentReporter):
+class Clock(NullReporter):
     """A reporter that takes the time between the end of the warm-up and the last step."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def tick(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         if step == WARM_UP:
             self._start = time.perf_counter()
         # The last step ends with evaluation and a save, which are not what is timed.

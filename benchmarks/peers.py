@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from cluster.base.config import read_yaml
-from trainers.counter_rng import mix_seed
-from trainers.data.dataset import open_split, permutation, prepare, rows
-from trainers.engine.loop import milestones
+from trainers.counter_rng import combine_seeds
+from trainers.data.dataset import count_samples, epoch_permutation, open_split, prepare_dataset
+from trainers.engine.loop import evaluation_steps
 from trainers.spec import RunSpec, resolve
 from tuning.trials.space import SweepRunSpec
 
@@ -58,10 +58,12 @@ class Training:
         self.total = spec.train.total_steps(samples)
         self._warmup = round(spec.optimizer.schedule.warmup * self.total)
         self.epoch_steps = samples / self._batch
-        self.evaluations = milestones(spec.train.evaluate_every, spec, samples)
+        self.evaluations = evaluation_steps(spec.train.evaluate_every_epochs, spec, samples)
         seed, epochs = spec.train.seed, range(math.ceil(self.total / self.epoch_steps))
-        self._order = torch.cat([permutation(seed, epoch, samples) for epoch in epochs]).to(device)
-        torch.manual_seed(mix_seed(seed))
+        self._order = torch.cat([epoch_permutation(seed, epoch, samples) for epoch in epochs]).to(
+            device
+        )
+        torch.manual_seed(combine_seeds(seed))
         self._workload = workload
         self._model = model = workload.build().to(device)
         groups = by_decay(model, spec.optimizer.weight_decay)
@@ -139,8 +141,8 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
     spec, workload = resolve(read_yaml(folder / SWEEP), SweepRunSpec)
     trials = json.loads((folder / TRIALS).read_text())
     ray.init(include_dashboard=False)  # which no trial needs, and ours goes without as well
-    dataset = prepare(workload, folder)
-    samples = rows(dataset, "train")
+    dataset = prepare_dataset(workload, folder)
+    samples = count_samples(dataset, "train")
     epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
     trainable = tune.with_parameters(train_trial, trials=trials, dataset=dataset)
     gpu = {"gpu": 1 / per_device} if per_device else {}
@@ -163,7 +165,7 @@ def in_turn(folder: Path, fused: bool, mode: str | None) -> dict[str, float]:
     """The steady speed of one process that does nothing but steps."""
     trial = json.loads((folder / TRIALS).read_text())[0]
     _, workload = resolve(trial, RunSpec)
-    training = Training(trial, prepare(workload, folder), fused, mode)
+    training = Training(trial, prepare_dataset(workload, folder), fused, mode)
     for step in range(WARM_UP):
         training.take(step)
     _wait()

@@ -18,16 +18,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from cluster.cost.ledger import Entry, Ledger
+from cluster.cost.ledger import Ledger, LedgerEntry
 from trainers.reports import page
-from trainers.run_folder import TRACK, create_folder
-from trainers.runs.run import settled, tracked_run
-from trainers.tracking.operation_log import Spool
+from trainers.run_folder import TRACKING, create_run_folder
+from trainers.runs.run import resolved_data, tracked_run
+from trainers.tracking.operation_log import OperationLog
 from trainers.tracking.tracker import TrackedRun
 from tuning.reports.sweep_report import sweep_page
 from tuning.trials.searcher import Journal
-from tuning.trials.space import SweepRunSpec, find_sweep
-from tuning.trials.trial import ENDED, FAILED, JOURNAL, LAST, Sweep
+from tuning.trials.space import SweepRunSpec, read_sweep_spec
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
 BEGAN = 1_790_000_000
 """Unix time at which made-up sweeps begin."""
@@ -43,11 +43,11 @@ def made_up(storage: Path, name: str, trials: int, points: int, *overrides: str)
     Two trials at a time; every third one is stopped half-way, and the last one has failed.
     """
     overrides = (f"storage={storage}", f"sweep.trials={trials}", *overrides)
-    _, spec = find_sweep("digits", [*overrides, "cost.usd_per_h=0.9"])
-    data = settled(spec)
-    folder = create_folder(storage, name, data)
+    _, spec = read_sweep_spec("digits", [*overrides, "cost.usd_per_h=0.9"])
+    data = resolved_data(spec)
+    folder = create_run_folder(storage, name, data)
     sweep = Sweep(data, SweepRunSpec.model_validate(data).sweep, storage, folder)
-    spool, journal = Spool(folder / TRACK), Journal(folder / JOURNAL)
+    spool, journal = OperationLog(folder / TRACKING), Journal(folder / JOURNAL_FILE)
     ledger, dice = Ledger(folder / "ledger.jsonl"), random.Random(0)
     _start(spool, tracked_run(name, data, kind="sweep"), BEGAN)
     free, cost = [float(BEGAN)] * 2, 0.0
@@ -58,9 +58,9 @@ def made_up(storage: Path, name: str, trials: int, points: int, *overrides: str)
         begin, end = free[lane] + 1, free[lane] + 1 + EVERY_S * done
         free[lane] = end
         parameters = _parameters(sweep, dice)
-        journal.suggested(number, parameters)
+        journal.record_suggestion(number, parameters)
         _trial(sweep, spool, number, parameters, begin, done, dice)
-        ledger.put([_used(sweep.trial_key(number), begin, end)])
+        ledger.append([_used(sweep.trial_key(number), begin, end)])
         own = (end - begin) / 3600 * 0.45
         cost += own
         _costs(spool, sweep.trial_key(number), own, end, round(end - begin))
@@ -87,7 +87,7 @@ def _parameters(sweep: Sweep, dice: random.Random) -> dict[str, Any]:
 
 def _trial(
     sweep: Sweep,
-    spool: Spool,
+    spool: OperationLog,
     number: int,
     parameters: dict[str, Any],
     begin: float,
@@ -95,7 +95,7 @@ def _trial(
     dice: random.Random,
 ) -> None:
     key = sweep.trial_key(number)
-    run = tracked_run(key, sweep.trial_spec(parameters), sweep.key, "trial")
+    run = tracked_run(key, sweep.trial_spec_data(parameters), sweep.key, "trial")
     _start(spool, run, begin)
     worth = abs(math.log(parameters["optimizer.lr"] / 6e-3)) + 0.2 * dice.random()
     rows, found = [], {}
@@ -112,12 +112,12 @@ def _trial(
     folder = sweep.trial_folder(number)
     folder.mkdir(parents=True)
     result = {**found, "step": STEPS * points, "epoch": float(points), "complete": False}
-    (folder / LAST).write_text(json.dumps({**result, "device_s": EVERY_S * points}))
+    (folder / LAST_RESULT_FILE).write_text(json.dumps({**result, "device_s": EVERY_S * points}))
 
 
 def _end(
     sweep: Sweep,
-    spool: Spool,
+    spool: OperationLog,
     journal: Journal,
     number: int,
     complete: bool,
@@ -125,36 +125,36 @@ def _end(
     end: float,
 ) -> None:
     folder = sweep.trial_folder(number)
-    last = json.loads((folder / LAST).read_text())
-    (folder / LAST).write_text(json.dumps({**last, "complete": complete}))
+    last = json.loads((folder / LAST_RESULT_FILE).read_text())
+    (folder / LAST_RESULT_FILE).write_text(json.dumps({**last, "complete": complete}))
     value = None if failed else last[sweep.spec.metric]
-    journal.ended(number, value, last["step"], complete)
-    (folder / (FAILED if failed else ENDED)).write_text("made up")
+    journal.record_end(number, value, last["step"], complete)
+    (folder / (FAILED_FILE if failed else ENDED_FILE)).write_text("made up")
     tags = {} if complete or failed else {"heliostat.stopped": "asha"}
     status = "FAILED" if failed else "FINISHED"
     _say(spool, "finish", sweep.trial_key(number), end, status=status, tags=tags)
 
 
-def _start(spool: Spool, run: TrackedRun, at: float) -> None:
+def _start(spool: OperationLog, run: TrackedRun, at: float) -> None:
     told = {"key": run.key, "params": run.params, "tags": run.tags, "parent": run.parent}
     spool.append({"do": "start", "id": uuid.uuid4().hex, **told, "at": round(1e3 * at)})
 
 
-def _say(spool: Spool, what: str, run: str, at: float, **more: Any) -> None:
+def _say(spool: OperationLog, what: str, run: str, at: float, **more: Any) -> None:
     spool.append({"do": what, "run": run, "at": round(1e3 * at), **more})
 
 
-def _costs(spool: Spool, run: str, usd: float, at: float, step: int) -> None:
+def _costs(spool: OperationLog, run: str, usd: float, at: float, step: int) -> None:
     found = {"cost_usd": usd, "energy_j": 1e5 * usd, "kg_co2e": 1e-3 * usd}
     rows = [(name, value, step, round(1e3 * at)) for name, value in found.items()]
     spool.append({"do": "log", "run": run, "rows": rows})
 
 
-def _used(run: str, begin: float, end: float) -> Entry:
+def _used(run: str, begin: float, end: float) -> LedgerEntry:
     usage = {"device": "vm/cpu/1", "covers": "cpu", "seconds": end - begin}
     usage |= {"unknown_s": 0.0, "low_j": 1.0, "high_j": 3.0, "by_method": {"made up": 2.0}}
     name = f"{uuid.uuid4().hex}/vm/cpu/1/cpu"
-    return Entry(name, run, "energy", begin, end, end - begin, "vm", "vm/cpu/1", None, usage)
+    return LedgerEntry(name, run, "energy", begin, end, end - begin, "vm", "vm/cpu/1", None, usage)
 
 
 def main() -> None:
@@ -171,7 +171,7 @@ def main() -> None:
         made = sweep_page(sweep.folder)
         read_s = time.monotonic() - start
         path = sweep.folder / "wide.html"
-        path.write_text(page.html(made))
+        path.write_text(page.render_html(made))
         size = f"{path.stat().st_size / 1e6:.2f} MB"
         print(
             f"{args.trials} trials x {args.points} points: {size}, read in {read_s:.1f} s",
@@ -192,7 +192,7 @@ def main() -> None:
             flush=True,
         )
         start = time.monotonic()
-        page.write(made, sweep.folder / "report")
+        page.write_report(made, sweep.folder / "report")
         print(
             f"written again, with {len(made.charts)} PNG files, in {time.monotonic() - start:.1f} s"
         )

@@ -50,7 +50,7 @@ def ours(uri: str, folder: Path) -> Iterator[Calls]:
     import ray
 
     from trainers.tracking.reporter import TrackerReporter
-    from trainers.tracking.tracker import TrackedRun, drain, start_tracker
+    from trainers.tracking.tracker import TrackedRun, start_tracker, wait_until_sent
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     tracker = start_tracker(folder / "track", uri, "benchmark", "tracker")
@@ -58,13 +58,13 @@ def ours(uri: str, folder: Path) -> Iterator[Calls]:
     reporter = TrackerReporter(tracker, "run")
 
     def log(metrics: dict[str, float], step: int) -> None:
-        reporter.log(metrics, step)
-        reporter.tick(step)
+        reporter.log_metrics(metrics, step)
+        reporter.on_step_end(step)
 
     yield log, reporter.flush
     reporter.flush()
     tracker.finish.remote("run", "FINISHED")
-    drain(tracker, timeout_s=1e6)
+    wait_until_sent(tracker, timeout_s=1e6)
     ray.get(tracker.close.remote())
 
 
@@ -251,14 +251,14 @@ def postgres(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def store(kind: str) -> Iterator[tuple[str, str, Path]]:
     """A fresh store: MLflow's URI of it, its database, and a folder."""
-    from trainers.tracking.mlflow_store import make_database
+    from trainers.tracking.mlflow_store import create_database
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         database = f"sqlite:///{folder}/mlflow.db"
         if kind == "postgres":
             database = stack.enter_context(postgres(folder))
-        make_database(database)
+        create_database(database)
         uri = database
         if kind != "sqlite":
             port = free_port()
@@ -289,11 +289,11 @@ def calm(name: str, kind: str, seconds: float) -> dict[str, float]:
 def killed(name: str, seconds: float) -> dict[str, Any]:
     """Metrics lost and twice, and the longest step, with server and writer killed."""
     with tempfile.TemporaryDirectory() as temporary:
-        from trainers.tracking.mlflow_store import make_database
+        from trainers.tracking.mlflow_store import create_database
 
         folder, port = Path(temporary), free_port()
         database = f"sqlite:///{folder}/mlflow.db"
-        make_database(database)
+        create_database(database)
         uri, server = f"http://127.0.0.1:{port}", serve(database, port, folder)
         writer = start(name, uri, folder, seconds, 0.01)
         while not (folder / "done").exists():

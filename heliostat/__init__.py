@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from trainers import (
         Batch,
         DataError,
-        PartedWorkload,
+        PartitionedWorkload,
         SampleRandom,
         Spec,
         Workload,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "DataError",
-    "PartedWorkload",
+    "PartitionedWorkload",
     "SampleRandom",
     "Spec",
     "Workload",

@@ -21,10 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(stranger, file=sys.stderr)
         return 2
     from cluster.base.errors import HeliostatError
-    from tuning.cli.sweep import parser
+    from tuning.cli.sweep import build_parser
 
     try:
-        args = parser().parse_args(arguments)
+        args = build_parser().parse_args(arguments)
         return int(args.command(args))
     except HeliostatError as error:
         print(error, file=sys.stderr)

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from trainers.checkpoints.export import load_model
     from trainers.counter_rng import SampleRandom
     from trainers.data.dataset import table
-    from trainers.workload import Batch, PartedWorkload, Workload
+    from trainers.workload import Batch, PartitionedWorkload, Workload
 
 __all__ = [
     "Batch",
     "DataError",
-    "PartedWorkload",
+    "PartitionedWorkload",
     "SampleRandom",
     "Spec",
     "Workload",
@@ -27,18 +27,22 @@ __all__ = [
 
 _HOMES = {
     "Spec": "cluster.base.config",
-    "table": "trainers.data.dataset.dataset",
+    "table": "trainers.data.dataset",
     "load_model": "trainers.checkpoints.export",
     "SampleRandom": "trainers.counter_rng",
     "Batch": "trainers.workload",
     "DataError": "cluster.base.errors",
-    "PartedWorkload": "trainers.workload",
+    "PartitionedWorkload": "trainers.workload",
     "Workload": "trainers.workload",
 }
 
+_OLD_NAMES = {"PartedWorkload": "PartitionedWorkload"}
+"""Names that were renamed, and that workloads of users and exported models still import."""
+
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the command line starts without torch."""
+    """Import on first use, so that the command line starts without torch."""
+    name = _OLD_NAMES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'trainers' has no attribute {name!r}")
     import importlib

@@ -17,32 +17,32 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _signed(value: int) -> int:
+def _as_int64(value: int) -> int:
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
 
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-_STEP, _DRAW = _signed(_GOLDEN), _signed(0xD1342543DE82EF95)
+_MULTIPLIER_1, _MULTIPLIER_2 = _as_int64(0xBF58476D1CE4E5B9), _as_int64(0x94D049BB133111EB)
+_GOLDEN_INT64, _ADVANCE = _as_int64(_GOLDEN), _as_int64(0xD1342543DE82EF95)
 
 
-def _rounds(x: Tensor) -> Tensor:
+def _splitmix_rounds(x: Tensor) -> Tensor:
     """The two rounds of splitmix64's finaliser, element by element, in place on int64."""
     shifted = x >> 30
     shifted &= (1 << 34) - 1
     x ^= shifted
-    x *= _FIRST
+    x *= _MULTIPLIER_1
     shifted.copy_(x)
     shifted >>= 27
     shifted &= (1 << 37) - 1
     x ^= shifted
-    x *= _SECOND
+    x *= _MULTIPLIER_2
     return x
 
 
-def _mix(x: Tensor) -> Tensor:
+def _splitmix64(x: Tensor) -> Tensor:
     """splitmix64's finaliser; `x` is overwritten."""
-    x = _rounds(x)
+    x = _splitmix_rounds(x)
     return x ^ _logical_shift(x, 31)
 
 
@@ -50,7 +50,7 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def mix_seed(*parts: int) -> int:
+def combine_seeds(*parts: int) -> int:
     """One seed in [0, 2**63) from several numbers, such as (seed, epoch)."""
     state = 0
     for part in parts:
@@ -61,45 +61,45 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-def stream_of(seed: int) -> int:
+def seed_key(seed: int) -> int:
     """What sets the draws of one seed apart from those of another, as a signed 64-bit number."""
-    return _signed(mix_seed(seed))
+    return _as_int64(combine_seeds(seed))
 
 
-def seed_device(hardware: Device, seed: int) -> None:
+def seed_device(device: Device, seed: int) -> None:
     """Seed what torch itself draws from, on a device and on the CPU.
 
     `torch.manual_seed` does this for every kind of device: it takes 100 times as long, and on a
     machine without a GPU it remembers each call for ever.
     """
     torch.default_generator.manual_seed(seed)
-    if hardware.type != "cpu":
-        hardware.seed(seed)
+    if device.type != "cpu":
+        device.seed(seed)
 
 
-def device_state(hardware: Device) -> Tensor:
+def device_rng_state(device: Device) -> Tensor:
     """The state of what `seed_device` seeds, as bytes: any draw changes it."""
     state = torch.default_generator.get_state()
-    if hardware.type != "cpu":
-        state = torch.cat([state, hardware.random_state().flatten().cpu().view(torch.uint8)])
+    if device.type != "cpu":
+        state = torch.cat([state, device.rng_state().flatten().cpu().view(torch.uint8)])
     return state
 
 
-def next_draw(keys_B: Tensor) -> Tensor:
+def advance_keys(keys_B: Tensor) -> Tensor:
     """The samples' keys for one more draw of `keep`.
 
     The constant is a multiplier from Steele and Vigna (2022, arXiv:2001.05304). Lattice reduction
     shows that no two of a sample's first 9e8 draws share any of their first 3e9 elements.
     """
-    return keys_B + _DRAW
+    return keys_B + _ADVANCE
 
 
-def threshold_of(p: float) -> int:
+def drop_threshold(p: float) -> int:
     """What `keep` compares with so that it drops with probability `p`; an int64."""
     return min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
 
 
-def keep(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
+def dropout_mask(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
     """A dropout's mask: True for what stays, of shape [B, count]; see `threshold_of`.
 
     A sample's key is the state of its own splitmix64, whose outputs are the elements. Their low
@@ -107,8 +107,8 @@ def keep(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
     `threshold` may be an int64 tensor without dimensions.
     """
     elements = torch.arange(count, device=keys_B.device)
-    elements *= _STEP
-    return _rounds(keys_B[:, None] + elements) >= threshold
+    elements *= _GOLDEN_INT64
+    return _splitmix_rounds(keys_B[:, None] + elements) >= threshold
 
 
 class SampleRandom:
@@ -120,22 +120,22 @@ class SampleRandom:
     def __init__(self, seed: int | Tensor, positions: Tensor) -> None:
         """`seed` may be a tensor without dimensions of what `stream_of` gives."""
         self.positions = positions
-        self._stream = seed if isinstance(seed, Tensor) else stream_of(seed)
+        self._seed_key = seed if isinstance(seed, Tensor) else seed_key(seed)
         self._draws = 0
 
     @cached_property
     def keys_B(self) -> Tensor:
         """One key per sample, int64; who draws nothing does not pay for it."""
-        return _mix(self.positions * _STEP + self._stream)
+        return _splitmix64(self.positions * _GOLDEN_INT64 + self._seed_key)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
         self._draws += 1
         count = math.prod(shape)
-        elements = torch.arange(count, device=self.keys_B.device) * _STEP
+        elements = torch.arange(count, device=self.keys_B.device) * _GOLDEN_INT64
         # The constant is wrapped here: compilers that fold it refuse one of more than 64 bits.
-        elements += _signed((self._draws << 40) * _GOLDEN)
-        bits = _mix(self.keys_B[:, None] ^ _mix(elements))
+        elements += _as_int64((self._draws << 40) * _GOLDEN)
+        bits = _splitmix64(self.keys_B[:, None] ^ _splitmix64(elements))
         unit = _logical_shift(bits, 40).to(torch.float32) * 2.0**-24
         return unit.reshape(-1, *shape)
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from cluster.base.errors import SpecError
-from cluster.cost.catalog import Accelerator, find_device, ray_resource
+from cluster.cost.catalog import Accelerator, find_accelerator, ray_resource
 
 
-class Memory(NamedTuple):
+class DeviceMemory(NamedTuple):
     """Bytes of a device's memory; None where that cannot be known."""
 
     total: int | None
@@ -38,13 +38,13 @@ class Device:
 
     type: ClassVar[str]
     """PyTorch's device type."""
-    resource: ClassVar[str | None]
+    ray_resource_name: ClassVar[str | None]
     """The resource under which Ray counts such devices; None for a CPU."""
     backend: ClassVar[str]
     """The backend of `torch.distributed` that moves tensors between such devices."""
 
     @staticmethod
-    def available() -> bool:
+    def is_available() -> bool:
         """Whether this process can use one; may raise where a driver is broken."""
         raise NotImplementedError
 
@@ -73,13 +73,13 @@ class Device:
         """
         return ()
 
-    def memory(self) -> Memory:
+    def memory(self) -> DeviceMemory:
         free, total = self._module.mem_get_info()
-        return Memory(total, free, self._module.max_memory_allocated())
+        return DeviceMemory(total, free, self._module.max_memory_allocated())
 
-    def catalogued(self) -> Accelerator | None:
+    def catalog_entry(self) -> Accelerator | None:
         """What the catalogue has about it."""
-        return find_device(self.name, self.memory().total)
+        return find_accelerator(self.name, self.memory().total)
 
     def select(self) -> None:
         """Make it the one that this process computes on, where nothing else is said."""
@@ -90,7 +90,7 @@ class Device:
         """Seed what dropout and the like draw from."""
         self._module.manual_seed(seed)
 
-    def random_state(self) -> Tensor:
+    def rng_state(self) -> Tensor:
         """The state of what dropout and the like draw from."""
         state: Tensor = self._module.get_rng_state()
         return state
@@ -107,19 +107,21 @@ class Device:
 class Cpu(Device):
     """The cores of this machine. bf16, fp16 and fp8 give right results; few CPUs gain by them."""
 
-    type, resource, backend = "cpu", None, "gloo"
+    type, ray_resource_name, backend = "cpu", None, "gloo"
     precisions = ("fp32", "fp64", "bf16", "fp16", "fp8")
     device = torch.device("cpu")
     name = platform.processor() or platform.machine()
 
     @staticmethod
-    def available() -> bool:
+    def is_available() -> bool:
         return True
 
-    def memory(self) -> Memory:
+    def memory(self) -> DeviceMemory:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return Memory(_bytes("SC_PHYS_PAGES"), _bytes("SC_AVPHYS_PAGES"), peak)
+        return DeviceMemory(
+            _sysconf_bytes("SC_PHYS_PAGES"), _sysconf_bytes("SC_AVPHYS_PAGES"), peak
+        )
 
     def select(self) -> None:
         pass
@@ -127,7 +129,7 @@ class Cpu(Device):
     def seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
-    def random_state(self) -> Tensor:
+    def rng_state(self) -> Tensor:
         return torch.default_generator.get_state()
 
     def set_random_state(self, state: Tensor) -> None:
@@ -140,10 +142,10 @@ class Cpu(Device):
 class Cuda(Device):
     """NVIDIA. Not tried on one."""
 
-    type, resource, backend = "cuda", "GPU", "nccl"
+    type, ray_resource_name, backend = "cuda", "GPU", "nccl"
 
     @staticmethod
-    def available() -> bool:
+    def is_available() -> bool:
         return torch.version.hip is None and torch.cuda.is_available()
 
     @property
@@ -161,10 +163,10 @@ class Cuda(Device):
 class Rocm(Device):
     """AMD. PyTorch calls it cuda, and its library of collectives, RCCL, nccl. Not tried on one."""
 
-    type, resource, backend = "cuda", "GPU", "nccl"
+    type, ray_resource_name, backend = "cuda", "GPU", "nccl"
 
     @staticmethod
-    def available() -> bool:
+    def is_available() -> bool:
         return torch.version.hip is not None and torch.cuda.is_available()
 
     def uuids(self) -> tuple[str, ...]:
@@ -183,10 +185,10 @@ class Rocm(Device):
 class Xpu(Device):
     """Intel's GPUs. Not tried on one."""
 
-    type, resource, backend = "xpu", "GPU", "xccl"
+    type, ray_resource_name, backend = "xpu", "GPU", "xccl"
 
     @staticmethod
-    def available() -> bool:
+    def is_available() -> bool:
         return torch.xpu.is_available()
 
     @property
@@ -198,10 +200,10 @@ class Xpu(Device):
 class Hpu(Device):
     """Intel Gaudi, by the package habana_frameworks. Not tried on one."""
 
-    type, resource, backend = "hpu", "HPU", "hccl"
+    type, ray_resource_name, backend = "hpu", "HPU", "hccl"
 
     @staticmethod
-    def available() -> bool:
+    def is_available() -> bool:
         if importlib.util.find_spec("habana_frameworks") is None:
             return False
         hpu = importlib.import_module("habana_frameworks.torch.hpu")
@@ -214,12 +216,12 @@ class Tpu(Device):
     Named by the variable that Google's machines set, as in `TPU v5litepod`.
     """
 
-    type, resource, backend = "xla", "TPU", "xla"
+    type, ray_resource_name, backend = "xla", "TPU", "xla"
     platform: ClassVar[str] = "TPU"
     """What torch_xla calls the family."""
 
     @classmethod
-    def available(cls) -> bool:
+    def is_available(cls) -> bool:
         if importlib.util.find_spec("torch_xla") is None:
             return False
         runtime = importlib.import_module("torch_xla.runtime")
@@ -233,18 +235,18 @@ class Tpu(Device):
     def name(self) -> str:
         return f"TPU {os.environ.get('TPU_ACCELERATOR_TYPE', '').partition('-')[0]}".rstrip()
 
-    def memory(self) -> Memory:
+    def memory(self) -> DeviceMemory:
         try:
             found = self._module.get_memory_info(self.device)
             total = found["bytes_limit"]
-            return Memory(total, total - found["bytes_used"], found.get("peak_bytes_used"))
+            return DeviceMemory(total, total - found["bytes_used"], found.get("peak_bytes_used"))
         except (RuntimeError, KeyError):  # not every runtime counts
-            return Memory(None, None, None)
+            return DeviceMemory(None, None, None)
 
     def seed(self, seed: int) -> None:
         self._module.set_rng_state(seed)
 
-    def random_state(self) -> Tensor:
+    def rng_state(self) -> Tensor:
         return torch.tensor(self._module.get_rng_state())
 
     def set_random_state(self, state: Tensor) -> None:
@@ -257,7 +259,7 @@ class Tpu(Device):
 class Neuron(Tpu):
     """A core of AWS Trainium or Inferentia, by the package torch_xla. Not tried on one."""
 
-    resource, platform, name = "neuron_cores", "NEURON", "AWS NeuronCore"
+    ray_resource_name, platform, name = "neuron_cores", "NEURON", "AWS NeuronCore"
 
 
 FAMILIES: tuple[type[Device], ...] = (Cuda, Rocm, Xpu, Hpu, Tpu, Neuron)
@@ -273,7 +275,7 @@ def local_device(accelerator: str, index: int = 0) -> Device:
     if accelerator != "cpu":
         wanted = None if accelerator == "auto" else ray_resource(accelerator)
         for family in FAMILIES:
-            if wanted in (None, family.resource) and _there(family):
+            if wanted in (None, family.ray_resource_name) and _is_available(family):
                 return family(index)
         if wanted is not None:
             raise SpecError(
@@ -283,14 +285,14 @@ def local_device(accelerator: str, index: int = 0) -> Device:
     return Cpu()
 
 
-def _there(family: type[Device]) -> bool:
+def _is_available(family: type[Device]) -> bool:
     try:
-        return family.available()
+        return family.is_available()
     except Exception:
         return False
 
 
-def _bytes(pages: str) -> int | None:
+def _sysconf_bytes(pages: str) -> int | None:
     try:
         return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # the system does not say

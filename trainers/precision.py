@@ -23,7 +23,7 @@ def check_precision(precision: str, device: Device) -> None:
         )
 
 
-def fp8_layers(network: nn.Module) -> nn.Module:
+def convert_to_fp8(network: nn.Module) -> nn.Module:
     """The network with its linear layers computing in fp8, for use under bf16 autocast.
 
     In place, with weights and their names kept, unless the network itself is one layer. Layers

@@ -20,12 +20,12 @@ from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
 
 SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.log"
-CHECKPOINTS, TRACK = "checkpoints", "track"
+CHECKPOINTS, TRACKING = "checkpoints", "track"
 TRIALS = "trials"
 """In a sweep's folder: the folders of its trials."""
 
 
-def create_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path:
+def create_run_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path:
     """The folder of a new run or sweep, with its spec and its environment in it."""
     folder = storage / name
     try:
@@ -44,16 +44,16 @@ def unique_name(stem: str) -> str:
     return f"{stem}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def find_folder(name: str, storage: Path) -> Path:
+def find_run_folder(name: str, storage: Path) -> Path:
     """The folder of an earlier run or sweep, by its name under `storage` or by its path."""
     for folder in (storage / name, Path(name)):
         if (folder / SPEC).is_file():
             return folder.absolute()
-    raise SpecError(f"--resume {name}: no such run in {short_path(storage)}")
+    raise SpecError(f"--resume {name}: no such run in {display_path(storage)}")
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder, so that no second process goes on with the same run."""
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -62,7 +62,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise SpecError(f"{folder.name}: another process is working on this run") from None
 
 
-def short_path(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as the user would type it here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.base.config import ModelT, Spec, check, did_you_mean, read_yaml
+from cluster.base.config import ModelT, Spec, did_you_mean, read_yaml, validate
 from cluster.base.errors import SpecError
 from cluster.cost.budget import BudgetSpec
 from cluster.cost.node_rates import CostSpec
@@ -52,6 +52,8 @@ class OptimizerSpec(Spec):
 class TrainSpec(Spec):
     """How long, on what batches, how exactly."""
 
+    renamed_fields = {"evaluate_every": "evaluate_every_epochs"}
+
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training split. 10 when neither `epochs` nor `steps` is given."""
     steps: PositiveInt | None = None
@@ -77,7 +79,7 @@ class TrainSpec(Spec):
     """What a loss or gradient that is NaN or infinite does: end the run, or skip the step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient; longer ones are scaled down to it."""
-    evaluate_every: Annotated[float, Field(gt=0)] = 1.0
+    evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between evaluations on the validation split."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 600
     """Seconds without a step after which a worker counts as hung and is started again from the
@@ -93,9 +95,9 @@ class TrainSpec(Spec):
         """Optimizer steps of the whole run over a training split of `samples` samples."""
         if self.steps is not None:
             return self.steps
-        return self.steps_at(10.0 if self.epochs is None else self.epochs, samples)
+        return self.steps_for_epochs(10.0 if self.epochs is None else self.epochs, samples)
 
-    def steps_at(self, epochs: float, samples: int) -> int:
+    def steps_for_epochs(self, epochs: float, samples: int) -> int:
         """The first step by whose end `epochs` epochs have been seen."""
         return max(1, math.ceil(epochs * samples / self.global_batch - 1e-9))
 
@@ -141,7 +143,7 @@ class ScaleSpec(Spec):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
-    def shares(self) -> int | None:
+    def data_parallel_size(self) -> int | None:
         """Into how many shares a global batch is cut; None when workers come and go."""
         if not isinstance(self.workers, int):
             return None
@@ -206,7 +208,7 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunSpec":
-        shares, batch = self.scale.shares, self.train.global_batch
+        shares, batch = self.scale.data_parallel_size, self.train.global_batch
         if shares is not None and batch % shares:
             raise ValueError(
                 f"train.global_batch {batch} cannot be shared evenly by scale.workers {shares}"
@@ -225,7 +227,7 @@ class RunSpec(Spec):
         return self
 
 
-SPECS = Path(__file__).parent / "specs"
+SPECS_FOLDER = Path(__file__).parent / "specs"
 
 
 def find_spec(name: str) -> tuple[str, dict[str, Any]]:
@@ -235,7 +237,7 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
         return path.stem, read_yaml(path)
     if ":" in name:
         return name.partition(":")[2].lower(), {"workload": name}
-    shipped = {file.stem: file for file in SPECS.glob("*.yaml")}
+    shipped = {file.stem: file for file in SPECS_FOLDER.glob("*.yaml")}
     if name not in shipped:
         hint = did_you_mean(name, shipped)
         raise SpecError(f"no spec {name!r}: neither a file, nor module:Class, nor shipped{hint}")
@@ -254,7 +256,7 @@ def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Wo
 
     def checked(model: type[ModelT], part: Any, prefix: str = "") -> ModelT | None:
         try:
-            return check(model, part, prefix)
+            return validate(model, part, prefix)
         except SpecError as error:
             mistakes.extend(str(error).splitlines())
             return None

@@ -20,7 +20,7 @@ from trainers.counter_rng import SampleRandom
 Batch = dict[str, Tensor]
 """Columns of the data set, each [B, ...] in the column's own dtype."""
 
-SHIPPED = {
+SHIPPED_WORKLOADS = {
     "dynamics": "trainers.workloads.dynamics.workload:Dynamics",
     "folding": "trainers.workloads.folding.workload:Folding",
     "hedging": "trainers.workloads.hedging.workload:Hedging",
@@ -30,7 +30,7 @@ SHIPPED = {
 }
 
 
-def source_or(shipped: str) -> AfterValidator:
+def shipped_or_path(shipped: str) -> AfterValidator:
     """For a field that names the `shipped` data, or a file or folder: a relative one's whole path.
 
     The working folder of whoever reads it later may be another one.
@@ -40,7 +40,7 @@ def source_or(shipped: str) -> AfterValidator:
     )
 
 
-class Splits(Spec):
+class SplitFractions(Spec):
     """Base of a `Data` section with `val_fraction` and `test_fraction`, which leave some."""
 
     @model_validator(mode="after")
@@ -141,7 +141,7 @@ class Workload(ABC):
         return None
 
 
-class PartedWorkload(Workload):
+class PartitionedWorkload(Workload):
     """A workload whose data set is made in parts that need not know of each other.
 
     `heliostat data` makes them in parallel on all of a cluster, and goes on where it stopped.
@@ -185,12 +185,12 @@ def load_workload(name: str) -> type[Workload]:
 
     `module:Class` is looked up in the working folder first, as Python does for a script.
     """
-    target = SHIPPED.get(name, name)
+    target = SHIPPED_WORKLOADS.get(name, name)
     module_name, colon, class_name = target.partition(":")
     if not colon:
-        raise SpecError(f"workload: no workload {name!r}" + did_you_mean(name, SHIPPED))
+        raise SpecError(f"workload: no workload {name!r}" + did_you_mean(name, SHIPPED_WORKLOADS))
     folder = str(Path.cwd())
-    if name not in SHIPPED and folder not in sys.path:
+    if name not in SHIPPED_WORKLOADS and folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
@@ -199,7 +199,9 @@ def load_workload(name: str) -> type[Workload]:
             raise SpecError(f"workload: {module_name} does not import: {error}") from error
         raise SpecError(f"workload: no module {module_name!r} in {folder}") from None
     except Exception as error:
-        raise SpecError(f"workload: {module_name} does not import: {_where(error)}") from error
+        raise SpecError(
+            f"workload: {module_name} does not import: {_import_error_location(error)}"
+        ) from error
     found = getattr(module, class_name, None)
     workloads = {
         key: value
@@ -218,7 +220,7 @@ def load_workload(name: str) -> type[Workload]:
     return workload
 
 
-def _where(error: Exception) -> str:
+def _import_error_location(error: Exception) -> str:
     """What went wrong on import, and the line of the user's own code that it comes from."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
@@ -229,6 +231,6 @@ def _where(error: Exception) -> str:
     return f"{reason} ({frame.filename}:{frame.lineno})"
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
+def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of a model's weights, which its floating-point inputs must have."""
     return next(model.parameters()).dtype

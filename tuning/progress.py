@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from cluster.base.terminal import Pulse
+from cluster.base.terminal import JobProgress
 from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
-from cluster.cost.ledger import Account
-from tuning.trials.budget import purse_of
-from tuning.trials.trial import ENDED, FAILED, Sweep
+from cluster.cost.ledger import CostTotals
+from tuning.trials.budget import find_open_budget
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
 
-LINE_S = 1.0
+MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines of a log, at the least."""
-ENDS = {"done": "complete", "stop": "stopped", "error": "failed"}
+END_STATUSES = {"done": "complete", "stop": "stopped", "error": "failed"}
 """Event -> what a trial is after it."""
 
 
@@ -30,7 +30,7 @@ class SweepProgress:
         self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._console, self._sweep, self._clock = console, sweep, clock
-        self._begin_s = clock()
+        self._started_s = clock()
         self._running: dict[int, float] = {}
         """Trial -> epochs that it has done."""
         self._ended: dict[int, str] = {}
@@ -38,12 +38,12 @@ class SweepProgress:
         """Of the trials that ended under this command."""
         self._values: dict[int, float] = {}
         """Trial -> the metric at its last evaluation, by which leaderboards go too."""
-        self._account: Account | None = None
+        self._totals: CostTotals | None = None
         self._events: list[str] = []
-        self._line_s = -LINE_S
-        self._before = {
+        self._line_s = -MIN_LINE_INTERVAL_S
+        self._ended_before = {
             path.parent.name
-            for name in (ENDED, FAILED)
+            for name in (ENDED_FILE, FAILED_FILE)
             for path in sweep.folder.glob(f"trials/*/{name}")
         }
         self._live = Live(
@@ -53,7 +53,7 @@ class SweepProgress:
             redirect_stdout=False,  # what others print goes to the log
             redirect_stderr=False,
         )
-        self._pulse = Pulse(console)
+        self._job_progress = JobProgress(console)
 
     def __enter__(self) -> "SweepProgress":
         if self._console.is_terminal:
@@ -62,59 +62,63 @@ class SweepProgress:
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
-        self._write(self._clock() + LINE_S)
+        self._write(self._clock() + MIN_LINE_INTERVAL_S)
 
-    def watch(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
-        """As `tuning.sweep.Watcher` is told."""
+    def on_trial_event(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
+        """As `tuning.sweep.TrialCallback` is told."""
         value = result.get(self._sweep.spec.metric)
         if value is not None:
             self._values[trial] = value
         if event == "error":
             self._values.pop(trial, None)
-        if event in ENDS:
+        if event in END_STATUSES:
             self._running.pop(trial, None)
             if trial not in self._ended:
                 self._epochs.append(float(result.get("epoch", 0.0)))
-            self._ended[trial] = ENDS[event]
+            self._ended[trial] = END_STATUSES[event]
             self._events.append(f"{trial:04d} {event}")
         else:
             self._running[trial] = float(result.get("epoch", 0.0))
         self._write(self._clock())
-        self._pulse.beat(lambda: f"{self._shown_ended()} trials ended  {self._summary()}")
+        self._job_progress.report(lambda: f"{self._count_ended()} trials ended  {self._summary()}")
 
     def _write(self, now_s: float) -> None:
         """The events since the last line, if it is time for one."""
-        if self._console.is_terminal or not self._events or now_s < self._line_s + LINE_S:
+        if (
+            self._console.is_terminal
+            or not self._events
+            or now_s < self._line_s + MIN_LINE_INTERVAL_S
+        ):
             return
         many = "s" if len(self._events) > 1 else ""
         self._console.print(f"trial{many} {', '.join(self._events)}  {self._summary()}")
         self._events, self._line_s = [], now_s
 
-    def _shown_ended(self) -> int:
-        return len({f"{trial:04d}" for trial in self._ended} | self._before)
+    def _count_ended(self) -> int:
+        return len({f"{trial:04d}" for trial in self._ended} | self._ended_before)
 
-    def left_s(self) -> float | None:
+    def remaining_s(self) -> float | None:
         """Seconds until the last trial has ended, were they all as those that have; None before."""
         mean = sum(self._epochs) / len(self._epochs) if self._epochs else 0.0
         if not mean:
             return None
         half = sum(min(0.9, epoch / mean) for epoch in self._running.values())
         done = len(self._epochs) + half
-        missing = self._sweep.spec.total_trials - self._shown_ended() - half
-        return (self._clock() - self._begin_s) / done * max(0.0, missing)
+        missing = self._sweep.spec.total_trials - self._count_ended() - half
+        return (self._clock() - self._started_s) / done * max(0.0, missing)
 
-    def _spent(self) -> str:
-        purse = purse_of(self._sweep.key)
+    def _spent_text(self) -> str:
+        purse = find_open_budget(self._sweep.key)
         if purse is not None:
-            self._account = purse.account
-        account = self._account  # the last one's, when the purse is closed
+            self._totals = purse.totals
+        account = self._totals  # the last one's, when the purse is closed
         usd = account.usd if account else None
         joules = account.energy.joules if account else None
         parts = [usd_text(usd)] if usd is not None else []
         parts += [joules_text(joules)] if joules is not None else []
         return ", ".join(parts) or "unknown"
 
-    def _best(self) -> str:
+    def _best_text(self) -> str:
         """The best value and whose it is; nothing before the first that is a number."""
         known = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
         if not known:
@@ -123,24 +127,24 @@ class SweepProgress:
         return f"{known[first]:.4f} (trial {first:04d})"
 
     def _summary(self) -> str:
-        best = self._best()
+        best = self._best_text()
         shown = f"  best {self._sweep.spec.metric} {best}" if best else ""
         return f"{len(self._running)} running{shown}"
 
     def table(self) -> Table:
         """All of it in a row."""
         counts = Counter(self._ended.values())
-        left_s = self.left_s()
+        left_s = self.remaining_s()
         cells = {
-            "trials": f"{self._shown_ended()}/{self._sweep.spec.total_trials}",
+            "trials": f"{self._count_ended()}/{self._sweep.spec.total_trials}",
             "running": str(len(self._running)),
             "complete": str(counts["complete"]),
             "stopped": str(counts["stopped"]),
             "failed": str(counts["failed"]),
-            f"best {self._sweep.spec.metric}": self._best(),
-            "time": _clock_text(self._clock() - self._begin_s),
+            f"best {self._sweep.spec.metric}": self._best_text(),
+            "time": _clock_text(self._clock() - self._started_s),
             "left": f"about {_clock_text(left_s)}" if left_s else "",
-            "spent": self._spent(),
+            "spent": self._spent_text(),
         }
         table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_row(*cells.values())

@@ -7,11 +7,13 @@ search space, the name of the MLflow parameter and the place named in an error.
 """
 
 import difflib
+import functools
+import logging
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -22,9 +24,14 @@ from cluster.base.errors import SpecError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+logger = logging.getLogger(__name__)
+
 
 class Spec(BaseModel):
     """Base of every spec: frozen, and an unknown key is an error."""
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {}
+    """Old name -> today's name. `validate` still reads the old names, with a warning."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -45,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise SpecError(f"{path}: must be a mapping of sections (got {_short(data)})")
+        raise SpecError(f"{path}: must be a mapping of sections (got {_shortened(data)})")
     return data
 
 
@@ -55,19 +62,19 @@ def write_yaml(data: Mapping[str, Any], path: Path) -> None:
         YAML().dump(dict(data), file)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def _parse_yaml(text: str, source: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         problem = (error.problem or str(error)).splitlines()[0]
         raise SpecError(f"{place}: broken YAML: {problem}") from None
     except (YAMLError, ValueError, KeyError) as error:  # the last two: a date or tag that lies
-        raise SpecError(f"{where}: broken YAML: {str(error).splitlines()[0]}") from None
+        raise SpecError(f"{source}: broken YAML: {str(error).splitlines()[0]}") from None
 
 
-def override(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(data: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Apply `a.b=value` assignments, each value read as YAML, to a copy of `data`."""
     result = dict(data)
     for assignment in assignments:
@@ -87,7 +94,7 @@ def with_value(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
         return result
     inner = result.get(head)
     if inner is not None and not isinstance(inner, Mapping):
-        raise SpecError(f"{head}: has no key {rest!r}, it is {_short(inner)}")
+        raise SpecError(f"{head}: has no key {rest!r}, it is {_shortened(inner)}")
     try:
         result[head] = with_value(inner or {}, rest, value)
     except SpecError as error:
@@ -106,37 +113,68 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check(model: type[ModelT], data: Any, prefix: str = "") -> ModelT:
+def validate(model: type[ModelT], data: Any, prefix: str = "") -> ModelT:
     """Turn plain data into a `model`, or raise a SpecError with one line per mistake.
 
     `prefix` stands before each path: where `data` is within the file, such as `model.`.
     """
+    data = _with_current_names(model, data, prefix)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        raise SpecError("\n".join(_lines(model, data, details, prefix))) from None
+        raise SpecError("\n".join(_error_lines(model, data, details, prefix))) from None
 
 
-def _lines(model: type[BaseModel], data: Any, errors: list[ErrorDetails], prefix: str) -> list[str]:
+def _with_current_names(model: Any, data: Any, prefix: str) -> Any:
+    """`data` with fields under their current names, and a warning for each old name.
+
+    When both names of a field are there, the one that was set last counts: an override comes after
+    the file's own value.
+    """
+    if not isinstance(data, Mapping) or not hasattr(model, "model_fields"):
+        return data
+    current: dict[Any, Any] = {}
+    for key, value in data.items():
+        name = getattr(model, "renamed_fields", {}).get(key, key)
+        if name != key:
+            _warn_of_old_name(f"{prefix}{key}", f"{prefix}{name}")
+        inner = (
+            _inner_model(model.model_fields[name].annotation)
+            if name in model.model_fields
+            else None
+        )
+        current[name] = _with_current_names(inner, value, f"{prefix}{name}.")
+    return current
+
+
+@functools.cache
+def _warn_of_old_name(old: str, new: str) -> None:
+    """Once for each process, however often a spec is read in it."""
+    logger.warning("%s: is called %s now; the old name still works", old, new)
+
+
+def _error_lines(
+    model: type[BaseModel], data: Any, errors: list[ErrorDetails], prefix: str
+) -> list[str]:
     """One line per place: the branches of a union complain one by one about the same place."""
     problems: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for error in errors:
-        path = (prefix + _place(error, data)).rstrip(".")
-        problem = _problem(model, error)
+        path = (prefix + _dotted_path(error, data)).rstrip(".")
+        problem = _error_text(model, error)
         known = problems.setdefault(path, [])
         if problem not in known:
             known.append(problem)
         if path and error["type"] not in ("extra_forbidden", "missing"):
-            got[path] = f" (got {_short(error['input'])})"
+            got[path] = f" (got {_shortened(error['input'])})"
     return [
         (f"{path}: " if path else "") + " or ".join(found) + got.get(path, "")
         for path, found in problems.items()
     ]
 
 
-def _place(error: ErrorDetails, data: Any) -> str:
+def _dotted_path(error: ErrorDetails, data: Any) -> str:
     """The dotted path of an error, without the branches of unions that pydantic adds to it."""
     parts: list[str] = []
     for part in error["loc"]:
@@ -151,11 +189,13 @@ def _place(error: ErrorDetails, data: Any) -> str:
     return ".".join(parts)
 
 
-def _problem(model: type[BaseModel], error: ErrorDetails) -> str:
+def _error_text(model: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return "is required"
     if error["type"] == "extra_forbidden":
-        return "unknown key" + did_you_mean(str(error["loc"][-1]), _keys(model, error["loc"][:-1]))
+        return "unknown key" + did_you_mean(
+            str(error["loc"][-1]), _allowed_keys(model, error["loc"][:-1])
+        )
     if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return "must be a mapping"
     message = error["msg"].removeprefix("Value error, ")
@@ -172,19 +212,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (known: {', '.join(known)})" if known else ""
 
 
-def _keys(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+def _allowed_keys(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
     """The keys that the model at `loc` below `model` allows."""
     current: Any = model
     for part in loc:
         fields = getattr(current, "model_fields", {})
         if part in fields:
-            current = _model_in(fields[part].annotation)
+            current = _inner_model(fields[part].annotation)
         elif typing.get_origin(current) is dict:  # any key, and a value of one kind
-            current = _model_in(typing.get_args(current)[1])
+            current = _inner_model(typing.get_args(current)[1])
     return list(getattr(current, "model_fields", {}))
 
 
-def _model_in(annotation: Any) -> Any:
+def _inner_model(annotation: Any) -> Any:
     """The spec inside an optional annotation."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(annotation) if hasattr(a, "model_fields")]
@@ -192,6 +232,6 @@ def _model_in(annotation: Any) -> Any:
     return annotation
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

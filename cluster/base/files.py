@@ -25,22 +25,22 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     building.rename(path)
-    _sync(path.parent)
+    _fsync(path.parent)
 
 
-def commit_folder(building: Path, final: Path) -> None:
+def commit_folder(staging: Path, final: Path) -> None:
     """Give a finished folder its name, after all that is in it has reached the disk.
 
     Raises OSError if `final` is there already and not empty.
     """
-    for path in sorted(building.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(building)
-    building.rename(final)
-    _sync(final.parent)
+    for path in sorted(staging.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(staging)
+    staging.rename(final)
+    _fsync(final.parent)
 
 
-def cut_torn_line(file: int) -> int:
+def truncate_partial_line(file: int) -> int:
     """Cut off what a crash has left of a line, of which nobody was told; where the last one ends.
 
     `file` is the descriptor of a file of lines, open to read and write.
@@ -58,7 +58,7 @@ def cut_torn_line(file: int) -> int:
     return end
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

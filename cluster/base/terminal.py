@@ -17,7 +17,7 @@ from rich.console import Console
 
 
 @contextlib.contextmanager
-def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
+def redirect_output(log: Path, verbose: bool = False) -> Iterator[Console]:
     """Append everything that this process and its Ray workers print to `log`.
 
     Yields the console that still writes to the terminal. With `verbose` nothing is redirected.
@@ -45,24 +45,24 @@ def quiet(log: Path, verbose: bool = False) -> Iterator[Console]:
         os.close(error)
 
 
-PROGRESS = "\x1e"
+PROGRESS_PREFIX = "\x1e"
 """What a line of progress in a job's log begins with; whoever follows the job shows the newest."""
 
-PULSE_S = 3.0
+PROGRESS_INTERVAL_S = 3.0
 
 
-class Pulse:
+class JobProgress:
     """The progress of a submitted job, as lines in its log every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last_s = -math.inf if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else math.inf
 
-    def beat(self, line: Callable[[], str]) -> None:
+    def report(self, line: Callable[[], str]) -> None:
         """Write the line, if it is time to and somebody may follow."""
         now_s = time.monotonic()
-        if now_s < self._last_s + PULSE_S or self._console.is_terminal:
+        if now_s < self._last_s + PROGRESS_INTERVAL_S or self._console.is_terminal:
             return
         self._last_s = now_s
-        self._console.file.write(f"{PROGRESS}{line()}\n")
+        self._console.file.write(f"{PROGRESS_PREFIX}{line()}\n")
         self._console.file.flush()

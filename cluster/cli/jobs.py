@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from cluster.jobs.ray_jobs import Job, Planned
+    from cluster.jobs.ray_jobs import Job, Submission
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -44,7 +44,7 @@ def run_options(named: bool = True) -> argparse.ArgumentParser:
     return options
 
 
-def where_options() -> argparse.ArgumentParser:
+def cluster_options() -> argparse.ArgumentParser:
     """The options of every verb that asks a running cluster, as a parent parser."""
     options = argparse.ArgumentParser(add_help=False)
     where = options.add_mutually_exclusive_group()
@@ -98,18 +98,18 @@ def add_file_verbs(verbs: Subparsers) -> None:
 def render_command(args: argparse.Namespace) -> int:
     from cluster.base.errors import SpecError
     from cluster.definition.launcher_file import render
-    from cluster.definition.spec import SHIPPED, read_cluster
+    from cluster.definition.spec import SHIPPED_SPEC, read_cluster_spec
 
     if args.job and args.provider != "kuberay":
         raise SpecError("--job: is for --provider kuberay; elsewhere use `heliostat submit`")
-    print(render(read_cluster(args.spec or SHIPPED), args.provider, args.job), end="")
+    print(render(read_cluster_spec(args.spec or SHIPPED_SPEC), args.provider, args.job), end="")
     return 0
 
 
 def check_command(args: argparse.Namespace) -> int:
-    from cluster.definition.check import examine
+    from cluster.definition.check import check_file
 
-    report = examine(args.file)
+    report = check_file(args.file)
     for line in (*report.findings, *report.prices):
         print(line)
     return 2 if report.findings else 0
@@ -118,7 +118,7 @@ def check_command(args: argparse.Namespace) -> int:
 def add_job_verbs(verbs: Subparsers) -> None:
     submit = verbs.add_parser(
         "submit",
-        parents=[where_options()],
+        parents=[cluster_options()],
         help="run train, sweep, data, plan or scaling on a cluster, as a job",
         description="Send the working folder, without what git ignores, and start the command "
         "there; it goes on when this machine is switched off.",
@@ -134,13 +134,13 @@ def add_job_verbs(verbs: Subparsers) -> None:
         help="train, sweep, data, plan or scaling, with its own options",
     )
     submit.set_defaults(command=submit_command, verbs=verbs)
-    jobs = verbs.add_parser("jobs", parents=[where_options()], help="list a cluster's jobs")
+    jobs = verbs.add_parser("jobs", parents=[cluster_options()], help="list a cluster's jobs")
     jobs.set_defaults(command=jobs_command)
-    logs = verbs.add_parser("logs", parents=[where_options()], help="show what a job printed")
+    logs = verbs.add_parser("logs", parents=[cluster_options()], help="show what a job printed")
     logs.add_argument("name", help="the job's name, which is its run's")
     logs.add_argument("--follow", action="store_true", help="go on until it ends")
     logs.set_defaults(command=logs_command)
-    stop = verbs.add_parser("stop", parents=[where_options()], help="have a job save and end")
+    stop = verbs.add_parser("stop", parents=[cluster_options()], help="have a job save and end")
     stop.add_argument("name", help="the job's name, which is its run's")
     stop.set_defaults(command=stop_command)
 
@@ -161,28 +161,30 @@ def dashboard(args: argparse.Namespace) -> Iterator[str]:
 
 def submit_command(args: argparse.Namespace) -> int:
     from cluster.jobs.ray_jobs import submit
-    from cluster.jobs.working_dir_package import mebibytes, pack
+    from cluster.jobs.working_dir_package import build_package, format_mebibytes
 
-    planned = _planned(args)
-    package = pack(Path.cwd(), planned.needed, (*planned.exclude, *args.exclude))
+    planned = _parse_submission(args)
+    package = build_package(
+        Path.cwd(), planned.required_files, (*planned.exclude_patterns, *args.exclude)
+    )
     with dashboard(args) as url:
         job, new = submit(url, planned, package)
     if new:
-        size = mebibytes(len(package.data))
+        size = format_mebibytes(len(package.data))
         print(f"{job.name}: sent {len(package.files)} files ({size}), started", flush=True)
     else:
-        print(f"{job.name}: is there already, {_state(job)}; nothing was started", flush=True)
+        print(f"{job.name}: is there already, {_state_text(job)}; nothing was started", flush=True)
     if args.follow:
         return _follow(args, job.name)
-    for line in _ways(args, job):
+    for line in _next_commands(args, job):
         print(line)
-    return 0 if new or not job.ended else job.code
+    return 0 if new or not job.ended else job.shell_exit_code
 
 
-def _planned(args: argparse.Namespace) -> "Planned":
+def _parse_submission(args: argparse.Namespace) -> "Submission":
     """What the words after `submit` ask for, parsed and checked by the verb that they name."""
     from cluster.base.errors import SpecError
-    from cluster.jobs.ray_jobs import check_plan
+    from cluster.jobs.ray_jobs import check_submission
 
     known = {name: verb for name, verb in args.verbs.choices.items() if verb.get_default("plan")}
     if not args.words or args.words[0] not in known:
@@ -191,8 +193,8 @@ def _planned(args: argparse.Namespace) -> "Planned":
     inner = known[args.words[0]].parse_args(args.words[1:])
     if inner.address:
         raise SpecError("--address: which cluster is said before the verb")
-    planned: Planned = inner.plan(inner, tuple(args.words))
-    check_plan(planned)
+    planned: Submission = inner.plan(inner, tuple(args.words))
+    check_submission(planned)
     return planned
 
 
@@ -202,18 +204,18 @@ def jobs_command(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.jobs.ray_jobs import all_jobs
+    from cluster.jobs.ray_jobs import list_jobs
 
     with dashboard(args) as url:
-        jobs = all_jobs(url)
+        jobs = list_jobs(url)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "state", "started", "took", "restarts", "command"):
         table.add_column(column, overflow="fold")
     for job in jobs:
         started = time.strftime("%m-%d %H:%M", time.localtime(job.started_s))
-        took = _duration((job.ended_s or time.time()) - job.started_s)
+        took = _format_duration((job.ended_s or time.time()) - job.started_s)
         row = (started, took, str(job.attempt - 1), " ".join(job.words))
-        table.add_row(job.name, _state(job), *row)
+        table.add_row(job.name, _state_text(job), *row)
     Console(highlight=False).print(table if jobs else "no jobs")
     return 0
 
@@ -221,27 +223,27 @@ def jobs_command(args: argparse.Namespace) -> int:
 def logs_command(args: argparse.Namespace) -> int:
     if args.follow:
         return _follow(args, args.name)
-    from cluster.jobs.log_follower import log_of
-    from cluster.jobs.ray_jobs import known
+    from cluster.jobs.log_follower import read_log
+    from cluster.jobs.ray_jobs import get_job
 
     with dashboard(args) as url:
-        print(log_of(url, known(url, args.name)), end="")
+        print(read_log(url, get_job(url, args.name)), end="")
     return 0
 
 
 def stop_command(args: argparse.Namespace) -> int:
-    from cluster.jobs.ray_jobs import known, stop
+    from cluster.jobs.ray_jobs import get_job, stop
 
     with dashboard(args) as url:
-        before = known(url, args.name)
+        before = get_job(url, args.name)
         if not before.ended:
             print(f"{args.name}: saving", flush=True)
         job = stop(url, args.name)
     if before.ended and before.status == job.status:
-        print(f"{job.name}: had ended, {_state(job)}")
+        print(f"{job.name}: had ended, {_state_text(job)}")
     else:
-        print(f"{job.name}: {_state(job)}")
-    for line in _ways(args, job):
+        print(f"{job.name}: {_state_text(job)}")
+    for line in _next_commands(args, job):
         print(line)
     return 0
 
@@ -251,50 +253,50 @@ def _follow(args: argparse.Namespace, name: str) -> int:
     import sys
     import time
 
-    from cluster.connection.job_server_client import BusyError
-    from cluster.jobs.log_follower import Follower
-    from cluster.jobs.ray_jobs import known
+    from cluster.connection.job_server_client import ServerBusyError
+    from cluster.jobs.log_follower import LogFollower
+    from cluster.jobs.ray_jobs import get_job
 
-    follower = Follower(name, sys.stdout, lambda line: print(line, file=sys.stderr, flush=True))
+    follower = LogFollower(name, sys.stdout, lambda line: print(line, file=sys.stderr, flush=True))
     lost_s = None
     while True:
         try:
             with dashboard(args) as url:
-                job = known(url, name)
+                job = get_job(url, name)
                 lost_s = None
                 job = follower.follow(url)
             break
-        except BusyError as error:  # a head that is being replaced takes minutes
+        except ServerBusyError as error:  # a head that is being replaced takes minutes
             lost_s = lost_s or time.monotonic()
-            if time.monotonic() > lost_s + HEAD_LOST_S:
+            if time.monotonic() > lost_s + HEAD_LOST_TIMEOUT_S:
                 raise
             print(f"{error}; trying again", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             print(f"\ndetached; {name} goes on", flush=True)
-            for line in _ways(args, None, name):
+            for line in _next_commands(args, None, name):
                 print(line)
             return 130
     if job.status != "SUCCEEDED":
-        print(f"{name}: {_state(job)}", file=sys.stderr)
-        for line in _ways(args, job):
+        print(f"{name}: {_state_text(job)}", file=sys.stderr)
+        for line in _next_commands(args, job):
             print(line, file=sys.stderr)
-    return job.code
+    return job.shell_exit_code
 
 
-HEAD_LOST_S = 900
+HEAD_LOST_TIMEOUT_S = 900
 """How long a cluster that is followed may be away."""
 
 
-def _state(job: "Job") -> str:
+def _state_text(job: "Job") -> str:
     state = job.status.lower()
     if job.status != "FAILED":
         return state
     if job.exit_code:
-        return f"{state} with exit code {job.code}"
+        return f"{state} with exit code {job.shell_exit_code}"
     return f"{state}: {job.message.strip().splitlines()[0] if job.message.strip() else job.error}"
 
 
-def _ways(args: argparse.Namespace, job: "Job | None", name: str = "") -> list[str]:
+def _next_commands(args: argparse.Namespace, job: "Job | None", name: str = "") -> list[str]:
     """How to go on with a job, as commands."""
     import shlex
 
@@ -312,7 +314,7 @@ def _ways(args: argparse.Namespace, job: "Job | None", name: str = "") -> list[s
     return [f"  go on with it: heliostat submit{where} {verb} --resume {name}"]
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

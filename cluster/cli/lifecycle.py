@@ -34,14 +34,14 @@ def add_verbs(verbs: Subparsers) -> None:
 def up_command(args: argparse.Namespace) -> int:
     from cluster.lifecycle import launcher
 
-    launcher.up(args.file, say)
+    launcher.up(args.file, print_line)
     return 0
 
 
 def down_command(args: argparse.Namespace) -> int:
     from cluster.lifecycle import launcher
 
-    launcher.down(args.file, say)
+    launcher.down(args.file, print_line)
     return 0
 
 
@@ -56,29 +56,31 @@ def status_command(args: argparse.Namespace) -> int:
 
     from cluster.connection.job_server_client import dashboard_url
     from cluster.connection.ssh import tunnel
-    from cluster.lifecycle.status import show
+    from cluster.lifecycle.status import print_status
 
     console = Console(highlight=False, soft_wrap=True)
     if args.file:
         with tunnel(args.file) as urls:
-            show(console, urls.dashboard)
+            print_status(console, urls.dashboard)
         return 0
-    show(console, dashboard_url(args.address))
+    print_status(console, dashboard_url(args.address))
     return 0
 
 
-def ui_of_cluster(file: Path, mlflow_port: int) -> int:
+def open_cluster_ui(file: Path, mlflow_port: int) -> int:
     """Keep a tunnel to a cluster's pages open until Ctrl-C."""
     import signal
 
     from cluster.connection.ssh import tunnel
 
     with tunnel(file, mlflow_port=mlflow_port) as urls:
-        say(f"Ray's dashboard: {urls.dashboard}  (it asks for the token in ~/.ray/auth_token)")
-        say(f"MLflow: {urls.mlflow}  (Ctrl-C ends both)")
+        print_line(
+            f"Ray's dashboard: {urls.dashboard}  (it asks for the token in ~/.ray/auth_token)"
+        )
+        print_line(f"MLflow: {urls.mlflow}  (Ctrl-C ends both)")
         signal.pause()
     return 0
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, flush=True)

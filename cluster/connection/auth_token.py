@@ -37,7 +37,7 @@ def read_token() -> str | None:
         return None
 
 
-def authorization() -> dict[str, str]:
+def auth_headers() -> dict[str, str]:
     """The headers of a request to a cluster's dashboard; none without a token."""
     token = read_token()
     return {"Authorization": f"Bearer {token}"} if token else {}

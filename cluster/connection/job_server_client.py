@@ -12,9 +12,9 @@ import urllib.request
 from typing import Any
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.connection.auth_token import authorization
+from cluster.connection.auth_token import auth_headers
 
-LOCAL_URL = "http://127.0.0.1:8265"
+LOCAL_DASHBOARD_URL = "http://127.0.0.1:8265"
 """Where Ray's dashboard is, when nobody says otherwise."""
 
 
@@ -22,28 +22,28 @@ class NotFoundError(ClusterError):
     """The job server has nothing of that name."""
 
 
-class TakenError(ClusterError):
+class JobExistsError(ClusterError):
     """A job with that submission id is there."""
 
 
-class BusyError(ClusterError):
+class ServerBusyError(ClusterError):
     """The job server could not do it just now; asking again may help."""
 
 
 def dashboard_url(address: str | None) -> str:
     """The URL of a cluster's dashboard: `address`, else RAY_ADDRESS, else this machine's."""
-    url = address or os.environ.get("RAY_ADDRESS") or LOCAL_URL
+    url = address or os.environ.get("RAY_ADDRESS") or LOCAL_DASHBOARD_URL
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         where = "--address" if address else "RAY_ADDRESS"
         raise SpecError(
-            f"{where} {url}: must be the dashboard's URL, such as {LOCAL_URL}; "
+            f"{where} {url}: must be the dashboard's URL, such as {LOCAL_DASHBOARD_URL}; "
             "--cluster cluster.yaml opens a way to it"
         )
     return url.rstrip("/")
 
 
-def call(
+def call_api(
     url: str, method: str, path: str, data: Any = None, body: bytes = b"", timeout_s: float = 60
 ) -> Any:
     """The answer to a request, as data where it is JSON; `data` is sent as JSON, or `body` as is.
@@ -56,7 +56,7 @@ def call(
     request = urllib.request.Request(
         url + path,
         data=sent if method in ("POST", "PUT") else None,
-        headers={**authorization(), "Content-Type": kind},
+        headers={**auth_headers(), "Content-Type": kind},
         method=method,
     )
     try:
@@ -64,13 +64,13 @@ def call(
             text = answer.read().decode()
             return json.loads(text) if "json" in answer.headers.get_content_type() else text
     except urllib.error.HTTPError as error:
-        raise _told(url, error.code, error.read().decode(errors="replace")) from None
+        raise _error_for(url, error.code, error.read().decode(errors="replace")) from None
     except (OSError, ValueError) as error:  # refused, reset, timed out, cut in mid-answer
         reason = getattr(error, "reason", error)
-        raise BusyError(f"cannot reach the cluster at {url}: {reason}") from None
+        raise ServerBusyError(f"cannot reach the cluster at {url}: {reason}") from None
 
 
-def _told(url: str, code: int, text: str) -> ClusterError:
+def _error_for(url: str, code: int, text: str) -> ClusterError:
     lines = text.strip().splitlines()
     if code == 401:
         return ClusterError(
@@ -83,6 +83,6 @@ def _told(url: str, code: int, text: str) -> ClusterError:
     if code == 404:
         return NotFoundError(f"{url}: {reason}")
     if "already exists" in text:  # a ValueError on the head, told as a traceback
-        return TakenError(f"{url}: a job of that name is there")
+        return JobExistsError(f"{url}: a job of that name is there")
     # The agents of a cluster under load answer late, and Ray says so with a 500.
-    return BusyError(f"{url}: {reason}") if code >= 500 else ClusterError(f"{url}: {reason}")
+    return ServerBusyError(f"{url}: {reason}") if code >= 500 else ClusterError(f"{url}: {reason}")

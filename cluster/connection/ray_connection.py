@@ -15,7 +15,7 @@ from cluster.connection.auth_token import read_token
 
 @contextlib.contextmanager
 def ray_session(
-    address: str | None = None, code: Path | None = None, exclude: tuple[str, ...] = ()
+    address: str | None = None, code_folder: Path | None = None, exclude: tuple[str, ...] = ()
 ) -> Iterator[bool]:
     """Connect to `address`, else to RAY_ADDRESS, else to this machine's Ray, else start one.
 
@@ -32,14 +32,14 @@ def ray_session(
         return
     runtime_env: dict[str, Any] = {}
     # A submitted job brings its own working directory, which Ray lets nobody change.
-    if code is not None and submitted() is None:
-        runtime_env = {"working_dir": str(code), "excludes": list(exclude)}
+    if code_folder is not None and submission_metadata() is None:
+        runtime_env = {"working_dir": str(code_folder), "excludes": list(exclude)}
     address = address or os.environ.get("RAY_ADDRESS")
     if address and read_token():
         # Ray turns authentication on by itself for a cluster it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     here = not address
-    if here and not ray_runs_here():
+    if here and not local_ray_answers():
         # Ray would wait for minutes for one that was killed.
         address = "local"
         # Nobody takes this machine away with a notice; the watcher is a process for nothing.
@@ -57,38 +57,38 @@ def ray_session(
             reason = f"{reason}: {cause.splitlines()[-1]}"
         where = "a local Ray" if here else f"the cluster at {address}"
         raise ClusterError(f"cannot connect to {where}: {reason}") from error
-    _free_ended_starts()
+    _remove_stale_placement_groups()
     try:
         yield bool(ray._private.worker._global_node.is_head())
     finally:
         ray.shutdown()
 
 
-def submitted() -> dict[str, str] | None:
+def submission_metadata() -> dict[str, str] | None:
     """The metadata of the Ray job that this process is the driver of; None when it is none."""
     config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     return dict(json.loads(config).get("metadata") or {}) if config else None
 
 
-def home() -> Path:
+def base_folder() -> Path:
     """The folder from which relative places are meant: the working folder.
 
     In a submitted job that is Ray's copy of it, which does not outlive the job. There it is the
     cluster's storage, HELIOSTAT_STORAGE, or the home folder where the cluster names none.
     """
-    if submitted() is None:
+    if submission_metadata() is None:
         return Path.cwd()
     return Path(os.environ.get("HELIOSTAT_STORAGE") or Path.home())
 
 
-def _free_ended_starts() -> None:
+def _remove_stale_placement_groups() -> None:
     """Give back what earlier starts of this job still reserve.
 
     Ray frees a driver's placement groups when it hears of its end. Of a driver that went with
     its node it may not hear while the nodes of its workers live on, and its groups would keep
     the devices that this start waits for.
     """
-    name = (submitted() or {}).get("heliostat.name")
+    name = (submission_metadata() or {}).get("heliostat.name")
     if name is None:
         return
     import ray
@@ -106,10 +106,10 @@ def _free_ended_starts() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-def ray_runs_here(note: Path = Path("/tmp/ray/ray_current_cluster")) -> bool:
+def local_ray_answers(address_file: Path = Path("/tmp/ray/ray_current_cluster")) -> bool:
     """Whether the Ray that was started last on this machine, as `note` has it, answers."""
     try:
-        host, _, port = note.read_text().strip().rpartition(":")
+        host, _, port = address_file.read_text().strip().rpartition(":")
         socket.create_connection((host, int(port)), timeout=2).close()
     except (OSError, ValueError):
         return False

@@ -21,14 +21,17 @@ GAUGES = {
     "heliostat_slots_in_use": "Slots with a trial in them",
 }
 """Every metric that we export, with its help text. Each has the tag `run`."""
-_PERF = {
+_GAUGE_OF_METRIC = {
     "perf/step_s": "heliostat_step_seconds",
     "perf/samples_per_s": "heliostat_samples_per_second",
     "perf/goodput": "heliostat_goodput_ratio",
     "perf/mfu": "heliostat_mfu_ratio",
 }
-_SUMMED = "heliostat_samples_per_second"
-_RATES = {"energy_j": ("heliostat_watts", 1.0), "cost_usd": ("heliostat_usd_per_hour", 3600.0)}
+_SUMMED_GAUGE = "heliostat_samples_per_second"
+_RATE_GAUGES = {
+    "energy_j": ("heliostat_watts", 1.0),
+    "cost_usd": ("heliostat_usd_per_hour", 3600.0),
+}
 """Totals whose growth per second, times this, is a gauge."""
 
 
@@ -51,42 +54,42 @@ class RunGauges:
     """
 
     def __init__(self) -> None:
-        self._now: dict[str, dict[str, float]] = {}
+        self._latest: dict[str, dict[str, float]] = {}
         """Run or trial -> gauge -> its newest value."""
         self._totals: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def take(self, key: str, rows: Iterable[tuple[str, float, int, int]]) -> None:
+    def record(self, key: str, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Take metrics (name, value, step, Unix time in ms) of the run or trial `key`."""
         run, found = key.partition("/")[0], False
-        for name, value, _, at_ms in rows:
-            if name in _PERF:
-                self._now.setdefault(key, {})[_PERF[name]] = value
+        for name, value, _, at_ms in points:
+            if name in _GAUGE_OF_METRIC:
+                self._latest.setdefault(key, {})[_GAUGE_OF_METRIC[name]] = value
                 found = True
-            elif name in _RATES and key == run:
-                self._rate(run, name, value, at_ms / 1000)
+            elif name in _RATE_GAUGES and key == run:
+                self._set_rate(run, name, value, at_ms / 1000)
         if found:
-            self._tell(run)
+            self._publish(run)
 
     def finish(self, key: str) -> None:
         """A run or trial has ended."""
-        if self._now.pop(key, None) is not None:
-            self._tell(key.partition("/")[0])
+        if self._latest.pop(key, None) is not None:
+            self._publish(key.partition("/")[0])
 
-    def _tell(self, run: str) -> None:
-        live = [now for key, now in self._now.items() if key.partition("/")[0] == run]
+    def _publish(self, run: str) -> None:
+        live = [now for key, now in self._latest.items() if key.partition("/")[0] == run]
         set_gauge("heliostat_trials", len(live), run=run)
-        for name in _PERF.values():
+        for name in _GAUGE_OF_METRIC.values():
             values = [now[name] for now in live if name in now]
             if values:
-                mean = sum(values) / (1 if name == _SUMMED else len(values))
+                mean = sum(values) / (1 if name == _SUMMED_GAUGE else len(values))
                 set_gauge(name, mean, run=run)
         if not live:
-            set_gauge(_SUMMED, 0.0, run=run)
+            set_gauge(_SUMMED_GAUGE, 0.0, run=run)
 
-    def _rate(self, run: str, name: str, total: float, at_s: float) -> None:
+    def _set_rate(self, run: str, name: str, total: float, at_s: float) -> None:
         before, before_s = self._totals.get((run, name), (total, at_s))
         self._totals[run, name] = total, at_s
-        gauge, factor = _RATES[name]
+        gauge, factor = _RATE_GAUGES[name]
         if at_s > before_s:
             set_gauge(gauge, (total - before) / (at_s - before_s) * factor, run=run)
         if name == "cost_usd":

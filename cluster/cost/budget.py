@@ -7,12 +7,12 @@ from pydantic import Field, field_validator
 
 from cluster.base.config import Spec
 from cluster.base.errors import SpecError
-from cluster.cost.ledger import Account
-from cluster.cost.node_rates import Rate
+from cluster.cost.ledger import CostTotals
+from cluster.cost.node_rates import NodeRate
 
 Amount = Annotated[float, Field(gt=0)]
 
-UNKNOWN_SHARE = 0.01
+MAX_UNKNOWN_SHARE = 0.01
 """With more than this of its time unknown, an amount of energy is no ground to go on."""
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -57,13 +57,13 @@ def usd_text(usd: float) -> str:
     return f"${usd:,.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
 
 
-def spent(budget: BudgetSpec, account: Account) -> list[tuple[str, float, float, str]]:
+def limit_usage(budget: BudgetSpec, totals: CostTotals) -> list[tuple[str, float, float, str]]:
     """Name, what is spent, what may be, and both in words, of each limit that is set."""
     figures = (
-        ("usd", account.usd, usd_text),
-        ("kwh", account.kwh, "{:.4g} kWh".format),
-        ("kg_co2e", account.kg_co2e, "{:.4g} kg CO2e".format),
-        ("wall", account.wall_s, duration_text),
+        ("usd", totals.usd, usd_text),
+        ("kwh", totals.kwh, "{:.4g} kWh".format),
+        ("kg_co2e", totals.kg_co2e, "{:.4g} kg CO2e".format),
+        ("wall", totals.wall_s, duration_text),
     )
     found = []
     for name, used, text in figures:
@@ -74,38 +74,38 @@ def spent(budget: BudgetSpec, account: Account) -> list[tuple[str, float, float,
     return found
 
 
-def reached(budget: BudgetSpec, account: Account) -> str | None:
+def reached_limit(budget: BudgetSpec, totals: CostTotals) -> str | None:
     """Which limit is spent, in a line; None while there is something left of all of them."""
-    for name, amount, limit, words in spent(budget, account):
+    for name, amount, limit, words in limit_usage(budget, totals):
         if amount >= limit:
             return f"budget.{name} reached: {words}"
-    return unwatched(budget, account)
+    return unenforceable_limit(budget, totals)
 
 
-def unwatched(budget: BudgetSpec, account: Account) -> str | None:
+def unenforceable_limit(budget: BudgetSpec, totals: CostTotals) -> str | None:
     """Why a limit cannot be kept, in a line: what it counts is not known for a part of the run."""
-    energy = account.energy
-    if budget.usd is not None and account.unpriced_s:
-        return f"budget.usd cannot be kept: {account.unpriced_s:.0f} s of nodes have no price"
+    energy = totals.energy
+    if budget.usd is not None and totals.unpriced_s:
+        return f"budget.usd cannot be kept: {totals.unpriced_s:.0f} s of nodes have no price"
     for name in ("kwh", "kg_co2e"):
-        if getattr(budget, name) is not None and energy.unknown_share > UNKNOWN_SHARE:
+        if getattr(budget, name) is not None and energy.unknown_share > MAX_UNKNOWN_SHARE:
             share = f"{energy.unknown_share:.0%}"
             return f"budget.{name} cannot be kept: the energy of {share} of the time is unknown"
-    if budget.kg_co2e is not None and account.unknown_carbon:
+    if budget.kg_co2e is not None and totals.unknown_carbon:
         return "budget.kg_co2e cannot be kept: the carbon of a node's grid is unknown"
     return None
 
 
-def check_budget(budget: BudgetSpec, account: Account, rates: dict[str, Rate]) -> None:
+def check_budget(budget: BudgetSpec, totals: CostTotals, rates: dict[str, NodeRate]) -> None:
     """Refuse to begin what cannot be paid for, or not be watched.
 
     `rates` are those of the nodes that are there, by name. Raises SpecError with one line.
     """
     for rate in rates.values():
         if budget.usd is not None and rate.usd_per_h is None:
-            raise SpecError(f"budget.usd: {rate.price}; say cost.usd_per_h")
+            raise SpecError(f"budget.usd: {rate.price_source}; say cost.usd_per_h")
         if budget.kg_co2e is not None and rate.g_co2e_per_kwh is None:
-            raise SpecError(f"budget.kg_co2e: {rate.carbon}; say cost.g_co2e_per_kwh")
-    for name, amount, limit, words in spent(budget, account):
+            raise SpecError(f"budget.kg_co2e: {rate.carbon_source}; say cost.g_co2e_per_kwh")
+    for name, amount, limit, words in limit_usage(budget, totals):
         if amount >= limit:
             raise SpecError(f"budget.{name}: {words} is spent; go on with --set budget.{name}=MORE")

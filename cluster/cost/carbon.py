@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Carbon:
+class CarbonIntensity:
     """What electricity is made of somewhere."""
 
     g_co2e_per_kwh: float
@@ -36,10 +36,10 @@ PUE: dict[str, tuple[float, str]] = {
 
 
 @cache
-def _regions() -> dict[tuple[str, str], Carbon]:
+def _intensity_by_region() -> dict[tuple[str, str], CarbonIntensity]:
     with (Path(__file__).parent / "data" / "carbon.csv").open(newline="") as file:
         return {
-            (row["provider"], row["region"]): Carbon(
+            (row["provider"], row["region"]): CarbonIntensity(
                 float(row["g_co2e_per_kwh"]),
                 row["place"],
                 int(row["year"]) if row["year"] else None,
@@ -49,6 +49,6 @@ def _regions() -> dict[tuple[str, str], Carbon]:
         }
 
 
-def carbon_of(provider: str, region: str) -> Carbon | None:
+def carbon_intensity(provider: str, region: str) -> CarbonIntensity | None:
     """The grid's figure where this region is; None when that is not known."""
-    return _regions().get((provider, region))
+    return _intensity_by_region().get((provider, region))

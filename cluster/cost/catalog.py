@@ -19,7 +19,7 @@ from cluster.base.errors import SpecError
 
 T = TypeVar("T")
 
-PRICES = Path(__file__).parent / "data" / "prices.csv"
+PRICES_CSV = Path(__file__).parent / "data" / "prices.csv"
 
 _MEMORY_TOLERANCE = 0.15
 """Vendors count memory in GB or GiB, and drivers keep some of it; partitions have half or less."""
@@ -51,7 +51,7 @@ class Accelerator:
     """high, medium or low."""
     note: str
 
-    def note_of_peak(self) -> str:
+    def peak_text(self) -> str:
         """Its peak for people, with the source."""
         if self.peak_flop_per_s is None:
             return f"peak unknown ({self.source})"
@@ -80,7 +80,7 @@ class Instance:
     """On demand, without storage and traffic; None when unknown."""
     spot_usd_per_h: float | None
     """The median over the zones of the snapshot, or the only price that it has."""
-    spot_low_usd_per_h: float | None
+    spot_min_usd_per_h: float | None
     """In the cheapest zone of the snapshot."""
     source: str
     date: datetime.date | None
@@ -98,14 +98,14 @@ class Instance:
 
 
 @cache
-def instances(path: Path = PRICES) -> tuple[Instance, ...]:
+def instances(path: Path = PRICES_CSV) -> tuple[Instance, ...]:
     """All machines of the price list at `path`, the bundled snapshot.
 
     Raises SpecError with one line that names the file, the row and the column.
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        return tuple(_instance(row, f"{path}:{reader.line_num}") for row in reader)
+        return tuple(_read_instance(row, f"{path}:{reader.line_num}") for row in reader)
 
 
 def find_instance(provider: str, name: str, region: str | None = None) -> Instance | None:
@@ -118,7 +118,7 @@ def find_instance(provider: str, name: str, region: str | None = None) -> Instan
     return next((each for each in found if each.region == region), found[0] if found else None)
 
 
-def _instance(row: dict[str, str], where: str) -> Instance:
+def _read_instance(row: dict[str, str], where: str) -> Instance:
     def figure(column: str, read: Callable[[str], T]) -> T | None:
         text = row.get(column) or ""
         try:
@@ -146,7 +146,7 @@ def _instance(row: dict[str, str], where: str) -> Instance:
         memory_bytes=round(needed("memory_gib", _positive) * 2**30),
         usd_per_h=needed("ondemand_usd_h", _positive),
         spot_usd_per_h=low if median is None else median,
-        spot_low_usd_per_h=low,
+        spot_min_usd_per_h=low,
         source=needed("source", str),
         date=figure("snapshot_date", datetime.date.fromisoformat),
         note=row["note"],
@@ -161,13 +161,13 @@ def _positive(text: str) -> float:
 
 
 @cache
-def devices() -> tuple[Accelerator, ...]:
+def accelerators() -> tuple[Accelerator, ...]:
     """All devices of the catalogue."""
     with (Path(__file__).parent / "data" / "accelerators.csv").open(newline="") as file:
-        return tuple(_device(row) for row in csv.DictReader(file))
+        return tuple(_read_accelerator(row) for row in csv.DictReader(file))
 
 
-def find_device(name: str, memory_bytes: int | None) -> Accelerator | None:
+def find_accelerator(name: str, memory_bytes: int | None) -> Accelerator | None:
     """The device of this full name (`torch.cuda.get_device_name`) and memory; None if unknown.
 
     Both must fit. Ray's name for it does not say enough: an A100 has 40 or 80 GB, an H100 756 or
@@ -175,7 +175,7 @@ def find_device(name: str, memory_bytes: int | None) -> Accelerator | None:
     """
     if not name or memory_bytes is None:
         return None
-    for device in devices():
+    for device in accelerators():
         share = memory_bytes / device.memory_bytes
         if name == device.driver_name and abs(share - 1) <= _MEMORY_TOLERANCE:
             return device
@@ -184,11 +184,11 @@ def find_device(name: str, memory_bytes: int | None) -> Accelerator | None:
 
 def ray_resource(accelerator_type: str) -> str:
     """The resource under which Ray counts a type of `scale.accelerator`; GPU for an unknown one."""
-    known = {device.ray_accelerator_type: device.ray_resource for device in devices()}
+    known = {device.ray_accelerator_type: device.ray_resource for device in accelerators()}
     return known.get(accelerator_type, "GPU")
 
 
-def _device(row: dict[str, str]) -> Accelerator:
+def _read_accelerator(row: dict[str, str]) -> Accelerator:
     share = 1 / int(row["devices_per_chip"])
 
     def figure(column: str, unit: float) -> float | None:

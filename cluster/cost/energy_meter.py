@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cluster.cost.power_sources import MEASURED, Reading, Source, by_utilisation
+from cluster.cost.power_sources import (
+    MEASURED_METHODS,
+    PowerSource,
+    Reading,
+    estimate_from_utilisation,
+)
 
-GAP_S = 120.0
+MAX_GAP_S = 120.0
 """Power that was read longer ago says nothing about the time between; a counter does."""
 
 
 @dataclass
-class Usage:
+class EnergyUsage:
     """What one device has used since the meter was made."""
 
     device: str
@@ -38,7 +43,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Energy:
+class EnergyTotal:
     """Joules of some devices together, and how they are known."""
 
     joules: float | None
@@ -77,7 +82,7 @@ def joules_text(joules: float) -> str:
     return f"{joules:,.4g} J" if joules < 3.6e5 else f"{joules / 3.6e6:,.4g} kWh"
 
 
-def total(usages: Iterable[Usage]) -> Energy:
+def total_energy(usages: Iterable[EnergyUsage]) -> EnergyTotal:
     """All of it together."""
     usages = list(usages)
     by_method: dict[str, float] = {}
@@ -85,36 +90,36 @@ def total(usages: Iterable[Usage]) -> Energy:
         for method, joules in usage.by_method.items():
             by_method[method] = by_method.get(method, 0.0) + joules
     joules = sum(by_method.values())
-    measured = sum(part for method, part in by_method.items() if method in MEASURED)
+    measured = sum(part for method, part in by_method.items() if method in MEASURED_METHODS)
     seconds = sum(usage.seconds for usage in usages)
     known = [usage for usage in usages if usage.by_method]
-    return Energy(
+    return EnergyTotal(
         joules=joules if by_method else None,
         low_j=sum(usage.low_j for usage in usages),
         high_j=sum(usage.high_j for usage in usages),
-        measured_share=measured / joules if joules else float(by_method.keys() <= MEASURED),
+        measured_share=measured / joules if joules else float(by_method.keys() <= MEASURED_METHODS),
         method="+".join(sorted(by_method, key=lambda m: (-by_method[m], m))) or "unknown",
         coverage="+".join(sorted({usage.covers for usage in known})) or "nothing",
         unknown_share=sum(usage.unknown_s for usage in usages) / seconds if seconds else 0.0,
     )
 
 
-def as_data(usages: Iterable[Usage]) -> list[dict[str, Any]]:
+def usages_to_data(usages: Iterable[EnergyUsage]) -> list[dict[str, Any]]:
     """Plain data, for messages and files."""
     return [asdict(usage) for usage in usages]
 
 
-def from_data(data: Iterable[Mapping[str, Any]]) -> list[Usage]:
+def usages_from_data(data: Iterable[Mapping[str, Any]]) -> list[EnergyUsage]:
     """What `as_data` gave."""
-    return [Usage(**each) for each in data]
+    return [EnergyUsage(**each) for each in data]
 
 
-class Meter:
+class EnergyMeter:
     """Adds up what sources say, from one `sample` to the next. Not thread-safe."""
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[PowerSource],
         clock: Callable[[], float],
         expected: Iterable[Reading] = (),
     ) -> None:
@@ -123,7 +128,7 @@ class Meter:
         source knows of them is estimated by their limit, else it counts as unknown.
         """
         self._sources, self._clock = sources, clock
-        self._used: dict[tuple[str, str], Usage] = {}
+        self._used: dict[tuple[str, str], EnergyUsage] = {}
         self._last = {(reading.device, str(reading.covers)): reading for reading in expected}
         self._last_s = clock()
         self.problems: dict[str, str] = {}
@@ -131,7 +136,7 @@ class Meter:
         self.sample()
 
     @property
-    def used(self) -> list[Usage]:
+    def usages(self) -> list[EnergyUsage]:
         """Since the meter was made, up to the last sample."""
         return list(self._used.values())
 
@@ -143,11 +148,11 @@ class Meter:
         readings = self._read()
         for key in self._last.keys() | readings.keys():
             before = self._last.get(key)
-            after = readings.get(key) or _gone(before)
+            after = readings.get(key) or _reading_after_loss(before)
             assert after is not None
-            usage = self._used.setdefault(key, Usage(*key))
+            usage = self._used.setdefault(key, EnergyUsage(*key))
             if before is not None:
-                _charge(usage, before, after, elapsed_s)
+                _add_energy(usage, before, after, elapsed_s)
             self._last[key] = after
 
     def _read(self) -> dict[tuple[str, str], Reading]:
@@ -165,45 +170,48 @@ class Meter:
         return found
 
 
-def _gone(before: Reading | None) -> Reading | None:
+def _reading_after_loss(before: Reading | None) -> Reading | None:
     """What can be said of a device that its driver does not show any more."""
     if before is None:
         return None
     if before.covers == "gpu":
-        return replace(by_utilisation(before.device, before.limit_w, None), share=before.share)
-    return Reading(before.device, before.covers, before.method, share=before.share)
+        return replace(
+            estimate_from_utilisation(before.device, before.limit_w, None),
+            run_share=before.run_share,
+        )
+    return Reading(before.device, before.covers, before.method, run_share=before.run_share)
 
 
-def _charge(usage: Usage, before: Reading, after: Reading, elapsed_s: float) -> None:
+def _add_energy(usage: EnergyUsage, before: Reading, after: Reading, elapsed_s: float) -> None:
     usage.seconds += elapsed_s
-    found = _by_counter(before, after)
-    if found is None and elapsed_s <= GAP_S:
-        found = _by_power(before, after, elapsed_s)
+    found = _energy_from_counters(before, after)
+    if found is None and elapsed_s <= MAX_GAP_S:
+        found = _energy_from_power(before, after, elapsed_s)
     if found is None:
         usage.unknown_s += elapsed_s
         return
     method, low, joules, high = found
-    usage.by_method[method] = usage.by_method.get(method, 0.0) + joules * after.share
-    usage.low_j += low * after.share
-    usage.high_j += high * after.share
+    usage.by_method[method] = usage.by_method.get(method, 0.0) + joules * after.run_share
+    usage.low_j += low * after.run_share
+    usage.high_j += high * after.run_share
 
 
-Found = tuple[str, float, float, float]
+EnergyBounds = tuple[str, float, float, float]
 """Method; least, likeliest and most joules."""
 
 
-def _by_counter(before: Reading, after: Reading) -> Found | None:
+def _energy_from_counters(before: Reading, after: Reading) -> EnergyBounds | None:
     if before.counter_j is None or after.counter_j is None:
         return None
     joules = after.counter_j - before.counter_j
     if joules < 0:  # it went round, or its driver was loaded anew and it began again
-        if after.wraps_j is None:
+        if after.wraparound_j is None:
             return None
-        joules += after.wraps_j
+        joules += after.wraparound_j
     return after.method, joules, joules, joules
 
 
-def _by_power(before: Reading, after: Reading, elapsed_s: float) -> Found | None:
+def _energy_from_power(before: Reading, after: Reading, elapsed_s: float) -> EnergyBounds | None:
     """The trapezoid between two readings; what happened between them lies between them."""
     if after.power_w is None:
         return None

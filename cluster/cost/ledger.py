@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.base.errors import ClusterError
-from cluster.base.files import cut_torn_line
-from cluster.cost.energy_meter import Energy, Usage, from_data, total
+from cluster.base.files import truncate_partial_line
+from cluster.cost.energy_meter import EnergyTotal, EnergyUsage, total_energy, usages_from_data
 
 Kind = Literal["wall", "busy", "idle", "energy"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """What has come together under one id."""
 
     id: str
@@ -46,7 +46,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Account:
+class CostTotals:
     """A sum over entries."""
 
     wall_s: float
@@ -59,7 +59,7 @@ class Account:
     idle_usd: float | None
     unpriced_s: float
     """Node-seconds that are not in the dollars, for want of a price."""
-    energy: Energy
+    energy: EnergyTotal
     kg_co2e: float | None
     unknown_carbon: bool
     """Whether there are joules of which the carbon is not known."""
@@ -69,44 +69,44 @@ class Account:
         return None if self.energy.joules is None else self.energy.joules / 3.6e6
 
 
-def account(entries: Iterable[Entry]) -> Account:
+def total_costs(entries: Iterable[LedgerEntry]) -> CostTotals:
     """The sum; of several entries with one id, the one with most seconds counts."""
-    newest: dict[str, Entry] = {}
+    newest: dict[str, LedgerEntry] = {}
     for entry in entries:
         known = newest.get(entry.id)
         if known is None or entry.seconds >= known.seconds:
             newest[entry.id] = entry
-    by_kind: dict[str, list[Entry]] = {"wall": [], "busy": [], "idle": [], "energy": []}
+    by_kind: dict[str, list[LedgerEntry]] = {"wall": [], "busy": [], "idle": [], "energy": []}
     for entry in newest.values():
         by_kind[entry.kind].append(entry)
     nodes = by_kind["busy"] + by_kind["idle"]
     used = [entry for entry in by_kind["energy"] if entry.usage]
-    return Account(
+    return CostTotals(
         wall_s=_seconds(by_kind["wall"]),
         busy_s=_seconds(by_kind["busy"]),
         idle_s=_seconds(by_kind["idle"]),
         usd=_sum(entry.usd for entry in nodes),
         idle_usd=_sum(entry.usd for entry in by_kind["idle"]),
         unpriced_s=_seconds(entry for entry in nodes if entry.usd is None),
-        energy=total(from_data(entry.usage for entry in used if entry.usage)),
+        energy=total_energy(usages_from_data(entry.usage for entry in used if entry.usage)),
         kg_co2e=_sum(entry.kg_co2e for entry in used),
         unknown_carbon=any(entry.kg_co2e is None and _joules(entry) for entry in used),
     )
 
 
-def accounts(entries: Iterable[Entry]) -> dict[str, Account]:
+def total_costs_by_run(entries: Iterable[LedgerEntry]) -> dict[str, CostTotals]:
     """The sums of each run or trial that pays, by its key."""
-    by_run: dict[str, list[Entry]] = {}
+    by_run: dict[str, list[LedgerEntry]] = {}
     for entry in entries:
         by_run.setdefault(entry.run, []).append(entry)
-    return {run: account(own) for run, own in by_run.items()}
+    return {run: total_costs(own) for run, own in by_run.items()}
 
 
-def _joules(entry: Entry) -> float:
-    return Usage(**(entry.usage or {})).joules
+def _joules(entry: LedgerEntry) -> float:
+    return EnergyUsage(**(entry.usage or {})).joules
 
 
-def _seconds(entries: Iterable[Entry]) -> float:
+def _seconds(entries: Iterable[LedgerEntry]) -> float:
     return sum(entry.seconds for entry in entries)
 
 
@@ -120,13 +120,13 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         """Go on with the file at `path`, or begin it. Raises ClusterError if it is damaged."""
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, LedgerEntry] = {}
         self._file = path.open("a+b")
-        cut_torn_line(self._file.fileno())
-        for entry in read(path):
+        truncate_partial_line(self._file.fileno())
+        for entry in read_entries(path):
             self._entries[entry.id] = entry
 
-    def put(self, entries: Iterable[Entry]) -> None:
+    def append(self, entries: Iterable[LedgerEntry]) -> None:
         """Returns when they would survive the death of this process."""
         for entry in entries:
             if self._entries.get(entry.id) != entry:
@@ -134,19 +134,19 @@ class Ledger:
                 self._file.write(json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n")
         self._file.flush()
 
-    def account(self) -> Account:
+    def totals(self) -> CostTotals:
         """Of all in the file."""
-        return account(self._entries.values())
+        return total_costs(self._entries.values())
 
-    def accounts(self) -> dict[str, Account]:
+    def totals_by_run(self) -> dict[str, CostTotals]:
         """Of each run or trial that pays, by its key."""
-        return accounts(self._entries.values())
+        return total_costs_by_run(self._entries.values())
 
     def close(self) -> None:
         self._file.close()
 
 
-def read(path: Path) -> Iterator[Entry]:
+def read_entries(path: Path) -> Iterator[LedgerEntry]:
     """The entries of a file that somebody may be writing to.
 
     Raises ClusterError that names the line where it is no entry.
@@ -156,6 +156,6 @@ def read(path: Path) -> Iterator[Entry]:
             if not line.endswith(b"\n"):  # it is being written, or its writer was killed
                 return
             try:
-                yield Entry(**json.loads(line))
+                yield LedgerEntry(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise ClusterError(f"{path}:{number}: is no entry: {error}") from None

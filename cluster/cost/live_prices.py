@@ -18,12 +18,12 @@ from typing import Any
 from cluster.cost.catalog import Instance
 
 TIMEOUT_S = 20.0
-NAMES = {"lambda": "lambdalabs"}
+GPUHUNT_NAMES = {"lambda": "lambdalabs"}
 """Our name of a provider -> gpuhunt's, where they differ."""
 PROVIDERS = ("aws", "gcp", "azure", "lambda", "nebius", "runpod")
 
 
-def refreshed(
+def with_live_prices(
     known: Iterable[Instance],
     providers: Iterable[str] = PROVIDERS,
     today: datetime.date | None = None,
@@ -33,15 +33,15 @@ def refreshed(
     Blocks for `TIMEOUT_S` at most. The same machine in a region is matched by its name.
     """
     known = tuple(known)
-    offers, problem = _within(TIMEOUT_S, tuple(providers))
+    offers, problem = _fetch_within(TIMEOUT_S, tuple(providers))
     if problem:
         return known, problem
     day = today or datetime.date.today()
     source = f"gpuhunt {importlib.metadata.version('gpuhunt')}"
-    return tuple(_renewed(each, offers, source, day) for each in known), None
+    return tuple(_with_live_price(each, offers, source, day) for each in known), None
 
 
-def _renewed(
+def _with_live_price(
     instance: Instance,
     offers: dict[tuple[str, str, bool], dict[str, float]],
     source: str,
@@ -60,20 +60,20 @@ def _renewed(
         instance,
         usd_per_h=demand[0],
         spot_usd_per_h=spot[len(spot) // 2] if spot else None,
-        spot_low_usd_per_h=spot[0] if spot else None,
+        spot_min_usd_per_h=spot[0] if spot else None,
         source=source,
         date=day,
     )
 
 
-def _within(timeout_s: float, providers: tuple[str, ...]) -> tuple[Any, str | None]:
+def _fetch_within(timeout_s: float, providers: tuple[str, ...]) -> tuple[Any, str | None]:
     """What `_offers` gives, unless it takes too long: gpuhunt itself waits for ever."""
     found: list[Any] = []
     problem: list[str] = []
 
     def ask() -> None:
         try:
-            found.append(_offers(providers))
+            found.append(_fetch_offers(providers))
         except ImportError:
             problem.append("gpuhunt is not installed")
         except Exception as error:  # whatever the network and its parsers raise
@@ -87,7 +87,7 @@ def _within(timeout_s: float, providers: tuple[str, ...]) -> tuple[Any, str | No
     return {}, problem[0] if problem else f"no prices within {timeout_s:g} s"
 
 
-def _offers(providers: tuple[str, ...]) -> dict[tuple[str, str, bool], dict[str, float]]:
+def _fetch_offers(providers: tuple[str, ...]) -> dict[tuple[str, str, bool], dict[str, float]]:
     """(provider, name, spot) -> place -> dollars an hour."""
     import gpuhunt
 
@@ -96,7 +96,7 @@ def _offers(providers: tuple[str, ...]) -> dict[tuple[str, str, bool], dict[str,
     catalog = gpuhunt.Catalog(auto_reload="GPUHUNT_CATALOG_DIR" not in os.environ)
     offers: defaultdict[tuple[str, str, bool], dict[str, float]] = defaultdict(dict)
     for provider in providers:
-        for item in catalog.query(provider=NAMES.get(provider, provider)):
+        for item in catalog.query(provider=GPUHUNT_NAMES.get(provider, provider)):
             if item.price > 0:
                 offers[provider, item.instance_name, item.spot][item.location] = item.price
     return offers

@@ -14,9 +14,9 @@ from cluster.base.config import did_you_mean
 from cluster.base.errors import SpecError
 from cluster.cost.catalog import Instance
 
-Field = Callable[[Instance], str | float | None]
+FieldGetter = Callable[[Instance], str | float | None]
 
-FIELDS: dict[str, Field] = {
+FILTER_FIELDS: dict[str, FieldGetter] = {
     "provider": lambda instance: instance.provider,
     "region": lambda instance: instance.region,
     "name": lambda instance: instance.name,
@@ -28,9 +28,9 @@ FIELDS: dict[str, Field] = {
     "spot_usd": lambda instance: instance.spot_usd_per_h,
 }
 """What can be asked for; the prices are of an hour."""
-WORDS = ("provider", "region", "name", "accelerator")
+TEXT_FIELDS = ("provider", "region", "name", "accelerator")
 
-COMPARE: dict[str, Callable[[float, float], bool]] = {
+COMPARATORS: dict[str, Callable[[float, float], bool]] = {
     "=": operator.eq,
     "!=": operator.ne,
     "<=": operator.le,
@@ -39,7 +39,7 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 
-SHOWN = 12
+MAX_LISTED = 12
 """How many values a message lists."""
 
 
@@ -49,49 +49,51 @@ class Condition:
 
     text: str
     field: str
-    compare: str
+    comparator: str
     value: str
 
-    def holds(self, instance: Instance) -> bool:
+    def matches(self, instance: Instance) -> bool:
         """Whether it does; never for a number that is unknown."""
-        found = FIELDS[self.field](instance)
+        found = FILTER_FIELDS[self.field](instance)
         if isinstance(found, str):
             patterns = self.value.lower().split(",")
             one = any(fnmatch.fnmatchcase(found.lower(), pattern) for pattern in patterns)
-            return one == (self.compare == "=")
-        return found is not None and COMPARE[self.compare](found, float(self.value))
+            return one == (self.comparator == "=")
+        return found is not None and COMPARATORS[self.comparator](found, float(self.value))
 
 
-def select(text: str, instances: Sequence[Instance]) -> list[Instance]:
+def select_machines(text: str, instances: Sequence[Instance]) -> list[Instance]:
     """The machines for which every condition of `text` holds.
 
     Raises SpecError with one line that says what is wrong, or what would match.
     """
-    conditions = [_condition(word) for word in text.split()]
+    conditions = [_parse_condition(word) for word in text.split()]
     if not conditions:
-        raise SpecError(f"--on: needs conditions, such as provider=aws usd<5 ({_list(FIELDS)})")
+        raise SpecError(
+            f"--on: needs conditions, such as provider=aws usd<5 ({_shortened_list(FILTER_FIELDS)})"
+        )
     left = list(instances)
     for number, condition in enumerate(conditions):
-        found = [each for each in left if condition.holds(each)]
+        found = [each for each in left if condition.matches(each)]
         if not found:
             others = " ".join(each.text for each in conditions[:number])
             among = f" with {others}" if others else ""
             raise SpecError(
                 f"--on {condition.text}: no machine{among} has that; "
-                f"{condition.field}: {_values(condition.field, left)}"
+                f"{condition.field}: {_value_range(condition.field, left)}"
             )
         left = found
     return left
 
 
-def _condition(word: str) -> Condition:
+def _parse_condition(word: str) -> Condition:
     match = re.fullmatch(r"(\w+)(<=|>=|!=|=|<|>)(.+)", word)
     if match is None:
         raise SpecError(f"--on {word}: must look like provider=aws or usd<5")
     field, compare, value = match.groups()
-    if field not in FIELDS:
-        raise SpecError(f"--on {word}: unknown field {field!r}{did_you_mean(field, FIELDS)}")
-    if field in WORDS:
+    if field not in FILTER_FIELDS:
+        raise SpecError(f"--on {word}: unknown field {field!r}{did_you_mean(field, FILTER_FIELDS)}")
+    if field in TEXT_FIELDS:
         if compare not in ("=", "!="):
             raise SpecError(f"--on {word}: {field} is a word; use = or !=")
     else:
@@ -102,16 +104,16 @@ def _condition(word: str) -> Condition:
     return Condition(word, field, compare, value)
 
 
-def _values(field: str, instances: Iterable[Instance]) -> str:
-    found = {value for each in instances if (value := FIELDS[field](each)) is not None}
+def _value_range(field: str, instances: Iterable[Instance]) -> str:
+    found = {value for each in instances if (value := FILTER_FIELDS[field](each)) is not None}
     words = sorted(value for value in found if isinstance(value, str))
     numbers = sorted(value for value in found if isinstance(value, float))
     if numbers:
         return f"{numbers[0]:g} to {numbers[-1]:g}"
-    return _list(words) if words else "unknown for all of these"
+    return _shortened_list(words) if words else "unknown for all of these"
 
 
-def _list(words: Iterable[str]) -> str:
+def _shortened_list(words: Iterable[str]) -> str:
     words = list(words)
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more
+    more = f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else ""
+    return ", ".join(words[:MAX_LISTED]) + more

@@ -16,9 +16,9 @@ from pydantic import Field
 from cluster.base.config import Spec
 from cluster.base.errors import SpecError
 from cluster.base.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT, USD_PER_HOUR
-from cluster.cost.carbon import PUE, carbon_of
+from cluster.cost.carbon import PUE, carbon_intensity
 from cluster.cost.catalog import Instance, instances
-from cluster.cost.user_prices import Machine, Own, overridden
+from cluster.cost.user_prices import OwnedMachine, UserPrices, apply_user_prices
 
 RAY_MARKET, RAY_REGION = "ray.io/market-type", "ray.io/availability-region"
 """Ray's own labels, where a provider sets them; ours count first."""
@@ -37,16 +37,16 @@ class CostSpec(Spec):
 
 
 @dataclass(frozen=True)
-class Rate:
+class NodeRate:
     """What a node costs and emits."""
 
     usd_per_h: float | None
     """None when unknown."""
-    price: str
+    price_source: str
     """Where that is from, for people; or why it is unknown."""
     g_co2e_per_kwh: float | None
     """Of electricity at the building's meter; None when unknown."""
-    carbon: str
+    carbon_source: str
     """Where that is from, and the PUE."""
     pue: float
 
@@ -57,7 +57,7 @@ class Rate:
         return energy_j / 3.6e6 * self.pue * self.g_co2e_per_kwh / 1000
 
 
-def age(date: datetime.date | None, today: datetime.date) -> str:
+def age_text(date: datetime.date | None, today: datetime.date) -> str:
     """How old a price is, for people."""
     if date is None:
         return "of unknown age"
@@ -65,46 +65,46 @@ def age(date: datetime.date | None, today: datetime.date) -> str:
     return f"of {date}, {days} day{'' if days == 1 else 's'} old" if days > 0 else f"of {date}"
 
 
-def quote(instance: Instance, spot: bool, today: datetime.date | None = None) -> str:
+def price_text(instance: Instance, spot: bool, today: datetime.date | None = None) -> str:
     """An instance's price with its source and age, in one line."""
     usd = instance.usd(spot)
     market = "spot" if spot else "on demand"
     if usd is None:
         return f"{instance.key} {market}: price unknown ({instance.source})"
-    held = age(instance.date, today or datetime.date.today())
+    held = age_text(instance.date, today or datetime.date.today())
     held = "" if instance.source.startswith("your price file") else f", {held}"
     return f"{instance.key} {market}: ${usd:,.4g}/h ({instance.source}{held})"
 
 
-def rate_of(
+def node_rate(
     host: str,
     labels: Mapping[str, str],
     cost: CostSpec,
-    own: Own,
+    user_prices: UserPrices,
     known: Iterable[Instance] | None = None,
     today: datetime.date | None = None,
-) -> Rate:
+) -> NodeRate:
     """The rate of the node `host` with these Ray labels; no `host` for one that is not there.
 
     `known` are the machines at today's prices, the snapshot when None. Raises SpecError where
     a label is no number.
     """
     today = today or datetime.date.today()
-    machine = own.machine_of(host) if host else None
-    usd, price = _price(host, labels, cost, own, machine, known, today)
-    intensity, carbon = _intensity(labels, cost, machine)
+    machine = user_prices.find_machine(host) if host else None
+    usd, price = _price(host, labels, cost, user_prices, machine, known, today)
+    intensity, carbon = _carbon_intensity(labels, cost, machine)
     pue, pue_from = _pue(labels, cost, machine)
     if intensity is not None:
         carbon += f"; PUE {pue:g} ({pue_from})"
-    return Rate(usd, price, intensity, carbon, pue)
+    return NodeRate(usd, price, intensity, carbon, pue)
 
 
 def _price(
     host: str,
     labels: Mapping[str, str],
     cost: CostSpec,
-    own: Own,
-    machine: tuple[str, Machine] | None,
+    user_prices: UserPrices,
+    machine: tuple[str, OwnedMachine] | None,
     known: Iterable[Instance] | None,
     today: datetime.date,
 ) -> tuple[float | None, str]:
@@ -112,8 +112,8 @@ def _price(
         return cost.usd_per_h, f"${cost.usd_per_h:g}/h (cost.usd_per_h)"
     spot = labels.get(MARKET, labels.get(RAY_MARKET, ON_DEMAND)) == SPOT
     if USD_PER_HOUR in labels:
-        usd = _dollars(labels[USD_PER_HOUR], host)
-        snapshot = _labelled(labels, instances())
+        usd = _usd_from_label(labels[USD_PER_HOUR], host)
+        snapshot = _instance_from_labels(labels, instances())
         if snapshot is None or f"{snapshot.usd(spot) or 0:g}" != f"{usd:g}":
             return usd, f"${usd:g}/h (label {USD_PER_HOUR})"
     if machine is not None:
@@ -121,34 +121,36 @@ def _price(
         return found.usd_per_h, f"{name}: ${found.usd_per_h:.4g}/h (your price file)"
     if INSTANCE not in labels:
         return None, f"price of {host} unknown: no label, no row in your price file"
-    here = _labelled(labels, overridden(own, instances() if known is None else known))
+    here = _instance_from_labels(
+        labels, apply_user_prices(user_prices, instances() if known is None else known)
+    )
     if here is None:
         return None, f"price of {labels[INSTANCE]} unknown: not in the price list"
-    text, region = quote(here, spot, today), _region(labels)
+    text, region = price_text(here, spot, today), _region_of(labels)
     if region and here.region != region:
         text += f", taken for {region}"
     return here.usd(spot), text
 
 
-def _provider(labels: Mapping[str, str]) -> str:
+def _provider_of(labels: Mapping[str, str]) -> str:
     """Who rents the node out: as labelled, else who has such instances."""
-    here = _labelled(labels, instances())
+    here = _instance_from_labels(labels, instances())
     return labels.get(PROVIDER, here.provider if here else "")
 
 
-def _region(labels: Mapping[str, str]) -> str:
+def _region_of(labels: Mapping[str, str]) -> str:
     return labels.get(REGION, labels.get(RAY_REGION, ""))
 
 
-def _labelled(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
+def _instance_from_labels(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
     """The instance that the labels name, in their region if the list has it there."""
     name, provider = labels.get(INSTANCE), labels.get(PROVIDER)
     same = [each for each in known if each.name == name and provider in (None, each.provider)]
-    here = [each for each in same if each.region == _region(labels)]
+    here = [each for each in same if each.region == _region_of(labels)]
     return next(iter(here or same), None)
 
 
-def _dollars(text: str, host: str) -> float:
+def _usd_from_label(text: str, host: str) -> float:
     try:
         usd = float(text)
     except ValueError:
@@ -158,23 +160,23 @@ def _dollars(text: str, host: str) -> float:
     return usd
 
 
-def _intensity(
-    labels: Mapping[str, str], cost: CostSpec, machine: tuple[str, Machine] | None
+def _carbon_intensity(
+    labels: Mapping[str, str], cost: CostSpec, machine: tuple[str, OwnedMachine] | None
 ) -> tuple[float | None, str]:
     if cost.g_co2e_per_kwh is not None:
         return cost.g_co2e_per_kwh, f"{cost.g_co2e_per_kwh:g} g CO2e/kWh (cost.g_co2e_per_kwh)"
     if machine is not None and machine[1].g_co2e_per_kwh is not None:
         grams = machine[1].g_co2e_per_kwh
         return grams, f"{grams:g} g CO2e/kWh (your price file)"
-    found = carbon_of(_provider(labels), _region(labels))
+    found = carbon_intensity(_provider_of(labels), _region_of(labels))
     return (found.g_co2e_per_kwh, str(found)) if found else (None, "carbon of its grid unknown")
 
 
 def _pue(
-    labels: Mapping[str, str], cost: CostSpec, machine: tuple[str, Machine] | None
+    labels: Mapping[str, str], cost: CostSpec, machine: tuple[str, OwnedMachine] | None
 ) -> tuple[float, str]:
     if cost.pue is not None:
         return cost.pue, "cost.pue"
     if machine is not None:
         return machine[1].pue, "your price file"
-    return PUE.get(_provider(labels), (1.0, "unknown, so without overhead"))
+    return PUE.get(_provider_of(labels), (1.0, "unknown, so without overhead"))

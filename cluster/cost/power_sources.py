@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Method = Literal["nvml_counter", "amdsmi_counter", "rapl", "power_integrated", "tdp_util_estimate"]
-MEASURED: frozenset[str] = frozenset(("nvml_counter", "amdsmi_counter", "rapl", "power_integrated"))
+MEASURED_METHODS: frozenset[str] = frozenset(
+    ("nvml_counter", "amdsmi_counter", "rapl", "power_integrated")
+)
 Covers = Literal["gpu", "cpu", "dram", "host"]
 
 IDLE_SHARE = (0.10, 0.25)
 """What a GPU draws when idle, as a share of its limit: the range over data-centre GPUs."""
 UTILISATION_ERROR = 0.30
 """How far power may lie from idle plus utilisation times the rest, as a share of it."""
-CPU_W = (1.9, 3.0, 4.7)
+CPU_W_PER_THREAD = (1.9, 3.0, 4.7)
 """Least, middle and most watts per hardware thread of a server's CPU at work: design power over
 threads of EPYC 7B12 (240 W, 128), EPYC 7R13 (225 W, 96) and Xeon 8375C (300 W, 64), and between
 the two. Design powers are those of codecarbon 3.3.2's table (MIT)."""
@@ -39,7 +41,7 @@ class Reading:
     method: Method
     counter_j: float | None = None
     """Joules since some moment in the past; only differences mean anything."""
-    wraps_j: float | None = None
+    wraparound_j: float | None = None
     """At which value the counter starts again; None where it does not."""
     power_w: float | None = None
     low_w: float | None = None
@@ -47,11 +49,11 @@ class Reading:
     """Between which the power is, where it is estimated."""
     limit_w: float | None = None
     """The most that it may draw: what is left to estimate from when its driver goes."""
-    share: float = 1.0
+    run_share: float = 1.0
     """The part of it that is the run's."""
 
 
-class Source(Protocol):
+class PowerSource(Protocol):
     """Something that can say what devices of this node draw."""
 
     def read(self) -> list[Reading]:
@@ -72,7 +74,7 @@ class Nvml:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-        return [replace(self._device(uuid), share=self._share) for uuid in self._uuids]
+        return [replace(self._device(uuid), run_share=self._share) for uuid in self._uuids]
 
     def _device(self, uuid: str) -> Reading:
         nvml = self._nvml
@@ -92,15 +94,15 @@ class Nvml:
         if power_w is not None:
             return Reading(uuid, "gpu", "power_integrated", power_w=power_w, limit_w=limit_w)
         used = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-        return by_utilisation(uuid, limit_w, used)
+        return estimate_from_utilisation(uuid, limit_w, used)
 
 
-class Amd:
+class AmdSmi:
     """AMD's devices by their UUIDs, through amdsmi, which comes with ROCm."""
 
     def __init__(self, uuids: Collection[str], share: float = 1.0) -> None:
         """`share` of each device is the run's, and is charged so much of it."""
-        self._share, self._uuids = share, {_hex(uuid): uuid for uuid in uuids}
+        self._share, self._uuids = share, {_bare_uuid(uuid): uuid for uuid in uuids}
         self._smi: Any = None
 
     def read(self) -> list[Reading]:
@@ -113,14 +115,14 @@ class Amd:
 
     def _devices(self) -> Iterator[Reading]:
         for handle in self._smi.amdsmi_get_processor_handles():
-            uuid = self._uuids.get(_hex(str(self._smi.amdsmi_get_gpu_device_uuid(handle))))
+            uuid = self._uuids.get(_bare_uuid(str(self._smi.amdsmi_get_gpu_device_uuid(handle))))
             if uuid is not None:
                 found = self._smi.amdsmi_get_energy_count(handle)
                 joules = found["energy_accumulator"] * found["counter_resolution"] / 1e6
-                yield Reading(uuid, "gpu", "amdsmi_counter", joules, share=self._share)
+                yield Reading(uuid, "gpu", "amdsmi_counter", joules, run_share=self._share)
 
 
-def _hex(uuid: str) -> str:
+def _bare_uuid(uuid: str) -> str:
     return uuid.lower().removeprefix("gpu-").replace("-", "")
 
 
@@ -139,8 +141,8 @@ class Rapl:
                 covers="dram" if name == "dram" else "cpu",
                 method="rapl",
                 counter_j=int((zone / "energy_uj").read_text()) / 1e6,
-                wraps_j=int((zone / "max_energy_range_uj").read_text()) / 1e6,
-                share=self._share,
+                wraparound_j=int((zone / "max_energy_range_uj").read_text()) / 1e6,
+                run_share=self._share,
             )
             for zone in sorted(self._root.glob("intel-rapl:*"))
             # Other zones are parts of a package, or the package once more by another interface.
@@ -167,12 +169,12 @@ class CpuEstimate:
         self._last = now
         busy = (now[1] - spent) / (now[0] - before) if now[0] > before else 0.0
         threads = CPU_IDLE_SHARE * self._cpus + (1 - CPU_IDLE_SHARE) * busy
-        low, middle, high = (watts * threads for watts in CPU_W)
+        low, middle, high = (watts * threads for watts in CPU_W_PER_THREAD)
         device = f"{self._host}/cpu/{os.getpid()}"
         return [Reading(device, "cpu", "tdp_util_estimate", power_w=middle, low_w=low, high_w=high)]
 
 
-class Replay:
+class TraceReplay:
     """A recorded trace in place of devices: CSV with t_s, device, covers, method, and counter_j
     or power_w. The newest row of each device counts; a row with neither is a device that is gone.
     """
@@ -202,7 +204,9 @@ class Replay:
         )
 
 
-def by_utilisation(device: str, limit_w: float | None, used: float | None) -> Reading:
+def estimate_from_utilisation(
+    device: str, limit_w: float | None, utilisation: float | None
+) -> Reading:
     """A GPU's power from the share of time in which it computes; unknown without its limit.
 
     Without that share, all between idle and its limit is possible.
@@ -210,11 +214,11 @@ def by_utilisation(device: str, limit_w: float | None, used: float | None) -> Re
     if limit_w is None:
         return Reading(device, "gpu", "tdp_util_estimate")
     low, high = IDLE_SHARE[0] * limit_w, limit_w
-    if used is None:
+    if utilisation is None:
         middle = (low + high) / 2
     else:
         idle = sum(IDLE_SHARE) / 2 * limit_w
-        middle = idle + (limit_w - idle) * used
+        middle = idle + (limit_w - idle) * utilisation
         low = max(low, middle * (1 - UTILISATION_ERROR))
         high = min(high, middle * (1 + UTILISATION_ERROR))
     return Reading(

@@ -19,11 +19,11 @@ from cluster.base.config import did_you_mean, read_yaml
 from cluster.base.errors import SpecError
 from cluster.base.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT
 from cluster.cost.catalog import instances, ray_resource
-from cluster.definition.hourly_cost import Offer, offers, quote
+from cluster.definition.hourly_cost import PricedNodeType, hourly_cost_lines, priced_node_types
 
-LEAST_DISK_GB = 40
+MIN_DISK_GB = 40
 """For the system, an environment with CUDA's libraries, what Ray spills, and a few checkpoints."""
-WORLD = ("0.0.0.0/0", "::/0")
+OPEN_NETWORKS = ("0.0.0.0/0", "::/0")
 PLACEHOLDERS = re.compile(
     r"ami-0{17}|203\.0\.113\.\d+|192\.0\.2\.\d+|198\.51\.100\.\d+|my-project|my-bucket|"
     r"registry\.example\.com"
@@ -32,7 +32,7 @@ PLACEHOLDERS = re.compile(
 
 _CONSTRAINTS = re.compile(r"pip install[^;&|]*? (?:-c|--constraint)[ =](\S+)")
 
-_Config = Mapping[str, Any]
+LauncherConfig = Mapping[str, Any]
 _COMMANDS = (
     "initialization_commands",
     "setup_commands",
@@ -44,12 +44,12 @@ _COMMANDS = (
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     findings: list[str]
     prices: list[str]
 
 
-def examine(path: Path) -> Report:
+def check_file(path: Path) -> CheckReport:
     """All findings of a file, and what its cluster costs an hour.
 
     Raises SpecError if it cannot be read or is none of the launcher's.
@@ -61,9 +61,9 @@ def examine(path: Path) -> Report:
         raise SpecError(f"{path}: not a file for Ray's launcher, it has no provider.type")
     wrong = list(_schema(config))
     if wrong:  # the rest relies on its shape
-        return Report(wrong, [])
+        return CheckReport(wrong, [])
     prepared = _prepared(config)
-    looks: list[Callable[[_Config], Iterator[str]]] = [
+    looks: list[Callable[[LauncherConfig], Iterator[str]]] = [
         _placeholders,
         _instances,
         _labels,
@@ -74,10 +74,12 @@ def examine(path: Path) -> Report:
         _files,
         _credentials,
     ]
-    return Report([line for look in looks for line in look(prepared)], quote(prepared))
+    return CheckReport(
+        [line for look in looks for line in look(prepared)], hourly_cost_lines(prepared)
+    )
 
 
-def _prepared(config: _Config) -> dict[str, Any]:
+def _prepared(config: LauncherConfig) -> dict[str, Any]:
     """With the launcher's own defaults, which is what would be run."""
     from ray.autoscaler._private.util import prepare_config
 
@@ -89,7 +91,7 @@ def _prepared(config: _Config) -> dict[str, Any]:
     return prepared
 
 
-def _schema(config: _Config) -> Iterator[str]:
+def _schema(config: LauncherConfig) -> Iterator[str]:
     """The first thing that Ray's own schema and rules do not let pass."""
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import validate_config
@@ -116,31 +118,31 @@ def _schema(config: _Config) -> Iterator[str]:
             )
 
 
-def _placeholders(config: _Config) -> Iterator[str]:
+def _placeholders(config: LauncherConfig) -> Iterator[str]:
     for place, value in _leaves(config):
         found = PLACEHOLDERS.search(_without_comments(value))
         if found:
             yield f"{place}: still the example's {found[0]}"
 
 
-def _instances(config: _Config) -> Iterator[str]:
+def _instances(config: LauncherConfig) -> Iterator[str]:
     """Types that do not exist, and resources that they do not have."""
     kind = config["provider"]["type"]
-    for offer in offers(config):
-        if offer.known is None:
+    for offer in priced_node_types(config):
+        if offer.catalog_entry is None:
             names = [it.name for it in instances() if it.provider == kind]
             near = did_you_mean(offer.instance, names)
             near = near if "mean" in near else f" (it has {len(names)} of {kind})"
-            yield f"{offer.place}: {offer.instance!r} is not in the catalogue{near}"
+            yield f"{offer.path}: {offer.instance!r} is not in the catalogue{near}"
             continue
         yield from _resources(config, offer)
 
 
-def _resources(config: _Config, offer: Offer) -> Iterator[str]:
-    known = offer.known
+def _resources(config: LauncherConfig, offer: PricedNodeType) -> Iterator[str]:
+    known = offer.catalog_entry
     assert known is not None
-    asked = config["available_node_types"][offer.title].get("resources", {})
-    place = f"available_node_types.{offer.title}.resources"
+    asked = config["available_node_types"][offer.name].get("resources", {})
+    place = f"available_node_types.{offer.name}.resources"
     if asked.get("CPU", 0) > known.vcpus:
         yield f"{place}.CPU: {asked['CPU']}, but {known.name} has {known.vcpus:g}"
     device = ray_resource(known.ray_accelerator_type) if known.accelerators else "GPU"
@@ -155,12 +157,12 @@ def _resources(config: _Config, offer: Offer) -> Iterator[str]:
         )
 
 
-def _labels(config: _Config) -> Iterator[str]:
+def _labels(config: LauncherConfig) -> Iterator[str]:
     """What nodes would say of themselves, and be billed by, against what is asked for."""
     provider = config["provider"]
     region = provider.get("region") or provider.get("location")
-    for offer in offers(config):
-        labels = config["available_node_types"][offer.title].get("labels", {})
+    for offer in priced_node_types(config):
+        labels = config["available_node_types"][offer.name].get("labels", {})
         asked = {
             PROVIDER: provider["type"],
             REGION: region,
@@ -170,11 +172,11 @@ def _labels(config: _Config) -> Iterator[str]:
         for label, value in asked.items():
             said = labels.get(label, value)
             if said != value:
-                place = f"available_node_types.{offer.title}.labels.{label}"
+                place = f"available_node_types.{offer.name}.labels.{label}"
                 yield f"{place}: {said}, but {value} is asked for"
 
 
-def _places(config: _Config) -> Iterator[str]:
+def _places(config: LauncherConfig) -> Iterator[str]:
     """Zones outside their region, and types that a region does not have."""
     provider = config["provider"]
     zones = str(provider.get("availability_zone", "")).split(",")
@@ -186,7 +188,7 @@ def _places(config: _Config) -> Iterator[str]:
         yield from _aws_region(config)
 
 
-def _aws_region(config: _Config) -> Iterator[str]:
+def _aws_region(config: LauncherConfig) -> Iterator[str]:
     session = _aws_session()
     if session is None:
         return
@@ -194,7 +196,7 @@ def _aws_region(config: _Config) -> Iterator[str]:
     if not any(region in session.get_available_regions("ec2", it) for it in _PARTITIONS):
         yield f"provider.region: AWS has no region {region!r}"
         return
-    wanted = {offer.instance: offer.place for offer in offers(config) if offer.instance}
+    wanted = {offer.instance: offer.path for offer in priced_node_types(config) if offer.instance}
     if session.get_credentials() is None:
         return
     from botocore.exceptions import BotoCoreError, ClientError
@@ -215,19 +217,19 @@ def _aws_region(config: _Config) -> Iterator[str]:
 _PARTITIONS = ("aws", "aws-us-gov", "aws-cn")
 
 
-def _disks(config: _Config) -> Iterator[str]:
+def _disks(config: LauncherConfig) -> Iterator[str]:
     if config["provider"]["type"] == "local":
         return
     for title, kind in config["available_node_types"].items():
         place, size = _disk(kind["node_config"])
         where = f"available_node_types.{title}.node_config.{place}"
         if size is None:
-            yield f"{where}: none given, the image's own is small; at least {LEAST_DISK_GB} GB"
-        elif size < LEAST_DISK_GB:
-            yield f"{where}: {size} GB, needs at least {LEAST_DISK_GB}"
+            yield f"{where}: none given, the image's own is small; at least {MIN_DISK_GB} GB"
+        elif size < MIN_DISK_GB:
+            yield f"{where}: {size} GB, needs at least {MIN_DISK_GB}"
 
 
-def _disk(node: _Config) -> tuple[str, int | None]:
+def _disk(node: LauncherConfig) -> tuple[str, int | None]:
     """Where the size of the first disk stands, and what it is."""
     if "azure_arm_parameters" in node:
         size = node["azure_arm_parameters"].get("osDiskSize")
@@ -241,7 +243,7 @@ def _disk(node: _Config) -> tuple[str, int | None]:
     return "BlockDeviceMappings", None
 
 
-def _versions(config: _Config) -> Iterator[str]:
+def _versions(config: LauncherConfig) -> Iterator[str]:
     """What the commands would install, against what is installed here."""
     for place, command in _commands(config):
         if "dev0" in command or "nightly" in command:
@@ -267,7 +269,7 @@ def _differs(place: str, name: str, wanted: str) -> Iterator[str]:
             yield f"{place}: {name} {wanted} there, but {here} here"
 
 
-def _local_path(config: _Config, remote: str) -> Path | None:
+def _local_path(config: LauncherConfig, remote: str) -> Path | None:
     """Where a file on the hosts comes from, by file_mounts."""
     for there, here in config.get("file_mounts", {}).items():
         if remote == there or remote.startswith(f"{there}/"):
@@ -275,13 +277,13 @@ def _local_path(config: _Config, remote: str) -> Path | None:
     return None
 
 
-def _open_doors(config: _Config) -> Iterator[str]:
+def _open_doors(config: LauncherConfig) -> Iterator[str]:
     group = config["provider"].get("security_group", {})
     for number, rule in enumerate(group.get("IpPermissions", [])):
         ranges = [*rule.get("IpRanges", []), *rule.get("Ipv6Ranges", [])]
         for each in ranges:
             network = each.get("CidrIp") or each.get("CidrIpv6")
-            if network in WORLD:
+            if network in OPEN_NETWORKS:
                 place = f"provider.security_group.IpPermissions.{number}"
                 port = rule.get("FromPort", "all")
                 yield f"{place}: port {port} is open to the world ({network})"
@@ -300,7 +302,7 @@ def _open_doors(config: _Config) -> Iterator[str]:
         yield "file_mounts: lacks ~/.ray/auth_token, without which no node gets in"
 
 
-def _ssh_of_launcher(config: _Config) -> Iterator[str]:
+def _ssh_of_launcher(config: LauncherConfig) -> Iterator[str]:
     """Ray lets SSH in from everywhere into each group that it makes, whatever the file says."""
     types = config["available_node_types"].values()
     if all("SecurityGroupIds" in kind["node_config"] for kind in types):
@@ -314,7 +316,7 @@ def _ssh_of_launcher(config: _Config) -> Iterator[str]:
         )
 
 
-def _files(config: _Config) -> Iterator[str]:
+def _files(config: LauncherConfig) -> Iterator[str]:
     auth = config.get("auth", {})
     for key in ("ssh_private_key", "ssh_public_key"):
         path = Path(auth.get(key, "/")).expanduser()
@@ -328,7 +330,7 @@ def _files(config: _Config) -> Iterator[str]:
             yield f"file_mounts.{there}: there is no {here}"
 
 
-def _credentials(config: _Config) -> Iterator[str]:
+def _credentials(config: LauncherConfig) -> Iterator[str]:
     kind = config["provider"]["type"]
     if kind == "aws":
         session = _aws_session()
@@ -358,7 +360,7 @@ def _aws_session() -> Any:
     return boto3.Session()
 
 
-def _commands(config: _Config) -> Iterator[tuple[str, str]]:
+def _commands(config: LauncherConfig) -> Iterator[tuple[str, str]]:
     """Every shell command with its place, without comments."""
     for key in _COMMANDS:
         for number, command in enumerate(config.get(key, [])):

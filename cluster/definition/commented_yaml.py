@@ -16,26 +16,26 @@ _COMMENT_COLUMN = 40
 
 
 @dataclass(frozen=True)
-class Noted:
+class Commented:
     """A value, with a comment for its line and lines of comment before it."""
 
     value: Any
-    note: str = ""
-    before: list[str] = field(default_factory=list)
+    comment: str = ""
+    comment_before: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Text:
+class ShellCommand:
     """Text that is written as several lines: one line in truth, or `kept` as it stands."""
 
     lines: list[str]
-    kept: bool = False
+    literal: bool = False
 
     def __str__(self) -> str:
-        return "\n".join(self.lines) + "\n" if self.kept else " ".join(self.lines)
+        return "\n".join(self.lines) + "\n" if self.literal else " ".join(self.lines)
 
 
-def emit(data: Mapping[str, Any], heading: str = "") -> str:
+def dump_commented(data: Mapping[str, Any], heading: str = "") -> str:
     """`data` as YAML under the comment `heading`, a blank line around each section."""
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     nested = False
@@ -48,15 +48,15 @@ def emit(data: Mapping[str, Any], heading: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """The same data without comments, as it is read back."""
-    if isinstance(value, Noted):
-        return plain(value.value)
-    if isinstance(value, Text):
+    if isinstance(value, Commented):
+        return plain_data(value.value)
+    if isinstance(value, ShellCommand):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list) else value
+        return {key: plain_data(inner) for key, inner in value.items()}
+    return [plain_data(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _entry(key: str, value: Any, indent: str) -> Iterator[str]:
@@ -65,11 +65,11 @@ def _entry(key: str, value: Any, indent: str) -> Iterator[str]:
 
 def _item(opening: str, value: Any, indent: str) -> Iterator[str]:
     note = ""
-    if isinstance(value, Noted):
-        yield from (f"{indent}# {line}" for line in value.before)
-        value, note = value.value, value.note
-    if isinstance(value, Text):
-        yield f"{opening} {'|' if value.kept else '>-'}"
+    if isinstance(value, Commented):
+        yield from (f"{indent}# {line}" for line in value.comment_before)
+        value, note = value.value, value.comment
+    if isinstance(value, ShellCommand):
+        yield f"{opening} {'|' if value.literal else '>-'}"
         yield from (f"{indent}  {line}" for line in value.lines)
     elif _short(value):
         yield _noted(f"{opening} {_scalar(value)}", note)
@@ -100,7 +100,7 @@ def _short(value: Any) -> bool:
         inner = value.values() if isinstance(value, Mapping) else value
         plain = all(isinstance(part, int | float | str | list | Mapping) for part in inner)
         return plain and all(map(_short, inner)) and len(_scalar(value)) < 60
-    return not isinstance(value, Noted | Text)
+    return not isinstance(value, Commented | ShellCommand)
 
 
 def _scalar(value: Any) -> str:

@@ -9,27 +9,27 @@ from cluster.cost.catalog import Instance, find_instance
 
 
 @dataclass(frozen=True)
-class Offer:
+class PricedNodeType:
     """One node type of a file, as the provider sells it."""
 
-    place: str
+    path: str
     """Where in the file it is named."""
-    title: str
+    name: str
     instance: str
     spot: bool
-    known: Instance | None
+    catalog_entry: Instance | None
     """None where the catalogue does not know it."""
 
     @property
     def usd_per_h(self) -> float | None:
         """By the snapshot; spot at the on-demand price where there is none for it."""
-        if self.known is None:
+        if self.catalog_entry is None:
             return None
-        usd = self.known.usd(self.spot)
-        return self.known.usd_per_h if usd is None else usd
+        usd = self.catalog_entry.usd(self.spot)
+        return self.catalog_entry.usd_per_h if usd is None else usd
 
 
-def offers(config: Mapping[str, Any]) -> list[Offer]:
+def priced_node_types(config: Mapping[str, Any]) -> list[PricedNodeType]:
     """The node types of a file for a cloud, the head's first; none for hosts of one's own."""
     provider = config["provider"]
     if provider["type"] not in _READERS:
@@ -41,13 +41,13 @@ def offers(config: Mapping[str, Any]) -> list[Offer]:
         key, instance, spot = _READERS[provider["type"]](kind.get("node_config", {}))
         place = f"available_node_types.{title}.node_config.{key}"
         known = find_instance(provider["type"], instance, region)
-        found.append(Offer(place, title, instance, spot, known))
-    return sorted(found, key=lambda offer: offer.title != head)
+        found.append(PricedNodeType(place, title, instance, spot, known))
+    return sorted(found, key=lambda offer: offer.name != head)
 
 
-def quote(config: Mapping[str, Any]) -> list[str]:
+def hourly_cost_lines(config: Mapping[str, Any]) -> list[str]:
     """Dollars an hour at rest and at most, and where the prices are from; a line each."""
-    every = offers(config)
+    every = priced_node_types(config)
     if not every:
         return ["price: unknown, hosts of your own"]
     unknown = [offer.instance for offer in every if offer.usd_per_h is None]
@@ -59,27 +59,27 @@ def quote(config: Mapping[str, Any]) -> list[str]:
         "machines alone: disks and traffic come on top"
     ]
     for offer in every:
-        known = offer.known
+        known = offer.catalog_entry
         assert known is not None
         kind = "spot" if offer.spot else "on demand"
         if offer.spot and known.spot_usd_per_h is None:
             kind = "spot, at the on-demand price since the one for spot is unknown"
         day = f"{known.date:%Y-%m-%d}" if known.date else "undated"
         lines.append(
-            f"price: {offer.title}: {offer.instance} ${offer.usd_per_h:.4g} an hour {kind}, "
+            f"price: {offer.name}: {offer.instance} ${offer.usd_per_h:.4g} an hour {kind}, "
             f"in {known.region}, {day}, {known.source}"
         )
     return lines
 
 
-def _bounds(config: Mapping[str, Any], every: list[Offer]) -> tuple[float, float]:
+def _bounds(config: Mapping[str, Any], every: list[PricedNodeType]) -> tuple[float, float]:
     """The head with all minimum workers, and with as many of the dearest as may be."""
     head, *workers = every
     types = config["available_node_types"]
     left = config.get("max_workers", 0)
     least = most = head.usd_per_h or 0.0
     for offer in sorted(workers, key=lambda offer: offer.usd_per_h or 0.0, reverse=True):
-        kind, usd = types[offer.title], offer.usd_per_h or 0.0
+        kind, usd = types[offer.name], offer.usd_per_h or 0.0
         stands_in_for = types.get(kind.get("labels", {}).get(FALLBACK_FOR), kind)
         count = min(stands_in_for.get("max_workers", left), left)
         least += kind.get("min_workers", 0) * usd

@@ -7,10 +7,10 @@ token authentication a Ray of 2.52 or newer that is named.
 from importlib.metadata import version
 from typing import Any
 
-from cluster.definition.commented_yaml import Noted, emit
-from cluster.definition.spec import ClusterSpec, Kuberay, Mlflow, NodeType, Pod, Workers
+from cluster.definition.commented_yaml import Commented, dump_commented
+from cluster.definition.spec import ClusterSpec, Kuberay, Mlflow, NodeType, Pod, WorkerType
 
-RESTARTS = {"restartPolicy": "Never"}
+RESTART_POLICY = {"restartPolicy": "Never"}
 _HEADING = """{what} on Kubernetes with the KubeRay operator 1.7: `kubectl apply -f FILE`.
 Rendered by `heliostat cluster render --provider kuberay{option}` from
 cluster/definition/launch/heliostat.yaml. Lines marked EDIT are yours to change, here or there. All of Ray asks
@@ -18,11 +18,16 @@ for a token, which KubeRay keeps in a secret. Nothing is open to the outside: th
 `kubectl port-forward`."""
 
 
-def text(spec: ClusterSpec, job: bool) -> str:
+def render_kuberay(spec: ClusterSpec, job: bool) -> str:
     """The manifests as one file."""
     what, option = ("One job", " --job") if job else ("A cluster", "")
     first, *rest = manifests(spec, job)
-    return "---\n".join([emit(first, _HEADING.format(what=what, option=option)), *map(emit, rest)])
+    return "---\n".join(
+        [
+            dump_commented(first, _HEADING.format(what=what, option=option)),
+            *map(dump_commented, rest),
+        ]
+    )
 
 
 def manifests(spec: ClusterSpec, job: bool) -> list[dict[str, Any]]:
@@ -30,20 +35,20 @@ def manifests(spec: ClusterSpec, job: bool) -> list[dict[str, Any]]:
     kuberay = spec.kuberay
     assert kuberay is not None
     cluster = _cluster(spec, kuberay)
-    ray = _named(spec, "ray.io/v1", "RayCluster", spec.name, cluster)
+    ray = _manifest(spec, "ray.io/v1", "RayCluster", spec.name, cluster)
     if job:
         body = {
-            "entrypoint": Noted(kuberay.job, "EDIT, with `storage` where all pods reach it"),
+            "entrypoint": Commented(kuberay.job, "EDIT, with `storage` where all pods reach it"),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "submissionMode": "K8sJobMode",
             "rayClusterSpec": cluster,
         }
-        ray = _named(spec, "ray.io/v1", "RayJob", f"{spec.name}-job", body)
+        ray = _manifest(spec, "ray.io/v1", "RayJob", f"{spec.name}-job", body)
     return [ray, *_mlflow(spec, kuberay)]
 
 
-def _named(
+def _manifest(
     spec: ClusterSpec, api: str, kind: str, name: str, body: dict[str, Any]
 ) -> dict[str, Any]:
     assert spec.kuberay is not None
@@ -60,7 +65,7 @@ def _cluster(spec: ClusterSpec, kuberay: Kuberay) -> dict[str, Any]:
     if kuberay.token_secret is not None:
         auth["secretName"] = kuberay.token_secret
     head = {
-        "resources": _handed_out(spec.head.cpus or 0, spec.head.gpus or 0),
+        "resources": _ray_resources(spec.head.cpus or 0, spec.head.gpus or 0),
         "rayStartParams": {
             "dashboard-host": "0.0.0.0"
         },  # the service's way in; it asks for a token
@@ -76,13 +81,13 @@ def _cluster(spec: ClusterSpec, kuberay: Kuberay) -> dict[str, Any]:
         },
     }
     if spec.state is not None:
-        cluster["gcsFaultToleranceOptions"] = _state(spec.name, spec.state)
+        cluster["gcsFaultToleranceOptions"] = _fault_tolerance(spec.name, spec.state)
     cluster["headGroupSpec"] = _with_labels(head, spec.head)
     cluster["workerGroupSpecs"] = [_group(spec, name, kind) for name, kind in spec.workers.items()]
     return cluster
 
 
-def _state(name: str, state: str) -> dict[str, Any]:
+def _fault_tolerance(name: str, state: str) -> dict[str, Any]:
     """Ray's own state on a volume that KubeRay makes, or in the user's Redis."""
     if state.startswith("redis://"):
         address = state.removeprefix("redis://").rstrip("/")
@@ -90,7 +95,7 @@ def _state(name: str, state: str) -> dict[str, Any]:
     return {"backend": "rocksdb", "storage": {"size": "1Gi", "subPath": state.strip("/~")}}
 
 
-def _group(spec: ClusterSpec, name: str, kind: Workers) -> dict[str, Any]:
+def _group(spec: ClusterSpec, name: str, kind: WorkerType) -> dict[str, Any]:
     assert spec.kuberay is not None
     pod = spec.kuberay.pods[name]
     cpus = pod.cpus if kind.cpus is None else kind.cpus
@@ -99,15 +104,15 @@ def _group(spec: ClusterSpec, name: str, kind: Workers) -> dict[str, Any]:
         "groupName": name,
         "replicas": kind.min,
         "minReplicas": kind.min,
-        "maxReplicas": Noted(kind.max, "EDIT: how many the bill can bear"),
-        "resources": _handed_out(cpus, gpus),
+        "maxReplicas": Commented(kind.max, "EDIT: how many the bill can bear"),
+        "resources": _ray_resources(cpus, gpus),
         "rayStartParams": {},
         "template": _template(spec, name, kind),
     }
     return _with_labels(group, kind)
 
 
-def _handed_out(cpus: int, gpus: int) -> dict[str, str]:
+def _ray_resources(cpus: int, gpus: int) -> dict[str, str]:
     return {"CPU": str(cpus)} | ({"GPU": str(gpus)} if gpus else {})
 
 
@@ -122,9 +127,9 @@ def _template(spec: ClusterSpec, name: str, kind: NodeType) -> dict[str, Any]:
     pod = kuberay.pods[name]
     container = {
         "name": "ray-head" if name == "head" else "ray-worker",
-        "image": Noted(kuberay.image, "EDIT: Ray and your checkout in one image"),
+        "image": Commented(kuberay.image, "EDIT: Ray and your checkout in one image"),
         "env": _environment(spec, kuberay),
-        "resources": _requests(pod, kind, kuberay),
+        "resources": _pod_resources(pod, kind, kuberay),
         "securityContext": {"allowPrivilegeEscalation": False},
     }
     if name == "head":
@@ -133,20 +138,20 @@ def _template(spec: ClusterSpec, name: str, kind: NodeType) -> dict[str, Any]:
     metadata: dict[str, Any] = {"labels": _labels(spec)}
     if spec.metrics:
         metadata["annotations"] = {"prometheus.io/scrape": "true", "prometheus.io/port": "8080"}
-    body: dict[str, Any] = {**RESTARTS, "containers": [container]}
+    body: dict[str, Any] = {**RESTART_POLICY, "containers": [container]}
     tolerations = []
     if pod.gpus:
-        tolerations.append(_tolerated(kuberay.gpu_resource))
-    if isinstance(kind, Workers) and kind.spot and kuberay.spot_label is not None:
+        tolerations.append(_toleration(kuberay.gpu_resource))
+    if isinstance(kind, WorkerType) and kind.spot and kuberay.spot_label is not None:
         key, value = kuberay.spot_label.split("=")
-        tolerations.append(_tolerated(key))
+        tolerations.append(_toleration(key))
         body["affinity"] = {"nodeAffinity": _affinity(key, value, spec.fallback_after_s is None)}
     if tolerations:
         body["tolerations"] = tolerations
     return {"metadata": metadata, "spec": body}
 
 
-def _tolerated(taint: str) -> dict[str, str]:
+def _toleration(taint: str) -> dict[str, str]:
     return {"key": taint, "operator": "Exists", "effect": "NoSchedule"}
 
 
@@ -159,7 +164,7 @@ def _affinity(key: str, value: str, only: bool) -> dict[str, Any]:
     return {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}
 
 
-def _requests(pod: Pod, kind: NodeType, kuberay: Kuberay) -> dict[str, Any]:
+def _pod_resources(pod: Pod, kind: NodeType, kuberay: Kuberay) -> dict[str, Any]:
     asked: dict[str, Any] = {
         "cpu": str(pod.cpus),
         "memory": f"{pod.memory_gb}Gi",
@@ -177,11 +182,11 @@ def _environment(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
         told.append({"name": "HELIOSTAT_STORAGE", "value": spec.storage})
     if spec.mlflow.auth:
         told.append({"name": "MLFLOW_TRACKING_USERNAME", "value": "admin"})
-        told.append(_secret("MLFLOW_TRACKING_PASSWORD", kuberay))
+        told.append(_secret_variable("MLFLOW_TRACKING_PASSWORD", kuberay))
     return told
 
 
-def _secret(variable: str, kuberay: Kuberay) -> dict[str, Any]:
+def _secret_variable(variable: str, kuberay: Kuberay) -> dict[str, Any]:
     source = {"name": kuberay.token_secret, "key": "mlflow_password"}
     return {"name": variable, "valueFrom": {"secretKeyRef": source}}
 
@@ -193,7 +198,7 @@ def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
     container = {
         "name": "mlflow",
         "image": kuberay.image,
-        "command": ["mlflow", "server", *_server(spec.mlflow, name)],
+        "command": ["mlflow", "server", *_mlflow_command(spec.mlflow, name)],
         "env": [],
         "ports": [{"name": "http", "containerPort": port}],
         "volumeMounts": [{"name": "data", "mountPath": "/mlflow"}],
@@ -201,8 +206,8 @@ def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
     }
     if spec.mlflow.auth:
         container["env"] = [
-            _secret("MLFLOW_AUTH_ADMIN_PASSWORD", kuberay),
-            _secret("MLFLOW_FLASK_SERVER_SECRET_KEY", kuberay),
+            _secret_variable("MLFLOW_AUTH_ADMIN_PASSWORD", kuberay),
+            _secret_variable("MLFLOW_FLASK_SERVER_SECRET_KEY", kuberay),
         ]
         container["workingDir"] = "/mlflow"  # where it keeps its users
     claim = {"persistentVolumeClaim": {"claimName": name}}
@@ -229,14 +234,14 @@ def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
     }
     service = {"selector": chosen, "ports": [{"name": "http", "port": port}]}
     return [
-        _named(spec, "apps/v1", "Deployment", name, deployment),
-        _named(spec, "v1", "Service", name, service),
-        _named(spec, "v1", "PersistentVolumeClaim", name, volume),
-        _named(spec, "networking.k8s.io/v1", "NetworkPolicy", name, policy),
+        _manifest(spec, "apps/v1", "Deployment", name, deployment),
+        _manifest(spec, "v1", "Service", name, service),
+        _manifest(spec, "v1", "PersistentVolumeClaim", name, volume),
+        _manifest(spec, "networking.k8s.io/v1", "NetworkPolicy", name, policy),
     ]
 
 
-def _server(mlflow: Mlflow, name: str) -> list[str]:
+def _mlflow_command(mlflow: Mlflow, name: str) -> list[str]:
     options = {
         "--host": "0.0.0.0",  # the pod's; who may come is the policy's business
         "--port": str(mlflow.port),

@@ -10,19 +10,19 @@ import shlex
 from collections.abc import Mapping
 
 from cluster.base.labels import USD_PER_HOUR
-from cluster.definition.commented_yaml import Text
+from cluster.definition.commented_yaml import ShellCommand
 from cluster.definition.spec import ClusterSpec, Provider
 
-PROJECT = "~/heliostat"
+REMOTE_PROJECT = "~/heliostat"
 """Where this checkout is on the hosts."""
-TOKEN = "~/.ray/auth_token"
-MARK = "HELIOSTAT_CLUSTER"
+TOKEN_FILE = "~/.ray/auth_token"
+CLUSTER_ENV_VAR = "HELIOSTAT_CLUSTER"
 """In the environment of all that these lines start: the cluster's name, for `down` to find it."""
-HOME = "~/.heliostat"
+HOST_FOLDER = "~/.heliostat"
 """What runs beside Ray on a host keeps its files here."""
-POSTGRES = "postgresql://mlflow@db.internal/mlflow"
-S3 = "s3://my-bucket/mlflow"
-CLIENTS = {
+EXAMPLE_DATABASE = "postgresql://mlflow@db.internal/mlflow"
+EXAMPLE_ARTIFACTS = "s3://my-bucket/mlflow"
+CLOUD_PACKAGES = {
     "aws": ["boto3"],
     "gcp": ["google-api-python-client"],
     "azure": [
@@ -38,7 +38,7 @@ CLIENTS = {
 }
 """What Ray's launcher and autoscaler ask a cloud with; Azure's as Ray 2.60 has them."""
 
-_DETECTION = {
+_FAILURE_DETECTION = {
     "RAY_health_check_initial_delay_ms": 0,
     "RAY_health_check_period_ms": 1000,
     "RAY_health_check_timeout_ms": 2500,
@@ -53,7 +53,7 @@ _AUTH_SETTINGS = (
     "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\\n"
 )
 """For `printf`. Without the cache each request costs a slow hash of the password."""
-_ADDRESS = (
+_HEAD_ADDRESS = (
     "$(hostname -I | cut -d' ' -f1)",
     '$(grep -o \'"head_ip": "[^"]*\' ~/ray_bootstrap_config.yaml | cut -d\'"\' -f4)',
 )
@@ -62,10 +62,12 @@ _RECONNECT_S = 600
 """How long workers wait for a head that keeps its state; 60 s otherwise."""
 
 
-def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
+def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
     """On every host, once: the environment at the versions of constraints.txt."""
-    owned = Text([f"mkdir -p {HOME} && chmod 700 {HOME} ~/.ray && chmod 600 {TOKEN}"])
-    shells = Text(
+    owned = ShellCommand(
+        [f"mkdir -p {HOST_FOLDER} && chmod 700 {HOST_FOLDER} ~/.ray && chmod 600 {TOKEN_FILE}"]
+    )
+    shells = ShellCommand(
         [
             "grep -qs RAY_AUTH_MODE ~/.bashrc || {",
             f"{{ echo 'export RAY_AUTH_MODE=token PATH={spec.venv}/bin:$PATH';",
@@ -74,9 +76,9 @@ def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
     )
     if spec.setup == "installed":
         return [owned, shells]
-    extras = CLIENTS.get(provider, []) + _mlflow_packages(spec)
+    extras = CLOUD_PACKAGES.get(provider, []) + _mlflow_packages(spec)
     return [
-        Text(
+        ShellCommand(
             [
                 f"{spec.python} -c 'import ensurepip' 2>/dev/null ||",
                 "($(command -v sudo) apt-get update -qq -o DPkg::Lock::Timeout=600 &&",
@@ -84,11 +86,11 @@ def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
                 "python3-venv)",
             ]
         ),
-        Text([f"test -x {spec.venv}/bin/python || {spec.python} -m venv {spec.venv}"]),
-        Text(
+        ShellCommand([f"test -x {spec.venv}/bin/python || {spec.python} -m venv {spec.venv}"]),
+        ShellCommand(
             [
                 _pip(spec),
-                " ".join([PROJECT, *extras]),
+                " ".join([REMOTE_PROJECT, *extras]),
             ]
         ),
         owned,
@@ -96,92 +98,98 @@ def setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
     ]
 
 
-def head_setup(spec: ClusterSpec, provider: Provider) -> list[Text]:
+def head_setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
     """On the head alone, once. Ray's launcher opens SSH to the world on AWS; this shuts it."""
     if provider != "aws" or spec.aws is None:
         return []
     group = f"--group {spec.name} --region {spec.aws.region}"
-    return [Text([f"{spec.venv}/bin/python -m cluster.lifecycle.aws_ssh_ingress {group}"])]
+    return [ShellCommand([f"{spec.venv}/bin/python -m cluster.lifecycle.aws_ssh_ingress {group}"])]
 
 
-def head_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
+def head_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
     """On the head, at every `up`: Ray, the MLflow server and the agent.
 
     What a head that died in part has left would keep the new one from its port, so it is stopped.
     """
-    address = _ADDRESS[provider == "local"]
-    exports = [*_exports(spec, address), *_assignments(_DETECTION)]
+    address = _HEAD_ADDRESS[provider == "local"]
+    exports = [*_environment(spec, address), *_assignments(_FAILURE_DETECTION)]
     if provider == "local":
         exports += _assignments(_AUTOSCALER)
     if spec.state is not None:
-        exports.append(_state(spec))
+        exports.append(_state_storage(spec))
     resources = {"CPU": 0}
     if provider == "local" and spec.local is not None:
         resources = spec.local.head_resources
     start = [
         "ray start --head --port=6379 --dashboard-host=127.0.0.1 --disable-usage-stats",
         "--autoscaling-config=~/ray_bootstrap_config.yaml",
-        *_resources(resources if provider == "local" else {}),
-        *_labels(spec, provider),
+        *_resource_options(resources if provider == "local" else {}),
+        *_label_options(spec, provider),
     ]
     folder = [] if spec.state is None or "://" in spec.state else [f"mkdir -p {spec.state};"]
     lines = [
-        *_export(exports),
+        *_export_lines(exports),
         *folder,
-        f"{_running('gcs_server')} && {_running('raylet')} || {{",
-        f"if {_running('gcs_server')} || {_running('raylet')};",
+        f"{_process_runs('gcs_server')} && {_process_runs('raylet')} || {{",
+        f"if {_process_runs('gcs_server')} || {_process_runs('raylet')};",
         "then ray stop --force >/dev/null; fi;",
         "ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",
     ]
-    return [Text(lines), _mlflow(spec, address), *_programs(spec, provider, head=True)]
+    return [
+        ShellCommand(lines),
+        _mlflow_server(spec, address),
+        *_host_programs(spec, provider, head=True),
+    ]
 
 
-def worker_start(spec: ClusterSpec, provider: Provider) -> list[Text]:
+def worker_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
     """On a worker, at its birth and when Ray has to be started again on it.
 
     Where one runs no second raylet is started: a replaced head starts Ray on all its hosts.
     """
-    exports = _exports(spec, "$RAY_HEAD_IP")
+    exports = _environment(spec, "$RAY_HEAD_IP")
     if spec.state is not None:
         exports.append(f"RAY_gcs_rpc_server_reconnect_timeout_s={_RECONNECT_S}")
     start = ["ray start --address=$RAY_HEAD_IP:6379 --disable-usage-stats"]
     if provider == "local" and spec.local is not None:
-        start += _resources(spec.local.worker_resources)
-    start += _labels(spec, provider)
+        start += _resource_options(spec.local.worker_resources)
+    start += _label_options(spec, provider)
     lines = [
-        *_export(exports),
-        f"{_running('raylet')} || {{ ulimit -n 65536;",
+        *_export_lines(exports),
+        f"{_process_runs('raylet')} || {{ ulimit -n 65536;",
         *start[:-1],
         f"{start[-1]}; }}",
     ]
     if provider == "local":
         # Ray never comes back to a host of its own on which this has failed once.
         lines[-1] += " || true"
-    return [Text(lines), *_programs(spec, provider, head=False)]
+    return [ShellCommand(lines), *_host_programs(spec, provider, head=False)]
 
 
-def _exports(spec: ClusterSpec, head: str) -> list[str]:
+def _environment(spec: ClusterSpec, head: str) -> list[str]:
     """What Ray, its workers and jobs find in their environment."""
     port = spec.mlflow.port
     exports = [
         f"PATH={spec.venv}/bin:$PATH",
-        f"RAY_AUTH_MODE=token {_mark(spec)}",
+        f"RAY_AUTH_MODE=token {_cluster_assignment(spec)}",
         f"MLFLOW_TRACKING_URI=http://{head}:{port}",
     ]
     if spec.storage is not None:
         exports.append(f"HELIOSTAT_STORAGE={spec.storage}")
     if spec.mlflow.auth:
-        exports.append(f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password()}")
+        exports.append(
+            f"MLFLOW_TRACKING_USERNAME=admin MLFLOW_TRACKING_PASSWORD={_password_expression()}"
+        )
     return exports
 
 
-def _mark(spec: ClusterSpec) -> str:
-    return f"{MARK}={spec.name}"
+def _cluster_assignment(spec: ClusterSpec) -> str:
+    return f"{CLUSTER_ENV_VAR}={spec.name}"
 
 
-def _export(exports: list[str]) -> list[str]:
+def _export_lines(exports: list[str]) -> list[str]:
     first, *rest = exports
     return [f"export {first}", *rest[:-1], f"{rest[-1]};"]
 
@@ -192,7 +200,7 @@ def _assignments(values: Mapping[str, object]) -> list[str]:
     return [" ".join(each[at : at + 2]) for at in range(0, len(each), 2)]
 
 
-def _state(spec: ClusterSpec) -> str:
+def _state_storage(spec: ClusterSpec) -> str:
     """Ray's own state where it outlives the head: RocksDB in a folder, or the user's Redis."""
     assert spec.state is not None
     if spec.state.startswith("redis://"):
@@ -201,11 +209,11 @@ def _state(spec: ClusterSpec) -> str:
     return f"RAY_gcs_storage=rocksdb RAY_gcs_storage_path={spec.state}"
 
 
-def _running(program: str) -> str:
+def _process_runs(program: str) -> str:
     return f'pgrep -u "$(id -u)" -x {program} >/dev/null'
 
 
-def _resources(resources: Mapping[str, int]) -> list[str]:
+def _resource_options(resources: Mapping[str, int]) -> list[str]:
     """Options of `ray start`; what Ray has no option for goes into one."""
     options = {"CPU": "num-cpus", "GPU": "num-gpus", "memory": "memory"}
     options["object_store_memory"] = "object-store-memory"
@@ -216,7 +224,7 @@ def _resources(resources: Mapping[str, int]) -> list[str]:
     return [" ".join(known)] if known else []
 
 
-def _labels(spec: ClusterSpec, provider: Provider) -> list[str]:
+def _label_options(spec: ClusterSpec, provider: Provider) -> list[str]:
     """On hosts of one's own; a cloud's node types have theirs in the file."""
     if provider != "local" or spec.local is None or spec.local.usd_per_hour is None:
         return []
@@ -240,54 +248,56 @@ def mlflow_password(token: str) -> str:
     return hashlib.sha256(f"mlflow:{token}".encode()).hexdigest()[:32]
 
 
-def _password() -> str:
+def _password_expression() -> str:
     """The same, worked out on a host."""
-    return f"$(printf 'mlflow:%s' \"$(cat {TOKEN})\" | sha256sum | cut -c1-32)"
+    return f"$(printf 'mlflow:%s' \"$(cat {TOKEN_FILE})\" | sha256sum | cut -c1-32)"
 
 
-def _mlflow(spec: ClusterSpec, address: str) -> Text:
+def _mlflow_server(spec: ClusterSpec, address: str) -> ShellCommand:
     """The server, on the private address alone, for clients that call it by that or by a tunnel.
 
     A tunnel finds the address in a file, since the head's private one is not known outside.
     """
     mlflow = spec.mlflow
     lines = [
-        f"export PATH={spec.venv}/bin:$PATH {_mark(spec)} HELIOSTAT_IP={address}",
-        f"mkdir -p {HOME}/mlflow && cd {HOME}/mlflow",
-        f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOME}/mlflow_uri",
+        f"export PATH={spec.venv}/bin:$PATH {_cluster_assignment(spec)} HELIOSTAT_IP={address}",
+        f"mkdir -p {HOST_FOLDER}/mlflow && cd {HOST_FOLDER}/mlflow",
+        f"echo http://$HELIOSTAT_IP:{mlflow.port} > {HOST_FOLDER}/mlflow_uri",
         "export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",
         f"export MLFLOW_BACKEND_STORE_URI={shlex.quote(mlflow.database or 'sqlite:///mlflow.db')}",
         f"export MLFLOW_ARTIFACTS_DESTINATION={mlflow.artifacts or './artifacts'}",
     ]
     if mlflow.database is None:
-        other = f"export MLFLOW_BACKEND_STORE_URI={POSTGRES}"
+        other = f"export MLFLOW_BACKEND_STORE_URI={EXAMPLE_DATABASE}"
         lines.append(f"# {_pip(spec)} 'psycopg[binary]'; {other}")
     if mlflow.artifacts is None:
-        lines.append(f"# {_pip(spec)} boto3; export MLFLOW_ARTIFACTS_DESTINATION={S3}")
+        lines.append(
+            f"# {_pip(spec)} boto3; export MLFLOW_ARTIFACTS_DESTINATION={EXAMPLE_ARTIFACTS}"
+        )
     application = ""
     if mlflow.auth:
         application = " --app-name basic-auth"
         lines += [
             f"printf '{_AUTH_SETTINGS}' > auth.ini",
-            f"export MLFLOW_AUTH_CONFIG_PATH=auth.ini MLFLOW_AUTH_ADMIN_PASSWORD={_password()}",
+            f"export MLFLOW_AUTH_CONFIG_PATH=auth.ini MLFLOW_AUTH_ADMIN_PASSWORD={_password_expression()}",
             "export MLFLOW_FLASK_SERVER_SECRET_KEY=$MLFLOW_AUTH_ADMIN_PASSWORD",
         ]
     lines += [
         # The lock is held as long as the server lives: a second one ends at once.
         # Ray's agents, which end a node that they do not reach in 15 s of its start, come first.
-        f"setsid nohup nice flock -n {HOME}/mlflow.lock \\",
+        f"setsid nohup nice flock -n {HOST_FOLDER}/mlflow.lock \\",
         f"  mlflow server --workers 1 --host $HELIOSTAT_IP --port {mlflow.port}{application} \\",
         f'  --allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*" \\',
-        f"  >>{HOME}/mlflow.log 2>&1 </dev/null &",
+        f"  >>{HOST_FOLDER}/mlflow.log 2>&1 </dev/null &",
     ]
-    return Text(lines, kept=True)
+    return ShellCommand(lines, literal=True)
 
 
 def _pip(spec: ClusterSpec) -> str:
-    return f"{spec.venv}/bin/pip install -q -c {PROJECT}/constraints.txt"
+    return f"{spec.venv}/bin/pip install -q -c {REMOTE_PROJECT}/constraints.txt"
 
 
-def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
+def _host_programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[ShellCommand]:
     """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
     programs = _head_programs(spec, provider) if head else {}
     if provider != "local":
@@ -296,13 +306,13 @@ def _programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[Text]:
     for program, argument in programs.items():
         name = program.rpartition(".")[2]
         alone = name in ("host_reprovisioner", "job_supervisor")
-        lock = f"flock -n {HOME}/{name}.lock " if alone else ""
+        lock = f"flock -n {HOST_FOLDER}/{name}.lock " if alone else ""
         said.append(
-            Text(
+            ShellCommand(
                 [
-                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_mark(spec)};",
+                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_cluster_assignment(spec)};",
                     f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
-                    f">>{HOME}/{name}.log 2>&1 </dev/null &",
+                    f">>{HOST_FOLDER}/{name}.log 2>&1 </dev/null &",
                 ]
             )
         )

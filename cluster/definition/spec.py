@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from cluster.base.config import Spec, check, read_yaml
+from cluster.base.config import Spec, read_yaml, validate
 
 Provider: TypeAlias = Literal["aws", "gcp", "azure", "local", "kuberay"]
 Cloud: TypeAlias = Literal["aws", "gcp", "azure"]
@@ -18,16 +18,16 @@ Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,
 """Lower case, digits and dashes: what all providers and Kubernetes allow in a name."""
 Tag: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][-_a-z0-9]{0,62}$")]
 """What AWS's tags, GCP's labels, Azure's tags and Kubernetes' labels allow all four."""
-Line: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\$`]+$")]
+ShellWord: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\$`]+$")]
 """A word that stands in a shell command as it is."""
 
-SHIPPED = Path(__file__).parent / "launch" / "heliostat.yaml"
+SHIPPED_SPEC = Path(__file__).parent / "launch" / "heliostat.yaml"
 
 
 class NodeType(Spec):
     """One kind of node. Provider `local` takes its hosts as they are."""
 
-    instance: dict[Cloud, Line] = {}
+    instance: dict[Cloud, ShellWord] = {}
     """The instance type at each cloud."""
     cpus: int | None = Field(None, ge=0)
     """CPUs that Ray hands out; those of the instance when not given."""
@@ -38,7 +38,7 @@ class NodeType(Spec):
     """Ray labels, beside those of price and market that are always there."""
 
 
-class Workers(NodeType):
+class WorkerType(NodeType):
     """A kind of node that comes and goes with the work."""
 
     min: int = Field(0, ge=0)
@@ -47,30 +47,30 @@ class Workers(NodeType):
     """Spot instances, with an on-demand kind beside them where `fallback_after_s` is given."""
 
     @model_validator(mode="after")
-    def _bounds(self) -> "Workers":
+    def _bounds(self) -> "WorkerType":
         if self.min > self.max:
             raise ValueError(f"min is {self.min} but max is {self.max}")
         return self
 
 
 class Ssh(Spec):
-    user: Line = "ubuntu"
-    key: Line | None = None
+    user: ShellWord = "ubuntu"
+    key: ShellWord | None = None
     """Private key; when not given, a cloud's launcher makes one, and ssh's own is used on hosts."""
 
 
 class Aws(Spec):
-    region: Line = "us-east-1"
-    zones: list[Line] = Field(["us-east-1a", "us-east-1b"], min_length=1)
+    region: ShellWord = "us-east-1"
+    zones: list[ShellWord] = Field(["us-east-1a", "us-east-1b"], min_length=1)
     ssh_from: list[str] = Field(min_length=1)
     """Networks from which SSH is let in, such as 203.0.113.0/24."""
-    image: Line
+    image: ShellWord
     """AMI of the head."""
-    gpu_image: Line | None = None
+    gpu_image: ShellWord | None = None
     """AMI of nodes with devices; that of the head when not given."""
-    key_name: Line | None = None
+    key_name: ShellWord | None = None
     """The EC2 key pair that belongs to `ssh.key`."""
-    worker_profile: Line | None = None
+    worker_profile: ShellWord | None = None
     """Instance profile of workers, so that they reach their storage; Ray gives them none."""
 
     @field_validator("ssh_from")
@@ -82,31 +82,31 @@ class Aws(Spec):
 
 
 class Gcp(Spec):
-    project: Line
-    region: Line = "us-east4"
-    zone: Line = "us-east4-c"
-    image: Line = "projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64"
-    gpu_image: Line | None = None
-    worker_account: Line | None = None
+    project: ShellWord
+    region: ShellWord = "us-east4"
+    zone: ShellWord = "us-east4-c"
+    image: ShellWord = "projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64"
+    gpu_image: ShellWord | None = None
+    worker_account: ShellWord | None = None
     """Service account of workers, so that they reach their storage; Ray gives them none."""
 
 
 class Azure(Spec):
-    location: Line = "eastus"
-    resource_group: Line
-    subscription: Line | None = None
+    location: ShellWord = "eastus"
+    resource_group: ShellWord
+    subscription: ShellWord | None = None
     """The one of the Azure command line when not given."""
-    image: Line = "Canonical:ubuntu-24_04-lts:server:latest"
+    image: ShellWord = "Canonical:ubuntu-24_04-lts:server:latest"
     """publisher:offer:sku:version"""
-    gpu_image: Line | None = None
+    gpu_image: ShellWord | None = None
 
 
 class Local(Spec):
     """Hosts of one's own, reached by SSH. Ray detects what they have."""
 
-    head: Line
+    head: ShellWord
     """Address of the head on the network that all hosts share."""
-    workers: list[Line] = Field(min_length=1)
+    workers: list[ShellWord] = Field(min_length=1)
     min: int | None = Field(None, ge=0)
     """How many of the workers are always in; all when not given."""
     head_resources: dict[str, int] = {"CPU": 0}
@@ -126,11 +126,11 @@ class Pod(Spec):
 
 class Kuberay(Spec):
     namespace: Name = "default"
-    image: Line
+    image: ShellWord
     """With Ray and Heliostat in it."""
     pods: dict[Name, Pod]
     """Of the head and of each kind of worker."""
-    gpu_resource: Line = "nvidia.com/gpu"
+    gpu_resource: ShellWord = "nvidia.com/gpu"
     """What the cluster calls its devices; also the taint of their machines that pods tolerate."""
     spot_label: Annotated[str, StringConstraints(pattern=r"^[\w./-]+=[\w.-]+$")] | None = None
     """How machines on spot are labelled, KEY=VALUE, for kinds with `spot`."""
@@ -146,7 +146,7 @@ class Mlflow(Spec):
     port: int = Field(default=5000, ge=1, le=65535)
     database: str | None = None
     """SQLAlchemy URI; SQLite on the head's disk when not given."""
-    artifacts: Line | None = None
+    artifacts: ShellWord | None = None
     """Folder or URI; the head's disk when not given."""
     auth: bool = False
     """MLflow's basic authentication, with a password derived from the cluster's token."""
@@ -161,19 +161,19 @@ class Mlflow(Spec):
 
 class ClusterSpec(Spec):
     name: Name
-    python: Line = "python3"
+    python: ShellWord = "python3"
     """The Python on the hosts from which the environment is made."""
     setup: Literal["install", "installed"] = "install"
     """Whether hosts are to be set up, or have Heliostat in `venv` already."""
-    venv: Line = "~/venv"
+    venv: ShellWord = "~/venv"
     """The virtual environment on the hosts."""
     ssh: Ssh = Ssh()
     idle_minutes: float = Field(10, gt=0)
     fallback_after_s: float | None = Field(300, ge=0)
     """On-demand nodes take over where spot has been unavailable for so long; null for never."""
-    state: Line | None = None
+    state: ShellWord | None = None
     """Where Ray's state outlives the head: a folder on a disk that does, or redis://HOST:PORT."""
-    storage: Line | None = None
+    storage: ShellWord | None = None
     """Folder that all nodes share. There are the runs of jobs whose spec has a relative `storage`;
     in the home folder of the head when not given."""
     metrics: bool = False
@@ -181,7 +181,7 @@ class ClusterSpec(Spec):
     tags: dict[Tag, Tag] = {}
     """On every machine, for the bill."""
     head: NodeType
-    workers: dict[Name, Workers] = Field(min_length=1)
+    workers: dict[Name, WorkerType] = Field(min_length=1)
     mlflow: Mlflow = Mlflow()
     aws: Aws | None = None
     gcp: Gcp | None = None
@@ -204,6 +204,6 @@ class ClusterSpec(Spec):
         return self
 
 
-def read_cluster(path: Path) -> ClusterSpec:
+def read_cluster_spec(path: Path) -> ClusterSpec:
     """The spec in a file. Raises SpecError with one line per mistake."""
-    return check(ClusterSpec, read_yaml(path))
+    return validate(ClusterSpec, read_yaml(path))

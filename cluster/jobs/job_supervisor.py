@@ -11,34 +11,41 @@ import math
 import time
 
 from cluster.base.errors import ClusterError
-from cluster.connection.job_server_client import LOCAL_URL
-from cluster.jobs.ray_jobs import HOLD_S, Job, alive_nodes, all_jobs, hold_package, restart_if_lost
+from cluster.connection.job_server_client import LOCAL_DASHBOARD_URL
+from cluster.jobs.ray_jobs import (
+    PIN_INTERVAL_S,
+    Job,
+    alive_node_ids,
+    list_jobs,
+    pin_package,
+    restart_if_lost,
+)
 
 POLL_S = 2.0
 
 
-def look(url: str, held: dict[str, float]) -> list[str]:
+def poll_once(url: str, pinned: dict[str, float]) -> list[str]:
     """Start again what was lost, and keep packages; a line for each job that was started.
 
     `held` is when each package was last asked to be kept (monotonic time), and changed here.
     """
-    alive, lines = alive_nodes(url), []
-    for job in all_jobs(url):
-        _hold(url, job, held)
+    alive, lines = alive_node_ids(url), []
+    for job in list_jobs(url):
+        _pin(url, job, pinned)
         again = restart_if_lost(url, job, alive)
         if again is not None:
             started, reason = again
-            lines.append(f"{job.name}: {reason}; started again as {started.id}")
+            lines.append(f"{job.name}: {reason}; started again as {started.submission_id}")
     return lines
 
 
-def _hold(url: str, job: Job, held: dict[str, float]) -> None:
+def _pin(url: str, job: Job, pinned: dict[str, float]) -> None:
     now = time.monotonic()
     if job.ended:
-        held.pop(job.package, None)
-    elif now > held.get(job.package, -math.inf) + HOLD_S:
-        hold_package(url, job.package)
-        held[job.package] = now
+        pinned.pop(job.package, None)
+    elif now > pinned.get(job.package, -math.inf) + PIN_INTERVAL_S:
+        pin_package(url, job.package)
+        pinned[job.package] = now
 
 
 def main() -> None:
@@ -46,12 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.jobs.job_supervisor", description=__doc__
     )
-    parser.add_argument("--url", default=LOCAL_URL, help="the dashboard's (default %(default)s)")
+    parser.add_argument(
+        "--url", default=LOCAL_DASHBOARD_URL, help="the dashboard's (default %(default)s)"
+    )
     url = parser.parse_args().url
     held: dict[str, float] = {}
     while True:
         try:
-            for line in look(url, held):
+            for line in poll_once(url, held):
                 print(f"{time.strftime('%F %T')} {line}", flush=True)
         except ClusterError as error:
             print(f"{time.strftime('%F %T')} {error}", flush=True)

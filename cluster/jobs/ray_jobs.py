@@ -16,47 +16,52 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.connection.job_server_client import BusyError, NotFoundError, TakenError, call
-from cluster.jobs.secret_scan import in_text
+from cluster.connection.job_server_client import (
+    JobExistsError,
+    NotFoundError,
+    ServerBusyError,
+    call_api,
+)
+from cluster.jobs.secret_scan import secret_in_text
 from cluster.jobs.working_dir_package import Package
 
-ENDED = ("SUCCEEDED", "STOPPED", "FAILED")
-RESTARTS = 5
+TERMINAL_STATUSES = ("SUCCEEDED", "STOPPED", "FAILED")
+MAX_RESTARTS = 5
 """How often a job whose driver was lost is started again."""
 
-PATIENCE_S = 60
+BUSY_TIMEOUT_S = 60
 """How long a job server that is busy is asked again."""
 
-HOLD_S = 300
+PIN_INTERVAL_S = 300
 """How often Ray is asked to hold the package of a job that may have to be started again; it does so
 for 600 s."""
 
 STOP_WAIT_S = 900
 """How long a stopped driver may take to save before Ray kills it; Ray's own 3 s are too short."""
 
-_LOST = (
+_LOST_DRIVER_ERRORS = (
     "JOB_SUPERVISOR_ACTOR_DIED",
     "JOB_SUPERVISOR_ACTOR_START_FAILURE",  # also what a new head says of a supervisor that is gone
     "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE",
 )
-_ASKED_TO_END = (2, 15)
+_STOP_SIGNALS = (2, 15)
 """Ctrl-C and SIGTERM: whoever sent that wanted the driver to end."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Planned:
+class Submission:
     """What is to be submitted, after its spec was found to be in order."""
 
     name: str
     words: tuple[str, ...]
     """The command on the cluster, without `heliostat`."""
-    needed: tuple[Path, ...] = ()
+    required_files: tuple[Path, ...] = ()
     """Files that go along even if git ignores them."""
-    exclude: tuple[str, ...] = ()
+    exclude_patterns: tuple[str, ...] = ()
     """What runs write into the working folder."""
 
 
@@ -83,15 +88,15 @@ class Job:
     message: str
 
     @property
-    def id(self) -> str:
-        return _id(self.name, self.attempt)
+    def submission_id(self) -> str:
+        return _submission_id(self.name, self.attempt)
 
     @property
     def ended(self) -> bool:
-        return self.status in ENDED
+        return self.status in TERMINAL_STATUSES
 
     @property
-    def code(self) -> int:
+    def shell_exit_code(self) -> int:
         """The exit code for whoever waited for it: the job's own, where it has one."""
         if self.status == "SUCCEEDED":
             return 0
@@ -101,25 +106,25 @@ class Job:
         return code if code > 0 else 128 - code
 
 
-def all_jobs(url: str) -> list[Job]:
+def list_jobs(url: str) -> list[Job]:
     """The newest start of each job of ours, oldest first."""
     newest: dict[str, Job] = {}
-    for start in map(_read, patiently(lambda: call(url, "GET", "/api/jobs/"))):
+    for start in map(_parse_job, retry_while_busy(lambda: call_api(url, "GET", "/api/jobs/"))):
         if start and start.attempt > getattr(newest.get(start.name), "attempt", 0):
             newest[start.name] = start
     return sorted(newest.values(), key=lambda job: job.started_s)
 
 
-def find(url: str, name: str) -> Job | None:
+def find_job(url: str, name: str) -> Job | None:
     """The job of this name."""
-    return next((job for job in all_jobs(url) if job.name == name), None)
+    return next((job for job in list_jobs(url) if job.name == name), None)
 
 
-def known(url: str, name: str) -> Job:
+def get_job(url: str, name: str) -> Job:
     """The job of this name; SpecError that names others when there is none."""
     from cluster.base.config import did_you_mean
 
-    jobs = all_jobs(url)
+    jobs = list_jobs(url)
     for job in jobs:
         if job.name == name:
             return job
@@ -127,36 +132,38 @@ def known(url: str, name: str) -> Job:
     raise SpecError(f"no job {name!r} on {url}{hint}")
 
 
-def check_plan(planned: Planned) -> None:
+def check_submission(submission: Submission) -> None:
     """SpecError for a name that cannot be a job's, and for words that hold a secret."""
-    if not _NAME.fullmatch(planned.name):
+    if not _NAME_PATTERN.fullmatch(submission.name):
         raise SpecError(
-            f"--name {planned.name}: must be letters, digits, dots, dashes and underscores"
+            f"--name {submission.name}: must be letters, digits, dots, dashes and underscores"
         )
-    for word in planned.words:
-        if what := in_text(word):
+    for word in submission.words:
+        if what := secret_in_text(word):
             raise SpecError(
                 f"{word.partition('=')[0]}: {what}; commands are kept with the job for everybody "
                 "to see, let the cluster have it in its environment"
             )
 
 
-def submit(url: str, planned: Planned, package: Package) -> tuple[Job, bool]:
+def submit(url: str, submission: Submission, package: Package) -> tuple[Job, bool]:
     """Start a job, unless one of its name is there; the job, and whether it was started now.
 
     A job that ended is started again where it is to be resumed. ClusterError when a job of this
     name is there that does something else.
     """
-    there = find(url, planned.name)
-    resumes = "--resume" in planned.words
+    there = find_job(url, submission.name)
+    resumes = "--resume" in submission.words
     if there is None:
-        return _start(url, planned.name, 1, planned.words, _upload(url, package))
+        return _start_attempt(url, submission.name, 1, submission.words, _upload(url, package))
     if resumes and there.ended:
         number = there.attempt + 1
-        return _start(url, planned.name, number, planned.words, _upload(url, package))
-    if not resumes and _plain(there.words) != _plain(planned.words):
+        return _start_attempt(url, submission.name, number, submission.words, _upload(url, package))
+    if not resumes and _without_restart_flag(there.words) != _without_restart_flag(
+        submission.words
+    ):
         raise SpecError(
-            f"--name {planned.name}: a job of this name was started as\n"
+            f"--name {submission.name}: a job of this name was started as\n"
             f"  heliostat {shlex.join(there.words)}"
         )
     return there, False
@@ -167,45 +174,47 @@ def restart_if_lost(url: str, job: Job, alive: frozenset[str]) -> tuple[Job, str
 
     `alive` are the ids of the cluster's living nodes. Others may do the same at the same time.
     """
-    reason = why_lost(job, alive)
-    if reason is None or job.attempt > RESTARTS:
+    reason = lost_reason(job, alive)
+    if reason is None or job.attempt > MAX_RESTARTS:
         return None
     words = job.words if {"--resume", "--or-resume"} & {*job.words} else (*job.words, "--or-resume")
-    again, _ = _start(url, job.name, job.attempt + 1, words, job.package)
+    again, _ = _start_attempt(url, job.name, job.attempt + 1, words, job.package)
     return again, reason
 
 
-def why_lost(job: Job, alive: frozenset[str]) -> str | None:
+def lost_reason(job: Job, alive: frozenset[str]) -> str | None:
     """Why a job's driver ended without having said so, in a phrase; None if it did not."""
     if job.status == "RUNNING" and job.node and alive and job.node not in alive:
         return "its driver's node is gone"  # a new head finds such jobs as they were
     if job.status != "FAILED":
         return None
-    if job.error in _LOST:
+    if job.error in _LOST_DRIVER_ERRORS:
         return "Ray lost its driver"
     number = -(job.exit_code or 0) if (job.exit_code or 0) < 0 else (job.exit_code or 0) - 128
-    if number > 0 and number not in _ASKED_TO_END:
+    if number > 0 and number not in _STOP_SIGNALS:
         return f"its driver was killed by signal {number}"
     return None
 
 
-def alive_nodes(url: str) -> frozenset[str]:
+def alive_node_ids(url: str) -> frozenset[str]:
     """Ids of the nodes that are alive; empty when that cannot be said."""
     try:
-        answer = call(url, "GET", "/api/v0/nodes?limit=10000&detail=0")
+        answer = call_api(url, "GET", "/api/v0/nodes?limit=10000&detail=0")
         nodes = answer["data"]["result"]["result"]
     except (ClusterError, KeyError, TypeError):
         return frozenset()
     return frozenset(node["node_id"] for node in nodes if node["state"] == "ALIVE")
 
 
-def hold_package(url: str, package: str) -> bool:
+def pin_package(url: str, package: str) -> bool:
     """Have Ray keep a package for its next ten minutes, though nobody uses it; False if it is gone.
 
     Ray forgets a package with the last job that uses it, and so with a driver that is lost.
     """
     try:
-        patiently(lambda: call(url, "GET", f"/api/packages/gcs/{package.removeprefix('gcs://')}"))
+        retry_while_busy(
+            lambda: call_api(url, "GET", f"/api/packages/gcs/{package.removeprefix('gcs://')}")
+        )
     except NotFoundError:
         return False
     return True
@@ -213,38 +222,38 @@ def hold_package(url: str, package: str) -> bool:
 
 def stop(url: str, name: str, wait: Callable[[], None] = lambda: time.sleep(0.5)) -> Job:
     """Have a job save and end; returns when it has, or is found to have been lost."""
-    job = known(url, name)
+    job = get_job(url, name)
     if not job.ended:
-        patiently(lambda: call(url, "POST", f"/api/jobs/{job.id}/stop"))
-    while not job.ended and not why_lost(job, alive_nodes(url)):
+        retry_while_busy(lambda: call_api(url, "POST", f"/api/jobs/{job.submission_id}/stop"))
+    while not job.ended and not lost_reason(job, alive_node_ids(url)):
         wait()
-        job = known(url, name)
-    if job.status != "RUNNING" and why_lost(job, frozenset()):
+        job = get_job(url, name)
+    if job.status != "RUNNING" and lost_reason(job, frozenset()):
         # Without its record nobody starts it again; what it saved stays where it is.
-        patiently(lambda: call(url, "DELETE", f"/api/jobs/{job.id}"))
+        retry_while_busy(lambda: call_api(url, "DELETE", f"/api/jobs/{job.submission_id}"))
         return replace(job, status="STOPPED")
     return job
 
 
-def patiently(ask: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+def retry_while_busy(request: Callable[[], T], timeout_s: float = BUSY_TIMEOUT_S) -> T:
     """What `ask` gives, asked again while the job server is busy; then its BusyError."""
-    deadline, pause_s = time.monotonic() + patience_s, 0.2
+    deadline, pause_s = time.monotonic() + timeout_s, 0.2
     while True:
         try:
-            return ask()
-        except BusyError:
+            return request()
+        except ServerBusyError:
             if time.monotonic() > deadline:
                 raise
         time.sleep(pause_s)
         pause_s = min(5.0, pause_s * 1.5)
 
 
-def _start(
+def _start_attempt(
     url: str, name: str, attempt: int, words: Sequence[str], package: str
 ) -> tuple[Job, bool]:
     """Start a job for the `attempt`th time, unless somebody else has."""
     request = {
-        "submission_id": _id(name, attempt),
+        "submission_id": _submission_id(name, attempt),
         "entrypoint": f"exec heliostat {shlex.join(words)}",
         "runtime_env": {
             "working_dir": package,
@@ -262,25 +271,27 @@ def _start(
     def ask() -> None:
         nonlocal mine
         try:
-            call(url, "POST", "/api/jobs/", request)
-        except TakenError:
+            call_api(url, "POST", "/api/jobs/", request)
+        except JobExistsError:
             mine = False  # another's, or our own of a request whose answer was lost
 
-    patiently(ask)
-    job = patiently(lambda: _read(call(url, "GET", f"/api/jobs/{_id(name, attempt)}")))
+    retry_while_busy(ask)
+    job = retry_while_busy(
+        lambda: _parse_job(call_api(url, "GET", f"/api/jobs/{_submission_id(name, attempt)}"))
+    )
     if job is None:
         raise ClusterError(f"{url}: a job {name!r} is there that Heliostat did not start")
     return job, mine
 
 
 def _upload(url: str, package: Package) -> str:
-    if not hold_package(url, package.uri):
+    if not pin_package(url, package.uri):
         path = f"/api/packages/gcs/{package.name}"
-        patiently(lambda: call(url, "PUT", path, body=package.data, timeout_s=600))
+        retry_while_busy(lambda: call_api(url, "PUT", path, body=package.data, timeout_s=600))
     return package.uri
 
 
-def _read(answer: dict[str, Any]) -> Job | None:
+def _parse_job(answer: dict[str, Any]) -> Job | None:
     """A job of ours from Ray's description of it."""
     metadata = answer.get("metadata") or {}
     if "heliostat.words" not in metadata:
@@ -301,10 +312,10 @@ def _read(answer: dict[str, Any]) -> Job | None:
     )
 
 
-def _id(name: str, attempt: int) -> str:
+def _submission_id(name: str, attempt: int) -> str:
     return name if attempt == 1 else f"{name}~{attempt}"
 
 
-def _plain(words: Sequence[str]) -> list[str]:
+def _without_restart_flag(words: Sequence[str]) -> list[str]:
     """A command without what a restart adds to it."""
     return [word for word in words if word != "--or-resume"]

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-SCANNED_BYTES = 4 << 20
+MAX_SCANNED_BYTES = 4 << 20
 """How much of a file is looked at, from its beginning; keys are small."""
 
-_FILES = {
+_CREDENTIAL_FILES = {
     "credentials of AWS": (".aws/credentials",),
     "credentials of Google Cloud": ("application_default_credentials.json", "credentials.db"),
     "credentials of Azure": ("accessTokens.json", "msal_token_cache.*"),
@@ -26,7 +26,7 @@ _FILES = {
     "a private key": ("id_rsa", "id_ed25519", "id_ecdsa", "id_dsa", "*.p12", "*.pfx"),
 }
 
-_MARKS = {
+_KEY_PATTERNS = {
     "a private key": rb"-----BEGIN (?:[A-Z0-9]+ ){0,2}PRIVATE KEY(?: BLOCK)?-----",
     "an access key of AWS": rb"(?<![A-Z0-9])(?:AKIA|ASIA)[A-Z2-7]{16}(?![A-Z0-9])",
     "a secret key of AWS": rb"(?i)aws_secret_access_key['\"]?\s*[=:]\s*['\"]?[a-z0-9/+]{40}\b",
@@ -54,43 +54,43 @@ _PASSWORD = re.compile(rb"[a-zA-Z][\w+.-]*://[^\s/:@'\"]*:(?P<value>[^\s/@'\"]+)
 _PLACEHOLDER = re.compile(rb"(?i)[<>${}*]|example|change|your|dummy|placeholder|xxx|redacted")
 
 
-def suspects(folder: Path, files: Iterable[Path]) -> list[str]:
+def find_secrets(folder: Path, files: Iterable[Path]) -> list[str]:
     """A line for each of the `files` below `folder` that looks like it holds a key."""
-    return [f"{path}: {what}" for path in files if (what := _in_file(folder / path, path))]
+    return [f"{path}: {what}" for path in files if (what := _secret_in_file(folder / path, path))]
 
 
-def in_text(text: str) -> str | None:
+def secret_in_text(text: str) -> str | None:
     """What kind of key a text such as a value on the command line holds; None for none."""
     data = text.encode(errors="replace")
     found = _PASSWORD.search(data)
     if found and not _PLACEHOLDER.search(found["value"]):
         return "a password in a URL"
-    return _marked(data)
+    return _match_key_patterns(data)
 
 
-def _in_file(path: Path, name: Path) -> str | None:
-    for what, patterns in _FILES.items():
+def _secret_in_file(path: Path, name: Path) -> str | None:
+    for what, patterns in _CREDENTIAL_FILES.items():
         if any(fnmatch.fnmatch(f"/{name.as_posix()}", f"*/{pattern}") for pattern in patterns):
             return what
     try:
         with path.open("rb") as file:
-            data = file.read(SCANNED_BYTES)
+            data = file.read(MAX_SCANNED_BYTES)
     except OSError:  # cannot be read, so cannot be sent either
         return None
     if re.fullmatch(r"\.env(\..+)?|.+\.env", name.name):
         for found in (*_SETTING.finditer(data), *_PASSWORD.finditer(data)):
             if not _PLACEHOLDER.search(found["value"]):
-                return f"a secret, in line {_line(data, found)}"
-    return _marked(data, lines=True)
+                return f"a secret, in line {_line_number(data, found)}"
+    return _match_key_patterns(data, lines=True)
 
 
-def _marked(data: bytes, lines: bool = False) -> str | None:
-    for what, pattern in _MARKS.items():
+def _match_key_patterns(data: bytes, lines: bool = False) -> str | None:
+    for what, pattern in _KEY_PATTERNS.items():
         for found in re.finditer(pattern, data):
             if b"EXAMPLE" not in found[0]:
-                return f"{what}, in line {_line(data, found)}" if lines else what
+                return f"{what}, in line {_line_number(data, found)}" if lines else what
     return None
 
 
-def _line(data: bytes, found: re.Match[bytes]) -> int:
+def _line_number(data: bytes, found: re.Match[bytes]) -> int:
     return data.count(b"\n", 0, found.end()) + 1

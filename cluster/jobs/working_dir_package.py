@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.base.errors import SpecError
-from cluster.jobs.secret_scan import suspects
+from cluster.jobs.secret_scan import find_secrets
 
-LIMIT_BYTES = 256 << 20
+MAX_PACKAGE_BYTES = 256 << 20
 """Ray takes packages of up to 512 MiB and keeps them in the memory of the head's GCS."""
 
-NEVER = (".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
+ALWAYS_EXCLUDED = (".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
          "mlflow.db", "mlartifacts", "node_modules", ".DS_Store")  # fmt: skip
 """What is never code, whatever git says: environments, caches, and what runs write."""
 
-OURS = Path(__file__).resolve().parents[2]
+HELIOSTAT_ROOT = Path(__file__).resolve().parents[2]
 """Heliostat's own checkout or installation, of which the cluster has one of its own."""
 
 
@@ -46,15 +46,17 @@ class Package:
         return f"gcs://{self.name}"
 
 
-def pack(folder: Path, needed: Iterable[Path] = (), exclude: Iterable[str] = ()) -> Package:
+def build_package(
+    folder: Path, required_files: Iterable[Path] = (), exclude_patterns: Iterable[str] = ()
+) -> Package:
     """The files of `folder` that git does not ignore, and the `needed` ones that it does.
 
     `exclude` are patterns of paths or names that stay here. SpecError for files that look like
     keys, and for a folder that is too large, with a line for each file.
     """
-    files = listed(folder, exclude)
-    files = sorted({*files, *(path for path in needed if (folder / path).is_file())})
-    found = suspects(folder, files)
+    files = list_packaged_files(folder, exclude_patterns)
+    files = sorted({*files, *(path for path in required_files if (folder / path).is_file())})
+    found = find_secrets(folder, files)
     if found:
         raise SpecError(
             "\n".join(found) + "\nnothing was sent; move these files out of the folder, "
@@ -62,24 +64,24 @@ def pack(folder: Path, needed: Iterable[Path] = (), exclude: Iterable[str] = ())
         )
     sizes = {path: (folder / path).stat().st_size for path in files}
     total = sum(sizes.values())
-    if total > LIMIT_BYTES:
+    if total > MAX_PACKAGE_BYTES:
         largest = sorted(files, key=lambda path: sizes[path], reverse=True)[:5]
         raise SpecError(
-            "\n".join(f"{path}: {mebibytes(sizes[path])}" for path in largest)
-            + f"\nthe folder has {mebibytes(total)}, more than the {mebibytes(LIMIT_BYTES)} that "
+            "\n".join(f"{path}: {format_mebibytes(sizes[path])}" for path in largest)
+            + f"\nthe folder has {format_mebibytes(total)}, more than the {format_mebibytes(MAX_PACKAGE_BYTES)} that "
             "are sent along; name large files in .gitignore, give --exclude, and keep data on "
             "storage that the cluster can see"
         )
-    return Package(_zipped(folder, files), tuple(files))
+    return Package(_zip_files(folder, files), tuple(files))
 
 
-def listed(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
+def list_packaged_files(folder: Path, exclude_patterns: Iterable[str] = ()) -> list[Path]:
     """The files below `folder` that git does not ignore, relative to it, sorted."""
-    excluded = (*NEVER, *exclude)
+    excluded = (*ALWAYS_EXCLUDED, *exclude_patterns)
     own = {
         name
         for name in ("cluster", "trainers", "tuning")
-        if (folder / name).resolve() == OURS / name
+        if (folder / name).resolve() == HELIOSTAT_ROOT / name
     }
     return sorted(
         path
@@ -132,12 +134,12 @@ def _without_git(folder: Path) -> list[str]:
         raise SpecError("git: is needed to tell what .gitignore names; install it")
     names = []
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in NEVER]
+        folders[:] = [name for name in folders if name not in ALWAYS_EXCLUDED]
         names += [str((Path(place) / name).relative_to(folder)) for name in files]
     return names
 
 
-def _zipped(folder: Path, files: Iterable[Path]) -> bytes:
+def _zip_files(folder: Path, files: Iterable[Path]) -> bytes:
     """The same bytes for the same files, whenever they were written."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as package:
@@ -149,5 +151,5 @@ def _zipped(folder: Path, files: Iterable[Path]) -> bytes:
     return target.getvalue()
 
 
-def mebibytes(count: int) -> str:
+def format_mebibytes(count: int) -> str:
     return f"{count / (1 << 20):,.1f} MiB"

@@ -10,10 +10,10 @@ import argparse
 import sys
 from typing import Any
 
-EVERYBODY = ("0.0.0.0/0", "::/0")
+ANYWHERE = ("0.0.0.0/0", "::/0")
 
 
-def shut(client: Any, group: str) -> list[str]:
+def revoke_public_ingress(client: Any, group: str) -> list[str]:
     """Revoke all rules that let everybody into the groups of this name; returns one line each.
 
     `client` is boto3's for EC2. A group without another rule for SSH is left as it is, since
@@ -23,13 +23,13 @@ def shut(client: Any, group: str) -> list[str]:
     said = []
     for described in found["SecurityGroups"]:
         rules = described["IpPermissions"]
-        if not any(_networks(rule, others=True) for rule in rules if _is_ssh(rule)):
+        if not any(_select_ranges(rule, others=True) for rule in rules if _is_ssh(rule)):
             said.append(f"{described['GroupId']}: SSH has no other way in, left as it is")
             continue
         for rule in rules:
-            wide = _networks(rule, others=False)
+            wide = _select_ranges(rule, others=False)
             if wide:
-                which = {key: rule[key] for key in _WHICH if key in rule}
+                which = {key: rule[key] for key in _RULE_KEYS if key in rule}
                 client.revoke_security_group_ingress(
                     GroupId=described["GroupId"], IpPermissions=[{**which, **wide}]
                 )
@@ -37,18 +37,18 @@ def shut(client: Any, group: str) -> list[str]:
     return said
 
 
-_WHICH = ("IpProtocol", "FromPort", "ToPort")
+_RULE_KEYS = ("IpProtocol", "FromPort", "ToPort")
 
 
 def _is_ssh(rule: dict[str, Any]) -> bool:
     return bool(rule["IpProtocol"] == "tcp" and rule["FromPort"] <= 22 <= rule["ToPort"])
 
 
-def _networks(rule: dict[str, Any], others: bool) -> dict[str, list[dict[str, str]]]:
+def _select_ranges(rule: dict[str, Any], others: bool) -> dict[str, list[dict[str, str]]]:
     """The rule's networks that are everybody, or the `others`, as the API wants them back."""
     found = {}
     for key, name in (("IpRanges", "CidrIp"), ("Ipv6Ranges", "CidrIpv6")):
-        fitting = [it for it in rule.get(key, []) if (it[name] in EVERYBODY) != others]
+        fitting = [it for it in rule.get(key, []) if (it[name] in ANYWHERE) != others]
         if fitting:
             found[key] = [{name: it[name]} for it in fitting]
     return found
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--group", required=True)
     parser.add_argument("--region", required=True)
     args = parser.parse_args(arguments)
-    for line in shut(boto3.client("ec2", region_name=args.region), args.group):
+    for line in revoke_public_ingress(boto3.client("ec2", region_name=args.region), args.group):
         print(line)
     return 0
 

@@ -23,20 +23,29 @@ from typing import Any
 from cluster.base.errors import ClusterError, SpecError
 from cluster.base.files import cache_folder
 from cluster.connection.auth_token import ensure_token
-from cluster.connection.ssh import Door, doors_on_premises, head_door, on_node, read_cluster, tunnel
-from cluster.definition.shell_commands import MARK
-from cluster.lifecycle.status import Node, nodes_alive
+from cluster.connection.ssh import (
+    SshTarget,
+    head_target,
+    on_premises_targets,
+    read_launcher_file,
+    run_on_node,
+    tunnel,
+)
+from cluster.definition.shell_commands import CLUSTER_ENV_VAR
+from cluster.lifecycle.status import NodeStatus, list_nodes
 
-Say = Callable[[str], object]
+LogLine = Callable[[str], object]
 
-UP_LIMIT_S = 1800
+UP_TIMEOUT_S = 1800
 """For machines that are rented, booted and set up by package managers."""
 
-STARTS = 3
-TOO_SLOW = "timed out during startup"
+START_ATTEMPTS = 3
+STARTUP_TIMEOUT_MESSAGE = "timed out during startup"
 
-RUNS = "pgrep -x gcs_server >/dev/null && test -e ~/ray_bootstrap_config.yaml && echo runs"
-STOP = """
+HEAD_RUNNING_SCRIPT = (
+    "pgrep -x gcs_server >/dev/null && test -e ~/ray_bootstrap_config.yaml && echo runs"
+)
+STOP_SCRIPT = """
 ray stop --force >/dev/null 2>&1
 ours() {
   grep -lsz "^MARK=NAME$" /proc/[0-9]*/environ | cut -d/ -f3
@@ -50,22 +59,22 @@ echo "could not be stopped: processes $(ours)"
 exit 1
 """
 
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-TROUBLE = re.compile(
+ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ERROR_WORD = re.compile(
     r"error|fail|denied|timed out|timeout|not found|no such|unable|cannot|could not|invalid|"
     r"exceed|insufficient|unauthorized|refused|unreachable|abort",
     re.IGNORECASE,
 )
 
-EXCEPTION = re.compile(r"[\w.]*(Error|ERROR|Exception|Failure)\b: ")
-SAYS_NOTHING = re.compile(
+EXCEPTION_LINE = re.compile(r"[\w.]*(Error|ERROR|Exception|Failure)\b: ")
+UNINFORMATIVE_LINE = re.compile(
     r'^File "|^raise |Failed to setup head node|SSH command failed|update-failed|Full traceback|'
     r"Exception details|commands failed|command_runner.py|Permanently added|ERR updater|"
     r"originates from a subprocess|subprocess-exited|did not run successfully|PANIC commands"
 )
 
 
-def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
+def up(file: Path, log_line: LogLine, timeout_s: float = UP_TIMEOUT_S) -> list[NodeStatus]:
     """Start the cluster of `file`, or what is missing of it, and wait for its minimum nodes.
 
     What runs on a cluster that is up goes on, where the file's commands start nothing twice, as
@@ -73,47 +82,47 @@ def up(file: Path, say: Say, limit_s: float = UP_LIMIT_S) -> list[Node]:
     after `limit_s`.
     """
     start = time.monotonic()
-    config = read_cluster(file)
+    config = read_launcher_file(file)
     name = config["cluster_name"]
     _require_token_mount(config)
     ensure_token()
-    log = log_of(name, "up")
+    log = launcher_log(name, "up")
     arguments = ["up", "-y", "--disable-usage-stats", str(file)]
     if config["provider"]["type"] == "local":
-        head, *workers = doors_on_premises(config).values()
-        if not _head_runs(head):
-            _forget(name)
-            if not _keeps_state(config):
-                _stop(workers, name)
-    say(f"{name}: starting (log: {log})")
-    _start(arguments, log, config)
-    nodes = _wait_for_nodes(file, config, log, start + limit_s)
+        head, *workers = on_premises_targets(config).values()
+        if not _head_is_running(head):
+            _delete_launcher_state(name)
+            if not _state_survives_head(config):
+                _stop_hosts(workers, name)
+    log_line(f"{name}: starting (log: {log})")
+    _ray_up(arguments, log, config)
+    nodes = _wait_for_nodes(file, config, log, start + timeout_s)
     kinds = ", ".join(node.address for node in nodes)
-    say(f"{name}: {len(nodes)} nodes in after {time.monotonic() - start:.0f} s: {kinds}")
+    log_line(f"{name}: {len(nodes)} nodes in after {time.monotonic() - start:.0f} s: {kinds}")
     return nodes
 
 
-def down(file: Path, say: Say) -> None:
+def down(file: Path, log_line: LogLine) -> None:
     """End the cluster of `file`: no process on own hosts, no instance in a cloud.
 
     Raises ClusterError if hosts were not reached, after all others have been told.
     """
-    config = read_cluster(file)
+    config = read_launcher_file(file)
     name = config["cluster_name"]
     if config["provider"]["type"] != "local":
-        log = log_of(name, "down")
-        say(f"{name}: ending (log: {log})")
-        _ray(["down", "-y", str(file)], log, config)
-        say(f"{name}: down")
+        log = launcher_log(name, "down")
+        log_line(f"{name}: ending (log: {log})")
+        _run_launcher(["down", "-y", str(file)], log, config)
+        log_line(f"{name}: down")
         return
-    doors = doors_on_premises(config)
+    doors = on_premises_targets(config)
     head, *workers = doors.values()
     # The head first: its autoscaler would start the others again.
-    missed = [*_stop([head], name), *_stop(workers, name)]
-    _forget(name)
+    missed = [*_stop_hosts([head], name), *_stop_hosts(workers, name)]
+    _delete_launcher_state(name)
     if missed:
         raise ClusterError(f"{name}: not told to stop: " + "; ".join(missed))
-    say(f"{name}: down, {len(doors)} hosts are empty")
+    log_line(f"{name}: down, {len(doors)} hosts are empty")
 
 
 def attach(file: Path) -> int:
@@ -122,7 +131,7 @@ def attach(file: Path) -> int:
     Not by `ray attach`, which takes the exit code of the last thing typed for a failure of its own.
     Raises ClusterError if the head does not let us in.
     """
-    door = head_door(file)
+    door = head_target(file)
     shell = "exec bash --login -c 'exec \"$SHELL\"'"  # it reads ~/.profile, and then ~/.bashrc
     code = subprocess.run([*door.command("-t"), shell], check=False).returncode
     if code == 255:  # ssh's own; it has said why
@@ -130,12 +139,12 @@ def attach(file: Path) -> int:
     return code
 
 
-def log_of(name: str, verb: str) -> Path:
+def launcher_log(name: str, verb: str) -> Path:
     """Where what Ray's launcher prints goes; the newest call's alone."""
     return cache_folder() / f"{name}.{verb}.log"
 
 
-def minimum_nodes(config: Mapping[str, Any]) -> int:
+def minimum_node_count(config: Mapping[str, Any]) -> int:
     """How many nodes there are when nothing is asked of the cluster, with the head."""
     if config["provider"]["type"] == "local":
         hosts = len(config["provider"].get("worker_ips", []))
@@ -145,12 +154,12 @@ def minimum_nodes(config: Mapping[str, Any]) -> int:
     return 1 + sum(int(kind.get("min_workers", 0)) for name, kind in kinds.items() if name != head)
 
 
-def reason_in(output: str) -> str:
+def error_line(output: str) -> str:
     """The line of a launcher's output that says best why it failed."""
-    plain = [line.strip(" \t\r│╰─>") for line in ANSI.sub("", output).splitlines()]
-    lines = [line for line in plain if line and not SAYS_NOTHING.search(line)]
-    raised = [line for line in lines if EXCEPTION.match(line)]
-    telling = [line for line in lines if TROUBLE.search(line)]
+    plain = [line.strip(" \t\r│╰─>") for line in ANSI_ESCAPE.sub("", output).splitlines()]
+    lines = [line for line in plain if line and not UNINFORMATIVE_LINE.search(line)]
+    raised = [line for line in lines if EXCEPTION_LINE.match(line)]
+    telling = [line for line in lines if ERROR_WORD.search(line)]
     return (raised or telling or lines or ["ended without a word"])[-1][:300]
 
 
@@ -164,38 +173,38 @@ def _require_token_mount(config: Mapping[str, Any]) -> None:
         raise SpecError("head_start_ray_commands: must export RAY_AUTH_MODE=token")
 
 
-def _head_runs(door: Door) -> bool:
+def _head_is_running(door: SshTarget) -> bool:
     """Whether this very machine is a head that is set up. Raises ClusterError without SSH."""
-    asked = on_node(door, RUNS)
+    asked = run_on_node(door, HEAD_RUNNING_SCRIPT)
     if asked.returncode == 255:
-        raise ClusterError(f"head {door.address}: no SSH: {reason_in(asked.stdout)}")
+        raise ClusterError(f"head {door.address}: no SSH: {error_line(asked.stdout)}")
     return "runs" in asked.stdout.split()
 
 
-def _keeps_state(config: Mapping[str, Any]) -> bool:
+def _state_survives_head(config: Mapping[str, Any]) -> bool:
     """Whether a new head knows the workers of the old one. If not, they wait for it in vain."""
     commands = " ".join(config.get("head_start_ray_commands", []))
     return "RAY_gcs_storage" in commands or "RAY_REDIS_ADDRESS" in commands
 
 
-def _forget(name: str) -> None:
+def _delete_launcher_state(name: str) -> None:
     """Throw away what Ray's launcher has noted about a cluster on own hosts."""
     from ray.autoscaler._private.local.config import get_state_path
 
     Path(get_state_path(name)).unlink(missing_ok=True)
 
 
-def _launcher() -> list[str]:
+def _launcher_command() -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts"]
 
 
-def _ray(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
+def _run_launcher(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
     """Run a verb of Ray's launcher with its output in `log`."""
     v2 = "0" if config["provider"]["type"] == "local" else "1"
     environment = {**os.environ, "RAY_UP_enable_autoscaler_v2": v2, "PYTHONUNBUFFERED": "1"}
     with log.open("w") as output:
         code = subprocess.run(
-            [*_launcher(), *arguments],
+            [*_launcher_command(), *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -204,56 +213,56 @@ def _ray(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
         ).returncode
     if code:
         raise ClusterError(
-            f"ray {arguments[0]} failed: {reason_in(log.read_text(errors='replace'))} (log: {log})"
+            f"ray {arguments[0]} failed: {error_line(log.read_text(errors='replace'))} (log: {log})"
         )
 
 
-def _start(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
+def _ray_up(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:
     """`ray up`, again where Ray gave up on a head that is merely slow: it waits for 15 to 30 s."""
-    for left in reversed(range(STARTS)):
+    for left in reversed(range(START_ATTEMPTS)):
         try:
-            _ray(arguments, log, config)
+            _run_launcher(arguments, log, config)
             return
         except ClusterError:
-            if not left or TOO_SLOW not in log.read_text(errors="replace"):
+            if not left or STARTUP_TIMEOUT_MESSAGE not in log.read_text(errors="replace"):
                 raise
 
 
 def _wait_for_nodes(
     file: Path, config: Mapping[str, Any], log: Path, deadline: float
-) -> list[Node]:
-    wanted = minimum_nodes(config)
-    nodes: list[Node] = []
+) -> list[NodeStatus]:
+    wanted = minimum_node_count(config)
+    nodes: list[NodeStatus] = []
     trouble = ""
     with tunnel(file) as urls:
         while len(nodes) < wanted:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"{config['cluster_name']}: {len(nodes)} of {wanted} nodes are in"
-                    f"{_missing(config, nodes)}{trouble}; `ray monitor {file}` shows what the head "
+                    f"{_missing_hosts(config, nodes)}{trouble}; `ray monitor {file}` shows what the head "
                     f"tries (log: {log})"
                 )
             try:
-                nodes = nodes_alive(urls.dashboard)
+                nodes = list_nodes(urls.dashboard)
             except ClusterError as error:
                 trouble = f"; {error}"  # the dashboard starts after the head
             time.sleep(0.3)
     return nodes
 
 
-def _missing(config: Mapping[str, Any], nodes: list[Node]) -> str:
+def _missing_hosts(config: Mapping[str, Any], nodes: list[NodeStatus]) -> str:
     hosts = set(config["provider"].get("worker_ips", [])) - {node.address for node in nodes}
     return f", not {', '.join(sorted(hosts))}" if hosts else ""
 
 
-def _stop(doors: list[Door], name: str) -> list[str]:
+def _stop_hosts(targets: list[SshTarget], name: str) -> list[str]:
     """End all that the cluster runs on these hosts; a line per host where that failed."""
-    script = STOP.replace("MARK", MARK).replace("NAME", name)
+    script = STOP_SCRIPT.replace("MARK", CLUSTER_ENV_VAR).replace("NAME", name)
     command = f"bash --login -c -i {shlex.quote(script)}"
 
-    def stop(door: Door) -> str | None:
-        done = on_node(door, command, limit_s=120)
-        return f"{door.address} ({reason_in(done.stdout)})" if done.returncode else None
+    def stop(door: SshTarget) -> str | None:
+        done = run_on_node(door, command, timeout_s=120)
+        return f"{door.address} ({error_line(done.stdout)})" if done.returncode else None
 
     with ThreadPoolExecutor(16) as pool:
-        return [line for line in pool.map(stop, doors) if line]
+        return [line for line in pool.map(stop, targets) if line]

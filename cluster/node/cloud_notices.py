@@ -17,16 +17,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 2.0
-REBALANCE = "HELIOSTAT_REBALANCE_S"
+REBALANCE_VAR = "HELIOSTAT_REBALANCE_S"
 """Seconds in which AWS's recommendation to rebalance empties the node; ignored where not set."""
-TOKEN_S = 6 * 3600
-PREEMPTED_S = 30
+TOKEN_LIFETIME_S = 6 * 3600
+GCP_PREEMPTION_NOTICE_S = 30
 """What Google gives a preempted machine.
 https://docs.cloud.google.com/compute/docs/instances/spot"""
-MAINTENANCE_S = 60
+GCP_MAINTENANCE_NOTICE_S = 60
 """The least notice of maintenance that Google gives; machines with GPUs have an hour.
 https://docs.cloud.google.com/compute/docs/metadata/getting-live-migration-notice"""
-TAKEN_AWAY = ("Preempt", "Terminate", "Reboot", "Redeploy")
+AZURE_TERMINAL_EVENTS = ("Preempt", "Terminate", "Reboot", "Redeploy")
 """Azure's scheduled events after which the processes of a machine are gone; `Freeze` is a pause.
 https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events"""
 
@@ -37,23 +37,23 @@ class Notice:
 
     key: str
     """The same for the same event, however often it is read."""
-    what: str
+    description: str
     """For people."""
     deadline: float
     """The Unix time until which the machine is sure to be there."""
 
 
-class NoAnswerError(Exception):
+class MetadataServiceError(Exception):
     """The metadata service cannot be reached, or answers what it should not."""
 
 
-Look = Callable[[], Notice | None]
+NoticeReader = Callable[[], Notice | None]
 """Asks the cloud once; raises NoAnswerError."""
 
 
-def watcher(cloud: str, now: Callable[[], float] = time.time) -> Look:
+def notice_reader(cloud: str, now: Callable[[], float] = time.time) -> NoticeReader:
     """What asks `cloud` (aws, gcp or azure) for a notice to this machine."""
-    return {"aws": _Aws, "gcp": _Gcp, "azure": _Azure}[cloud](now).look
+    return {"aws": _Aws, "gcp": _Gcp, "azure": _Azure}[cloud](now).read_notice
 
 
 class _Metadata:
@@ -74,7 +74,7 @@ class _Metadata:
             answer = connection.getresponse()
             return answer.status, answer.read().decode(errors="replace").strip()
         except (OSError, http.client.HTTPException) as error:
-            raise NoAnswerError(f"{type(error).__name__}: {error}") from error
+            raise MetadataServiceError(f"{type(error).__name__}: {error}") from error
         finally:
             connection.close()
 
@@ -84,10 +84,10 @@ class _Metadata:
         if status == 404:
             return None
         if status != 200:
-            raise NoAnswerError(f"{path} answers {status}")
+            raise MetadataServiceError(f"{path} answers {status}")
         return body
 
-    def look(self) -> Notice | None:
+    def read_notice(self) -> Notice | None:
         raise NotImplementedError
 
 
@@ -99,29 +99,29 @@ class _Aws(_Metadata):
 
     _token = ""
 
-    def look(self) -> Notice | None:
+    def read_notice(self) -> Notice | None:
         told = self._get("/latest/meta-data/spot/instance-action")
         if told is not None:
-            action, deadline = _parsed(told, _interruption)
+            action, deadline = _parse(told, _parse_interruption)
             return Notice(f"spot {deadline}", f"spot interruption ({action})", deadline)
-        within_s = os.environ.get(REBALANCE)
+        within_s = os.environ.get(REBALANCE_VAR)
         if not within_s:
             return None
         told = self._get("/latest/meta-data/events/recommendations/rebalance")
         if told is None:
             return None
-        noticed = _parsed(told, lambda text: _utc(json.loads(text)["noticeTime"]))
+        noticed = _parse(told, lambda text: _parse_utc(json.loads(text)["noticeTime"]))
         what = "a raised risk of spot interruption (rebalance recommendation)"
         return Notice(f"rebalance {noticed}", what, noticed + float(within_s))
 
     def _get(self, path: str) -> str | None:
         for _ in range(2):  # a token may have run out
             if not self._token:
-                asked = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_S)}
+                asked = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_LIFETIME_S)}
                 status, self._token = self.ask("/latest/api/token", asked, "PUT")
                 if status != 200:
                     self._token = ""
-                    raise NoAnswerError(f"/latest/api/token answers {status}")
+                    raise MetadataServiceError(f"/latest/api/token answers {status}")
             status, body = self.ask(path, {"X-aws-ec2-metadata-token": self._token})
             if status != 401:
                 break
@@ -129,36 +129,36 @@ class _Aws(_Metadata):
         if status == 404:
             return None
         if status != 200:
-            raise NoAnswerError(f"{path} answers {status}")
+            raise MetadataServiceError(f"{path} answers {status}")
         return body
 
 
 class _Gcp(_Metadata):
     default = "http://metadata.google.internal"
 
-    def look(self) -> Notice | None:
+    def read_notice(self) -> Notice | None:
         headers, place = {"Metadata-Flavor": "Google"}, "/computeMetadata/v1/instance"
         now = self._now()
         if self.get(f"{place}/preempted", headers) == "TRUE":
-            return Notice("preempted", "preemption", now + PREEMPTED_S)
+            return Notice("preempted", "preemption", now + GCP_PREEMPTION_NOTICE_S)
         if self.get(f"{place}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE":
             what = "maintenance of its host, for which it is stopped"
-            return Notice("maintenance", what, now + MAINTENANCE_S)
+            return Notice("maintenance", what, now + GCP_MAINTENANCE_NOTICE_S)
         return None
 
 
 class _Azure(_Metadata):
     _name: str | None = None
 
-    def look(self) -> Notice | None:
+    def read_notice(self) -> Notice | None:
         headers = {"Metadata": "true"}
         if self._name is None:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._name = self.get(path, headers)
         told = self.get("/metadata/scheduledevents?api-version=2020-07-01", headers) or "{}"
-        for event in _parsed(told, lambda text: json.loads(text).get("Events", [])):
+        for event in _parse(told, lambda text: json.loads(text).get("Events", [])):
             # Machines of one set are told of one another's events.
-            if event["EventType"] in TAKEN_AWAY and self._name in event["Resources"]:
+            if event["EventType"] in AZURE_TERMINAL_EVENTS and self._name in event["Resources"]:
                 return self._notice(event)
         return None
 
@@ -166,22 +166,22 @@ class _Azure(_Metadata):
         when = event.get("NotBefore")  # empty once it has begun
         deadline = self._now()
         if when:
-            deadline = _parsed(when, lambda text: parsedate_to_datetime(text).timestamp())
+            deadline = _parse(when, lambda text: parsedate_to_datetime(text).timestamp())
         return Notice(event["EventId"], f"{event['EventType'].lower()} event", deadline)
 
 
-def _interruption(text: str) -> tuple[str, float]:
+def _parse_interruption(text: str) -> tuple[str, float]:
     told = json.loads(text)
-    return told["action"], _utc(told["time"])
+    return told["action"], _parse_utc(told["time"])
 
 
-def _utc(text: str) -> float:
+def _parse_utc(text: str) -> float:
     """The Unix time of `2026-11-22T08:22:00Z`."""
     return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
 
 
-def _parsed(text: str, read: Callable[[str], Any]) -> Any:
+def _parse(text: str, read: Callable[[str], Any]) -> Any:
     try:
         return read(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NoAnswerError(f"cannot read {text[:80]!r}") from error
+        raise MetadataServiceError(f"cannot read {text[:80]!r}") from error

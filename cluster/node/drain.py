@@ -7,7 +7,7 @@ what Ray's client does to a process when the head is gone: it ends it. Exit code
 import sys
 
 
-def drain(address: str, deadline: float, what: str, nodes: list[str]) -> str | None:
+def drain_nodes(address: str, deadline: float, description: str, nodes: list[str]) -> str | None:
     """Tell the Ray at `address` that `nodes` are taken away at `deadline` (Unix time).
 
     New work avoids them; what runs there is told and goes on. Returns why Ray refused, or None.
@@ -18,7 +18,7 @@ def drain(address: str, deadline: float, what: str, nodes: list[str]) -> str | N
     client = GcsClient(address=address)
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     for node in nodes:
-        accepted, why = client.drain_node(node, reason, what, round(deadline * 1000))
+        accepted, why = client.drain_node(node, reason, description, round(deadline * 1000))
         if not accepted:
             return f"node {node[:8]}: {why}"
     return None
@@ -26,4 +26,4 @@ def drain(address: str, deadline: float, what: str, nodes: list[str]) -> str | N
 
 if __name__ == "__main__":
     address, deadline, what, *nodes = sys.argv[1:]
-    sys.exit(drain(address, float(deadline), what, nodes))
+    sys.exit(drain_nodes(address, float(deadline), what, nodes))

@@ -17,77 +17,77 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.connection.ssh import Door, doors_on_premises, on_node
+from cluster.connection.ssh import SshTarget, on_premises_targets, run_on_node
 
-BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+AUTOSCALER_FILE = Path("~/ray_bootstrap_config.yaml")
 """What Ray's launcher puts on a head: the cluster's file, as JSON."""
 
 AGENT_PORT = 52365
 """Where Ray's agent listens on every node, unless it is told otherwise."""
 
-TOKEN = "~/.ray/auth_token"
-EVERY_S = 3.0
-SET_UP_LIMIT_S = 1800
+TOKEN_FILE = "~/.ray/auth_token"
+POLL_S = 3.0
+SETUP_TIMEOUT_S = 1800
 
 
 def main() -> int:
     """Runs until it is ended with the rest of the cluster."""
-    config = json.loads(BOOTSTRAP.expanduser().read_text())
-    _, *workers = doors_on_premises(config).values()
-    host = Furnisher(config)
+    config = json.loads(AUTOSCALER_FILE.expanduser().read_text())
+    _, *workers = on_premises_targets(config).values()
+    host = HostReprovisioner(config)
     with ThreadPoolExecutor(16) as pool:
         while True:
-            for line in pool.map(host.visit, workers):
+            for line in pool.map(host.reprovision_if_empty, workers):
                 if line:
                     print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
-            time.sleep(EVERY_S)
+            time.sleep(POLL_S)
 
 
-class Furnisher:
+class HostReprovisioner:
     """Which hosts were in, and which of them are owed a set-up."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """`config` is the cluster's file as Ray's launcher has prepared it for the head."""
         self._config = config
-        self._known: set[str] = set()
-        self._owed: set[str] = set()
+        self._joined: set[str] = set()
+        self._empty: set[str] = set()
 
-    def visit(self, door: Door) -> str | None:
+    def reprovision_if_empty(self, target: SshTarget) -> str | None:
         """Set up the host if it was in and has lost everything. Returns what was done, in a line.
 
         A host that was never in is being set up by the autoscaler.
         """
-        host = door.address
-        if _runs_ray(host):
-            self._known.add(host)
+        host = target.address
+        if _ray_is_running(host):
+            self._joined.add(host)
             return None
-        if host not in self._known:
+        if host not in self._joined:
             return None
-        if on_node(door, f"test -s {TOKEN}").returncode == 1:
-            self._owed.add(host)
-        if host not in self._owed:
+        if run_on_node(target, f"test -s {TOKEN_FILE}").returncode == 1:
+            self._empty.add(host)
+        if host not in self._empty:
             return None
-        trouble = self._set_up(door)
+        trouble = self._run_setup(target)
         if trouble is None:
-            self._owed.discard(host)
+            self._empty.discard(host)
         return f"{host}: {trouble or 'came back empty, set up again'}"
 
-    def _set_up(self, door: Door) -> str | None:
+    def _run_setup(self, target: SshTarget) -> str | None:
         """What Ray's launcher does with a new host. Returns what went wrong."""
-        for target, source in self._config["file_mounts"].items():
+        for path, source in self._config["file_mounts"].items():
             try:
-                self._copy(door, source, target)
+                self._copy(target, source, path)
             except subprocess.CalledProcessError as error:
-                return f"cannot copy {target} to it: {error.stderr.strip()[-300:]}"
+                return f"cannot copy {path} to it: {error.stderr.strip()[-300:]}"
         for command in self._config["worker_setup_commands"]:
             shell = f"bash --login -c -i {shlex.quote(command)}"
-            done = on_node(door, shell, SET_UP_LIMIT_S)
+            done = run_on_node(target, shell, SETUP_TIMEOUT_S)
             if done.returncode:
                 return f"set-up failed: {command}: {done.stdout.strip()[-300:]}"
         return None
 
-    def _copy(self, door: Door, source: str, target: str) -> None:
-        ssh, *options, there = door.command()
+    def _copy(self, ssh_target: SshTarget, source: str, target: str) -> None:
+        ssh, *options, there = ssh_target.command()
         here = Path(source).expanduser()
         slash = "/" if here.is_dir() else ""
         folder = target if slash else str(Path(target).parent)
@@ -100,7 +100,7 @@ class Furnisher:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
 
 
-def _runs_ray(host: str) -> bool:
+def _ray_is_running(host: str) -> bool:
     with contextlib.suppress(OSError):
         socket.create_connection((host, AGENT_PORT), timeout=2).close()
         return True

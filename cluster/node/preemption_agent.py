@@ -23,15 +23,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.node.cloud_notices import Look, NoAnswerError, Notice, watcher
+from cluster.node.cloud_notices import MetadataServiceError, Notice, NoticeReader, notice_reader
 
 POLL_S = 2.0
 DRAIN_TIMEOUT_S = 20.0
 GRACE_S = 60.0
 """How long after its deadline a machine may still be there before Ray is stopped on it."""
-NODE_IP = "HELIOSTAT_NODE_IP"
+NODE_IP_VAR = "HELIOSTAT_NODE_IP"
 """The address of the one Ray node that is meant, where several are on one machine."""
-PLACE = Path("~/.heliostat/agent.pid")
+PID_FILE = Path("~/.heliostat/agent.pid")
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Raylet:
     """A Ray node on this machine, as its process tells."""
 
     pid: int
-    node: str
+    node_id: str
     ip: str
-    head: str
+    gcs_address: str
     """The address of the cluster's GCS."""
 
 
-def raylets(proc: Path = Path("/proc")) -> Iterator[Raylet]:
+def local_raylets(proc: Path = Path("/proc")) -> Iterator[Raylet]:
     """The Ray nodes on this machine; of them the one at HELIOSTAT_NODE_IP, where that is set."""
-    wanted = os.environ.get(NODE_IP)
+    wanted = os.environ.get(NODE_IP_VAR)
     for folder in proc.glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -64,63 +64,67 @@ def raylets(proc: Path = Path("/proc")) -> Iterator[Raylet]:
             )
 
 
-class Agent:
+class PreemptionAgent:
     """What is done about notices; `step` is called again and again."""
 
-    def __init__(self, look: Look) -> None:
-        self._look = look
-        self._deaf = False
-        self._said = ""
+    def __init__(self, read_notice: NoticeReader) -> None:
+        self._read_notice = read_notice
+        self._unreachable = False
+        self._last_line = ""
         self._notice: Notice | None = None
-        self._told: set[tuple[str, str]] = set()
+        self._drained: set[tuple[str, str]] = set()
         """Which nodes have been told of which notice."""
 
-    def step(self) -> None:
+    def poll_once(self) -> None:
         """Look once, and do what is due. Raises nothing but what a mistake of ours raises."""
         try:
-            notice = self._look()
-            if self._deaf:
-                say("the metadata service answers again")
-            self._deaf = False
-        except NoAnswerError as error:
-            if not self._deaf:
-                say(f"the metadata service does not answer ({error}); asking on")
-            self._deaf, notice = True, self._notice
+            notice = self._read_notice()
+            if self._unreachable:
+                log_event("the metadata service answers again")
+            self._unreachable = False
+        except MetadataServiceError as error:
+            if not self._unreachable:
+                log_event(f"the metadata service does not answer ({error}); asking on")
+            self._unreachable, notice = True, self._notice
         if notice is not None and (self._notice is None or notice.key != self._notice.key):
-            say(f"{notice.what}: this machine is going at {_clock(notice.deadline)}")
+            log_event(
+                f"{notice.description}: this machine is going at {_format_clock(notice.deadline)}"
+            )
             self._notice = notice
         if self._notice is not None:
-            self._act(self._notice)
+            self._act_on(self._notice)
 
-    def _act(self, notice: Notice) -> None:
-        here = list(raylets())
+    def _act_on(self, notice: Notice) -> None:
+        here = list(local_raylets())
         if time.time() > notice.deadline + GRACE_S:
             for raylet in here:
-                if (notice.key, raylet.node) in self._told:
-                    say(f"this machine is still there; stopping Ray's node {raylet.node[:8]} on it")
+                if (notice.key, raylet.node_id) in self._drained:
+                    log_event(
+                        f"this machine is still there; stopping Ray's node {raylet.node_id[:8]} on it"
+                    )
                     os.kill(raylet.pid, signal.SIGTERM)
-                    self._told.discard((notice.key, raylet.node))
+                    self._drained.discard((notice.key, raylet.node_id))
             return
-        untold = [raylet for raylet in here if (notice.key, raylet.node) not in self._told]
-        if not here and not self._told:
-            self._say_once("there is no Ray on this machine yet")
+        untold = [raylet for raylet in here if (notice.key, raylet.node_id) not in self._drained]
+        if not here and not self._drained:
+            self._log_once("there is no Ray on this machine yet")
         for raylet in untold:
-            problem = tell_ray(raylet, notice)
+            problem = drain_raylet(raylet, notice)
             if problem:
-                self._say_once(f"Ray could not be told ({problem}); trying on")
+                self._log_once(f"Ray could not be told ({problem}); trying on")
             else:
-                say(f"Ray's node {raylet.node[:8]} is drained")
-                self._told.add((notice.key, raylet.node))
+                log_event(f"Ray's node {raylet.node_id[:8]} is drained")
+                self._drained.add((notice.key, raylet.node_id))
 
-    def _say_once(self, line: str) -> None:
-        if line != self._said:
-            say(line)
-        self._said = line
+    def _log_once(self, line: str) -> None:
+        if line != self._last_line:
+            log_event(line)
+        self._last_line = line
 
 
-def tell_ray(raylet: Raylet, notice: Notice) -> str | None:
+def drain_raylet(raylet: Raylet, notice: Notice) -> str | None:
     """Drain a node; returns what went wrong in one line, or None."""
-    words = [raylet.head, str(notice.deadline), notice.what, raylet.node]
+    words = [raylet.gcs_address, str(notice.deadline), notice.description, raylet.node_id]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "cluster.node.drain", *words],
@@ -137,13 +141,13 @@ def tell_ray(raylet: Raylet, notice: Notice) -> str | None:
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 
-def take_over(place: Path, timeout_s: float = 10.0) -> int:
+def replace_running_instance(pid_file: Path, timeout_s: float = 10.0) -> int:
     """End the program that holds the file `place`, and hold it; returns the descriptor.
 
     The newest one has the newest code and settings. Raises TimeoutError if the old one stays.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    pid_file.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -155,29 +159,29 @@ def take_over(place: Path, timeout_s: float = 10.0) -> int:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(holder), signal.SIGTERM)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"process {holder} does not let go of {place}") from None
+                raise TimeoutError(f"process {holder} does not let go of {pid_file}") from None
             time.sleep(0.1)
     os.ftruncate(file, 0)
     os.pwrite(file, str(os.getpid()).encode(), 0)
     return file
 
 
-def say(line: str) -> None:
+def log_event(line: str) -> None:
     """One event, with its time."""
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}", flush=True)
 
 
-def _clock(when: float) -> str:
+def _format_clock(when: float) -> str:
     return time.strftime("%H:%M:%S UTC", time.gmtime(when))
 
 
 def main(cloud: str) -> None:
     """Watch for ever."""
-    take_over(PLACE.expanduser())
-    agent = Agent(watcher(cloud))
-    say(f"watching for {cloud}'s notices")
+    replace_running_instance(PID_FILE.expanduser())
+    agent = PreemptionAgent(notice_reader(cloud))
+    log_event(f"watching for {cloud}'s notices")
     while True:
-        agent.step()
+        agent.poll_once()
         time.sleep(POLL_S)
 
 

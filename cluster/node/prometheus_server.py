@@ -18,26 +18,28 @@ import time
 import urllib.request
 from pathlib import Path
 
-from cluster.node.preemption_agent import PLACE, say, take_over
+from cluster.node.preemption_agent import PID_FILE, log_event, replace_running_instance
 
-DASHBOARD = Path(__file__).with_name("grafana.json")
-SESSION = Path("/tmp/ray/session_latest/metrics")
+GRAFANA_DASHBOARD = Path(__file__).with_name("grafana.json")
+METRICS_FOLDER = Path("/tmp/ray/session_latest/metrics")
 """Where Ray's head writes the configuration of Prometheus and Grafana."""
-PROMETHEUS = "3.5.0"
+PROMETHEUS_VERSION = "3.5.0"
 """The release that is fetched, of Prometheus' long-term support."""
 _RELEASES = "https://github.com/prometheus/prometheus/releases/download"
 
 
-def install_dashboard(session: Path = SESSION) -> Path:
+def install_dashboard(session: Path = METRICS_FOLDER) -> Path:
     """Put our dashboard beside Ray's, where Grafana finds it; Ray has to be there."""
     folder = session / "grafana" / "dashboards"
     folder.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copy(DASHBOARD, folder / "heliostat_grafana_dashboard.json"))
+    return Path(shutil.copy(GRAFANA_DASHBOARD, folder / "heliostat_grafana_dashboard.json"))
 
 
-def prometheus_command(home: Path, session: Path = SESSION) -> list[str] | None:
+def prometheus_command(home: Path, session: Path = METRICS_FOLDER) -> list[str] | None:
     """How Prometheus is started here; None where there is none and none can be fetched."""
-    program = shutil.which("prometheus") or _fetched(home / f"prometheus-{PROMETHEUS}")
+    program = shutil.which("prometheus") or _download_prometheus(
+        home / f"prometheus-{PROMETHEUS_VERSION}"
+    )
     if program is None:
         return None
     return [
@@ -48,7 +50,7 @@ def prometheus_command(home: Path, session: Path = SESSION) -> list[str] | None:
     ]
 
 
-def grafana_command(session: Path = SESSION) -> list[str] | None:
+def grafana_command(session: Path = METRICS_FOLDER) -> list[str] | None:
     """How Grafana is started here, with Ray's settings; None where it is not installed."""
     program = shutil.which("grafana")
     home = Path("/usr/share/grafana")
@@ -57,16 +59,16 @@ def grafana_command(session: Path = SESSION) -> list[str] | None:
     return [program, "server", f"--homepath={home}", f"--config={session / 'grafana/grafana.ini'}"]
 
 
-def _fetched(folder: Path) -> Path | None:
+def _download_prometheus(folder: Path) -> Path | None:
     """The program in Prometheus' own release for this machine, fetched once."""
     program = folder / "prometheus"
     if program.exists():
         return program
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine)
-    name = f"prometheus-{PROMETHEUS}.linux-{machine}"
+    name = f"prometheus-{PROMETHEUS_VERSION}.linux-{machine}"
     building = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        url = f"{_RELEASES}/v{PROMETHEUS}/{name}.tar.gz"
+        url = f"{_RELEASES}/v{PROMETHEUS_VERSION}/{name}.tar.gz"
         with (
             urllib.request.urlopen(url, timeout=60) as data,
             tarfile.open(fileobj=data, mode="r|gz") as archive,
@@ -74,7 +76,7 @@ def _fetched(folder: Path) -> Path | None:
             archive.extractall(building, filter="data")
         (building / name).rename(folder)
     except OSError as error:
-        say(f"Prometheus {PROMETHEUS} cannot be fetched: {error}")
+        log_event(f"Prometheus {PROMETHEUS_VERSION} cannot be fetched: {error}")
         return None
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -83,19 +85,21 @@ def _fetched(folder: Path) -> Path | None:
 
 def main() -> None:
     """Start what there is, and stay until all of it has ended."""
-    home = PLACE.expanduser().parent
-    take_over(home / "metrics.pid")
-    while not (SESSION / "prometheus" / "prometheus.yml").exists():  # the dashboard writes it
+    home = PID_FILE.expanduser().parent
+    replace_running_instance(home / "metrics.pid")
+    while not (
+        METRICS_FOLDER / "prometheus" / "prometheus.yml"
+    ).exists():  # the dashboard writes it
         time.sleep(1)
-    say(f"dashboard: {install_dashboard()}")
+    log_event(f"dashboard: {install_dashboard()}")
     programs = {"Prometheus": prometheus_command(home), "Grafana": grafana_command()}
     running = []
     environment = {**os.environ, "GF_SERVER_HTTP_ADDR": "127.0.0.1"}
     for name, command in programs.items():
         if command is None:
-            say(f"{name} is not here")
+            log_event(f"{name} is not here")
             continue
-        say(f"{name}: {' '.join(command)}")
+        log_event(f"{name}: {' '.join(command)}")
         running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
     try:
         for process in running:

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.data.dataset import prepare
+from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-class Evaluations(SilentReporter):
+class Evaluations(NullReporter):
     """A reporter that keeps the validation loss of each evaluation."""
 
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
 
-    def evaluated(self, metrics: Any, step: int, checkpoints: Any) -> None:
+    def on_evaluation_end(self, metrics: Any, step: int, checkpoints: Any) -> None:
         self.losses[step] = metrics["val/loss"]
 
 
@@ -45,7 +45,7 @@ def test_by_hand_and_ours_learn_the_same(
     del data["sweep"]
     data["optimizer"] = {"lr": 3e-3, "weight_decay": 0.5}
     spec, workload = resolve(data, RunSpec)
-    dataset = prepare(workload, tmp_path)
+    dataset = prepare_dataset(workload, tmp_path)
     ours = Evaluations()
     train(spec, workload, dataset, tmp_path, ours)
 

@@ -43,7 +43,7 @@ SLOW = f"""\
 workload: slow:Slow
 storage: {SHARED}/runs
 optimizer: {{lr: 1e-3}}
-train: {{steps: {STEPS}, global_batch: 16, evaluate_every: 200}}
+train: {{steps: {STEPS}, global_batch: 16, evaluate_every_epochs: 200}}
 checkpoint: {{every_steps: 20}}
 scale: {{workers: 2}}
 """

@@ -47,7 +47,7 @@ def test_up_waits_for_every_node_and_says_how_long_it_took(cluster: OwnHosts) ->
 
 
 def test_status_shows_nodes_and_what_they_cost(cluster: OwnHosts) -> None:
-    output = cluster.lifecycle.status()
+    output = cluster.status()
     assert output.startswith("3 nodes\n")
     for host in HOSTS:
         assert f"\n{ADDRESSES[host]} " in output
@@ -168,4 +168,4 @@ def test_down_leaves_no_process_and_up_starts_again(cluster: OwnHosts) -> None:
     assert cluster.processes("one")
     assert "rack: down" in cluster.me("heliostat down cluster.yaml")
     assert {host: cluster.processes(host) for host in HOSTS} == {host: [] for host in HOSTS}
-    assert "no" in cluster.lifecycle.status()
+    assert "no" in cluster.status()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainers.counter_rng import SampleRandom, mix_seed, seed_device
+from trainers.counter_rng import SampleRandom, combine_seeds, seed_device
 from trainers.devices import Cpu
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -107,18 +107,18 @@ class TestMixSeed:
         ],
     )
     def test_frozen_values(self, parts: tuple[int, ...], seed: int) -> None:
-        assert mix_seed(*parts) == seed
+        assert combine_seeds(*parts) == seed
 
     def test_no_collisions(self) -> None:
-        pairs = {mix_seed(seed, step) for seed in range(300) for step in range(300)}
-        singles = {mix_seed(seed) for seed in range(10_000)}
+        pairs = {combine_seeds(seed, step) for seed in range(300) for step in range(300)}
+        singles = {combine_seeds(seed) for seed in range(10_000)}
         assert len(pairs) == 90_000
         assert len(singles) == 10_000
         assert not pairs & singles
 
     @given(parts=st.lists(st.integers(0, 2**63), min_size=1, max_size=4))
     def test_a_seed_that_every_generator_takes(self, parts: list[int]) -> None:
-        seed = mix_seed(*parts)
+        seed = combine_seeds(*parts)
         assert 0 <= seed < 2**63
         torch.Generator().manual_seed(seed)
 

@@ -20,7 +20,9 @@ def only(monkeypatch: pytest.MonkeyPatch) -> type:
     class Only:
         def __init__(self, family: type[Device] | None) -> None:
             for each in FAMILIES:
-                monkeypatch.setattr(each, "available", staticmethod(lambda it=each: it is family))
+                monkeypatch.setattr(
+                    each, "is_available", staticmethod(lambda it=each: it is family)
+                )
 
     return Only
 
@@ -76,11 +78,11 @@ class TestWhichDevice:
         def broken() -> bool:
             raise RuntimeError("driver too old")
 
-        monkeypatch.setattr(Cuda, "available", staticmethod(broken))
+        monkeypatch.setattr(Cuda, "is_available", staticmethod(broken))
         assert type(local_device("auto")) is Cpu
 
     def test_nothing_is_imported_for_what_is_absent(self) -> None:
-        assert not [family for family in (Hpu, Tpu, Neuron) if family.available()]
+        assert not [family for family in (Hpu, Tpu, Neuron) if family.is_available()]
         assert not {"torch_xla", "habana_frameworks"} & sys.modules.keys()
 
     def test_amd_is_not_taken_for_nvidia(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +92,7 @@ class TestWhichDevice:
             assert type(local_device("gpu")) is family
 
     def test_torch_and_ray_know_the_names(self) -> None:
-        resources = {family.resource for family in FAMILIES}
+        resources = {family.ray_resource_name for family in FAMILIES}
         assert resources == {"GPU", "TPU", "HPU", "neuron_cores"}
         for family in (Cpu, Cuda, Xpu):
             assert torch.distributed.get_default_backend_for_device(family.type) == family.backend
@@ -108,7 +110,7 @@ class TestTheCpu:
     def test_a_seed_and_a_state_repeat_what_is_drawn(self) -> None:
         device = Cpu()
         device.seed(7)
-        state = device.random_state()
+        state = device.rng_state()
         first = torch.rand(3, device=device.device)
         device.seed(7)
         assert torch.equal(torch.rand(3, device=device.device), first)
@@ -117,7 +119,7 @@ class TestTheCpu:
         device.synchronize()
 
     def test_is_in_no_catalogue(self) -> None:
-        assert Cpu().catalogued() is None
+        assert Cpu().catalog_entry() is None
         assert Cpu().name
 
 

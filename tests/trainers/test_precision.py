@@ -7,7 +7,7 @@ from torch import nn
 
 from cluster.base.errors import SpecError
 from trainers.devices import Cpu, Cuda
-from trainers.precision import check_precision, fp8_layers
+from trainers.precision import check_precision, convert_to_fp8
 
 
 def test_what_a_device_cannot_is_said_with_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_fp8_layers_keep_their_weights_and_learn() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 3))
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    network = fp8_layers(network)
+    network = convert_to_fp8(network)
     after = network.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.base.config import check, override
+from cluster.base.config import apply_overrides, validate
 from cluster.base.errors import SpecError
 from heliostat.main import main
-from trainers.spec import SPECS, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve
+from trainers.spec import SPECS_FOLDER, RunSpec, ScaleSpec, TrainSpec, find_spec, resolve
 from trainers.workload import load_workload
 from trainers.workloads.vision.workload import Vision
 
@@ -27,7 +27,7 @@ def message_of(data: dict[str, Any]) -> str:
 
 class TestDefaults:
     def test_a_workload_is_all_that_a_spec_needs(self) -> None:
-        spec = check(RunSpec, {"workload": "vision"})
+        spec = validate(RunSpec, {"workload": "vision"})
         assert spec.optimizer.name == "adamw"
         assert spec.optimizer.lr == 1e-3
         assert spec.optimizer.schedule.name == "cosine"
@@ -41,7 +41,7 @@ class TestDefaults:
 
     def test_the_workload_is_needed(self) -> None:
         with pytest.raises(SpecError, match=r"^workload: is required$"):
-            check(RunSpec, {})
+            validate(RunSpec, {})
 
     def test_resolve_fills_in_the_workloads_own_defaults(self, own_folder: Path) -> None:
         spec, workload = resolve({**OWN, "model": {"width": 8}}, RunSpec)
@@ -71,7 +71,7 @@ class TestLength:
         ],
     )
     def test_total_steps(self, train: dict[str, Any], samples: int, steps: int) -> None:
-        assert check(TrainSpec, train).total_steps(samples) == steps
+        assert validate(TrainSpec, train).total_steps(samples) == steps
 
     @given(
         epochs=st.integers(1, 100), samples=st.integers(1, 10**6), global_batch=st.integers(1, 512)
@@ -79,7 +79,7 @@ class TestLength:
     def test_steps_at_is_the_first_step_that_ends_the_epoch(
         self, epochs: int, samples: int, global_batch: int
     ) -> None:
-        steps = TrainSpec(global_batch=global_batch).steps_at(float(epochs), samples)
+        steps = TrainSpec(global_batch=global_batch).steps_for_epochs(float(epochs), samples)
         assert (steps - 1) * global_batch < epochs * samples <= steps * global_batch
 
     def test_epochs_and_steps_exclude_each_other(self) -> None:
@@ -91,7 +91,7 @@ class TestLength:
 class TestScale:
     @pytest.mark.parametrize("workers", [1, 2, 64, [1, 1], [2, 3], [1, 64]])
     def test_workers_that_share_a_batch_of_64(self, workers: int | list[int]) -> None:
-        spec = check(RunSpec, {"workload": "vision", "scale": {"workers": workers}})
+        spec = validate(RunSpec, {"workload": "vision", "scale": {"workers": workers}})
         assert spec.scale.max_workers == (workers if isinstance(workers, int) else workers[1])
 
     @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ class TestScale:
 
     def test_min_and_max_are_in_order(self) -> None:
         with pytest.raises(SpecError) as caught:
-            check(ScaleSpec, {"workers": [4, 2]}, "scale.")
+            validate(ScaleSpec, {"workers": [4, 2]}, "scale.")
         assert str(caught.value) == "scale.workers: must be [min, max] with min <= max (got [4, 2])"
 
     @pytest.mark.parametrize("workers", [0, -1, [0, 2], [4], [1, 2, 3], "many", 1.5])
     def test_anything_else_is_refused(self, workers: Any) -> None:
         with pytest.raises(SpecError, match=r"^scale\.workers"):
-            check(ScaleSpec, {"workers": workers}, "scale.")
+            validate(ScaleSpec, {"workers": workers}, "scale.")
 
     @pytest.mark.parametrize(
         ("scale", "says"),
@@ -138,8 +138,8 @@ class TestScale:
 
     def test_workers_that_split_layers_share_their_samples(self) -> None:
         scale = {"parallel": "tensor", "group": 4, "workers": 8}
-        spec = check(RunSpec, {"workload": "x", "train": {"global_batch": 2}, "scale": scale})
-        assert spec.scale.shares == 2
+        spec = validate(RunSpec, {"workload": "x", "train": {"global_batch": 2}, "scale": scale})
+        assert spec.scale.data_parallel_size == 2
 
 
 class TestFindSpec:
@@ -156,7 +156,9 @@ class TestFindSpec:
     def test_a_class_is_a_spec_of_defaults(self) -> None:
         assert find_spec("spirals:Spirals") == ("spirals", OWN)
 
-    @pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+    @pytest.mark.parametrize(
+        "path", sorted(SPECS_FOLDER.glob("*.yaml")), ids=lambda path: path.stem
+    )
     def test_every_shipped_spec_resolves(self, path: Path) -> None:
         name, data = find_spec(path.stem)
         spec, workload = resolve(data, RunSpec)
@@ -331,7 +333,7 @@ def test_a_bad_spec_is_one_line_on_stderr_and_exit_code_2(
 
 
 def test_overrides_are_checked_like_the_file() -> None:
-    data = override({"workload": "vision"}, ["model.width=8", "train.steps=1e1"])
+    data = apply_overrides({"workload": "vision"}, ["model.width=8", "train.steps=1e1"])
     spec, workload = resolve(data, RunSpec)
     assert spec.train.steps == 10
     assert workload.model.width == 8

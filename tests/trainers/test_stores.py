@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
-from trainers.checkpoints.checkpoints import Checkpoints, load_network
+from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
 from trainers.spec import CheckpointSpec
 from trainers.stores import MANIFEST, LocalStore, RemoteStore, Store
 
@@ -29,17 +29,17 @@ def open_store(
 
 def build(store: Store, name: str, **files: str) -> None:
     """Everything up to the commit."""
-    store.begin(name)
+    store.start_write(name)
     for file, text in files.items():
-        (store.building(name) / file).write_text(text)
-        store.publish(name, file)
+        (store.staging_dir(name) / file).write_text(text)
+        store.upload(name, file)
     manifest = {"files": dict.fromkeys(files)}
-    (store.building(name) / MANIFEST).write_text(json.dumps(manifest))
+    (store.staging_dir(name) / MANIFEST).write_text(json.dumps(manifest))
 
 
 def content(store: Store, name: str) -> dict[str, str]:
-    files = {path.name: path.read_text() for path in store.fetch(name).iterdir()}
-    assert json.loads(files.pop(MANIFEST)) == json.loads(store.manifest(name))
+    files = {path.name: path.read_text() for path in store.download(name).iterdir()}
+    assert json.loads(files.pop(MANIFEST)) == json.loads(store.read_manifest(name))
     return files
 
 
@@ -73,7 +73,7 @@ def test_an_attempt_that_broke_off_leaves_nothing_in_the_next(open_store: Open) 
 def test_what_is_abandoned_is_gone(open_store: Open, tmp_path: Path) -> None:
     store = open_store()
     build(store, "step-1", a="half")
-    store.abandon("step-1")
+    store.abort("step-1")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -82,7 +82,7 @@ def test_what_is_committed_cannot_be_abandoned(open_store: Open) -> None:
     store = open_store()
     build(store, "step-1", a="whole")
     store.commit("step-1")
-    store.abandon("step-1")
+    store.abort("step-1")
     assert content(open_store(), "step-1") == {"a": "whole"}
 
 
@@ -99,7 +99,7 @@ def test_what_is_removed_is_gone(open_store: Open, tmp_path: Path) -> None:
     for name in ("step-1", "step-2"):
         build(store, name, a=name)
         store.commit(name)
-        store.fetch(name)
+        store.download(name)
     store.remove("step-1")
     assert open_store().names() == ["step-2"]
     assert not list(tmp_path.rglob("step-1"))
@@ -123,10 +123,10 @@ def test_checkpoints_at_a_uri_are_found_by_their_folder(tmp_path: Path) -> None:
     assert not list(folder.glob("step-*"))
     kept = sorted(path.name for path in (tmp_path / "bucket").glob("*/step-*"))
     assert kept == ["step-00000002", "step-00000003"]
-    newest = Checkpoints(folder).newest()
+    newest = Checkpoints(folder).latest()
     assert newest is not None
     other = nn.Linear(2, 3)
-    load_network(newest, other)
+    load_model_weights(newest, other)
     assert other.weight.equal(network.weight)
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_one_at_a_uri_is_passed_over(
     checkpoints.wait()
     state = next((tmp_path / "bucket").glob("*/step-00000002/*.safetensors"))
     state.write_bytes(state.read_bytes()[:-1])
-    newest = Checkpoints(folder).newest()
+    newest = Checkpoints(folder).latest()
     assert newest is not None
     assert newest.name == "step-00000001"
     assert "state-00000.safetensors is truncated; passed over" in capsys.readouterr().out

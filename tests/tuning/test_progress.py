@@ -26,16 +26,16 @@ def test_a_log_has_a_line_per_event_and_never_two_in_a_second(sweep: Sweep) -> N
     now, written = 0.0, io.StringIO()
     console = Console(file=written, width=200)
     with SweepProgress(console, sweep, lambda: now) as progress:
-        progress.watch("start", 1, {})
-        progress.watch("result", 1, {"val/accuracy": 0.5, "epoch": 1})
+        progress.on_trial_event("start", 1, {})
+        progress.on_trial_event("result", 1, {"val/accuracy": 0.5, "epoch": 1})
         assert written.getvalue() == ""
-        progress.watch("stop", 1, {"val/accuracy": 0.5, "epoch": 1})
-        progress.watch("error", 2, {})
+        progress.on_trial_event("stop", 1, {"val/accuracy": 0.5, "epoch": 1})
+        progress.on_trial_event("error", 2, {})
         now = 0.9
-        progress.watch("done", 3, {"val/accuracy": 0.75, "epoch": 4})
+        progress.on_trial_event("done", 3, {"val/accuracy": 0.75, "epoch": 4})
         now = 1.1
-        progress.watch("start", 4, {})
-        progress.watch("done", 4, {})
+        progress.on_trial_event("start", 4, {})
+        progress.on_trial_event("done", 4, {})
     assert written.getvalue().splitlines() == [
         "trial 0001 stop  0 running  best val/accuracy 0.5000 (trial 0001)",
         "trials 0002 error, 0003 done  1 running  best val/accuracy 0.7500 (trial 0003)",
@@ -46,13 +46,13 @@ def test_a_log_has_a_line_per_event_and_never_two_in_a_second(sweep: Sweep) -> N
 def test_the_table_of_a_terminal(sweep: Sweep) -> None:
     now = 100.0
     progress = SweepProgress(Console(file=io.StringIO()), sweep, lambda: now)
-    assert progress.left_s() is None
-    progress.watch("stop", 1, {"val/accuracy": 0.5, "epoch": 2})
-    progress.watch("done", 2, {"val/accuracy": 0.25, "epoch": 6})
-    progress.watch("result", 3, {"val/accuracy": 0.75, "epoch": 2})
+    assert progress.remaining_s() is None
+    progress.on_trial_event("stop", 1, {"val/accuracy": 0.5, "epoch": 2})
+    progress.on_trial_event("done", 2, {"val/accuracy": 0.25, "epoch": 6})
+    progress.on_trial_event("result", 3, {"val/accuracy": 0.75, "epoch": 2})
     now = 150.0
     # 2.5 trials took 50 s; of eight one had ended before, and 4.5 are left.
-    assert progress.left_s() == pytest.approx(90)
+    assert progress.remaining_s() == pytest.approx(90)
     screen = Console(file=io.StringIO(), width=200)
     screen.print(progress.table())
     heads, row = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def test_best_is_what_the_leaderboard_puts_first(sweep: Sweep) -> None:
     progress = SweepProgress(Console(file=io.StringIO()), sweep)
 
     def after(event: str, trial: int, value: float) -> str:
-        progress.watch(event, trial, {"val/accuracy": value})
+        progress.on_trial_event(event, trial, {"val/accuracy": value})
         return str(next(iter(progress.table().columns[5].cells)))
 
     assert after("result", 1, math.nan) == ""

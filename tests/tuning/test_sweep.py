@@ -50,7 +50,7 @@ def run_sweep(
         write_yaml({**TINY, "storage": str(tmp_path)}, spec)
         tracking = f"tracking.uri={mlflow_server}"
         sweep = sweeps.new_sweep(str(spec), [tracking, *overrides], None)
-        board, tracked = sweeps.execute(sweep, lambda *_: None)
+        board, tracked = sweeps.run_to_end(sweep, lambda *_: None)
         return sweep, board, tracked
 
     return runner
@@ -87,7 +87,7 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     assert note.startswith("8 of 8 trials have ended, 0 of them failed.")
     assert f"| {board.best.number:04d} | {board.best.value:.4g} |" in note
     assert sum(board.importances.values()) == pytest.approx(1)
-    newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints").newest()
+    newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints").latest()
     assert newest is not None
     assert newest.name == f"step-{board.best.step:08d}"
     best, _ = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)

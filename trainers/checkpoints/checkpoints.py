@@ -31,8 +31,8 @@ from trainers.spec import CheckpointSpec
 from trainers.stores import MANIFEST, LocalStore, RemoteStore, Store
 from trainers.worker import Worker
 
-MODEL, OPTIMIZER = "model.", "optimizer."
-FULL = (errno.ENOSPC, errno.EDQUOT)
+MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Checkpoints:
@@ -48,8 +48,8 @@ class Checkpoints:
         """
         self._spec = spec or CheckpointSpec()
         self._worker = worker or Worker()
-        self._store = _store_of(folder, self._spec.uri, self._worker)
-        self._group = dist.new_group(backend="gloo") if self._worker.world > 1 else None
+        self._store = _open_store(folder, self._spec.uri, self._worker)
+        self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
         pinned = self._worker.device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         self._writing: concurrent.futures.Future[None] | None = None
@@ -59,7 +59,7 @@ class Checkpoints:
         step: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        numbers: Mapping[str, float] | None = None,
+        scalars: Mapping[str, float] | None = None,
         metrics: Mapping[str, float] | None = None,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
@@ -71,13 +71,15 @@ class Checkpoints:
         with it. Collective.
         """
         self.wait()
-        copies = self._stager.stage(_state_of(model, optimizer, all_of_it=self._worker.first))
+        copies = self._stager.stage(
+            _collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
+        )
         assert isinstance(copies, dict)  # the stager was not asked to do it in the background
         self._worker.hardware.synchronize()
         manifest = {
             "step": step,
             "optimizer": type(optimizer).__name__,
-            "numbers": dict(numbers or {}),
+            "numbers": dict(scalars or {}),
             "metrics": dict(metrics or {}),
         }
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -90,11 +92,11 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def settled(self) -> Path | None:
+    def wait_for_latest(self) -> Path | None:
         """The newest checkpoint, after the save under way."""
         self.wait()
         names = self._store.names()
-        return self._store.fetch(names[-1]) if names else None
+        return self._store.download(names[-1]) if names else None
 
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -103,29 +105,29 @@ class Checkpoints:
 
         However many workers wrote it, in whatever parallel mode.
         """
-        name = self._from_first(lambda: (path := self.newest()) and path.name)
+        name = self._run_on_first(lambda: (path := self.latest()) and path.name)
         if name is None:
             return 0, {}
-        return load(self._store.fetch(name), model, optimizer, self._group)
+        return load_checkpoint(self._store.download(name), model, optimizer, self._group)
 
-    def adopt(self, path: Path) -> None:
+    def import_from(self, path: Path) -> None:
         """Make a copy of another run's checkpoint one of this run's; not collective.
 
         What it says about the other run's own course stays behind.
         """
-        manifest = manifest_of(path)
+        manifest = read_manifest(path)
         name = f"step-{manifest['step']:08d}"
         numbers = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
-        self._store.begin(name)
+        self._store.start_write(name)
         for file in manifest["files"]:
-            shutil.copy(path / file, self._store.building(name))
-            self._store.publish(name, file)
-        _write_manifest(self._store.building(name), {**manifest, "numbers": numbers})
+            shutil.copy(path / file, self._store.staging_dir(name))
+            self._store.upload(name, file)
+        _write_manifest(self._store.staging_dir(name), {**manifest, "numbers": numbers})
         self._store.commit(name)
 
-    def newest(self) -> Path | None:
+    def latest(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are passed over."""
-        return next(filter(None, map(self._whole, reversed(self._store.names()))), None)
+        return next(filter(None, map(self._validated, reversed(self._store.names()))), None)
 
     def _write(
         self,
@@ -134,39 +136,39 @@ class Checkpoints:
         before_commit: Callable[[], None],
     ) -> None:
         name = f"step-{manifest['step']:08d}"
-        file, store = shards.file_of(self._worker.rank), self._store
+        file, store = shards.shard_file(self._worker.rank), self._store
         # What was written before a restart would be the same again.
-        there = self._from_first(lambda: self._whole(name) is not None)
+        there = self._run_on_first(lambda: self._validated(name) is not None)
         if there:
-            if self._worker.first:
+            if self._worker.is_rank_zero:
                 before_commit()
             return
         try:
-            self._from_first(lambda: store.begin(name))
-            folder = store.building(name)
+            self._run_on_first(lambda: store.start_write(name))
+            folder = store.staging_dir(name)
             shards.write(tensors, folder, self._group)
             own = {}
             if (folder / file).exists():
-                own[file] = _digest(folder / file)
-                store.publish(name, file)
-            files = self._gathered(own)  # once all have published
+                own[file] = _file_digest(folder / file)
+                store.upload(name, file)
+            files = self._gather_files(own)  # once all have published
 
             def commit() -> None:
                 _write_manifest(folder, {**manifest, "files": files})
                 before_commit()
                 store.commit(name)
-                self._forget_old()
+                self._apply_retention()
 
-            self._from_first(commit)
+            self._run_on_first(commit)
         except BaseException as error:
-            if self._worker.first:
-                store.abandon(name)
-            raise _explained(error, store.place(name)) from error
+            if self._worker.is_rank_zero:
+                store.abort(name)
+            raise _write_error(error, store.describe(name)) from error
 
-    def _from_first(self, action: Callable[[], Any]) -> Any:
+    def _run_on_first(self, action: Callable[[], Any]) -> Any:
         """What `action` gives on the first worker, or its error, on all of them; collective."""
         answer: list[Any] = [None, None]
-        if self._worker.first:
+        if self._worker.is_rank_zero:
             try:
                 answer = [action(), None]
             except OSError as error:
@@ -177,15 +179,15 @@ class Checkpoints:
             raise answer[1]
         return answer[0]
 
-    def _gathered(self, own: dict[str, Any]) -> dict[str, Any]:
+    def _gather_files(self, own: dict[str, Any]) -> dict[str, Any]:
         """The entries of all workers together; collective."""
         if self._group is None:
             return own
-        parts: list[dict[str, Any]] = [{} for _ in range(self._worker.world)]
+        parts: list[dict[str, Any]] = [{} for _ in range(self._worker.world_size)]
         dist.all_gather_object(parts, own, group=self._group)
         return {key: value for part in parts for key, value in part.items()}
 
-    def _forget_old(self) -> None:
+    def _apply_retention(self) -> None:
         """Keep the newest, and the best by the spec's metric."""
         names = self._store.names()
         kept = set(names[-self._spec.keep :])
@@ -198,17 +200,17 @@ class Checkpoints:
 
     def _score(self, name: str) -> float:
         """Smaller is better; infinite for what was not evaluated."""
-        manifest = json.loads(self._store.manifest(name))
+        manifest = json.loads(self._store.read_manifest(name))
         value = manifest["metrics"].get(self._spec.metric, math.inf)
         return -value if self._spec.mode == "max" and value != math.inf else float(value)
 
-    def _whole(self, name: str) -> Path | None:
+    def _validated(self, name: str) -> Path | None:
         """A checkpoint that can be used; says why it cannot, unless there is none."""
         if name not in self._store.names():
             return None
         try:
-            path = self._store.fetch(name)
-            manifest_of(path)
+            path = self._store.download(name)
+            read_manifest(path)
         except (CheckpointError, OSError, ValueError) as error:
             reason = str(error) if isinstance(error, CheckpointError) else f"{name}: {error}"
             print(f"{reason}; passed over", flush=True)
@@ -216,7 +218,7 @@ class Checkpoints:
         return path
 
 
-def _store_of(folder: Path, uri: str | None, worker: Worker) -> Store:
+def _open_store(folder: Path, uri: str | None, worker: Worker) -> Store:
     pointer = folder / "elsewhere.json"
     if uri is None and not pointer.exists():
         return LocalStore(folder)
@@ -225,14 +227,14 @@ def _store_of(folder: Path, uri: str | None, worker: Worker) -> Store:
         return RemoteStore(where["uri"], where["name"])
     # The name must be the run's own, and the same at every start.
     name = f"{folder.parent.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    store = RemoteStore(uri, name, writable=worker.first)
-    if worker.first:
+    store = RemoteStore(uri, name, writable=worker.is_rank_zero)
+    if worker.is_rank_zero:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(pointer, json.dumps({"uri": uri, "name": name}))
     return store
 
 
-def interval_s(save_s: float, failure_every_s: float) -> float:
+def save_interval_s(save_s: float, failure_every_s: float) -> float:
     """Seconds between saves that lose the least time to saving and to work done again.
 
     Young's square root (CACM 1974) for a save that stops training for `save_s`, but at least so
@@ -241,7 +243,7 @@ def interval_s(save_s: float, failure_every_s: float) -> float:
     return max(math.sqrt(2 * save_s * failure_every_s), 100 * save_s)
 
 
-def load(
+def load_checkpoint(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -252,20 +254,20 @@ def load(
     Collective over `group`. Raises CheckpointError if it is damaged or does not fit. Numbers take
     the dtype of the model.
     """
-    manifest = manifest_of(path)
+    manifest = read_manifest(path)
     kind = type(optimizer).__name__
     if manifest["optimizer"] != kind:
         raise CheckpointError(
             f"{path}: does not fit the optimizer: it is of {manifest['optimizer']}, not {kind}"
         )
     found = shards.shapes(path)
-    state = _fitting(path, found, model)
-    weights = {name: weight for weight, name in _names(model).items()}
+    state = _matching_tensors(path, found, model)
+    weights = {name: weight for weight, name in _trainable_names(model).items()}
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     for key in found:
-        if not key.startswith(OPTIMIZER):
+        if not key.startswith(OPTIMIZER_PREFIX):
             continue
-        name, _, part = key.removeprefix(OPTIMIZER).rpartition("/")
+        name, _, part = key.removeprefix(OPTIMIZER_PREFIX).rpartition("/")
         if name not in moments:
             raise CheckpointError(f"{path}: does not fit the optimizer: {name} is unknown")
         weight = weights[name]
@@ -281,49 +283,51 @@ def load(
     return int(manifest["step"]), manifest["numbers"]
 
 
-def load_network(path: Path, model: nn.Module) -> None:
+def load_model_weights(path: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights alone into `model`; raises as `load` does."""
-    manifest_of(path)
-    shards.read(_fitting(path, shards.shapes(path), model), path, None)
+    read_manifest(path)
+    shards.read(_matching_tensors(path, shards.shapes(path), model), path, None)
 
 
-def _fitting(path: Path, found: dict[str, list[int]], model: nn.Module) -> dict[str, Tensor]:
+def _matching_tensors(
+    path: Path, found: dict[str, list[int]], model: nn.Module
+) -> dict[str, Tensor]:
     """The model's own tensors under their names in a checkpoint, which has the same ones."""
     wanted = model.state_dict()
     for key in found:
-        if key.startswith(MODEL) and key.removeprefix(MODEL) not in wanted:
-            name = key.removeprefix(MODEL)
+        if key.startswith(MODEL_PREFIX) and key.removeprefix(MODEL_PREFIX) not in wanted:
+            name = key.removeprefix(MODEL_PREFIX)
             raise CheckpointError(f"{path}: does not fit the model: {name} is unknown")
     for name, tensor in wanted.items():
-        there = found.get(MODEL + name, "missing")
+        there = found.get(MODEL_PREFIX + name, "missing")
         if there != list(tensor.shape):
             raise CheckpointError(
                 f"{path}: does not fit the model: {name} is {there}, not {list(tensor.shape)}"
             )
-    return {MODEL + name: tensor for name, tensor in wanted.items()}
+    return {MODEL_PREFIX + name: tensor for name, tensor in wanted.items()}
 
 
-def _state_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, all_of_it: bool
+def _collect_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, include_replicated: bool
 ) -> dict[str, Tensor]:
     """All that steps change, by name: `model.NAME`, and `optimizer.NAME/PART` of each weight.
 
     Only what is sharded unless `all_of_it`: of what all workers have, such as running means, the
     first one's is what counts.
     """
-    state = {MODEL + name: tensor for name, tensor in model.state_dict().items()}
-    for weight, name in _names(model).items():
+    state = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    for weight, name in _trainable_names(model).items():
         for part, value in optimizer.state[weight].items():
-            state[f"{OPTIMIZER}{name}/{part}"] = torch.as_tensor(value)
-    return {k: v for k, v in state.items() if all_of_it or isinstance(v, DTensor)}
+            state[f"{OPTIMIZER_PREFIX}{name}/{part}"] = torch.as_tensor(value)
+    return {k: v for k, v in state.items() if include_replicated or isinstance(v, DTensor)}
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _trainable_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The weights that are trained, with their names."""
     return {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _file_digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -331,37 +335,39 @@ def _digest(path: Path) -> dict[str, Any]:
         }
 
 
-def _digest_of(manifest: dict[str, Any]) -> str:
+def _manifest_digest(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    whole = {**manifest, "sha256": _digest_of(manifest)}
+    whole = {**manifest, "sha256": _manifest_digest(manifest)}
     (folder / MANIFEST).write_text(json.dumps(whole))
 
 
-def manifest_of(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are what it says; CheckpointError otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if not isinstance(manifest, dict) or manifest.get("sha256") != _digest_of(manifest):
+        if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_digest(manifest):
             raise CheckpointError(f"{path}: {MANIFEST} is damaged")
         for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{path}: {name} is truncated")
-            if _digest(path / name) != expected:
+            if _file_digest(path / name) != expected:
                 raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs)")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is not a checkpoint: {error}") from error
     return manifest
 
 
-def _explained(error: BaseException, place: str) -> BaseException:
+def _write_error(error: BaseException, place: str) -> BaseException:
     """A CheckpointError of one line where the disk is at fault; else what went wrong itself."""
     causes = getattr(error, "failures", {0: (error,)})  # of PyTorch's CheckpointException, by rank
     cause: BaseException = next(iter(causes.values()))[0]
-    if getattr(cause, "errno", None) in FULL or any(f"os error {n}" in str(cause) for n in FULL):
+    if getattr(cause, "errno", None) in DISK_FULL_ERRNOS or any(
+        f"os error {n}" in str(cause) for n in DISK_FULL_ERRNOS
+    ):
         return CheckpointError(f"{place}: the disk is full; the checkpoints before it are whole")
     if isinstance(cause, (OSError, SafetensorError)):
         return CheckpointError(f"{place}: cannot be written: {str(cause).splitlines()[0]}")
@@ -372,7 +378,7 @@ def find_checkpoint(name: str, storage: Path) -> Path:
     """The newest whole checkpoint of a run, a trial or a folder of checkpoints."""
     for folder in (storage / name, Path(name)):
         for checkpoints in (folder / CHECKPOINTS, folder):
-            found = Checkpoints(checkpoints).newest()
+            found = Checkpoints(checkpoints).latest()
             if found is not None:
                 return found
     raise SpecError(f"--from {name}: no checkpoint there")

@@ -24,18 +24,18 @@ from safetensors.torch import save_file
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
-from cluster.base.config import check, read_yaml, write_yaml
+from cluster.base.config import read_yaml, validate, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
-from trainers.checkpoints.checkpoints import load_network
+from trainers.checkpoints.checkpoints import load_model_weights
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
 from trainers.precision import weights_dtype
 from trainers.spec import RunSpec
-from trainers.workload import SHIPPED, Workload, dtype_of, load_workload
+from trainers.workload import SHIPPED_WORKLOADS, Workload, load_workload, model_dtype
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
-PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
 def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
@@ -45,20 +45,20 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     """
     refuse_pickles(checkpoint)
     network = workload.build().to(weights_dtype(spec.train))
-    load_network(checkpoint, network)
+    load_model_weights(checkpoint, network)
     building = folder.with_name(f".{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     save_weights(network, str(building / WEIGHTS))
     sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
-    if spec.workload not in SHIPPED:  # where the class is, not where the spec found it
+    if spec.workload not in SHIPPED_WORKLOADS:  # where the class is, not where the spec found it
         sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
     write_yaml(sections, building / SPEC)
     tensors = _example(workload, network)
     (building / SIGNATURE).write_text(json.dumps(_signature(tensors)))
     if tensors:
         save_file(tensors, building / EXAMPLE)
-    if spec.workload not in SHIPPED:
+    if spec.workload not in SHIPPED_WORKLOADS:
         _copy_code(type(workload), building / CODE)
     shutil.rmtree(folder, ignore_errors=True)
     commit_folder(building, folder)
@@ -71,7 +71,7 @@ def _example(workload: Workload, network: nn.Module) -> dict[str, torch.Tensor]:
         return {}
     network.eval()
     with torch.inference_mode():
-        example = example.to(dtype_of(network) if example.is_floating_point() else None)
+        example = example.to(model_dtype(network) if example.is_floating_point() else None)
         output = network(example)
     tensors = {"input": example, "output": output}
     return {k: v.contiguous() for k, v in tensors.items() if isinstance(v, torch.Tensor)}
@@ -96,8 +96,8 @@ def refuse_pickles(folder: Path) -> None:
                 start = file.read(9)
             # Python's protocols 2 to 5, and the archives of torch.save. A safetensors file begins
             # with the length of its header, which can look like the former, and then the header.
-            pickled = start[:1] == b"\x80" and start[1:2] in PROTOCOLS and start[8:] != b"{"
-            if path.suffix in PICKLES or pickled or start.startswith(b"PK\x03\x04"):
+            pickled = start[:1] == b"\x80" and start[1:2] in PICKLE_PROTOCOLS and start[8:] != b"{"
+            if path.suffix in PICKLE_SUFFIXES or pickled or start.startswith(b"PK\x03\x04"):
                 raise CheckpointError(
                     f"{path}: holds pickled code, which is never loaded; use safetensors"
                 )
@@ -138,10 +138,10 @@ def load_model(source: str | Path) -> nn.Module:
     folder = found[0].parent
     refuse_pickles(folder)
     sections = read_yaml(folder / SPEC)
-    with _importable(folder / CODE, sections["workload"].partition(":")[0]):
+    with _importing_from(folder / CODE, sections["workload"].partition(":")[0]):
         workload = load_workload(sections["workload"])
     network = workload(
-        check(workload.Data, sections["data"]), check(workload.Model, sections["model"])
+        validate(workload.Data, sections["data"]), validate(workload.Model, sections["model"])
     ).build()
     try:
         network = network.to(_dtype(folder / WEIGHTS))
@@ -152,7 +152,7 @@ def load_model(source: str | Path) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _importable(code: Path, module: str) -> Iterator[None]:
+def _importing_from(code: Path, module: str) -> Iterator[None]:
     """In here `module` is the one under `code`, whatever else has its name; then it is forgotten.
 
     So a model is built by the code it was trained with, and two versions live in one process.

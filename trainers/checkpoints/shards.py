@@ -39,7 +39,7 @@ def write(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | 
 
     Tensors must be in host memory. Each part is written once, by one of the workers that hold it.
     """
-    writer = _Writer(folder)
+    writer = _SafetensorsWriter(folder)
     save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
@@ -59,17 +59,17 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     return {name: list(entry.size) for name, entry in entries.items()}
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What of a tensor this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def file_of(rank: int) -> str:
+def shard_file(rank: int) -> str:
     """The name of a worker's file; there is none if it has nothing to write."""
     return f"state-{rank:05d}{SUFFIX}"
 
 
-class _Writer(StorageWriter):
+class _SafetensorsWriter(StorageWriter):
     """One safetensors file per worker.
 
     PyTorch's own writer for this format takes three times as long: it builds each file in memory.
@@ -93,7 +93,7 @@ class _Writer(StorageWriter):
             tensors[name] = tensor
             offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         if tensors:
-            path = self._folder / file_of(plan.storage_data)
+            path = self._folder / shard_file(plan.storage_data)
             save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
         done: Future[list[WriteResult]] = Future()
         done.set_result([])

@@ -27,13 +27,13 @@ def add_verbs(verbs: Subparsers) -> None:
 
 
 def data_command(args: argparse.Namespace) -> int:
-    from cluster.base.config import override
+    from cluster.base.config import apply_overrides
     from trainers.data.dataset import MANIFEST, dataset_name
-    from trainers.runs.run import settled
+    from trainers.runs.run import resolved_data
     from trainers.spec import RunSpec, find_spec, resolve
 
-    spec, _ = resolve(override(find_spec(args.spec)[1], args.set), RunSpec)
-    spec, workload = resolve(settled(spec), RunSpec)
+    spec, _ = resolve(apply_overrides(find_spec(args.spec)[1], args.set), RunSpec)
+    spec, workload = resolve(resolved_data(spec), RunSpec)
     folder = Path(spec.storage) / "datasets" / dataset_name(workload)
     if spec.datasets is None and (folder / MANIFEST).exists():
         return _check(folder)
@@ -45,14 +45,14 @@ def _check(folder: Path) -> int:
     from rich.console import Console
 
     from cluster.base.errors import DataError
-    from trainers.data.dataset import manifest_of
-    from trainers.data.partitions import broken
-    from trainers.run_folder import short_path
+    from trainers.data.dataset import read_dataset_manifest
+    from trainers.data.partitions import damaged_files
+    from trainers.run_folder import display_path
 
-    wrong = broken(folder, manifest_of(folder)["files"])
+    wrong = damaged_files(folder, read_dataset_manifest(folder)["files"])
     if wrong:
         raise DataError(
-            f"{folder / wrong[0]}: is not what the manifest says; remove {short_path(folder)}, "
+            f"{folder / wrong[0]}: is not what the manifest says; remove {display_path(folder)}, "
             "and it is made again"
         )
     _show(Console(highlight=False, soft_wrap=True), folder, "is there, every checksum is right")
@@ -65,17 +65,17 @@ def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> in
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from cluster.base.files import cache_folder
-    from cluster.base.terminal import Pulse, quiet
+    from cluster.base.terminal import JobProgress, redirect_output
     from cluster.connection.ray_connection import ray_session
-    from trainers.data.dataset import prepare
-    from trainers.workload import PartedWorkload
+    from trainers.data.dataset import prepare_dataset
+    from trainers.workload import PartitionedWorkload
 
-    parted = isinstance(workload, PartedWorkload)
+    parted = isinstance(workload, PartitionedWorkload)
     code = Path.cwd() if ":" in spec.workload else None
     storage = Path(spec.storage)
     exclude = (".git", ".venv", "mlflow.db", "mlartifacts", storage.name, "__pycache__")
     with (
-        quiet(cache_folder() / "data.log", args.verbose) as console,
+        redirect_output(cache_folder() / "data.log", args.verbose) as console,
         ray_session(args.address, code, exclude) if parted else contextlib.nullcontext(),
         Progress(
             BarColumn(),
@@ -89,7 +89,7 @@ def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> in
             redirect_stderr=False,
         ) as bar,
     ):
-        task, pulse, told = bar.add_task("", total=None), Pulse(console), False
+        task, pulse, told = bar.add_task("", total=None), JobProgress(console), False
 
         def watch(done: int, parts: int) -> None:
             nonlocal told
@@ -98,9 +98,9 @@ def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> in
                 console.print(f"{parts} parts{there}")
             told = True
             bar.update(task, completed=done, total=parts)
-            pulse.beat(lambda: f"part {done}/{parts}")
+            pulse.report(lambda: f"part {done}/{parts}")
 
-        folder = prepare(workload, storage, spec.datasets, watch)
+        folder = prepare_dataset(workload, storage, spec.datasets, watch)
         _show(console, folder, "is made")
     return 0
 
@@ -109,18 +109,18 @@ def _show(console: "Console", folder: Path, state: str) -> None:
     """The splits of a data set: samples, files, bytes."""
     from rich.table import Table
 
-    from trainers.data.dataset import manifest_of, rows
-    from trainers.run_folder import short_path
+    from trainers.data.dataset import count_samples, read_dataset_manifest
+    from trainers.run_folder import display_path
 
-    manifest = manifest_of(folder)
+    manifest = read_dataset_manifest(folder)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("split", "samples", "files", "MB"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split in ("train", "val", "test"):
-        if count := rows(folder, split):
+        if count := count_samples(folder, split):
             files = [each for name, each in manifest["files"].items() if name.startswith(split)]
             size = sum(each["bytes"] for each in files) / 1e6
             table.add_row(split, f"{count:,}", str(len(files)), f"{size:.2f}")
     console.print(table)
     made_with = ", ".join(f"{name} {version}" for name, version in manifest["made_with"].items())
-    console.print(f"{short_path(folder)} {state}{f'; with {made_with}' if made_with else ''}")
+    console.print(f"{display_path(folder)} {state}{f'; with {made_with}' if made_with else ''}")

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from cluster.jobs.ray_jobs import Planned
-    from trainers.planning.forecast import Interval, Memory
-    from trainers.planning.plan import Option, Plan, Question
+    from cluster.jobs.ray_jobs import Submission
+    from trainers.planning.forecast import ForecastHistory, Interval
+    from trainers.planning.plan import Option, Plan, PlanRequest
     from trainers.planning.pools import ProbedPool
     from trainers.runs.scaling_study import Study
 
@@ -34,7 +34,10 @@ def add_verbs(verbs: Subparsers) -> None:
         help='machines of the catalogue to forecast for, e.g. "provider=aws accelerator=T4 usd<5"',
     )
     plan.add_argument(
-        "--deadline", type=seconds, metavar="TIME", help="leave out what may take longer, e.g. 2h"
+        "--deadline",
+        type=parse_duration_s,
+        metavar="TIME",
+        help="leave out what may take longer, e.g. 2h",
     )
     plan.add_argument(
         "--budget", type=float, metavar="USD", help="leave out what may cost more dollars"
@@ -49,7 +52,7 @@ def add_verbs(verbs: Subparsers) -> None:
     )
     scaling.add_argument("spec", help="a file, a shipped spec's name, or module:Class")
     scaling.add_argument(
-        "--workers", type=counts, required=True, metavar="N,N,...", help="such as 1,2,4,8"
+        "--workers", type=parse_counts, required=True, metavar="N,N,...", help="such as 1,2,4,8"
     )
     scaling.set_defaults(command=scaling_command, plan=as_job)
     for verb in (plan, scaling):
@@ -61,14 +64,14 @@ def add_verbs(verbs: Subparsers) -> None:
         )
 
 
-def as_job(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
+def as_job(args: argparse.Namespace, words: tuple[str, ...]) -> "Submission":
     """What `submit` sends for a verb with the spec of a run."""
-    from trainers.runs.submission import planned
+    from trainers.runs.submission import plan_submission
 
-    return planned(args, words)
+    return plan_submission(args, words)
 
 
-def seconds(text: str) -> float:
+def parse_duration_s(text: str) -> float:
     """A time such as 90s, 30min, 2h or 1d."""
     unit = text.lstrip("0123456789.")
     try:
@@ -79,7 +82,7 @@ def seconds(text: str) -> float:
         ) from None
 
 
-def counts(text: str) -> list[int]:
+def parse_counts(text: str) -> list[int]:
     """Numbers of workers such as 1,2,4."""
     try:
         found = sorted({int(part) for part in text.split(",")})
@@ -96,78 +99,82 @@ def plan_command(args: argparse.Namespace) -> int:
 
     from cluster.base.files import write_atomic
     from cluster.cost.catalog import instances
-    from cluster.cost.live_prices import refreshed
-    from cluster.cost.machine_filters import select
-    from cluster.cost.user_prices import overridden, read_own
-    from trainers.planning.forecast import Memory, calibrated_by
+    from cluster.cost.live_prices import with_live_prices
+    from cluster.cost.machine_filters import select_machines
+    from cluster.cost.user_prices import apply_user_prices, read_user_prices
+    from trainers.planning.forecast import ForecastHistory, calibrate
     from trainers.planning.plan import plan
-    from trainers.run_folder import create_folder, short_path, unique_name
-    from trainers.runs.run import connected
+    from trainers.run_folder import create_run_folder, display_path, unique_name
+    from trainers.runs.run import folder_session
 
-    own = read_own()
-    machines = select(args.on, overridden(own, instances())) if args.on else []
-    asked = _subject(args.spec, args.set, args.seconds)
-    memory = Memory(asked.storage)
-    question = replace(asked.question, calibration=calibrated_by(memory.scores()), own=own)
+    own = read_user_prices()
+    machines = select_machines(args.on, apply_user_prices(own, instances())) if args.on else []
+    asked = _probe_request(args.spec, args.set, args.seconds)
+    memory = ForecastHistory(asked.storage)
+    question = replace(asked.plan_request, calibration=calibrate(memory.scores()), user_prices=own)
     if machines:  # what is asked for at today's prices, where there are any
-        known, problem = refreshed(machines)
-        question = replace(question, known=known)
-        machines = select(args.on, overridden(own, known))
+        known, problem = with_live_prices(machines)
+        question = replace(question, instances=known)
+        machines = select_machines(args.on, apply_user_prices(own, known))
         if problem:
             print(f"prices of the bundled snapshot: {problem}")
-    folder = create_folder(asked.storage, unique_name(f"plan-{asked.stem}"), asked.subject.data)
-    with connected(folder, asked.spec, args.address, args.verbose) as (console, _):
-        probed = _probed(asked, console)
+    folder = create_run_folder(
+        asked.storage, unique_name(f"plan-{asked.stem}"), asked.target.spec_data
+    )
+    with folder_session(folder, asked.spec, args.address, args.verbose) as (console, _):
+        probed = _probe_pools(asked, console)
         made = plan(probed, machines, question, args.deadline, args.budget)
         recorded = [asdict(probe) for pool in probed for probe in pool.probes]
         write_atomic(folder / "probes.json", json.dumps(recorded, indent=1))
-        _remember(memory, asked.subject.data, probed, question)
+        _record_forecasts(memory, asked.target.spec_data, probed, question)
         _show_plan(console, made)
-        console.print(f"probes: {short_path(folder / 'probes.json')}", style="dim")
+        console.print(f"probes: {display_path(folder / 'probes.json')}", style="dim")
     return 0
 
 
-class _Asked:
+class _ProbeRequest:
     """What a verb was asked about: the spec, settled, and its data set."""
 
     def __init__(self, name: str, overrides: list[str], seconds: float) -> None:
         from pathlib import Path
 
-        from cluster.base.config import override
-        from trainers.data.dataset import prepare, rows
-        from trainers.planning.forecast import length
-        from trainers.planning.plan import Question
-        from trainers.runs.probe import Subject
-        from trainers.runs.run import settled
+        from cluster.base.config import apply_overrides
+        from trainers.data.dataset import count_samples, prepare_dataset
+        from trainers.planning.forecast import run_length
+        from trainers.planning.plan import PlanRequest
+        from trainers.runs.probe import ProbeTarget
+        from trainers.runs.run import resolved_data
         from trainers.spec import RunSpec, find_spec, resolve
 
         self.stem, data = find_spec(name)
-        spec, _ = resolve(override(data, overrides), RunSpec)
-        data = settled(spec)
+        spec, _ = resolve(apply_overrides(data, overrides), RunSpec)
+        data = resolved_data(spec)
         self.spec, workload = resolve(data, RunSpec)
         self.storage: Path = Path(self.spec.storage)
-        dataset = prepare(workload, self.storage)
-        self.subject = Subject(data, dataset, seconds)
-        steps = length(self.spec, rows(dataset, "train"), rows(dataset, "test") > 0)
-        self.question: Question = Question(steps, cost=self.spec.cost)
+        dataset = prepare_dataset(workload, self.storage)
+        self.target = ProbeTarget(data, dataset, seconds)
+        steps = run_length(
+            self.spec, count_samples(dataset, "train"), count_samples(dataset, "test") > 0
+        )
+        self.plan_request: PlanRequest = PlanRequest(steps, cost=self.spec.cost)
 
 
-def _subject(name: str, overrides: list[str], seconds: float) -> _Asked:
+def _probe_request(name: str, overrides: list[str], seconds: float) -> _ProbeRequest:
     from cluster.base.errors import SpecError
 
     if not 0 < seconds < float("inf"):
         raise SpecError(f"--seconds: must be greater than 0 (got {seconds:g})")
-    return _Asked(name, overrides, seconds)
+    return _ProbeRequest(name, overrides, seconds)
 
 
-def _probed(asked: _Asked, console: "Console") -> "list[ProbedPool]":
+def _probe_pools(asked: _ProbeRequest, console: "Console") -> "list[ProbedPool]":
     import ray
 
     from cluster.base.errors import SpecError
-    from trainers.planning.pools import pools
-    from trainers.runs.probe import look
+    from trainers.planning.pools import find_pools
+    from trainers.runs.probe import probe_pool
 
-    there = pools(ray.nodes(), asked.spec)
+    there = find_pools(ray.nodes(), asked.spec)
     if not there:
         raise SpecError(
             f"scale.accelerator: no node has {asked.spec.scale.accelerator} and "
@@ -178,30 +185,30 @@ def _probed(asked: _Asked, console: "Console") -> "list[ProbedPool]":
         "each number of workers"
     )
     return [
-        look(asked.subject, pool, lambda line: console.print(f"  {line}", style="dim"))
+        probe_pool(asked.target, pool, lambda line: console.print(f"  {line}", style="dim"))
         for pool in there
     ]
 
 
-def _remember(
-    memory: "Memory",
+def _record_forecasts(
+    memory: "ForecastHistory",
     data: "Mapping[str, Any]",
     probed: "Sequence[ProbedPool]",
-    question: "Question",
+    question: "PlanRequest",
 ) -> None:
     """Keep the forecasts for the runs that may follow."""
     from cluster.base.config import with_value
-    from trainers.planning.forecast import Forecast, forecast, key_of
+    from trainers.planning.forecast import Forecast, forecast, forecast_key
 
     accelerated = [pool for pool in probed if not pool.pool.on_cpus]
     for pool in probed:
         names = {pool.pool.accelerator} | ({"gpu"} if accelerated == [pool] else set())
-        for workers in pool.pool.counts(pool.batch):
+        for workers in pool.pool.worker_counts(pool.batch):
             found = forecast(pool, workers, question.length, question.calibration)
             if isinstance(found, Forecast):
                 on = with_value(data, "scale.workers", workers)
                 for name in names:
-                    memory.remember(key_of(on, name), found)
+                    memory.record_forecast(forecast_key(on, name), found)
 
 
 def _show_plan(console: "Console", made: "Plan") -> None:
@@ -221,48 +228,52 @@ def _show_plan(console: "Console", made: "Plan") -> None:
 
 
 def _cells(option: "Option") -> list[str]:
-    from trainers.planning.forecast import Forecast, shown_range, shown_s
+    from trainers.planning.forecast import Forecast, format_duration, format_range
 
     kind = option.accelerator
     where = f"{option.where} ({kind}{', ' + option.market if option.market else ''})"
-    if not isinstance(option.found, Forecast):
-        cells = ["unknown", "", "", "", option.found.reason]
+    if not isinstance(option.forecast, Forecast):
+        cells = ["unknown", "", "", "", option.forecast.reason]
     else:
-        wall_s, cost = option.found.wall_s, option.cost
+        wall_s, cost = option.forecast.wall_s, option.cost
         assert cost is not None
         cells = [
-            f"{shown_s(wall_s.middle)} ({shown_range(wall_s)})",
-            *(_amount(found) for found in (cost.usd, cost.kwh, cost.kg_co2e)),
-            option.found.basis,
+            f"{format_duration(wall_s.middle)} ({format_range(wall_s)})",
+            *(_format_interval(found) for found in (cost.usd, cost.kwh, cost.kg_co2e)),
+            option.forecast.basis,
         ]
     return [where, str(option.workers), str(option.nodes), *cells, ", ".join(option.marks)]
 
 
-def _amount(found: "Interval | None") -> str:
+def _format_interval(found: "Interval | None") -> str:
     if found is None:
         return "unknown"
     return f"{found.middle:.2g} ({found.low:.2g} to {found.high:.2g})"
 
 
 def scaling_command(args: argparse.Namespace) -> int:
-    from cluster.cost.user_prices import read_own
-    from trainers.run_folder import create_folder, short_path, unique_name
+    from cluster.cost.user_prices import read_user_prices
+    from trainers.run_folder import create_run_folder, display_path, unique_name
     from trainers.runs import scaling_study as studies
-    from trainers.runs.run import begun, connected, end_tracking, start_tracking
+    from trainers.runs.run import end_tracking, find_started, folder_session, start_tracking
 
-    own = read_own()
-    asked = _subject(args.spec, args.set, args.seconds)
+    own = read_user_prices()
+    asked = _probe_request(args.spec, args.set, args.seconds)
     name = args.name or unique_name(f"scaling-{asked.stem}")
-    storage = begun(args)
-    folder = storage / name if storage else create_folder(asked.storage, name, asked.subject.data)
-    with connected(folder, asked.spec, args.address, args.verbose) as (console, _):
-        pool = studies.pool_of(asked.spec, args.workers)
-        tracker = start_tracking(folder, asked.spec, asked.subject.data, "scaling")
+    storage = find_started(args)
+    folder = (
+        storage / name
+        if storage
+        else create_run_folder(asked.storage, name, asked.target.spec_data)
+    )
+    with folder_session(folder, asked.spec, args.address, args.verbose) as (console, _):
+        pool = studies.pool_for(asked.spec, args.workers)
+        tracker = start_tracking(folder, asked.spec, asked.target.spec_data, "scaling")
         try:
-            found = studies.measure(asked.subject, pool, args.workers, console.print)
-            study = studies.study(found, own, asked.spec.cost)
+            found = studies.measure(asked.target, pool, args.workers, console.print)
+            study = studies.analyze(found, own, asked.spec.cost)
             plot = studies.plot(study, folder / "scaling.png")
-            studies.track(study, tracker, folder.name, plot)
+            studies.log_to_mlflow(study, tracker, folder.name, plot)
             tracker.finish.remote(folder.name, "FINISHED")
         except BaseException:
             tracker.finish.remote(folder.name, "FAILED")
@@ -270,7 +281,7 @@ def scaling_command(args: argparse.Namespace) -> int:
         finally:
             tracked = end_tracking(tracker, folder.name)
         _show_study(console, study)
-        console.print(f"plot: {short_path(plot)}")
+        console.print(f"plot: {display_path(plot)}")
         told = tracked.get("unsent") or f"MLflow run: {tracked['run_id']} (heliostat ui)"
         console.print(told)
     return 0
@@ -294,7 +305,7 @@ def _show_study(console: "Console", study: "Study") -> None:
             f"{row.efficiency:.0%}",
             f"{row.communication:.1%}" if row.communication is not None else "unknown",
             f"{row.usd_per_million:.3g}" if row.usd_per_million is not None else "unknown",
-            _amount(row.joules_per_sample),
+            _format_interval(row.joules_per_sample),
         )
     console.print(table)
     for note in study.notes:

@@ -37,12 +37,12 @@ def add_verbs(verbs: Subparsers) -> None:
 
 
 def flush_command(args: argparse.Namespace) -> int:
-    from trainers.run_folder import TRACK, exclusive
+    from trainers.run_folder import TRACKING, locked
     from trainers.tracking.tracker import flush
 
-    folder, tracking = _tracked(args.run)
-    with exclusive(folder), _told():
-        sent = flush(folder / TRACK, str(tracking.uri), tracking.experiment)
+    folder, tracking = _folder_and_tracking(args.run)
+    with locked(folder), _mlflow_errors():
+        sent = flush(folder / TRACKING, str(tracking.uri), tracking.experiment)
     print(f"{folder.name}: {sent:,} bytes sent" if sent else f"{folder.name}: nothing was left")
     return 0
 
@@ -51,17 +51,17 @@ def register_command(args: argparse.Namespace) -> int:
     import mlflow
 
     from cluster.base.errors import SpecError
-    from trainers.run_folder import TRACK
-    from trainers.tracking.operation_log import run_id_of
-    from trainers.tracking.registry import register
+    from trainers.run_folder import TRACKING
+    from trainers.tracking.operation_log import mlflow_run_id
+    from trainers.tracking.registry import register_model
 
-    folder, tracking = _tracked(args.run)
-    run_id = run_id_of(folder / TRACK, folder.name)
+    folder, tracking = _folder_and_tracking(args.run)
+    run_id = mlflow_run_id(folder / TRACKING, folder.name)
     if run_id is None:
         raise SpecError(f"{folder.name}: not in MLflow yet; heliostat track flush {folder.name}")
-    with _told():
+    with _mlflow_errors():
         mlflow.set_tracking_uri(str(tracking.uri))
-        version = register(mlflow.MlflowClient(), run_id, args.name, args.alias)
+        version = register_model(mlflow.MlflowClient(), run_id, args.name, args.alias)
     alias = f", {args.alias}: models:/{args.name}@{args.alias}" if args.alias else ""
     print(f"models:/{args.name}/{version}{alias}")
     return 0
@@ -70,15 +70,15 @@ def register_command(args: argparse.Namespace) -> int:
 def tracked_folder(name: str) -> Path:
     """The folder of a run or sweep, by its name in `runs` or by its path."""
     from cluster.base.errors import SpecError
-    from trainers.run_folder import find_folder
+    from trainers.run_folder import find_run_folder
 
     try:
-        return find_folder(name, Path("runs"))
+        return find_run_folder(name, Path("runs"))
     except SpecError:
         raise SpecError(f"{name}: no such run or sweep, neither a folder nor in runs") from None
 
 
-def keep(folder: Path, part: str) -> str:
+def upload_artifacts(folder: Path, part: str) -> str:
     """Keep the files in `part` of a run's folder as artifacts of its MLflow run, at once.
 
     Returns MLflow's name for the run. Raises a HeliostatError where MLflow cannot be told.
@@ -86,29 +86,29 @@ def keep(folder: Path, part: str) -> str:
     import mlflow
 
     from cluster.base.errors import ClusterError
-    from trainers.run_folder import TRACK
-    from trainers.tracking.operation_log import run_id_of
+    from trainers.run_folder import TRACKING
+    from trainers.tracking.operation_log import mlflow_run_id
 
-    _, tracking = _tracked(str(folder))
-    run_id = run_id_of(folder / TRACK, folder.name)
+    _, tracking = _folder_and_tracking(str(folder))
+    run_id = mlflow_run_id(folder / TRACKING, folder.name)
     if run_id is None:
         raise ClusterError(f"it has no run {folder.name} yet; heliostat track flush {folder.name}")
-    with _told():
+    with _mlflow_errors():
         mlflow.set_tracking_uri(str(tracking.uri))
         mlflow.MlflowClient().log_artifacts(run_id, str(folder / part), part)
     return run_id
 
 
-def _tracked(name: str) -> "tuple[Path, TrackingSpec]":
+def _folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
     """The folder of a run or sweep, and the MLflow of its spec, which answers now."""
-    from cluster.base.config import check, read_yaml
+    from cluster.base.config import read_yaml, validate
     from cluster.base.errors import ClusterError
     from trainers.run_folder import SPEC
     from trainers.spec import TrackingSpec
     from trainers.tracking.preflight import check_access
 
     folder = tracked_folder(name)
-    tracking = check(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")
+    tracking = validate(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")
     away = check_access(str(tracking.uri), tracking.experiment)
     if away:
         raise ClusterError(away.partition(";")[0])
@@ -116,7 +116,7 @@ def _tracked(name: str) -> "tuple[Path, TrackingSpec]":
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _mlflow_errors() -> Iterator[None]:
     """What MLflow raises in here is told in a line."""
     from cluster.base.errors import ClusterError, HeliostatError
 

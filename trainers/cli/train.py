@@ -9,7 +9,7 @@ import trainers.cli.data
 import trainers.cli.plan
 import trainers.cli.track
 from cluster.cli.jobs import Subparsers, run_options
-from cluster.cli.lifecycle import ui_of_cluster
+from cluster.cli.lifecycle import open_cluster_ui
 from trainers.cli.plan import as_job
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trainers.outcome import Outcome
     from trainers.runs.run import Run
-    from trainers.tracking.operation_log import Row
+    from trainers.tracking.operation_log import MetricPoint
 
 
 def add_verbs(verbs: Subparsers) -> None:
@@ -58,24 +58,24 @@ def train_command(args: argparse.Namespace) -> int:
         raise SpecError("--resume: a run keeps its name and its own checkpoints")
     if args.or_resume and not args.name:
         raise SpecError("--or-resume: needs --name, to know what to go on with")
-    if storage := run.begun(args):
+    if storage := run.find_started(args):
         unfinished = run.resumed_run(args.name, storage, [])
     elif args.resume:
-        unfinished = run.resumed_run(args.resume, run.storage_of(args.spec), args.set)
+        unfinished = run.resumed_run(args.resume, run.storage_for_spec(args.spec), args.set)
     elif args.spec:
         unfinished = run.new_run(args.spec, args.set, args.name, args.source)
     else:
         raise SpecError("train: needs a spec, or --resume RUN")
     folder, spec = unfinished.folder, unfinished.spec
     start = time.monotonic()
-    with run.at_work(folder, spec, args.address, args.verbose) as (console, stop):
+    with run.run_session(folder, spec, args.address, args.verbose) as (console, stop):
         console.print(
             f"[bold]{unfinished.key}[/]: {spec.workload}, {unfinished.samples:,} samples, "
             f"{unfinished.total_steps:,} steps of {spec.train.global_batch}, "
             f"workers: {spec.scale.workers}"
         )
         with ProgressBar(console, unfinished.total_steps) as progress:
-            outcome, tracked = run.execute(unfinished, progress.watch, stop)
+            outcome, tracked = run.run_to_end(unfinished, progress.on_progress, stop)
         _show_outcome(console, unfinished, outcome, tracked, time.monotonic() - start)
     return 0 if outcome.complete else 130
 
@@ -86,7 +86,7 @@ class ProgressBar:
     def __init__(self, console: "Console", total_steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        from cluster.base.terminal import Pulse
+        from cluster.base.terminal import JobProgress
 
         self._console = console
         self._newest: dict[str, float] = {}
@@ -103,7 +103,7 @@ class ProgressBar:
             redirect_stderr=False,
         )
         self._total_steps = total_steps
-        self._pulse = Pulse(console)
+        self._pulse = JobProgress(console)
         self._task = self._bar.add_task("starting", total=total_steps)
 
     def __enter__(self) -> "ProgressBar":
@@ -113,7 +113,7 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def watch(self, step: int, rows: "list[Row]", lines: list[str]) -> None:
+    def on_progress(self, step: int, rows: "list[MetricPoint]", lines: list[str]) -> None:
         for line in lines:
             self._console.print(line, highlight=False)
         evaluated = ""
@@ -126,7 +126,7 @@ class ProgressBar:
         if evaluated and not self._console.is_terminal:
             self._console.print(f"{evaluated}  {self._summary()}")
         elif step:
-            self._pulse.beat(lambda: f"step {step}/{self._total_steps}  {self._summary()}")
+            self._pulse.report(lambda: f"step {step}/{self._total_steps}  {self._summary()}")
 
     def _summary(self) -> str:
         shown = {"perf/samples_per_s": "{:,.0f} samples/s", "train/loss": "loss {:.4f}"}
@@ -143,9 +143,9 @@ def _show_outcome(
     """The end of a run: its metrics as MLflow has them, and where everything is."""
     from rich.table import Table
 
-    from cluster.connection.ray_connection import submitted
+    from cluster.connection.ray_connection import submission_metadata
     from trainers.checkpoints.checkpoints import Checkpoints
-    from trainers.run_folder import CHECKPOINTS, TRACK, short_path
+    from trainers.run_folder import CHECKPOINTS, TRACKING, display_path
 
     metrics = tracked.get("metrics", outcome.metrics)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -160,10 +160,12 @@ def _show_outcome(
         table.add_row("forecast", tracked["forecast"])
     for name, text in tracked.get("account", {}).items():
         table.add_row(name, text)
-    newest = Checkpoints(run.folder / CHECKPOINTS).newest()
-    table.add_row("checkpoint", short_path(newest) if newest else "none")
+    newest = Checkpoints(run.folder / CHECKPOINTS).latest()
+    table.add_row("checkpoint", display_path(newest) if newest else "none")
     if "unsent" in tracked:
-        table.add_row("tracking", f"[yellow]{tracked['unsent']}; kept in {run.folder / TRACK}[/]")
+        table.add_row(
+            "tracking", f"[yellow]{tracked['unsent']}; kept in {run.folder / TRACKING}[/]"
+        )
     else:
         table.add_row("model", tracked["model_uri"] or "none")
         table.add_row("MLflow run", f"{tracked['run_id']} (heliostat ui)")
@@ -174,7 +176,7 @@ def _show_outcome(
         console.print(
             f"{f'{reason}; ' if reason else ''}stopped after step {outcome.step} of "
             f"{outcome.total_steps}, saved; go on with\n  heliostat "
-            f"{'submit ' if submitted() else ''}train --resume {short_path(run.folder)}{more}",
+            f"{'submit ' if submission_metadata() else ''}train --resume {display_path(run.folder)}{more}",
             highlight=False,
         )
 
@@ -197,16 +199,16 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
     import os
     import sys
 
-    from trainers.tracking.mlflow_store import make_database
-    from trainers.tracking.tracker import default_uri
+    from trainers.tracking.mlflow_store import create_database
+    from trainers.tracking.tracker import default_tracking_uri
 
     if args.cluster:
-        return ui_of_cluster(args.cluster, args.port)
-    uri = args.uri or default_uri()
+        return open_cluster_ui(args.cluster, args.port)
+    uri = args.uri or default_tracking_uri()
     if uri.startswith(("http://", "https://")):
         print(f"MLflow's pages are at {uri}")
         return 0
-    make_database(uri)
+    create_database(uri)
     print(f"MLflow on {uri}: http://127.0.0.1:{args.port}  (Ctrl-C ends it)", flush=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     server = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]

@@ -28,13 +28,19 @@ from torch import Tensor
 from cluster.base.config import Spec
 from cluster.base.errors import DataError, SpecError
 from cluster.base.files import cache_folder, commit_folder
-from trainers.counter_rng import mix_seed
-from trainers.data.partitions import Watch, entry, to_parquet, unwatched, write_parts
+from trainers.counter_rng import combine_seeds
+from trainers.data.partitions import (
+    ProgressCallback,
+    encode_parquet,
+    ignore_progress,
+    manifest_entry,
+    write_parts,
+)
 from trainers.data.remote import remote_dataset
-from trainers.workload import Batch, PartedWorkload, Workload
+from trainers.workload import Batch, PartitionedWorkload, Workload
 
 MANIFEST = "manifest.json"
-SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+SIGNED_DTYPES = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def table(**columns: npt.NDArray[Any]) -> pa.Table:
@@ -61,8 +67,11 @@ def table(**columns: npt.NDArray[Any]) -> pa.Table:
     return pa.table(arrays, schema=pa.schema(fields))
 
 
-def prepare(
-    workload: Workload, storage: Path, uri: str | None = None, watch: Watch = unwatched
+def prepare_dataset(
+    workload: Workload,
+    storage: Path,
+    uri: str | None = None,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> Path:
     """The folder with the workload's splits as Parquet files; built when it is not there yet.
 
@@ -72,21 +81,23 @@ def prepare(
     """
     name = dataset_name(workload)
     if uri is not None:
-        return remote_dataset(uri, name, lambda folder: _write(workload, folder, watch))
+        return remote_dataset(
+            uri, name, lambda folder: _write_dataset(workload, folder, on_progress)
+        )
     folder = storage / "datasets" / name
     if (folder / MANIFEST).exists():
         return folder
-    if not isinstance(workload, PartedWorkload):
+    if not isinstance(workload, PartitionedWorkload):
         building = folder.with_name(f".{name}-{secrets.token_hex(4)}")
-        return _build(workload, building, folder, watch)
-    _make_folder(folder.parent)
+        return _build_dataset(workload, building, folder, on_progress)
+    _create_folder(folder.parent)
     with FileLock(folder.with_name(f".{name}.lock")):  # one goes on where another stopped
         if (folder / MANIFEST).exists():
             return folder
-        return _build(workload, folder.with_name(f".{name}"), folder, watch)
+        return _build_dataset(workload, folder.with_name(f".{name}"), folder, on_progress)
 
 
-def _make_folder(folder: Path) -> None:
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,13 +109,15 @@ def dataset_name(workload: Workload) -> str:
     return f"{type(workload).__name__.lower()}-{_fingerprint(workload)}"
 
 
-def _build(workload: Workload, building: Path, folder: Path, watch: Watch) -> Path:
+def _build_dataset(
+    workload: Workload, building: Path, folder: Path, on_progress: ProgressCallback
+) -> Path:
     """Make a data set in the folder `building`, then call that `folder`."""
-    _make_folder(building)
+    _create_folder(building)
     try:
-        manifest = _write(workload, building, watch)
+        manifest = _write_dataset(workload, building, on_progress)
     except BaseException:
-        if not isinstance(workload, PartedWorkload):  # else the parts that are made stay
+        if not isinstance(workload, PartitionedWorkload):  # else the parts that are made stay
             shutil.rmtree(building)
         raise
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -117,19 +130,21 @@ def _build(workload: Workload, building: Path, folder: Path, watch: Watch) -> Pa
     return folder
 
 
-def _write(workload: Workload, folder: Path, watch: Watch) -> dict[str, Any]:
+def _write_dataset(
+    workload: Workload, folder: Path, on_progress: ProgressCallback
+) -> dict[str, Any]:
     """Make a workload's data set and write it into `folder`; returns its manifest."""
     name = type(workload).__name__.lower()
     files: dict[str, Any] = {}
-    if isinstance(workload, PartedWorkload):
-        files = write_parts(workload, folder, watch)
+    if isinstance(workload, PartitionedWorkload):
+        files = write_parts(workload, folder, on_progress)
     else:
         for split, rows in workload.dataset().items():
-            content = to_parquet(rows)
+            content = encode_parquet(rows)
             (folder / f"{split}.parquet").write_bytes(content)
-            files[f"{split}.parquet"] = entry(content, rows=len(rows))
+            files[f"{split}.parquet"] = manifest_entry(content, rows=len(rows))
     for split in ("train", "val"):
-        if not sum(files[file]["rows"] for file in _files_of(split, files)):
+        if not sum(files[file]["rows"] for file in _split_files(split, files)):
             raise DataError(f"the data set of {name} has no samples in its split {split!r}")
     return {
         "workload": name,
@@ -139,7 +154,7 @@ def _write(workload: Workload, folder: Path, watch: Watch) -> dict[str, Any]:
     }
 
 
-def _files_of(split: str, files: Mapping[str, Any]) -> list[str]:
+def _split_files(split: str, files: Mapping[str, Any]) -> list[str]:
     """The Parquet files of a split, in the order of their rows."""
     pattern = re.compile(rf"{split}(-\d+)?\.parquet")
     return sorted(name for name in files if pattern.fullmatch(name))
@@ -151,7 +166,7 @@ def _fingerprint(workload: Workload) -> str:
     digest = hashlib.sha256()
     for parent in type(workload).__mro__:
         source = inspect.getsourcefile(parent) if issubclass(parent, Workload) else None
-        if source is not None and parent not in (Workload, PartedWorkload):
+        if source is not None and parent not in (Workload, PartitionedWorkload):
             digest.update(Path(source).read_bytes())
     data: Spec = workload.data
     digest.update(data.model_dump_json().encode())
@@ -167,16 +182,16 @@ def _fingerprint(workload: Workload) -> str:
     return digest.hexdigest()[:12]
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def read_dataset_manifest(folder: Path) -> dict[str, Any]:
     """What a prepared data set consists of, and what it was made from."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
 
 
-def rows(folder: Path, split: str) -> int:
+def count_samples(folder: Path, split: str) -> int:
     """The number of samples in a split of a prepared data set; 0 when there is no such split."""
-    files = manifest_of(folder)["files"]
-    return sum(int(files[name]["rows"]) for name in _files_of(split, files))
+    files = read_dataset_manifest(folder)["files"]
+    return sum(int(files[name]["rows"]) for name in _split_files(split, files))
 
 
 def open_split(folder: Path, split: str) -> Batch:
@@ -184,8 +199,8 @@ def open_split(folder: Path, split: str) -> Batch:
 
     The Parquet files are decoded once per machine into an Arrow file that all processes there map.
     """
-    files = manifest_of(folder)["files"]
-    names = _files_of(split, files)
+    files = read_dataset_manifest(folder)["files"]
+    names = _split_files(split, files)
     if not names or not all((folder / name).exists() for name in names):
         raise DataError(f"{folder / f'{split}.parquet'}: no such split")
     digest = hashlib.sha256("".join(files[name]["sha256"] for name in names).encode()).hexdigest()
@@ -201,16 +216,16 @@ def open_split(folder: Path, split: str) -> Batch:
                 out.write_batch(batch)
         building.rename(target)  # a cache: what a crash leaves half-written is never named
     mapped = pa.ipc.open_file(pa.memory_map(str(target))).read_all()
-    return {field.name: _tensor(field, mapped.column(field.name)) for field in mapped.schema}
+    return {field.name: _column_tensor(field, mapped.column(field.name)) for field in mapped.schema}
 
 
 def open_splits(folder: Path) -> dict[str, Batch]:
     """Every split that has samples, as `open_split` gives it."""
-    names = [name for name in ("train", "val", "test") if rows(folder, name)]
+    names = [name for name in ("train", "val", "test") if count_samples(folder, name)]
     return {name: open_split(folder, name) for name in names}
 
 
-def _tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
+def _column_tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
     """A tensor over the column's own memory. It must not be written to."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if pa.types.is_fixed_size_binary(field.type) and field.metadata:
@@ -232,7 +247,7 @@ def _tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
         return torch.from_numpy(values)
 
 
-def on_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on the worker's device, floating-point columns in the dtype of the weights."""
     return {
         name: values.to(device, dtype if values.is_floating_point() else None)
@@ -240,33 +255,37 @@ def on_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     }
 
 
-def permutation(seed: int, epoch: int, samples: int) -> Tensor:
+def epoch_permutation(seed: int, epoch: int, samples: int) -> Tensor:
     """The order of an epoch's samples [N], as indices into the split."""
-    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(combine_seeds(seed, epoch))
     return torch.randperm(samples, generator=generator)
 
 
-def share(count: int, rank: int, world: int) -> tuple[int, int]:
+def shard_bounds(count: int, rank: int, world_size: int) -> tuple[int, int]:
     """The contiguous share [start, stop) of `count` things that falls to `rank`."""
-    return count * rank // world, count * (rank + 1) // world
+    return count * rank // world_size, count * (rank + 1) // world_size
 
 
-class Batches:
+class SampleStream:
     """The stream of training batches of one worker, at any step, in any order of asking."""
 
     def __init__(
-        self, split: Batch, seed: int, global_batch: int, rank: int = 0, world: int = 1
+        self, split: Batch, seed: int, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> None:
         # PyTorch gathers no unsigned numbers of several bytes; as signed they have the same bits.
-        self._unsigned = {n: values.dtype for n, values in split.items() if values.dtype in SIGNED}
-        signed = {n: split[n].view(SIGNED[dtype]) for n, dtype in self._unsigned.items()}
+        self._unsigned_dtypes = {
+            n: values.dtype for n, values in split.items() if values.dtype in SIGNED_DTYPES
+        }
+        signed = {
+            n: split[n].view(SIGNED_DTYPES[dtype]) for n, dtype in self._unsigned_dtypes.items()
+        }
         self.split = split
         self._split = {**split, **signed}
         self._samples = len(next(iter(split.values())))
         self._seed = seed
         self._global_batch = global_batch
-        self._start, self._stop = share(global_batch, rank, world)
-        self._epochs: dict[int, Tensor] = {}
+        self._start, self._stop = shard_bounds(global_batch, rank, world_size)
+        self._epoch_orders: dict[int, Tensor] = {}
 
     @property
     def columns(self) -> list[str]:
@@ -277,9 +296,9 @@ class Batches:
         """Where the samples lie; `gather` takes its index there."""
         return next(iter(self.split.values())).device
 
-    def at(self, step: int) -> tuple[Tensor, Batch]:
+    def batch(self, step: int) -> tuple[Tensor, Batch]:
         """This worker's share of step `step`: its positions in the run [B], and its samples."""
-        positions, index = self.places(step)
+        positions, index = self.positions_and_indices(step)
         return positions, self.gather(index)
 
     def gather(self, index: Tensor, pinned: bool = False) -> Batch:
@@ -294,28 +313,28 @@ class Batches:
                 shape = (len(index), *values.shape[1:])
                 out = torch.empty(shape, dtype=values.dtype, pin_memory=True)
             batch[name] = torch.index_select(values, 0, index, out=out)
-        for name, dtype in self._unsigned.items():
+        for name, dtype in self._unsigned_dtypes.items():
             batch[name] = batch[name].view(dtype)
         return batch
 
-    def places(self, step: int) -> tuple[Tensor, Tensor]:
+    def positions_and_indices(self, step: int) -> tuple[Tensor, Tensor]:
         """The positions of the share of step `step` [B], and where in the split it lies [B]."""
         start, stop = (step * self._global_batch + end for end in (self._start, self._stop))
-        return torch.arange(start, stop), self.index(start, stop)
+        return torch.arange(start, stop), self.indices(start, stop)
 
-    def index(self, start: int, stop: int) -> Tensor:
+    def indices(self, start: int, stop: int) -> Tensor:
         """The samples at positions [start, stop) of the run, as indices into the split."""
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self._samples)
             end = min(self._samples, offset + stop - start)
-            parts.append(self._order(epoch)[offset:end])
+            parts.append(self._epoch_order(epoch)[offset:end])
             start += end - offset
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
+    def _epoch_order(self, epoch: int) -> Tensor:
+        if epoch not in self._epoch_orders:
             # At most two epochs meet in a batch; older ones are never asked for again.
-            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
-            self._epochs[epoch] = permutation(self._seed, epoch, self._samples)
-        return self._epochs[epoch]
+            self._epoch_orders = {k: v for k, v in self._epoch_orders.items() if k == epoch - 1}
+            self._epoch_orders[epoch] = epoch_permutation(self._seed, epoch, self._samples)
+        return self._epoch_orders[epoch]

@@ -8,25 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainers.data.dataset import Batches, on_device, share
+from trainers.data.dataset import SampleStream, shard_bounds, to_device
 from trainers.workload import Batch
 
-AHEAD = 2
+PREFETCHED_BATCHES = 2
 """Micro-batches that are ready or under way while a GPU computes; each takes its memory there."""
 
-Fed = tuple[Tensor, Batch]
+PlacedBatch = tuple[Tensor, Batch]
 """Positions in the run [B] and samples, on the worker's device."""
 
 
-def feed(
-    batches: Batches,
+def prefetch_batches(
+    batches: SampleStream,
     device: torch.device,
     dtype: torch.dtype,
     start: int,
     stop: int,
-    rounds: int = 1,
-    ahead: int | None = None,
-) -> Generator[Fed]:
+    accumulation_steps: int = 1,
+    prefetch: int | None = None,
+) -> Generator[PlacedBatch]:
     """The worker's share of the steps [start, stop), each in `rounds` micro-batches, in order.
 
     A share of fewer samples than rounds comes with its last sample several times; see `micro`.
@@ -35,60 +35,62 @@ def feed(
     none elsewhere, where the thread would take its time from the step. What goes wrong in the
     thread is raised here. The thread ends with the last step or with `close`.
     """
-    if ahead is None:
-        ahead = AHEAD if device.type == "cuda" else 0
-    parts = _parts(batches, start, stop, rounds)
-    if not ahead:
+    if prefetch is None:
+        prefetch = PREFETCHED_BATCHES if device.type == "cuda" else 0
+    parts = _microbatches(batches, start, stop, accumulation_steps)
+    if not prefetch:
         for positions, index in parts:
-            yield positions.to(device), on_device(batches.gather(index), device, dtype)
+            yield positions.to(device), to_device(batches.gather(index), device, dtype)
         return
     stream = None
     if device.type == "cuda":
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def prepare() -> "_Prepared | None":
+    def prepare() -> "_PendingBatch | None":
         part = next(parts, None)  # parts are taken in the thread alone: a new epoch takes time
-        return part and _prepare(batches, *part, device, dtype, stream)
+        return part and _start_copy(batches, *part, device, dtype, stream)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
     try:
-        coming = deque(pool.submit(prepare) for _ in range(ahead))
+        coming = deque(pool.submit(prepare) for _ in range(prefetch))
         while (ready := coming.popleft().result()) is not None:
             coming.append(pool.submit(prepare))
-            yield ready.received()
+            yield ready.wait()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def micro(samples: int, number: int, rounds: int) -> tuple[slice, int]:
+def microbatch_slice(samples: int, number: int, accumulation_steps: int) -> tuple[slice, int]:
     """Which of a share's `samples` are in a micro-batch, and how many of them count.
 
     Workers whose shares differ by a sample go through a sharded model equally often; who has
     nothing left takes a sample that does not count.
     """
-    low, high = share(samples, number, rounds)
+    low, high = shard_bounds(samples, number, accumulation_steps)
     begin = min(low, samples - 1)
     return slice(begin, max(high, begin + 1)), high - low
 
 
-def _parts(batches: Batches, start: int, stop: int, rounds: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _microbatches(
+    batches: SampleStream, start: int, stop: int, accumulation_steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The positions of each micro-batch, and where in the split its samples lie."""
     for step in range(start, stop):
-        positions, index = batches.places(step)
-        for number in range(rounds):
-            part, _ = micro(len(index), number, rounds)
+        positions, index = batches.positions_and_indices(step)
+        for number in range(accumulation_steps):
+            part, _ = microbatch_slice(len(index), number, accumulation_steps)
             yield positions[part], index[part]
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _PendingBatch:
     """A micro-batch whose copy to the device may still be under way."""
 
     positions: Tensor
     batch: Batch
     copied: torch.cuda.Event | None
 
-    def received(self) -> Fed:
+    def wait(self) -> PlacedBatch:
         """The micro-batch for use on the current stream, which waits for the copy."""
         if self.copied is not None:
             current = torch.cuda.current_stream(self.positions.device)
@@ -99,19 +101,19 @@ class _Prepared:
         return self.positions, self.batch
 
 
-def _prepare(
-    batches: Batches,
+def _start_copy(
+    batches: SampleStream,
     positions: Tensor,
     index: Tensor,
     device: torch.device,
     dtype: torch.dtype,
     stream: torch.cuda.Stream | None,
-) -> _Prepared:
+) -> _PendingBatch:
     if stream is None:
-        return _Prepared(positions, on_device(batches.gather(index), device, dtype), None)
+        return _PendingBatch(positions, to_device(batches.gather(index), device, dtype), None)
     with torch.cuda.stream(stream):
         positions = positions.pin_memory().to(device, non_blocking=True)
         batch = batches.gather(index, pinned=True)
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
         # Not in the same call: it would convert on the CPU and wait for that.
-        return _Prepared(positions, on_device(batch, device, dtype), stream.record_event())
+        return _PendingBatch(positions, to_device(batch, device, dtype), stream.record_event())

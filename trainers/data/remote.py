@@ -15,24 +15,24 @@ def remote_dataset(uri: str, name: str, build: Callable[[Path], dict[str, Any]])
     If it is not there, `build` writes its files into the folder it is given and returns the
     manifest. Two that build at once write the same.
     """
-    store = RemoteStore(uri, "datasets", writable=True, field="datasets")
+    store = RemoteStore(uri, "datasets", writable=True, spec_field="datasets")
     if name not in store.names():
-        store.begin(name)
-        folder = store.building(name)
+        store.start_write(name)
+        folder = store.staging_dir(name)
         try:
             manifest = build(folder)
             for file in manifest["files"]:
-                store.publish(name, file)
+                store.upload(name, file)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
             store.commit(name)
         except BaseException:
-            store.abandon(name)
+            store.abort(name)
             raise
-    return store.fetch(name)
+    return store.download(name)
 
 
-def here(dataset: Path, spec: RunSpec) -> Path:
+def local_dataset(dataset: Path, spec: RunSpec) -> Path:
     """The data set that the driver prepared, on this machine."""
     if spec.datasets is None:
         return dataset
-    return RemoteStore(spec.datasets, "datasets", field="datasets").fetch(dataset.name)
+    return RemoteStore(spec.datasets, "datasets", spec_field="datasets").download(dataset.name)

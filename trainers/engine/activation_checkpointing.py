@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cluster.base.errors import SpecError
-from trainers.engine.dropout import Draws
+from trainers.engine.dropout import DropoutRng
 
 
-def recompute(blocks: Iterable[nn.Module], draws: Draws, compiled: bool = False) -> None:
+def checkpoint_activations(
+    blocks: Iterable[nn.Module], dropout_rng: DropoutRng, compiled: bool = False
+) -> None:
     """Have each block computed again in the backward pass, in place; dropout as the first time.
 
     Only the class of a block changes, to a subclass of its own: names, hooks and keys of the
@@ -29,10 +31,10 @@ def recompute(blocks: Iterable[nn.Module], draws: Draws, compiled: bool = False)
             "in the workload's method blocks"
         )
     inner = {part for block in blocks for part in block.modules() if part is not block}
-    kinds = {kind: _recomputed(kind) for kind in {type(block) for block in blocks}}
+    kinds = {kind: _checkpointed_class(kind) for kind in {type(block) for block in blocks}}
     for block in set(blocks) - inner:
         block.__class__ = kinds[type(block)]
-        block._draws = draws  # type: ignore[assignment]
+        block._draws = dropout_rng  # type: ignore[assignment]
     if compiled:
         import torch._dynamo
 
@@ -40,8 +42,8 @@ def recompute(blocks: Iterable[nn.Module], draws: Draws, compiled: bool = False)
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
-class _Recomputed(nn.Module):
-    _draws: Draws
+class _CheckpointedBlock(nn.Module):
+    _dropout_rng: DropoutRng
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         forward = functools.partial(super().forward, **options)
@@ -49,30 +51,30 @@ class _Recomputed(nn.Module):
             return forward(*inputs)
         if torch.compiler.is_compiling():
             return checkpoint(forward, *inputs, use_reentrant=False)
-        keys_B = self._draws.keys_B
+        keys_B = self._dropout_rng.keys_B
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _Again(self._draws, keys_B)
+            return nullcontext(), _ReplayDropout(self._dropout_rng, keys_B)
 
         return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+def _checkpointed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Recomputed{kind.__name__}", (_CheckpointedBlock, kind), {})
 
 
-class _Again(AbstractContextManager[None]):
+class _ReplayDropout(AbstractContextManager[None]):
     """Draws in here go on from `keys_B`, and afterwards from where they were.
 
     A class, since a second backward pass through the same graph enters it once more.
     """
 
-    def __init__(self, draws: Draws, keys_B: Tensor | None) -> None:
-        self._draws, self._keys_B = draws, keys_B
+    def __init__(self, dropout_rng: DropoutRng, keys_B: Tensor | None) -> None:
+        self._dropout_rng, self._keys_B = dropout_rng, keys_B
 
     def __enter__(self) -> None:
-        self._before = self._draws.keys_B
-        self._draws.keys_B = self._keys_B
+        self._before = self._dropout_rng.keys_B
+        self._dropout_rng.keys_B = self._keys_B
 
     def __exit__(self, *_: object) -> None:
-        self._draws.keys_B = self._before
+        self._dropout_rng.keys_B = self._before

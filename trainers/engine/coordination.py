@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from cluster.base.errors import TrainingError
-from trainers.checkpoints.checkpoints import interval_s
+from trainers.checkpoints.checkpoints import save_interval_s
 from trainers.engine.reporter import Reporter
 from trainers.spec import CheckpointSpec
 from trainers.worker import Worker
 
-AGREE_EVERY_S = 1.0
+POLL_INTERVAL_S = 1.0
 """How often several workers ask the first one what it has heard: to stop, to save, to hurry."""
 
 
-UNREAD_LOSSES = 256
+MAX_LOSSES_ON_DEVICE = 256
 """How many losses may stay on a device, where reports are rare."""
 
 
@@ -27,42 +27,42 @@ FIRST_SAVE_S = 30.0
 """Seconds to the first save when its interval is chosen by what a save costs."""
 
 
-class LossAverage:
+class LossWindow:
     """The mean loss over the steps since it was last asked for, whatever was saved in between.
 
     Losses stay on the device until then, so that no step waits for them.
     """
 
-    def __init__(self, worker: Worker, numbers: Mapping[str, float]) -> None:
+    def __init__(self, worker: Worker, state: Mapping[str, float]) -> None:
         """`numbers` are those of the checkpoint that training goes on from."""
         self._worker = worker
-        self._sum, self._count = numbers.get("loss_sum", 0.0), int(numbers.get("losses", 0))
+        self._sum, self._count = state.get("loss_sum", 0.0), int(state.get("losses", 0))
         self._last = math.nan
         self._unread: list[Tensor] = []
 
     def add(self, loss: Tensor, step: int) -> None:
         """Take what `Stepper.take` gave for the step that ends the first `step`; see `mean`."""
         self._unread.append(loss)
-        if len(self._unread) == UNREAD_LOSSES:
-            self._read(step)
+        if len(self._unread) == MAX_LOSSES_ON_DEVICE:
+            self._fetch(step)
 
     def mean(self, step: int) -> float:
         """Collective. Raises TrainingError where the loss has ceased to be a number."""
-        self._read(step)
+        self._fetch(step)
         mean = self._sum / self._count
         self._sum, self._count = 0.0, 0
         return mean
 
-    def numbers(self, step: int) -> dict[str, float]:
+    def state_dict(self, step: int) -> dict[str, float]:
         """What a checkpoint keeps, so that no window of the mean begins at a restart; likewise."""
-        self._read(step)
+        self._fetch(step)
         return {"loss_sum": self._sum, "losses": self._count}
 
-    def _read(self, step: int) -> None:
+    def _fetch(self, step: int) -> None:
         if not self._unread:
             return
         parts_S = torch.stack(self._unread).double()
-        losses = (self._worker.sum(parts_S) / self._worker.data_world).tolist()
+        losses = (self._worker.all_reduce_sum(parts_S) / self._worker.data_world_size).tolist()
         self._unread = []
         for number, loss in enumerate(losses, start=step - len(losses) + 1):
             if not math.isfinite(loss):
@@ -81,29 +81,29 @@ class SaveSchedule:
     ) -> None:
         self._spec, self._total = spec, total
         self._evaluations = evaluations if spec.keep_best else set()
-        self._failure_s = spec.failure_every_hours * 3600 / worker.world
+        self._failure_s = spec.failure_every_hours * 3600 / worker.world_size
         self._next = time.monotonic() + FIRST_SAVE_S
         self._noted_s = 0.0
 
-    def planned(self, step: int) -> bool:
+    def is_scheduled(self, step: int) -> bool:
         """Whether the spec says that the state is saved after `step` steps."""
         every = self._spec.every_steps
         if every != "auto" and step % every == 0:
             return True
         return step == self._total or step in self._evaluations
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time to save, if the spec leaves this open."""
         return self._spec.every_steps == "auto" and time.monotonic() >= self._next
 
-    def saved(self, step: int, stopped_s: float, reporter: Reporter) -> None:
+    def record_save(self, step: int, stopped_s: float, reporter: Reporter) -> None:
         """Take note of a save after `step` steps, for which training stopped for `stopped_s`."""
-        every = interval_s(stopped_s, self._failure_s)
+        every = save_interval_s(stopped_s, self._failure_s)
         self._next = time.monotonic() + every
         goes_on = step < self._total
         if goes_on and self._spec.every_steps == "auto" and not 0.5 < self._noted_s / every < 2:
             self._noted_s = every
-            reporter.note(
+            reporter.log_note(
                 "checkpoint interval",
                 f"{every:.0f} s: a save stops training for {stopped_s * 1e3:.0f} ms, a failure is "
                 f"expected every {self._failure_s / 3600:.3g} h",
@@ -111,40 +111,42 @@ class SaveSchedule:
 
 
 @dataclass(frozen=True)
-class _Wishes:
+class StepDecision:
     """What all workers do after a step, besides going on."""
 
     stop: bool = False
     save: bool = False
-    hurry: bool = False
+    save_every_step: bool = False
     """A machine is about to go: save after every step from now on."""
 
 
-class _Agreement:
+class StepCoordinator:
     """What the first worker decides, taken up by all workers after the same step."""
 
     def __init__(self, worker: Worker, reporter: Reporter, step: int) -> None:
         self._worker, self._reporter = worker, reporter
-        self._asked_step, self._asked_s = step, time.monotonic()
-        self._next = step + 1
-        self._hurry = False
+        self._last_poll_step, self._last_poll_s = step, time.monotonic()
+        self._next_poll_step = step + 1
+        self._save_every_step = False
 
-    def after(self, step: int, save_is_due: Callable[[], bool]) -> _Wishes:
+    def decide(self, step: int, save_is_due: Callable[[], bool]) -> StepDecision:
         """Collective from time to time: the first worker decides, and when to ask next."""
-        if self._worker.world == 1:
-            return self._heard(save_is_due)
-        if step < self._next:
-            return _Wishes(hurry=self._hurry)
+        if self._worker.world_size == 1:
+            return self._poll_reporter(save_is_due)
+        if step < self._next_poll_step:
+            return StepDecision(save_every_step=self._save_every_step)
         now = time.monotonic()
-        steps = step - self._asked_step
+        steps = step - self._last_poll_step
         # The first steps are slow; a gap that grows by degrees never becomes a long silence.
-        gap = min(4 * steps, round(AGREE_EVERY_S * steps / max(1e-6, now - self._asked_s)))
-        decided = self._worker.decided_by_first((self._heard(save_is_due), max(1, gap)))
-        wishes, gap = cast(tuple[_Wishes, int], decided)
-        self._asked_step, self._asked_s, self._next = step, now, step + gap
-        self._hurry = wishes.hurry
+        gap = min(4 * steps, round(POLL_INTERVAL_S * steps / max(1e-6, now - self._last_poll_s)))
+        decided = self._worker.broadcast_from_rank_zero(
+            (self._poll_reporter(save_is_due), max(1, gap))
+        )
+        wishes, gap = cast(tuple[StepDecision, int], decided)
+        self._last_poll_step, self._last_poll_s, self._next_poll_step = step, now, step + gap
+        self._save_every_step = wishes.save_every_step
         return wishes
 
-    def _heard(self, save_is_due: Callable[[], bool]) -> _Wishes:
+    def _poll_reporter(self, save_is_due: Callable[[], bool]) -> StepDecision:
         reporter = self._reporter
-        return _Wishes(reporter.should_stop(), save_is_due(), reporter.preempted())
+        return StepDecision(reporter.should_stop(), save_is_due(), reporter.preemption_pending())

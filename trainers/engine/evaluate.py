@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainers.data.dataset import on_device, share
-from trainers.engine.heartbeat import alive
+from trainers.data.dataset import shard_bounds, to_device
+from trainers.engine.heartbeat import heartbeat
 from trainers.engine.step import check_per_sample
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
@@ -36,18 +36,18 @@ def evaluate(
     does not matter beyond rounding.
     """
     count = len(next(iter(samples.values())))
-    start, stop = share(count, worker.data_rank, worker.data_world)
+    start, stop = shard_bounds(count, worker.data_rank, worker.data_world_size)
     # Workers of a sharded model go through it equally often, if need be with nothing to count.
-    rounds = math.ceil(math.ceil(count / worker.data_world) / workload.evaluation_batch)
+    rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
     network.eval()
     with torch.inference_mode(), compute_precision(spec.train, worker.device):
         for turn in range(rounds):
-            alive()
-            low, high = (start + bound for bound in share(stop - start, turn, rounds))
+            heartbeat()
+            low, high = (start + bound for bound in shard_bounds(stop - start, turn, rounds))
             part = slice(min(low, count - 1), max(high, low + 1))
             batch = {name: values[part] for name, values in samples.items()}
-            batch = on_device(batch, worker.device, weights_dtype(spec.train))
+            batch = to_device(batch, worker.device, weights_dtype(spec.train))
             output = workload.forward(network, batch)
             found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
             for name, values_B in found.items():
@@ -55,5 +55,5 @@ def evaluate(
                 total = values_B[: high - low].double().sum()
                 sums[name] = sums[name] + total if name in sums else total
     network.train()
-    means = (worker.sum(torch.stack(list(sums.values()))) / count).tolist()
+    means = (worker.all_reduce_sum(torch.stack(list(sums.values()))) / count).tolist()
     return workload.summary(dict(zip(sums, means, strict=True)))

@@ -15,7 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainers.engine.stall_files import HEAD_BYTES, START_ALLOWANCE, STEP, next_stall_path
+from trainers.engine.stall_files import (
+    HEADER_BYTES,
+    START_TIMEOUT_FACTOR,
+    STEP_FIELD,
+    next_stall_path,
+)
 
 
 class _Watchdog:
@@ -25,26 +30,26 @@ class _Watchdog:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = next_stall_path(folder, rank)
         self._file = self._path.open("w+b", buffering=0)
-        self._file.write(b" " * HEAD_BYTES)  # the stack goes behind it
-        self._page = mmap.mmap(self._file.fileno(), HEAD_BYTES)
+        self._file.write(b" " * HEADER_BYTES)  # the stack goes behind it
+        self._page = mmap.mmap(self._file.fileno(), HEADER_BYTES)
         self._who = f"worker {rank} of {world}, process {os.getpid()} on {platform.node()}"
         self._timeout_s = timeout_s
-        self._allowed_s = timeout_s * START_ALLOWANCE
+        self._allowed_s = timeout_s * START_TIMEOUT_FACTOR
         self._step = 0
         self._next = self._next_arming = 0.0
-        self.alive(None)
+        self.heartbeat(None)
 
-    def alive(self, step: int | None) -> None:
+    def heartbeat(self, step: int | None) -> None:
         if step is not None:
             if self._step and self._allowed_s != self._timeout_s:
                 self._allowed_s, self._next, self._next_arming = self._timeout_s, 0.0, 0.0
             self._step = step + 1
-            self._page[STEP] = b"%10d" % self._step
+            self._page[STEP_FIELD] = b"%10d" % self._step
         now = time.time()
         if now >= self._next:
-            self._renew(now)
+            self._rearm(now)
 
-    def _renew(self, now: float) -> None:
+    def _rearm(self, now: float) -> None:
         """Write down the time, and set the alarm anew when it is due.
 
         Alarms ring at whole tenths of the time-out on everybody's clock, so that workers which
@@ -56,7 +61,7 @@ class _Watchdog:
             f"step {self._step:10d}, {self._who}, last seen at {since}\n"
             f"Its threads after {self._allowed_s:g} s without a step:\n"
         )
-        self._page[:] = head.encode().ljust(HEAD_BYTES - 1)[: HEAD_BYTES - 1] + b"\n"
+        self._page[:] = head.encode().ljust(HEADER_BYTES - 1)[: HEADER_BYTES - 1] + b"\n"
         if now >= self._next_arming:
             self._next_arming = tenth * (now // tenth + 1)
             left_s = self._next_arming + self._allowed_s - now
@@ -75,7 +80,7 @@ _watchdog: _Watchdog | None = None
 
 
 @contextlib.contextmanager
-def watched(folder: Path, rank: int, world: int, timeout_s: float) -> Iterator[None]:
+def stall_watchdog(folder: Path, rank: int, world: int, timeout_s: float) -> Iterator[None]:
     """End this process when the code in here has not called `alive` for `timeout_s` seconds.
 
     The stacks of its threads are then in `folder`, under the worker's rank.
@@ -89,7 +94,7 @@ def watched(folder: Path, rank: int, world: int, timeout_s: float) -> Iterator[N
         _watchdog = None
 
 
-def alive(step: int | None = None) -> None:
+def heartbeat(step: int | None = None) -> None:
     """A sign of life, before step `step` or within an evaluation; nothing where none is awaited."""
     if _watchdog is not None:
-        _watchdog.alive(step)
+        _watchdog.heartbeat(step)

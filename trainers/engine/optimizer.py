@@ -19,7 +19,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     groups: dict[tuple[float, DeviceMesh | None], list[nn.Parameter]] = {}
     for weight in model.parameters():
         if weight.requires_grad:
-            decay = spec.weight_decay if decays(weight) else 0.0
+            decay = spec.weight_decay if has_weight_decay(weight) else 0.0
             groups.setdefault((decay, mesh_of(weight)), []).append(weight)
     # Those that are decayed come first, so that the order depends on the model's shape alone.
     ordered = sorted(groups.items(), key=lambda item: -item[0][0])
@@ -32,7 +32,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     )
 
 
-def decays(weight: nn.Parameter) -> bool:
+def has_weight_decay(weight: nn.Parameter) -> bool:
     """Whether weight decay is applied to a weight."""
     return weight.ndim > 1
 
@@ -44,10 +44,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
     """The rate of step `step`, counted from 0, in a run of `total_steps`."""
-    return spec.lr * _share_of_peak(spec.schedule, step, total_steps)
+    return spec.lr * _schedule_factor(spec.schedule, step, total_steps)
 
 
-def _share_of_peak(schedule: ScheduleSpec, step: int, total_steps: int) -> float:
+def _schedule_factor(schedule: ScheduleSpec, step: int, total_steps: int) -> float:
     warmup_steps = round(schedule.warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -38,7 +38,7 @@ def largest_that_fits(fits: Callable[[int], bool], failing: int) -> int:
 
 
 def memory_advice(
-    device: torch.device, micro_batch: int, share: int, fits: Callable[[int], bool] | None
+    device: torch.device, micro_batch: int, local_batch: int, fits: Callable[[int], bool] | None
 ) -> str:
     """One line for a micro-batch that did not fit: what would, and the line of the spec.
 
@@ -52,7 +52,7 @@ def memory_advice(
             f"{where}: not even one sample fits; what helps is train.activation_checkpointing, "
             "a smaller model, or more workers with scale.parallel: fsdp"
         )
-    proposal = max(number for number in range(1, largest + 1) if share % number == 0)
+    proposal = max(number for number in range(1, largest + 1) if local_batch % number == 0)
     too_many = f"{where}: a micro-batch of {micro_batch} samples does not fit"
     if fits is None:
         return f"{too_many}: try train.micro_batch: {proposal}"

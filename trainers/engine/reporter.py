@@ -10,19 +10,19 @@ if TYPE_CHECKING:
 class Reporter(Protocol):
     """What the training loop says about itself. Nothing but `flush` ever waits."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Take metrics measured after `step` steps."""
 
-    def note(self, name: str, text: str) -> None:
+    def log_note(self, name: str, text: str) -> None:
         """Take a fact about the run that is no series of numbers, such as what `auto` chose."""
 
-    def tick(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         """Called after every step."""
 
     def flush(self) -> None:
         """Return when all that was logged is on a disk."""
 
-    def evaluated(
+    def on_evaluation_end(
         self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
     ) -> None:
         """Called after the metrics of an evaluation were logged, and the state saved if due."""
@@ -30,26 +30,26 @@ class Reporter(Protocol):
     def should_stop(self) -> bool:
         """Whether somebody wants the run to stop; it may take a second to be heard."""
 
-    def preempted(self) -> bool:
+    def preemption_pending(self) -> bool:
         """Whether the machine of some worker is about to be taken away."""
 
 
-class SilentReporter:
+class NullReporter:
     """The reporter of all workers but the first."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         pass
 
-    def note(self, name: str, text: str) -> None:
+    def log_note(self, name: str, text: str) -> None:
         pass
 
-    def tick(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         pass
 
     def flush(self) -> None:
         pass
 
-    def evaluated(
+    def on_evaluation_end(
         self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
     ) -> None:
         pass
@@ -57,5 +57,5 @@ class SilentReporter:
     def should_stop(self) -> bool:
         return False
 
-    def preempted(self) -> bool:
+    def preemption_pending(self) -> bool:
         return False

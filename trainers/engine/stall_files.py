@@ -7,19 +7,19 @@ from pathlib import Path
 STALLS = "stalls"
 
 
-START_ALLOWANCE = 3
+START_TIMEOUT_FACTOR = 3
 """How many times `train.stall_timeout_s` a start may take up to the end of its first step: it
 builds the model, reads the checkpoint and compiles."""
 
 
-HEAD_BYTES = 256
+HEADER_BYTES = 256
 
 
-STEP = slice(5, 15)
+STEP_FIELD = slice(5, 15)
 """Where the head of the file has the step."""
 
 
-WAITING = (
+WAITING_FILES = (
     *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py"),
     *("trainers/engine/loop.py", "trainers/engine/evaluate.py", "trainers/engine/coordination.py"),
     *("trainers/engine/step.py", "trainers/engine/strategy.py"),
@@ -31,10 +31,10 @@ WAITING = (
 class Stall:
     """A worker that hung, as its file tells it."""
 
-    worker: int
+    rank: int
     step: int
     """The step that hung, counted from 1; 0 before the first one."""
-    allowed_s: float
+    timeout_s: float
     waiting: bool
     """Whether it waited for another worker, or for its device."""
     path: Path
@@ -42,12 +42,12 @@ class Stall:
     def __str__(self) -> str:
         where = f"at step {self.step}" if self.step else "before its first step"
         return (
-            f"worker {self.worker} made no step for {self.allowed_s:g} s {where}; "
+            f"worker {self.rank} made no step for {self.timeout_s:g} s {where}; "
             f"its stack: {self.path}"
         )
 
 
-def stalls(folder: Path) -> list[Stall]:
+def read_stalls(folder: Path) -> list[Stall]:
     """All stalls of the run that keeps them in `folder`, the newest of each worker last."""
     return [stall for path in stall_paths(folder) if (stall := read_stall(path)) is not None]
 
@@ -64,7 +64,7 @@ def rank_and_count(path: Path) -> tuple[int, int]:
 
 def next_stall_path(folder: Path, rank: int) -> Path:
     """The worker's next file: a count above those of its stalls."""
-    counts = [rank_and_count(stall.path)[1] for stall in stalls(folder) if stall.worker == rank]
+    counts = [rank_and_count(stall.path)[1] for stall in read_stalls(folder) if stall.rank == rank]
     return folder / f"worker-{rank}-{max(counts, default=0) + 1}.txt"
 
 
@@ -74,18 +74,18 @@ def read_stall(path: Path) -> Stall | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    stack = content[HEAD_BYTES:].decode(errors="replace")
+    stack = content[HEADER_BYTES:].decode(errors="replace")
     if not stack:
         return None
-    head = content[:HEAD_BYTES].decode(errors="replace")
+    head = content[:HEADER_BYTES].decode(errors="replace")
     allowed = re.search(r"after (\S+) s without", head)
     threads = re.split(r"^(?:Current t|T)hread ", stack, flags=re.MULTILINE)
     trains = next((thread for thread in threads if "/trainers/engine/loop.py" in thread), "")
     innermost = re.search(r'File "(.*?)"', trains)
     return Stall(
-        worker=rank_and_count(path)[0],
-        step=int(head[STEP]),
-        allowed_s=float(allowed[1]) if allowed else 0.0,
-        waiting=innermost is not None and any(part in innermost[1] for part in WAITING),
+        rank=rank_and_count(path)[0],
+        step=int(head[STEP_FIELD]),
+        timeout_s=float(allowed[1]) if allowed else 0.0,
+        waiting=innermost is not None and any(part in innermost[1] for part in WAITING_FILES),
         path=path,
     )

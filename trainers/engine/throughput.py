@@ -14,19 +14,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.devices import Device
-from trainers.workload import Batch, Workload, dtype_of
+from trainers.workload import Batch, Workload, model_dtype
 
-Part = Literal["start", "data", "compute", "communication", "checkpoint", "other", "evaluation"]
-STEP: tuple[Part, ...] = ("data", "compute", "communication", "checkpoint", "other")
+Phase = Literal["start", "data", "compute", "communication", "checkpoint", "other", "evaluation"]
+STEP_PHASES: tuple[Phase, ...] = ("data", "compute", "communication", "checkpoint", "other")
 """What a step's time is made of; starting and evaluating are kept apart."""
-USEFUL: tuple[Part, ...] = ("data", "compute", "communication")
+USEFUL_PHASES: tuple[Phase, ...] = ("data", "compute", "communication")
 """What brings a run forward; saving guards against losses, and is one of the costs of them."""
 
 _USEFUL_S, _WALL_S = "goodput.useful_s", "goodput.wall_s"
 _SAVED_S, _STOPPED = "goodput.saved_unix_s", "goodput.stopped"
 
 
-class Meter:
+class ThroughputMeter:
     """Laps of the steps of one worker, and what follows from them.
 
     Times are the host's. A GPU computes behind the host's back, so that what the host waits for
@@ -55,33 +55,35 @@ class Meter:
         """
         self._samples, self._tokens, self.flops = samples, tokens, flops
         self._device, self._world = device, world
-        self.rated = device.catalogued() if device else None
+        self.catalogued = device.catalog_entry() if device else None
         """The device as the catalogue has it; MFU is the share of its peak, with its source."""
         self._clock, self._now = clock, now
         self._started = now() if started is None else started
         self._useful_s = self._wall_s = 0.0  # of the run before this start
-        self._total_s: dict[Part, float] = dict.fromkeys(("start", *STEP, "evaluation"), 0.0)
+        self._total_s: dict[Phase, float] = dict.fromkeys(
+            ("start", *STEP_PHASES, "evaluation"), 0.0
+        )
         self._steps = 0
         self._read_s, self._read_steps = dict(self._total_s), 0
         self._last = clock()
 
-    def mark(self, part: Part) -> None:
+    def mark(self, phase: Phase) -> None:
         """Charge the time since the last mark to a part; 0.2 us."""
         now = self._clock()
-        self._total_s[part] += now - self._last
+        self._total_s[phase] += now - self._last
         self._last = now
 
-    def step(self) -> None:
+    def count_step(self) -> None:
         """A step is done."""
         self._steps += 1
 
-    def unread_s(self) -> float:
+    def unreported_s(self) -> float:
         """Seconds of steps since the last read."""
-        return sum(self._total_s[part] - self._read_s[part] for part in STEP)
+        return sum(self._total_s[part] - self._read_s[part] for part in STEP_PHASES)
 
     def samples_per_s(self) -> float:
         """Samples per second over all workers, since this start, evaluation left out."""
-        return _rate(self._steps * self._samples, sum(self._total_s[part] for part in STEP))
+        return _rate(self._steps * self._samples, sum(self._total_s[part] for part in STEP_PHASES))
 
     def goodput(self) -> float:
         """Share of the time since the run first started in which steps were done that count.
@@ -100,7 +102,7 @@ class Meter:
         steps = self._steps - self._read_steps
         if not steps:
             return {}
-        spent_s = {part: self._total_s[part] - self._read_s[part] for part in STEP}
+        spent_s = {part: self._total_s[part] - self._read_s[part] for part in STEP_PHASES}
         self._read_s, self._read_steps = dict(self._total_s), self._steps
         step_s = sum(spent_s.values()) / steps
         found = {"step_s": step_s, "samples_per_s": _rate(self._samples, step_s)}
@@ -112,14 +114,14 @@ class Meter:
             found["tokens_per_s"] = found["samples_per_s"] * self._tokens
         if self.flops is not None:
             speed = found["model_flop_per_s"] = found["samples_per_s"] * self.flops
-            if self.rated and self.rated.peak_flop_per_s:
-                found["mfu"] = speed / self._world / self.rated.peak_flop_per_s
+            if self.catalogued and self.catalogued.peak_flop_per_s:
+                found["mfu"] = speed / self._world / self.catalogued.peak_flop_per_s
         if self._device and (peak := self._device.memory().peak) is not None:
             found["peak_memory_bytes"] = float(peak)
         found["goodput"] = self.goodput()
         return {f"perf/{name}": value for name, value in found.items()}
 
-    def state(self, stopped: bool) -> dict[str, float]:
+    def state_dict(self, stopped: bool) -> dict[str, float]:
         """What goodput needs of this run when it goes on from here; kept with a checkpoint.
 
         `stopped` says that the run ends here because somebody wanted it to.
@@ -131,7 +133,7 @@ class Meter:
             _STOPPED: float(stopped),
         }
 
-    def load(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a save; one without what `state` gives changes nothing."""
         if not state.keys() >= {_USEFUL_S, _WALL_S, _SAVED_S, _STOPPED}:
             return
@@ -143,7 +145,7 @@ class Meter:
             self._started = now_s
 
     def _useful_now(self) -> float:
-        return self._useful_s + sum(self._total_s[part] for part in USEFUL)
+        return self._useful_s + sum(self._total_s[part] for part in USEFUL_PHASES)
 
     def _wall_now(self) -> float:
         return self._wall_s + self._now() - self._started
@@ -153,7 +155,7 @@ def _rate(amount: float, of: float) -> float:
     return amount / of if of > 0 else 0.0
 
 
-def watch_communication(model: DistributedDataParallel, meter: Meter) -> None:
+def measure_communication(model: DistributedDataParallel, meter: ThroughputMeter) -> None:
     """Have the meter charge the exposed part of the gradient exchange to `communication`.
 
     That is what a backward pass takes after its last bucket was handed over: what could not be
@@ -194,10 +196,10 @@ def count_flops(workload: Workload, network: nn.Module, batch: Batch) -> float |
         # Fused attention has no formula on a CPU; its plain form has the same products.
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), fake:
-            model = _without_memory(network).train()
-            dtype = dtype_of(model)
+            model = _fake_copy(network).train()
+            dtype = model_dtype(model)
             columns = {
-                name: _bare(values, dtype if values.is_floating_point() else values.dtype)
+                name: _empty(values, dtype if values.is_floating_point() else values.dtype)
                 for name, values in batch.items()
             }
             with counter:
@@ -208,19 +210,19 @@ def count_flops(workload: Workload, network: nn.Module, batch: Batch) -> float |
     return counter.get_total_flops() / len(next(iter(batch.values())))
 
 
-def _without_memory(network: nn.Module) -> nn.Module:
+def _fake_copy(network: nn.Module) -> nn.Module:
     """A copy of the network on the CPU, to be made where tensors are fake."""
     copies: dict[int, Any] = {}
     for module in network.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             for tensor in held.values():
                 if isinstance(tensor, nn.Parameter):
-                    bare = _bare(tensor, tensor.dtype)
+                    bare = _empty(tensor, tensor.dtype)
                     copies[id(tensor)] = nn.Parameter(bare, tensor.requires_grad)
                 elif isinstance(tensor, Tensor):
-                    copies[id(tensor)] = _bare(tensor, tensor.dtype)
+                    copies[id(tensor)] = _empty(tensor, tensor.dtype)
     return copy.deepcopy(network, copies)
 
 
-def _bare(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype)

@@ -10,26 +10,28 @@ from trainers.planning.forecast import Interval
 from trainers.planning.pools import ProbedPool
 from trainers.planning.step_time import Unknown
 
-MFU = (0.2, 0.5)
+TYPICAL_MFU = (0.2, 0.5)
 """Model FLOP/s over the peak: what training reaches on accelerators as a rule."""
-ERROR = 1.0
+DATASHEET_ERROR = 1.0
 """Relative: a factor of 2 either way, for one device."""
-SHARED_ERROR = 2.0
+DATASHEET_MULTI_DEVICE_ERROR = 2.0
 """A factor of 3 for several devices of a node, whose exchange nobody has measured."""
 
 
-def step_s(
+def datasheet_step_s(
     probed: ProbedPool, peak_flop_per_s: float | None, workers: int, nodes: int
 ) -> Interval | Unknown:
     """Seconds of a step of the run on so many devices, from what was probed on another kind."""
     if nodes > 1:
         return Unknown("no two nodes were probed together")
-    flops = probed.lone.flops
+    flops = probed.single_worker.flops
     if flops is None:
         return Unknown("the model's operations cannot be counted")
     if peak_flop_per_s is None:
         return Unknown("the device's peak is not in the catalogue")
-    usual = (MFU[0] * MFU[1]) ** 0.5
+    usual = (TYPICAL_MFU[0] * TYPICAL_MFU[1]) ** 0.5
     computing = flops * probed.batch / workers / (peak_flop_per_s * usual)
-    starting = min(probed.curve.terms["each step"], probed.lone.step_s)
-    return Interval.around(computing + starting, ERROR if workers == 1 else SHARED_ERROR)
+    starting = min(probed.step_time_model.terms["each step"], probed.single_worker.step_s)
+    return Interval.around(
+        computing + starting, DATASHEET_ERROR if workers == 1 else DATASHEET_MULTI_DEVICE_ERROR
+    )

@@ -17,26 +17,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.engine.loop import milestones
-from trainers.planning.pools import Probe, ProbedPool
+from trainers.engine.loop import evaluation_steps
+from trainers.planning.pools import ProbedPool, ProbeResult
 from trainers.planning.step_time import Unknown
 from trainers.spec import RunSpec
 
-MEMORY = "forecasts.jsonl"
+HISTORY_FILE = "forecasts.jsonl"
 """In the folder of the runs: forecasts and what became of them, a line each."""
-NO_MATTER = ("storage", "sweep", "budget", "cost")
+IRRELEVANT_SECTIONS = ("storage", "sweep", "budget", "cost")
 """Sections of a spec that say nothing about how long its run takes."""
-LEVEL = 0.9
+COVERAGE = 0.9
 """How often the truth is to lie within the interval."""
 OVERHEAD_ERROR = 0.4
 """Relative error of what is not steps: starting workers, evaluating, saving, ending."""
-SHIPPED = 10
+SHIPPED_RUNS = 10
 """How many runs the shipped error bars count for; a project's own take their place one by one."""
-REMEMBERED = 100
+MAX_RUNS = 100
 """How many of the newest runs count."""
-TENDENCY_PRIOR = 2
+SHRINKAGE_RUNS = 2
 """How many runs that were just as forecast stand against what a project's own have in common."""
-NARROWEST = 0.25
+MIN_WIDENING = 0.25
 """Of the shipped interval: a lucky series does not make anything certain."""
 
 
@@ -81,7 +81,7 @@ class Calibration(NamedTuple):
 AS_SHIPPED = Calibration()
 
 
-def added(parts: Iterable[Interval]) -> Interval:
+def sum_independent(parts: Iterable[Interval]) -> Interval:
     """The sum of what is wrong independently of each other."""
     parts = list(parts)
     middle = sum(part.middle for part in parts)
@@ -90,7 +90,7 @@ def added(parts: Iterable[Interval]) -> Interval:
     return Interval(max(min(part.low for part in parts), middle - low), middle, middle + high)
 
 
-class Length(NamedTuple):
+class RunLength(NamedTuple):
     """How much a run does, on any number of workers."""
 
     steps: int
@@ -100,15 +100,15 @@ class Length(NamedTuple):
     """At the least: those that `auto` adds take less than 1 % of the time."""
 
 
-def length(spec: RunSpec, samples: int, has_test: bool) -> Length:
+def run_length(spec: RunSpec, samples: int, has_test: bool) -> RunLength:
     """What the run over `samples` of training does."""
     total = spec.train.total_steps(samples)
-    evaluated = milestones(spec.train.evaluate_every, spec, samples)
+    evaluated = evaluation_steps(spec.train.evaluate_every_epochs, spec, samples)
     every = spec.checkpoint.every_steps
     saved = {total} | (evaluated if spec.checkpoint.keep_best else set())
     if every != "auto":
         saved |= set(range(every, total + 1, every))
-    return Length(total, len(evaluated), int(has_test), len(saved))
+    return RunLength(total, len(evaluated), int(has_test), len(saved))
 
 
 @dataclass(frozen=True)
@@ -124,21 +124,23 @@ class Forecast:
     """When it was made, in Unix time."""
 
     def __str__(self) -> str:
-        return f"{shown_s(self.wall_s.middle)} ({shown_range(self.wall_s)}), {self.basis}"
+        return f"{format_duration(self.wall_s.middle)} ({format_range(self.wall_s)}), {self.basis}"
 
 
 def forecast(
-    probed: ProbedPool, workers: int, run: Length, by: Calibration = AS_SHIPPED
+    probed: ProbedPool, workers: int, run: RunLength, by: Calibration = AS_SHIPPED
 ) -> Forecast | Unknown:
     """The run on so many workers of the pool."""
     found = probed.predict(workers)
     if isinstance(found, Unknown):
         return found
     step_s = Interval.around(found.step_s, found.error)
-    return whole(step_s, probed.nearest(workers), run, str(found.basis), by)
+    return from_probe(step_s, probed.nearest(workers), run, str(found.basis), by)
 
 
-def whole(step_s: Interval, seen: Probe, run: Length, basis: str, by: Calibration) -> Forecast:
+def from_probe(
+    step_s: Interval, seen: ProbeResult, run: RunLength, basis: str, by: Calibration
+) -> Forecast:
     """A run of such steps; all else takes what it took the probe."""
     around_s = (
         seen.start_s
@@ -148,31 +150,31 @@ def whole(step_s: Interval, seen: Probe, run: Length, basis: str, by: Calibratio
         + seen.end_s
     )
     parts = [step_s.times(run.steps - 1), Interval.around(around_s, OVERHEAD_ERROR)]
-    shipped_s = added(parts)
+    shipped_s = sum_independent(parts)
     wall_s, step_s = shipped_s.calibrated(by), step_s.calibrated(by)
     return Forecast(wall_s, step_s, basis, shipped_s, time.time())
 
 
-def calibrated_by(scores: Sequence[float]) -> Calibration:
+def calibrate(scores: Sequence[float]) -> Calibration:
     """How the shipped intervals are to be moved, and widened (or, below 1, narrowed).
 
     `scores` are those of the project's runs, the newest last: how far off each was, in units of
     the half of its shipped interval on that side. With few, the shipped error bars count as
     further runs, spread as those of normally distributed errors.
     """
-    newest = scores[-REMEMBERED:]
+    newest = scores[-MAX_RUNS:]
     common = statistics.median(newest) if newest else 0.0
-    shift = common * len(newest) / (len(newest) + TENDENCY_PRIOR)
+    shift = common * len(newest) / (len(newest) + SHRINKAGE_RUNS)
     own = [abs(score - shift) for score in newest]
-    missing = max(0, SHIPPED - len(own))
+    missing = max(0, SHIPPED_RUNS - len(own))
     normal = statistics.NormalDist()
     # Half-normal quantiles, scaled so that the one at 90 % is 1.
-    bars = [normal.inv_cdf(0.5 + 0.5 * (k + 1) / (SHIPPED + 1)) for k in range(SHIPPED)]
-    step = SHIPPED / missing if missing else 1.0
-    shipped = [bars[SHIPPED - 1 - int(k * step)] / bars[-1] for k in range(missing)]
+    bars = [normal.inv_cdf(0.5 + 0.5 * (k + 1) / (SHIPPED_RUNS + 1)) for k in range(SHIPPED_RUNS)]
+    step = SHIPPED_RUNS / missing if missing else 1.0
+    shipped = [bars[SHIPPED_RUNS - 1 - int(k * step)] / bars[-1] for k in range(missing)]
     ranked = sorted([*own, *shipped])
-    place = min(len(ranked), math.ceil((len(ranked) + 1) * LEVEL))
-    return Calibration(shift, max(NARROWEST, ranked[place - 1]))
+    place = min(len(ranked), math.ceil((len(ranked) + 1) * COVERAGE))
+    return Calibration(shift, max(MIN_WIDENING, ranked[place - 1]))
 
 
 def score(expected: Forecast, wall_s: float) -> float:
@@ -182,17 +184,17 @@ def score(expected: Forecast, wall_s: float) -> float:
     return off / math.log(high / middle) if off > 0 else off / math.log(middle / low)
 
 
-class Memory:
+class ForecastHistory:
     """Forecasts and what became of them, in the folder of the runs."""
 
     def __init__(self, storage: Path) -> None:
-        self._path = storage / MEMORY
+        self._path = storage / HISTORY_FILE
 
-    def remember(self, key: str, expected: Forecast) -> None:
+    def record_forecast(self, key: str, expected: Forecast) -> None:
         """Keep what was forecast for the runs of this key."""
         self._append({"kind": "forecast", "key": key, **asdict(expected)})
 
-    def recall(self, keys: Iterable[str]) -> Forecast | None:
+    def latest_for(self, keys: Iterable[str]) -> Forecast | None:
         """The newest forecast for any of the keys."""
         wanted, found = set(keys), None
         for line in self._lines("forecast"):
@@ -206,7 +208,7 @@ class Memory:
                 )
         return found
 
-    def took(self, run: str, expected: Forecast, wall_s: float) -> None:
+    def record_actual(self, run: str, expected: Forecast, wall_s: float) -> None:
         """Keep how long a run took that was forecast."""
         found = {"run": run, "wall_s": wall_s, "score": score(expected, wall_s)}
         what = {"expected_s": expected.wall_s, "basis": expected.basis, "at": time.time()}
@@ -233,38 +235,38 @@ class Memory:
                 yield line
 
 
-def key_of(data: Mapping[str, Any], accelerator: str) -> str:
+def forecast_key(spec_data: Mapping[str, Any], accelerator: str) -> str:
     """One name for all runs that do the same on the same number of such workers.
 
     `data` is the run's spec as plain data, with its number of workers.
     """
-    kept = {name: part for name, part in data.items() if name not in NO_MATTER}
-    kept["tracking"] = {"every_steps": data["tracking"]["every_steps"]}
-    kept["scale"] = {**data["scale"], "accelerator": accelerator, "max_restarts": None}
+    kept = {name: part for name, part in spec_data.items() if name not in IRRELEVANT_SECTIONS}
+    kept["tracking"] = {"every_steps": spec_data["tracking"]["every_steps"]}
+    kept["scale"] = {**spec_data["scale"], "accelerator": accelerator, "max_restarts": None}
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def keys_of(data: Mapping[str, Any], with_gpus: bool) -> list[str]:
+def forecast_keys(spec_data: Mapping[str, Any], with_gpus: bool) -> list[str]:
     """The keys under which a run about to start may have been forecast."""
-    asked = str(data["scale"]["accelerator"])
+    asked = str(spec_data["scale"]["accelerator"])
     if asked == "auto":
-        return [key_of(data, "gpu" if with_gpus else "cpu")]
-    return [key_of(data, asked)]
+        return [forecast_key(spec_data, "gpu" if with_gpus else "cpu")]
+    return [forecast_key(spec_data, asked)]
 
 
-def compared(expected: Forecast, wall_s: float) -> str:
+def describe_outcome(expected: Forecast, wall_s: float) -> str:
     """What became of a forecast, for people."""
     low, middle, high = expected.wall_s
     off = wall_s / middle - 1
     where = "within" if low <= wall_s <= high else "outside"
     return (
-        f"{shown_s(middle)} forecast ({expected.basis}), {shown_s(wall_s)} taken: {off:+.0%}, "
-        f"{where} {shown_range(expected.wall_s)}"
+        f"{format_duration(middle)} forecast ({expected.basis}), {format_duration(wall_s)} taken: {off:+.0%}, "
+        f"{where} {format_range(expected.wall_s)}"
     )
 
 
-def shown_s(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time for people."""
     if seconds < 100:
         return f"{seconds:.3g} s"
@@ -273,7 +275,7 @@ def shown_s(seconds: float) -> str:
     return f"{seconds / 3600:,.3g} h"
 
 
-def shown_range(span: Interval) -> str:
-    low, high = shown_s(span.low), shown_s(span.high)
+def format_range(span: Interval) -> str:
+    low, high = format_duration(span.low), format_duration(span.high)
     number, unit = low.split()
     return f"{number} to {high}" if high.endswith(f" {unit}") else f"{low} to {high}"

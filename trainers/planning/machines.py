@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.base.labels import INSTANCE, MARKET, ON_DEMAND, PROVIDER, REGION, SPOT
-from cluster.cost.catalog import Accelerator, Instance, devices
-from cluster.cost.node_rates import CostSpec, Rate, rate_of
-from cluster.cost.power_sources import CPU_W
-from cluster.cost.user_prices import Own
+from cluster.cost.catalog import Accelerator, Instance, accelerators
+from cluster.cost.node_rates import CostSpec, NodeRate, node_rate
+from cluster.cost.power_sources import CPU_W_PER_THREAD
+from cluster.cost.user_prices import UserPrices
 from trainers.planning.forecast import Interval
 from trainers.planning.pools import ProbedPool
 
-DEVICE_SHARE = Interval(0.5, 0.75, 1.0)
+DEVICE_POWER_SHARE = Interval(0.5, 0.75, 1.0)
 """Of its limit that a device draws in training: estimates by utilisation are within 30 %."""
-HOST_SHARE = 0.4
+HOST_POWER_SHARE = 0.4
 """What the host draws beside its devices, as a share of theirs: GPUs are about 70 % of a
 server's power in training (Zeus' documentation, ml.energy)."""
 
@@ -22,7 +22,7 @@ server's power in training (Zeus' documentation, ml.energy)."""
 class Machine:
     """One node: its rate, and the power that it draws for a run."""
 
-    rate: Rate
+    rate: NodeRate
     watts: Interval | None
     """None where that is not known."""
     covers: str
@@ -30,7 +30,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """What a run costs, each None where it is not known."""
 
     usd: Interval | None
@@ -38,30 +38,32 @@ class Cost:
     kg_co2e: Interval | None
 
 
-def cost(machine: Machine, nodes: int, wall_s: Interval) -> Cost:
+def run_cost(machine: Machine, nodes: int, wall_s: Interval) -> RunCost:
     """So many nodes, held for so long."""
     rate, hours = machine.rate, wall_s.times(nodes / 3600)
     usd = hours.times(rate.usd_per_h) if rate.usd_per_h is not None else None
     kwh = hours.times(machine.watts.times(1e-3)) if machine.watts else None
     emitted = rate.kg_co2e(3.6e6)
     kg = kwh.times(emitted) if kwh is not None and emitted is not None else None
-    return Cost(usd, kwh, kg)
+    return RunCost(usd, kwh, kg)
 
 
-def here(probed: ProbedPool, workers_per_node: int, own: Own, spec: CostSpec) -> Machine:
+def local_machine(
+    probed: ProbedPool, workers_per_node: int, own: UserPrices, spec: CostSpec
+) -> Machine:
     """A node of a pool that is there."""
     pool = probed.pool
-    rate = rate_of(pool.host, pool.labels, spec, own)
-    known = own.machine_of(pool.host)
+    rate = node_rate(pool.host, pool.labels, spec, own)
+    known = own.find_machine(pool.host)
     if known is not None:
         return Machine(rate, Interval(*[known[1].power_w] * 3), "host")
     if pool.on_cpus:
-        return Machine(rate, Interval(*CPU_W).times(pool.cores), "cpu")
-    return Machine(rate, *_drawn(device_named(probed.lone.device), workers_per_node))
+        return Machine(rate, Interval(*CPU_W_PER_THREAD).times(pool.cores), "cpu")
+    return Machine(rate, *_power_drawn(find_device(probed.single_worker.device), workers_per_node))
 
 
-def rented(
-    instance: Instance, spot: bool, own: Own, known: Sequence[Instance] | None = None
+def rented_machine(
+    instance: Instance, spot: bool, own: UserPrices, known: Sequence[Instance] | None = None
 ) -> Machine:
     """A machine of the catalogue, at the prices of `known`, of the snapshot when None."""
     labels: Mapping[str, str] = {
@@ -70,31 +72,31 @@ def rented(
         REGION: instance.region,
         MARKET: SPOT if spot else ON_DEMAND,
     }
-    rate = rate_of("", labels, CostSpec(), own, known)
+    rate = node_rate("", labels, CostSpec(), own, known)
     if not instance.accelerators:
-        return Machine(rate, Interval(*CPU_W).times(instance.vcpus), "cpu")
-    return Machine(rate, *_drawn(device_in(instance), instance.accelerators))
+        return Machine(rate, Interval(*CPU_W_PER_THREAD).times(instance.vcpus), "cpu")
+    return Machine(rate, *_power_drawn(device_of_instance(instance), instance.accelerators))
 
 
-def _drawn(device: Accelerator | None, count: int) -> tuple[Interval | None, str]:
+def _power_drawn(device: Accelerator | None, count: int) -> tuple[Interval | None, str]:
     if device is None or device.power_w is None:
         return None, ""
-    return DEVICE_SHARE.times(device.power_w * count * (1 + HOST_SHARE)), "gpu and host"
+    return DEVICE_POWER_SHARE.times(device.power_w * count * (1 + HOST_POWER_SHARE)), "gpu and host"
 
 
-def device_named(name: str) -> Accelerator | None:
+def find_device(name: str) -> Accelerator | None:
     """The catalogue's row of this name."""
-    return next((device for device in devices() if device.name == name), None)
+    return next((device for device in accelerators() if device.name == name), None)
 
 
-def device_in(instance: Instance) -> Accelerator | None:
+def device_of_instance(instance: Instance) -> Accelerator | None:
     """What the machine has in it, where its kind and memory leave no doubt."""
     memory = instance.accelerator_memory_bytes
     if memory is None:
         return None
     same = [
         device
-        for device in devices()
+        for device in accelerators()
         if device.ray_accelerator_type == instance.ray_accelerator_type
         and abs(memory / device.memory_bytes - 1) < 0.15
     ]

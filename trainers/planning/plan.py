@@ -10,39 +10,46 @@ from dataclasses import dataclass, field, replace
 from cluster.base.labels import MARKET
 from cluster.cost.catalog import Instance
 from cluster.cost.node_rates import CostSpec
-from cluster.cost.user_prices import Own
+from cluster.cost.user_prices import UserPrices
 from trainers.planning import datasheet
 from trainers.planning.forecast import (
     AS_SHIPPED,
     Calibration,
     Forecast,
     Interval,
-    Length,
+    RunLength,
     forecast,
-    whole,
+    from_probe,
 )
-from trainers.planning.machines import Cost, Machine, cost, device_in, here, rented
+from trainers.planning.machines import (
+    Machine,
+    RunCost,
+    device_of_instance,
+    local_machine,
+    rented_machine,
+    run_cost,
+)
 from trainers.planning.pools import ProbedPool
 from trainers.planning.step_time import Unknown, knee
 
-FULL = 0.1
+LAUNCH_BOUND_MFU = 0.1
 """MFU below which a device is idle between one operation and the next."""
-WAITS = 0.5
+DATA_BOUND_SHARE = 0.5
 """Share of a step spent waiting for data, above which nothing but that matters."""
-SEQUENTIAL = 0.8
+FIXED_COST_BOUND_SHARE = 0.8
 """Half the batch in more than this of the time: what a step does one after the other decides."""
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What is asked: the run, and how much is known about its forecasts."""
 
-    length: Length
+    length: RunLength
     calibration: Calibration = AS_SHIPPED
     """By earlier runs."""
-    own: Own = field(default_factory=Own)
+    user_prices: UserPrices = field(default_factory=UserPrices)
     cost: CostSpec = field(default_factory=CostSpec)
-    known: tuple[Instance, ...] | None = None
+    instances: tuple[Instance, ...] | None = None
     """The catalogue's machines at today's prices; None for the snapshot's."""
 
 
@@ -57,9 +64,9 @@ class Option:
     nodes: int
     market: str
     """on demand, spot, or nothing where there is no market."""
-    found: Forecast | Unknown
+    forecast: Forecast | Unknown
     machine: Machine
-    cost: Cost | None
+    cost: RunCost | None
     """None where the time is not known."""
     marks: tuple[str, ...] = ()
 
@@ -69,16 +76,16 @@ class Option:
 
     @property
     def wall_s(self) -> Interval | None:
-        return self.found.wall_s if isinstance(self.found, Forecast) else None
+        return self.forecast.wall_s if isinstance(self.forecast, Forecast) else None
 
     @property
     def kg_co2e(self) -> Interval | None:
         return self.cost.kg_co2e if self.cost else None
 
 
-def options_here(probed: ProbedPool, question: Question, most: int = 8) -> list[Option]:
+def local_options(probed: ProbedPool, question: PlanRequest, most: int = 8) -> list[Option]:
     """The numbers of workers of a pool that is there: those probed, and `most` in all."""
-    counts = probed.pool.counts(probed.batch)
+    counts = probed.pool.worker_counts(probed.batch)
     probed_counts = {each.place.workers for each in probed.probes}
     doubled = {count for count in counts if count & (count - 1) == 0 or count == counts[-1]}
     others = sorted(doubled - probed_counts)[: max(0, most - len(probed_counts))]
@@ -87,17 +94,19 @@ def options_here(probed: ProbedPool, question: Question, most: int = 8) -> list[
     for workers in chosen:
         nodes = probed.pool.nodes_for(workers)
         if nodes is not None:
-            machine = here(probed, -(-workers // nodes), question.own, question.cost)
+            machine = local_machine(
+                probed, -(-workers // nodes), question.user_prices, question.cost
+            )
             found = forecast(probed, workers, question.length, question.calibration)
             market = probed.pool.labels.get(MARKET, "")
             kind = probed.pool.accelerator
             option = Option("here", kind, workers, nodes, market, found, machine, None)
-            options.append(_costed(option))
+            options.append(_with_cost(option))
     return options
 
 
-def options_rented(
-    instances: Iterable[Instance], probed: Sequence[ProbedPool], question: Question
+def rented_options(
+    instances: Iterable[Instance], probed: Sequence[ProbedPool], question: PlanRequest
 ) -> list[Option]:
     """One and two machines of each kind, on demand and, where it has a price, on spot."""
     options = []
@@ -106,46 +115,50 @@ def options_rented(
             workers = nodes * max(1, instance.accelerators)
             if any(pool.batch % workers for pool in probed):
                 continue
-            found = _rented(instance, workers, nodes, probed, question)
+            found = _rented_forecast(instance, workers, nodes, probed, question)
             markets = [False, True] if instance.spot_usd_per_h is not None else [False]
             for spot in markets:
-                machine = rented(instance, spot, question.own, question.known)
+                machine = rented_machine(instance, spot, question.user_prices, question.instances)
                 name = "spot" if spot else "on demand"
                 kind = instance.accelerator or "cpu"
                 option = Option(instance.key, kind, workers, nodes, name, found, machine, None)
-                options.append(_costed(option))
+                options.append(_with_cost(option))
             if isinstance(found, Unknown):
                 break  # two machines are no better known than one
     return options
 
 
-def _costed(option: Option) -> Option:
-    if not isinstance(option.found, Forecast):
+def _with_cost(option: Option) -> Option:
+    if not isinstance(option.forecast, Forecast):
         return option
-    return replace(option, cost=cost(option.machine, option.nodes, option.found.wall_s))
+    return replace(option, cost=run_cost(option.machine, option.nodes, option.forecast.wall_s))
 
 
-def _rented(
-    instance: Instance, workers: int, nodes: int, probed: Sequence[ProbedPool], question: Question
+def _rented_forecast(
+    instance: Instance,
+    workers: int,
+    nodes: int,
+    probed: Sequence[ProbedPool],
+    question: PlanRequest,
 ) -> Forecast | Unknown:
     """By the probes of the same device, where there are any, else from data sheets."""
     if not instance.accelerators:
         return Unknown("another processor than the one that was probed")
-    device = device_in(instance)
+    device = device_of_instance(instance)
     if device is None:
         return Unknown(f"the catalogue has not one {instance.accelerator}")
     for pool in probed:
-        if pool.lone.device == device.name:
+        if pool.single_worker.device == device.name:
             slots = (instance.accelerators,) * nodes
             there = replace(pool, pool=replace(pool.pool, slots=slots))
             return forecast(there, workers, question.length, question.calibration)
-    step_s = datasheet.step_s(probed[0], device.peak_flop_per_s, workers, nodes)
+    step_s = datasheet.datasheet_step_s(probed[0], device.peak_flop_per_s, workers, nodes)
     if isinstance(step_s, Unknown):
         return step_s
-    lone = probed[0].lone  # evaluations are as much faster there as steps are
+    lone = probed[0].single_worker  # evaluations are as much faster there as steps are
     faster = min(1.0, step_s.middle / lone.step_s)
     seen = replace(lone, evaluation_s=lone.evaluation_s * faster, test_s=lone.test_s * faster)
-    return whole(step_s, seen, question.length, "data sheet", AS_SHIPPED)
+    return from_probe(step_s, seen, question.length, "data sheet", AS_SHIPPED)
 
 
 @dataclass(frozen=True)
@@ -161,30 +174,30 @@ class Plan:
 def plan(
     probed: Sequence[ProbedPool],
     instances: Iterable[Instance],
-    question: Question,
+    question: PlanRequest,
     deadline_s: float | None = None,
     budget_usd: float | None = None,
 ) -> Plan:
     """All options with their marks. With a limit, those whose whole interval is below it."""
-    every = [option for pool in probed for option in options_here(pool, question)]
-    every += options_rented(instances, probed, question)
+    every = [option for pool in probed for option in local_options(pool, question)]
+    every += rented_options(instances, probed, question)
     kept = [
         option
         for option in every
-        if _below(option.wall_s, deadline_s) and _below(option.usd, budget_usd)
+        if _is_within(option.wall_s, deadline_s) and _is_within(option.usd, budget_usd)
     ]
     kept.sort(key=lambda option: option.wall_s.middle if option.wall_s else float("inf"))
-    notes = [paying(pool) for pool in probed]
-    notes += better_on_cpus(probed)
+    notes = [scaling_advice(pool) for pool in probed]
+    notes += cpu_advice(probed)
     notes += _provenance(kept)
-    return Plan(_marked(kept, probed), tuple(notes), len(every) - len(kept))
+    return Plan(_with_marks(kept, probed), tuple(notes), len(every) - len(kept))
 
 
-def _below(found: Interval | None, limit: float | None) -> bool:
+def _is_within(found: Interval | None, limit: float | None) -> bool:
     return limit is None or (found is not None and found.high <= limit)
 
 
-def _marked(options: list[Option], probed: Sequence[ProbedPool]) -> tuple[Option, ...]:
+def _with_marks(options: list[Option], probed: Sequence[ProbedPool]) -> tuple[Option, ...]:
     measures: dict[str, Callable[[Option], Interval | None]] = {
         "cheapest": lambda option: option.usd,
         "fastest": lambda option: option.wall_s,
@@ -205,14 +218,14 @@ def _marked(options: list[Option], probed: Sequence[ProbedPool]) -> tuple[Option
 def knee_of(probed: ProbedPool) -> int:
     """The number of workers of the pool after which another one does not pay."""
     speeds = {}
-    for workers in probed.pool.counts(probed.batch):
+    for workers in probed.pool.worker_counts(probed.batch):
         found = probed.predict(workers)
         if not isinstance(found, Unknown):
             speeds[workers] = probed.batch / found.step_s
     return knee(speeds)
 
 
-def paying(probed: ProbedPool) -> str:
+def scaling_advice(probed: ProbedPool) -> str:
     """Up to how many workers another one pays, in a line."""
     best, pool = knee_of(probed), probed.pool
     if pool.total == 1:
@@ -222,7 +235,7 @@ def paying(probed: ProbedPool) -> str:
     return f"{pool.accelerator}: past {best} worker{'s' * (best > 1)} another one does not pay"
 
 
-def better_on_cpus(probed: Sequence[ProbedPool]) -> list[str]:
+def cpu_advice(probed: Sequence[ProbedPool]) -> list[str]:
     """That the CPUs are the better place, and why, where one was probed against an accelerator."""
     cpus = [each for each in probed if each.pool.on_cpus]
     lines = []
@@ -231,24 +244,24 @@ def better_on_cpus(probed: Sequence[ProbedPool]) -> list[str]:
             continue
         own = [each for each in cpus[0].probes if each.batch == cpus[0].batch]
         best = max(own, key=lambda each: each.samples_per_s)
-        kind, speed = pool.pool.accelerator, pool.lone.samples_per_s
+        kind, speed = pool.pool.accelerator, pool.single_worker.samples_per_s
         if speed < best.samples_per_s:
             lines.append(
                 f"the CPU is the better place: {best.samples_per_s:,.0f} samples/s against "
-                f"{speed:,.0f} on one {kind}; {why(pool, cpus[0])}"
+                f"{speed:,.0f} on one {kind}; {bottleneck(pool, cpus[0])}"
             )
     return lines
 
 
-def why(pool: ProbedPool, cpus: ProbedPool) -> str:
+def bottleneck(pool: ProbedPool, cpus: ProbedPool) -> str:
     """What keeps an accelerator from being of use, as far as the probes show it."""
-    lone = pool.lone
+    lone = pool.single_worker
     waiting = lone.shares.get("data", 0.0)
-    if waiting > WAITS:
+    if waiting > DATA_BOUND_SHARE:
         return f"transfer-bound: {waiting:.0%} of its steps are waiting for data"
-    whatever, on_cpu = _whatever_the_batch(pool), _whatever_the_batch(cpus)
-    if whatever is not None and whatever > SEQUENTIAL:
-        if on_cpu is not None and on_cpu > SEQUENTIAL:
+    whatever, on_cpu = _fixed_cost_share(pool), _fixed_cost_share(cpus)
+    if whatever is not None and whatever > FIXED_COST_BOUND_SHARE:
+        if on_cpu is not None and on_cpu > FIXED_COST_BOUND_SHARE:
             return (
                 f"sequential: half the batch takes {whatever:.0%} of the time there and "
                 f"{on_cpu:.0%} on the CPU, so what a step does one after the other decides"
@@ -257,14 +270,14 @@ def why(pool: ProbedPool, cpus: ProbedPool) -> str:
             f"launch-bound: half the batch takes {whatever:.0%} of the time, so starting "
             "operations takes longer than computing them"
         )
-    if lone.mfu is not None and lone.mfu < FULL:
+    if lone.mfu is not None and lone.mfu < LAUNCH_BOUND_MFU:
         return f"launch-bound: the device computes at {lone.mfu:.1%} of its peak"
     return "the probes do not show why"
 
 
-def _whatever_the_batch(probed: ProbedPool) -> float | None:
+def _fixed_cost_share(probed: ProbedPool) -> float | None:
     """Time of a step over half the batch, as a share of one over all of it, on one worker."""
-    lone = probed.lone
+    lone = probed.single_worker
     half = [p for p in probed.probes if p.place.workers == 1 and 2 * p.batch == lone.batch]
     return half[0].step_s / lone.step_s if half else None
 
@@ -272,8 +285,8 @@ def _whatever_the_batch(probed: ProbedPool) -> float | None:
 def _provenance(options: Sequence[Option]) -> list[str]:
     """Where the prices and the carbon are from, each once; and what the energy is that of."""
     known = [option for option in options if option.cost]
-    lines = list(dict.fromkeys(option.machine.rate.price for option in known))
-    lines += list(dict.fromkeys(option.machine.rate.carbon for option in known))
+    lines = list(dict.fromkeys(option.machine.rate.price_source for option in known))
+    lines += list(dict.fromkeys(option.machine.rate.carbon_source for option in known))
     covered = {option.machine.covers for option in known if option.cost and option.cost.kwh}
     if covered:
         lines.append(f"kWh are estimates by design power, of: {', '.join(sorted(covered))}")

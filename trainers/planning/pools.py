@@ -8,7 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from cluster.cost.catalog import ray_resource
-from trainers.planning.step_time import Curve, Place, Point, Prediction, Unknown, fit
+from trainers.planning.step_time import (
+    Measurement,
+    Placement,
+    Prediction,
+    StepTimeModel,
+    Unknown,
+    fit,
+)
 from trainers.spec import RunSpec
 
 
@@ -40,31 +47,31 @@ class Pool:
         together = enumerate(itertools.accumulate(self.slots), start=1)
         return next((nodes for nodes, room in together if room >= workers), None)
 
-    def place(self, workers: int, batch: int) -> Place | None:
+    def placement(self, workers: int, batch: int) -> Placement | None:
         """Where a step over `batch` samples would be done; None where the workers do not fit."""
         nodes = self.nodes_for(workers)
         if nodes is None:
             return None
-        return Place(workers, nodes, batch / workers, self.cores if self.on_cpus else None)
+        return Placement(workers, nodes, batch / workers, self.cores if self.on_cpus else None)
 
-    def counts(self, batch: int) -> list[int]:
+    def worker_counts(self, batch: int) -> list[int]:
         """The numbers of workers that can be had and that share `batch` evenly."""
         return [count for count in range(1, self.total + 1) if batch % count == 0]
 
-    def to_probe(self, batch: int) -> list[int]:
+    def counts_to_probe(self, batch: int) -> list[int]:
         """One worker, two, a full node, two nodes, four, and all: what the model is fitted to."""
         full = [sum(self.slots[:nodes]) for nodes in (1, 2, 4, len(self.slots))]
         wanted = {1, 2, *full} if self.total > 1 else {1}
-        possible = self.counts(batch)
+        possible = self.worker_counts(batch)
         found = {max((c for c in possible if c <= count), default=1) for count in wanted}
         return sorted(found)
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeResult:
     """What a few seconds of the ordinary loop took, on one number of workers."""
 
-    place: Place
+    place: Placement
     batch: int
     """Global."""
     step_s: float
@@ -100,38 +107,38 @@ class ProbedPool:
     """A pool, what was measured on it, and what follows for more workers."""
 
     pool: Pool
-    probes: tuple[Probe, ...]
+    probes: tuple[ProbeResult, ...]
     batch: int
     """The global batch of the run that was asked about."""
 
     @cached_property
-    def curve(self) -> Curve:
-        return fit([Point(each.place, each.step_s, each.spread) for each in self.probes])
+    def step_time_model(self) -> StepTimeModel:
+        return fit([Measurement(each.place, each.step_s, each.spread) for each in self.probes])
 
     def predict(self, workers: int) -> Prediction | Unknown:
         """A step of the run on so many workers."""
-        place = self.pool.place(workers, self.batch)
+        place = self.pool.placement(workers, self.batch)
         if place is None:
             return Unknown(f"the cluster has no room for {workers} workers")
-        return self.curve.predict(place)
+        return self.step_time_model.predict(place)
 
-    def nearest(self, workers: int) -> Probe:
+    def nearest(self, workers: int) -> ProbeResult:
         """The probe of the run's own batch on the number of workers that is most like this."""
         own = [each for each in self.probes if each.batch == self.batch]
         return min(own, key=lambda each: abs(each.place.workers - workers))
 
     @property
-    def lone(self) -> Probe:
+    def single_worker(self) -> ProbeResult:
         return self.nearest(1)
 
 
-def probed(pool: Pool, probes: Sequence[Probe], batch: int) -> ProbedPool:
+def probed_pool(pool: Pool, probes: Sequence[ProbeResult], batch: int) -> ProbedPool:
     """The pool with its probes; how many cores its nodes have is taken from what they saw."""
     cores = [each.place.cores for each in probes if each.place.cores is not None]
     return ProbedPool(replace(pool, cores=min(cores, default=pool.cores)), tuple(probes), batch)
 
 
-def pools(nodes: Iterable[Mapping[str, Any]], spec: RunSpec) -> list[Pool]:
+def find_pools(nodes: Iterable[Mapping[str, Any]], spec: RunSpec) -> list[Pool]:
     """What is there for the spec's workers, from what `ray.nodes()` gives; accelerators last.
 
     A node with accelerators counts for its CPUs too: a run may be better off there.

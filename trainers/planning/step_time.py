@@ -15,23 +15,23 @@ from typing import Literal
 
 Kind = Literal["measured", "interpolated", "extrapolated", "data sheet"]
 
-EXTRAPOLATED = ((1.5, 0.24), (2.0, 0.26), (3.0, 0.39), (4.0, 0.42))
+EXTRAPOLATION_ERRORS = ((1.5, 0.24), (2.0, 0.26), (3.0, 0.39), (4.0, 0.42))
 """By how many times more than was probed: the relative error that 9 of 10 predictions stay below.
 The larger of two figures from Pollux's traces (weak scaling, probes on 1, 2 and 4 nodes): that of
 the paper's six models, and that of the four in the module's test."""
-INTERPOLATED = 0.23
+INTERPOLATION_ERROR = 0.23
 """The same between probes: 3 nodes there."""
-ONE_COUNT = 0.57
+ONE_NODE_COUNT_ERROR = 0.57
 """The same where one number of nodes above 1 was probed, so that how the exchange grows with it
 is not known: 3 nodes from 2 there."""
-OTHER_SHARE = 0.46
+OUTSIDE_BATCH_ERROR = 0.46
 """The same where each worker also gets another share of a batch than any that was probed."""
-MEASURED = 0.15
+MEASUREMENT_ERROR = 0.15
 """The same for what was probed itself, besides the spread that the probe saw."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """What the time of a step depends on, for one model on one kind of node."""
 
     workers: int
@@ -42,27 +42,27 @@ class Place:
     """Of a node, where workers compute on them; None where each has a device of its own."""
 
     @property
-    def crowd(self) -> float:
+    def oversubscription(self) -> float:
         """By how much a worker is slowed down because the node has fewer cores than workers."""
         if self.cores is None:
             return 1.0
         return max(1.0, math.ceil(self.workers / self.nodes) / self.cores)
 
     @property
-    def threads(self) -> float:
+    def threads_per_worker(self) -> float:
         """Cores that each worker computes on; below 1 where they take turns."""
         if self.cores is None:
             return 1.0
-        if self.crowd > 1:
-            return 1 / self.crowd
+        if self.oversubscription > 1:
+            return 1 / self.oversubscription
         return float(self.cores // math.ceil(self.workers / self.nodes))
 
 
 @dataclass(frozen=True)
-class Point:
+class Measurement:
     """A step time that was measured."""
 
-    place: Place
+    place: Placement
     step_s: float
     spread: float = 0.0
     """Relative; what 9 of 10 repetitions would stay within, as far as the probe could tell."""
@@ -96,39 +96,39 @@ class Unknown:
 
 
 @dataclass(frozen=True)
-class Curve:
+class StepTimeModel:
     """The model fitted to `points`: seconds by term."""
 
     terms: Mapping[str, float]
-    points: tuple[Point, ...]
+    measurements: tuple[Measurement, ...]
 
-    def step_s(self, place: Place) -> float:
+    def step_s(self, place: Placement) -> float:
         """What the terms add up to, also where `predict` has no trust in it."""
         return sum(
-            self.terms[name] * value for name, value in _features(place, self.points).items()
+            self.terms[name] * value for name, value in _features(place, self.measurements).items()
         )
 
-    def predict(self, place: Place) -> Prediction | Unknown:
+    def predict(self, place: Placement) -> Prediction | Unknown:
         """The time of a step at `place`."""
-        for point in self.points:
+        for point in self.measurements:
             if point.place == place:
-                error = math.hypot(MEASURED, point.spread)
+                error = math.hypot(MEASUREMENT_ERROR, point.spread)
                 return Prediction(point.step_s, error, Basis("measured"))
         basis = self._basis(place)
         if isinstance(basis, Unknown):
             return basis
-        error = INTERPOLATED
+        error = INTERPOLATION_ERROR
         if basis.kind == "extrapolated":
-            error = next(error for factor, error in EXTRAPOLATED if basis.factor <= factor)
-        if place.nodes > 1 and len({point.place.nodes for point in self.points} - {1}) == 1:
-            error = max(error, ONE_COUNT)
-        shares = [point.place.samples for point in self.points]
+            error = next(error for factor, error in EXTRAPOLATION_ERRORS if basis.factor <= factor)
+        if place.nodes > 1 and len({point.place.nodes for point in self.measurements} - {1}) == 1:
+            error = max(error, ONE_NODE_COUNT_ERROR)
+        shares = [point.place.samples for point in self.measurements]
         if not min(shares) <= place.samples <= max(shares):
-            error = max(error, OTHER_SHARE)
+            error = max(error, OUTSIDE_BATCH_ERROR)
         return Prediction(self.step_s(place), error, basis)
 
-    def _basis(self, place: Place) -> Basis | Unknown:
-        places = [point.place for point in self.points]
+    def _basis(self, place: Placement) -> Basis | Unknown:
+        places = [point.place for point in self.measurements]
         if place.workers == 1:
             asked, probed = 1, [each.workers for each in places if each.workers == 1]
         elif place.nodes == 1:
@@ -145,36 +145,36 @@ class Curve:
         factor = asked / max(probed)
         if factor <= 1:
             return Basis("interpolated")
-        if factor > EXTRAPOLATED[-1][0]:
+        if factor > EXTRAPOLATION_ERRORS[-1][0]:
             return Unknown(f"{factor:.3g} times more than was probed")
         return Basis("extrapolated", factor)
 
 
-def fit(points: Sequence[Point]) -> Curve:
+def fit(measurements: Sequence[Measurement]) -> StepTimeModel:
     """The terms, none negative, with the least squares of relative errors over the points."""
     import numpy as np
     from scipy.optimize import nnls
 
-    rows = [_features(point.place, points) for point in points]
+    rows = [_features(point.place, measurements) for point in measurements]
     names = list(rows[0])
     # Each row over its own time: an error of 10 % counts the same for a short and a long step.
     weighted = np.array([[row[name] for name in names] for row in rows])
-    weighted /= np.array([[point.step_s] for point in points])
-    found, _ = nnls(weighted, np.ones(len(points)))
-    return Curve(dict(zip(names, map(float, found), strict=True)), tuple(points))
+    weighted /= np.array([[point.step_s] for point in measurements])
+    found, _ = nnls(weighted, np.ones(len(measurements)))
+    return StepTimeModel(dict(zip(names, map(float, found), strict=True)), tuple(measurements))
 
 
-def _features(place: Place, points: Sequence[Point]) -> dict[str, float]:
+def _features(place: Placement, points: Sequence[Measurement]) -> dict[str, float]:
     """By term, what its coefficient is multiplied by; which terms there are is up to the points.
 
     Never does a node do more per second than its cores: past as many workers, all that a worker
     does alone is stretched by their number.
     """
-    found = {"each step": place.crowd}
+    found = {"each step": place.oversubscription}
     if len({point.place.samples for point in points}) > 1:
-        found["each sample"] = place.samples * place.crowd
+        found["each sample"] = place.samples * place.oversubscription
         if place.cores is not None:
-            found["each sample over threads"] = place.samples / place.threads
+            found["each sample over threads"] = place.samples / place.threads_per_worker
     alone = place.nodes == 1
     found["within the node"] = (place.workers - 1) / place.workers if alone else 0.0
     probed = {point.place.nodes for point in points if point.place.nodes > 1}
@@ -184,7 +184,7 @@ def _features(place: Place, points: Sequence[Point]) -> dict[str, float]:
     return found
 
 
-PAYS = 0.5
+MIN_GAIN = 0.5
 """The least that a further worker may bring, of what a worker brings alone."""
 
 
@@ -197,6 +197,6 @@ def knee(speeds: Mapping[int, float]) -> int:
     lone = speeds[counts[0]] / counts[0]
     best = counts[0]
     for count in counts[1:]:
-        if (speeds[count] - speeds[best]) / (count - best) >= PAYS * lone:
+        if (speeds[count] - speeds[best]) / (count - best) >= MIN_GAIN * lone:
             best = count
     return best

@@ -15,14 +15,14 @@ from typing import Any
 
 from trainers.reports.history import Span
 
-Table = Mapping[str, Sequence[Any]]
+Columns = Mapping[str, Sequence[Any]]
 """Name of a column -> its values; all columns are equally long."""
 
-VERSION = "6.4"
+VEGA_LITE_VERSION = "6.4"
 """Of Vega-Lite, whose charts these are."""
-WIDTH, SCALE = 760, 2
+PNG_WIDTH, PNG_SCALE = 760, 2
 """Of a PNG file: pixels of the page, and dots for each of them."""
-MOST_ROWS = 10_000
+MAX_PNG_ROWS = 10_000
 """Of a table that is drawn as a PNG file, but for the last ones of each trial."""
 PALETTES: dict[str, dict[str, Any]] = {
     "light": {
@@ -50,7 +50,7 @@ PALETTES: dict[str, dict[str, Any]] = {
         "scheme": {"name": "plasma", "extent": [0.35, 1]},
     },
 }
-PARTS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
+PART_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
 """Colours for parts of a whole, told apart by the colour-blind too (Paul Tol, "bright")."""
 CONFIG: dict[str, Any] = {
     "background": "$paper",
@@ -91,9 +91,9 @@ UNITS = (
     ("goodput", "fraction of 1"),
     ("mfu", "fraction of 1"),
 )
-CURVES = {"train": "$grey", "val": "$blue", "test": "$accent", "run": "$blue"}
+SPLIT_COLOURS = {"train": "$grey", "val": "$blue", "test": "$accent", "run": "$blue"}
 """Kinds of curves -> their colour."""
-MOST_LANES = 60
+MAX_LANES = 60
 """Lanes of a time line that are still to be read."""
 
 
@@ -104,28 +104,28 @@ class Chart:
     name: str
     """Of its file and its place in the page: letters, digits and dashes."""
     title: str
-    text: str
+    description: str
     """What is to be seen, for those who do not see it too."""
     spec: Mapping[str, Any]
     """Vega-Lite, without width, data and colours."""
-    tables: Mapping[str, Table]
+    datasets: Mapping[str, Columns]
     height: int = 260
     """Pixels."""
     min_width: int = 0
     """Pixels below which it is scrolled sideways."""
 
 
-def titled(name: str) -> str:
+def with_unit(name: str) -> str:
     """A metric's name with its unit, where that can be told from the name."""
     unit = next((unit for end, unit in UNITS if name.endswith(end)), None)
     return f"{name} ({unit})" if unit else name
 
 
-def rows_of(table: Table) -> list[dict[str, Any]]:
+def to_rows(table: Columns) -> list[dict[str, Any]]:
     return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
-def coloured(spec: Any, palette: Mapping[str, Any]) -> Any:
+def with_palette(spec: Any, palette: Mapping[str, Any]) -> Any:
     """The same with the colours of a palette for their names."""
     named = re.compile(r'"\$(\w+)"')
     return json.loads(named.sub(lambda found: json.dumps(palette[found[1]]), json.dumps(spec)))
@@ -134,22 +134,26 @@ def coloured(spec: Any, palette: Mapping[str, Any]) -> Any:
 def write_png(chart: Chart, path: Path) -> None:
     import vl_convert
 
-    named = {name: _finite(_thinned(rows_of(table))) for name, table in chart.tables.items()}
+    named = {
+        name: _without_nan(_downsampled(to_rows(table))) for name, table in chart.datasets.items()
+    }
     whole = {
         **chart.spec,
         "title": {"text": chart.title, "anchor": "start", "color": "$ink", "fontSize": 14},
-        "width": max(WIDTH, chart.min_width),
+        "width": max(PNG_WIDTH, chart.min_width),
         "height": chart.height,
         "config": {**CONFIG, "padding": 12},
     }
-    light = coloured(whole, PALETTES["light"])
-    data = vl_convert.vegalite_to_png({**light, "datasets": named}, vl_version=VERSION, scale=SCALE)
+    light = with_palette(whole, PALETTES["light"])
+    data = vl_convert.vegalite_to_png(
+        {**light, "datasets": named}, vl_version=VEGA_LITE_VERSION, scale=PNG_SCALE
+    )
     path.write_bytes(data)
 
 
-def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _downsampled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of very many rows, one of so many of each trial, and its last: drawing takes minutes."""
-    every = -(-len(rows) // MOST_ROWS)
+    every = -(-len(rows) // MAX_PNG_ROWS)
     if every < 2 or "trial" not in rows[0]:
         return rows
     following = [row["trial"] for row in rows[1:]] + [None]
@@ -160,54 +164,56 @@ def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _finite(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: plain(value) for name, value in row.items()} for row in rows]
+def _without_nan(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
 
 
-def plain(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
     """As JSON has it, which knows no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def scale_of(values: Iterable[float]) -> dict[str, Any]:
+def choose_scale(values: Iterable[float]) -> dict[str, Any]:
     """Logarithmic where the values are positive and far apart, else linear and not from 0."""
     known = [value for value in values if math.isfinite(value)]
     wide = known and min(known) > 0 and max(known) / min(known) > 30
     return {"type": "log"} if wide else {"type": "linear", "zero": False}
 
 
-def quantity(field: str, title: str, **more: Any) -> dict[str, Any]:
+def quantitative(field: str, title: str, **more: Any) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": title, **more}
 
 
-def curves(name: str, title: str, x: str, tables: Mapping[str, Table], text: str) -> Chart:
+def line_chart(name: str, title: str, x: str, tables: Mapping[str, Columns], text: str) -> Chart:
     """Lines of one metric by `kind`, from the table `points` with `x`, `y` and `kind`."""
     points = tables["points"]
-    y = quantity("y", title, scale=scale_of(points["y"]))
-    kinds = [kind for kind in CURVES if kind in points["kind"]]
+    y = quantitative("y", title, scale=choose_scale(points["y"]))
+    kinds = [kind for kind in SPLIT_COLOURS if kind in points["kind"]]
     encoding = {
-        "x": quantity("x", x, scale={"nice": False}),
+        "x": quantitative("x", x, scale={"nice": False}),
         "y": y,
         "color": {
             "field": "kind",
             "type": "nominal",
             "title": None,
-            "scale": {"domain": kinds, "range": [CURVES[kind] for kind in kinds]},
+            "scale": {"domain": kinds, "range": [SPLIT_COLOURS[kind] for kind in kinds]},
             **({"legend": None} if len(kinds) < 2 else {}),
         },
     }
     mark = {"type": "line", "point": len(points["x"]) < 200, "tooltip": True, "clip": True}
-    return Chart(name, title, text, {"mark": mark, "encoding": encoding, **data("points")}, tables)
+    return Chart(
+        name, title, text, {"mark": mark, "encoding": encoding, **data_source("points")}, tables
+    )
 
 
-def data(name: str) -> dict[str, Any]:
+def data_source(name: str) -> dict[str, Any]:
     return {"data": {"name": name}}
 
 
-def split(rows: Sequence[tuple[str, Mapping[str, float]]], what: str) -> Chart:
+def step_time_chart(rows: Sequence[tuple[str, Mapping[str, float]]], what: str) -> Chart:
     """Parts of a step, in seconds, for each row, which stands for a run or some of its steps."""
     parts = list(dict.fromkeys(part for _, found in rows for part in found))
-    table: Table = {
+    table: Columns = {
         "row": [row for row, found in rows for _ in found],
         "part": [part for _, found in rows for part in found],
         "ms": [1e3 * found[part] for _, found in rows for part in found],
@@ -217,15 +223,15 @@ def split(rows: Sequence[tuple[str, Mapping[str, float]]], what: str) -> Chart:
         "field": "part",
         "type": "nominal",
         "title": None,
-        "scale": {"domain": parts, "range": list(PARTS[: len(parts)])},
+        "scale": {"domain": parts, "range": list(PART_COLOURS[: len(parts)])},
         "legend": {"columns": 4},
     }
     spec = {
-        **data("parts"),
+        **data_source("parts"),
         "mark": {"type": "bar", "tooltip": True},
         "encoding": {
             "y": {"field": "row", "type": "nominal", "title": what, "sort": None},
-            "x": quantity("ms", "time of a step (ms)", stack="zero"),
+            "x": quantitative("ms", "time of a step (ms)", stack="zero"),
             "color": colour,
             "order": {"field": "order"},
         },
@@ -234,24 +240,26 @@ def split(rows: Sequence[tuple[str, Mapping[str, float]]], what: str) -> Chart:
     sums = {p: sum(found.get(p, 0.0) for _, found in rows) * 1e3 / whole for p in parts}
     largest = ", ".join(f"{p} {s:.0%}" for p, s in sorted(sums.items(), key=lambda i: -i[1])[:3])
     text = f"Mean time of a training step by part. Over all of them: {largest}."
-    return Chart("step-time", "Where a step's time goes", text, spec, {"parts": table}, _rows(rows))
+    return Chart(
+        "step-time", "Where a step's time goes", text, spec, {"parts": table}, _bars_height(rows)
+    )
 
 
-def _rows(rows: Sequence[Any]) -> int:
+def _bars_height(rows: Sequence[Any]) -> int:
     """Pixels for so many bars."""
     return 30 + 22 * len(rows)
 
 
-def gaps(spans: Sequence[Span]) -> list[Span]:
+def idle_spans(spans: Sequence[Span]) -> list[Span]:
     """Of each place, the times between the first one's begin and the last one's end that are idle.
 
     Lanes of one place idle between two of their own spans; all until the last lane ends.
     """
     begin, end = min(span.begin for span in spans), max(span.end for span in spans)
     found = []
-    for place in dict.fromkeys(span.place for span in spans):
+    for place in dict.fromkeys(span.lane for span in spans):
         until = begin
-        for span in [s for s in spans if s.place == place]:
+        for span in [s for s in spans if s.lane == place]:
             if span.begin > until:
                 found.append(Span(place, "idle", until, span.begin))
             until = max(until, span.end)
@@ -260,47 +268,49 @@ def gaps(spans: Sequence[Span]) -> list[Span]:
     return found
 
 
-def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Chart:
+def timeline_chart(spans: Sequence[Span], kinds: Mapping[str, str]) -> Chart:
     """When each place worked for what; `kinds` says of a key how it ended."""
     start = min(span.begin for span in spans)
-    idle = gaps(spans)
+    idle = idle_spans(spans)
     longest = max(span.end for span in spans) - start
     unit, seconds = ("h", 3600) if longest > 7200 else ("min", 60) if longest > 120 else ("s", 1)
-    shown = list(dict.fromkeys(span.place for span in spans))[:MOST_LANES]
-    bars = [span for span in [*spans, *idle] if span.place in shown]
-    table: Table = {
-        "place": [bar.place for bar in bars],
+    shown = list(dict.fromkeys(span.lane for span in spans))[:MAX_LANES]
+    bars = [span for span in [*spans, *idle] if span.lane in shown]
+    table: Columns = {
+        "place": [bar.lane for bar in bars],
         "trial": [bar.key for bar in bars],
         "kind": [kinds.get(bar.key, "idle") for bar in bars],
         "from": [(bar.begin - start) / seconds for bar in bars],
         "to": [(bar.end - start) / seconds for bar in bars],
         "seconds": [bar.end - bar.begin for bar in bars],
     }
-    order = [kind for kind in KINDS if kind in table["kind"]]
+    order = [kind for kind in STATUS_COLOURS if kind in table["kind"]]
     tooltip = [{"field": f} for f in ("trial", "kind", "place")]
     spec = {
-        **data("bars"),
+        **data_source("bars"),
         "mark": {"type": "bar", "height": {"band": 0.8}, "stroke": "$paper", "strokeWidth": 1},
         "encoding": {
             "y": {"field": "place", "type": "nominal", "title": None, "sort": shown},
-            "x": quantity("from", f"time since the first began ({unit})"),
+            "x": quantitative("from", f"time since the first began ({unit})"),
             "x2": {"field": "to"},
-            "color": kind_colours(order),
+            "color": status_colours(order),
             "tooltip": [*tooltip, {"field": "seconds", "type": "quantitative", "format": ".1f"}],
         },
     }
     lost = sum(span.end - span.begin for span in idle)
-    whole = longest * len({span.place for span in spans})
+    whole = longest * len({span.lane for span in spans})
     text = (
         f"Which device worked on what, and when. Between the first begin and the last end "
         f"{lost / whole if whole else 0:.0%} of the time was idle ({lost:,.0f} of {whole:,.0f} s)."
     )
-    if len(shown) == MOST_LANES:
-        text += f" The first {MOST_LANES} are shown."
-    return Chart("time-line", "Time line of devices", text, spec, {"bars": table}, _rows(shown))
+    if len(shown) == MAX_LANES:
+        text += f" The first {MAX_LANES} are shown."
+    return Chart(
+        "time-line", "Time line of devices", text, spec, {"bars": table}, _bars_height(shown)
+    )
 
 
-KINDS = {
+STATUS_COLOURS = {
     "complete": "$blue",
     "running": "$accent",
     "stopped": "$grey",
@@ -310,16 +320,16 @@ KINDS = {
 """How trials ended -> their colour."""
 
 
-def kind_colours(order: Sequence[str]) -> dict[str, Any]:
+def status_colours(order: Sequence[str]) -> dict[str, Any]:
     return {
         "field": "kind",
         "type": "nominal",
         "title": None,
-        "scale": {"domain": list(order), "range": [KINDS[kind] for kind in order]},
+        "scale": {"domain": list(order), "range": [STATUS_COLOURS[kind] for kind in order]},
     }
 
 
-def scaling(measured: Mapping[str, Table]) -> Chart:
+def scaling_chart(measured: Mapping[str, Columns]) -> Chart:
     """Samples per second by workers; `measured` by mode, with `workers`, `speed`, `fitted`."""
     table: dict[str, list[Any]] = {"workers": [], "speed": [], "kind": [], "how": []}
 
@@ -341,11 +351,11 @@ def scaling(measured: Mapping[str, Table]) -> Chart:
     colour = {"domain": kinds, "range": [colours[kind] for kind in kinds]}
     dash = {"domain": ["measured", "fitted"], "range": [[1, 0], [5, 4]]}
     spec = {
-        **data("speeds"),
+        **data_source("speeds"),
         "mark": {"type": "line", "point": True, "tooltip": True},
         "encoding": {
-            "x": quantity("workers", "workers", axis={"values": counts, "format": "d"}),
-            "y": quantity("speed", "samples/s", scale={"zero": True}),
+            "x": quantitative("workers", "workers", axis={"values": counts, "format": "d"}),
+            "y": quantitative("speed", "samples/s", scale={"zero": True}),
             "color": {"field": "kind", "type": "nominal", "title": None, "scale": colour},
             "strokeDash": {
                 "field": "how",

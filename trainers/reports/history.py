@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.base.errors import SpecError
-from cluster.cost.ledger import Entry, read
-from trainers.run_folder import TRACK
+from cluster.cost.ledger import LedgerEntry, read_entries
+from trainers.run_folder import TRACKING
 from trainers.runs.metering import LEDGER
-from trainers.tracking.operation_log import FILE, told
+from trainers.tracking.operation_log import OPERATION_LOG_FILE, read_operations
 
 
 @dataclass
@@ -22,14 +22,14 @@ class Series:
 
 
 @dataclass
-class Record:
+class RunHistory:
     """A run as MLflow has it, or will have it when all is sent."""
 
     key: str
     params: Mapping[str, Any]
     tags: dict[str, str]
-    began_ms: int
-    newest_ms: int
+    started_ms: int
+    last_update_ms: int
     """Time stamp of what was told last."""
     status: str = "RUNNING"
     run_id: str | None = None
@@ -41,22 +41,22 @@ class Record:
         return self.series[name].values[-1] if name in self.series else None
 
     @property
-    def latests(self) -> dict[str, float]:
+    def latest_values(self) -> dict[str, float]:
         return {name: series.values[-1] for name, series in self.series.items()}
 
 
-def records(folder: Path) -> dict[str, Record]:
+def read_histories(folder: Path) -> dict[str, RunHistory]:
     """The run or sweep in `folder`, first, and its trials, by key.
 
     Raises SpecError where nothing was tracked yet. Others may be writing to the folder.
     """
-    if not (folder / TRACK / FILE).exists():
+    if not (folder / TRACKING / OPERATION_LOG_FILE).exists():
         raise SpecError(f"{folder.name}: nothing was tracked yet")
-    found: dict[str, Record] = {}
-    for said in told(folder / TRACK):
+    found: dict[str, RunHistory] = {}
+    for said in read_operations(folder / TRACKING):
         if said["do"] == "start":
             tags, at = dict(said["tags"]), said["at"]
-            found[said["key"]] = Record(said["key"], said["params"], tags, at, at)
+            found[said["key"]] = RunHistory(said["key"], said["params"], tags, at, at)
             continue
         record = found.get(said.get("run", said.get("key", "")))
         if record is None:
@@ -67,13 +67,16 @@ def records(folder: Path) -> dict[str, Record]:
                 series = record.series[name]
                 series.steps.append(step)
                 series.values.append(value)
-                record.newest_ms = max(record.newest_ms, at)
+                record.last_update_ms = max(record.last_update_ms, at)
         elif said["do"] == "made":
             record.run_id = said["id"]
         elif said["do"] == "resume":
             record.status = "RUNNING"
         elif said["do"] == "finish":
-            record.status, record.newest_ms = said["status"], max(record.newest_ms, said["at"])
+            record.status, record.last_update_ms = (
+                said["status"],
+                max(record.last_update_ms, said["at"]),
+            )
     if folder.name not in found:
         raise SpecError(f"{folder.name}: nothing was tracked yet")
     return found
@@ -82,7 +85,7 @@ def records(folder: Path) -> dict[str, Record]:
 class Span(NamedTuple):
     """A time in which a device worked for a run or trial."""
 
-    place: str
+    lane: str
     """The device, or one of the lanes of a device on which several worked at once."""
     key: str
     begin: float
@@ -90,14 +93,14 @@ class Span(NamedTuple):
     """Unix time."""
 
 
-def spans(folder: Path, found: Mapping[str, Record]) -> list[Span]:
+def busy_spans(folder: Path, found: Mapping[str, RunHistory]) -> list[Span]:
     """What worked where and when; by place, then in time.
 
     By the meters, which say the device. Runs that had none, as trials that share one, are there
     from their start to what they told last.
     """
     path = folder / LEDGER
-    metered = _metered(read(path)) if path.exists() else {}
+    metered = _metered_spans(read_entries(path)) if path.exists() else {}
     busy = defaultdict(list)
     for (_, key), (where, begin, end) in metered.items():
         if key in found:
@@ -106,12 +109,14 @@ def spans(folder: Path, found: Mapping[str, Record]) -> list[Span]:
     shared = [record for record in found.values() if record.key not in seen]
     for record in shared:
         if "/" in record.key:
-            times = (record.began_ms / 1000, record.newest_ms / 1000)
+            times = (record.started_ms / 1000, record.last_update_ms / 1000)
             busy["slot"].append((*times, record.key))
-    return [span for where, own in sorted(busy.items()) for span in _lanes(where, own)]
+    return [span for where, own in sorted(busy.items()) for span in _assign_lanes(where, own)]
 
 
-def _metered(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[str, float, float]]:
+def _metered_spans(
+    entries: Iterable[LedgerEntry],
+) -> dict[tuple[str, str], tuple[str, float, float]]:
     """Session of a meter and who pays -> node and device, begin and end."""
     found: dict[tuple[str, str], tuple[str, float, float]] = {}
     for entry in entries:
@@ -127,7 +132,7 @@ def _metered(entries: Iterable[Entry]) -> dict[tuple[str, str], tuple[str, float
     return found
 
 
-def _lanes(where: str, own: Sequence[tuple[float, float, str]]) -> list[Span]:
+def _assign_lanes(where: str, own: Sequence[tuple[float, float, str]]) -> list[Span]:
     """As few lanes as hold all that overlaps, each in time."""
     ends: list[float] = []
     found = []

@@ -15,46 +15,55 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.files import write_atomic
-from trainers.reports.charts import CONFIG, PALETTES, VERSION, Chart, plain, write_png
+from trainers.reports.charts import (
+    CONFIG,
+    PALETTES,
+    VEGA_LITE_VERSION,
+    Chart,
+    finite_or_none,
+    write_png,
+)
 
-FILE = "index.html"
-POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'"
+PAGE_FILE = "index.html"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'"
+)
 """Of the page: Vega compiles its expressions, nothing is fetched."""
 
 
 @dataclass(frozen=True)
-class Tile:
+class StatCard:
     """A number to be seen first."""
 
     label: str
-    shown: str
+    value: str
     source: str = ""
     """Where it is from."""
 
 
 @dataclass(frozen=True)
-class Sheet:
+class DataTable:
     """A table. Cells are numbers, None for unknown, or words."""
 
     name: str
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    picks: bool = False
+    selects_trial: bool = False
     """Whether the first column, of whole numbers, picks the trial that charts bring out."""
 
 
 @dataclass(frozen=True)
 class Section:
     title: str
-    blocks: Sequence["str | Sequence[Tile] | Sheet | Chart"]
+    blocks: Sequence["str | Sequence[StatCard] | DataTable | Chart"]
     """Words, tiles, tables and charts, in their order."""
 
 
 @dataclass(frozen=True)
 class Page:
     title: str
-    lead: str
+    subtitle: str
     sections: Sequence[Section]
 
     @property
@@ -63,23 +72,23 @@ class Page:
         return [block for block in blocks if isinstance(block, Chart)]
 
 
-def write(page: Page, folder: Path) -> Path:
+def write_report(page: Page, folder: Path) -> Path:
     """The page and a PNG of each chart in `folder`; returns the page's path."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
     for chart in page.charts:
         write_png(chart, folder / f"{chart.name}.png")
-    write_atomic(folder / FILE, html(page))
-    return folder / FILE
+    write_atomic(folder / PAGE_FILE, render_html(page))
+    return folder / PAGE_FILE
 
 
-def html(page: Page) -> str:
+def render_html(page: Page) -> str:
     import vl_convert
 
     charts = [_chart_data(chart) for chart in page.charts]
     drawn = {"charts": charts, "palettes": PALETTES, "config": CONFIG}
-    vega = vl_convert.javascript_bundle(None, VERSION)  # type: ignore[arg-type]  # None: all of it
+    vega = vl_convert.javascript_bundle(None, VEGA_LITE_VERSION)  # type: ignore[arg-type]  # None: all of it
     links = "".join(
         f'<a href="#{_anchor(section.title)}">{escape(section.title)}</a>'
         for section in page.sections
@@ -89,7 +98,7 @@ def html(page: Page) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(page.title)}</title>
@@ -101,7 +110,7 @@ def html(page: Page) -> str:
 <body>
 <header>
 <h1>{escape(page.title)}</h1>
-<p>{escape(page.lead)}</p>
+<p>{escape(page.subtitle)}</p>
 <nav aria-label="Sections">{links}</nav>
 </header>
 <main>
@@ -159,16 +168,16 @@ def _gridded(blocks: Iterable[Any]) -> Iterable[Any]:
 def _block(block: Any) -> str:
     if isinstance(block, str):
         return f"<p>{escape(block)}</p>"
-    if isinstance(block, Sheet):
+    if isinstance(block, DataTable):
         return _table(block)
     if isinstance(block[0], Chart):
         return f'<div class="charts">{"".join(map(_figure, block))}</div>'
     return f'<dl class="tiles">{"".join(map(_tile, block))}</dl>'
 
 
-def _tile(tile: Tile) -> str:
+def _tile(tile: StatCard) -> str:
     source = f"<dd class=source>{escape(tile.source)}</dd>" if tile.source else ""
-    return f"<div><dt>{escape(tile.label)}</dt><dd>{escape(tile.shown)}</dd>{source}</div>"
+    return f"<div><dt>{escape(tile.label)}</dt><dd>{escape(tile.value)}</dd>{source}</div>"
 
 
 def _figure(chart: Chart) -> str:
@@ -180,17 +189,17 @@ def _figure(chart: Chart) -> str:
         f'<h3 id="{name}-title">{title}</h3>'
         f'<div class="scroll"{scrolled}><div class="chart" id="{name}" '
         f'style="{least}height: {chart.height + 110}px"></div></div>'
-        f'<figcaption id="{name}-text">{escape(chart.text)}</figcaption></figure>'
+        f'<figcaption id="{name}-text">{escape(chart.description)}</figcaption></figure>'
     )
 
 
-def _table(sheet: Sheet) -> str:
+def _table(sheet: DataTable) -> str:
     heads = "".join(
         f'<th scope="col"><button type="button">{escape(column)}</button></th>'
         for column in sheet.columns
     )
     rows = "".join(
-        f"<tr>{''.join(_cell(cell, sheet.picks and not n) for n, cell in enumerate(row))}</tr>"
+        f"<tr>{''.join(_cell(cell, sheet.selects_trial and not n) for n, cell in enumerate(row))}</tr>"
         for row in sheet.rows
     )
     caption = escape(sheet.caption)
@@ -207,13 +216,13 @@ def _cell(cell: Any, picks: bool) -> str:
         button = f'<button type="button" class="pick" aria-pressed="false">{cell:04d}</button>'
         return f'<th scope="row" data-v="{cell}">{button}</th>'
     if isinstance(cell, (int, float)) and not isinstance(cell, bool):
-        return f'<td data-v="{cell!r}">{shown(cell)}</td>'
+        return f'<td data-v="{cell!r}">{format_number(cell)}</td>'
     if cell is None:
         return '<td class="unknown">unknown</td>'
     return f'<td class="words">{escape(str(cell))}</td>'
 
 
-def shown(number: float) -> str:
+def format_number(number: float) -> str:
     """A number for people."""
     if isinstance(number, int):
         return f"{number:,}"
@@ -222,14 +231,14 @@ def shown(number: float) -> str:
 
 def _chart_data(chart: Chart) -> dict[str, Any]:
     tables = {
-        name: {column: _packed(values) for column, values in table.items()}
-        for name, table in chart.tables.items()
+        name: {column: _run_length_encoded(values) for column, values in table.items()}
+        for name, table in chart.datasets.items()
     }
-    words = {"name": chart.name, "text": chart.text}
+    words = {"name": chart.name, "text": chart.description}
     return {**words, "height": chart.height, "spec": chart.spec, "tables": tables}
 
 
-def _packed(values: Sequence[Any]) -> Any:
+def _run_length_encoded(values: Sequence[Any]) -> Any:
     """A column, with what repeats said once: {"runs": [value, count, value, count, ...]}."""
     values = [_rounded(value) for value in values]
     runs = [[value, sum(1 for _ in group)] for value, group in groupby(values)]
@@ -240,4 +249,4 @@ def _packed(values: Sequence[Any]) -> Any:
 
 def _rounded(value: Any) -> Any:
     """More than six digits cannot be seen in a chart; tables have them all."""
-    return plain(float(f"{value:.6g}")) if isinstance(value, float) else value
+    return finite_or_none(float(f"{value:.6g}")) if isinstance(value, float) else value

@@ -15,23 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.labels import INSTANCE
-from cluster.cost.billing import PERIOD_S, Bill, Node, Post
-from cluster.cost.budget import check_budget, duration_text, reached, usd_text
+from cluster.cost.billing import BILLING_INTERVAL_S, Biller, NodeAllocation, UsageReport
+from cluster.cost.budget import check_budget, duration_text, reached_limit, usd_text
 from cluster.cost.catalog import Instance, instances
-from cluster.cost.energy_meter import Meter, as_data
-from cluster.cost.ledger import Account, Ledger
-from cluster.cost.live_prices import refreshed
-from cluster.cost.node_rates import CostSpec, Rate, rate_of
-from cluster.cost.power_sources import Amd, CpuEstimate, Nvml, Rapl, Reading, Replay, Source
-from cluster.cost.user_prices import Own, read_own
+from cluster.cost.energy_meter import EnergyMeter, usages_to_data
+from cluster.cost.ledger import CostTotals, Ledger
+from cluster.cost.live_prices import with_live_prices
+from cluster.cost.node_rates import CostSpec, NodeRate, node_rate
+from cluster.cost.power_sources import (
+    AmdSmi,
+    CpuEstimate,
+    Nvml,
+    PowerSource,
+    Rapl,
+    Reading,
+    TraceReplay,
+)
+from cluster.cost.user_prices import UserPrices, read_user_prices
 from trainers.devices import Device
 from trainers.spec import RunSpec
-from trainers.tracking.operation_log import Row, now_ms
+from trainers.tracking.operation_log import MetricPoint, now_ms
 
 LEDGER = "ledger.jsonl"
-TRACE = "HELIOSTAT_POWER_TRACE"
+POWER_TRACE_ENV_VAR = "HELIOSTAT_POWER_TRACE"
 """Environment of the command: a recorded trace of power in place of what the devices say."""
-SHOWN_EVERY_S = 30.0
+LOG_EVERY_S = 30.0
 """Seconds between two points of the cost in MLflow."""
 
 
@@ -50,7 +58,7 @@ class WorkerMeter:
         local_rank: int = 0,
         trace: str | None = None,
     ) -> None:
-        """`trace` is a recorded one (`cluster.cost.power_sources.Replay`) in place of the node's devices."""
+        """`trace` is a recorded one (`cluster.cost.power_sources.TraceReplay`) in place of the node's devices."""
         import ray
 
         context = ray.get_runtime_context()
@@ -60,11 +68,11 @@ class WorkerMeter:
         self._begin, self._start_s = time.time(), time.monotonic()
         share = min(1.0, self._reserved.get("GPU", 1.0) or 1.0)
         cpus = self._reserved.get("CPU", 0.0)
-        sources, expected = _sources(hardware, local_rank, share, cpus)
+        sources, expected = _power_sources(hardware, local_rank, share, cpus)
         if trace is not None:
-            sources = [Replay(Path(trace), time.monotonic)] if local_rank == 0 else []
+            sources = [TraceReplay(Path(trace), time.monotonic)] if local_rank == 0 else []
             expected = []
-        self._meter = Meter(sources, time.monotonic, expected)
+        self._meter = EnergyMeter(sources, time.monotonic, expected)
         self._lock, self._done = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._send_all, daemon=True, name="meter")
 
@@ -77,20 +85,22 @@ class WorkerMeter:
         import ray
 
         self._done.set()
-        self._thread.join(PERIOD_S)
-        ray.wait([self._send(ended=True)], timeout=PERIOD_S)  # this process may go at once
+        self._thread.join(BILLING_INTERVAL_S)
+        ray.wait(
+            [self._send(ended=True)], timeout=BILLING_INTERVAL_S
+        )  # this process may go at once
         for source, problem in self._meter.problems.items():
             print(f"meter: {source}: {problem}", flush=True)
 
     def _send_all(self) -> None:
-        while not self._done.wait(PERIOD_S):
+        while not self._done.wait(BILLING_INTERVAL_S):
             self._send()
 
     def _send(self, ended: bool = False) -> Any:
         with self._lock:
             self._meter.sample()
             self._number += 1
-            post = Post(
+            post = UsageReport(
                 session=self._session,
                 run=self._key,
                 node=self._node,
@@ -98,20 +108,20 @@ class WorkerMeter:
                 number=self._number,
                 begin=self._begin,
                 seconds=time.monotonic() - self._start_s,
-                usages=as_data(self._meter.used),
+                usages=usages_to_data(self._meter.usages),
                 ended=ended,
             )
         return self._tracker.used.remote(post)
 
 
-def _sources(
+def _power_sources(
     hardware: Device, local_rank: int, gpu_share: float, cpus: float
-) -> tuple[list[Source], list[Reading]]:
+) -> tuple[list[PowerSource], list[Reading]]:
     """What can tell about a worker's devices, and which devices there are for certain."""
     host, clock = socket.gethostname(), time.monotonic
-    sources: list[Source] = []
+    sources: list[PowerSource] = []
     rapl = Rapl(host, cpus / (os.cpu_count() or 1))
-    if not _reads(rapl):
+    if not _can_read(rapl):
         sources.append(CpuEstimate(host, cpus, clock))
     if local_rank:
         return sources, []
@@ -119,41 +129,41 @@ def _sources(
     uuids = hardware.uuids()
     if not uuids:
         return sources, []
-    rated = hardware.catalogued()
+    rated = hardware.catalog_entry()
     limit_w = rated.power_w if rated else None
-    sources += [Nvml(uuids, share=gpu_share), Amd(uuids, share=gpu_share)]
+    sources += [Nvml(uuids, share=gpu_share), AmdSmi(uuids, share=gpu_share)]
     known = [Reading(each, "gpu", "nvml_counter", limit_w=limit_w) for each in uuids]
     return sources, known
 
 
-def _reads(source: Source) -> bool:
+def _can_read(source: PowerSource) -> bool:
     try:
         return bool(source.read())
     except OSError:
         return False
 
 
-class Rates:
+class RateCache:
     """What the nodes of a run cost and emit, each looked up once."""
 
-    def __init__(self, cost: CostSpec, own: Own, known: tuple[Instance, ...]) -> None:
+    def __init__(self, cost: CostSpec, own: UserPrices, known: tuple[Instance, ...]) -> None:
         self._cost, self._own, self._known = cost, own, known
-        self._by_node: dict[str, Rate] = {}
+        self._by_node: dict[str, NodeRate] = {}
 
-    def of(self, node: Node) -> Rate:
+    def of(self, node: NodeAllocation) -> NodeRate:
         """Raises SpecError where a label of the node's is no price."""
         if node.id not in self._by_node:
-            self._by_node[node.id] = rate_of(
+            self._by_node[node.id] = node_rate(
                 node.host, node.labels, self._cost, self._own, self._known
             )
         return self._by_node[node.id]
 
-    def known(self) -> list[Rate]:
+    def all_used(self) -> list[NodeRate]:
         """All that were looked up."""
         return list(self._by_node.values())
 
 
-class Metering:
+class DriverMeter:
     """The bill of a run or sweep, beside its driver. Not thread-safe, but for `account`."""
 
     def __init__(self, folder: Path, spec: RunSpec, tracker: Any) -> None:
@@ -164,66 +174,68 @@ class Metering:
         nodes = ray_nodes()
         known = instances()
         if any(INSTANCE in node.labels for node in nodes):  # else nobody would look them up
-            known, _ = refreshed(known)
-        self.rates = Rates(spec.cost, read_own(), known)
+            known, _ = with_live_prices(known)
+        self.rates = RateCache(spec.cost, read_user_prices(), known)
         self.ledger = Ledger(folder / LEDGER)
-        self._bill = Bill(
+        self._bill = Biller(
             self._key, self.ledger, self.rates.of, ray.get_runtime_context().get_node_id()
         )
         rates = {node.host: self.rates.of(node) for node in nodes}
-        check_budget(spec.budget, self.ledger.account(), rates)
+        check_budget(spec.budget, self.ledger.totals(), rates)
         self._next_s = self._next_shown_s = 0.0
         self._shown = 0
-        self.reason: str | None = None
+        self.limit_reached: str | None = None
         """Which limit of the budget is reached, in a line."""
 
-    def watching(self, watch: Callable[..., None], stop: threading.Event) -> Callable[..., None]:
+    def wrap_progress(
+        self, on_progress: Callable[..., None], stop: threading.Event
+    ) -> Callable[..., None]:
         """A watcher that tells `watch` all, charges the time, and sets `stop` at the budget."""
 
         def both(*told: Any) -> None:
-            watch(*told)
+            on_progress(*told)
             if self.tick():
                 stop.set()
 
         return both
 
-    def tick(self, always: bool = False) -> str | None:
+    def tick(self, force: bool = False) -> str | None:
         """Charge the time since the last tick if it is due; which limit is reached, in a line."""
         import ray
 
         now = time.monotonic()
-        if now < self._next_s and not always:
-            return self.reason
-        self._next_s = now + PERIOD_S
+        if now < self._next_s and not force:
+            return self.limit_reached
+        self._next_s = now + BILLING_INTERVAL_S
         self._bill.tick(ray_nodes(), ray.get(self._tracker.posts.remote()))
-        account = self.ledger.account()
-        self.reason = self.reason or reached(self._budget, account)
-        if now >= self._next_shown_s or always:
-            self._next_shown_s = now + SHOWN_EVERY_S
+        account = self.ledger.totals()
+        self.limit_reached = self.limit_reached or reached_limit(self._budget, account)
+        if now >= self._next_shown_s or force:
+            self._next_shown_s = now + LOG_EVERY_S
             self._shown = max(self._shown + 1, round(account.wall_s))
-            self.show(self._key, metrics(account))
-        return self.reason
+            self.log_metrics(self._key, account_metrics(account))
+        return self.limit_reached
 
-    def show(self, run: str, found: Mapping[str, float]) -> None:
+    def log_metrics(self, run: str, values: Mapping[str, float]) -> None:
         """Tell MLflow, by the second of the bill: at a step that is done again, a series would
         stand still.
         """
         at = now_ms()
-        rows: list[Row] = [(name, value, self._shown, at) for name, value in found.items()]
+        rows: list[MetricPoint] = [(name, value, self._shown, at) for name, value in values.items()]
         self._tracker.add.remote(run, rows)
 
-    def finish(self) -> tuple[Account, dict[str, str]]:
+    def finish(self) -> tuple[CostTotals, dict[str, str]]:
         """Charge the rest; what it came to, and that as tags of MLflow."""
-        self.tick(always=True)
-        account = self.ledger.account()
+        self.tick(force=True)
+        account = self.ledger.totals()
         self.ledger.close()
         return account, self.tags(account)
 
-    def tags(self, account: Account) -> dict[str, str]:
+    def tags(self, account: CostTotals) -> dict[str, str]:
         """Where the figures are from, as tags of MLflow."""
         energy = account.energy
-        prices = sorted({rate.price for rate in self.rates.known()})
-        carbon = sorted({rate.carbon for rate in self.rates.known()})
+        prices = sorted({rate.price_source for rate in self.rates.all_used()})
+        carbon = sorted({rate.carbon_source for rate in self.rates.all_used()})
         return {
             "heliostat.energy": str(energy),
             "heliostat.energy_method": energy.method,
@@ -233,7 +245,7 @@ class Metering:
             "heliostat.carbon": "; ".join(carbon),
         }
 
-    def lines(self, account: Account) -> dict[str, str]:
+    def summary_lines(self, account: CostTotals) -> dict[str, str]:
         """The account for people: name -> what it came to, with where that is from."""
         tags = self.tags(account)
         cost = "unknown"
@@ -251,7 +263,7 @@ class Metering:
         }
 
 
-def metrics(account: Account) -> dict[str, float]:
+def account_metrics(account: CostTotals) -> dict[str, float]:
     """What MLflow is told of an account; what is unknown is not there."""
     energy = account.energy
     found = {"cost_usd": account.usd, "cost_idle_usd": account.idle_usd}
@@ -265,28 +277,28 @@ def metrics(account: Account) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def ray_nodes() -> list[Node]:
+def ray_nodes() -> list[NodeAllocation]:
     """The nodes that are there now, and what of them is reserved."""
     import ray
     from ray._private.state import available_resources_per_node
 
     free: Mapping[str, Mapping[str, float]] = available_resources_per_node()
-    ours = _ours()
+    ours = _reserved_by_this_job()
     return [
-        Node(
+        NodeAllocation(
             id=node["NodeID"],
             host=node["NodeManagerHostname"],
             labels=node["Labels"],
             total=node["Resources"],
-            used=_used(node["Resources"], free.get(node["NodeID"])),
-            ours=ours.get(node["NodeID"], {}),
+            reserved=_reserved(node["Resources"], free.get(node["NodeID"])),
+            own_reserved=ours.get(node["NodeID"], {}),
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
 
 
-def _ours() -> dict[str, dict[str, float]]:
+def _reserved_by_this_job() -> dict[str, dict[str, float]]:
     """Node -> what placement groups of this Ray job reserve there: of Ray Train and Ray Tune."""
     import ray
     from ray._private.state import state
@@ -305,7 +317,7 @@ def _ours() -> dict[str, dict[str, float]]:
     return found
 
 
-def _used(has: Mapping[str, float], free: Mapping[str, float] | None) -> dict[str, float]:
+def _reserved(has: Mapping[str, float], free: Mapping[str, float] | None) -> dict[str, float]:
     """What is reserved of a node; nothing where it is too new for Ray to say."""
     if free is None:
         return {}

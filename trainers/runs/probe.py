@@ -21,63 +21,72 @@ from cluster.base.config import flatten, with_value
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
-from trainers.data.dataset import rows
-from trainers.data.remote import here
+from trainers.data.dataset import count_samples
+from trainers.data.remote import local_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
-from trainers.planning.pools import Pool, Probe, ProbedPool, probed
-from trainers.planning.step_time import Place
+from trainers.engine.reporter import NullReporter
+from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
+from trainers.planning.step_time import Placement
 from trainers.run_folder import CHECKPOINTS, unique_name
-from trainers.runs.ray_train import Job, hired, ray_trainer, reason, scaling, watch_for_stalls
+from trainers.runs.ray_train import (
+    WorkerConfig,
+    failure_reason,
+    ray_trainer,
+    scaling_config,
+    watch_for_stalls,
+    worker_context,
+)
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from trainers.workload import Workload
 
-ROOM_S = 60.0
+CAPACITY_TIMEOUT_S = 60.0
 """How long to wait for room on the cluster: what the last probe held is given back late."""
-WARM_STEPS = 4
+WARM_UP_STEPS = 4
 SKIPPED_STEPS = 2
 """Of each timed stretch: what the first steps wait for is not what a step takes."""
-FEWEST_STEPS = 5
-ENDLESS = 10**9
+MIN_TIMED_STEPS = 5
+UNBOUNDED_STEPS = 10**9
 """Steps of a stretch that is stopped by the clock."""
 WINDOWS = 5
 """Into which the timed steps are cut, to see how much they differ."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProbeTarget:
     """What is probed: a run as plain data, its data set, and how long to look."""
 
-    data: Mapping[str, Any]
+    spec_data: Mapping[str, Any]
     dataset: Path
     seconds: float = 4.0
     """Of steps, for each number of workers and global batch."""
 
-    def on(self, pool: Pool, workers: int, batch: int) -> dict[str, Any]:
+    def spec_data_for(self, pool: Pool, workers: int, batch: int) -> dict[str, Any]:
         """The run as it would be there."""
-        data = with_value(self.data, "scale.workers", workers)
+        data = with_value(self.spec_data, "scale.workers", workers)
         data = with_value(data, "scale.accelerator", pool.accelerator)
         return with_value(data, "train.global_batch", batch)
 
 
-def probe(subject: Subject, pool: Pool, workers: int, batches: Sequence[int]) -> tuple[Probe, ...]:
+def probe(
+    target: ProbeTarget, pool: Pool, workers: int, batches: Sequence[int]
+) -> tuple[ProbeResult, ...]:
     """Measure steps over each of the global batches; blocks for seconds, in a Ray that is there.
 
     Raises what a run raises that cannot go on.
     """
-    largest = subject.on(pool, workers, max(batches))
+    largest = target.spec_data_for(pool, workers, max(batches))
     resolve(largest, RunSpec)  # what is wrong with it is told before Ray starts anything
-    wait_for_room(largest)
-    folder = Path(str(subject.data["storage"])) / f".{unique_name('probe')}"
+    wait_for_capacity(largest)
+    folder = Path(str(target.spec_data["storage"])) / f".{unique_name('probe')}"
     folder.mkdir(parents=True)
     started = time.time()
-    job = Job(largest, subject.dataset, folder, folder.name, started)
-    config = {"seconds": subject.seconds, "batches": list(batches)}
+    job = WorkerConfig(largest, target.dataset, folder, folder.name, started)
+    config = {"seconds": target.seconds, "batches": list(batches)}
     try:
-        found = ray_trainer(_worker, job, config).fit().return_value
+        found = ray_trainer(_probe_loop, job, config).fit().return_value
     except Exception as error:
-        raise reason(error, folder) from error
+        raise failure_reason(error, folder) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     gone = time.time()
@@ -85,15 +94,15 @@ def probe(subject: Subject, pool: Pool, workers: int, batches: Sequence[int]) ->
     return tuple(replace(each, end_s=each.end_s + max(0.0, gone - left)) for each in probes)
 
 
-def wait_for_room(data: Mapping[str, Any], timeout_s: float = ROOM_S) -> None:
+def wait_for_capacity(spec_data: Mapping[str, Any], timeout_s: float = CAPACITY_TIMEOUT_S) -> None:
     """Return when the run's workers fit beside what else the cluster does.
 
     Raises ClusterError when they do not in time: Ray Train alone would wait for ever.
     """
     import ray
 
-    spec, _ = resolve(data, RunSpec)
-    config = scaling(spec.scale)
+    spec, _ = resolve(spec_data, RunSpec)
+    config = scaling_config(spec.scale)
     deadline = time.monotonic() + timeout_s
     while True:
         free = ray.available_resources()
@@ -112,51 +121,57 @@ def wait_for_room(data: Mapping[str, Any], timeout_s: float = ROOM_S) -> None:
         time.sleep(0.2)
 
 
-def _worker(config: dict[str, Any]) -> bytes:
+def _probe_loop(config: dict[str, Any]) -> bytes:
     """What each worker does; the first one's probes, and when it was done."""
-    job: Job = pickle.loads(config["job"])
-    with hired(job) as (spec, workload, worker), watch_for_stalls(job, spec, worker):
-        seen = _Look(spec, workload, worker, replace(job, dataset=here(job.dataset, spec)))
-        seen.warm()
-        probes = [seen.timed(batch, config["seconds"]) for batch in config["batches"]]
+    job: WorkerConfig = pickle.loads(config["job"])
+    with worker_context(job) as (spec, workload, worker), watch_for_stalls(job, spec, worker):
+        seen = _ProbeSession(
+            spec, workload, worker, replace(job, dataset=local_dataset(job.dataset, spec))
+        )
+        seen.warm_up()
+        probes = [seen.time_steps(batch, config["seconds"]) for batch in config["batches"]]
     return pickle.dumps((probes, time.time()))
 
 
-class _Look:
+class _ProbeSession:
     """One group of workers looking at the loop."""
 
-    def __init__(self, spec: RunSpec, workload: Workload, worker: Worker, job: Job) -> None:
+    def __init__(
+        self, spec: RunSpec, workload: Workload, worker: Worker, job: WorkerConfig
+    ) -> None:
         self._spec, self._workload, self._worker, self._job = spec, workload, worker, job
-        self._warm = _Watch(0.0)
+        self._warm = _TimingReporter(0.0)
         self._export_s = 0.0
 
-    def warm(self) -> None:
+    def warm_up(self) -> None:
         """The first steps, two evaluations, a save and the export of what comes of it."""
-        samples = rows(self._job.dataset, "train")
-        half = WARM_STEPS / 2 * self._spec.train.global_batch / samples
-        self._warm = self._train("warm", {"steps": WARM_STEPS, "evaluate_every": half}, 0.0)
-        if self._worker.first:
-            newest = Checkpoints(self._job.folder / "warm" / CHECKPOINTS).newest()
+        samples = count_samples(self._job.dataset, "train")
+        half = WARM_UP_STEPS / 2 * self._spec.train.global_batch / samples
+        self._warm = self._train(
+            "warm", {"steps": WARM_UP_STEPS, "evaluate_every_epochs": half}, 0.0
+        )
+        if self._worker.is_rank_zero:
+            newest = Checkpoints(self._job.folder / "warm" / CHECKPOINTS).latest()
             assert newest is not None
             began = time.perf_counter()
             export_model(self._job.folder / "model", self._spec, self._workload, newest)
             self._export_s = time.perf_counter() - began
 
-    def timed(self, batch: int, seconds: float) -> Probe | None:
+    def time_steps(self, batch: int, seconds: float) -> ProbeResult | None:
         """Steps over `batch` samples for some seconds; the first worker tells what they took."""
-        changes = {"global_batch": batch, "steps": ENDLESS, "evaluate_every": 1e9}
+        changes = {"global_batch": batch, "steps": UNBOUNDED_STEPS, "evaluate_every_epochs": 1e9}
         watch = self._train(f"timed-{batch}", changes, seconds)
         warm, worker = self._warm, self._worker
-        if not worker.first:
+        if not worker.is_rank_zero:
             return None
-        step_s, spread = steady(watch.ticks)
-        rated, flops = worker.hardware.catalogued(), warm.flops()
-        speed = None if flops is None else flops * batch / step_s / worker.world
+        step_s, spread = steady_step_time(watch.step_ends)
+        rated, flops = worker.hardware.catalog_entry(), warm.flop_per_sample()
+        speed = None if flops is None else flops * batch / step_s / worker.world_size
         peak = rated.peak_flop_per_s if rated else None
         cores = float(os.cpu_count() or 1) if worker.device.type == "cpu" else None
-        nodes = -(-worker.world // worker.local_world)
-        return Probe(
-            place=Place(worker.world, nodes, batch / worker.world, cores),
+        nodes = -(-worker.world_size // worker.local_world_size)
+        return ProbeResult(
+            place=Placement(worker.world_size, nodes, batch / worker.world_size, cores),
             batch=batch,
             step_s=step_s,
             spread=spread,
@@ -169,13 +184,13 @@ class _Look:
             flops=flops,
             device=rated.name if rated else worker.hardware.name,
             mfu=speed / peak if speed and peak else None,
-            peak_memory_bytes=warm.newest.get("perf/peak_memory_bytes"),
+            peak_memory_bytes=warm.latest_metrics.get("perf/peak_memory_bytes"),
         )
 
-    def _train(self, name: str, changes: Mapping[str, Any], seconds: float) -> "_Watch":
+    def _train(self, name: str, changes: Mapping[str, Any], seconds: float) -> "_TimingReporter":
         """Go through the ordinary loop; collective."""
-        watch = _Watch(seconds)
-        reporter = watch if self._worker.first else SilentReporter()
+        watch = _TimingReporter(seconds)
+        reporter = watch if self._worker.is_rank_zero else NullReporter()
         train_spec = self._spec.train.model_copy(update={"epochs": None, **changes})
         # Saves are asked about apart, and those of a probe are nobody's.
         saves = {"every_steps": "auto", "keep_best": 0, "uri": None}
@@ -190,63 +205,67 @@ class _Look:
         return watch
 
 
-class _Watch(SilentReporter):
+class _TimingReporter(NullReporter):
     """The reporter that takes the times; stops the loop when it has looked for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.ticks: list[float] = []
+        self.step_ends: list[float] = []
         """When each step ended (`time.perf_counter`)."""
         self.first_step = 0.0
         """When the first one did, in Unix time."""
-        self.newest: dict[str, float] = {}
+        self.latest_metrics: dict[str, float] = {}
         self.evaluation_s = self.test_s = self.save_s = 0.0
         self._last = time.perf_counter()
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = time.perf_counter()
         evaluated = {name.partition("/")[0] for name in metrics} & {"val", "test"}
         if evaluated == {"val"}:
             self.evaluation_s = now - self._last
         elif evaluated:  # at the very end both splits are told of together
             self.test_s = max(0.0, now - self._last - self.evaluation_s)
-        self.newest |= metrics
+        self.latest_metrics |= metrics
         self._last = now
 
-    def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+    def on_evaluation_end(
+        self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints
+    ) -> None:
         self.save_s = time.perf_counter() - self._last
 
-    def tick(self, step: int) -> None:
-        if not self.ticks:
+    def on_step_end(self, step: int) -> None:
+        if not self.step_ends:
             self.first_step = time.time()
-        self.ticks.append(time.perf_counter())
+        self.step_ends.append(time.perf_counter())
 
     def should_stop(self) -> bool:
-        ticks = self.ticks
-        if not self._seconds or len(ticks) < SKIPPED_STEPS + FEWEST_STEPS:
+        ticks = self.step_ends
+        if not self._seconds or len(ticks) < SKIPPED_STEPS + MIN_TIMED_STEPS:
             return False
         return ticks[-1] - ticks[SKIPPED_STEPS] >= self._seconds
 
     def shares(self) -> dict[str, float]:
         """Of a step's time, by the newest report of the loop's own meter; empty without one."""
-        if "perf/step_s" not in self.newest:
+        if "perf/step_s" not in self.latest_metrics:
             return {}
         parts = ("data", "compute", "communication", "other")
-        return {part: self.newest.get(f"perf/{part}_share", 0.0) for part in parts}
+        return {part: self.latest_metrics.get(f"perf/{part}_share", 0.0) for part in parts}
 
-    def flops(self) -> float | None:
+    def flop_per_sample(self) -> float | None:
         """Operations of a sample; None where they cannot be counted."""
-        if "perf/model_flop_per_s" not in self.newest:
+        if "perf/model_flop_per_s" not in self.latest_metrics:
             return None
-        return self.newest["perf/model_flop_per_s"] / self.newest["perf/samples_per_s"]
+        return (
+            self.latest_metrics["perf/model_flop_per_s"] / self.latest_metrics["perf/samples_per_s"]
+        )
 
 
-def steady(ticks: Sequence[float]) -> tuple[float, float]:
+def steady_step_time(step_ends: Sequence[float]) -> tuple[float, float]:
     """The mean step time, and how far 9 of 10 such means would lie from it (relative).
 
     `ticks` are when steps ended. The first steps are left out, and the last, which saves.
     """
-    kept = ticks[SKIPPED_STEPS:-1]
+    kept = step_ends[SKIPPED_STEPS:-1]
     step_s = (kept[-1] - kept[0]) / (len(kept) - 1)
     bounds = [round(i * (len(kept) - 1) / WINDOWS) for i in range(WINDOWS + 1)]
     pairs = [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
@@ -256,8 +275,8 @@ def steady(ticks: Sequence[float]) -> tuple[float, float]:
     return step_s, 1.645 * statistics.stdev(means) / math.sqrt(len(means)) / step_s
 
 
-def look(
-    subject: Subject, pool: Pool, told: Callable[[str], None] = lambda line: None
+def probe_pool(
+    target: ProbeTarget, pool: Pool, log_line: Callable[[str], None] = lambda line: None
 ) -> ProbedPool:
     """Probe the pool on some numbers of workers, each at the run's global batch and at half.
 
@@ -266,21 +285,21 @@ def look(
     raises what a run raises when nothing could be measured.
     """
     refused: SpecError | None = None
-    batch = int(flatten(subject.data)["train.global_batch"])
-    probes: list[Probe] = []
-    for workers in pool.to_probe(batch):
+    batch = int(flatten(target.spec_data)["train.global_batch"])
+    probes: list[ProbeResult] = []
+    for workers in pool.counts_to_probe(batch):
         halves = [batch, batch // 2] if batch % (2 * workers) == 0 else [batch]
         try:
-            found = probe(subject, pool, workers, halves)
+            found = probe(target, pool, workers, halves)
         except HeliostatError as error:
             if isinstance(error, SpecError):
                 refused = error
             elif not probes:
                 raise
-            told(f"{workers} x {pool.accelerator}: not probed: {error}")
+            log_line(f"{workers} x {pool.accelerator}: not probed: {error}")
             continue
         probes += found
-        told(f"{workers} x {pool.accelerator}: {found[0].step_s * 1e3:.3g} ms a step")
+        log_line(f"{workers} x {pool.accelerator}: {found[0].step_s * 1e3:.3g} ms a step")
     if refused and not probes:
         raise refused
-    return probed(pool, probes, batch)
+    return probed_pool(pool, probes, batch)

@@ -18,54 +18,56 @@ from cluster.connection.ray_connection import missing_resources
 from cluster.cost.catalog import ray_resource
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
-from trainers.data.remote import here
+from trainers.data.remote import local_dataset
 from trainers.devices import local_device
-from trainers.engine.heartbeat import watched
+from trainers.engine.heartbeat import stall_watchdog
 from trainers.engine.loop import train
-from trainers.engine.reporter import Reporter, SilentReporter
+from trainers.engine.reporter import NullReporter, Reporter
 from trainers.engine.stall_files import STALLS
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS, MODEL
-from trainers.runs.metering import TRACE, WorkerMeter
+from trainers.runs.metering import POWER_TRACE_ENV_VAR, WorkerMeter
 from trainers.runs.stalls import StallWatch, last_stall
-from trainers.runs.visibility import check_here, sees
+from trainers.runs.visibility import can_see_run, require_run_visible
 from trainers.spec import RunSpec, ScaleSpec, resolve
-from trainers.tracking.operation_log import Row
+from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
 from trainers.workload import Workload
 
 POLL_S = 0.2
 
-Watcher = Callable[[int, list[Row], list[str]], None]
+ProgressCallback = Callable[[int, list[MetricPoint], list[str]], None]
 """Told the steps done, and the metrics and lines for the user that are new, often."""
 
 
-class LostWorkerError(Exception):
+class PeerLostError(Exception):
     """A worker lost sight of another one; the group is worth starting again."""
 
 
-class PreemptedPeerError(Exception):
+class PeerPreemptedError(Exception):
     """A worker lost sight of another one whose machine was announced to go."""
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerConfig:
     """What Ray Train's workers are told."""
 
-    data: Mapping[str, Any]
+    spec_data: Mapping[str, Any]
     dataset: Path
     folder: Path
     key: str
     started: float = field(default_factory=time.time)
     """When the command was given (Unix time)."""
-    power_trace: str | None = field(default_factory=lambda: os.environ.get(TRACE))
+    power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """A recorded trace of power in place of what the workers' devices say."""
     threads: int | None = None
     """Threads of each worker on a CPU; its share of the machine's cores when None."""
 
 
-def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -> Outcome:
+def run_workers(
+    config: WorkerConfig, tracker: Any, on_progress: ProgressCallback, stop: threading.Event
+) -> Outcome:
     """Train with Ray Train until the last step, or until `stop` is set and the state saved.
 
     Blocks; `watch` is called from this thread. Lost workers are replaced. Raises TrainingError
@@ -73,7 +75,7 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     """
     import ray
 
-    trainer = ray_trainer(_worker, job, {"tracker": tracker})
+    trainer = ray_trainer(_train_loop, config, {"tracker": tracker})
     outcome: list[Outcome] = []
     errors: list[BaseException] = []
 
@@ -86,30 +88,32 @@ def run_workers(job: Job, tracker: Any, watch: Watcher, stop: threading.Event) -
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
     asked = False
-    hung = StallWatch(job.folder / STALLS)
+    hung = StallWatch(config.folder / STALLS)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
             if stop.is_set() and not asked:
-                ray.get(tracker.request_stop.remote(job.key))
+                ray.get(tracker.request_stop.remote(config.key))
                 asked = True
-            steps, rows, lines = ray.get(tracker.watch.remote(job.key))
-            stall = hung.news()
-            watch(steps, rows, [*lines, str(stall)] if stall else lines)
-        watch(*ray.get(tracker.watch.remote(job.key)))
+            steps, rows, lines = ray.get(tracker.watch.remote(config.key))
+            stall = hung.poll()
+            on_progress(steps, rows, [*lines, str(stall)] if stall else lines)
+        on_progress(*ray.get(tracker.watch.remote(config.key)))
     except SystemExit:  # Ray Tune ends the trial that this run is
-        tracker.request_stop.remote(job.key)
+        tracker.request_stop.remote(config.key)
         thread.join()
         raise
     try:
         if errors:
-            raise reason(errors[0], job.folder) from errors[0]
+            raise failure_reason(errors[0], config.folder) from errors[0]
         return outcome[0]
     finally:
-        hung.tidy()
+        hung.remove_empty()
 
 
-def ray_trainer(work: Callable[[dict[str, Any]], Any], job: Job, config: dict[str, Any]) -> Any:
+def ray_trainer(
+    train_loop: Callable[[dict[str, Any]], Any], job: WorkerConfig, config: dict[str, Any]
+) -> Any:
     """Ray's trainer that has every worker of `job` do `work`; its `fit` blocks.
 
     `work` is given `config` with the pickled job under `job`; the result's `return_value` is
@@ -117,16 +121,16 @@ def ray_trainer(work: Callable[[dict[str, Any]], Any], job: Job, config: dict[st
     """
     from ray.train import FailureConfig, RunConfig
 
-    spec, _ = resolve(job.data, RunSpec)
+    spec, _ = resolve(job.spec_data, RunSpec)
     # How soon Ray Train notices that workers are done or dead, or that a node is to go; its
     # defaults are 2 s and 5 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     return _trainer_class()(
-        work,
+        train_loop,
         # Ray's controller takes these apart too; as bytes they don't make it import user code.
         train_loop_config={**config, "job": pickle.dumps(job)},
-        scaling_config=scaling(spec.scale),
+        scaling_config=scaling_config(spec.scale),
         run_config=RunConfig(
             name=secrets.token_hex(4),
             storage_path=str(job.folder / "ray"),
@@ -135,7 +139,7 @@ def ray_trainer(work: Callable[[dict[str, Any]], Any], job: Job, config: dict[st
     )
 
 
-def scaling(scale: ScaleSpec) -> Any:
+def scaling_config(scale: ScaleSpec) -> Any:
     """The spec's workers as Ray Train's own configuration: one accelerator each, or none."""
     import ray
     from ray.train import ScalingConfig
@@ -154,39 +158,41 @@ def scaling(scale: ScaleSpec) -> Any:
     )
 
 
-def shortage(scale: ScaleSpec) -> str | None:
+def resource_shortage(scale: ScaleSpec) -> str | None:
     """What the cluster lacks today for the spec's workers, in one line, or None."""
-    config = scaling(scale)
+    config = scaling_config(scale)
     fewest = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
     missing = missing_resources(fewest, dict(config.resources_per_worker))
     return f"scale.workers: {missing}" if missing else None
 
 
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What each of Ray Train's workers does; returns the fields of an `Outcome`."""
     import ray.train
 
-    job: Job = pickle.loads(config["job"])
+    job: WorkerConfig = pickle.loads(config["job"])
     local_rank = ray.train.get_context().get_local_rank()
-    with hired(job) as (spec, workload, worker):
-        check_here(job.folder, spec)
-        dataset = here(job.dataset, spec)
-        reporter: Reporter = SilentReporter()
+    with worker_context(job) as (spec, workload, worker):
+        require_run_visible(job.folder, spec)
+        dataset = local_dataset(job.dataset, spec)
+        reporter: Reporter = NullReporter()
         if worker.rank == 0:
-            reporter = TrackerReporter(config["tracker"], job.key, leaving=_leaving)
+            reporter = TrackerReporter(
+                config["tracker"], job.key, preemption_notice=preemption_notice
+            )
         with (
             WorkerMeter(config["tracker"], job.key, worker.hardware, local_rank, job.power_trace),
             watch_for_stalls(job, spec, worker),
         ):
             outcome = train(spec, workload, dataset, job.folder, reporter, worker, job.started)
-        newest = Checkpoints(job.folder / CHECKPOINTS).newest() if worker.rank == 0 else None
-        if outcome.complete and newest is not None and sees(job.folder):
+        newest = Checkpoints(job.folder / CHECKPOINTS).latest() if worker.rank == 0 else None
+        if outcome.complete and newest is not None and can_see_run(job.folder):
             export_model(job.folder / MODEL, spec, workload, newest)
         return asdict(outcome)
 
 
 @contextlib.contextmanager
-def hired(job: Job) -> Iterator[tuple[RunSpec, Workload, Worker]]:
+def worker_context(job: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Worker]]:
     """This process as one of the workers under Ray Train, on its device.
 
     What goes wrong within is raised as what tells the driver whether to try again.
@@ -201,27 +207,29 @@ def hired(job: Job) -> Iterator[tuple[RunSpec, Workload, Worker]]:
     cores = (os.cpu_count() or 1) // local_world
     torch.set_num_threads(job.threads or max(1, cores))
     try:
-        spec, workload = resolve(job.data, RunSpec)
+        spec, workload = resolve(job.spec_data, RunSpec)
         index = ray.train.torch.get_device().index or 0
         hardware = local_device(spec.scale.accelerator, index)
         hardware.select()
         yield spec, workload, Worker(rank, world, hardware, local_world)
     except Exception as error:
-        if _lost_peer(error):
-            lost = PreemptedPeerError if _leaving() else LostWorkerError
+        if _is_peer_loss(error):
+            lost = PeerPreemptedError if preemption_notice() else PeerLostError
             raise lost(str(error)) from error
         if isinstance(error, SpecError):  # what only a worker's own device can tell
             raise
-        raise TrainingError(explain(error)) from error
+        raise TrainingError(format_error(error)) from error
 
 
-def watch_for_stalls(job: Job, spec: RunSpec, worker: Worker) -> AbstractContextManager[None]:
+def watch_for_stalls(
+    job: WorkerConfig, spec: RunSpec, worker: Worker
+) -> AbstractContextManager[None]:
     """Within it, a worker that hangs is ended, and what it hung in is kept for the driver."""
     timeout_s = spec.train.stall_timeout_s
-    return watched(job.folder / STALLS, worker.rank, worker.world, timeout_s)
+    return stall_watchdog(job.folder / STALLS, worker.rank, worker.world_size, timeout_s)
 
 
-def _leaving() -> str | None:
+def preemption_notice() -> str | None:
     """Which node of this run's is about to be taken away, and when, in a phrase.
 
     What `ray.train.get_preemption_info` tells, without its barrier: a notice reaches every
@@ -241,7 +249,7 @@ def _leaving() -> str | None:
     return f"node {nodes} is going {when}"
 
 
-def _lost_peer(error: Exception) -> bool:
+def _is_peer_loss(error: Exception) -> bool:
     """Whether a collective failed because another worker went away."""
     import torch
 
@@ -250,7 +258,7 @@ def _lost_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-def explain(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """One line: what happened, and where in the code."""
     text = str(error).strip().splitlines()
     what = text[0] if text else ""
@@ -260,7 +268,7 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {what} ({frame.filename}:{frame.lineno})"
 
 
-def reason(error: BaseException, folder: Path) -> HeliostatError:
+def failure_reason(error: BaseException, folder: Path) -> HeliostatError:
     """Why Ray Train gave up on the run in `folder`, in one line."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
@@ -293,7 +301,7 @@ def _trainer_class() -> Any:
             bases = [getattr(failure, "_base_exc", failure) for failure in failures]
             if any(isinstance(failure, HeliostatError) for failure in bases):
                 return FailureDecision.RAISE
-            if any(isinstance(failure, PreemptedPeerError) for failure in bases):
+            if any(isinstance(failure, PeerPreemptedError) for failure in bases):
                 return FailureDecision.RETRY  # not counted, as the death that caused it
             return super().make_decision(training_failed_error)
 

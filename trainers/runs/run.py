@@ -9,38 +9,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.config import flatten, override, read_yaml
+from cluster.base.config import apply_overrides, flatten, read_yaml
 from cluster.base.errors import HeliostatError, SpecError
-from cluster.base.terminal import quiet
-from cluster.connection.ray_connection import home, ray_session
-from cluster.jobs.secret_scan import in_text
+from cluster.base.terminal import redirect_output
+from cluster.connection.ray_connection import base_folder, ray_session
+from cluster.jobs.secret_scan import secret_in_text
 from trainers.checkpoints.checkpoints import Checkpoints, find_checkpoint
 from trainers.checkpoints.export import export_model
-from trainers.data.dataset import prepare, rows
+from trainers.data.dataset import count_samples, prepare_dataset
 from trainers.outcome import Outcome
-from trainers.planning.forecast import Forecast, Memory, compared, keys_of
+from trainers.planning.forecast import Forecast, ForecastHistory, describe_outcome, forecast_keys
 from trainers.run_folder import (
     CHECKPOINTS,
     ENVIRONMENT,
     LOG,
     MODEL,
     SPEC,
-    TRACK,
-    create_folder,
-    exclusive,
-    find_folder,
+    TRACKING,
+    create_run_folder,
+    display_path,
+    find_run_folder,
     git_tags,
-    short_path,
+    locked,
     unique_name,
 )
-from trainers.runs.metering import Metering
-from trainers.runs.ray_train import Job, Watcher, run_workers, scaling, shortage
-from trainers.runs.visibility import check_everywhere
+from trainers.runs.metering import DriverMeter
+from trainers.runs.ray_train import (
+    ProgressCallback,
+    WorkerConfig,
+    resource_shortage,
+    run_workers,
+    scaling_config,
+)
+from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec, find_spec, resolve
-from trainers.tracking.descriptions import NOTE, run_note
+from trainers.tracking.descriptions import DESCRIPTION_TAG, run_description
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.preflight import check_access
-from trainers.tracking.tracker import TrackedRun, default_uri, drain, start_tracker
+from trainers.tracking.tracker import (
+    TrackedRun,
+    default_tracking_uri,
+    start_tracker,
+    wait_until_sent,
+)
 from trainers.workload import Workload
 
 if TYPE_CHECKING:
@@ -49,24 +60,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def settled(spec: RunSpec) -> dict[str, Any]:
+def resolved_data(spec: RunSpec) -> dict[str, Any]:
     """The spec as plain data with every default filled in, the same from any working folder."""
     full = spec.model_dump(mode="json")
     if full["sweep"] is None:
         del full["sweep"]
-    full["storage"] = str(home() / spec.storage)
-    full["tracking"]["uri"] = spec.tracking.uri or default_uri()
+    full["storage"] = str(base_folder() / spec.storage)
+    full["tracking"]["uri"] = spec.tracking.uri or default_tracking_uri()
     for path, value in flatten(full).items():
-        if isinstance(value, str) and (what := in_text(value)):
+        if isinstance(value, str) and (what := secret_in_text(value)):
             raise SpecError(f"{path}: {what}; specs are kept and sent to MLflow, give it elsewhere")
     return full
 
 
 def tracked_run(
-    key: str, data: Mapping[str, Any], parent: str | None = None, kind: str = "train"
+    key: str, spec_data: Mapping[str, Any], parent: str | None = None, kind: str = "train"
 ) -> TrackedRun:
     """A run as MLflow is to show it: the spec's fields as parameters by dotted path."""
-    params = {k: v for k, v in flatten(data).items() if not k.startswith("sweep.")}
+    params = {k: v for k, v in flatten(spec_data).items() if not k.startswith("sweep.")}
     tags = {"heliostat.kind": kind, **git_tags(Path.cwd())}
     return TrackedRun(key, params, tags, parent)
 
@@ -75,7 +86,7 @@ def tracked_run(
 class Run:
     """One training run and its folder on disk."""
 
-    data: Mapping[str, Any]
+    spec_data: Mapping[str, Any]
     """The whole spec as plain data."""
     spec: RunSpec
     workload: Workload
@@ -90,7 +101,7 @@ class Run:
     @property
     def samples(self) -> int:
         """Samples in the training split."""
-        return rows(self.dataset, "train")
+        return count_samples(self.dataset, "train")
 
     @property
     def total_steps(self) -> int:
@@ -104,42 +115,46 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     checkpoint and goes on at that step.
     """
     stem, data = find_spec(name)
-    spec, _ = resolve(override(data, overrides), RunSpec)
-    data = settled(spec)
+    spec, _ = resolve(apply_overrides(data, overrides), RunSpec)
+    data = resolved_data(spec)
     spec, workload = resolve(data, RunSpec)
     storage = Path(spec.storage)
     checkpoint = find_checkpoint(source, storage) if source else None
-    dataset = prepare(workload, storage, spec.datasets)
-    folder = create_folder(storage, run_name or unique_name(stem), data)
+    dataset = prepare_dataset(workload, storage, spec.datasets)
+    folder = create_run_folder(storage, run_name or unique_name(stem), data)
     if checkpoint is not None:
-        Checkpoints(folder / CHECKPOINTS, spec.checkpoint).adopt(checkpoint)
+        Checkpoints(folder / CHECKPOINTS, spec.checkpoint).import_from(checkpoint)
     return Run(data, spec, workload, dataset, folder)
 
 
 def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
     """An earlier run, to go on with. Only what does not change the result may be overridden."""
-    folder = find_folder(name, storage)
+    folder = find_run_folder(name, storage)
     for assignment in overrides:
         section = assignment.partition(".")[0]
         if section not in ("scale", "checkpoint", "budget", "cost"):
             raise SpecError(
                 f"--set {assignment}: cannot change in a resumed run; start a new one with --from"
             )
-    data = override(read_yaml(folder / SPEC), overrides)
+    data = apply_overrides(read_yaml(folder / SPEC), overrides)
     spec, workload = resolve(data, RunSpec)
-    return Run(data, spec, workload, prepare(workload, Path(spec.storage), spec.datasets), folder)
+    return Run(
+        data, spec, workload, prepare_dataset(workload, Path(spec.storage), spec.datasets), folder
+    )
 
 
-def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, dict[str, Any]]:
+def run_to_end(
+    run: Run, on_progress: ProgressCallback, stop: threading.Event
+) -> tuple[Outcome, dict[str, Any]]:
     """Do a run, tracked from its start to its end, in the Ray that is connected.
 
     Returns what became of it, and what MLflow has of it (`Tracker.read`); instead of that
     `unsent`, one line, when MLflow cannot be reached. With these `account`, the lines of what the
     run has cost so far, and `reason`, the limit of its budget at which it was stopped.
     """
-    tracker = start_tracking(run.folder, run.spec, run.data)
-    metering: Metering | None = None
-    expected = _expected(run)
+    tracker = start_tracking(run.folder, run.spec, run.spec_data)
+    metering: DriverMeter | None = None
+    expected = _latest_forecast(run)
     if expected is not None:
         tracker.note.remote(run.key, "forecast", str(expected))
     wall_s = 0.0
@@ -147,53 +162,55 @@ def execute(run: Run, watch: Watcher, stop: threading.Event) -> tuple[Outcome, d
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
             outcome = Outcome(run.total_steps, run.total_steps, {}, 0.0)
         else:
-            metering = Metering(run.folder, run.spec, tracker)
-            job = Job(run.data, run.dataset, run.folder, run.key)
+            metering = DriverMeter(run.folder, run.spec, tracker)
+            job = WorkerConfig(run.spec_data, run.dataset, run.folder, run.key)
             began = time.monotonic()
-            outcome = run_workers(job, tracker, metering.watching(watch, stop), stop)
+            outcome = run_workers(job, tracker, metering.wrap_progress(on_progress, stop), stop)
             wall_s = time.monotonic() - began
     except BaseException as error:
         failed = isinstance(error, HeliostatError)
         tags = {"heliostat.reason": str(error) if failed else "interrupted"}
-        tags[NOTE] = f"**{'Failed' if failed else 'Interrupted'}**: {error}".removesuffix(": ")
+        tags[DESCRIPTION_TAG] = (
+            f"**{'Failed' if failed else 'Interrupted'}**: {error}".removesuffix(": ")
+        )
         tags |= metering.finish()[1] if metering else {}
         tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
-        drain(tracker, timeout_s=10)
+        wait_until_sent(tracker, timeout_s=10)
         raise
     became: dict[str, Any] = {}
     tags = {}
     if metering is not None:
         account, tags = metering.finish()
-        became = {"account": metering.lines(account), "reason": metering.reason}
+        became = {"account": metering.summary_lines(account), "reason": metering.limit_reached}
     if outcome.complete:
-        _export_here(run)
+        _export_if_missing(run)
         if expected is not None and wall_s:
-            became["forecast"] = _settled_forecast(run, tracker, expected, outcome, wall_s)
+            became["forecast"] = _record_forecast_outcome(run, tracker, expected, outcome, wall_s)
         tracker.model.remote(run.key, str(run.folder / MODEL))
     else:
         tags["heliostat.reason"] = became.get("reason") or "stopped"
-    tags[NOTE] = run_note(outcome, became)
+    tags[DESCRIPTION_TAG] = run_description(outcome, became)
     tracker.finish.remote(run.key, "FINISHED" if outcome.complete else "KILLED", tags)
     return outcome, {**end_tracking(tracker, run.key), **became}
 
 
-def _expected(run: Run) -> Forecast | None:
+def _latest_forecast(run: Run) -> Forecast | None:
     """What `heliostat plan` forecast for this run; None also where it goes on with an earlier one.
 
     In the Ray that is connected: what `scale.accelerator: auto` means depends on it.
     """
-    if Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).newest() is not None:
+    if Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest() is not None:
         return None
-    keys = keys_of(run.data, with_gpus=bool(scaling(run.spec.scale).use_gpu))
-    return Memory(Path(run.spec.storage)).recall(keys)
+    keys = forecast_keys(run.spec_data, with_gpus=bool(scaling_config(run.spec.scale).use_gpu))
+    return ForecastHistory(Path(run.spec.storage)).latest_for(keys)
 
 
-def _settled_forecast(
+def _record_forecast_outcome(
     run: Run, tracker: Any, expected: Forecast, outcome: Outcome, wall_s: float
 ) -> str:
     """Keep what became of the forecast, for the next ones and with MLflow; in one line."""
-    Memory(Path(run.spec.storage)).took(run.key, expected, wall_s)
-    text = compared(expected, wall_s)
+    ForecastHistory(Path(run.spec.storage)).record_actual(run.key, expected, wall_s)
+    text = describe_outcome(expected, wall_s)
     found = {
         "forecast/wall_s": expected.wall_s.middle,
         "forecast/low_s": expected.wall_s.low,
@@ -206,21 +223,21 @@ def _settled_forecast(
     return text
 
 
-def _export_here(run: Run) -> None:
+def _export_if_missing(run: Run) -> None:
     """Export the model on this machine, where the worker that did could not see the folder."""
     if not (run.folder / MODEL).exists():
-        newest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).newest()
+        newest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest()
         assert newest is not None  # the last step is always saved
         export_model(run.folder / MODEL, run.spec, run.workload, newest)
 
 
 def start_tracking(
-    folder: Path, spec: RunSpec, data: Mapping[str, Any], kind: str = "train"
+    folder: Path, spec: RunSpec, spec_data: Mapping[str, Any], kind: str = "train"
 ) -> Any:
     """The tracker of the run or sweep in `folder`, told of it and of what it was made with."""
     key, tracking = folder.name, spec.tracking
-    tracker = start_tracker(folder / TRACK, str(tracking.uri), tracking.experiment, key)
-    tracker.start.remote(tracked_run(key, data, kind=kind))
+    tracker = start_tracker(folder / TRACKING, str(tracking.uri), tracking.experiment, key)
+    tracker.start.remote(tracked_run(key, spec_data, kind=kind))
     for name in (SPEC, ENVIRONMENT):
         tracker.artifact.remote(key, str(folder / name))
     return tracker
@@ -230,7 +247,7 @@ def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
     """Wait until MLflow has everything; what it has, or why it has not (`unsent`)."""
     import ray
 
-    unsent = drain(tracker, timeout_s=60)
+    unsent = wait_until_sent(tracker, timeout_s=60)
     return {"unsent": unsent} if unsent else ray.get(tracker.read.remote(key))
 
 
@@ -259,7 +276,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def at_work(
+def run_session(
     folder: Path, spec: RunSpec, address: str | None, verbose: bool
 ) -> Iterator[tuple["Console", threading.Event]]:
     """Everything around a run or sweep: its folder held, Ray connected, the terminal quiet.
@@ -268,22 +285,22 @@ def at_work(
     """
     away = check_access(str(spec.tracking.uri), spec.tracking.experiment)
     with (
-        connected(folder, spec, address, verbose) as (console, started_here),
+        folder_session(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
     ):
         if away:
             console.print(away, style="yellow", highlight=False)
-        missing = shortage(spec.scale)
+        missing = resource_shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)
-        check_everywhere(folder, spec)
+        require_visible_everywhere(folder, spec)
         if missing:
             console.print(f"{missing}; waiting for it to grow", style="yellow")
         yield console, stop
 
 
 @contextlib.contextmanager
-def connected(
+def folder_session(
     folder: Path, spec: RunSpec, address: str | None, verbose: bool
 ) -> Iterator[tuple["Console", bool]]:
     """A folder held, Ray connected, what others print in the folder's log.
@@ -296,24 +313,24 @@ def connected(
     exclude = (".git", ".venv", "mlflow.db", "mlartifacts", storage.name, "__pycache__")
     log = folder / LOG
     with (
-        exclusive(folder),
-        quiet(log, verbose) as console,
+        locked(folder),
+        redirect_output(log, verbose) as console,
         ray_session(address, code, exclude) as started_here,
     ):
         if not verbose:
-            console.print(f"log: {short_path(log)}", style="dim")
+            console.print(f"log: {display_path(log)}", style="dim")
         yield console, started_here
 
 
-def storage_of(name: str | None) -> Path:
+def storage_for_spec(name: str | None) -> Path:
     """Where the runs of the spec `name` are kept; the default place when there is no name."""
-    return home() / (find_spec(name)[1].get("storage", "runs") if name else "runs")
+    return base_folder() / (find_spec(name)[1].get("storage", "runs") if name else "runs")
 
 
-def begun(args: "Namespace") -> Path | None:
+def find_started(args: "Namespace") -> Path | None:
     """The storage in which the run or sweep of `--or-resume` is, if it has been begun."""
     if not (args.or_resume and args.spec and args.name) or args.resume:
         return None
-    data = override(find_spec(args.spec)[1], args.set)
-    storage = home() / str(data.get("storage", "runs"))
+    data = apply_overrides(find_spec(args.spec)[1], args.set)
+    storage = base_folder() / str(data.get("storage", "runs"))
     return storage if (storage / args.name / SPEC).is_file() else None

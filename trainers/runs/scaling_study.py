@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from cluster.base.errors import SpecError
 from cluster.cost.node_rates import CostSpec
-from cluster.cost.user_prices import Own
+from cluster.cost.user_prices import UserPrices
 from trainers.planning.forecast import Interval
-from trainers.planning.machines import here
-from trainers.planning.plan import knee_of, paying
-from trainers.planning.pools import Pool, Probe, ProbedPool, pools, probed
-from trainers.runs.probe import Subject, probe
+from trainers.planning.machines import local_machine
+from trainers.planning.plan import knee_of, scaling_advice
+from trainers.planning.pools import Pool, ProbedPool, ProbeResult, find_pools, probed_pool
+from trainers.runs.probe import ProbeTarget, probe
 from trainers.spec import RunSpec
 from trainers.tracking.operation_log import now_ms
 
@@ -20,7 +20,7 @@ Mode = Literal["strong", "weak"]
 
 
 @dataclass(frozen=True)
-class Row:
+class ScalingRow:
     """One number of workers, at one global batch."""
 
     workers: int
@@ -42,21 +42,21 @@ class Row:
 class Study:
     """All that was measured, and what follows."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ScalingRow, ...]
     probed: ProbedPool
     recommended: int
     """Workers, for the spec's global batch."""
     notes: tuple[str, ...]
 
 
-def pool_of(spec: RunSpec, counts: Sequence[int]) -> Pool:
+def pool_for(spec: RunSpec, counts: Sequence[int]) -> Pool:
     """Where the spec's workers would be, in the Ray that is connected.
 
     Raises SpecError where so many do not fit there, or cannot share the batch evenly.
     """
     import ray
 
-    there = pools(ray.nodes(), spec)
+    there = find_pools(ray.nodes(), spec)
     if not there:
         raise SpecError(f"scale.accelerator: no node has {spec.scale.accelerator}")
     pool = there[-1]  # accelerators come last, and `auto` prefers them
@@ -74,21 +74,23 @@ def pool_of(spec: RunSpec, counts: Sequence[int]) -> Pool:
 
 
 def measure(
-    subject: Subject, pool: Pool, counts: Sequence[int], told: Callable[[str], None]
+    target: ProbeTarget, pool: Pool, counts: Sequence[int], log_line: Callable[[str], None]
 ) -> ProbedPool:
     """Probe each number of workers with both batches; blocks for seconds each."""
-    batch = int(subject.data["train"]["global_batch"])
+    batch = int(target.spec_data["train"]["global_batch"])
     share = batch // counts[0]
-    probes: list[Probe] = []
+    probes: list[ProbeResult] = []
     for workers in counts:
-        found = probe(subject, pool, workers, sorted({batch, share * workers}))
+        found = probe(target, pool, workers, sorted({batch, share * workers}))
         probes += found
         speed = found[0].samples_per_s
-        told(f"{workers} x {pool.accelerator}: {speed:,.0f} samples/s at batch {found[0].batch}")
-    return probed(pool, probes, batch)
+        log_line(
+            f"{workers} x {pool.accelerator}: {speed:,.0f} samples/s at batch {found[0].batch}"
+        )
+    return probed_pool(pool, probes, batch)
 
 
-def study(found: ProbedPool, own: Own, cost: CostSpec) -> Study:
+def analyze(found: ProbedPool, own: UserPrices, cost: CostSpec) -> Study:
     """The rows of what was probed, and how many workers pay."""
     fewest = min(each.place.workers for each in found.probes)
     rows = []
@@ -101,30 +103,34 @@ def study(found: ProbedPool, own: Own, cost: CostSpec) -> Study:
     rows = [replace(row, efficiency=row.efficiency / lone[row.mode].efficiency) for row in rows]
     rows.sort(key=lambda row: (row.mode, row.workers))
     best = knee_of(found)
-    machine = here(found, 1, own, cost)
+    machine = local_machine(found, 1, own, cost)
     notes = [
         f"recommended for batch {found.batch}: {best} worker{'s' * (best > 1)}",
-        paying(found),
-        machine.rate.price,
+        scaling_advice(found),
+        machine.rate.price_source,
     ]
     if machine.covers:
         notes.append(f"J are estimates by design power, of: {machine.covers}")
-    terms = ", ".join(f"{name} {value:.3g} s" for name, value in found.curve.terms.items())
+    terms = ", ".join(
+        f"{name} {value:.3g} s" for name, value in found.step_time_model.terms.items()
+    )
     notes.append(f"fitted: {terms}")
     return Study(tuple(rows), found, best, tuple(notes))
 
 
-def _row(mode: Mode, each: Probe, found: ProbedPool, own: Own, cost: CostSpec) -> Row:
+def _row(
+    mode: Mode, each: ProbeResult, found: ProbedPool, own: UserPrices, cost: CostSpec
+) -> ScalingRow:
     place = each.place
-    machine = here(found, -(-place.workers // place.nodes), own, cost)
+    machine = local_machine(found, -(-place.workers // place.nodes), own, cost)
     usd_per_h, seconds = machine.rate.usd_per_h, place.nodes / each.samples_per_s
-    return Row(
+    return ScalingRow(
         workers=place.workers,
         nodes=place.nodes,
         mode=mode,
         batch=each.batch,
         samples_per_s=each.samples_per_s,
-        fitted_samples_per_s=each.batch / found.curve.step_s(place),
+        fitted_samples_per_s=each.batch / found.step_time_model.step_s(place),
         efficiency=each.samples_per_s / place.workers,
         communication=each.shares.get("communication") if found.pool.on_cpus else None,
         usd_per_million=None if usd_per_h is None else usd_per_h / 3600 * seconds * 1e6,
@@ -159,7 +165,7 @@ def plot(study: Study, path: Path) -> Path:
     return path
 
 
-def track(study: Study, tracker: Any, key: str, plot: Path) -> None:
+def log_to_mlflow(study: Study, tracker: Any, key: str, plot: Path) -> None:
     """Tell MLflow: each number of workers is a step of the series."""
     for row in sorted(study.rows, key=lambda row: row.workers):
         found = {

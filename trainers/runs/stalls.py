@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from trainers.engine.stall_files import Stall, rank_and_count, read_stall, stall_paths, stalls
+from trainers.engine.stall_files import Stall, rank_and_count, read_stall, read_stalls, stall_paths
 
 
 def last_stall(folder: Path, workers: Collection[int] | None = None) -> Stall | None:
@@ -15,14 +15,14 @@ def last_stall(folder: Path, workers: Collection[int] | None = None) -> Stall | 
     """
     newest = {rank_and_count(path)[0]: path for path in stall_paths(folder)}
     found = [stall for path in newest.values() if (stall := read_stall(path)) is not None]
-    if workers is not None and not any(stall.worker in workers for stall in found):
+    if workers is not None and not any(stall.rank in workers for stall in found):
         return None
-    return blamed(found)
+    return likely_culprit(found)
 
 
-def blamed(found: list[Stall]) -> Stall | None:
+def likely_culprit(found: list[Stall]) -> Stall | None:
     """The one among workers that hung together which the others waited for."""
-    return min(found, key=lambda stall: (stall.waiting, stall.worker), default=None)
+    return min(found, key=lambda stall: (stall.waiting, stall.rank), default=None)
 
 
 class StallWatch:
@@ -30,26 +30,26 @@ class StallWatch:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._told = {stall.path for stall in stalls(folder)}
+        self._reported = {stall.path for stall in read_stalls(folder)}
         self._waiting: set[Path] = set()
         self._next = 0.0
 
-    def news(self) -> Stall | None:
+    def poll(self) -> Stall | None:
         """A new stall, once a second at most and when all workers have written their stacks."""
         now = time.monotonic()
         if now < self._next:
             return None
         self._next = now + 1
-        found = [stall for stall in stalls(self._folder) if stall.path not in self._told]
+        found = [stall for stall in read_stalls(self._folder) if stall.path not in self._reported]
         paths = {stall.path for stall in found}
         if paths != self._waiting:
             self._waiting = paths
             return None
-        self._told |= paths
+        self._reported |= paths
         self._waiting = set()
-        return blamed(found)
+        return likely_culprit(found)
 
-    def tidy(self) -> None:
+    def remove_empty(self) -> None:
         """Remove what workers left that did not hang but were ended in another way."""
         for path in stall_paths(self._folder):
             if read_stall(path) is None:

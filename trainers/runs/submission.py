@@ -5,24 +5,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.base.config import flatten, override
+from cluster.base.config import apply_overrides, flatten
 from cluster.base.errors import SpecError
-from cluster.jobs.ray_jobs import Planned
-from cluster.jobs.working_dir_package import listed
+from cluster.jobs.ray_jobs import Submission
+from cluster.jobs.working_dir_package import list_packaged_files
 from trainers.run_folder import unique_name
 from trainers.spec import RunSpec, find_spec, resolve
 
-Find = Callable[[str, list[str]], tuple[str, RunSpec]]
+ReadSpec = Callable[[str, list[str]], tuple[str, RunSpec]]
 """The short name and the checked spec for a spec's name and overrides of it."""
 
 
-def find_run(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
+def read_run_spec(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
     """The short name and the checked spec of the run that `name` with overrides describes."""
     stem, data = find_spec(name)
-    return stem, resolve(override(data, overrides), RunSpec)[0]
+    return stem, resolve(apply_overrides(data, overrides), RunSpec)[0]
 
 
-def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find = find_run) -> Planned:
+def plan_submission(
+    args: argparse.Namespace, command: tuple[str, ...], read_spec: ReadSpec = read_run_spec
+) -> Submission:
     """What a verb with a spec was asked for, of which nothing lies where no cluster can see it.
 
     Raises SpecError as the verb itself would.
@@ -30,12 +32,12 @@ def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find = find_
     if "resume" in args and args.resume:
         name = Path(args.resume).name
         if not Path(args.resume).is_absolute():  # one that is absolute is the cluster's own
-            words = tuple(name if word == args.resume else word for word in words)
-        return Planned(name, words)
+            command = tuple(name if word == args.resume else word for word in command)
+        return Submission(name, command)
     if not args.spec:
-        raise SpecError(f"{words[0]}: needs a spec, or --resume NAME")
+        raise SpecError(f"{command[0]}: needs a spec, or --resume NAME")
     folder = Path.cwd()
-    stem, spec = find(args.spec, args.set)
+    stem, spec = read_spec(args.spec, args.set)
     storage = Path(spec.storage)
     exclude = () if storage.is_absolute() else (f"/{storage.as_posix().strip('/')}",)
     needed: tuple[Path, ...] = ()
@@ -44,15 +46,17 @@ def planned(args: argparse.Namespace, words: tuple[str, ...], find: Find = find_
         if not file.is_relative_to(folder.resolve()):
             raise SpecError(f"{args.spec}: is not in the working folder, which is what is sent")
         needed = (file.relative_to(folder.resolve()),)
-        words = tuple(str(needed[0]) if word == args.spec else word for word in words)
-    written = override(find_spec(args.spec)[1], args.set)  # before its paths were made absolute
+        command = tuple(str(needed[0]) if word == args.spec else word for word in command)
+    written = apply_overrides(
+        find_spec(args.spec)[1], args.set
+    )  # before its paths were made absolute
     _check_sources(flatten(written.get("data") or {}, "data."), folder, exclude)
     named = "name" in args  # the job of a verb that keeps nothing by its name needs one, too
-    kind = "" if words[0] == "train" else f"-{words[0]}"
+    kind = "" if command[0] == "train" else f"-{command[0]}"
     name = (args.name if named else None) or unique_name(stem + kind)
     if named and not args.name:
-        words = (*words, "--name", name)
-    return Planned(name, words, needed, exclude)
+        command = (*command, "--name", name)
+    return Submission(name, command, needed, exclude)
 
 
 def _check_sources(data: Mapping[str, Any], folder: Path, exclude: tuple[str, ...]) -> None:
@@ -67,7 +71,7 @@ def _check_sources(data: Mapping[str, Any], folder: Path, exclude: tuple[str, ..
             continue
         if not value or not (folder / value).exists():
             continue
-        sent = listed(folder, exclude) if sent is None else sent
+        sent = list_packaged_files(folder, exclude) if sent is None else sent
         place = Path(value)
         if not any(path == place or place in path.parents for path in sent):
             raise SpecError(

@@ -14,7 +14,7 @@ from cluster.base.errors import SpecError
 from trainers.run_folder import SPEC, TRIALS
 from trainers.spec import RunSpec
 
-LOOK_S = 60
+ANSWER_TIMEOUT_S = 60
 """How long a machine may take to say what it sees; then nothing is said about it."""
 
 
@@ -23,25 +23,25 @@ def needs_shared_folder(spec: RunSpec) -> bool:
     return spec.sweep is not None or spec.datasets is None or spec.checkpoint.uri is None
 
 
-def sees(folder: Path) -> bool:
+def can_see_run(folder: Path) -> bool:
     """Whether the folder of a run, or of a trial within its sweep's, is seen by this machine."""
     whole = folder.parents[1] if folder.parent.name == TRIALS else folder
     return (whole / SPEC).is_file()
 
 
-def check_here(folder: Path, spec: RunSpec) -> None:
+def require_run_visible(folder: Path, spec: RunSpec) -> None:
     """SpecError if this machine is to work on a run whose folder it must see, and does not."""
-    if needs_shared_folder(spec) and not sees(folder):
-        raise _refusal(folder, [_address()], trials=spec.sweep is not None)
+    if needs_shared_folder(spec) and not can_see_run(folder):
+        raise _not_visible_error(folder, [_address()], trials=spec.sweep is not None)
 
 
-def check_sweep_here(folder: Path) -> None:
+def require_sweep_visible(folder: Path) -> None:
     """SpecError if this machine is to do a trial of a sweep whose folder it does not see."""
-    if not sees(folder):
-        raise _refusal(folder, [_address()], trials=True)
+    if not can_see_run(folder):
+        raise _not_visible_error(folder, [_address()], trials=True)
 
 
-def check_everywhere(folder: Path, spec: RunSpec) -> None:
+def require_visible_everywhere(folder: Path, spec: RunSpec) -> None:
     """SpecError if a machine that is in the cluster now must see the run's folder, and does not.
 
     Machines without CPUs for workers, such as the head, are not asked.
@@ -65,10 +65,10 @@ def check_everywhere(folder: Path, spec: RunSpec) -> None:
         ).remote(str(folder / SPEC)): node["NodeManagerAddress"]
         for node in others
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
     blind = [asked[answer] for answer in answered if _answer(answer) is False]
     if blind:
-        raise _refusal(folder, blind, trials=spec.sweep is not None)
+        raise _not_visible_error(folder, blind, trials=spec.sweep is not None)
 
 
 def _answer(reference: Any) -> bool | None:
@@ -87,7 +87,7 @@ def _address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _refusal(folder: Path, blind: list[str], trials: bool) -> SpecError:
+def _not_visible_error(folder: Path, blind: list[str], trials: bool) -> SpecError:
     """What is told of machines that must see a run's folder, and do not."""
     ways = "a folder that all machines share (NFS)"
     if not trials:

@@ -5,11 +5,11 @@ from typing import Any
 
 from trainers.outcome import Outcome
 
-NOTE = "mlflow.note.content"
+DESCRIPTION_TAG = "mlflow.note.content"
 """The tag that MLflow's pages show as the description of a run."""
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
 
@@ -19,22 +19,22 @@ def _cell(cell: object) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def run_note(outcome: Outcome, became: Mapping[str, Any]) -> str:
-    """Of a run that ended; `became` is as `trainers.runs.run.execute` gives it."""
+def run_description(outcome: Outcome, summary: Mapping[str, Any]) -> str:
+    """Of a run that ended; `became` is as `trainers.runs.run.run_to_end` gives it."""
     did = f"{outcome.step:,} of {outcome.total_steps:,} steps"
-    reason = became.get("reason")
+    reason = summary.get("reason")
     head = "**Complete**" if outcome.complete else f"**Stopped**{f' ({reason})' if reason else ''}"
     speed = f", {outcome.samples_per_s:,.0f} samples/s" if outcome.samples_per_s else ""
-    return noted(
+    return with_facts(
         f"{head}: {did}{speed}.",
         {
             **{name: float(value) for name, value in sorted(outcome.metrics.items())},
-            **({"forecast": became["forecast"]} if "forecast" in became else {}),
-            **became.get("account", {}),
+            **({"forecast": summary["forecast"]} if "forecast" in summary else {}),
+            **summary.get("account", {}),
         },
     )
 
 
-def noted(head: str, facts: Mapping[str, object]) -> str:
+def with_facts(head: str, facts: Mapping[str, object]) -> str:
     """A line, and a table of what is known."""
-    return f"{head}\n\n{table(('', ''), list(facts.items()))}" if facts else head
+    return f"{head}\n\n{markdown_table(('', ''), list(facts.items()))}" if facts else head

@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass
 from itertools import chain
 
-from trainers.tracking.operation_log import Row
+from trainers.tracking.operation_log import MetricPoint
 
-EXACT = 20_000
-WINDOW = 8
-NOTE = (
-    f"the first {EXACT:,} points of each metric are whole; after them the last, the least and "
+EXACT_POINTS = 20_000
+FIRST_WINDOW = 8
+DOWNSAMPLING_NOTE = (
+    f"the first {EXACT_POINTS:,} points of each metric are whole; after them the last, the least and "
     "the greatest of windows that widen; all points are in the run's folder, track/spool.jsonl"
 )
 
@@ -28,16 +28,16 @@ class _Series:
     width: int = 0
     """Points in the open window when it is full; 0 when no window is open."""
     filled: int = 0
-    last: Row | None = None
-    least: Row | None = None
-    greatest: Row | None = None
+    last: MetricPoint | None = None
+    least: MetricPoint | None = None
+    greatest: MetricPoint | None = None
 
-    def take(self, row: Row) -> list[Row]:
+    def add(self, row: MetricPoint) -> list[MetricPoint]:
         self.count += 1
-        if self.count <= EXACT:
+        if self.count <= EXACT_POINTS:
             return [row]
         if not self.width:
-            self.width, self.filled = WINDOW << int(math.log2(self.count / EXACT)), 0
+            self.width, self.filled = FIRST_WINDOW << int(math.log2(self.count / EXACT_POINTS)), 0
             self.least = self.greatest = None
         self.filled += 1
         self.last = row
@@ -50,33 +50,33 @@ class _Series:
         self.width = 0
         return self.window()
 
-    def window(self) -> list[Row]:
+    def window(self) -> list[MetricPoint]:
         """The points of the newest window that are sent, in order."""
         points = {row[2]: row for row in (self.least, self.greatest, self.last) if row}
         return [points[step] for step in sorted(points)]
 
 
-class Sampler:
+class Downsampler:
     """Picks the points of each series; a function of what it has taken, in that order."""
 
     def __init__(self) -> None:
         self._series: dict[str, dict[str, _Series]] = {}
 
-    def take(self, run: str, rows: list[Row]) -> list[Row]:
+    def add(self, run: str, rows: list[MetricPoint]) -> list[MetricPoint]:
         """What of a run's new points is to be sent."""
         series = self._series.setdefault(run, {})
-        return list(chain(*(series.setdefault(row[0], _Series()).take(row) for row in rows)))
+        return list(chain(*(series.setdefault(row[0], _Series()).add(row) for row in rows)))
 
-    def rest(self, run: str) -> list[Row]:
+    def open_windows(self, run: str) -> list[MetricPoint]:
         """What of windows that are not full yet would be sent, the last point above all.
 
         It is sent again when they are full, as the same points.
         """
         return list(chain(*(s.window() for s in self._series.get(run, {}).values() if s.width)))
 
-    def thinned(self, run: str) -> bool:
+    def is_downsampled(self, run: str) -> bool:
         """Whether MLflow has not been given all points of a run."""
-        return any(series.count > EXACT for series in self._series.get(run, {}).values())
+        return any(series.count > EXACT_POINTS for series in self._series.get(run, {}).values())
 
     @property
     def runs(self) -> list[str]:

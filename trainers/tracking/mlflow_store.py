@@ -13,11 +13,11 @@ from typing import Any
 from filelock import FileLock
 
 from cluster.base.files import cache_folder
-from trainers.tracking.preflight import deleted, masked, sqlite_file
-from trainers.tracking.registry import log_model, models_of
+from trainers.tracking.preflight import deleted_experiment_message, mask_password, sqlite_file
+from trainers.tracking.registry import log_model, logged_models
 
 RUN_TAG = "heliostat.run"
-LONGEST = {"parameters": 6000, "tags": 5000}
+MAX_LENGTH = {"parameters": 6000, "tags": 5000}
 """Characters; MLflow cuts longer parameters without a word, and refuses longer tags."""
 REQUEST_TIMEOUT_S = 20
 
@@ -39,17 +39,17 @@ class MlflowStore:
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT_S))
         self._uri, self._experiment = uri, experiment
-        self.identities: dict[str, str] = {}
+        self.run_tags: dict[str, str] = {}
         """Our own name for each run, by key: what finds a run again that MLflow made for us."""
-        self.new: set[str] = set()
+        self.new_runs: set[str] = set()
         """Keys of runs that nobody has tried to make; all others are looked for first."""
         self.run_ids: dict[str, str] = {}
         """MLflow's names of the runs that are known to be there, by key."""
-        self.made: Callable[[str, str], None] = lambda key, run_id: None
+        self.on_run_created: Callable[[str, str], None] = lambda key, run_id: None
         """Told of each run that MLflow has, once: its key, and MLflow's name for it."""
-        self._sure: set[str] = set()
+        self._created_once: set[str] = set()
         """Keys of runs that MLflow made when it was first asked; of others it may have made two."""
-        self._noted: set[tuple[str, str]] = set()
+        self._tags_set_once: set[tuple[str, str]] = set()
         self._connection: Any = None
         self._experiment_id = ""
 
@@ -59,20 +59,22 @@ class MlflowStore:
 
             mlflow.set_tracking_uri(self._uri)
             file = sqlite_file(self._uri)
-            make_database(self._uri)
+            create_database(self._uri)
             # Processes that make a database's tables together break each other's migrations.
             with FileLock(f"{file}.lock" if file else cache_folder() / "mlflow.lock"):
                 client = mlflow.MlflowClient()
                 found = client.get_experiment_by_name(self._experiment)
                 self._experiment_id = (
-                    found.experiment_id if found else self._make_experiment(client)
+                    found.experiment_id if found else self._create_experiment(client)
                 )
             if found is not None and found.lifecycle_stage == "deleted":
-                raise RuntimeError(deleted(self._experiment, found.experiment_id))
+                raise RuntimeError(
+                    deleted_experiment_message(self._experiment, found.experiment_id)
+                )
             self._connection = client
         return self._connection
 
-    def _make_experiment(self, client: Any) -> str:
+    def _create_experiment(self, client: Any) -> str:
         file = sqlite_file(self._uri)
         location = (file.parent / "mlartifacts").as_uri() if file else None
         # Without it MLflow's pages open on its tools for language-model traces.
@@ -83,23 +85,23 @@ class MlflowStore:
         """MLflow's name of a run; looked up by our tag, since making a run is not idempotent."""
         if key not in self.run_ids:
             self._client()
-            found = self._search(key)
+            found = self._find_runs(key)
             if not found:
                 raise UnknownRunError(f"MLflow has no run {key}")
-            self._know(key, found[0].info.run_id)
+            self._remember(key, found[0].info.run_id)
         return self.run_ids[key]
 
-    def _know(self, key: str, run_id: str) -> None:
+    def _remember(self, key: str, run_id: str) -> None:
         self.run_ids[key] = run_id
-        self.made(key, run_id)
+        self.on_run_created(key, run_id)
 
-    def _search(self, key: str) -> list[Any]:
+    def _find_runs(self, key: str) -> list[Any]:
         """The runs that were made for `key`, one if all went well; deleted ones too."""
         from mlflow.entities import ViewType
 
-        if key not in self.identities:
+        if key not in self.run_tags:
             raise UnknownRunError(f"the run {key} was never started")
-        query = f"tags.`{RUN_TAG}` = '{self.identities[key]}'"
+        query = f"tags.`{RUN_TAG}` = '{self.run_tags[key]}'"
         experiments = [self._experiment_id]
         order = ["attributes.start_time ASC", "attributes.run_id ASC"]
         found = self._client().search_runs(experiments, query, ViewType.ALL, 10, order)
@@ -112,22 +114,22 @@ class MlflowStore:
         from mlflow.entities import Param, RunTag
 
         client, key = self._client(), operation["key"]
-        if key in self.new:
-            self.new.remove(key)
-            run_id = self._make_run(operation)
-            self._sure.add(key)
+        if key in self.new_runs:
+            self.new_runs.remove(key)
+            run_id = self._create_run(operation)
+            self._created_once.add(key)
         else:
             try:
                 run_id = self._run_id(key)
             except UnknownRunError:
-                run_id = self._make_run(operation)
-        params = {k: masked(_text(value)) for k, value in operation["params"].items()}
-        short = self._keep_long(run_id, "parameters", params)
-        entities = [Param(self._name(run_id, k), value) for k, value in short.items()]
-        tags = self._keep_long(run_id, "tags", operation["tags"])
+                run_id = self._create_run(operation)
+        params = {k: mask_password(_as_text(value)) for k, value in operation["params"].items()}
+        short = self._shortened(run_id, "parameters", params)
+        entities = [Param(self._allowed_name(run_id, k), value) for k, value in short.items()]
+        tags = self._shortened(run_id, "tags", operation["tags"])
         client.log_batch(run_id, (), entities, [RunTag(*tag) for tag in tags.items()])
 
-    def _make_run(self, operation: dict[str, Any]) -> str:
+    def _create_run(self, operation: dict[str, Any]) -> str:
         client, key = self._client(), operation["key"]
         tags = {RUN_TAG: operation["id"], "heliostat.key": key}
         if operation["parent"] is not None:
@@ -138,7 +140,7 @@ class MlflowStore:
         except Exception as error:  # without its run nothing else can be sent: never given up
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         run_id = str(run.info.run_id)
-        self._know(key, run_id)
+        self._remember(key, run_id)
         return run_id
 
     def _send_made(self, operation: dict[str, Any]) -> None:
@@ -153,53 +155,53 @@ class MlflowStore:
         self._set_tags(self._run_id(operation["run"]), operation["tags"])
 
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        for name, value in self._keep_long(run_id, "tags", tags).items():
+        for name, value in self._shortened(run_id, "tags", tags).items():
             self._connection.set_tag(run_id, name, value)
 
-    def _keep_long(self, run_id: str, kind: str, texts: Mapping[str, str]) -> dict[str, str]:
+    def _shortened(self, run_id: str, kind: str, texts: Mapping[str, str]) -> dict[str, str]:
         """The texts as MLflow takes them; what is too long for it is kept whole as an artifact."""
         short = dict(texts)
         for name, text in texts.items():
-            if len(text) > LONGEST[kind]:
+            if len(text) > MAX_LENGTH[kind]:
                 place = f"{kind}/{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt"
                 self._connection.log_text(run_id, text, place)
                 short[name] = f"{text[:200]}... ({len(text)} characters, whole in {place})"
         return short
 
-    def _name(self, run_id: str, name: str) -> str:
+    def _allowed_name(self, run_id: str, name: str) -> str:
         """A name that MLflow takes; a run that has another one says so in a tag."""
         allowed = re.sub(r"[^/\w.\- :]", "_", name)
         allowed = posixpath.normpath(allowed).lstrip("./")[:200] or "_"
         if allowed != name:
-            self._note(run_id, f"heliostat.renamed.{allowed}", name)
+            self._set_tag_once(run_id, f"heliostat.renamed.{allowed}", name)
         return allowed
 
-    def _note(self, run_id: str, tag: str, text: str) -> None:
+    def _set_tag_once(self, run_id: str, tag: str, text: str) -> None:
         """Say something about a run that stays as it is."""
-        if (run_id, tag) not in self._noted:
+        if (run_id, tag) not in self._tags_set_once:
             self._connection.set_tag(run_id, tag, text)
-            self._noted.add((run_id, tag))
+            self._tags_set_once.add((run_id, tag))
 
     def _send_log(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
         client, run_id = self._client(), self._run_id(operation["run"])
         metrics = [
-            Metric(self._name(run_id, name), value, at, step)
+            Metric(self._allowed_name(run_id, name), value, at, step)
             for name, value, step, at in operation["rows"]
         ]
         client.log_batch(run_id, metrics=metrics)
         infinite = {row[0] for row in operation["rows"] if math.isinf(row[1])}
         for name in sorted(infinite):
-            tag = f"heliostat.infinite.{self._name(run_id, name)}"
-            self._note(run_id, tag, "infinite at some steps, where MLflow has 1.797e308")
+            tag = f"heliostat.infinite.{self._allowed_name(run_id, name)}"
+            self._set_tag_once(run_id, tag, "infinite at some steps, where MLflow has 1.797e308")
 
     def _send_finish(self, operation: dict[str, Any]) -> None:
         self._send_tag(operation)
         key, run_id = operation["run"], self._run_id(operation["run"])
         self._client().set_terminated(run_id, operation["status"], operation["at"])
-        if key not in self._sure:
-            for run in self._search(key):  # made by requests whose answer was lost; empty
+        if key not in self._created_once:
+            for run in self._find_runs(key):  # made by requests whose answer was lost; empty
                 if run.info.run_id != run_id and run.info.lifecycle_stage == "active":
                     self._client().delete_run(run.info.run_id)
 
@@ -209,7 +211,7 @@ class MlflowStore:
             raise MissingFileError(f"{path} is gone")
         run_id = self._run_id(operation["run"])
         if path.suffix == ".yaml":  # a spec, which may name a database with its password
-            client.log_text(run_id, masked(path.read_text()), path.name)
+            client.log_text(run_id, mask_password(path.read_text()), path.name)
         else:
             client.log_artifact(run_id, str(path))
 
@@ -219,10 +221,10 @@ class MlflowStore:
             raise MissingFileError(f"{folder} is gone")
         log_model(client, self._run_id(operation["run"]), folder)
 
-    def read(self, key: str) -> dict[str, Any]:
+    def read_run(self, key: str) -> dict[str, Any]:
         client, run_id = self._client(), self._run_id(key)
         run = client.get_run(run_id)
-        models = models_of(client, run)
+        models = logged_models(client, run)
         return {
             "run_id": run_id,
             "experiment_id": run.info.experiment_id,
@@ -232,11 +234,11 @@ class MlflowStore:
         }
 
 
-def _text(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def is_final(error: Exception) -> bool:
+def is_permanent_error(error: Exception) -> bool:
     """Whether MLflow would refuse the same operation again, however often it is asked."""
     final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
     if getattr(error, "error_code", None) in final:
@@ -247,7 +249,7 @@ def is_final(error: Exception) -> bool:
     )
 
 
-def make_database(uri: str) -> None:
+def create_database(uri: str) -> None:
     """Make the SQLite store at `uri` if it is not there. It appears with all its tables.
 
     MLflow makes them one by one, and another process that opens the file meanwhile does so too;

@@ -18,10 +18,10 @@ from pathlib import Path
 from cluster.base.errors import SpecError
 
 TIMEOUT_S = 5.0
-LATER = "training begins, and MLflow is told when it answers"
+TRAINING_GOES_ON = "training begins, and MLflow is told when it answers"
 
 
-def masked(text: str) -> str:
+def mask_password(text: str) -> str:
     """Without the password of an address."""
     return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
 
@@ -49,30 +49,34 @@ def _check_server(uri: str, experiment: str) -> str | None:
         return None  # MLflow's own ways to sign a request
     query = urllib.parse.urlencode({"experiment_name": experiment})
     address = f"{uri}/api/2.0/mlflow/experiments/get-by-name?{query}"
-    request = urllib.request.Request(address, headers=credentials(os.environ))
-    shown = masked(uri)
+    request = urllib.request.Request(address, headers=auth_headers(os.environ))
+    shown = mask_password(uri)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_tls(uri)) as answer:
+        with urllib.request.urlopen(
+            request, timeout=TIMEOUT_S, context=_tls_context(uri)
+        ) as answer:
             found = json.loads(answer.read())["experiment"]
     except urllib.error.HTTPError as error:
         body = error.read(2000).decode(errors="replace")
         if error.code in (401, 403):
             raise SpecError(
-                f"tracking.uri: {shown} refuses us ({error.code}: {_line(body)}); see "
+                f"tracking.uri: {shown} refuses us ({error.code}: {_first_line(body)}); see "
                 "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD and MLFLOW_TRACKING_TOKEN"
             ) from None
         if "RESOURCE_DOES_NOT_EXIST" in body:
             return None
-        return f"MLflow at {shown} answers {error.code}; {LATER}"
+        return f"MLflow at {shown} answers {error.code}; {TRAINING_GOES_ON}"
     except (OSError, ValueError, KeyError) as error:
         reason = getattr(error, "reason", None) or error
-        return f"MLflow at {shown} cannot be reached ({_line(str(reason))}); {LATER}"
+        return (
+            f"MLflow at {shown} cannot be reached ({_first_line(str(reason))}); {TRAINING_GOES_ON}"
+        )
     if found.get("lifecycle_stage") == "deleted":
-        raise SpecError(deleted(experiment, found["experiment_id"]))
+        raise SpecError(deleted_experiment_message(experiment, found["experiment_id"]))
     return None
 
 
-def deleted(experiment: str, experiment_id: str) -> str:
+def deleted_experiment_message(experiment: str, experiment_id: str) -> str:
     """What to do about an experiment that somebody has deleted."""
     return (
         f"tracking.experiment: {experiment!r} was deleted; choose another, or "
@@ -80,7 +84,7 @@ def deleted(experiment: str, experiment_id: str) -> str:
     )
 
 
-def credentials(environment: Mapping[str, str]) -> dict[str, str]:
+def auth_headers(environment: Mapping[str, str]) -> dict[str, str]:
     """The header that MLflow would send: by environment variables, else ~/.mlflow/credentials."""
     file = configparser.ConfigParser(interpolation=None)
     file.read(Path.home() / ".mlflow" / "credentials")
@@ -94,7 +98,7 @@ def credentials(environment: Mapping[str, str]) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def _tls(uri: str) -> ssl.SSLContext | None:
+def _tls_context(uri: str) -> ssl.SSLContext | None:
     if not uri.startswith("https"):
         return None
     context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
@@ -106,18 +110,18 @@ def _tls(uri: str) -> ssl.SSLContext | None:
 def _check_database(uri: str) -> str | None:
     file = sqlite_file(uri)
     try:
-        version = _schema_of_file(file) if file else _schema_of_server(uri)
+        version = _schema_revision_of_file(file) if file else _schema_revision_of_server(uri)
     except ConnectionError as error:
-        return f"MLflow's database {masked(uri)} cannot be reached ({error}); {LATER}"
-    if version is not None and version != newest_schema():
+        return f"MLflow's database {mask_password(uri)} cannot be reached ({error}); {TRAINING_GOES_ON}"
+    if version is not None and version != latest_schema_revision():
         raise SpecError(
-            f"tracking.uri: {masked(uri)} was made by another version of MLflow; keep a copy of "
-            f"it, then run: mlflow db upgrade '{masked(uri)}'"
+            f"tracking.uri: {mask_password(uri)} was made by another version of MLflow; keep a copy of "
+            f"it, then run: mlflow db upgrade '{mask_password(uri)}'"
         )
     return None
 
 
-def _schema_of_file(file: Path) -> str | None:
+def _schema_revision_of_file(file: Path) -> str | None:
     """The revision of a SQLite store; None where there is none yet."""
     place = file if file.exists() else file.parent
     if not os.access(place, os.W_OK):
@@ -134,7 +138,7 @@ def _schema_of_file(file: Path) -> str | None:
     return str(found[0]) if found else None
 
 
-def _schema_of_server(uri: str) -> str | None:
+def _schema_revision_of_server(uri: str) -> str | None:
     """The revision of another database; ConnectionError when it does not answer."""
     import sqlalchemy
 
@@ -147,14 +151,16 @@ def _schema_of_server(uri: str) -> str | None:
             query = sqlalchemy.text("SELECT version_num FROM alembic_version")
             return str(connection.execute(query).scalar() or "") or None
     except ModuleNotFoundError as error:
-        raise SpecError(f"tracking.uri: {masked(uri)} needs the package {error.name}") from None
+        raise SpecError(
+            f"tracking.uri: {mask_password(uri)} needs the package {error.name}"
+        ) from None
     except sqlalchemy.exc.SQLAlchemyError as error:
-        reason = _line(str(getattr(error, "orig", error)))
+        reason = _first_line(str(getattr(error, "orig", error)))
         # FATAL is what a server of Postgres says itself, also while it starts.
         refused = "FATAL" in reason and "starting up" not in reason
         if isinstance(error, sqlalchemy.exc.OperationalError) and not refused:
             raise ConnectionError(reason) from None
-        raise SpecError(f"tracking.uri: {masked(uri)} refuses us: {reason}") from None
+        raise SpecError(f"tracking.uri: {mask_password(uri)} refuses us: {reason}") from None
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -165,7 +171,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute()
 
 
-def newest_schema() -> str:
+def latest_schema_revision() -> str:
     """The revision of a database that the installed MLflow works with.
 
     Alembic's migrations name the one that they follow; the newest is followed by none.
@@ -181,7 +187,7 @@ def newest_schema() -> str:
     return str(newest)
 
 
-def _line(text: str) -> str:
+def _first_line(text: str) -> str:
     """The first line of what somebody else said, shortened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else "no reason given"

@@ -14,11 +14,19 @@ from typing import Any
 from cluster.base.errors import HeliostatError
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
 
-NEEDED = ("torch", "numpy", "safetensors", "pydantic", "ruamel.yaml", "pyarrow", "filelock")
+REQUIRED_PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "ruamel.yaml",
+    "pyarrow",
+    "filelock",
+)
 PACKAGE = Path(__file__).parents[1]
 
 
-def models_of(client: Any, run: Any) -> dict[str, bool]:
+def logged_models(client: Any, run: Any) -> dict[str, bool]:
     """The URIs of a run's logged models, newest first, and whether each is whole."""
     query = f"source_run_id = '{run.info.run_id}'"
     found = client.search_logged_models([run.info.experiment_id], filter_string=query)
@@ -28,7 +36,7 @@ def models_of(client: Any, run: Any) -> dict[str, bool]:
 def log_model(client: Any, run_id: str, folder: Path) -> None:
     """Keep an exported model with an MLflow run, as a model of its own. Does it once."""
     run = client.get_run(run_id)
-    begun = models_of(client, run)
+    begun = logged_models(client, run)
     if any(begun.values()):
         return
     if begun:  # by a writer that was killed
@@ -40,12 +48,12 @@ def log_model(client: Any, run_id: str, folder: Path) -> None:
         model_id = client.create_logged_model(experiment, "model", run_id, tags, params).model_id
     with tempfile.TemporaryDirectory() as building:
         files = Path(building) / "model"
-        _save(folder, files, run_id, model_id)
+        _save_pyfunc(folder, files, run_id, model_id)
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
 
 
-def _save(folder: Path, files: Path, run_id: str, model_id: str) -> None:
+def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
     """An exported model as a folder of MLflow's flavour pyfunc."""
     import mlflow.pyfunc
     import numpy as np
@@ -66,12 +74,12 @@ def _save(folder: Path, files: Path, run_id: str, model_id: str) -> None:
         code_paths=[str(PACKAGE.parent / "cluster"), str(PACKAGE)],
         signature=ModelSignature(schemas["input"], schemas.get("output")) if schemas else None,
         input_example=example,
-        pip_requirements=requirements(folder / CODE),
+        pip_requirements=pip_requirements(folder / CODE),
         mlflow_model=Model(run_id=run_id, model_id=model_id),
     )
 
 
-def requirements(code: Path) -> list[str]:
+def pip_requirements(code: Path) -> list[str]:
     """What a model needs installed, at the versions here, with what the user's code imports."""
     imported = set()
     for path in code.rglob("*.py"):
@@ -83,10 +91,10 @@ def requirements(code: Path) -> list[str]:
     of_module = packages_distributions() if imported else {}
     names = {name for module in imported for name in of_module.get(module, ())}
     names -= {"heliostat"}
-    return sorted({*map(_pinned, NEEDED), *map(_pinned, names)})
+    return sorted({*map(_pinned_requirement, REQUIRED_PACKAGES), *map(_pinned_requirement, names)})
 
 
-def _pinned(name: str) -> str:
+def _pinned_requirement(name: str) -> str:
     """Without the local part, such as +cpu, which package indexes do not have."""
     try:
         return f"{name}=={version(name).partition('+')[0]}"
@@ -94,11 +102,11 @@ def _pinned(name: str) -> str:
         return name
 
 
-def register(client: Any, run_id: str, name: str, alias: str | None) -> int:
+def register_model(client: Any, run_id: str, name: str, alias: str | None) -> int:
     """Register a run's model under `name`, once; returns its version. `alias` then points to it."""
     from mlflow.exceptions import MlflowException
 
-    whole = [uri for uri, ready in models_of(client, client.get_run(run_id)).items() if ready]
+    whole = [uri for uri, ready in logged_models(client, client.get_run(run_id)).items() if ready]
     if not whole:
         raise HeliostatError(f"the run {run_id} has no model in MLflow; only a finished run has")
     try:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainers.tracking.operation_log import Row, now_ms
+from trainers.tracking.operation_log import MetricPoint, now_ms
 
 if TYPE_CHECKING:
     from trainers.checkpoints.checkpoints import Checkpoints
@@ -22,29 +22,29 @@ class TrackerReporter:
         tracker: Any,
         run: str,
         interval_s: float = 0.5,
-        leaving: Callable[[], str | None] = lambda: None,
+        preemption_notice: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._tracker, self._run, self._interval_s = tracker, run, interval_s
         self._lock = threading.Lock()  # checkpoints are written, and flush, in a thread
-        self._rows: list[Row] = []
+        self._unsent_points: list[MetricPoint] = []
         self._step = 0
         self._next_send = 0.0
         self._in_flight: list[Any] = []
         self._stop = False
-        self._leaving = leaving
+        self._preemption_notice = preemption_notice
         self._preempted = False
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = now_ms()
         rows = [(name, float(value), step, now) for name, value in metrics.items()]
         with self._lock:
-            self._rows += rows
+            self._unsent_points += rows
 
-    def note(self, name: str, text: str) -> None:
+    def log_note(self, name: str, text: str) -> None:
         with self._lock:
             self._in_flight.append(self._tracker.note.remote(self._run, name, text))
 
-    def tick(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         self._step = step
         now = time.monotonic()
         if now >= self._next_send:
@@ -53,7 +53,7 @@ class TrackerReporter:
 
     def _send(self, sync: bool = False) -> list[Any]:
         with self._lock:
-            rows, self._rows = self._rows, []
+            rows, self._unsent_points = self._unsent_points, []
             self._in_flight.append(self._tracker.log.remote(self._run, rows, self._step, sync))
             return list(self._in_flight)
 
@@ -69,7 +69,7 @@ class TrackerReporter:
     def flush(self) -> None:
         self._collect(self._send(sync=True), timeout_s=None)
 
-    def evaluated(
+    def on_evaluation_end(
         self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
     ) -> None:
         pass
@@ -77,8 +77,8 @@ class TrackerReporter:
     def should_stop(self) -> bool:
         return self._stop
 
-    def preempted(self) -> bool:
-        if not self._preempted and (leaving := self._leaving()):
+    def preemption_pending(self) -> bool:
+        if not self._preempted and (leaving := self._preemption_notice()):
             self._preempted = True
             self._tracker.tell.remote(self._run, f"{leaving}; saving after every step")
         return self._preempted

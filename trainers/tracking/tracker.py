@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster.connection.ray_connection import home
+from cluster.connection.ray_connection import base_folder
 from cluster.connection.run_gauges import RunGauges
-from cluster.cost.billing import Post
+from cluster.cost.billing import UsageReport
 from trainers.tracking.mlflow_store import MlflowStore
-from trainers.tracking.operation_log import Row, Spool, now_ms
+from trainers.tracking.operation_log import MetricPoint, OperationLog, now_ms
 from trainers.tracking.sender import Sender
 
 SYNC_S = 1.0
 """Seconds between what is brought to the disk."""
-HANDOVER_S = 30.0
+WRITER_TIMEOUT_S = 30.0
 """Seconds that a writer waits for the one before it to be gone."""
 
 
@@ -43,9 +43,9 @@ class TrackedRun:
     parent: str | None = None
 
 
-def default_uri() -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the working folder (`cluster.connection.ray_connection.home`)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+def default_tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file in the working folder (`cluster.connection.ray_connection.base_folder`)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{base_folder() / 'mlflow.db'}"
 
 
 class Tracker:
@@ -58,16 +58,18 @@ class Tracker:
     def __init__(self, folder: str, uri: str, experiment: str, wait_s: float = 0) -> None:
         """Raises SpecError when `folder` has another writer for `wait_s`, or cannot be written."""
         self._lock = threading.Lock()
-        self._spool = Spool(Path(folder), wait_s)
-        self._known: set[str] = set()
+        self._spool = OperationLog(Path(folder), wait_s)
+        self._started: set[str] = set()
         self._last_step: dict[tuple[str, str], int] = {}
         self._last_ms = 0
-        self._rows: defaultdict[str, deque[Row]] = defaultdict(lambda: deque(maxlen=10_000))
-        self._steps: dict[str, int] = {}
-        self._lines: defaultdict[str, list[str]] = defaultdict(list)
-        self._stopping: set[str] = set()
+        self._unpolled_points: defaultdict[str, deque[MetricPoint]] = defaultdict(
+            lambda: deque(maxlen=10_000)
+        )
+        self._steps_done: dict[str, int] = {}
+        self._messages: defaultdict[str, list[str]] = defaultdict(list)
+        self._stop_requested: set[str] = set()
         self._gauges = RunGauges()
-        self._posts: dict[str, Post] = {}
+        self._usage_reports: dict[str, UsageReport] = {}
         self._closed = threading.Event()
         self._wake = threading.Event()
         self._error: str | None = None
@@ -75,53 +77,55 @@ class Tracker:
         self._sender = Sender(self._spool, self._store)
         for operation, end in self._spool.read():
             self._remember(operation)
-            self._sender.remember(operation, sent=end <= self._spool.sent)
-        self._thread = threading.Thread(target=self._send_all, daemon=True, name="mlflow-sender")
+            self._sender.observe(operation, sent=end <= self._spool.sent_offset)
+        self._thread = threading.Thread(
+            target=self._send_until_closed, daemon=True, name="mlflow-sender"
+        )
         self._thread.start()
 
     def start(self, run: TrackedRun) -> None:
         """Make the run in MLflow, or take it up again as running if it is there."""
-        known = run.key in self._known
+        known = run.key in self._started
         if not known:
-            self._store.new.add(run.key)
+            self._store.new_runs.add(run.key)
         operation = {"do": "resume", "run": run.key, "tags": dict(run.tags)}
         new = {"do": "start", "id": uuid4().hex, **asdict(run), "at": self._now()}
         self._append(operation if known else new)
 
-    def log(self, run: str, rows: list[Row], step: int, sync: bool = False) -> bool:
+    def log(self, run: str, rows: list[MetricPoint], step: int, sync: bool = False) -> bool:
         """Take metrics of a run that has done `step` steps; tells whether it should stop.
 
         With `sync` all that was taken is on the disk when this returns.
         """
         with self._lock:
-            self._steps[run] = step
+            self._steps_done[run] = step
         self.add(run, rows)
         if sync:
             self._sync()
-        return run in self._stopping
+        return run in self._stop_requested
 
-    def add(self, run: str, rows: list[Row]) -> None:
+    def add(self, run: str, rows: list[MetricPoint]) -> None:
         """Take metrics of a run whose steps need not be optimizer steps."""
         with self._lock:
             new = [row for row in rows if self._is_new(run, row)]
             if new:
                 self._spool.append({"do": "log", "run": run, "rows": new})
-                self._rows[run].extend(new)
-                self._gauges.take(run, new)
+                self._unpolled_points[run].extend(new)
+                self._gauges.record(run, new)
         self._wake.set()
 
-    def used(self, post: Post) -> None:
+    def used(self, post: UsageReport) -> None:
         """Take what a meter says of itself, in place of what it said before."""
         with self._lock:
-            self._posts[post.session] = post
+            self._usage_reports[post.session] = post
 
-    def posts(self) -> list[Post]:
+    def posts(self) -> list[UsageReport]:
         """What the meters have said since the last call."""
         with self._lock:
-            found, self._posts = list(self._posts.values()), {}
+            found, self._usage_reports = list(self._usage_reports.values()), {}
             return found
 
-    def _is_new(self, run: str, row: Row) -> bool:
+    def _is_new(self, run: str, row: MetricPoint) -> bool:
         """Whether the run has not been that far with this metric; from now on it has."""
         name, _, step, at = row
         self._last_ms = max(self._last_ms, at)
@@ -153,26 +157,26 @@ class Tracker:
 
     def request_stop(self, run: str) -> None:
         """Answer the run's next `log` with the wish that it stop."""
-        self._stopping.add(run)
+        self._stop_requested.add(run)
 
     def tell(self, run: str, line: str) -> None:
         """A line for whoever watches the run."""
         with self._lock:
-            self._lines[run].append(line)
+            self._messages[run].append(line)
 
-    def watch(self, run: str) -> tuple[int, list[Row], list[str]]:
+    def watch(self, run: str) -> tuple[int, list[MetricPoint], list[str]]:
         """Steps done by a run, and its metrics and its lines since the last call."""
         with self._lock:
-            rows = list(self._rows.pop(run, ()))
-            return self._steps.get(run, 0), rows, self._lines.pop(run, [])
+            rows = list(self._unpolled_points.pop(run, ()))
+            return self._steps_done.get(run, 0), rows, self._messages.pop(run, [])
 
     def pending(self) -> tuple[int, str | None]:
         """Bytes not yet sent to MLflow, and the error that keeps them here."""
-        return self._spool.pending_bytes, self._spool.trouble or self._error
+        return self._spool.pending_bytes, self._spool.write_error or self._error
 
     def read(self, run: str) -> dict[str, Any]:
         """What MLflow itself has of a run: `run_id`, `metrics`, `status`, `model_uri`, `url`."""
-        return self._store.read(run)
+        return self._store.read_run(run)
 
     def close(self) -> None:
         """Stop sending, after the operation under way, and let another writer go on."""
@@ -189,19 +193,19 @@ class Tracker:
     def _append(self, operation: dict[str, Any]) -> None:
         with self._lock:
             self._remember(operation)
-            self._sender.remember(operation, sent=False)
+            self._sender.observe(operation, sent=False)
             self._spool.append(operation)
         self._wake.set()
 
     def _remember(self, operation: dict[str, Any]) -> None:
         if operation["do"] == "start":
-            self._known.add(operation["key"])
+            self._started.add(operation["key"])
             self._last_ms = max(self._last_ms, operation["at"])
         elif operation["do"] == "log":
             for row in operation["rows"]:
                 self._is_new(operation["run"], row)
 
-    def _send_all(self) -> None:
+    def _send_until_closed(self) -> None:
         os.nice(10)  # of this thread, on Linux: what trains goes first, but not alone
         pause_s = 0.2
         while not self._closed.is_set():
@@ -232,15 +236,17 @@ def start_tracker(folder: Path, uri: str, experiment: str, name: str) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    Spool(folder, HANDOVER_S).close()  # a mistake is told here, before anything is started
+    OperationLog(
+        folder, WRITER_TIMEOUT_S
+    ).close()  # a mistake is told here, before anything is started
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Tracker).options(
         name=name, num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     )
-    return actor.remote(str(folder), uri, experiment, HANDOVER_S)
+    return actor.remote(str(folder), uri, experiment, WRITER_TIMEOUT_S)
 
 
-def drain(tracker: Any, timeout_s: float) -> str | None:
+def wait_until_sent(tracker: Any, timeout_s: float) -> str | None:
     """Wait until MLflow has everything; else one line that says what it lacks and why."""
     import ray
 
@@ -259,14 +265,14 @@ def flush(folder: Path, uri: str, experiment: str) -> int:
 
     Raises SpecError when the folder has another writer, else whatever MLflow raises.
     """
-    spool = Spool(folder)
+    spool = OperationLog(folder)
     try:
         pending = spool.pending_bytes
         sender = Sender(spool, MlflowStore(uri, experiment))
         for operation, end in spool.read():
-            sender.remember(operation, sent=end <= spool.sent)
+            sender.observe(operation, sent=end <= spool.sent_offset)
         sender.send(threading.Event())
-        sender.send_rest()
+        sender.send_open_windows()
         return pending
     finally:
         spool.close()

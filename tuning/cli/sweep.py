@@ -9,16 +9,16 @@ from cluster.cli.jobs import Subparsers, run_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.jobs.ray_jobs import Planned
+    from cluster.jobs.ray_jobs import Submission
     from tuning.trials.leaderboard import Leaderboard
     from tuning.trials.trial import Sweep
 
 
-REPORT = "report"
+REPORT_FOLDER = "report"
 """In the folder of a sweep or run, and among its artifacts in MLflow."""
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     import cluster.cli.jobs
     import cluster.cli.lifecycle
     import trainers.cli.train
@@ -51,7 +51,7 @@ def add_verbs(verbs: Subparsers) -> None:
         action="store_true",
         help="train three of the fused trials alone as well, and print the largest deviation",
     )
-    sweep.set_defaults(command=sweep_command, plan=plan_sweep)
+    sweep.set_defaults(command=sweep_command, plan=plan_sweep_submission)
     report = verbs.add_parser(
         "report",
         help="a sweep or run as a page for people",
@@ -71,11 +71,11 @@ def add_verbs(verbs: Subparsers) -> None:
     schema.set_defaults(command=schema_command)
 
 
-def plan_sweep(args: argparse.Namespace, words: tuple[str, ...]) -> "Planned":
-    from trainers.runs.submission import planned
-    from tuning.trials.space import find_sweep
+def plan_sweep_submission(args: argparse.Namespace, words: tuple[str, ...]) -> "Submission":
+    from trainers.runs.submission import plan_submission
+    from tuning.trials.space import read_sweep_spec
 
-    return planned(args, words, find_sweep)
+    return plan_submission(args, words, read_sweep_spec)
 
 
 def sweep_command(args: argparse.Namespace) -> int:
@@ -88,48 +88,48 @@ def sweep_command(args: argparse.Namespace) -> int:
 
     if args.or_resume and not args.name:
         raise SpecError("--or-resume: needs --name, to know what to go on with")
-    if storage := run.begun(args):
+    if storage := run.find_started(args):
         sweep = sweeps.resumed_sweep(args.name, storage, [])
     elif args.resume:
-        sweep = sweeps.resumed_sweep(args.resume, run.storage_of(args.spec), args.set)
+        sweep = sweeps.resumed_sweep(args.resume, run.storage_for_spec(args.spec), args.set)
     elif args.spec:
         sweep = sweeps.new_sweep(args.spec, args.set, args.name)
     else:
         raise SpecError("sweep: needs a spec, or --resume SWEEP")
-    spec, _ = resolve(sweep.data, SweepRunSpec)
+    spec, _ = resolve(sweep.spec_data, SweepRunSpec)
     if args.verify_fusion and spec.sweep.scheduler.name == "pbt":
         raise SpecError("--verify-fusion: trials of pbt go on from one another, none is alone")
-    with run.at_work(sweep.folder, spec, args.address, args.verbose) as (console, _):
+    with run.run_session(sweep.folder, spec, args.address, args.verbose) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
             f"{spec.sweep.search} and {spec.sweep.scheduler.name}"
         )
         with SweepProgress(console, sweep) as progress:
-            board, tracked = sweeps.execute(sweep, progress.watch, console.print)
-        _show_board(console, sweep, board, tracked)
+            board, tracked = sweeps.run_to_end(sweep, progress.on_trial_event, console.print)
+        _print_results(console, sweep, board, tracked)
         if args.verify_fusion:
-            for line in sweeps.verified(sweep, board):
+            for line in sweeps.verify_fused_trials(sweep, board):
                 console.print(line)
     return 0 if len(board.ended) == spec.sweep.total_trials else 130
 
 
-def _show_board(
+def _print_results(
     console: "Console", sweep: "Sweep", board: "Leaderboard", tracked: "Mapping[str, Any]"
 ) -> None:
     """The end of a sweep: who won, what mattered, and how to go on."""
     from rich.table import Table
 
-    from cluster.connection.ray_connection import submitted
+    from cluster.connection.ray_connection import submission_metadata
     from trainers.checkpoints.checkpoints import Checkpoints
-    from trainers.run_folder import CHECKPOINTS, TRACK, short_path
+    from trainers.run_folder import CHECKPOINTS, TRACKING, display_path
 
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
     for column in ("trial", sweep.spec.metric, *others, "epochs", "", *sweep.spec.parameters):
         table.add_column(column, justify="right", overflow="fold")
-    for standing in board.standings[:10]:
-        values = [_shown(standing.parameters[path]) for path in sweep.spec.parameters]
-        figures = [_shown(standing.figures.get(name, "unknown")) for name in others]
+    for standing in board.results[:10]:
+        values = [_format_cell(standing.parameters[path]) for path in sweep.spec.parameters]
+        figures = [_format_cell(standing.objectives.get(name, "unknown")) for name in others]
         scores = (f"{standing.value:.4f}", *figures, f"{standing.epoch:.1f}")
         ended = "" if standing.complete else "stopped"
         table.add_row(f"{standing.number:04d}", *scores, ended, *values)
@@ -137,19 +137,19 @@ def _show_board(
     for number, reason in board.failed.items():
         console.print(f"trial {number:04d} failed: {reason}", style="red")
     if sweep.spec.objective[1:]:
-        front = ", ".join(f"{number:04d}" for number in board.front)
+        front = ", ".join(f"{number:04d}" for number in board.pareto_trials)
         named = ", ".join(sweep.spec.objective)
         console.print(f"Pareto front of {named}: {front or 'unknown'}", highlight=False)
     if board.importances:
         shares = "  ".join(f"{path} {share:.2f}" for path, share in board.importances.items())
         console.print(f"importance: {shares}")
     if "unsent" in tracked:
-        console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACK}", style="yellow")
+        console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACKING}", style="yellow")
     else:
         console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
     for name, text in tracked.get("account", {}).items():
         console.print(f"{name}: {text}", highlight=False)
-    folder = short_path(sweep.folder)
+    folder = display_path(sweep.folder)
     ended_by = tracked.get("reason")
     if len(board.ended) < sweep.spec.total_trials:
         limit = (ended_by or "").partition(" ")[0].rstrip(":")
@@ -157,42 +157,42 @@ def _show_board(
         console.print(
             f"{f'{ended_by}; ' if ended_by else ''}stopped with {len(board.ended)} of "
             f"{sweep.spec.total_trials} trials ended; go on with\n  heliostat "
-            f"{'submit ' if submitted() else ''}sweep --resume {folder}{more}",
+            f"{'submit ' if submission_metadata() else ''}sweep --resume {folder}{more}",
             highlight=False,
         )
     if board.best is not None:
-        trial = short_path(sweep.trial_folder(board.best.number))
-        newest = Checkpoints(sweep.trial_folder(board.best.number) / CHECKPOINTS).newest()
+        trial = display_path(sweep.trial_folder(board.best.number))
+        newest = Checkpoints(sweep.trial_folder(board.best.number) / CHECKPOINTS).latest()
         console.print(
-            f"best checkpoint: {short_path(newest) if newest else 'none'}\n"
+            f"best checkpoint: {display_path(newest) if newest else 'none'}\n"
             f"train it afresh: heliostat train {folder}/best.yaml\n"
             f"train it further: heliostat train {folder}/best.yaml --from {trial} "
             "--set train.epochs=N"
         )
 
 
-def _shown(value: object) -> str:
+def _format_cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def report_command(args: argparse.Namespace) -> int:
     from cluster.base.config import read_yaml
     from cluster.base.errors import HeliostatError
-    from trainers.cli.track import keep, tracked_folder
-    from trainers.reports.page import write
+    from trainers.cli.track import tracked_folder, upload_artifacts
+    from trainers.reports.page import write_report
     from trainers.reports.run_report import run_page
-    from trainers.run_folder import SPEC, short_path
+    from trainers.run_folder import SPEC, display_path
     from tuning.reports.sweep_report import sweep_page
 
     folder = tracked_folder(args.name)
     data = read_yaml(folder / SPEC)
     page = sweep_page(folder) if data.get("sweep") else run_page(folder)
-    path = write(page, folder / REPORT)
+    path = write_report(page, folder / REPORT_FOLDER)
     print(
-        f"{short_path(path)}: {path.stat().st_size / 1e6:.1f} MB, and {len(page.charts)} PNG files"
+        f"{display_path(path)}: {path.stat().st_size / 1e6:.1f} MB, and {len(page.charts)} PNG files"
     )
     try:
-        print(f"MLflow run: {keep(folder, REPORT)} (heliostat ui)")
+        print(f"MLflow run: {upload_artifacts(folder, REPORT_FOLDER)} (heliostat ui)")
     except HeliostatError as error:
         print(f"not in MLflow: {error}")
     return 0

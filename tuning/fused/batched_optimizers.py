@@ -17,22 +17,24 @@ from torch import Tensor
 
 from trainers.spec import OptimizerSpec
 
-Numbers = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Rule:
+class BatchedOptimizer:
     """An optimizer."""
 
     moments: tuple[str, ...]
     """The names under which torch's optimizer keeps them."""
-    coefficients: Callable[[OptimizerSpec, Numbers, Numbers], list[Numbers]]
+    coefficients: Callable[[OptimizerSpec, FloatArray, FloatArray], list[FloatArray]]
     """Of the learning rates and the numbers of steps (from 1), [n] each: C arrays of [n]."""
     update: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     """(weights, gradient [K, P]; moments; decayed columns [P]; C coefficients [K, 1])."""
 
 
-def _adamw_coefficients(spec: OptimizerSpec, rate_n: Numbers, t_n: Numbers) -> list[Numbers]:
+def _adamw_coefficients(
+    spec: OptimizerSpec, rate_n: FloatArray, t_n: FloatArray
+) -> list[FloatArray]:
     first, second = spec.betas
     return [
         rate_n * spec.weight_decay,
@@ -53,7 +55,7 @@ def _adamw_update(
     return weights_KP * (1 - decay_K1 * decays_P) - step_KP, (mean_KP, square_KP)
 
 
-def _sgd_coefficients(spec: OptimizerSpec, rate_n: Numbers, t_n: Numbers) -> list[Numbers]:
+def _sgd_coefficients(spec: OptimizerSpec, rate_n: FloatArray, t_n: FloatArray) -> list[FloatArray]:
     constants = (spec.weight_decay, spec.momentum)
     return [rate_n, *(np.full_like(t_n, value) for value in constants)]
 
@@ -69,7 +71,7 @@ def _sgd_update(
     return new_KP, (torch.where(momentum_K1 > 0, buffer_KP, 0),)
 
 
-RULES = {
-    "adamw": Rule(("exp_avg", "exp_avg_sq"), _adamw_coefficients, _adamw_update),
-    "sgd": Rule(("momentum_buffer",), _sgd_coefficients, _sgd_update),
+BATCHED_OPTIMIZERS = {
+    "adamw": BatchedOptimizer(("exp_avg", "exp_avg_sq"), _adamw_coefficients, _adamw_update),
+    "sgd": BatchedOptimizer(("momentum_buffer",), _sgd_coefficients, _sgd_update),
 }

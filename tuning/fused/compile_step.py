@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cluster.base.files import cache_folder
-from tuning.fused.vmap_rewrites import NotFusibleError, phrase
+from tuning.fused.vmap_rewrites import NotFusibleError, first_sentence
 
-Step = Callable[..., Tensor]
+CompiledStep = Callable[..., Tensor]
 """Takes the state, which it changes in place, and the inputs; gives the losses."""
 
 
-def compile_step(graph: GraphModule, inputs: Sequence[Tensor], state: int) -> Step:
+def compile_step(graph: GraphModule, inputs: Sequence[Tensor], state_count: int) -> CompiledStep:
     """A traced step as a compiled one; the first `state` of its inputs are what it changes.
 
     Takes from two seconds to a minute. On a GPU the step is one CUDA graph, which belongs to the
@@ -28,8 +28,10 @@ def compile_step(graph: GraphModule, inputs: Sequence[Tensor], state: int) -> St
         except NotFusibleError:
             # PyTorch 2.13 on a CPU: a KeyError, where a loop overwrites what it has read
             # (github.com/pytorch/pytorch/issues/188228).
-            step = _copied(_compiled(_out_of_place(graph), list(inputs)), state)
-        return _Captured(step, inputs, state) if inputs[0].device.type == "cuda" else step
+            step = _copying_back(_compiled(_out_of_place(graph), list(inputs)), state_count)
+        return (
+            _CudaGraphStep(step, inputs, state_count) if inputs[0].device.type == "cuda" else step
+        )
 
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -46,7 +48,7 @@ def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
                 graph, inputs, dynamic_shapes="from_example_inputs", options=options
             )
     except Exception as error:
-        raise NotFusibleError(f"torch.compile: {phrase(error)}") from error
+        raise NotFusibleError(f"torch.compile: {first_sentence(error)}") from error
 
 
 def _out_of_place(graph: GraphModule) -> GraphModule:
@@ -65,7 +67,7 @@ def _out_of_place(graph: GraphModule) -> GraphModule:
     return changed
 
 
-def _copied(step: Callable[..., Any], state: int) -> Callable[..., Any]:
+def _copying_back(step: Callable[..., Any], state: int) -> Callable[..., Any]:
     def stepped(*inputs: Tensor) -> Tensor:
         loss_K: Tensor
         loss_K, *new = step(*inputs)
@@ -76,7 +78,7 @@ def _copied(step: Callable[..., Any], state: int) -> Callable[..., Any]:
     return stepped
 
 
-class _Captured:
+class _CudaGraphStep:
     """A compiled step as one CUDA graph: the host gives one command per step. Not tried on one."""
 
     def __init__(self, step: Callable[..., Any], inputs: Sequence[Tensor], state: int) -> None:

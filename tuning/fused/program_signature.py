@@ -12,7 +12,7 @@ from torch import nn
 from trainers.engine.step import build_network
 from trainers.spec import RunSpec
 from trainers.workload import Workload
-from tuning.fused.vmap_rewrites import MODEL, Place
+from tuning.fused.vmap_rewrites import MODEL_SECTION, ValuePath
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Variant:
     total_steps: int
 
 
-def reason_against(spec: RunSpec) -> str | None:
+def unsupported_reason(spec: RunSpec) -> str | None:
     """What in a trial's spec keeps it from being fused; None when nothing does."""
     train, scale = spec.train, spec.scale
     if scale.max_workers > 1:
@@ -40,15 +40,15 @@ def reason_against(spec: RunSpec) -> str | None:
     return None
 
 
-def with_fields(workload: Workload, fields: Mapping[str, Any]) -> Workload:
+def with_model_values(workload: Workload, values: Mapping[str, Any]) -> Workload:
     """The workload with other values in its section `model`, which are not checked."""
     changed = copy.copy(workload)
-    changed.model = workload.model.model_copy(update=dict(fields))
+    changed.model = workload.model.model_copy(update=dict(values))
     return changed
 
 
 @contextmanager
-def attributes(network: nn.Module, values: Mapping[Place, Any]) -> Iterator[None]:
+def patched_attributes(network: nn.Module, values: Mapping[ValuePath, Any]) -> Iterator[None]:
     """Attributes of modules in here are these."""
     before = {place: getattr(network.get_submodule(place[0]), place[1]) for place in values}
     for (module, name), value in values.items():
@@ -60,7 +60,7 @@ def attributes(network: nn.Module, values: Mapping[Place, Any]) -> Iterator[None
             object.__setattr__(network.get_submodule(module), name, value)
 
 
-def numbers_in(network: nn.Module) -> dict[Place, float]:
+def module_floats(network: nn.Module) -> dict[ValuePath, float]:
     """The numbers that stand in modules, such as a dropout's rate."""
     return {
         (module, name): value
@@ -70,16 +70,16 @@ def numbers_in(network: nn.Module) -> dict[Place, float]:
     }
 
 
-def lifted(
-    variant: Variant, floats: Mapping[Place, float], varied: Mapping[str, Sequence[float]]
-) -> Iterator[Place]:
+def batched_values(
+    variant: Variant, floats: Mapping[ValuePath, float], varied: Mapping[str, Sequence[float]]
+) -> Iterator[ValuePath]:
     """The fields that vary, and the numbers in modules that vary with them."""
-    yield from ((MODEL, name) for name in varied)
+    yield from ((MODEL_SECTION, name) for name in varied)
     found = set()
     with torch.random.fork_rng(devices=[]):
         for name, values in varied.items():
             for value in values:
-                other = numbers_in(with_fields(variant.workload, {name: value}).build())
+                other = module_floats(with_model_values(variant.workload, {name: value}).build())
                 found |= {p for p in floats if other.get(p, floats[p]) != floats[p]}
     yield from sorted(found)
 

@@ -27,14 +27,14 @@ from ray.tune.execution.tune_controller import TuneController
 from trainers.devices import local_device
 from trainers.runs.metering import WorkerMeter
 from tuning.fused.engine import Engine
-from tuning.fused.fusion_plan import Plan, slots_of, try_plan
+from tuning.fused.fusion_plan import FusionPlan, planned_slots, try_plan
 from tuning.fused.program import Program
-from tuning.trials.budget import ENGINE
+from tuning.trials.budget import ENGINE_ACCOUNT
 from tuning.trials.trial import Sweep
 
-SLOT = "heliostat_slot"
+SLOT_RESOURCE = "heliostat_slot"
 """The resource that a fused trial takes, counted by us alone."""
-THREADS = 256
+MAX_CONCURRENT_CALLS = 256
 """Calls that an engine's actor takes at once; each waiting trial holds one or two."""
 
 
@@ -65,7 +65,7 @@ class SlotTrainable(tune.Trainable):  # type: ignore[misc]
         self.engine.stop(self._lease)
 
 
-class Host:
+class EngineActor:
     """An engine in a process of its own, with the trainables of its trials; a Ray actor."""
 
     def __init__(self, sweep: Sweep, tracker: Any) -> None:
@@ -75,7 +75,7 @@ class Host:
         self._program: Program | None = None
         self._called: defaultdict[int, int] = defaultdict(int)
 
-    def plan(self, engines: int) -> Plan:
+    def plan(self, engines: int) -> FusionPlan:
         """Whether the sweep is to be fused on so many devices, and into how many slots."""
         plan, self._program = try_plan(self._sweep, engines)
         return plan
@@ -84,22 +84,22 @@ class Host:
         """Have an engine as the sweep's plan wants it, which compiles what it will need."""
         with self._lock:
             if not hasattr(SlotTrainable, "engine"):
-                slots = slots_of(self._sweep)
-                hardware = local_device(self._sweep.data["scale"]["accelerator"])
+                slots = planned_slots(self._sweep)
+                hardware = local_device(self._sweep.spec_data["scale"]["accelerator"])
                 self._meter = WorkerMeter(
                     self._tracker,
-                    f"{self._sweep.key}/{ENGINE}",
+                    f"{self._sweep.key}/{ENGINE_ACCOUNT}",
                     hardware,
                     trace=self._sweep.power_trace,
                 ).__enter__()
                 SlotTrainable.engine = Engine(self._sweep, self._tracker, slots, self._program)
 
-    def call(self, key: int, turn: int, method: str, args: Any, kwargs: Any) -> Any:
+    def call(self, key: int, sequence_number: int, method: str, args: Any, kwargs: Any) -> Any:
         """Do a trainable's `method`; calls to one trainable are done one after the other."""
         with self._lock:
-            if turn and key not in self._called:
+            if sequence_number and key not in self._called:
                 raise RuntimeError("the engine that had this trial was lost")
-            self._lock.wait_for(lambda: self._called[key] == turn)
+            self._lock.wait_for(lambda: self._called[key] == sequence_number)
         try:
             if method == "__init__":
                 self.prepare()
@@ -115,27 +115,27 @@ class Host:
                 self._lock.notify_all()
 
 
-class _Handle:
+class _ActorHandleStandIn:
     """What Tune takes for the handle of a trial's actor."""
 
     _keys = itertools.count()
 
     def __init__(self, host: Any, kwargs: dict[str, Any]) -> None:
-        self._host, self._key, self._turns = host, next(self._keys), itertools.count()
+        self._engine, self._key, self._sequence = host, next(self._keys), itertools.count()
         self._ready = self._call("__init__", (), kwargs)
 
     def _call(self, method: str, args: Any, kwargs: Any) -> Any:
         # An engine that was lost is being started again; its trials' first calls wait for that.
         retries = -1 if method == "__init__" else 0
-        call = self._host.call.options(max_task_retries=retries)
-        return call.remote(self._key, next(self._turns), method, args, kwargs)
+        call = self._engine.call.options(max_task_retries=retries)
+        return call.remote(self._key, next(self._sequence), method, args, kwargs)
 
-    def __getattr__(self, method: str) -> "_Method":
-        return _Method(self, method)
+    def __getattr__(self, method: str) -> "_MethodStandIn":
+        return _MethodStandIn(self, method)
 
 
-class _Method:
-    def __init__(self, handle: _Handle, name: str) -> None:
+class _MethodStandIn:
+    def __init__(self, handle: _ActorHandleStandIn, name: str) -> None:
         self._handle, self._name = handle, name
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,29 +144,29 @@ class _Method:
         return self._handle._call(self._name, args, kwargs)
 
 
-class _Class:
+class _ActorClassStandIn:
     """What Tune takes for the class of the trials' actors, and for its cache of such classes."""
 
     def __init__(self, hosts: Sequence[Any]) -> None:
-        self._hosts = itertools.cycle(hosts)
+        self._engines = itertools.cycle(hosts)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What `isinstance` asks for."""
         return ray.actor.ActorClass
 
-    def get(self, trainable: Any) -> "_Class":
+    def get(self, trainable: Any) -> "_ActorClassStandIn":
         return self
 
-    def options(self, **options: Any) -> "_Class":
+    def options(self, **options: Any) -> "_ActorClassStandIn":
         return self
 
-    def remote(self, **kwargs: Any) -> _Handle:
-        return _Handle(next(self._hosts), kwargs)
+    def remote(self, **kwargs: Any) -> _ActorHandleStandIn:
+        return _ActorHandleStandIn(next(self._engines), kwargs)
 
 
 @contextlib.contextmanager
-def trials_in_slots(hosts: Sequence[Any], slots: int) -> Iterator[None]:
+def trials_in_slots(engines: Sequence[Any], slots: int) -> Iterator[None]:
     """Tuners that run in here keep their trials in `slots` slots on the engines of `hosts`.
 
     `Tuner` has no argument for its controller, so the class is replaced where it looks it up.
@@ -175,9 +175,9 @@ def trials_in_slots(hosts: Sequence[Any], slots: int) -> Iterator[None]:
 
     class Controller(TuneController):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            manager = FixedResourceManager({SLOT: slots})
+            manager = FixedResourceManager({SLOT_RESOURCE: slots})
             super().__init__(*args, **kwargs, resource_manager_factory=lambda: manager)
-            self._class_cache = _Class(hosts)
+            self._class_cache = _ActorClassStandIn(engines)
             # At its end it kills actors that take more than 5 s to stop; ours go with the engine.
             self._actor_manager.cleanup = manager.clear
 
@@ -188,10 +188,13 @@ def trials_in_slots(hosts: Sequence[Any], slots: int) -> Iterator[None]:
         module.TuneController = original
 
 
-def start_hosts(sweep: Sweep, tracker: Any, count: int) -> list[Any]:
+def start_engines(sweep: Sweep, tracker: Any, count: int) -> list[Any]:
     """The actors of `count` engines; each is started again when it is lost."""
     needs = sweep.spec.resources
-    actor = ray.remote(Host).options(
-        num_cpus=needs.cpu, num_gpus=needs.gpu, max_restarts=-1, max_concurrency=THREADS
+    actor = ray.remote(EngineActor).options(
+        num_cpus=needs.cpu,
+        num_gpus=needs.gpu,
+        max_restarts=-1,
+        max_concurrency=MAX_CONCURRENT_CALLS,
     )
     return [actor.remote(sweep, tracker) for _ in range(count)]

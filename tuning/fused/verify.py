@@ -7,15 +7,15 @@ from tempfile import TemporaryDirectory
 
 from trainers.devices import local_device
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
-from trainers.run_folder import TRACK
+from trainers.engine.reporter import NullReporter
+from trainers.run_folder import TRACKING
 from trainers.spec import RunSpec, resolve
-from trainers.tracking.operation_log import logged
+from trainers.tracking.operation_log import read_metrics
 from trainers.worker import Worker
-from tuning.trials.leaderboard import Leaderboard, Standing
+from tuning.trials.leaderboard import Leaderboard, TrialResult
 from tuning.trials.trial import Sweep, set_threads
 
-TRIALS = 3
+VERIFIED_TRIALS = 3
 """The best, the middle and the worst of a leaderboard."""
 
 Series = dict[tuple[str, int], float]
@@ -40,46 +40,48 @@ class Deviation:
         )
 
 
-def chosen(board: Leaderboard) -> list[Standing]:
+def trials_to_verify(board: Leaderboard) -> list[TrialResult]:
     """The trials to train alone."""
-    last = len(board.standings) - 1
-    places = sorted({round(last * share / (TRIALS - 1)) for share in range(TRIALS)})
-    return [board.standings[place] for place in places] if board.standings else []
+    last = len(board.results) - 1
+    places = sorted(
+        {round(last * share / (VERIFIED_TRIALS - 1)) for share in range(VERIFIED_TRIALS)}
+    )
+    return [board.results[place] for place in places] if board.results else []
 
 
-def deviation(sweep: Sweep, standing: Standing) -> Deviation:
+def measure_deviation(sweep: Sweep, standing: TrialResult) -> Deviation:
     """Train a trial alone as far as it came in its slot, and compare losses and evaluations.
 
     Called in a process that has what the sweep's trials have. Untracked, and without a trace.
     """
     set_threads(sweep)
-    spec, workload = resolve(sweep.trial_spec(standing.parameters), RunSpec)
+    spec, workload = resolve(sweep.trial_spec_data(standing.parameters), RunSpec)
     alone = _Recorder(standing.step)
     worker = Worker(hardware=local_device(spec.scale.accelerator))
     with TemporaryDirectory() as folder:
         train(spec, workload, sweep.dataset, Path(folder), alone, worker)
-    told = logged(sweep.folder / TRACK, sweep.trial_key(standing.number))
+    told = read_metrics(sweep.folder / TRACKING, sweep.trial_key(standing.number))
     fused = {(name, step): value for name, value, step, _ in told}
     both = [(abs(value - fused[at]), at) for at, value in alone.series.items() if at in fused]
     value, (metric, step) = max(both)
     return Deviation(standing.number, value, metric, step, len(both))
 
 
-class _Recorder(SilentReporter):
+class _Recorder(NullReporter):
     """Keeps losses and evaluations in memory, and stops the run after so many steps."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self.series: Series = {}
-        self._over = False
+        self._ended = False
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
             if name == "train/loss" or name.startswith(("val/", "test/")):
                 self.series[name, step] = value
 
-    def tick(self, step: int) -> None:
-        self._over = step + 1 >= self._steps
+    def on_step_end(self, step: int) -> None:
+        self._ended = step + 1 >= self._steps
 
     def should_stop(self) -> bool:
-        return self._over
+        return self._ended

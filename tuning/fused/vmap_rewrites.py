@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-Place = tuple[str, str]
+ValuePath = tuple[str, str]
 """Where a number that differs between trials stands: a module's name and attribute, or MODEL."""
-MODEL = "spec.model"
+MODEL_SECTION = "spec.model"
 """In place of a module's name: a field of the spec's section `model`."""
-Guards = dict[tuple[Place, str, float], bool]
+Guards = dict[tuple[ValuePath, str, float], bool]
 """A number, a comparison, a constant -> the answer that a program was traced with."""
 
 
@@ -21,13 +21,13 @@ class NotFusibleError(Exception):
     """Why a trial cannot be a slot of a program, in a phrase."""
 
 
-def phrase(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """An error's first sentence, after the operation that `Rewrites` has noted on it."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
     return "".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {sentence}"])
 
 
-class Rewrites(TorchFunctionMode):
+class VmapRewrites(TorchFunctionMode):
     """The few calls whose numbers PyTorch cannot batch, in terms of ones where it can.
 
     Where a lifted number that is compared with a constant decides how the program goes on, the
@@ -37,12 +37,12 @@ class Rewrites(TorchFunctionMode):
 
     def __init__(
         self,
-        lifted: Sequence[tuple[Tensor, tuple[Place, float]]],
+        batched: Sequence[tuple[Tensor, tuple[ValuePath, float]]],
         guards: Guards,
     ) -> None:
         super().__init__()
-        self._lifted, self._guards = {id(number): known for number, known in lifted}, guards
-        self._questions = {id(number): (number, "ne", 0.0) for number, _ in lifted}
+        self._lifted, self._guards = {id(number): known for number, known in batched}, guards
+        self._questions = {id(number): (number, "ne", 0.0) for number, _ in batched}
         self._held: list[Tensor] = []
 
     def __torch_function__(

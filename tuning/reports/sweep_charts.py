@@ -4,9 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.reports.charts import Chart, Table, data, kind_colours, quantity, scale_of, titled
+from trainers.reports.charts import (
+    Chart,
+    Columns,
+    choose_scale,
+    data_source,
+    quantitative,
+    status_colours,
+    with_unit,
+)
 from trainers.reports.history import Series
-from tuning.trials.leaderboard import Standing
+from tuning.trials.leaderboard import TrialResult
 from tuning.trials.space import Distribution
 
 AXIS_WIDTH = 95
@@ -17,26 +25,26 @@ def slug(text: str) -> str:
     return text.replace("/", "-").replace("_", "-").replace(".", "-")
 
 
-def picked(best: int) -> list[dict[str, Any]]:
+def selected_trial(best: int) -> list[dict[str, Any]]:
     """The trial that is brought out: the best, until the page sets another one."""
     return [{"name": "picked", "value": best}]
 
 
-def curves(
+def learning_curves(
     metric: str, series: Mapping[int, tuple[Series, float]], kinds: Mapping[int, str], best: int
 ) -> Chart:
     """One metric of all trials; of each its points, and epochs of a step."""
-    points: Table = {
+    points: Columns = {
         "trial": [number for number, (own, _) in series.items() for _ in own.steps],
         "epoch": [step * epoch for own, epoch in series.values() for step in own.steps],
         "value": [value for own, _ in series.values() for value in own.values],
     }
-    trials: Table = {"trial": list(series), "kind": [kinds[number] for number in series]}
+    trials: Columns = {"trial": list(series), "kind": [kinds[number] for number in series]}
     order = [
         kind for kind in ("complete", "running", "stopped", "failed") if kind in trials["kind"]
     ]
-    x = quantity("epoch", "epoch", scale={"nice": False, "zero": False})
-    y = quantity("value", titled(metric), scale=scale_of(points["value"]))
+    x = quantitative("epoch", "epoch", scale={"nice": False, "zero": False})
+    y = quantitative("value", with_unit(metric), scale=choose_scale(points["value"]))
     faint = max(0.12, min(0.7, 12 / max(1, len(series))))
     each = {
         # With `opacity` each line would be a layer of its own, and a thousand take a minute.
@@ -51,7 +59,7 @@ def curves(
             "x": x,
             "y": y,
             "detail": {"field": "trial"},
-            "color": kind_colours(order),
+            "color": status_colours(order),
             "tooltip": [{"field": "trial", "title": "trial"}, {"field": "kind", "title": "ended"}],
         },
     }
@@ -70,14 +78,14 @@ def curves(
         f"{metric} of {len(series):,} trials over their epochs; trial {best:04d}, the best, is "
         "brought out, or the one that is chosen in the leaderboard."
     )
-    spec = {"params": picked(best), **data("points"), "layer": [each, one]}
+    spec = {"params": selected_trial(best), **data_source("points"), "layer": [each, one]}
     return Chart(
         f"curves-{slug(metric)}", metric, text, spec, {"points": points, "trials": trials}, 320
     )
 
 
-def parallel(
-    standings: Sequence[Standing], space: Mapping[str, Distribution], metric: str, mode: str
+def parallel_coordinates(
+    standings: Sequence[TrialResult], space: Mapping[str, Distribution], metric: str, mode: str
 ) -> Chart:
     """Each trial as a line through its values; the last axis is the metric."""
     lines: dict[str, list[Any]] = {"trial": [], "axis": [], "at": [], "value": [], "set": []}
@@ -88,12 +96,12 @@ def parallel(
     ]:
         low, high, positions = _positions(values, space.get(path))
         for standing, value, position in zip(standings, values, positions, strict=True):
-            row = (standing.number, path, position, standing.value, _short(value))
+            row = (standing.number, path, position, standing.value, _cell_text(value))
             for name, cell in zip(lines, row, strict=True):
                 lines[name].append(cell)
         ends["axis"] += [path, path]
         ends["at"] += [0, 1]
-        ends["text"] += [_short(low), _short(high)]
+        ends["text"] += [_cell_text(low), _cell_text(high)]
     axes = [*space, metric]
     x = {
         "field": "axis",
@@ -103,10 +111,10 @@ def parallel(
         "axis": {"labelAngle": -20, "grid": True, "domain": False, "labelOverlap": False},
         "scale": {"padding": 0.3},
     }
-    y = quantity("at", "", axis=None, scale={"domain": [-0.06, 1.06]})
-    colour = quantity(
+    y = quantitative("at", "", axis=None, scale={"domain": [-0.06, 1.06]})
+    colour = quantitative(
         "value",
-        titled(metric),
+        with_unit(metric),
         scale={"scheme": "$scheme", "reverse": mode == "min"},
         legend={"gradientLength": 180},
     )
@@ -115,19 +123,19 @@ def parallel(
     shape = {"x": x, "y": y, "detail": trial, "tooltip": tooltip}
     faint = max(0.15, min(0.8, 40 / max(1, len(standings))))
     each = {
-        **data("lines"),
+        **data_source("lines"),
         "mark": {"type": "line", "strokeWidth": 1.3, "strokeOpacity": faint, "aria": False},
         "encoding": {**shape, "color": colour},
     }
     one = {
-        **data("lines"),
+        **data_source("lines"),
         "transform": [{"filter": "datum.trial == picked"}],
         "mark": {"type": "line", "strokeWidth": 3, "color": "$accent"},
         "encoding": shape,
     }
     labels = [
         {
-            **data("ends"),
+            **data_source("ends"),
             "transform": [{"filter": f"datum.at == {at}"}],
             "mark": {
                 "type": "text",
@@ -145,7 +153,7 @@ def parallel(
         f"Every line is one of {len(standings):,} trials, through the values that it had, coloured "
         f"by {metric}; trial {best:04d} is brought out. The numbers are those of the leaderboard."
     )
-    spec = {"params": picked(best), "layer": [each, one, *labels]}
+    spec = {"params": selected_trial(best), "layer": [each, one, *labels]}
     tables = {"lines": lines, "ends": ends}
     width = AXIS_WIDTH * len(axes)
     return Chart("parallel-coordinates", "Parallel coordinates", text, spec, tables, 300, width)
@@ -154,9 +162,9 @@ def parallel(
 def _positions(values: Sequence[Any], space: Distribution | None) -> tuple[Any, Any, list[float]]:
     """What is at the foot of an axis, what at its head, and where on it each value is."""
     if space is not None and space.choice is not None:
-        texts = [_short(choice) for choice in space.choice]
+        texts = [_cell_text(choice) for choice in space.choice]
         top = max(1, len(texts) - 1)
-        return texts[0], texts[-1], [texts.index(_short(value)) / top for value in values]
+        return texts[0], texts[-1], [texts.index(_cell_text(value)) / top for value in values]
     known = [float(value) for value in values if math.isfinite(value)]
     low, high = space.bounds if space and space.bounds else (min(known), max(known))
     into = math.log if space is not None and "log" in space.kind else float
@@ -167,18 +175,18 @@ def _positions(values: Sequence[Any], space: Distribution | None) -> tuple[Any, 
     return low, high, places
 
 
-def _short(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def importances(shares: Mapping[str, float], metric: str) -> Chart:
-    table: Table = {"parameter": list(shares), "share": list(shares.values())}
+def importance_chart(shares: Mapping[str, float], metric: str) -> Chart:
+    table: Columns = {"parameter": list(shares), "share": list(shares.values())}
     spec = {
-        **data("shares"),
+        **data_source("shares"),
         "mark": {"type": "bar", "color": "$blue", "tooltip": True},
         "encoding": {
             "y": {"field": "parameter", "type": "nominal", "sort": "-x", "title": None},
-            "x": quantity("share", f"share of the variance of {metric}", axis={"format": "%"}),
+            "x": quantitative("share", f"share of the variance of {metric}", axis={"format": "%"}),
         },
     }
     most = ", ".join(f"{path} {share:.0%}" for path, share in list(shares.items())[:3])
@@ -186,9 +194,9 @@ def importances(shares: Mapping[str, float], metric: str) -> Chart:
     return Chart("importances", "Importance", text, spec, {"shares": table}, 40 + 30 * len(shares))
 
 
-def sliced(
+def slice_chart(
     path: str,
-    standings: Sequence[Standing],
+    standings: Sequence[TrialResult],
     space: Distribution,
     metric: str,
     kinds: Mapping[int, str],
@@ -196,15 +204,15 @@ def sliced(
     """The metric by one parameter."""
     values = [s.parameters[path] for s in standings]
     choice = space.choice is not None
-    table: Table = {
-        "x": [_short(value) for value in values] if choice else values,
+    table: Columns = {
+        "x": [_cell_text(value) for value in values] if choice else values,
         "value": [s.value for s in standings],
         "trial": [s.number for s in standings],
         "kind": [kinds[s.number] for s in standings],
     }
-    x: dict[str, Any] = quantity("x", path, scale={"type": "linear", "zero": False})
+    x: dict[str, Any] = quantitative("x", path, scale={"type": "linear", "zero": False})
     if choice:
-        order = [_short(value) for value in space.choice or []]
+        order = [_cell_text(value) for value in space.choice or []]
         x = {
             "field": "x",
             "type": "nominal",
@@ -215,31 +223,33 @@ def sliced(
     elif "log" in space.kind:
         x["scale"] = {"type": "log", "nice": False, "padding": 12}
     text = f"{metric} of each trial by its {path}."
-    spec = _points(
+    spec = _scatter(
         x,
-        quantity("value", titled(metric), scale=scale_of(table["value"])),
+        quantitative("value", with_unit(metric), scale=choose_scale(table["value"])),
         table,
         standings[0].number,
     )
     return Chart(f"slice-{slug(path)}", path, text, spec, {"dots": table}, 220)
 
 
-def _points(x: Mapping[str, Any], y: Mapping[str, Any], table: Table, first: int) -> dict[str, Any]:
+def _scatter(
+    x: Mapping[str, Any], y: Mapping[str, Any], table: Columns, first: int
+) -> dict[str, Any]:
     order = [kind for kind in ("complete", "running", "stopped", "failed") if kind in table["kind"]]
     tooltip = [{"field": name} for name in ("trial", "kind", "x", "value")]
     dots = {
         "mark": {"type": "point", "filled": True, "size": 45, "opacity": 0.75},
-        "encoding": {"x": x, "y": y, "color": kind_colours(order), "tooltip": tooltip},
+        "encoding": {"x": x, "y": y, "color": status_colours(order), "tooltip": tooltip},
     }
     one = {
         "transform": [{"filter": "datum.trial == picked"}],
         "mark": {"type": "point", "size": 170, "strokeWidth": 2.5, "color": "$accent"},
         "encoding": {"x": x, "y": y, "tooltip": tooltip},
     }
-    return {"params": picked(first), **data("dots"), "layer": [dots, one]}
+    return {"params": selected_trial(first), **data_source("dots"), "layer": [dots, one]}
 
 
-def front(
+def pareto_chart(
     cost: str,
     metric: str,
     points: Mapping[int, tuple[float, float]],
@@ -247,7 +257,7 @@ def front(
     kinds: Mapping[int, str],
 ) -> Chart:
     """The metric by what it cost; `points` are cost and metric of each trial, the best first."""
-    table: Table = {
+    table: Columns = {
         "trial": list(points),
         "x": [cost for cost, _ in points.values()],
         "value": [value for _, value in points.values()],
@@ -255,11 +265,11 @@ def front(
     }
     steps = sorted(points[number] for number in best)
     line = {"x": [x for x, _ in steps], "value": [value for _, value in steps]}
-    x = quantity("x", titled(cost), scale=scale_of(table["x"]))
-    y = quantity("value", titled(metric), scale=scale_of(table["value"]))
-    spec = _points(x, y, table, next(iter(points)))
+    x = quantitative("x", with_unit(cost), scale=choose_scale(table["x"]))
+    y = quantitative("value", with_unit(metric), scale=choose_scale(table["value"]))
+    spec = _scatter(x, y, table, next(iter(points)))
     stairs = {
-        **data("front"),
+        **data_source("front"),
         "mark": {"type": "line", "interpolate": "step-after", "color": "$accent", "strokeWidth": 2},
         "encoding": {"x": x, "y": y},
     }

@@ -7,16 +7,18 @@ from typing import Any, TypeAlias
 
 from tuning.trials.space import Distribution, SchedulerSpec, SweepSpec
 
-TIME = "epoch"
+EPOCH_ATTR = "epoch"
 """What schedulers measure progress by: trials with different batches have different steps."""
-SPENT = "spent"
+COST_ATTR = "spent"
 """The same by cost: epochs at the average cost of the sweep's."""
 
-Price: TypeAlias = Callable[[int, Mapping[str, Any]], float]
+CostPerEpoch: TypeAlias = Callable[[int, Mapping[str, Any]], float]
 """Of a trial's number and result: its cost of an epoch, in those of the sweep's average."""
 
 
-def build_scheduler(sweep: SweepSpec, epochs: float, price: Price = lambda *_: 1.0) -> Any:
+def build_scheduler(
+    sweep: SweepSpec, epochs_per_trial: float, cost_per_epoch: CostPerEpoch = lambda *_: 1.0
+) -> Any:
     """Ray Tune's scheduler for trials of `epochs` epochs; `price` is asked where `per` is a cost.
 
     Tune pickles the scheduler, and `price` with it.
@@ -25,55 +27,57 @@ def build_scheduler(sweep: SweepSpec, epochs: float, price: Price = lambda *_: 1
 
     spec = sweep.scheduler
     if spec.name == "asha":
-        return _timed(
+        return _comparing_trials(
             schedulers.AsyncHyperBandScheduler,
             spec,
-            price,
+            cost_per_epoch,
             # A trial ends by itself; being stopped there would only look like a verdict.
-            max_t=math.ceil(epochs) + 1,
-            stop_last_trials=spec.per == "epoch",
+            max_t=math.ceil(epochs_per_trial) + 1,
+            stop_last_trials=spec.resource == "epoch",
             grace_period=spec.grace_epochs,
             reduction_factor=spec.reduction,
         )
     if spec.name == "median":
-        return _timed(
+        return _comparing_trials(
             schedulers.MedianStoppingRule,
             spec,
-            price,
+            cost_per_epoch,
             grace_period=spec.grace_epochs,
             min_samples_required=3,
         )
     if spec.name == "pbt":
-        return _population()(
-            time_attr=TIME,
+        return _pbt_class()(
+            time_attr=EPOCH_ATTR,
             perturbation_interval=spec.every_epochs,
             hyperparam_mutations={
-                path: _mutation(distribution) for path, distribution in sweep.parameters.items()
+                path: _pbt_domain(distribution) for path, distribution in sweep.parameters.items()
             },
-            custom_explore_fn=_Clip(sweep),
+            custom_explore_fn=_ClipToBounds(sweep),
             synch=False,
         )
     return schedulers.FIFOScheduler()
 
 
-def first_rung(spec: SchedulerSpec, epochs: float) -> float:
+def first_rung_epochs(spec: SchedulerSpec, epochs_per_trial: float) -> float:
     """Epochs after which a trial of `epochs` is first judged."""
     if spec.name == "none":
-        return epochs
-    return min(epochs, spec.every_epochs if spec.name == "pbt" else spec.grace_epochs)
+        return epochs_per_trial
+    return min(epochs_per_trial, spec.every_epochs if spec.name == "pbt" else spec.grace_epochs)
 
 
-def _timed(kind: Any, spec: SchedulerSpec, price: Price, **options: Any) -> Any:
+def _comparing_trials(
+    scheduler_class: Any, spec: SchedulerSpec, cost_per_epoch: CostPerEpoch, **options: Any
+) -> Any:
     """A scheduler of Ray's that compares trials after equal epochs, or equal costs."""
-    if spec.per == "epoch":
-        return kind(time_attr=TIME, **options)
-    return _at_cost(kind, price)(time_attr=SPENT, **options)
+    if spec.resource == "epoch":
+        return scheduler_class(time_attr=EPOCH_ATTR, **options)
+    return _comparing_costs(scheduler_class, cost_per_epoch)(time_attr=COST_ATTR, **options)
 
 
-def _at_cost(kind: Any, price: Price) -> Any:
+def _comparing_costs(scheduler_class: Any, cost_per_epoch: CostPerEpoch) -> Any:
     """A scheduler of Ray's that also finds in each result what the trial has spent."""
 
-    class AtCost(kind):  # type: ignore[misc]
+    class AtCost(scheduler_class):  # type: ignore[misc]
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
             return super().on_trial_result(controller, trial, _with_spent(trial, result))
 
@@ -81,14 +85,17 @@ def _at_cost(kind: Any, price: Price) -> Any:
             super().on_trial_complete(controller, trial, _with_spent(trial, result))
 
     def _with_spent(trial: Any, result: dict[str, Any]) -> dict[str, Any]:
-        if TIME not in result:
+        if EPOCH_ATTR not in result:
             return result
-        return {**result, SPENT: result[TIME] * price(trial.config["trial"], result)}
+        return {
+            **result,
+            COST_ATTR: result[EPOCH_ATTR] * cost_per_epoch(trial.config["trial"], result),
+        }
 
     return AtCost
 
 
-def _population() -> Any:
+def _pbt_class() -> Any:
     """Ray's PBT, which takes its first values from our search as well as from Ray's own.
 
     It refuses searchers because they would not hear of changed values; ours learns nothing
@@ -107,7 +114,7 @@ def _population() -> Any:
     return Population
 
 
-def _mutation(distribution: Distribution) -> Any:
+def _pbt_domain(distribution: Distribution) -> Any:
     """The domain that pbt draws new values from."""
     from ray import tune
 
@@ -123,7 +130,7 @@ def _mutation(distribution: Distribution) -> Any:
     return tune.lograndint(int(low), int(high) + 1)
 
 
-class _Clip:
+class _ClipToBounds:
     """pbt multiplies values by 0.8 or 1.2; this keeps them where the spec wants them."""
 
     def __init__(self, sweep: SweepSpec) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
-from cluster.base.files import cut_torn_line
-from tuning.trials.budget import purse_of
+from cluster.base.files import truncate_partial_line
+from tuning.trials.budget import find_open_budget
 from tuning.trials.space import Distribution, SweepSpec
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Journal:
         """By trial: `value` of the metric or None, `step`, and `complete`."""
         if path.exists():
             for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last is torn
-                self._take(json.loads(line))
+                self._apply(json.loads(line))
 
-    def _take(self, entry: dict[str, Any]) -> None:
+    def _apply(self, entry: dict[str, Any]) -> None:
         if "parameters" in entry:
             self.parameters[entry["trial"]] = entry["parameters"]
         else:
@@ -42,85 +42,85 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._path.open("a+b") as file:
-            cut_torn_line(file.fileno())
+            truncate_partial_line(file.fileno())
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._take(entry)
+        self._apply(entry)
 
-    def suggested(self, trial: int, parameters: Mapping[str, Any]) -> None:
+    def record_suggestion(self, trial: int, parameters: Mapping[str, Any]) -> None:
         self._append({"trial": trial, "parameters": dict(parameters)})
 
-    def ended(self, trial: int, value: float | None, step: int, complete: bool) -> None:
+    def record_end(self, trial: int, value: float | None, step: int, complete: bool) -> None:
         self._append({"trial": trial, "value": value, "step": step, "complete": complete})
 
 
-class JournaledSearch(Searcher):  # type: ignore[misc]
+class JournaledSearcher(Searcher):  # type: ignore[misc]
     """A Ray Tune searcher that hands out `{"trial": number, path: value, ...}`."""
 
     def __init__(self, sweep: SweepSpec, journal: Path) -> None:
         super().__init__(metric=sweep.metric, mode=sweep.mode)
         self._sweep, self._journal_path = sweep, journal
-        self._numbers: dict[str, int] = {}
+        self._trial_numbers: dict[str, int] = {}
         """Tune's trial id -> our number."""
-        self._open()
+        self._load_journal()
 
-    def _open(self) -> None:
+    def _load_journal(self) -> None:
         self._journal = Journal(self._journal_path)
-        self._study = study_of(self._sweep, self._journal)
-        self._asked: dict[int, optuna.Trial] = {}
+        self._study = study_from_journal(self._sweep, self._journal)
+        self._open_trials: dict[int, optuna.Trial] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_journal", "_study", "_asked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        self._load_journal()
 
     def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).write_text(json.dumps(self._numbers))
+        Path(checkpoint_path).write_text(json.dumps(self._trial_numbers))
 
     def restore(self, checkpoint_path: str) -> None:
-        self._numbers = json.loads(Path(checkpoint_path).read_text())
+        self._trial_numbers = json.loads(Path(checkpoint_path).read_text())
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The values of a trial that Tune has lost sight of, else new ones; None while, as far
         as one can see, there is no money for them.
         """
-        lost = sorted(set(self._journal.parameters) - set(self._numbers.values()))
+        lost = sorted(set(self._journal.parameters) - set(self._trial_numbers.values()))
         number = lost[0] if lost else len(self._journal.parameters)
         if not lost:
             if number >= self._sweep.total_trials:
                 return str(Searcher.FINISHED)
-            purse = purse_of(self._journal_path.parent.name)
-            if purse is not None and not purse.can_start():
+            purse = find_open_budget(self._journal_path.parent.name)
+            if purse is not None and not purse.can_start_trial():
                 return None
-            self._journal.suggested(number, self._new_parameters(number))
-        self._numbers[trial_id] = number
+            self._journal.record_suggestion(number, self._new_parameters(number))
+        self._trial_numbers[trial_id] = number
         return {"trial": number, **self._journal.parameters[number]}
 
     def _new_parameters(self, number: int) -> dict[str, Any]:
         if self._sweep.search == "grid":
             return self._sweep.combinations()[number]
         space = {path: optuna_distribution(d) for path, d in self._sweep.parameters.items()}
-        asked = self._asked[number] = self._study.ask(space)
-        return {path: self._decoded(path, value) for path, value in asked.params.items()}
+        asked = self._open_trials[number] = self._study.ask(space)
+        return {path: self._from_optuna(path, value) for path, value in asked.params.items()}
 
-    def _decoded(self, path: str, value: Any) -> Any:
+    def _from_optuna(self, path: str, value: Any) -> Any:
         choice = self._sweep.parameters[path].choice
-        return value if choice is None else next(c for c in choice if encoded(c) == value)
+        return value if choice is None else next(c for c in choice if to_optuna(c) == value)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        number, result = self._numbers[trial_id], result or {}
+        number, result = self._trial_numbers[trial_id], result or {}
         if number in self._journal.ends:
             return
         value = None if error else result.get(self._sweep.metric)
         complete = bool(result.get("complete"))
-        self._journal.ended(number, value, int(result.get("step", 0)), complete)
+        self._journal.record_end(number, value, int(result.get("step", 0)), complete)
         ended = frozen_trial(self._sweep, self._journal, number)
-        asked = self._asked.pop(number, None)
+        asked = self._open_trials.pop(number, None)
         if asked is None:
             self._study.add_trial(ended)
             return
@@ -129,7 +129,7 @@ class JournaledSearch(Searcher):  # type: ignore[misc]
         self._study.tell(asked, ended.value if complete else None, ended.state)
 
 
-def encoded(value: Any) -> Any:
+def to_optuna(value: Any) -> Any:
     """A choice as Optuna takes it: plain scalars as they are, all else as JSON."""
     scalar = value is None or isinstance(value, (bool, int, float, str))
     return value if scalar else json.dumps(value)
@@ -143,7 +143,7 @@ def optuna_distribution(distribution: Distribution) -> "optuna.distributions.Bas
     )
 
     if distribution.choice is not None:
-        return CategoricalDistribution([encoded(value) for value in distribution.choice])
+        return CategoricalDistribution([to_optuna(value) for value in distribution.choice])
     low, high = distribution.bounds or (0, 0)
     log = "log" in distribution.kind
     if "integer" in distribution.kind:
@@ -164,13 +164,13 @@ def frozen_trial(sweep: SweepSpec, journal: Journal, number: int) -> "optuna.tri
     return create_trial(
         state=state,
         value=value if state is TrialState.COMPLETE else None,
-        params={path: encoded(parameters[path]) for path in sweep.parameters},
+        params={path: to_optuna(parameters[path]) for path in sweep.parameters},
         distributions={path: optuna_distribution(d) for path, d in sweep.parameters.items()},
         intermediate_values={end["step"]: value} if state is TrialState.PRUNED else {},
     )
 
 
-def study_of(sweep: SweepSpec, journal: Journal) -> "optuna.Study":
+def study_from_journal(sweep: SweepSpec, journal: Journal) -> "optuna.Study":
     """An Optuna study that knows the trials of the journal that have ended."""
     import optuna
 

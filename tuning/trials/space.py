@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.base.config import Spec, override, with_value
+from cluster.base.config import Spec, apply_overrides, with_value
 from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainers.workload import Workload
 
 
-COSTS = ("cost_usd", "energy_j", "kg_co2e")
+COST_METRICS = ("cost_usd", "energy_j", "kg_co2e")
 """What a trial costs, by the names that MLflow has them under."""
 
 
@@ -33,7 +33,7 @@ class Distribution(Spec):
     """The values themselves, of any kind that the field takes."""
 
     @model_validator(mode="after")
-    def _one_kind_in_order(self) -> "Distribution":
+    def _check_kind_and_order(self) -> "Distribution":
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
             known = ", ".join(type(self).model_fields)
@@ -55,13 +55,15 @@ class Distribution(Spec):
         """Lowest and highest value; None for a choice."""
         return self.uniform or self.loguniform or self.integer or self.log_integer
 
-    def corners(self) -> list[Any]:
+    def boundary_values(self) -> list[Any]:
         """The values that every other one lies between; for a choice, all of them."""
         return list(self.bounds or self.choice or ())
 
 
 class SchedulerSpec(Spec):
     """Which trials go on and which are stopped."""
+
+    renamed_fields = {"per": "resource"}
 
     name: Literal["asha", "median", "pbt", "none"] = "asha"
     """asha and median stop the worse trials, pbt lets them go on from the better ones' weights."""
@@ -71,15 +73,17 @@ class SchedulerSpec(Spec):
     """asha goes on with one in so many trials at each rung."""
     every_epochs: Annotated[float, Field(gt=0)] = 2
     """Epochs between pbt's exploitations."""
-    per: Literal["epoch", "usd", "joule"] = "epoch"
-    """After equal amounts of what asha and median compare trials. With usd or joule, the epochs of
-    `grace_epochs` are those of a trial at the sweep's average cost: a trial that costs twice as
-    much for an epoch is judged after half as many."""
+    resource: Literal["epoch", "usd", "joule"] = "epoch"
+    """The resource that asha and median use to compare trials: epochs, dollars or joules. With usd
+    or joule, the epochs of `grace_epochs` are those of a trial at the sweep's average cost: a trial
+    that costs twice as much for an epoch is judged after half as many."""
 
     @model_validator(mode="after")
-    def _compares(self) -> "SchedulerSpec":
-        if self.per != "epoch" and self.name not in ("asha", "median"):
-            raise ValueError(f"per {self.per}: {self.name} does not compare trials on their way")
+    def _check_resource(self) -> "SchedulerSpec":
+        if self.resource != "epoch" and self.name not in ("asha", "median"):
+            raise ValueError(
+                f"resource {self.resource}: {self.name} does not compare trials on their way"
+            )
         return self
 
 
@@ -121,17 +125,17 @@ class SweepSpec(Spec):
 
     @field_validator("objective")
     @classmethod
-    def _in_words(cls, objectives: list[str]) -> list[str]:
+    def _check_objectives(cls, objectives: list[str]) -> list[str]:
         for objective in objectives:
             name, _, mode = objective.partition(" ")
-            if mode not in ("min", "max") or not (name in COSTS or name.startswith("val/")):
-                known = ", ".join(COSTS)
+            if mode not in ("min", "max") or not (name in COST_METRICS or name.startswith("val/")):
+                known = ", ".join(COST_METRICS)
                 raise ValueError(f"{objective!r} must be `val/... max` or min, or one of {known}")
         return objectives
 
     @model_validator(mode="before")
     @classmethod
-    def _first_leads(cls, data: Any) -> Any:
+    def _metric_from_objective(cls, data: Any) -> Any:
         """`metric` and `mode` are those of the first objective."""
         if not (isinstance(data, dict) and isinstance(data.get("objective"), list)):
             return data
@@ -144,7 +148,7 @@ class SweepSpec(Spec):
         return {**data, "metric": metric, "mode": mode}
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "SweepSpec":
+    def _check_consistency(self) -> "SweepSpec":
         if self.search == "grid":
             for path, distribution in self.parameters.items():
                 if distribution.choice is None:
@@ -169,10 +173,10 @@ class SweepRunSpec(RunSpec):
     sweep: SweepSpec  # type: ignore[assignment]
 
 
-def find_sweep(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]:
+def read_sweep_spec(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]:
     """The short name and the checked spec of the sweep that `name` with overrides describes."""
     stem, data = find_spec(name)
-    data = override(data, overrides)
+    data = apply_overrides(data, overrides)
     if not data.get("sweep"):
         raise SpecError(f"sweep: {name} has no such section; it says what to vary")
     spec, _ = resolve(data, SweepRunSpec)
@@ -180,24 +184,24 @@ def find_sweep(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]:
     return stem, spec
 
 
-def check_parameters(data: Mapping[str, Any], sweep: SweepSpec) -> None:
+def check_parameters(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
     """Raise a SpecError if a value that the sweep may choose is not one that its field takes."""
     for path, distribution in sweep.parameters.items():
         if path.partition(".")[0] in ("sweep", "storage", "tracking", "workload", "data"):
             raise SpecError(f"sweep.parameters.{path}: cannot be varied within a sweep")
-        for value in distribution.corners():
+        for value in distribution.boundary_values():
             try:
-                resolve(trial_data(data, {path: value}), RunSpec)
+                resolve(trial_spec_data(spec_data, {path: value}), RunSpec)
             except SpecError as error:
                 raise SpecError(f"sweep.parameters.{path}: {error}") from None
 
 
-def trial_data(data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+def trial_spec_data(spec_data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The plain spec of one trial: the sweep's with the trial's values, and no sweep.
 
     A budget is the sweep's, and not each trial's.
     """
-    result = {key: value for key, value in data.items() if key not in ("sweep", "budget")}
+    result = {key: value for key, value in spec_data.items() if key not in ("sweep", "budget")}
     for path, value in parameters.items():
         result = with_value(result, path, value)
     return result

@@ -8,13 +8,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
+from cluster.base import config
 from cluster.base.config import (
     Spec,
-    check,
+    apply_overrides,
     did_you_mean,
     flatten,
-    override,
     read_yaml,
+    validate,
     with_value,
     write_yaml,
 )
@@ -152,7 +153,7 @@ class TestOverride:
     def test_values_are_yaml_and_paths_are_made(self) -> None:
         data = {"train": {"steps": 10, "seed": 1}}
         assignments = ["train.steps=2e1", "a.b.c=[1, x]", "note=no", "train.clip=", "n=x=y"]
-        changed = override(data, assignments)
+        changed = apply_overrides(data, assignments)
         assert changed == {
             "train": {"steps": 20.0, "seed": 1, "clip": None},
             "a": {"b": {"c": [1, "x"]}},
@@ -162,7 +163,7 @@ class TestOverride:
         assert data == {"train": {"steps": 10, "seed": 1}}
 
     def test_the_last_one_wins(self) -> None:
-        assert override({}, ["a=1", "a=2"]) == {"a": 2}
+        assert apply_overrides({}, ["a=1", "a=2"]) == {"a": 2}
 
     @pytest.mark.parametrize(
         ("assignment", "message"),
@@ -176,7 +177,7 @@ class TestOverride:
     )
     def test_mistakes(self, assignment: str, message: str) -> None:
         with pytest.raises(SpecError) as caught:
-            override({"train": {"steps": 10}}, [assignment])
+            apply_overrides({"train": {"steps": 10}}, [assignment])
         assert str(caught.value) == message
 
 
@@ -210,7 +211,7 @@ def test_with_value_fills_a_section_that_is_null() -> None:
 
 class TestCheck:
     def test_good_data_is_a_frozen_model_with_defaults(self) -> None:
-        spec = check(Plant, {"name": "n", "mirror": {"width": 3}})
+        spec = validate(Plant, {"name": "n", "mirror": {"width": 3}})
         assert spec == Plant(name="n", mirror=Mirror(width=3.0))
         with pytest.raises(ValueError, match="frozen"):
             spec.name = "other"  # type: ignore[misc]
@@ -261,7 +262,7 @@ class TestCheck:
     def test_each_mistake_is_one_line(self, data: dict[str, Any], message: str) -> None:
         complete = data if not data else {"name": "n", **data}
         with pytest.raises(SpecError) as caught:
-            check(Plant, complete)
+            validate(Plant, complete)
         assert str(caught.value) == message
 
     @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ class TestCheck:
         self, data: dict[str, Any], path: str
     ) -> None:
         with pytest.raises(SpecError) as caught:
-            check(Plant, {"name": "n", **data})
+            validate(Plant, {"name": "n", **data})
         for line in str(caught.value).splitlines():
             assert line.startswith(path)
             assert "function-" not in line
@@ -289,7 +290,7 @@ class TestCheck:
     def test_all_mistakes_at_once_each_on_its_line(self) -> None:
         data = {"count": 1, "mirror": {"width": 0, "hape": 1}, "spare": {"shape": "x"}}
         with pytest.raises(SpecError) as caught:
-            check(Plant, data)
+            validate(Plant, data)
         assert set(str(caught.value).splitlines()) == {
             "name: is required",
             "mirror.width: must be greater than 0 (got 0)",
@@ -299,7 +300,7 @@ class TestCheck:
 
     def test_a_rule_of_several_fields_says_what_it_says(self) -> None:
         with pytest.raises(SpecError, match=r"^count and luck exclude each other"):
-            check(Plant, {"name": "n", "count": 13})
+            validate(Plant, {"name": "n", "count": 13})
 
     @pytest.mark.parametrize(
         ("data", "message"),
@@ -312,7 +313,7 @@ class TestCheck:
     )
     def test_the_prefix_stands_before_each_path(self, data: Any, message: str) -> None:
         with pytest.raises(SpecError) as caught:
-            check(Mirror, data, "model.")
+            validate(Mirror, data, "model.")
         assert str(caught.value) == message
 
 
@@ -320,3 +321,46 @@ def test_did_you_mean() -> None:
     assert did_you_mean("adamm", ["sgd", "adamw"]) == "; did you mean 'adamw'?"
     assert did_you_mean("rmsprop", ["sgd", "adamw"]) == " (known: sgd, adamw)"
     assert did_you_mean("x", []) == ""
+
+
+class TestRenamedFields:
+    """A field that was renamed is read under its old name, with one warning."""
+
+    class Mirror(Spec):
+        renamed_fields = {"size": "diameter_m"}
+        diameter_m: Annotated[float, Field(gt=0)] = 1.0
+
+    class Plant(Spec):
+        renamed_fields = {"parts": "mirror"}
+        mirror: "TestRenamedFields.Mirror | None" = None
+
+    @pytest.fixture(autouse=True)
+    def warn_again(self) -> None:
+        config._warn_of_old_name.cache_clear()
+
+    def test_an_old_name_is_read_and_a_warning_names_both(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for _ in range(2):
+            plant = validate(self.Plant, {"parts": {"size": 2.5}}, "site.")
+            assert plant.mirror == self.Mirror(diameter_m=2.5)
+        assert caplog.messages == [
+            "site.parts: is called site.mirror now; the old name still works",
+            "site.mirror.size: is called site.mirror.diameter_m now; the old name still works",
+        ]
+
+    @pytest.mark.parametrize(
+        ("data", "diameter_m"),
+        [({"size": 2, "diameter_m": 3}, 3), ({"diameter_m": 3, "size": 2}, 2)],
+    )
+    def test_the_name_that_was_set_last_counts(self, data: Any, diameter_m: float) -> None:
+        assert validate(self.Mirror, data).diameter_m == diameter_m
+
+    def test_a_mistake_is_told_under_the_current_name(self) -> None:
+        with pytest.raises(SpecError, match=r"^mirror\.diameter_m: must be greater than 0"):
+            validate(self.Plant, {"mirror": {"size": -1}})
+        with pytest.raises(SpecError, match=r"^mirror\.sizes: unknown key"):
+            validate(self.Plant, {"mirror": {"sizes": 1}})
+
+
+TestRenamedFields.Plant.model_rebuild()

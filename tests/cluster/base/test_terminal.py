@@ -10,7 +10,7 @@ from pathlib import Path
 EVERYBODY = """
 import os, subprocess, sys
 from pathlib import Path
-from cluster.base.terminal import quiet
+from cluster.base.terminal import redirect_output
 
 def everybody(word):
     print(word, "print")
@@ -44,7 +44,7 @@ def test_quiet_sends_all_but_the_console_to_the_log(tmp_path: Path) -> None:
         tmp_path,
         """
 everybody("before")
-with quiet(log) as console:
+with redirect_output(log) as console:
     everybody("within")
     console.print("[bold]progress[/] 1/2")
 everybody("after")
@@ -61,7 +61,7 @@ def test_an_exception_gives_the_terminal_back(tmp_path: Path) -> None:
         """
 open_before = os.listdir("/proc/self/fd")
 try:
-    with quiet(log) as console:
+    with redirect_output(log) as console:
         sys.stdout.write("not yet flushed\\n")
         console.print("told before")
         raise RuntimeError
@@ -80,7 +80,7 @@ def test_a_second_run_appends_to_the_log(tmp_path: Path) -> None:
         tmp_path,
         """
 for word in ("first", "second"):
-    with quiet(log):
+    with redirect_output(log):
         print(word)
 """,
     )
@@ -91,7 +91,7 @@ def test_verbose_redirects_nothing(tmp_path: Path) -> None:
     out, err, log = run(
         tmp_path,
         """
-with quiet(log, verbose=True) as console:
+with redirect_output(log, verbose=True) as console:
     everybody("within")
     console.print("progress")
 """,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.connection.auth_token import authorization, ensure_token, read_token
+from cluster.connection.auth_token import auth_headers, ensure_token, read_token
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_made_once_and_shut() -> None:
     assert read_token() is None
-    assert authorization() == {}
+    assert auth_headers() == {}
     path = ensure_token()
     token = path.read_text()
     assert re.fullmatch("[0-9a-f]{64}", token)
@@ -25,7 +25,7 @@ def test_it_is_made_once_and_shut() -> None:
     path.chmod(0o644)  # as Ray makes it
     assert ensure_token().read_text() == token
     assert path.stat().st_mode & 0o777 == 0o600
-    assert authorization() == {"Authorization": f"Bearer {token}"}
+    assert auth_headers() == {"Authorization": f"Bearer {token}"}
 
 
 def test_the_environment_has_its_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from cluster.base.errors import ClusterError, SpecError
 from cluster.connection.job_server_client import (
-    BusyError,
+    JobExistsError,
     NotFoundError,
-    TakenError,
-    call,
+    ServerBusyError,
+    call_api,
     dashboard_url,
 )
 
@@ -44,27 +44,31 @@ def server() -> Iterator[str]:
         ("401", ClusterError, "asks for the cluster's token; there is none in ~/.ray/auth_token"),
         ("403", ClusterError, "refuses the token of ~/.ray/auth_token"),
         ("404/no%20such%20job", NotFoundError, ": no such job$"),
-        ("500/Traceback%0AValueError:%20x%20already%20exists", TakenError, "of that name is there"),
-        ("500/Traceback%0AValueError:%20no%20agent", BusyError, ": ValueError: no agent$"),
+        (
+            "500/Traceback%0AValueError:%20x%20already%20exists",
+            JobExistsError,
+            "of that name is there",
+        ),
+        ("500/Traceback%0AValueError:%20no%20agent", ServerBusyError, ": ValueError: no agent$"),
         ("400", ClusterError, ": HTTP 400$"),
-        ("200/[1", BusyError, "cannot reach the cluster at "),
+        ("200/[1", ServerBusyError, "cannot reach the cluster at "),
     ],
 )
 def test_a_failure_says_what_to_do(
     server: str, answer: str, kind: type[ClusterError], line: str
 ) -> None:
     with pytest.raises(ClusterError, match=line) as raised:
-        call(server, "GET", f"/{answer}")
+        call_api(server, "GET", f"/{answer}")
     assert type(raised.value) is kind
 
 
 def test_an_answer_is_data_where_it_is_json(server: str) -> None:
-    assert call(server, "GET", "/200/[1]") == [1]
+    assert call_api(server, "GET", "/200/[1]") == [1]
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(BusyError, match=r"at http://127\.0\.0\.1:9: "):
-        call("http://127.0.0.1:9", "GET", "/")
+    with pytest.raises(ServerBusyError, match=r"at http://127\.0\.0\.1:9: "):
+        call_api("http://127.0.0.1:9", "GET", "/")
 
 
 def test_the_dashboard_is_an_option_a_variable_or_here(monkeypatch: pytest.MonkeyPatch) -> None:

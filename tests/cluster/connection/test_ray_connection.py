@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.connection.ray_connection import home, ray_runs_here, submitted
+from cluster.connection.ray_connection import base_folder, local_ray_answers, submission_metadata
 
 
 @pytest.mark.parametrize("text", [None, "", "nonsense", "127.0.0.1:x"])
@@ -18,15 +18,15 @@ def test_no_ray_is_none(tmp_path: Path, text: str | None) -> None:
     note = tmp_path / "note"
     if text is not None:
         note.write_text(text)
-    assert not ray_runs_here(note)
+    assert not local_ray_answers(note)
 
 
 def test_one_that_was_killed_leaves_its_address_behind(tmp_path: Path) -> None:
     note = tmp_path / "note"
     with socket.create_server(("127.0.0.1", 0)) as server:
         note.write_text(f"127.0.0.1:{server.getsockname()[1]}")
-        assert ray_runs_here(note)
-    assert not ray_runs_here(note)
+        assert local_ray_answers(note)
+    assert not local_ray_answers(note)
 
 
 HOLDS = """
@@ -79,9 +79,9 @@ def test_relative_places_of_a_job_do_not_go_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert (submitted(), home()) == (None, tmp_path)
+    assert (submission_metadata(), base_folder()) == (None, tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"heliostat.name": "a"}}')
     monkeypatch.setenv("HELIOSTAT_STORAGE", "/shared")
-    assert (submitted(), home()) == ({"heliostat.name": "a"}, Path("/shared"))
+    assert (submission_metadata(), base_folder()) == ({"heliostat.name": "a"}, Path("/shared"))
     monkeypatch.delenv("HELIOSTAT_STORAGE")
-    assert home() == Path.home()
+    assert base_folder() == Path.home()

@@ -14,7 +14,7 @@ import pytest
 from cluster.base.config import write_yaml
 from cluster.connection import run_gauges
 from cluster.connection.run_gauges import GAUGES, RunGauges
-from cluster.node.prometheus_server import DASHBOARD, install_dashboard, prometheus_command
+from cluster.node.prometheus_server import GRAFANA_DASHBOARD, install_dashboard, prometheus_command
 
 AT_WORK = {
     "heliostat_step_seconds",
@@ -49,7 +49,7 @@ def test_a_run_and_what_its_dashboard_asks_for(
     (heliostat.folder / "spirals.py").write_text(spirals_source)
     spec = {
         "workload": "spirals:Spirals",
-        "train": {"steps": 10_000_000, "global_batch": 20, "evaluate_every": 100},
+        "train": {"steps": 10_000_000, "global_batch": 20, "evaluate_every_epochs": 100},
     }
     write_yaml(spec, heliostat.folder / "s.yaml")
     process = heliostat.start("train", "s.yaml", "--name", "seen")
@@ -72,12 +72,12 @@ def test_a_run_and_what_its_dashboard_asks_for(
 
 def asked_for() -> set[str]:
     """The names of metrics in the dashboard's queries."""
-    return set(re.findall(r"\bray_\w+", DASHBOARD.read_text()))
+    return set(re.findall(r"\bray_\w+", GRAFANA_DASHBOARD.read_text()))
 
 
 def test_the_dashboard_shows_all_that_is_ours() -> None:
     assert asked_for() >= {f"ray_{name}" for name in GAUGES}
-    board = json.loads(DASHBOARD.read_text())
+    board = json.loads(GRAFANA_DASHBOARD.read_text())
     places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
     assert len(set(places)) == len(places)
     assert len({panel["id"] for panel in board["panels"]}) == len(places)
@@ -101,7 +101,7 @@ def test_trials_are_added_up_while_they_last(told: dict[str, float]) -> None:
     gauges = RunGauges()
     for trial, rate in (("0000", 100.0), ("0001", 300.0)):
         rows = [("perf/samples_per_s", rate, 1, 0), ("perf/step_s", 10 / rate, 1, 0)]
-        gauges.take(f"sweep/{trial}", rows)
+        gauges.record(f"sweep/{trial}", rows)
     assert told["heliostat_trials"] == 2
     assert told["heliostat_samples_per_second"] == 400
     assert told["heliostat_step_seconds"] == pytest.approx((0.1 + 0.1 / 3) / 2)
@@ -113,10 +113,10 @@ def test_trials_are_added_up_while_they_last(told: dict[str, float]) -> None:
 
 def test_watts_and_dollars_per_hour_are_the_growth_of_totals(told: dict[str, float]) -> None:
     gauges = RunGauges()
-    gauges.take("sweep", [("energy_j", 1000.0, 30, 30_000), ("cost_usd", 0.10, 30, 30_000)])
+    gauges.record("sweep", [("energy_j", 1000.0, 30, 30_000), ("cost_usd", 0.10, 30, 30_000)])
     assert "heliostat_watts" not in told  # one point has no growth
-    gauges.take("sweep/0000", [("energy_j", 7.0, 40, 40_000)])  # a part of it
-    gauges.take("sweep", [("energy_j", 4000.0, 60, 60_000), ("cost_usd", 0.13, 60, 60_000)])
+    gauges.record("sweep/0000", [("energy_j", 7.0, 40, 40_000)])  # a part of it
+    gauges.record("sweep", [("energy_j", 4000.0, 60, 60_000), ("cost_usd", 0.13, 60, 60_000)])
     assert told["heliostat_watts"] == pytest.approx(100)
     assert told["heliostat_usd_per_hour"] == pytest.approx(3.6)
     assert told["heliostat_usd"] == pytest.approx(0.13)

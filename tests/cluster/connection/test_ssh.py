@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.connection.ssh import Door, doors_on_premises, read_cluster, tunnel_to
+from cluster.connection.ssh import SshTarget, on_premises_targets, read_launcher_file, tunnel_to
 
 LOCAL = {
     "provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]},
@@ -14,21 +14,21 @@ LOCAL = {
 
 
 def test_the_head_is_first_and_may_have_another_address_outside() -> None:
-    assert list(doors_on_premises(LOCAL)) == ["10.0.0.1", "10.0.0.2"]
+    assert list(on_premises_targets(LOCAL)) == ["10.0.0.1", "10.0.0.2"]
     outside = {**LOCAL, "provider": {**LOCAL["provider"], "external_head_ip": "192.0.2.1"}}
-    assert doors_on_premises(outside)["10.0.0.1"] == Door("192.0.2.1", "me", "~/key")
+    assert on_premises_targets(outside)["10.0.0.1"] == SshTarget("192.0.2.1", "me", "~/key")
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("workload: digits")
     with pytest.raises(SpecError, match="not a cluster for `ray up`, has no 'cluster_name'"):
-        read_cluster(file)
+        read_launcher_file(file)
 
 
 def test_no_ssh_is_told_in_a_line() -> None:
     with (
         pytest.raises(ClusterError, match=r"^ssh to 127\.0\.0\.1: .+$"),
-        tunnel_to(Door("127.0.0.1", "nobody-here", "/nowhere/key")),
+        tunnel_to(SshTarget("127.0.0.1", "nobody-here", "/nowhere/key")),
     ):
         pass

@@ -7,17 +7,23 @@ from typing import Any
 
 import pytest
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import SpecError
-from cluster.cost.billing import PERIOD_S, SILENCE_S, Bill, Node, Post
-from cluster.cost.budget import BudgetSpec, check_budget, duration_text, reached, usd_text
-from cluster.cost.energy_meter import Meter, Usage, as_data
-from cluster.cost.ledger import Account, Ledger, account
-from cluster.cost.node_rates import CostSpec, Rate, rate_of
-from cluster.cost.power_sources import Replay
-from cluster.cost.user_prices import Own
+from cluster.cost.billing import (
+    BILLING_INTERVAL_S,
+    METER_TIMEOUT_S,
+    Biller,
+    NodeAllocation,
+    UsageReport,
+)
+from cluster.cost.budget import BudgetSpec, check_budget, duration_text, reached_limit, usd_text
+from cluster.cost.energy_meter import EnergyMeter, EnergyUsage, usages_to_data
+from cluster.cost.ledger import CostTotals, Ledger, total_costs
+from cluster.cost.node_rates import CostSpec, NodeRate, node_rate
+from cluster.cost.power_sources import TraceReplay
+from cluster.cost.user_prices import UserPrices
 
-RATE = Rate(36.0, "$36/h", 500.0, "500 g", 1.2)
+RATE = NodeRate(36.0, "$36/h", 500.0, "500 g", 1.2)
 """A cent a second."""
 
 
@@ -26,10 +32,10 @@ class World:
     """Nodes of four CPUs, meters on them, and the bill of one run."""
 
     path: Path
-    rate: Callable[[Node], Rate] = lambda node: RATE
+    rate: Callable[[NodeAllocation], NodeRate] = lambda node: RATE
     now: float = 5000.0
-    nodes: dict[str, Node] = field(default_factory=dict)
-    posts: dict[str, Post] = field(default_factory=dict)
+    nodes: dict[str, NodeAllocation] = field(default_factory=dict)
+    posts: dict[str, UsageReport] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.node("head")
@@ -39,7 +45,7 @@ class World:
         """A new process goes on with the same ledger."""
         self.ledger = Ledger(self.path)
         clock = self.clock
-        self.bill = Bill("run", self.ledger, self.rate, "head", clock, lambda: clock() + 1e9)
+        self.bill = Biller("run", self.ledger, self.rate, "head", clock, lambda: clock() + 1e9)
         self.posts.clear()
 
     def clock(self) -> float:
@@ -47,19 +53,21 @@ class World:
 
     def node(self, name: str, used: float = 0.0, ours: float = 0.0) -> None:
         """`used` of its CPUs are reserved, `ours` of these by the run."""
-        self.nodes[name] = Node(name, name, {}, {"CPU": 4.0}, {"CPU": used}, {"CPU": ours})
+        self.nodes[name] = NodeAllocation(
+            name, name, {}, {"CPU": 4.0}, {"CPU": used}, {"CPU": ours}
+        )
 
     def work(self, name: str, cpus: float, run: str = "run", **more: Any) -> None:
         """A meter on a node says something new."""
         session = f"{run}@{name}"
         number = self.posts[session].number + 1 if session in self.posts else 0
         more = {"seconds": 0.0, "usages": [], **more}
-        self.posts[session] = Post(session, run, name, {"CPU": cpus}, number, 0.0, **more)
+        self.posts[session] = UsageReport(session, run, name, {"CPU": cpus}, number, 0.0, **more)
 
-    def tick(self, seconds: float = PERIOD_S) -> Account:
+    def tick(self, seconds: float = BILLING_INTERVAL_S) -> CostTotals:
         self.now += seconds
         self.bill.tick(self.nodes.values(), self.posts.values())
-        return self.ledger.account()
+        return self.ledger.totals()
 
 
 @pytest.fixture
@@ -100,12 +108,12 @@ def test_a_node_is_held_from_when_it_came_up_until_it_goes(world: World) -> None
     world.node("gpu", used=4)
     world.work("gpu", 4)
     world.tick(0)
-    assert world.ledger.account().idle_s == 40 + 20
-    world.tick(SILENCE_S)
+    assert world.ledger.totals().idle_s == 40 + 20
+    world.tick(METER_TIMEOUT_S)
     world.node("gpu")
     found = world.tick(20)
-    assert found.busy_s == SILENCE_S
-    assert found.idle_s == (40 + SILENCE_S + 20) + (20 + 20)
+    assert found.busy_s == METER_TIMEOUT_S
+    assert found.idle_s == (40 + METER_TIMEOUT_S + 20) + (20 + 20)
     world.node("gpu", used=4)  # somebody else's
     assert world.tick(10).idle_s == found.idle_s + 10
     del world.nodes["gpu"]
@@ -120,7 +128,7 @@ def test_restarts_add_up(world: World) -> None:
         world.ledger.close()
         world.now += 1000  # nobody works on the run
         world.start()
-    found = world.ledger.account()
+    found = world.ledger.totals()
     assert (found.busy_s, found.wall_s) == (35, 35)
     assert found.usd == pytest.approx(0.35)
 
@@ -130,7 +138,7 @@ def test_trials_pay_their_parts_and_the_sweep_the_rest(world: World) -> None:
     world.work("head", 1, run="run/0000")
     world.work("head", 2, run="run/0001")
     world.tick(100)
-    paid = world.ledger.accounts()
+    paid = world.ledger.totals_by_run()
     costs = {run: paid[run].usd for run in ("run/0000", "run/0001", "run")}
     assert costs == pytest.approx({"run/0000": 0.25, "run/0001": 0.50, "run": 0.25})
 
@@ -142,7 +150,7 @@ def test_what_ends_between_two_ticks_is_paid_for_its_own_seconds(world: World) -
     world.work("head", 4, run="run/0001", seconds=2.5, ended=True)
     for _ in range(2):
         world.tick(2)
-    paid = {run: found.busy_s for run, found in world.ledger.accounts().items()}
+    paid = {run: found.busy_s for run, found in world.ledger.totals_by_run().items()}
     assert paid == pytest.approx(
         {"run/0000": 0.75 * 2 / 2.75, "run/0001": 2 * 2 / 2.75 + 2, "run": 0}
     )
@@ -155,17 +163,17 @@ def test_a_budget_stops_within_one_period(world: World, tmp_path: Path, limit: s
     trace.write_text(
         "t_s,device,covers,method,counter_j,power_w\n0,GPU-a,gpu,power_integrated,,1800\n"
     )
-    meter = Meter([Replay(trace, world.clock)], world.clock)
+    meter = EnergyMeter([TraceReplay(trace, world.clock)], world.clock)
     limits = {"usd": 6.0, "kwh": 0.3, "kg_co2e": 0.3 * 1.2 * 0.5, "wall": "10m"}
-    budget = check(BudgetSpec, {limit: limits[limit]})
+    budget = validate(BudgetSpec, {limit: limits[limit]})
     world.node("head", used=4)
     began, found = world.now, world.tick(0)
-    while (reason := reached(budget, found)) is None:
+    while (reason := reached_limit(budget, found)) is None:
         assert world.now - began < 700
         meter.sample()
-        world.work("head", 4, usages=as_data(meter.used))
+        world.work("head", 4, usages=usages_to_data(meter.usages))
         found = world.tick(1.7)
-    assert 600 <= world.now - began <= 600 + 2 * PERIOD_S
+    assert 600 <= world.now - began <= 600 + 2 * BILLING_INTERVAL_S
     words = {
         "usd": "$6.00 of $6.00",
         "kwh": "0.3 kWh of 0.3 kWh",
@@ -180,8 +188,8 @@ def test_a_budget_stops_within_one_period(world: World, tmp_path: Path, limit: s
 
 
 def test_a_budget_that_cannot_be_kept_is_refused() -> None:
-    nothing = account([])
-    laptop = rate_of("laptop", {}, CostSpec(), Own())
+    nothing = total_costs([])
+    laptop = node_rate("laptop", {}, CostSpec(), UserPrices())
     with pytest.raises(SpecError) as caught:
         check_budget(BudgetSpec(usd=5), nothing, {"laptop": laptop})
     assert str(caught.value) == (
@@ -196,16 +204,16 @@ def test_a_budget_that_cannot_be_kept_is_refused() -> None:
 def test_what_becomes_unknown_stops_a_budget_that_needs_it(world: World) -> None:
     world.rate = lambda node: replace(RATE, usd_per_h=None, g_co2e_per_kwh=None)
     world.start()
-    blind = Usage("GPU-a", "gpu", seconds=10, unknown_s=10)
-    world.work("head", 4, usages=as_data([blind]))
+    blind = EnergyUsage("GPU-a", "gpu", seconds=10, unknown_s=10)
+    world.work("head", 4, usages=usages_to_data([blind]))
     found = world.tick()
     assert found.usd is None
-    assert "have no price" in (reached(BudgetSpec(usd=5), found) or "")
-    assert "100% of the time is unknown" in (reached(BudgetSpec(kwh=5), found) or "")
-    assert reached(BudgetSpec(wall=60), found) is None
-    seen = Usage("GPU-a", "gpu", seconds=10, by_method={"nvml_counter": 50.0})
-    world.work("head", 4, usages=as_data([seen]))
-    assert "carbon" in (reached(BudgetSpec(kg_co2e=5), world.tick()) or "")
+    assert "have no price" in (reached_limit(BudgetSpec(usd=5), found) or "")
+    assert "100% of the time is unknown" in (reached_limit(BudgetSpec(kwh=5), found) or "")
+    assert reached_limit(BudgetSpec(wall=60), found) is None
+    seen = EnergyUsage("GPU-a", "gpu", seconds=10, by_method={"nvml_counter": 50.0})
+    world.work("head", 4, usages=usages_to_data([seen]))
+    assert "carbon" in (reached_limit(BudgetSpec(kg_co2e=5), world.tick()) or "")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +221,7 @@ def test_what_becomes_unknown_stops_a_budget_that_needs_it(world: World) -> None
     [(90, 90), ("90m", 5400), ("1h 30m", 5400), ("2d", 172_800), ("1.5h", 5400)],
 )
 def test_wall_in_the_users_units(text: object, seconds: float) -> None:
-    assert check(BudgetSpec, {"wall": text}).wall == seconds
+    assert validate(BudgetSpec, {"wall": text}).wall == seconds
 
 
 @pytest.mark.parametrize(
@@ -226,7 +234,7 @@ def test_wall_in_the_users_units(text: object, seconds: float) -> None:
 )
 def test_mistakes(budget: dict[str, Any], problem: str) -> None:
     with pytest.raises(SpecError) as caught:
-        check(BudgetSpec, budget, "budget.")
+        validate(BudgetSpec, budget, "budget.")
     assert str(caught.value) == problem
 
 

@@ -5,15 +5,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import ray.util.accelerators.accelerators as ray_accelerators
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
-from ray.util.accelerators import accelerators
 
 import cluster.cost.catalog
 from cluster.base.errors import SpecError
 from cluster.cost.catalog import (
-    PRICES,
-    devices,
-    find_device,
+    PRICES_CSV,
+    accelerators,
+    find_accelerator,
     find_instance,
     instances,
     ray_resource,
@@ -39,7 +39,7 @@ GIB = 2**30
     ],
 )
 def test_a_device_by_its_full_name(name: str, memory_bytes: int, found: str) -> None:
-    device = find_device(name, memory_bytes)
+    device = find_accelerator(name, memory_bytes)
     assert device is not None
     assert device.name == found
 
@@ -57,24 +57,24 @@ def test_a_device_by_its_full_name(name: str, memory_bytes: int, found: str) -> 
     ],
 )
 def test_an_unknown_device_is_not_guessed(name: str, memory_bytes: int | None) -> None:
-    assert find_device(name, memory_bytes) is None
+    assert find_accelerator(name, memory_bytes) is None
 
 
 def test_figures_are_of_one_device_in_plain_units() -> None:
-    h100 = find_device("NVIDIA H100 80GB HBM3", 80 * GIB)
+    h100 = find_accelerator("NVIDIA H100 80GB HBM3", 80 * GIB)
     assert h100 is not None
     assert h100.peak_flop_per_s == 989e12
     assert (h100.memory_bytes, h100.bandwidth_bytes_per_s) == (80e9, 3.35e12)
     assert h100.power_w == 700
-    half = find_device("AMD Instinct MI250X", 64 * GIB)  # the driver shows two for each chip
+    half = find_accelerator("AMD Instinct MI250X", 64 * GIB)  # the driver shows two for each chip
     assert half is not None
     assert (half.peak_flop_per_s, half.memory_bytes) == (191.5e12, 64e9)
     assert (half.power_w, half.devices_per_chip) == (280, 2)
 
 
 def test_every_row_says_where_it_is_from() -> None:
-    assert len(devices()) > 50
-    for device in devices():
+    assert len(accelerators()) > 50
+    for device in accelerators():
         assert device.source
         assert device.confidence in {"high", "medium", "low"}
         assert device.memory_bytes >= 4e9
@@ -83,17 +83,17 @@ def test_every_row_says_where_it_is_from() -> None:
 
 
 def test_a_name_and_a_memory_mean_one_device() -> None:
-    named = [device for device in devices() if device.driver_name]
+    named = [device for device in accelerators() if device.driver_name]
     assert len(named) > 40
     for device in named:
-        assert find_device(device.driver_name, device.memory_bytes) == device
+        assert find_accelerator(device.driver_name, device.memory_bytes) == device
 
 
 def test_the_types_are_those_that_ray_finds() -> None:
     """Ray makes them of the driver's name for NVIDIA, and has a list for the others."""
-    listed = {value for value in vars(accelerators).values() if isinstance(value, str)}
+    listed = {value for value in vars(ray_accelerators).values() if isinstance(value, str)}
     made = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type
-    for device in devices():
+    for device in accelerators():
         if device.vendor == "NVIDIA":
             assert device.ray_accelerator_type == made(device.driver_name)
         else:
@@ -132,14 +132,14 @@ def test_every_price_says_where_it_is_from() -> None:
         assert each.source
         assert each.usd_per_h is not None
         if each.spot_usd_per_h is not None:
-            assert each.spot_low_usd_per_h is not None
-            assert each.spot_low_usd_per_h <= each.spot_usd_per_h < each.usd_per_h
+            assert each.spot_min_usd_per_h is not None
+            assert each.spot_min_usd_per_h <= each.spot_usd_per_h < each.usd_per_h
 
 
 def test_an_instance_in_plain_units() -> None:
     p5 = find_instance("aws", "p5.48xlarge", "us-east-1")
     assert p5 is not None
-    assert (p5.usd(spot=False), p5.usd(spot=True), p5.spot_low_usd_per_h) == (
+    assert (p5.usd(spot=False), p5.usd(spot=True), p5.spot_min_usd_per_h) == (
         55.04,
         16.8795,
         11.2543,
@@ -165,7 +165,7 @@ def test_an_instance_in_plain_units() -> None:
 def test_a_wrong_price_is_named_by_file_and_row(
     tmp_path: Path, column: str, value: str, problem: str
 ) -> None:
-    with PRICES.open(newline="") as file:
+    with PRICES_CSV.open(newline="") as file:
         rows = list(csv.DictReader(file))
     rows[3][column] = value
     path = tmp_path / "prices.csv"

@@ -6,8 +6,21 @@ from typing import Any
 
 import pytest
 
-from cluster.cost.energy_meter import Meter, Usage, as_data, from_data, total
-from cluster.cost.power_sources import CPU_W, CpuEstimate, Nvml, Rapl, Reading, Replay
+from cluster.cost.energy_meter import (
+    EnergyMeter,
+    EnergyUsage,
+    total_energy,
+    usages_from_data,
+    usages_to_data,
+)
+from cluster.cost.power_sources import (
+    CPU_W_PER_THREAD,
+    CpuEstimate,
+    Nvml,
+    Rapl,
+    Reading,
+    TraceReplay,
+)
 
 
 class Clock:
@@ -34,20 +47,20 @@ def counter(joules: float, device: str = "GPU-a", **more: Any) -> Reading:
     return Reading(device, "gpu", "nvml_counter", joules, **more)
 
 
-def only(meter: Meter) -> Usage:
-    (usage,) = meter.used
+def only(meter: EnergyMeter) -> EnergyUsage:
+    (usage,) = meter.usages
     return usage
 
 
 def test_two_ranks_on_one_device_are_one_device() -> None:
     """Whether one source shows it twice, or two sources do."""
     clock, first, second = Clock(), Told(counter(100), counter(100)), Told(counter(100))
-    meter = Meter([first, second], clock)
+    meter = EnergyMeter([first, second], clock)
     clock.now += 2
     first.readings, second.readings = [counter(700), counter(700)], [counter(700)]
     meter.sample()
     assert only(meter).joules == 600
-    found = total(meter.used)
+    found = total_energy(meter.usages)
     assert (found.method, found.coverage, found.measured_share) == ("nvml_counter", "gpu", 1)
     assert (found.low_j, found.high_j, found.unknown_share) == (600, 600, 0)
     assert not found.estimated
@@ -56,7 +69,7 @@ def test_two_ranks_on_one_device_are_one_device() -> None:
 def test_nvml_disappears_in_mid_run_and_comes_back() -> None:
     """The time without it is an estimate with its interval, and is not counted twice."""
     clock, source = Clock(), Told(counter(0, limit_w=400))
-    meter = Meter([source], clock)
+    meter = EnergyMeter([source], clock)
     clock.now += 10
     source.readings = [counter(3000, limit_w=400)]
     meter.sample()
@@ -64,7 +77,7 @@ def test_nvml_disappears_in_mid_run_and_comes_back() -> None:
     clock.now += 10
     meter.sample()
     assert meter.problems == {"Told": "RuntimeError: Driver Not Loaded"}
-    found = total(meter.used)
+    found = total_energy(meter.usages)
     assert found.estimated
     assert (found.low_j, found.high_j) == (3000 + 40 * 10, 3000 + 400 * 10)
     assert found.joules == pytest.approx(3000 + 220 * 10)
@@ -82,15 +95,15 @@ def test_nvml_disappears_in_mid_run_and_comes_back() -> None:
 
 def test_unknown_is_unknown_and_not_zero() -> None:
     clock, source = Clock(), Told(counter(0))
-    meter = Meter([source], clock)
+    meter = EnergyMeter([source], clock)
     source.readings = None  # and no limit is known from which to estimate
     clock.now += 5
     meter.sample()
-    assert total(meter.used).joules is None
-    assert total(meter.used).unknown_share == 1
-    assert str(total(meter.used)) == "unknown"
-    assert total([]).joules is None
-    assert total([]).method == "unknown"
+    assert total_energy(meter.usages).joules is None
+    assert total_energy(meter.usages).unknown_share == 1
+    assert str(total_energy(meter.usages)) == "unknown"
+    assert total_energy([]).joules is None
+    assert total_energy([]).method == "unknown"
 
 
 def test_a_device_without_a_driver_is_estimated_by_the_catalogue_or_unknown() -> None:
@@ -100,17 +113,17 @@ def test_a_device_without_a_driver_is_estimated_by_the_catalogue_or_unknown() ->
         Reading("GPU-a", "gpu", "nvml_counter", limit_w=300),
         Reading("GPU-b", "gpu", "nvml_counter"),
     ]
-    meter = Meter([silent], clock, expected)
+    meter = EnergyMeter([silent], clock, expected)
     clock.now += 10
     meter.sample()
-    found = total(meter.used)
+    found = total_energy(meter.usages)
     assert (found.low_j, found.high_j) == (300, 3000)
     assert (found.unknown_share, found.measured_share) == (0.5, 0)
 
 
 def test_a_clock_that_jumps_makes_no_energy() -> None:
     clock, source = Clock(), Told(Reading("GPU-a", "gpu", "power_integrated", power_w=200))
-    meter = Meter([source], clock)
+    meter = EnergyMeter([source], clock)
     clock.now += 10
     meter.sample()
     assert only(meter).joules == 2000
@@ -127,7 +140,7 @@ def test_a_clock_that_jumps_makes_no_energy() -> None:
 
 def test_power_is_integrated_between_its_readings() -> None:
     clock, source = Clock(), Told(Reading("GPU-a", "gpu", "power_integrated", power_w=100))
-    meter = Meter([source], clock)
+    meter = EnergyMeter([source], clock)
     clock.now += 4
     source.readings = [Reading("GPU-a", "gpu", "power_integrated", power_w=300)]
     meter.sample()
@@ -136,17 +149,20 @@ def test_power_is_integrated_between_its_readings() -> None:
 
 def test_a_counter_that_begins_again() -> None:
     """RAPL's goes round; NVML's begins at 0 with a new driver, and what was used is not known."""
-    clock, source = Clock(), Told(Reading("h/rapl", "cpu", "rapl", 60, wraps_j=64, share=0.25))
+    clock, source = (
+        Clock(),
+        Told(Reading("h/rapl", "cpu", "rapl", 60, wraparound_j=64, run_share=0.25)),
+    )
     nvml = Told(counter(1e6))
-    meter = Meter([source, nvml], clock)
+    meter = EnergyMeter([source, nvml], clock)
     clock.now += 1
-    source.readings = [Reading("h/rapl", "cpu", "rapl", 36, wraps_j=64, share=0.25)]
+    source.readings = [Reading("h/rapl", "cpu", "rapl", 36, wraparound_j=64, run_share=0.25)]
     nvml.readings = [counter(5)]
     meter.sample()
-    cpu, gpu = meter.used if meter.used[0].covers == "cpu" else reversed(meter.used)
+    cpu, gpu = meter.usages if meter.usages[0].covers == "cpu" else reversed(meter.usages)
     assert cpu.joules == 40 * 0.25
     assert (gpu.by_method, gpu.unknown_s) == ({}, 1)
-    assert from_data(as_data(meter.used)) == meter.used
+    assert usages_from_data(usages_to_data(meter.usages)) == meter.usages
 
 
 def test_rapl_as_linux_shows_it(tmp_path: Path) -> None:
@@ -167,20 +183,22 @@ def test_rapl_as_linux_shows_it(tmp_path: Path) -> None:
         ("node/intel-rapl:0", "cpu"),
         ("node/intel-rapl:0:1", "dram"),
     ]
-    assert {(r.counter_j, r.wraps_j, r.share) for r in readings} == {(5, 262143.32885, 0.5)}
+    assert {(r.counter_j, r.wraparound_j, r.run_share) for r in readings} == {
+        (5, 262143.32885, 0.5)
+    }
     assert Rapl("node", 0.5, tmp_path / "none").read() == []
 
 
 def test_a_cpu_by_the_time_that_it_computes() -> None:
     clock, spent = Clock(), [0.0]
     source = CpuEstimate("node", 4, clock, lambda: spent[0])
-    meter = Meter([source], clock)
+    meter = EnergyMeter([source], clock)
     clock.now += 10
     spent[0] += 20  # two of four threads
     meter.sample()
     threads = 0.1 * 4 + 0.9 * 2
-    low, middle, high = (watts * threads * 10 for watts in CPU_W)
-    found = total(meter.used)
+    low, middle, high = (watts * threads * 10 for watts in CPU_W_PER_THREAD)
+    found = total_energy(meter.usages)
     assert (found.low_j, found.joules, found.high_j) == pytest.approx((low, middle, high))
     assert found.estimated
     assert (found.method, found.coverage) == ("tdp_util_estimate", "cpu")
@@ -196,19 +214,19 @@ def test_a_recorded_trace_in_place_of_devices(tmp_path: Path) -> None:
         writer.writerow([5, "GPU-a", "gpu", "nvml_counter", 1510, "", 300])
         writer.writerow([9, "GPU-a", "gpu", "nvml_counter", "", "", ""])  # gone
     clock = Clock()
-    meter = Meter([Replay(path, clock)], clock)
+    meter = EnergyMeter([TraceReplay(path, clock)], clock)
     clock.now += 6
     meter.sample()
-    assert {u.covers: u.joules for u in meter.used} == {"gpu": 1500, "host": 3000}
+    assert {u.covers: u.joules for u in meter.usages} == {"gpu": 1500, "host": 3000}
     clock.now += 6
     meter.sample()
-    found = total(meter.used)
+    found = total_energy(meter.usages)
     assert found.coverage == "gpu+host"
     assert found.low_j < (found.joules or 0) < found.high_j
 
 
 def test_nvml_without_a_driver_is_a_problem_and_no_more() -> None:
     """The real library, on a machine that may have no GPU; such a UUID exists nowhere."""
-    meter = Meter([Nvml(["GPU-00000000-0000-0000-0000-000000000000"])], Clock())
-    assert meter.used == []
+    meter = EnergyMeter([Nvml(["GPU-00000000-0000-0000-0000-000000000000"])], Clock())
+    assert meter.usages == []
     assert "NVML" in meter.problems["Nvml"]

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.errors import ClusterError
-from cluster.cost.ledger import Entry, Ledger, account, read
+from cluster.cost.ledger import Ledger, LedgerEntry, read_entries, total_costs
 
 
-def entry(name: str, seconds: float, kind: str = "busy", usd: float | None = None) -> Entry:
-    return Entry(name, "run", kind, 0.0, 0.0, seconds, node="n", usd=usd)  # type: ignore[arg-type]
+def entry(name: str, seconds: float, kind: str = "busy", usd: float | None = None) -> LedgerEntry:
+    return LedgerEntry(name, "run", kind, 0.0, 0.0, seconds, node="n", usd=usd)  # type: ignore[arg-type]
 
 
 STEPS = st.lists(
@@ -38,15 +38,15 @@ def test_it_adds_up_however_often_processes_restart(steps: list[tuple[str, int, 
         path = Path(folder) / "ledger.jsonl"
         ledger, process, busy_s = Ledger(path), 0, 0
         so_far: defaultdict[int, int] = defaultdict(int)
-        said: dict[int, Entry] = {}
+        said: dict[int, LedgerEntry] = {}
         for do, which, amount in steps:
             if do == "use":
                 so_far[which] += amount
                 busy_s += amount
                 said[which] = entry(f"{process}/{which}", so_far[which], usd=so_far[which] / 4)
-                ledger.put([said[which]])
+                ledger.append([said[which]])
             elif do == "again" and which in said:
-                ledger.put([said[which]])
+                ledger.append([said[which]])
             elif do == "restart":
                 ledger.close()
                 if which:  # killed while it wrote
@@ -55,11 +55,11 @@ def test_it_adds_up_however_often_processes_restart(steps: list[tuple[str, int, 
                 ledger, process = Ledger(path), process + 1
                 so_far.clear()
                 said.clear()
-        found = ledger.account()
-        assert ledger.accounts() == ({"run": found} if busy_s else {})
+        found = ledger.totals()
+        assert ledger.totals_by_run() == ({"run": found} if busy_s else {})
         assert found.busy_s == busy_s
         assert (found.usd or 0) == busy_s / 4
-        assert account(read(path)) == found
+        assert total_costs(read_entries(path)) == found
         ledger.close()
 
 
@@ -69,16 +69,16 @@ def test_the_order_of_lines_does_not_matter(amounts: list[tuple[int, int]], rand
     entries = [entry(f"{which}", seconds, usd=float(seconds)) for which, seconds in amounts]
     shuffled = [*entries, *entries[::2]]
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert account(shuffled) == account(entries)
+    assert total_costs(shuffled) == total_costs(entries)
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from cluster.cost.ledger import Entry, Ledger
+from cluster.cost.ledger import LedgerEntry, Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for seconds in range(1, 10**9):
-    ledger.put([Entry(f"me", "run", "busy", 0.0, 0.0, seconds, usd=seconds / 2)])
+    ledger.append([LedgerEntry(f"me", "run", "busy", 0.0, 0.0, seconds, usd=seconds / 2)])
     print(seconds, flush=True)
 """
 
@@ -99,13 +99,13 @@ def test_kill_9_between_two_writes_loses_nothing_that_was_written(tmp_path: Path
     writer.send_signal(signal.SIGKILL)
     written = max([written, *map(int, writer.stdout.read().split())])
     writer.wait(600)
-    found = Ledger(path).account()
+    found = Ledger(path).totals()
     assert found.busy_s in (written, written + 1)
     assert found.usd == found.busy_s / 2
 
 
 def test_idle_time_is_shown_apart_and_an_unknown_price_is_not_zero() -> None:
-    found = account(
+    found = total_costs(
         [
             entry("a", 3600, usd=2.0),
             entry("b", 1800, "idle", usd=1.0),
@@ -115,14 +115,14 @@ def test_idle_time_is_shown_apart_and_an_unknown_price_is_not_zero() -> None:
     )
     assert (found.busy_s, found.idle_s, found.wall_s) == (4200, 1800, 60)
     assert (found.usd, found.idle_usd, found.unpriced_s) == (3.0, 1.0, 600)
-    assert account([entry("c", 600)]).usd is None
-    assert account([]).energy.joules is None
+    assert total_costs([entry("c", 600)]).usd is None
+    assert total_costs([]).energy.joules is None
 
 
 def test_damage_is_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
-    ledger.put([entry("a", 1), entry("b", 2)])
+    ledger.append([entry("a", 1), entry("b", 2)])
     ledger.close()
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + "#" * 20 + "\n" + lines[1])

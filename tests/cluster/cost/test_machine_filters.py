@@ -4,7 +4,7 @@ import pytest
 
 from cluster.base.errors import SpecError
 from cluster.cost.catalog import instances
-from cluster.cost.machine_filters import select
+from cluster.cost.machine_filters import select_machines
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from cluster.cost.machine_filters import select
     ],
 )
 def test_all_conditions_hold_for_what_is_left(text: str) -> None:
-    left = select(text, instances())
+    left = select_machines(text, instances())
     assert 0 < len(left) < len(instances())
     fields = {
         "provider=aws": lambda i: i.provider == "aws",
@@ -51,6 +51,6 @@ def test_all_conditions_hold_for_what_is_left(text: str) -> None:
 )
 def test_what_matches_nothing_is_told_with_what_would(text: str, said: str) -> None:
     with pytest.raises(SpecError) as error:
-        select(text, instances())
+        select_machines(text, instances())
     assert said in str(error.value)
     assert "\n" not in str(error.value)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
-from cluster.cost.carbon import carbon_of
+from cluster.cost.carbon import carbon_intensity
 from cluster.cost.catalog import find_instance, instances
-from cluster.cost.live_prices import refreshed
-from cluster.cost.node_rates import CostSpec, quote, rate_of
-from cluster.cost.user_prices import Own, overridden, read_own
+from cluster.cost.live_prices import with_live_prices
+from cluster.cost.node_rates import CostSpec, node_rate, price_text
+from cluster.cost.user_prices import UserPrices, apply_user_prices, read_user_prices
 
 TODAY = datetime.date(2026, 11, 22)
 P5 = {
@@ -40,58 +40,60 @@ machines:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Own:
+def own(tmp_path: Path) -> UserPrices:
     path = tmp_path / "prices.yaml"
     path.write_text(OWN)
-    return read_own(path)
+    return read_user_prices(path)
 
 
 def test_every_dollar_has_its_age_and_source() -> None:
-    rate = rate_of("ip-10-0-0-1", P5, CostSpec(), Own(), today=TODAY)
+    rate = node_rate("ip-10-0-0-1", P5, CostSpec(), UserPrices(), today=TODAY)
     assert rate.usd_per_h == 16.8795
-    assert rate.price.startswith("aws/us-east-1/p5.48xlarge spot: $16.88/h (aws/karpenter")
-    assert rate.price.endswith("of 2026-07-20, 125 days old)")
+    assert rate.price_source.startswith("aws/us-east-1/p5.48xlarge spot: $16.88/h (aws/karpenter")
+    assert rate.price_source.endswith("of 2026-07-20, 125 days old)")
     undated = find_instance("lambda", "gpu_8x_h100_sxm5")
     assert undated is not None
-    assert quote(undated, False, TODAY).endswith("of unknown age)")
-    assert "price unknown" in quote(undated, True, TODAY)
+    assert price_text(undated, False, TODAY).endswith("of unknown age)")
+    assert "price unknown" in price_text(undated, True, TODAY)
 
 
 def test_a_price_of_another_region_says_so() -> None:
-    rate = rate_of("a", {**P5, "heliostat.io/region": "eu-west-1"}, CostSpec(), Own(), today=TODAY)
+    rate = node_rate(
+        "a", {**P5, "heliostat.io/region": "eu-west-1"}, CostSpec(), UserPrices(), today=TODAY
+    )
     assert rate.usd_per_h == 16.8795
-    assert rate.price.endswith(", taken for eu-west-1")
+    assert rate.price_source.endswith(", taken for eu-west-1")
 
 
-def test_whose_price_counts(own: Own) -> None:
+def test_whose_price_counts(own: UserPrices) -> None:
     """The spec's own figure before the node's label, before the user's file, before the list."""
-    machine = rate_of("lab-7", P5, CostSpec(), own, today=TODAY)
+    machine = node_rate("lab-7", P5, CostSpec(), own, today=TODAY)
     assert machine.usd_per_h == pytest.approx(2.0 + 1.5 * 1.2 * 0.2)
-    assert machine.price.startswith("lab: $")
-    assert rate_of("cloud", P5, CostSpec(), own).usd_per_h == pytest.approx(16.8795 * 0.75)
+    assert machine.price_source.startswith("lab: $")
+    assert node_rate("cloud", P5, CostSpec(), own).usd_per_h == pytest.approx(16.8795 * 0.75)
     rendered = {"heliostat.io/instance": "p5.48xlarge", "heliostat.io/usd-per-hour": "55.04"}
-    assert rate_of("cloud", rendered, CostSpec(), own).usd_per_h == pytest.approx(55.04 * 0.75)
+    assert node_rate("cloud", rendered, CostSpec(), own).usd_per_h == pytest.approx(55.04 * 0.75)
     labelled = {**P5, "heliostat.io/usd-per-hour": "3.5"}
-    assert rate_of("lab-7", labelled, CostSpec(), own).usd_per_h == 3.5
-    assert rate_of("lab-7", labelled, CostSpec(usd_per_h=1), own).usd_per_h == 1
+    assert node_rate("lab-7", labelled, CostSpec(), own).usd_per_h == 3.5
+    assert node_rate("lab-7", labelled, CostSpec(usd_per_h=1), own).usd_per_h == 1
     g5 = {**P5, "heliostat.io/instance": "g5.xlarge", "heliostat.io/market": "on-demand"}
-    found = rate_of("cloud", g5, CostSpec(), own)
-    assert (found.usd_per_h, "your price file" in found.price) == (0.70, True)
-    names = [each.key for each in overridden(own, instances())]
+    found = node_rate("cloud", g5, CostSpec(), own)
+    assert (found.usd_per_h, "your price file" in found.price_source) == (0.70, True)
+    names = [each.key for each in apply_user_prices(own, instances())]
     assert names[-1] == "own//lab"
 
 
 def test_an_unknown_price_is_none_and_says_why() -> None:
-    rate = rate_of("laptop", {}, CostSpec(), Own())
+    rate = node_rate("laptop", {}, CostSpec(), UserPrices())
     assert rate.usd_per_h is None
-    assert rate.price == "price of laptop unknown: no label, no row in your price file"
-    other = rate_of("x", {**P5, "heliostat.io/instance": "p9.huge"}, CostSpec(), Own())
-    assert (other.usd_per_h, other.price) == (
+    assert rate.price_source == "price of laptop unknown: no label, no row in your price file"
+    other = node_rate("x", {**P5, "heliostat.io/instance": "p9.huge"}, CostSpec(), UserPrices())
+    assert (other.usd_per_h, other.price_source) == (
         None,
         "price of p9.huge unknown: not in the price list",
     )
     with pytest.raises(SpecError, match="usd-per-hour must be a number"):
-        rate_of("x", {"heliostat.io/usd-per-hour": "cheap"}, CostSpec(), Own())
+        node_rate("x", {"heliostat.io/usd-per-hour": "cheap"}, CostSpec(), UserPrices())
 
 
 @pytest.mark.parametrize(
@@ -109,24 +111,24 @@ def test_a_mistake_in_the_users_file_names_file_and_row(
     path = tmp_path / "prices.yaml"
     path.write_text(text)
     with pytest.raises(SpecError) as caught:
-        read_own(path)
+        read_user_prices(path)
     assert all(line.startswith(f"{path}: ") for line in str(caught.value).splitlines())
     assert problem in str(caught.value)
 
 
 def test_carbon_is_that_of_the_place_and_never_guessed() -> None:
-    virginia = carbon_of("aws", "us-east-1")
+    virginia = carbon_intensity("aws", "us-east-1")
     assert virginia is not None
     # eGRID2023's Virginia: 539.599 lb/MWh.
     assert virginia.g_co2e_per_kwh == pytest.approx(539.599 * 0.45359237, abs=0.05)
     assert (virginia.place, virginia.year) == ("US-VA", 2023)
-    assert carbon_of("aws", "eu-north-1").g_co2e_per_kwh < 50  # type: ignore[union-attr]
-    assert carbon_of("aws", "xx-west-9") is None
-    rate = rate_of("a", P5, CostSpec(), Own())
+    assert carbon_intensity("aws", "eu-north-1").g_co2e_per_kwh < 50  # type: ignore[union-attr]
+    assert carbon_intensity("aws", "xx-west-9") is None
+    rate = node_rate("a", P5, CostSpec(), UserPrices())
     assert rate.kg_co2e(3.6e6) == pytest.approx(0.2448 * 1.14)
-    nowhere = rate_of("laptop", {}, CostSpec(), Own())
+    nowhere = node_rate("laptop", {}, CostSpec(), UserPrices())
     assert nowhere.kg_co2e(3.6e6) is None
-    given = rate_of("laptop", {}, CostSpec(g_co2e_per_kwh=100, pue=1.5), Own())
+    given = node_rate("laptop", {}, CostSpec(g_co2e_per_kwh=100, pue=1.5), UserPrices())
     assert given.kg_co2e(3.6e6) == pytest.approx(0.15)
 
 
@@ -141,15 +143,15 @@ def test_todays_prices_by_gpuhunt(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     (tmp_path / "aws.csv").write_text("\n".join([header, *rows]))
     monkeypatch.setenv("GPUHUNT_CATALOG_DIR", str(tmp_path))
-    known, problem = refreshed(instances(), ("aws",), TODAY)
+    known, problem = with_live_prices(instances(), ("aws",), TODAY)
     assert problem is None
-    rate = rate_of("a", P5, CostSpec(), Own(), known, TODAY)
+    rate = node_rate("a", P5, CostSpec(), UserPrices(), known, TODAY)
     assert rate.usd_per_h == 12.0
-    assert "gpuhunt" in rate.price
+    assert "gpuhunt" in rate.price_source
     untouched = next(each for each in known if each.name == "g5.xlarge")
     assert untouched == find_instance("aws", "g5.xlarge")
     (tmp_path / "aws.csv").unlink()
-    again, problem = refreshed(instances(), ("aws",), TODAY)
+    again, problem = with_live_prices(instances(), ("aws",), TODAY)
     assert again == instances()
     assert problem is not None
     assert problem.startswith("gpuhunt: ")
@@ -157,4 +159,4 @@ def test_todays_prices_by_gpuhunt(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_without_gpuhunt_the_snapshot_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gpuhunt", None)
-    assert refreshed(instances()) == (instances(), "gpuhunt is not installed")
+    assert with_live_prices(instances()) == (instances(), "gpuhunt is not installed")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.base.config import check, read_yaml
+from cluster.base.config import read_yaml, validate
 from cluster.base.errors import SpecError
-from cluster.definition.check import Report, examine
+from cluster.definition.check import CheckReport, check_file
 from cluster.definition.launcher_file import render
-from cluster.definition.spec import SHIPPED, ClusterSpec, Provider
+from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, Provider
 
 HOME = Path(__file__).parents[3]
 GPU = "available_node_types.gpu"
@@ -31,20 +31,20 @@ def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rendered(provider: Provider = "aws") -> dict[str, Any]:
     """A file in which all that is marked EDIT has been edited."""
-    data = copy.deepcopy(read_yaml(SHIPPED))
+    data = copy.deepcopy(read_yaml(SHIPPED_SPEC))
     data["aws"] |= {"ssh_from": ["8.8.8.0/24"], "image": "ami-1", "gpu_image": "ami-2"}
     data["gcp"] |= {"project": "ours"}
     data["local"] = {"head": "10.0.0.1", "workers": ["10.0.0.2"]}
-    config = yaml.safe_load(render(check(ClusterSpec, data), provider))
+    config = yaml.safe_load(render(validate(ClusterSpec, data), provider))
     assert isinstance(config, dict)
     return config
 
 
 @pytest.fixture
-def examined(tmp_path: Path) -> Callable[[dict[str, Any]], Report]:
-    def examined(config: dict[str, Any]) -> Report:
+def examined(tmp_path: Path) -> Callable[[dict[str, Any]], CheckReport]:
+    def examined(config: dict[str, Any]) -> CheckReport:
         (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(config))
-        return examine(tmp_path / "cluster.yaml")
+        return check_file(tmp_path / "cluster.yaml")
 
     return examined
 
@@ -58,7 +58,7 @@ def put(config: dict[str, Any], place: str, value: Any) -> None:
 
 
 def test_the_shipped_file_lacks_what_is_marked_edit_and_credentials() -> None:
-    report = examine(HOME / "cluster.yaml")
+    report = check_file(HOME / "cluster.yaml")
     assert all("still the example's" in line for line in report.findings[:-1]), report.findings
     assert report.findings[-1].startswith("provider: no credentials for AWS")
     assert any(line.startswith(f"{GPU}.node_config.ImageId: ") for line in report.findings)
@@ -66,7 +66,7 @@ def test_the_shipped_file_lacks_what_is_marked_edit_and_credentials() -> None:
 
 @pytest.mark.parametrize("provider", ["aws", "gcp", "azure", "local"])
 def test_an_edited_file_lacks_credentials_alone(
-    provider: Provider, examined: Callable[[dict[str, Any]], Report]
+    provider: Provider, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     findings = examined(rendered(provider)).findings
     assert [line for line in findings if "no credentials" not in line] == []
@@ -144,7 +144,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("place", "value", "line"), MISTAKES, ids=lambda it: str(it)[:40])
 def test_a_mistake_is_a_line(
-    place: str, value: Any, line: str, examined: Callable[[dict[str, Any]], Report]
+    place: str, value: Any, line: str, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     config = rendered()
     put(config, place, value)
@@ -152,7 +152,7 @@ def test_a_mistake_is_a_line(
     assert [found for found in findings if found.startswith(line)], findings
 
 
-def test_rays_default_commands_are_found(examined: Callable[[dict[str, Any]], Report]) -> None:
+def test_rays_default_commands_are_found(examined: Callable[[dict[str, Any]], CheckReport]) -> None:
     config = rendered()
     for key in ("setup_commands", "head_start_ray_commands"):
         del config[key]
@@ -162,7 +162,7 @@ def test_rays_default_commands_are_found(examined: Callable[[dict[str, Any]], Re
 
 
 def test_pins_that_differ_from_what_is_installed_here(
-    tmp_path: Path, examined: Callable[[dict[str, Any]], Report]
+    tmp_path: Path, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "constraints.txt").write_text("pydantic==1.0\nnot-here==3\n")
@@ -174,7 +174,7 @@ def test_pins_that_differ_from_what_is_installed_here(
 
 
 def test_a_region_without_the_type(
-    monkeypatch: pytest.MonkeyPatch, examined: Callable[[dict[str, Any]], Report]
+    monkeypatch: pytest.MonkeyPatch, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     """AWS itself is asked where there are credentials; here moto answers."""
     moto = pytest.importorskip("moto")
@@ -191,7 +191,7 @@ def test_a_region_without_the_type(
 
 
 def test_a_key_that_others_may_read(
-    tmp_path: Path, examined: Callable[[dict[str, Any]], Report]
+    tmp_path: Path, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     (tmp_path / "key.pem").touch(mode=0o644)
     config = rendered()
@@ -202,7 +202,7 @@ def test_a_key_that_others_may_read(
 
 
 def test_the_price_at_rest_and_at_most_with_date_and_source(
-    examined: Callable[[dict[str, Any]], Report],
+    examined: Callable[[dict[str, Any]], CheckReport],
 ) -> None:
     config = rendered("gcp")
     config["available_node_types"]["gpu"]["min_workers"] = 1
@@ -220,8 +220,8 @@ def test_the_price_at_rest_and_at_most_with_date_and_source(
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="for Kubernetes"):
-        examine(HOME / "cluster" / "definition" / "launch" / "kuberay.yaml")
+        check_file(HOME / "cluster" / "definition" / "launch" / "kuberay.yaml")
     with pytest.raises(SpecError, match="not a file for Ray's launcher"):
-        examine(SHIPPED)
+        check_file(SHIPPED_SPEC)
     with pytest.raises(SpecError, match="No such file"):
-        examine(tmp_path / "none.yaml")
+        check_file(tmp_path / "none.yaml")

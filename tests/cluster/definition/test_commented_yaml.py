@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.config import read_yaml
-from cluster.definition.commented_yaml import Noted, Text, emit, plain
+from cluster.definition.commented_yaml import Commented, ShellCommand, dump_commented, plain_data
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=20)
 SCALARS = st.one_of(
@@ -35,17 +35,20 @@ DATA = st.dictionaries(
 @settings(deadline=None)
 @given(DATA)
 def test_it_is_read_back(data: dict[str, Any]) -> None:
-    assert yaml.safe_load(emit(data, "of a test")) == data
+    assert yaml.safe_load(dump_commented(data, "of a test")) == data
 
 
 def test_comments_and_commands_stand_where_they_should(tmp_path: Path) -> None:
     data = {
-        "kind": Noted("spot", "EDIT"),
-        "nodes": [{"image": Noted("ami-0", "EDIT: yours"), "size": 3}],
-        "commands": [Text(["ray start", "--head;"]), Text(["a=1", "# b=2", "run"], kept=True)],
+        "kind": Commented("spot", "EDIT"),
+        "nodes": [{"image": Commented("ami-0", "EDIT: yours"), "size": 3}],
+        "commands": [
+            ShellCommand(["ray start", "--head;"]),
+            ShellCommand(["a=1", "# b=2", "run"], literal=True),
+        ],
     }
-    text = emit(data, "Of a test.")
+    text = dump_commented(data, "Of a test.")
     (tmp_path / "file.yaml").write_text(text)
-    assert yaml.safe_load(text) == read_yaml(tmp_path / "file.yaml") == plain(data)
-    assert plain(data)["commands"] == ["ray start --head;", "a=1\n# b=2\nrun\n"]
+    assert yaml.safe_load(text) == read_yaml(tmp_path / "file.yaml") == plain_data(data)
+    assert plain_data(data)["commands"] == ["ray start --head;", "a=1\n# b=2\nrun\n"]
     assert sum("# EDIT" in line for line in text.splitlines()) == 2

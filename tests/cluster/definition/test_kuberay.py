@@ -15,9 +15,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from cluster.base.config import check, read_yaml
-from cluster.definition.kuberay import text
-from cluster.definition.spec import SHIPPED, ClusterSpec
+from cluster.base.config import read_yaml, validate
+from cluster.definition.kuberay import render_kuberay
+from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec
 
 HOME = Path(__file__).parents[3]
 PLACES = [Path(os.environ.get("KUBERAY_CRDS", "none")), HOME.parent / "shared" / "data" / "kuberay"]
@@ -68,10 +68,10 @@ def strict(schema: Any) -> Any:
 
 def documents(job: bool, **changes: Any) -> dict[str, dict[str, Any]]:
     """The manifests by kind; `changes` are of the spec's sections."""
-    data = read_yaml(SHIPPED)
+    data = read_yaml(SHIPPED_SPEC)
     for section, change in changes.items():
         data[section] = {**data[section], **change} if isinstance(change, dict) else change
-    every = yaml.safe_load_all(text(check(ClusterSpec, data), job))
+    every = yaml.safe_load_all(render_kuberay(validate(ClusterSpec, data), job))
     return {each["kind"]: each for each in every}
 
 

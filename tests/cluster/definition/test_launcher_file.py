@@ -11,12 +11,12 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.base.config import Spec, check, read_yaml
+from cluster.base.config import Spec, read_yaml, validate
 from cluster.base.errors import SpecError
 from cluster.base.labels import FALLBACK_FOR
-from cluster.definition.commented_yaml import plain
-from cluster.definition.launcher_file import launcher, render
-from cluster.definition.spec import SHIPPED, ClusterSpec, Provider, read_cluster
+from cluster.definition.commented_yaml import plain_data
+from cluster.definition.launcher_file import launcher_config, render
+from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, Provider, read_cluster_spec
 
 HOME = Path(__file__).parents[3]
 LAUNCH = HOME / "cluster" / "definition" / "launch"
@@ -35,14 +35,14 @@ LAUNCHED: tuple[Provider, ...] = ("aws", "gcp", "azure", "local")
 def test_the_committed_file_is_what_the_renderer_gives(path: Path) -> None:
     provider, job = FILES[path]
     command = f"heliostat cluster render --provider {provider}{' --job' * job}"
-    given = render(read_cluster(SHIPPED), provider, job)
+    given = render(read_cluster_spec(SHIPPED_SPEC), provider, job)
     assert path.read_text() == given, f"{command} > {path.relative_to(HOME)}"
 
 
 @pytest.mark.parametrize("provider", LAUNCHED)
 def test_ray_accepts_it_and_adds_no_command_of_its_own(provider: Provider) -> None:
     """Ray's defaults install a nightly, and open the dashboard to the network."""
-    config = yaml.safe_load(render(read_cluster(SHIPPED), provider))
+    config = yaml.safe_load(render(read_cluster_spec(SHIPPED_SPEC), provider))
     prepared = prepare_config(config)
     validate_config(prepared)
     for key in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
@@ -56,7 +56,7 @@ def test_ray_accepts_it_and_adds_no_command_of_its_own(provider: Provider) -> No
 
 @pytest.mark.parametrize("provider", [*LAUNCHED, "kuberay"])
 def test_what_a_user_must_edit_is_marked(provider: Provider) -> None:
-    lines = render(read_cluster(SHIPPED), provider).splitlines()
+    lines = render(read_cluster_spec(SHIPPED_SPEC), provider).splitlines()
     marked = [line for line in lines if "# EDIT" in line]
     examples = ("ami-0000", "203.0.113.", "my-project", "192.0.2.", "registry.example.com")
     values = [line.partition("# ")[0] for line in lines]
@@ -69,7 +69,7 @@ def test_what_a_user_must_edit_is_marked(provider: Provider) -> None:
 
 def rendered(data: Mapping[str, Any], provider: Provider) -> str:
     """What is said to the machines, without the comments; on Kubernetes with a job."""
-    spec = check(ClusterSpec, data)
+    spec = validate(ClusterSpec, data)
     texts = [render(spec, provider, job) for job in {False, provider == "kuberay"}]
     return str([list(yaml.safe_load_all(text)) for text in texts])
 
@@ -166,7 +166,7 @@ def leaves(model: Any, place: str = "") -> set[str]:
 
 
 def test_every_field_has_a_change_below() -> None:
-    assert leaves(read_cluster(SHIPPED)) == set(CHANGES)
+    assert leaves(read_cluster_spec(SHIPPED_SPEC)) == set(CHANGES)
 
 
 def honours(provider: Provider, place: str) -> bool:
@@ -184,7 +184,7 @@ def honours(provider: Provider, place: str) -> bool:
 
 @pytest.mark.parametrize("provider", [*LAUNCHED, "kuberay"])
 def test_no_field_is_ignored_by_a_provider_that_could_honour_it(provider: Provider) -> None:
-    before = copy.deepcopy(read_yaml(SHIPPED))
+    before = copy.deepcopy(read_yaml(SHIPPED_SPEC))
     # Fields that mean something only beside others.
     before["kuberay"] |= {"token_secret": "token", "spot_label": "spot=true"}
     said = rendered(before, provider)
@@ -207,18 +207,22 @@ def with_field(data: Mapping[str, Any], place: str, value: Any) -> dict[str, Any
 
 
 def test_a_key_of_ones_own_needs_its_name_on_aws() -> None:
-    data = with_field(read_yaml(SHIPPED), "ssh.key", "~/.ssh/mine")
-    config = plain(launcher(check(ClusterSpec, with_field(data, "aws.key_name", "mine")), "aws"))
+    data = with_field(read_yaml(SHIPPED_SPEC), "ssh.key", "~/.ssh/mine")
+    config = plain_data(
+        launcher_config(validate(ClusterSpec, with_field(data, "aws.key_name", "mine")), "aws")
+    )
     assert config["auth"]["ssh_private_key"] == "~/.ssh/mine"
     kinds = config["available_node_types"].values()
     assert all(kind["node_config"]["KeyName"] == "mine" for kind in kinds)
     del data["aws"]
-    azure = plain(launcher(check(ClusterSpec, data), "azure"))
+    azure = plain_data(launcher_config(validate(ClusterSpec, data), "azure"))
     assert azure["auth"]["ssh_public_key"] == "~/.ssh/mine.pub"
 
 
 def test_on_demand_stands_beside_spot_and_waits() -> None:
-    kinds = plain(launcher(read_cluster(SHIPPED), "aws"))["available_node_types"]
+    kinds = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "aws"))[
+        "available_node_types"
+    ]
     spot, twin = kinds["gpu"], kinds["gpu-on-demand"]
     assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert twin["labels"][FALLBACK_FOR] == "gpu"
@@ -236,7 +240,7 @@ def test_gcps_machines_are_what_its_api_takes() -> None:
 
     folder = Path(discovery_cache.__file__).parent / "documents" / "compute.v1.json"
     schemas = json.loads(folder.read_text())["schemas"]
-    config = plain(launcher(read_cluster(SHIPPED), "gcp"))
+    config = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "gcp"))
     for kind in config["available_node_types"].values():
         assert list(unknown(kind["node_config"], schemas["Instance"], schemas)) == []
     assert list(unknown({"scheduling": [{}]}, schemas["Instance"], schemas)) == [": not a mapping"]
@@ -265,7 +269,7 @@ def unknown(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
 def test_azures_machines_are_what_rays_template_takes() -> None:
     folder = Path(ray.autoscaler.__file__).parent / "_private" / "_azure"
     parameters = json.loads((folder / "azure-vm-template.json").read_text())["parameters"]
-    config = plain(launcher(read_cluster(SHIPPED), "azure"))
+    config = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "azure"))
     for kind in config["available_node_types"].values():
         asked = kind["node_config"]["azure_arm_parameters"]
         assert asked.keys() <= parameters.keys()
@@ -274,12 +278,12 @@ def test_azures_machines_are_what_rays_template_takes() -> None:
 
 
 def test_what_a_provider_needs_is_asked_for() -> None:
-    data = read_yaml(SHIPPED)
+    data = read_yaml(SHIPPED_SPEC)
     with pytest.raises(SpecError, match=r"^gcp: this section is needed"):
-        render(check(ClusterSpec, {**data, "gcp": None}), "gcp")
+        render(validate(ClusterSpec, {**data, "gcp": None}), "gcp")
     del data["workers"]["gpu"]["instance"]["aws"]
     with pytest.raises(SpecError, match=r"^workers\.gpu\.instance\.aws: is required"):
-        render(check(ClusterSpec, data), "aws")
+        render(validate(ClusterSpec, data), "aws")
     data["workers"]["gpu"]["instance"]["aws"] = "x9.mega"
     with pytest.raises(SpecError, match=r"^workers\.gpu\.cpus: is required, since"):
-        render(check(ClusterSpec, data), "aws")
+        render(validate(ClusterSpec, data), "aws")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from cluster.base.config import check, read_yaml
+from cluster.base.config import read_yaml, validate
 from cluster.definition import shell_commands
-from cluster.definition.commented_yaml import Text
-from cluster.definition.spec import SHIPPED, ClusterSpec, Provider
+from cluster.definition.commented_yaml import ShellCommand
+from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, Provider
 
 RAY = """#!/bin/bash
 told=$(env | grep -E '^(RAY_|MLFLOW_|AUTOSCALER_|HELIOSTAT_)' | sort | tr '\\n' ' ')
@@ -50,7 +50,7 @@ class Host:
             "RAY_HEAD_IP": "127.0.0.1",
         }
 
-    def run(self, lines: list[Text], **environment: str) -> int:
+    def run(self, lines: list[ShellCommand], **environment: str) -> int:
         """The exit code of the first line that fails, or 0."""
         for line in lines:
             done = subprocess.run(
@@ -83,11 +83,11 @@ def host(tmp_path: Path) -> Any:
 
 
 def spec(**changes: Any) -> ClusterSpec:
-    data = copy.deepcopy(read_yaml(SHIPPED))
+    data = copy.deepcopy(read_yaml(SHIPPED_SPEC))
     for section, change in changes.items():
         data[section] = {**data[section], **change} if isinstance(change, dict) else change
     data["kuberay"] = None
-    return check(ClusterSpec, data)
+    return validate(ClusterSpec, data)
 
 
 PROVIDERS: tuple[Provider, ...] = ("aws", "gcp", "azure", "local")
@@ -98,31 +98,31 @@ def test_what_runs_is_neither_started_twice_nor_stopped(
     host: Host, provider: Provider, wait_until: Callable[..., None]
 ) -> None:
     """Another `up`, or a new head that starts Ray on its hosts, finds live nodes."""
-    head = shell_commands.head_start(spec(metrics=True), provider)
+    head = shell_commands.head_start_commands(spec(metrics=True), provider)
     (host.home / ".heliostat").mkdir()
     for _ in range(2):
         assert host.run(head) == 0
-        assert host.run(shell_commands.worker_start(spec(), provider)) == 0
+        assert host.run(shell_commands.worker_start_commands(spec(), provider)) == 0
     wait_until(lambda: host.said("mlflow server") and host.said("cluster.node.prometheus_server"))
     assert len(host.said("ray start")) == 1
     assert host.said("ray stop") == []
     second = str(head[1]).rstrip().removesuffix("&")  # in the foreground: it ends at once
-    assert host.run([Text([second])]) == 1
+    assert host.run([ShellCommand([second])]) == 1
     assert len(host.said("mlflow server")) == 1
 
 
 def test_what_a_dead_head_has_left_is_stopped_first(host: Host) -> None:
     (host.home / ".heliostat").mkdir()
     (host.home / "runs.raylet").touch()
-    assert host.run(shell_commands.head_start(spec(), "aws")[:1]) == 0
+    assert host.run(shell_commands.head_start_commands(spec(), "aws")[:1]) == 0
     assert [line.split()[1] for line in host.said("ray ")] == ["stop", "start"]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_ray_asks_for_the_token_and_tells_jobs_of_mlflow(host: Host, provider: Provider) -> None:
-    assert host.run(shell_commands.head_start(spec(), provider)[:1]) == 0
+    assert host.run(shell_commands.head_start_commands(spec(), provider)[:1]) == 0
     (host.home / "runs.raylet").unlink()
-    assert host.run(shell_commands.worker_start(spec(), provider)[:1]) == 0
+    assert host.run(shell_commands.worker_start_commands(spec(), provider)[:1]) == 0
     head, worker = host.said("ray start")
     assert "--dashboard-host=127.0.0.1" in head
     assert "RAY_health_check_timeout_ms=2500" in head
@@ -138,20 +138,20 @@ def test_ray_asks_for_the_token_and_tells_jobs_of_mlflow(host: Host, provider: P
 
 def test_a_host_of_ones_own_may_fail_a_rented_one_must_tell(host: Host) -> None:
     """Ray's autoscaler never comes back to an own host whose start has failed once."""
-    assert host.run(shell_commands.worker_start(spec(), "local"), RAY_FAILS="1") == 0
+    assert host.run(shell_commands.worker_start_commands(spec(), "local"), RAY_FAILS="1") == 0
     (host.home / "runs.raylet").unlink()
-    assert host.run(shell_commands.worker_start(spec(), "aws")[:1], RAY_FAILS="1") == 1
+    assert host.run(shell_commands.worker_start_commands(spec(), "aws")[:1], RAY_FAILS="1") == 1
 
 
 def test_state_outlives_the_head_on_a_disk_or_in_redis(host: Host) -> None:
     folder = host.home / "disk" / "state"
-    assert host.run(shell_commands.head_start(spec(state=str(folder)), "aws")[:1]) == 0
+    assert host.run(shell_commands.head_start_commands(spec(state=str(folder)), "aws")[:1]) == 0
     assert folder.is_dir()
     line = host.said("ray start")[0]
     assert f"RAY_gcs_storage=rocksdb RAY_gcs_storage_path={folder}" in line
-    worker = str(shell_commands.worker_start(spec(state=str(folder)), "aws")[0])
+    worker = str(shell_commands.worker_start_commands(spec(state=str(folder)), "aws")[0])
     assert "RAY_gcs_rpc_server_reconnect_timeout_s=600" in worker
-    redis = str(shell_commands.head_start(spec(state="redis://db:6379"), "aws")[0])
+    redis = str(shell_commands.head_start_commands(spec(state="redis://db:6379"), "aws")[0])
     assert "RAY_REDIS_ADDRESS=db:6379 RAY_external_storage_namespace=heliostat" in redis
     assert "mkdir" not in redis
 
@@ -160,7 +160,7 @@ def test_mlflows_password_follows_from_the_token(
     host: Host, wait_until: Callable[..., None]
 ) -> None:
     (host.home / ".heliostat").mkdir()
-    head = shell_commands.head_start(spec(mlflow={"auth": True}), "local")
+    head = shell_commands.head_start_commands(spec(mlflow={"auth": True}), "local")
     assert host.run(head[:2]) == 0
     password = shell_commands.mlflow_password("secret")
     assert password == hashlib.sha256(b"mlflow:secret").hexdigest()[:32]
@@ -176,7 +176,7 @@ def test_mlflows_password_follows_from_the_token(
 
 
 def test_a_host_is_set_up_once(host: Host) -> None:
-    lines = shell_commands.setup(spec(setup="installed"), "local")
+    lines = shell_commands.setup_commands(spec(setup="installed"), "local")
     (host.home / ".ray" / "auth_token").chmod(0o644)
     (host.home / ".bashrc").write_text("echo mine\n")
     for _ in range(2):
@@ -185,7 +185,9 @@ def test_a_host_is_set_up_once(host: Host) -> None:
     assert shell.count("RAY_AUTH_MODE=token") == 1
     assert shell.endswith("echo mine\n")
     assert (host.home / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
-    install = " ".join(map(str, shell_commands.setup(spec(), "aws")))
+    install = " ".join(map(str, shell_commands.setup_commands(spec(), "aws")))
     assert "pip install -q -c ~/heliostat/constraints.txt ~/heliostat boto3" in install
-    assert shell_commands.head_setup(spec(), "gcp") == []
-    assert "cluster.lifecycle.aws_ssh_ingress" in str(shell_commands.head_setup(spec(), "aws")[0])
+    assert shell_commands.head_setup_commands(spec(), "gcp") == []
+    assert "cluster.lifecycle.aws_ssh_ingress" in str(
+        shell_commands.head_setup_commands(spec(), "aws")[0]
+    )

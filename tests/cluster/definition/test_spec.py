@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 
-from cluster.base.config import check, read_yaml
+from cluster.base.config import read_yaml, validate
 from cluster.base.errors import SpecError
-from cluster.definition.spec import SHIPPED, ClusterSpec, read_cluster
+from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, read_cluster_spec
 
 
 @pytest.fixture
 def data() -> dict[str, Any]:
-    return copy.deepcopy(read_yaml(SHIPPED))
+    return copy.deepcopy(read_yaml(SHIPPED_SPEC))
 
 
 def test_the_shipped_spec_has_all_providers() -> None:
-    spec = read_cluster(SHIPPED)
+    spec = read_cluster_spec(SHIPPED_SPEC)
     assert all((spec.aws, spec.gcp, spec.azure, spec.local, spec.kuberay))
 
 
@@ -42,5 +42,5 @@ def test_a_mistake_is_a_line(data: dict[str, Any], place: str, value: Any, line:
         inner = inner[key]
     inner[last] = value
     with pytest.raises(SpecError) as error:
-        check(ClusterSpec, data)
+        validate(ClusterSpec, data)
     assert str(error.value).startswith(line)

@@ -2,10 +2,12 @@
 
 import io
 
-from cluster.base.terminal import PROGRESS
-from cluster.jobs.log_follower import CLEAR, LogPrinter
+from cluster.base.terminal import PROGRESS_PREFIX
+from cluster.jobs.log_follower import CLEAR_LINE, LogPrinter
 
-LOG = f"begun\n{PROGRESS}step 1\n{PROGRESS}step 2\nevaluated\n{PROGRESS}step 3\n"
+LOG = (
+    f"begun\n{PROGRESS_PREFIX}step 1\n{PROGRESS_PREFIX}step 2\nevaluated\n{PROGRESS_PREFIX}step 3\n"
+)
 
 
 class Terminal(io.StringIO):
@@ -18,7 +20,9 @@ def test_progress_stays_in_its_place_on_a_terminal() -> None:
     printer = LogPrinter(terminal)
     printer.write(LOG)
     printer.close()
-    shown = f"begun\n{CLEAR}step 1{CLEAR}step 2{CLEAR}evaluated\n{CLEAR}step 3\n"
+    shown = (
+        f"begun\n{CLEAR_LINE}step 1{CLEAR_LINE}step 2{CLEAR_LINE}evaluated\n{CLEAR_LINE}step 3\n"
+    )
     assert terminal.getvalue() == shown
 
 

@@ -17,10 +17,10 @@ import pytest
 
 from cluster.base.errors import ClusterError, SpecError
 from cluster.jobs import ray_jobs
-from cluster.jobs.job_supervisor import look
-from cluster.jobs.log_follower import Follower, log_of
-from cluster.jobs.ray_jobs import Job, Planned, why_lost
-from cluster.jobs.working_dir_package import Package, pack
+from cluster.jobs.job_supervisor import poll_once
+from cluster.jobs.log_follower import LogFollower, read_log
+from cluster.jobs.ray_jobs import Job, Submission, lost_reason
+from cluster.jobs.working_dir_package import Package, build_package
 
 Wait = Callable[..., None]
 LIMIT_S = 600
@@ -36,7 +36,7 @@ def url(job_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def package(tmp_path: Path) -> Package:
     (tmp_path / "sent.txt").write_text(f"sent along: {tmp_path.name}\n")
-    return pack(tmp_path)
+    return build_package(tmp_path)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def work(
 class Work:
     def __init__(self, url: str, name: str, folder: Path, wait_until: Wait) -> None:
         self.url, self.name, self.folder, self._wait_until = url, name, folder, wait_until
-        self.planned = Planned(name, ("stand", "work", "0", name))
+        self.planned = Submission(name, ("stand", "work", "0", name))
 
     def pid(self, after: int = 0) -> int:
         """The process of its driver, once that is another one than `after`."""
@@ -110,22 +110,22 @@ def test_a_missing_or_wrong_token_is_told_in_a_line(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     with pytest.raises(ClusterError, match=f"{line} token|{line} cluster's token"):
-        ray_jobs.all_jobs(job_cluster.url)
+        ray_jobs.list_jobs(job_cluster.url)
 
 
 def test_a_job_is_followed_to_its_end_and_its_code_is_ours(
     url: str, package: Package, tmp_path: Path
 ) -> None:
     name = "ends-with-7"
-    job, new = ray_jobs.submit(url, Planned(name, ("stand", "print", "7", name)), package)
+    job, new = ray_jobs.submit(url, Submission(name, ("stand", "print", "7", name)), package)
     assert new
     output, told = io.StringIO(), []
-    job = Follower(name, output, told.append).follow(url)
-    assert (job.status, job.code, told) == ("FAILED", 7, [])
+    job = LogFollower(name, output, told.append).follow(url)
+    assert (job.status, job.shell_exit_code, told) == ("FAILED", 7, [])
     assert f"start 1 of {name}\nsent along: {tmp_path.name}\n" in output.getvalue()
     assert "step" not in output.getvalue()  # progress is for terminals
-    assert f"start 1 of {name}\nsent along" in log_of(url, job)
-    again, new = ray_jobs.submit(url, Planned(name, job.words), package)
+    assert f"start 1 of {name}\nsent along" in read_log(url, job)
+    again, new = ray_jobs.submit(url, Submission(name, job.words), package)
     assert (again, new) == (job, False)
 
 
@@ -143,7 +143,7 @@ def test_a_name_runs_once(work: Work, package: Package) -> None:
     with pytest.raises(SpecError, match=f"--name {work.name}: a job of this name was started as"):
         ray_jobs.submit(work.url, other, package)
     assert len(work.starts()) == 1
-    assert [job.name for job in ray_jobs.all_jobs(work.url)].count(work.name) == 1
+    assert [job.name for job in ray_jobs.list_jobs(work.url)].count(work.name) == 1
 
 
 @pytest.mark.parametrize("victim", ["driver", "supervisor"])
@@ -151,7 +151,7 @@ def test_a_lost_driver_is_started_again(work: Work, victim: str) -> None:
     """The driver itself, or the process of Ray's that keeps it. The log goes on."""
     output, told = io.StringIO(), []
     ended: list[Job] = []
-    follower = Follower(work.name, output, told.append)
+    follower = LogFollower(work.name, output, told.append)
     thread = threading.Thread(target=lambda: ended.append(follower.follow(work.url)))
     thread.start()
     first = work.pid()
@@ -160,7 +160,7 @@ def test_a_lost_driver_is_started_again(work: Work, victim: str) -> None:
     work.end()
     thread.join(LIMIT_S)
     (job,) = ended
-    assert (job.status, job.attempt, job.code) == ("SUCCEEDED", 2, 0)
+    assert (job.status, job.attempt, job.shell_exit_code) == ("SUCCEEDED", 2, 0)
     assert len(told) == 1
     assert "started again (1 of 5)" in told[0]
     plain = " ".join(work.planned.words)
@@ -181,7 +181,7 @@ def test_a_stopped_job_saves_and_stays_stopped_until_it_is_resumed(
     job = ray_jobs.stop(work.url, work.name)
     assert (job.status, job.attempt) == ("STOPPED", 1)
     assert (work.folder / f"{work.name}.saved").exists()
-    assert look(work.url, {}) == []
+    assert poll_once(work.url, {}) == []
     assert ray_jobs.submit(work.url, work.planned, package) == (job, False)
     words = ("stand", "work", "0", work.name, "--resume", work.name)
     resumed, new = ray_jobs.submit(work.url, replace(work.planned, words=words), package)
@@ -198,7 +198,8 @@ def test_the_keeper_starts_a_lost_job_again_and_many_keepers_once(
 
     def looked() -> bool:
         keepers = [
-            threading.Thread(target=lambda: lines.extend(look(work.url, held))) for _ in range(2)
+            threading.Thread(target=lambda: lines.extend(poll_once(work.url, held)))
+            for _ in range(2)
         ]
         for each in keepers:
             each.start()
@@ -231,13 +232,13 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_return(work: Work, job_cluster: A
     assert f"detached; {work.name} goes on" in rest
     assert f"heliostat logs {work.name} --follow --address {work.url}" in rest
     assert f"heliostat stop {work.name} --address {work.url}" in rest
-    job = ray_jobs.known(work.url, work.name)
+    job = ray_jobs.get_job(work.url, work.name)
     assert job.status == "RUNNING"
 
 
 def test_an_unknown_name_is_told(work: Work) -> None:
     with pytest.raises(SpecError, match=f"no job '{work.name}x' on .*did you mean '{work.name}'"):
-        ray_jobs.known(work.url, f"{work.name}x")
+        ray_jobs.get_job(work.url, f"{work.name}x")
 
 
 RUNNING = Job("a", 1, "RUNNING", ("train",), "gcs://p.zip", 0.0, None, "n1", None, None, "")
@@ -261,24 +262,24 @@ FAILED = replace(RUNNING, status="FAILED")
     ],
 )
 def test_what_counts_as_lost(job: Job, lost: bool) -> None:
-    assert (why_lost(job, frozenset({"n1", "n2"})) is not None) == lost
+    assert (lost_reason(job, frozenset({"n1", "n2"})) is not None) == lost
     if job.status == "RUNNING":  # nothing is known of the nodes
-        assert why_lost(job, frozenset()) is None
+        assert lost_reason(job, frozenset()) is None
 
 
 def test_it_is_not_started_again_for_ever() -> None:
-    worn = replace(FAILED, exit_code=-9, attempt=ray_jobs.RESTARTS + 1)
+    worn = replace(FAILED, exit_code=-9, attempt=ray_jobs.MAX_RESTARTS + 1)
     assert ray_jobs.restart_if_lost("http://127.0.0.1:9", worn, frozenset()) is None
 
 
 @pytest.mark.parametrize(
     ("planned", "line"),
     [
-        (Planned("a b", ("train",)), "--name a b: must be letters"),
-        (Planned("a~2", ("train",)), "--name a~2: must be"),
-        (Planned("a", ("train", "x=http://me:secretword@h")), "x: a password in a URL"),
+        (Submission("a b", ("train",)), "--name a b: must be letters"),
+        (Submission("a~2", ("train",)), "--name a~2: must be"),
+        (Submission("a", ("train", "x=http://me:secretword@h")), "x: a password in a URL"),
     ],
 )
-def test_names_and_words_that_must_not_be(planned: Planned, line: str) -> None:
+def test_names_and_words_that_must_not_be(planned: Submission, line: str) -> None:
     with pytest.raises(SpecError, match=line):
-        ray_jobs.check_plan(planned)
+        ray_jobs.check_submission(planned)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs.secret_scan import in_text, suspects
+from cluster.jobs.secret_scan import find_secrets, secret_in_text
 
 # Put together here, so that nobody takes this file for one with keys in it.
 AWS = "AKIA" + "ABCDEFGHIJKLMNOP"
@@ -29,7 +29,7 @@ ARMOUR = "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nb3BlbnNzaC1rZXk=\n"
 def test_keys_are_found(tmp_path: Path, name: str, text: str, what: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
-    (line,) = suspects(tmp_path, [Path(name)])
+    (line,) = find_secrets(tmp_path, [Path(name)])
     assert line.startswith(f"{name}: {what}")
 
 
@@ -48,18 +48,21 @@ def test_keys_are_found(tmp_path: Path, name: str, text: str, what: str) -> None
 )
 def test_what_only_resembles_a_key_is_left_alone(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    assert suspects(tmp_path, [Path(name)]) == []
+    assert find_secrets(tmp_path, [Path(name)]) == []
 
 
 def test_words_of_a_command() -> None:
-    assert in_text("tracking.uri=https://me:secretword@mlflow.internal") == "a password in a URL"
-    assert in_text(f"data.key={AWS}") == "an access key of AWS"
-    assert in_text("checkpoint.uri=s3://bucket/path?region=eu-west-1") is None
-    assert in_text("tracking.uri=http://10.0.0.1:5000") is None
+    assert (
+        secret_in_text("tracking.uri=https://me:secretword@mlflow.internal")
+        == "a password in a URL"
+    )
+    assert secret_in_text(f"data.key={AWS}") == "an access key of AWS"
+    assert secret_in_text("checkpoint.uri=s3://bucket/path?region=eu-west-1") is None
+    assert secret_in_text("tracking.uri=http://10.0.0.1:5000") is None
 
 
 def test_this_checkout_holds_no_keys() -> None:
     home = Path(__file__).parents[3]
     files = [path.relative_to(home) for path in (home / "cluster").rglob("*") if path.is_file()]
     files += [path.relative_to(home) for path in (home / "tests").rglob("*.py")]
-    assert suspects(home, files) == []
+    assert find_secrets(home, files) == []

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.base.errors import SpecError
 from cluster.jobs import working_dir_package
-from cluster.jobs.working_dir_package import listed, pack
+from cluster.jobs.working_dir_package import build_package, list_packaged_files
 
 
 @pytest.fixture
@@ -39,59 +39,59 @@ def test_what_git_ignores_stays_here(folder: Path, repository: bool) -> None:
         subprocess.run(["git", "-C", folder, "add", "-f", "lib/big.bin"], check=True)
     # What was added to the repository in spite of a rule is the repository's.
     tracked = {"lib/big.bin"} if repository else set()
-    assert names(listed(folder)) == {"train.py", "lib/net.py", "notes.txt"} | tracked
-    assert names(listed(folder, ["*.txt", "lib"])) == {"train.py"}
+    assert names(list_packaged_files(folder)) == {"train.py", "lib/net.py", "notes.txt"} | tracked
+    assert names(list_packaged_files(folder, ["*.txt", "lib"])) == {"train.py"}
 
 
 def test_a_part_of_a_repository_has_the_rules_of_the_whole(folder: Path) -> None:
     subprocess.run(["git", "init", "-q", folder], check=True)
     (folder / ".gitignore").write_text("net.py\n")
-    assert names(listed(folder / "lib")) == set()
+    assert names(list_packaged_files(folder / "lib")) == set()
 
 
 def test_a_storage_at_the_top_is_not_a_module_of_that_name(folder: Path) -> None:
     (folder / "lib" / "notes.txt").touch()
-    assert names(listed(folder, ["/notes.txt"])) >= {"lib/notes.txt"}
-    assert "notes.txt" not in names(listed(folder, ["/notes.txt"]))
+    assert names(list_packaged_files(folder, ["/notes.txt"])) >= {"lib/notes.txt"}
+    assert "notes.txt" not in names(list_packaged_files(folder, ["/notes.txt"]))
 
 
 def test_without_git_rules_cannot_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SpecError, match=r"git: is needed"):
-        listed(folder)
+        list_packaged_files(folder)
     for rules in folder.rglob(".gitignore"):
         rules.unlink()
-    assert "lib/big.bin" in names(listed(folder))
+    assert "lib/big.bin" in names(list_packaged_files(folder))
 
 
 def test_a_package_is_named_by_what_is_in_it(folder: Path) -> None:
     spec = Path("runs/a/best.yaml")
-    package = pack(folder, needed=[spec])
+    package = build_package(folder, required_files=[spec])
     with zipfile.ZipFile(io.BytesIO(package.data)) as archive:
         assert set(archive.namelist()) == {path.as_posix() for path in package.files}
         assert archive.read("runs/a/best.yaml") == b"runs/a/best.yaml"
     os.utime(folder / "train.py", (0, 0))
-    assert pack(folder, needed=[spec]).uri == package.uri
+    assert build_package(folder, required_files=[spec]).uri == package.uri
     (folder / "train.py").write_text("other")
-    assert pack(folder, needed=[spec]).uri != package.uri
+    assert build_package(folder, required_files=[spec]).uri != package.uri
 
 
 def test_keys_are_not_sent(folder: Path) -> None:
     (folder / ".gitignore").write_text("/runs\n")
     (folder / ".env").write_text("API_TOKEN=0123456789abcdef\n")
     with pytest.raises(SpecError, match=r"^\.env: a secret, in line 1\nnothing was sent"):
-        pack(folder)
-    assert ".env" not in names(list(pack(folder, exclude=[".env"]).files))
+        build_package(folder)
+    assert ".env" not in names(list(build_package(folder, exclude_patterns=[".env"]).files))
 
 
 def test_a_folder_that_is_too_large_names_its_largest_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(working_dir_package, "LIMIT_BYTES", 3 << 20)
+    monkeypatch.setattr(working_dir_package, "MAX_PACKAGE_BYTES", 3 << 20)
     for mebibytes in (1, 2, 3):
         (folder / f"{mebibytes}.npy").write_bytes(bytes(mebibytes << 20))
     with pytest.raises(SpecError) as error:
-        pack(folder)
+        build_package(folder)
     lines = str(error.value).splitlines()
     assert lines[:3] == ["3.npy: 3.0 MiB", "2.npy: 2.0 MiB", "1.npy: 1.0 MiB"]
     assert "6.0 MiB, more than the 3.0 MiB" in lines[-1]
@@ -99,6 +99,6 @@ def test_a_folder_that_is_too_large_names_its_largest_files(
 
 def test_our_own_packages_are_the_clusters() -> None:
     """Sent from Heliostat's own checkout they would hide what is installed there."""
-    files = listed(working_dir_package.OURS)
+    files = list_packaged_files(working_dir_package.HELIOSTAT_ROOT)
     assert not {path.parts[0] for path in files} & {"cluster", "trainers", "tuning"}
     assert Path("README.md") in files

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.lifecycle.aws_ssh_ingress import shut
+from cluster.lifecycle.aws_ssh_ingress import revoke_public_ingress
 
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto")
@@ -36,15 +36,15 @@ def rules_of(ec2: Any, made: str) -> list[dict[str, Any]]:
 
 def test_everybody_is_shut_out_and_nobody_else(ec2: Any) -> None:
     made = group(ec2, "0.0.0.0/0", "203.0.113.0/24")
-    assert len(shut(ec2, "heliostat")) == 1
+    assert len(revoke_public_ingress(ec2, "heliostat")) == 1
     ranges = [it["CidrIp"] for rule in rules_of(ec2, made) for it in rule["IpRanges"]]
     assert ranges == ["203.0.113.0/24"]
     inside = [rule for rule in rules_of(ec2, made) if rule["UserIdGroupPairs"]]
     assert inside
-    assert shut(ec2, "heliostat") == []
+    assert revoke_public_ingress(ec2, "heliostat") == []
 
 
 def test_the_last_way_in_is_left(ec2: Any) -> None:
     made = group(ec2, "0.0.0.0/0")
-    assert "left as it is" in shut(ec2, "heliostat")[0]
+    assert "left as it is" in revoke_public_ingress(ec2, "heliostat")[0]
     assert any(rule["IpRanges"] for rule in rules_of(ec2, made))

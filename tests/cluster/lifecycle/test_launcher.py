@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.lifecycle.launcher import minimum_nodes, reason_in
+from cluster.lifecycle.launcher import error_line, minimum_node_count
 
 
 @pytest.mark.parametrize(
@@ -30,13 +30,13 @@ from cluster.lifecycle.launcher import minimum_nodes, reason_in
     ],
 )
 def test_the_line_that_says_why(output: str, reason: str) -> None:
-    assert reason_in(output) == reason
+    assert error_line(output) == reason
 
 
 def test_minimum_nodes_count_the_head() -> None:
     local = {"provider": {"type": "local", "worker_ips": ["1.1.1.1", "1.1.1.2"]}}
-    assert minimum_nodes(local) == 3
-    assert minimum_nodes({**local, "min_workers": 1}) == 2
+    assert minimum_node_count(local) == 3
+    assert minimum_node_count({**local, "min_workers": 1}) == 2
     kinds = {"head": {}, "spot": {"min_workers": 2}, "dear": {"min_workers": 1}}
     cloud = {"provider": {"type": "aws"}, "head_node_type": "head", "available_node_types": kinds}
-    assert minimum_nodes(cloud) == 4
+    assert minimum_node_count(cloud) == 4

@@ -1,10 +1,10 @@
 """What a cluster is said to have and to cost; on real nodes it is asked in tests/rack."""
 
-from cluster.lifecycle.status import Node, cost_line
+from cluster.lifecycle.status import NodeStatus, cost_line
 
 
-def node(usd_per_hour: float | None = None, **resources: float) -> Node:
-    return Node("10.0.0.1", "gpu", False, resources, usd_per_hour)
+def node(usd_per_hour: float | None = None, **resources: float) -> NodeStatus:
+    return NodeStatus("10.0.0.1", "gpu", False, resources, usd_per_hour)
 
 
 def test_what_is_unknown_is_not_counted_as_nothing() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.node.cloud_notices import NoAnswerError, watcher
+from cluster.node.cloud_notices import MetadataServiceError, notice_reader
 
 NOW = 1_800_000_000.0
 SPOT = "/latest/meta-data/spot/instance-action"
@@ -83,13 +83,13 @@ def spot(when: float) -> str:
 
 
 def test_aws_tells_of_an_interruption(metadata: Metadata) -> None:
-    look = watcher("aws")
+    look = notice_reader("aws")
     assert look() is None
     metadata.token += 1  # the old one has run out
     metadata.pages[SPOT] = spot(NOW + 120)
     notice = look()
     assert notice is not None
-    assert notice.what == "spot interruption (terminate)"
+    assert notice.description == "spot interruption (terminate)"
     assert notice.deadline == NOW + 120
     assert look() == notice
 
@@ -97,7 +97,7 @@ def test_aws_tells_of_an_interruption(metadata: Metadata) -> None:
 def test_aws_recommends_and_is_heard_where_that_is_wanted(
     metadata: Metadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = watcher("aws")
+    look = notice_reader("aws")
     metadata.pages[REBALANCE] = json.dumps({"noticeTime": at(NOW, "%Y-%m-%dT%H:%M:%SZ")})
     assert look() is None
     monkeypatch.setenv("HELIOSTAT_REBALANCE_S", "600")
@@ -122,7 +122,7 @@ def test_aws_recommends_and_is_heard_where_that_is_wanted(
 def test_google_tells_of_preemption_and_maintenance(
     metadata: Metadata, page: str, answer: str, given_s: float | None
 ) -> None:
-    look = watcher("gcp", lambda: NOW)
+    look = notice_reader("gcp", lambda: NOW)
     metadata.pages |= {PREEMPTED: "FALSE", MAINTENANCE: "NONE"}
     assert look() is None
     metadata.pages[page] = answer
@@ -143,7 +143,7 @@ def test_google_tells_of_preemption_and_maintenance(
 def test_azure_tells_of_scheduled_events(
     metadata: Metadata, event: dict[str, Any], given_s: float | None
 ) -> None:
-    look = watcher("azure", lambda: NOW)
+    look = notice_reader("azure", lambda: NOW)
     metadata.pages |= {NAME: "worker-1", EVENTS: json.dumps({"Events": []})}
     assert look() is None
     whole = {
@@ -163,8 +163,8 @@ def test_a_service_that_is_away_or_talks_nonsense_is_no_notice(
 ) -> None:
     metadata.pages |= {SPOT: "{", NAME: "worker-1", EVENTS: "<html>"}
     if cloud != "gcp":
-        with pytest.raises(NoAnswerError, match="cannot read"):
-            watcher(cloud)()
+        with pytest.raises(MetadataServiceError, match="cannot read"):
+            notice_reader(cloud)()
     monkeypatch.setenv("HELIOSTAT_METADATA_URL", f"http://127.0.0.1:{free_port}")
-    with pytest.raises(NoAnswerError, match="refused"):
-        watcher(cloud)()
+    with pytest.raises(MetadataServiceError, match="refused"):
+        notice_reader(cloud)()

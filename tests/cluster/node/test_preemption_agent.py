@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.node import preemption_agent
-from cluster.node.cloud_notices import NoAnswerError, Notice
-from cluster.node.preemption_agent import Agent, raylets
+from cluster.node.cloud_notices import MetadataServiceError, Notice
+from cluster.node.preemption_agent import PreemptionAgent, local_raylets
 
 HOST = "127.0.0.7"
 PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
@@ -103,20 +103,20 @@ def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
     capsys: pytest.CaptureFixture[str],
     wait_until: Callable[..., None],
 ) -> None:
-    monkeypatch.setenv(preemption_agent.NODE_IP, HOST)
+    monkeypatch.setenv(preemption_agent.NODE_IP_VAR, HOST)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    answer: list[Notice | NoAnswerError | None] = [NoAnswerError("refused")]
+    answer: list[Notice | MetadataServiceError | None] = [MetadataServiceError("refused")]
     said: list[str] = []
 
     def look() -> Notice | None:
-        if isinstance(answer[0], NoAnswerError):
+        if isinstance(answer[0], MetadataServiceError):
             raise answer[0]
         return answer[0]
 
-    watch = Agent(look)
+    watch = PreemptionAgent(look)
 
     def step() -> None:
-        watch.step()
+        watch.poll_once()
         said.extend(capsys.readouterr().out.splitlines())
 
     def times(words: str) -> int:
@@ -138,25 +138,25 @@ def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
 
     cluster.add()
     wait_until(lambda: after_a_step(lambda: times("is drained") == 1), lambda: str(said))
-    wait_until(lambda: cluster.lifecycle.status() == "DRAINING")
+    wait_until(lambda: cluster.status() == "DRAINING")
     step()
     assert times("is drained") == 1
 
     monkeypatch.setattr(preemption_agent, "GRACE_S", -600.0)  # as if the time had passed
-    wait_until(lambda: after_a_step(lambda: not list(raylets())), lambda: str(said))
+    wait_until(lambda: after_a_step(lambda: not list(local_raylets())), lambda: str(said))
     assert times("this machine is still there; stopping Ray's node") == 1
-    wait_until(lambda: cluster.lifecycle.status() == "DEAD")
+    wait_until(lambda: cluster.status() == "DEAD")
 
 
 def test_a_head_that_is_gone_takes_nothing_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_port: int
 ) -> None:
     lost = preemption_agent.Raylet(0, "ab" * 28, HOST, f"127.0.0.1:{free_port}")
-    monkeypatch.setattr(preemption_agent, "raylets", lambda: [lost])
+    monkeypatch.setattr(preemption_agent, "local_raylets", lambda: [lost])
     monkeypatch.setattr(preemption_agent, "DRAIN_TIMEOUT_S", 2.0)
-    watch = Agent(lambda: Notice("a", "spot interruption (terminate)", time.time() + 600))
-    watch.step()
-    watch.step()
+    watch = PreemptionAgent(lambda: Notice("a", "spot interruption (terminate)", time.time() + 600))
+    watch.poll_once()
+    watch.poll_once()
     assert capsys.readouterr().out.count("Ray could not be told (no answer from the head") == 1
 
 

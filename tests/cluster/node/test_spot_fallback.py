@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 
-from cluster.node.spot_fallback import BACK_AFTER_S, Fallback
+from cluster.node.spot_fallback import RETRY_SPOT_AFTER_S, SpotFallback
 
 SPOT, ON_DEMAND, AFTER_S = "gpu-spot", "gpu-on-demand", 300.0
 CONFIG = {
@@ -50,13 +50,13 @@ class World:
         self.status = ClusterStatus()
         self.fallback = self.start()
 
-    def start(self) -> Fallback:
-        return Fallback(self.file, AFTER_S, lambda: self.status, lambda: self.now)
+    def start(self) -> SpotFallback:
+        return SpotFallback(self.file, AFTER_S, lambda: self.status, lambda: self.now)
 
     def look(self, after_s: float = 0.0) -> dict[str, Any]:
         """The on-demand type's entry after another look."""
         self.now += after_s
-        self.fallback.step()
+        self.fallback.poll_once()
         types = json.loads(self.file.read_text())["available_node_types"]
         assert types[SPOT] == CONFIG["available_node_types"][SPOT]  # type: ignore[index]
         return {
@@ -119,7 +119,7 @@ def test_spot_is_tried_again_and_no_node_is_ended_by_it(
     world.fail(SPOT, AFTER_S + 10)
     world.status.active_nodes += [node(ON_DEMAND, "c"), node(ON_DEMAND, "d")]
     assert world.look(10)["max_workers"] == 4
-    assert world.look(BACK_AFTER_S) == {"max_workers": 2, "min_workers": 0, "priority": 0}
+    assert world.look(RETRY_SPOT_AFTER_S) == {"max_workers": 2, "min_workers": 0, "priority": 0}
     assert "spot is tried again" in capsys.readouterr().out
     world.status.active_nodes.pop()
     assert world.look(10)["max_workers"] == 1

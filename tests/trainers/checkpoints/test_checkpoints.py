@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import CheckpointError
-from trainers.checkpoints.checkpoints import Checkpoints, load, load_network
+from trainers.checkpoints.checkpoints import Checkpoints, load_checkpoint, load_model_weights
 from trainers.engine.optimizer import build_optimizer
 from trainers.spec import CheckpointSpec, OptimizerSpec
 
@@ -64,7 +64,7 @@ def make(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = network()
-    spec = check(OptimizerSpec, {"lr": 0.05, **OPTIMIZERS[optimizer], **fields})
+    spec = validate(OptimizerSpec, {"lr": 0.05, **OPTIMIZERS[optimizer], **fields})
     return model, build_optimizer(spec, model)
 
 
@@ -125,7 +125,7 @@ def saved(folder: Path, *steps: int, keep: int = 9) -> Checkpoints:
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     checkpoints = Checkpoints(folder, CheckpointSpec(keep=9))
     checkpoints.save(step, model, optimizer)
-    path = checkpoints.settled()
+    path = checkpoints.wait_for_latest()
     assert path is not None
     return path
 
@@ -135,7 +135,7 @@ def names(folder: Path) -> list[str]:
 
 
 def newest(folder: Path) -> str | None:
-    path = Checkpoints(folder, CheckpointSpec(keep=9)).newest()
+    path = Checkpoints(folder, CheckpointSpec(keep=9)).latest()
     return path.name if path else None
 
 
@@ -156,15 +156,15 @@ class TestContinuation:
         train(straight, first, 3, 7)  # while that is being written
 
         resumed, second = make(optimizer, seed=1, network=network)
-        path = checkpoints.settled()
+        path = checkpoints.wait_for_latest()
         assert path is not None
-        assert load(path, resumed, second) == (3, {})
+        assert load_checkpoint(path, resumed, second) == (3, {})
         train(resumed, second, 3, 7)
         assert_same(state(resumed), state(straight))
 
     def test_a_shared_weight_stays_shared(self, two: Path) -> None:
         model, optimizer = make(seed=1)
-        load(two / "step-00000002", model, optimizer)
+        load_checkpoint(two / "step-00000002", model, optimizer)
         assert model.second.weight is model.first.weight
 
     def test_what_was_loaded_can_be_saved_again_at_once(self, tmp_path: Path) -> None:
@@ -172,10 +172,10 @@ class TestContinuation:
         train(straight, first, 0, 3)
         path = save(tmp_path / "a", 3, straight, first)
         middle, second = make(seed=1)
-        load(path, middle, second)
+        load_checkpoint(path, middle, second)
         path = save(tmp_path / "b", 3, middle, second)
         resumed, third = make(seed=2)
-        load(path, resumed, third)
+        load_checkpoint(path, resumed, third)
         for model, optimizer in ((straight, first), (resumed, third)):
             train(model, optimizer, 3, 6)
         assert_same(state(resumed), state(straight))
@@ -184,7 +184,7 @@ class TestContinuation:
         straight, first = make()
         path = save(folder, 0, straight, first)
         resumed, second = make(seed=1)
-        assert load(path, resumed, second) == (0, {})
+        assert load_checkpoint(path, resumed, second) == (0, {})
         for model, optimizer in ((straight, first), (resumed, second)):
             train(model, optimizer, 0, 3)
         assert_same(state(resumed), state(straight))
@@ -194,7 +194,7 @@ class TestContinuation:
         train(model, optimizer, 0, 2)
         path = save(folder, 2, model, optimizer)
         other, new = make(seed=1, lr=0.25, weight_decay=0.2, betas=[0.7, 0.8])
-        load(path, other, new)
+        load_checkpoint(path, other, new)
         rules = [(g["lr"], g["betas"], g["weight_decay"]) for g in new.param_groups]
         assert rules == [(0.25, (0.7, 0.8), 0.2), (0.25, (0.7, 0.8), 0.0)]
         # And what the rule is applied to is the checkpoint's.
@@ -210,8 +210,8 @@ class TestContinuation:
         path = two / "step-00000002"
         single, first = make()
         double, second = make(network=lambda: Net().double())
-        load(path, single, first)
-        load(path, double, second)
+        load_checkpoint(path, single, first)
+        load_checkpoint(path, double, second)
         for kept, wide in zip(first.state.values(), second.state.values(), strict=True):
             assert kept.keys() == wide.keys()
             for part, value in kept.items():
@@ -223,7 +223,7 @@ class TestContinuation:
         model, optimizer = make()
         train(model, optimizer, 0, 2)
         other, _ = make(seed=1)
-        load_network(save(folder, 2, model, optimizer), other)
+        load_model_weights(save(folder, 2, model, optimizer), other)
         assert_same(state(other), state(model))
 
 
@@ -244,7 +244,7 @@ class TestSave:
         path = save(two, 2, model, optimizer)
         assert newest(two) == path.name == "step-00000002"
         other, _ = make(seed=1)
-        load_network(path, other)
+        load_model_weights(path, other)
         assert_same(state(other), state(model))
 
     def test_what_is_saved_is_the_state_at_the_call(self, folder: Path) -> None:
@@ -255,9 +255,9 @@ class TestSave:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.zero_()
-        path = checkpoints.settled()
+        path = checkpoints.wait_for_latest()
         assert path is not None
-        load_network(path, model)
+        load_model_weights(path, model)
         assert_same(state(model), wanted)
 
     def test_before_commit_comes_before_the_name(self, folder: Path) -> None:
@@ -367,7 +367,7 @@ class TestDamage:
         assert report.endswith("; passed over\n")
         assert report.count("\n") == 1
         with pytest.raises(CheckpointError, match="step-00000002"):
-            load(path, *make())
+            load_checkpoint(path, *make())
 
     def test_nothing_whole_is_nothing(self, two: Path, tmp_path: Path) -> None:
         for path in two.iterdir():
@@ -433,7 +433,10 @@ class TestMisfit:
         path = two / "step-00000002"
         model, optimizer = make(network=network)
         before = state(model)
-        for use in (lambda: load(path, model, optimizer), lambda: load_network(path, model)):
+        for use in (
+            lambda: load_checkpoint(path, model, optimizer),
+            lambda: load_model_weights(path, model),
+        ):
             with pytest.raises(CheckpointError, match=rf"{path}: does not fit the model: .*{says}"):
                 use()
             assert_same(state(model), before)
@@ -446,4 +449,4 @@ class TestMisfit:
         train(model, optimizer, 0, 2)
         path = save(folder, 2, model, optimizer)
         with pytest.raises(CheckpointError, match=rf"{path}: does not fit the optimizer: "):
-            load(path, *make(new))
+            load_checkpoint(path, *make(new))

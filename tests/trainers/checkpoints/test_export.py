@@ -43,7 +43,7 @@ def export(tmp_path: Path) -> Callable[..., Exported]:
                 weight += 0.1 * torch.randn_like(weight)
         checkpoints = Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-        checkpoint = checkpoints.settled()
+        checkpoint = checkpoints.wait_for_latest()
         assert checkpoint is not None
         folder = tmp_path / "exported" / to
         export_model(folder, spec, workload, checkpoint)

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.base.config import read_yaml
-from trainers.data.dataset import prepare
+from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 
 SPEC = """
 workload: spirals:Spirals
 data: {points: 2000}
-train: {steps: 3000, evaluate_every: 5}
+train: {steps: 3000, evaluate_every_epochs: 5}
 checkpoint: {every_steps: 500}
 """
 
@@ -45,7 +45,7 @@ def train_here(heliostat: Any, spirals_source: str, monkeypatch: pytest.MonkeyPa
         torch.set_num_threads(os.cpu_count() or 1)  # as a single worker on this machine has
         spec, workload = resolve(data, RunSpec)
         folder = heliostat.folder / "runs" / name
-        train(spec, workload, prepare(workload, folder.parent), folder, SilentReporter())
+        train(spec, workload, prepare_dataset(workload, folder.parent), folder, NullReporter())
         torch.set_num_threads(threads)
         return folder
 

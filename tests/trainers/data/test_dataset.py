@@ -23,7 +23,15 @@ from hypothesis.extra import numpy as hnp
 
 from cluster.base.config import Spec
 from cluster.base.errors import DataError
-from trainers.data.dataset import Batches, open_split, permutation, prepare, rows, share, table
+from trainers.data.dataset import (
+    SampleStream,
+    count_samples,
+    epoch_permutation,
+    open_split,
+    prepare_dataset,
+    shard_bounds,
+    table,
+)
 from trainers.workload import Batch, Workload, load_workload
 
 NUMBER = itertools.count()
@@ -85,17 +93,17 @@ class TestTable:
     ) -> None:
         shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=4, max_side=5))
         values = data.draw(hnp.arrays(np.dtype(dtype), shape))
-        folder = prepare(both(x=values), tmp_path)
+        folder = prepare_dataset(both(x=values), tmp_path)
         back = open_split(folder, "train")["x"]
         assert back.dtype == torch.from_numpy(values[:1].copy()).dtype
         assert tuple(back.shape) == shape
         assert back.numpy().tobytes() == values.tobytes()
-        _, batch = Batches({"x": back}, seed=0, global_batch=3).at(0)
+        _, batch = SampleStream({"x": back}, seed=0, global_batch=3).batch(0)
         assert batch["x"].shape == (3, *shape[1:])
 
     def test_a_view_is_stored_as_what_it_shows(self, tmp_path: Path) -> None:
         values = np.arange(24, dtype=np.int32).reshape(4, 6)
-        folder = prepare(
+        folder = prepare_dataset(
             both(part=values[::2, 1:4], turned=values.T[:2], back=values[:2, 0][::-1]), tmp_path
         )
         split = open_split(folder, "train")
@@ -106,14 +114,14 @@ class TestTable:
     @pytest.mark.parametrize("shape", [(3,), (3, 2)])
     def test_a_foreign_byte_order_is_turned(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
         values = np.arange(np.prod(shape), dtype=">f4").reshape(shape)
-        back = open_split(prepare(both(x=values), tmp_path), "train")["x"]
+        back = open_split(prepare_dataset(both(x=values), tmp_path), "train")["x"]
         assert back.tolist() == values.tolist()
 
     def test_columns_stay_together_by_row(self, tmp_path: Path) -> None:
         count = 1000
         image = np.arange(count * 6, dtype=np.uint16).reshape(count, 2, 3)
-        folder = prepare(both(image=image, label=np.arange(count)), tmp_path)
-        _, batch = Batches(open_split(folder, "train"), seed=1, global_batch=64).at(3)
+        folder = prepare_dataset(both(image=image, label=np.arange(count)), tmp_path)
+        _, batch = SampleStream(open_split(folder, "train"), seed=1, global_batch=64).batch(3)
         assert torch.equal(batch["image"][:, 0, 0].long(), batch["label"] * 6)
 
     @pytest.mark.parametrize(
@@ -146,14 +154,14 @@ class TestTable:
     ) -> None:
         """With the column's name: when the table or the set is made, or at last when it is read."""
         with pytest.raises(DataError, match=r"column 'x'.* numbers"):
-            open_split(prepare(Given(train=make(), val=make()), tmp_path), "train")
+            open_split(prepare_dataset(Given(train=make(), val=make()), tmp_path), "train")
 
 
 class TestPrepare:
     def test_files_and_their_manifest(self, tmp_path: Path) -> None:
         parts = {"train": 7, "val": 3, "test": 2}
         workload = Given(**{k: table(x=np.arange(n)) for k, n in parts.items()})
-        folder = prepare(workload, tmp_path / "runs")
+        folder = prepare_dataset(workload, tmp_path / "runs")
         files = whole_files(folder)
         manifest = json.loads(files.pop("manifest.json"))
         assert folder.parent == tmp_path / "runs" / "datasets"
@@ -166,32 +174,32 @@ class TestPrepare:
                 "bytes": len(content),
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
-            assert rows(folder, split) == count
-        assert rows(folder, "other") == 0
+            assert count_samples(folder, split) == count
+        assert count_samples(folder, "other") == 0
         assert manifest["data"] == {"number": workload.data.number, "source": ""}
         assert list(folder.parent.iterdir()) == [folder]
 
     def test_it_is_made_once(self, tmp_path: Path) -> None:
         workload = both(x=np.arange(5))
-        folder = prepare(workload, tmp_path)
+        folder = prepare_dataset(workload, tmp_path)
         before = whole_files(folder)
-        assert prepare(workload, tmp_path) == folder
+        assert prepare_dataset(workload, tmp_path) == folder
         assert workload.made == 1
         assert whole_files(folder) == before
 
     def test_a_set_that_was_not_finished_is_made_again(self, tmp_path: Path) -> None:
         """What a killed process leaves behind is beside the name, never under it."""
         workload = both(x=np.arange(5))
-        name = prepare(workload, tmp_path / "elsewhere").name
+        name = prepare_dataset(workload, tmp_path / "elsewhere").name
         left = tmp_path / "datasets" / f".{name}-killed"
         left.mkdir(parents=True)
         (left / "train.parquet").write_bytes(b"half")
-        folder = prepare(workload, tmp_path)
+        folder = prepare_dataset(workload, tmp_path)
         assert open_split(folder, "train")["x"].tolist() == [0, 1, 2, 3, 4]
 
     def test_other_users_may_read_it(self, tmp_path: Path) -> None:
         """A cluster's storage is shared; the umask decides, as for any other folder."""
-        folder = prepare(both(x=np.arange(5)), tmp_path)
+        folder = prepare_dataset(both(x=np.arange(5)), tmp_path)
         assert folder.stat().st_mode == folder.parent.stat().st_mode
 
     def test_two_that_make_it_at_once_have_one_in_the_end(self, tmp_path: Path) -> None:
@@ -205,7 +213,7 @@ class TestPrepare:
 
         workload = Slow(train=table(x=np.arange(5)), val=table(x=np.arange(5)))
         with ThreadPoolExecutor(2) as pool:
-            folders = set(pool.map(lambda _: prepare(workload, tmp_path), range(2)))
+            folders = set(pool.map(lambda _: prepare_dataset(workload, tmp_path), range(2)))
         assert workload.made == 2
         assert list((tmp_path / "datasets").iterdir()) == [*folders]
         assert open_split(folders.pop(), "train")["x"].tolist() == [0, 1, 2, 3, 4]
@@ -218,12 +226,12 @@ class TestPrepare:
         if left == "absent":
             del splits[split]
         with pytest.raises(DataError) as caught:
-            prepare(Given(**splits), tmp_path)
+            prepare_dataset(Given(**splits), tmp_path)
         assert str(caught.value) == f"the data set of given has no samples in its split {split!r}"
         assert list((tmp_path / "datasets").iterdir()) == []
 
     def test_a_split_that_is_not_there(self, tmp_path: Path) -> None:
-        folder = prepare(both(x=np.arange(4)), tmp_path)
+        folder = prepare_dataset(both(x=np.arange(4)), tmp_path)
         with pytest.raises(DataError) as caught:
             open_split(folder, "test")
         assert str(caught.value) == f"{folder / 'test.parquet'}: no such split"
@@ -236,14 +244,14 @@ class TestWhatItIsMadeFrom:
         return own(own.Data(**data), own.Model())
 
     def test_the_data_section_and_the_code(self, own_folder: Path) -> None:
-        first = prepare(self.own(), own_folder)
-        assert prepare(self.own(points=400), own_folder) == first
-        fewer = prepare(self.own(points=200), own_folder)
+        first = prepare_dataset(self.own(), own_folder)
+        assert prepare_dataset(self.own(points=400), own_folder) == first
+        fewer = prepare_dataset(self.own(points=200), own_folder)
         source = own_folder / "spirals.py"
         source.write_text(source.read_text().replace("default_rng(0)", "default_rng(20)"))
-        recoded = prepare(self.own(), own_folder)
+        recoded = prepare_dataset(self.own(), own_folder)
         assert len({first, fewer, recoded}) == 3
-        assert rows(fewer, "train") == 140
+        assert count_samples(fewer, "train") == 140
         points = [open_split(folder, "train")["point"] for folder in (first, recoded)]
         assert not torch.equal(*points)
 
@@ -255,29 +263,29 @@ class TestWhatItIsMadeFrom:
         path.write_text("1")
         workload = both(x=np.arange(4))
         workload.data = Given.Data(number=0, source=str(folder if shape == "folder" else path))
-        seen = {prepare(workload, tmp_path), prepare(workload, tmp_path)}
+        seen = {prepare_dataset(workload, tmp_path), prepare_dataset(workload, tmp_path)}
         assert len(seen) == 1
         path.write_text("22")
-        seen.add(prepare(workload, tmp_path))
+        seen.add(prepare_dataset(workload, tmp_path))
         os.utime(path, ns=(1, 1))
-        seen.add(prepare(workload, tmp_path))
+        seen.add(prepare_dataset(workload, tmp_path))
         assert len(seen) == 3
 
     def test_a_set_made_anew_is_what_is_read(self, tmp_path: Path) -> None:
         """Though the machine still holds the decoded splits of one that had the same name."""
         workload = both(x=np.arange(3))
-        folder = prepare(workload, tmp_path / "first")
+        folder = prepare_dataset(workload, tmp_path / "first")
         assert len(open_split(folder, "train")["x"]) == 3
         workload.splits = both(x=np.arange(10, 15)).splits
-        again = prepare(workload, tmp_path / "second")
-        assert rows(again, "train") == 5
+        again = prepare_dataset(workload, tmp_path / "second")
+        assert count_samples(again, "train") == 5
         assert open_split(again, "train")["x"].tolist() == [10, 11, 12, 13, 14]
 
 
 def test_a_split_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
     """Its tensors lie in the pages of a file, which all processes of the machine share."""
     columns = {"scalar": np.arange(5000), "row": np.zeros((5000, 3), np.float32)}
-    split = open_split(prepare(both(**columns), tmp_path), "train")
+    split = open_split(prepare_dataset(both(**columns), tmp_path), "train")
     for name, values in columns.items():
         address = split[name].data_ptr()
         assert file_at(address).name == "train.arrow"
@@ -297,17 +305,17 @@ def file_at(address: int) -> Path:
 class TestOrder:
     @given(seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 10**6), samples=st.integers(1, 300))
     def test_an_epoch_is_a_permutation(self, seed: int, epoch: int, samples: int) -> None:
-        order = permutation(seed, epoch, samples)
+        order = epoch_permutation(seed, epoch, samples)
         assert sorted(order.tolist()) == list(range(samples))
-        assert torch.equal(order, permutation(seed, epoch, samples))
+        assert torch.equal(order, epoch_permutation(seed, epoch, samples))
 
     def test_epochs_and_seeds_differ(self) -> None:
-        orders = [permutation(seed, epoch, 50) for seed in range(5) for epoch in range(5)]
+        orders = [epoch_permutation(seed, epoch, 50) for seed in range(5) for epoch in range(5)]
         assert len({tuple(order.tolist()) for order in orders}) == 25
 
     @given(count=st.integers(0, 1000), world=st.integers(1, 20))
     def test_shares_are_contiguous_and_even(self, count: int, world: int) -> None:
-        shares = [share(count, rank, world) for rank in range(world)]
+        shares = [shard_bounds(count, rank, world) for rank in range(world)]
         assert shares[0][0] == 0
         assert shares[-1][1] == count
         assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
@@ -323,9 +331,11 @@ def runs(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return draw(st.integers(1, 60)), global_batch, world, draw(st.integers(0, 2**31 - 1))
 
 
-def stream(samples: int, global_batch: int, seed: int, rank: int = 0, world: int = 1) -> Batches:
+def stream(
+    samples: int, global_batch: int, seed: int, rank: int = 0, world: int = 1
+) -> SampleStream:
     split = {"x": torch.arange(samples), "y": torch.arange(samples)[:, None] * 10}
-    return Batches(split, seed, global_batch, rank, world)
+    return SampleStream(split, seed, global_batch, rank, world)
 
 
 class TestBatches:
@@ -340,8 +350,8 @@ class TestBatches:
         samples, global_batch, world, seed = run
         ranks = [stream(samples, global_batch, seed, rank, world) for rank in range(world)]
         for step in steps:
-            shares = [rank.at(step) for rank in ranks]
-            positions, batch = stream(samples, global_batch, seed).at(step)
+            shares = [rank.batch(step) for rank in ranks]
+            positions, batch = stream(samples, global_batch, seed).batch(step)
             assert positions.tolist() == list(range(step * global_batch, (step + 1) * global_batch))
             assert torch.equal(torch.cat([share[0] for share in shares]), positions)
             for column in batch:
@@ -357,14 +367,14 @@ class TestBatches:
         samples, global_batch, _, seed = run
         batches = stream(samples, global_batch, seed)
         steps = -(-epochs * samples // global_batch)
-        seen = torch.cat([batches.at(step)[1]["x"] for step in range(steps)])
+        seen = torch.cat([batches.batch(step)[1]["x"] for step in range(steps)])
         for epoch in range(epochs):
             order = seen[epoch * samples : (epoch + 1) * samples]
-            assert torch.equal(order, permutation(seed, epoch, samples))
+            assert torch.equal(order, epoch_permutation(seed, epoch, samples))
 
     def test_what_is_given_out_is_a_copy(self) -> None:
         """Augmentation in place must not reach the mapped data set."""
         split = {"x": torch.zeros(8)}
-        _, batch = Batches(split, seed=0, global_batch=8).at(0)
+        _, batch = SampleStream(split, seed=0, global_batch=8).batch(0)
         batch["x"] += 1
         assert split["x"].sum() == 0

@@ -7,8 +7,14 @@ import pytest
 
 from cluster.base.errors import DataError
 from heliostat.main import main
-from trainers.data.dataset import MANIFEST, manifest_of, open_split, prepare, rows
-from trainers.workload import PartedWorkload, load_workload
+from trainers.data.dataset import (
+    MANIFEST,
+    count_samples,
+    open_split,
+    prepare_dataset,
+    read_dataset_manifest,
+)
+from trainers.workload import PartitionedWorkload, load_workload
 
 SOURCE = '''
 """Five parts of numbers; each that is made leaves a mark, one may be broken."""
@@ -60,10 +66,10 @@ def marks(tmp_path: Path, modules: Path) -> Path:
     return folder
 
 
-def counted(marks: Path, **data: Any) -> PartedWorkload:
+def counted(marks: Path, **data: Any) -> PartitionedWorkload:
     found = load_workload("counted:Counted")
     workload = found(found.Data(marks=str(marks).replace("/", "+"), **data), found.Model())
-    assert isinstance(workload, PartedWorkload)
+    assert isinstance(workload, PartitionedWorkload)
     return workload
 
 
@@ -77,18 +83,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_parts_are_one_split_in_their_order(marks: Path, tmp_path: Path) -> None:
-    folder = prepare(counted(marks), tmp_path)
-    files = manifest_of(folder)["files"]
+    folder = prepare_dataset(counted(marks), tmp_path)
+    files = read_dataset_manifest(folder)["files"]
     assert contents(folder).keys() == files.keys()
     assert sorted(files) == [
         "first.txt",
         *(f"train-0000{part}.parquet" for part in range(5)),
         *(f"val-0000{part}.parquet" for part in (1, 3)),
     ]
-    assert (rows(folder, "train"), rows(folder, "val"), rows(folder, "test")) == (50, 4, 0)
+    assert (
+        count_samples(folder, "train"),
+        count_samples(folder, "val"),
+        count_samples(folder, "test"),
+    ) == (50, 4, 0)
     assert open_split(folder, "train")["x"].tolist() == WHOLE
     assert open_split(folder, "val")["x"].tolist() == [110, 111, 130, 131]
-    assert prepare(counted(marks), tmp_path) == folder
+    assert prepare_dataset(counted(marks), tmp_path) == folder
     assert made(marks) == ["0", "1", "2", "3", "4", "common"]
     in_memory = counted(marks).dataset()
     assert in_memory["train"]["x"].to_pylist() == WHOLE
@@ -101,29 +111,29 @@ def test_it_goes_on_where_it_was_stopped(
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     workload = counted(marks, broken=3)
     with pytest.raises(DataError, match=r"^numbers.txt: line 7: is none$"):
-        prepare(workload, tmp_path)
+        prepare_dataset(workload, tmp_path)
     assert made(marks) == ["0", "1", "2", "3", "common"]
     (half,) = (tmp_path / "datasets").glob(".*/train-00001.parquet")
     half.write_bytes(half.read_bytes()[:-1])
     (half.parent / ".train-00003.parquet.1234").write_bytes(b"left by somebody who was killed")
     (marks / "repaired").touch()
     seen: list[tuple[int, int]] = []
-    folder = prepare(workload, tmp_path, watch=lambda *counts: seen.append(counts))
+    folder = prepare_dataset(workload, tmp_path, on_progress=lambda *counts: seen.append(counts))
     assert made(marks) == ["0", "1", "1", "2", "3", "3", "4", "common"]
     assert seen == [(2, 5), (3, 5), (4, 5), (5, 5)]
     assert open_split(folder, "train")["x"].tolist() == WHOLE
-    assert contents(folder).keys() == manifest_of(folder)["files"].keys()
+    assert contents(folder).keys() == read_dataset_manifest(folder)["files"].keys()
 
 
 def test_ray_makes_the_same_bytes_and_says_the_same(
     marks: Path, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = prepare(counted(marks), tmp_path / "there")
+    there = prepare_dataset(counted(marks), tmp_path / "there")
     with pytest.raises(DataError) as caught:
-        prepare(counted(marks, broken=2), tmp_path / "there")
+        prepare_dataset(counted(marks, broken=2), tmp_path / "there")
     assert str(caught.value) == "numbers.txt: line 7: is none"
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    here = prepare(counted(marks), tmp_path / "here")
+    here = prepare_dataset(counted(marks), tmp_path / "here")
     assert contents(there) == contents(here)
 
 

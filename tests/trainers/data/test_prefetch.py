@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.data.dataset import Batches, on_device
-from trainers.data.prefetch import Fed, feed, micro
+from trainers.data.dataset import SampleStream, to_device
+from trainers.data.prefetch import PlacedBatch, microbatch_slice, prefetch_batches
 
 CPU = torch.device("cpu")
 GPU = pytest.param(
@@ -19,27 +19,29 @@ GPU = pytest.param(
 )
 
 
-def stream(samples: int = 50, global_batch: int = 12, rank: int = 1, world: int = 2) -> Batches:
+def stream(
+    samples: int = 50, global_batch: int = 12, rank: int = 1, world: int = 2
+) -> SampleStream:
     split = {
         "pixels": torch.arange(samples * 6, dtype=torch.uint8).reshape(samples, 2, 3),
         "half": torch.arange(samples).to(torch.float16) / 8,
         "label": torch.arange(samples),
     }
-    return Batches(split, 3, global_batch, rank, world)
+    return SampleStream(split, 3, global_batch, rank, world)
 
 
 def running() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
 
 
-def same(ours: Fed, theirs: Fed) -> bool:
+def same(ours: PlacedBatch, theirs: PlacedBatch) -> bool:
     pairs = [(ours[0], theirs[0]), *((ours[1][name], theirs[1][name]) for name in theirs[1])]
     return ours[1].keys() == theirs[1].keys() and all(
         a.dtype == b.dtype and torch.equal(a.cpu(), b) for a, b in pairs
     )
 
 
-class Watched(Batches):
+class Watched(SampleStream):
     """Remembers which threads it was asked from, and can fail at a step."""
 
     def __init__(self, fails_at: int = -1) -> None:
@@ -51,7 +53,7 @@ class Watched(Batches):
         self.threads.add(threading.current_thread().name)
         if step == self.fails_at:
             raise OSError(f"step {step} cannot be read")
-        return super().places(step)
+        return super().positions_and_indices(step)
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +69,12 @@ def test_it_gives_the_steps_of_its_batches(
     device: torch.device, ahead: int | None, rounds: int
 ) -> None:
     """In float64, over three epochs, beginning in the middle; a share of 6 in so many rounds."""
-    fed = feed(stream(), device, torch.float64, 3, 14, rounds, ahead)
+    fed = prefetch_batches(stream(), device, torch.float64, 3, 14, rounds, ahead)
     for step in range(3, 14):
-        positions, batch = stream().at(step)
-        batch = on_device(batch, CPU, torch.float64)
+        positions, batch = stream().batch(step)
+        batch = to_device(batch, CPU, torch.float64)
         for number in range(rounds):
-            part, _ = micro(6, number, rounds)
+            part, _ = microbatch_slice(6, number, rounds)
             expected = positions[part], {name: values[part] for name, values in batch.items()}
             found = next(fed)
             assert found[0].device.type == device.type
@@ -84,7 +86,7 @@ def test_it_gives_the_steps_of_its_batches(
 def test_every_sample_counts_once_and_no_micro_batch_is_empty(samples: int, rounds: int) -> None:
     counting: list[int] = []
     for number in range(rounds):
-        part, counted = micro(samples, number, rounds)
+        part, counted = microbatch_slice(samples, number, rounds)
         assert len(range(samples)[part]) == max(1, counted)
         assert counted <= math.ceil(samples / rounds)
         counting += range(samples)[part][:counted]
@@ -93,15 +95,15 @@ def test_every_sample_counts_once_and_no_micro_batch_is_empty(samples: int, roun
 
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_what_is_given_out_is_never_written_again(ahead: int) -> None:
-    everything = list(feed(stream(), CPU, torch.float32, 0, 20, 2, ahead))
+    everything = list(prefetch_batches(stream(), CPU, torch.float32, 0, 20, 2, ahead))
     labels = torch.cat([batch["label"] for _, batch in everything])
-    expected = torch.cat([stream().at(step)[1]["label"] for step in range(20)])
+    expected = torch.cat([stream().batch(step)[1]["label"] for step in range(20)])
     assert torch.equal(labels, expected)
 
 
 def test_a_cpu_needs_no_thread() -> None:
     batches = Watched()
-    assert len(list(feed(batches, CPU, torch.float32, 0, 5))) == 5
+    assert len(list(prefetch_batches(batches, CPU, torch.float32, 0, 5))) == 5
     assert batches.threads == {threading.current_thread().name}
 
 
@@ -110,7 +112,7 @@ def test_the_thread_prepares_and_stays_ahead_by_no_more_than_it_may() -> None:
     asked: list[int] = []
     places = batches.places
     batches.places = lambda step: asked.append(step) or places(step)  # type: ignore[method-assign]
-    fed = feed(batches, CPU, torch.float32, 0, 10, ahead=2)
+    fed = prefetch_batches(batches, CPU, torch.float32, 0, 10, prefetch=2)
     for step in range(4):
         next(fed)
         assert max(asked, default=0) <= step + 2
@@ -121,7 +123,7 @@ def test_the_thread_prepares_and_stays_ahead_by_no_more_than_it_may() -> None:
 
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_a_fault_is_raised_at_its_own_step(ahead: int) -> None:
-    fed = feed(Watched(fails_at=3), CPU, torch.float32, 0, 10, ahead=ahead)
+    fed = prefetch_batches(Watched(fails_at=3), CPU, torch.float32, 0, 10, prefetch=ahead)
     assert len([next(fed) for _ in range(3)]) == 3
     with pytest.raises(OSError, match="step 3 cannot be read"):
         next(fed)
@@ -130,7 +132,7 @@ def test_a_fault_is_raised_at_its_own_step(ahead: int) -> None:
 
 @pytest.mark.parametrize("end", ["closed", "dropped", "exhausted"])
 def test_the_thread_ends_with_the_feed(end: str) -> None:
-    fed = feed(Watched(), CPU, torch.float32, 0, 3, ahead=2)
+    fed = prefetch_batches(Watched(), CPU, torch.float32, 0, 3, prefetch=2)
     next(fed)
     assert len(running()) == 1
     if end == "closed":

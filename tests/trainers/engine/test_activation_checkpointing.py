@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cluster.base.errors import SpecError
 from trainers.counter_rng import SampleRandom, seed_device
 from trainers.devices import Cpu
-from trainers.engine.activation_checkpointing import recompute
-from trainers.engine.dropout import Draws, sample_dropout
+from trainers.engine.activation_checkpointing import checkpoint_activations
+from trainers.engine.dropout import DropoutRng, key_dropout_by_sample
 from trainers.spec import RunSpec, resolve
 from trainers.workloads.vision.workload import Vision
 
@@ -43,17 +43,17 @@ class Network(nn.Module):
         return self.dropout(x)
 
 
-def pair(native: bool = False, compiled: bool = False) -> list[tuple[nn.Module, Draws]]:
+def pair(native: bool = False, compiled: bool = False) -> list[tuple[nn.Module, DropoutRng]]:
     """The same network without and with activation checkpointing."""
     plain = Network(native).double()
     other = copy.deepcopy(plain)
-    both = [(plain, sample_dropout(plain)), (other, sample_dropout(other))]
-    recompute(other.blocks, both[1][1], compiled)
+    both = [(plain, key_dropout_by_sample(plain)), (other, key_dropout_by_sample(other))]
+    checkpoint_activations(other.blocks, both[1][1], compiled)
     return both
 
 
 def step(
-    network: nn.Module, draws: Draws, number: int, call: Callable[..., Tensor] | None = None
+    network: nn.Module, draws: DropoutRng, number: int, call: Callable[..., Tensor] | None = None
 ) -> tuple[Tensor, int]:
     """All gradients of a step, and the bytes that it kept for its backward pass."""
     kept: dict[int, int] = {}
@@ -66,7 +66,7 @@ def step(
     network.zero_grad()
     x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8)
     seed_device(Cpu(), number)
-    with draws.of(SampleRandom(0, torch.arange(20) + 20 * number)):
+    with draws.seeded_by(SampleRandom(0, torch.arange(20) + 20 * number)):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = (network if call is None else call)(x).square().sum()
         loss.backward()
@@ -99,7 +99,7 @@ def test_gradients_of_gradients() -> None:
     results = []
     for network, draws in pair():
         x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8).requires_grad_()
-        with draws.of(SampleRandom(0, torch.arange(20))):
+        with draws.seeded_by(SampleRandom(0, torch.arange(20))):
             y = network(x)
             slope = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
             (network(x) + slope).square().sum().backward()
@@ -127,7 +127,7 @@ def test_blocks_inside_of_blocks_are_left_to_the_outer_ones() -> None:
     inner = nn.Linear(2, 2)
     inner.register_forward_pre_hook(lambda *_: calls.append(1))
     outer = nn.Sequential(inner)
-    recompute([outer, inner, nn.ModuleList([outer])], Draws())
+    checkpoint_activations([outer, inner, nn.ModuleList([outer])], DropoutRng())
     outer(torch.ones(1, 2)).sum().backward()
     assert len(calls) == 2
     assert type(inner) is nn.Linear
@@ -136,7 +136,7 @@ def test_blocks_inside_of_blocks_are_left_to_the_outer_ones() -> None:
 def test_a_model_without_blocks_is_told() -> None:
     message = r"^train\.activation_checkpointing: the model has no blocks .* method blocks$"
     with pytest.raises(SpecError, match=message):
-        recompute([], Draws())
+        checkpoint_activations([], DropoutRng())
 
 
 def test_the_shipped_network_has_blocks() -> None:

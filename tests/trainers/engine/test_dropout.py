@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from trainers.counter_rng import SampleRandom, device_state, keep, next_draw, threshold_of
+from trainers.counter_rng import (
+    SampleRandom,
+    advance_keys,
+    device_rng_state,
+    drop_threshold,
+    dropout_mask,
+)
 from trainers.devices import Cpu
-from trainers.engine.dropout import Rate, sample_dropout
+from trainers.engine.dropout import DropoutRate, key_dropout_by_sample
 
 CPU = torch.device("cpu")
 POSITIONS = st.lists(st.integers(0, 2**48), min_size=1, max_size=12)
@@ -38,9 +44,9 @@ def dropped(
 ) -> Tensor:
     """What the network makes of samples `x` at `positions` of the run."""
     network = copy.deepcopy(network)
-    draws = sample_dropout(network)
+    draws = key_dropout_by_sample(network)
     where = torch.arange(len(x)) if positions is None else torch.as_tensor(positions)
-    with draws.of(SampleRandom(seed, where)):
+    with draws.seeded_by(SampleRandom(seed, where)):
         result: Tensor = network(x)
     return result
 
@@ -62,10 +68,10 @@ class TestAFunctionOfThePosition:
     @pytest.mark.parametrize("size", [1, 3, 4, 12])
     def test_whatever_the_micro_batches(self, size: int) -> None:
         x = torch.ones(12, 7)
-        draws = sample_dropout(network := Twice())
+        draws = key_dropout_by_sample(network := Twice())
         parts = []
         for positions in torch.arange(12).split(size):
-            with draws.of(SampleRandom(0, positions)):
+            with draws.seeded_by(SampleRandom(0, positions)):
                 parts.append(network(x[positions]))
         assert torch.equal(torch.cat(parts), dropped(Twice(), x))
 
@@ -79,9 +85,9 @@ class TestAFunctionOfThePosition:
 
     def test_masks_are_high_bits_of_splitmix64(self) -> None:
         """A change would be seen: every run that was ever recorded depends on the formula."""
-        keys_B = next_draw(SampleRandom(42, torch.tensor([0, 1, 2**40])).keys_B)
+        keys_B = advance_keys(SampleRandom(42, torch.tensor([0, 1, 2**40])).keys_B)
         assert torch.equal(
-            keep(keys_B, threshold_of(0.3), 50),
+            dropout_mask(keys_B, drop_threshold(0.3), 50),
             torch.tensor([[element(key, e) > 0.3 for e in range(50)] for key in keys_B.tolist()]),
         )
         start = (keys_B - SampleRandom(42, torch.tensor([0, 1, 2**40])).keys_B).unique()
@@ -107,7 +113,11 @@ def test_calls_modules_steps_and_seeds_differ() -> None:
 class TestDistribution:
     @pytest.mark.parametrize("p", [1e-3, 0.1, 0.5, 0.9, 0.999])
     def test_the_share_that_is_dropped(self, p: float) -> None:
-        gone = int((~keep(SampleRandom(3, torch.arange(1000)).keys_B, threshold_of(p), 500)).sum())
+        gone = int(
+            (
+                ~dropout_mask(SampleRandom(3, torch.arange(1000)).keys_B, drop_threshold(p), 500)
+            ).sum()
+        )
         assert stats.binomtest(gone, 500_000, p).pvalue > 1e-3
 
     def test_all_or_none(self) -> None:
@@ -119,16 +129,18 @@ class TestDistribution:
     @pytest.mark.parametrize("p", [0.1, 0.5])
     def test_neighbours_are_not_correlated(self, p: float, lag: int) -> None:
         keys_B = SampleRandom(5, torch.arange(20_000)).keys_B
-        bits = keep(keys_B, threshold_of(p), 70).double().numpy()
+        bits = dropout_mask(keys_B, drop_threshold(p), 70).double().numpy()
         samples = np.corrcoef(bits[:-lag].flatten(), bits[lag:].flatten())[0, 1]
         elements = np.corrcoef(bits[:, :-lag].flatten(), bits[:, lag:].flatten())[0, 1]
-        later = keep(next_draw(keys_B), threshold_of(p), 70).double().numpy()
+        later = dropout_mask(advance_keys(keys_B), drop_threshold(p), 70).double().numpy()
         draws = np.corrcoef(bits[:, :-lag].flatten(), later[:, lag:].flatten())[0, 1]
         # The standard error is at most 1 / sqrt(20,000 * 6) = 0.003.
         assert max(abs(samples), abs(elements), abs(draws)) < 0.012
 
     def test_how_many_a_sample_keeps_is_binomial(self) -> None:
-        counts = keep(SampleRandom(9, torch.arange(20_000)).keys_B, threshold_of(0.3), 40).sum(1)
+        counts = dropout_mask(
+            SampleRandom(9, torch.arange(20_000)).keys_B, drop_threshold(0.3), 40
+        ).sum(1)
         found = np.bincount(counts, minlength=41)
         expected = stats.binom.pmf(np.arange(41), 40, 0.7) * 20_000
         common = expected > 10
@@ -159,7 +171,7 @@ class TestInANetwork:
         names, keys = [n for n, _ in network.named_modules()], [*network.state_dict()]
         seen: list[int] = []
         network[1].register_forward_hook(lambda *_: seen.append(1))
-        sample_dropout(network)
+        key_dropout_by_sample(network)
         network(torch.ones(2, 2, 2, 2))
         assert seen == [1, 1]
         assert names == [n for n, _ in network.named_modules()]
@@ -168,18 +180,18 @@ class TestInANetwork:
         assert isinstance(network[1], nn.Dropout)
 
     def test_a_copy_draws_for_itself(self) -> None:
-        draws = sample_dropout(network := Twice())
+        draws = key_dropout_by_sample(network := Twice())
         other = copy.deepcopy(network)
         assert other.first.draws is other.second.draws
-        with draws.of(SampleRandom(0, torch.arange(4))):
-            before = device_state(Cpu())
+        with draws.seeded_by(SampleRandom(0, torch.arange(4))):
+            before = device_rng_state(Cpu())
             other(torch.ones(4, 9))
-            assert not before.equal(device_state(Cpu())), "nobody has told the copy its samples"
+            assert not before.equal(device_rng_state(Cpu())), "nobody has told the copy its samples"
 
     def test_evaluation_drops_nothing_and_counts_nothing(self) -> None:
-        draws = sample_dropout(network := Twice())
+        draws = key_dropout_by_sample(network := Twice())
         x = torch.rand(4, 9)
-        with draws.of(SampleRandom(0, torch.arange(4))):
+        with draws.seeded_by(SampleRandom(0, torch.arange(4))):
             assert torch.equal(network.eval()(x), torch.stack([x, x, x], 1))
             found = network.train()(x)
         assert torch.equal(found, dropped(Twice(), x))
@@ -191,9 +203,9 @@ class TestInANetwork:
     def test_what_is_not_samples_is_left_to_torch(
         self, module: nn.Module, shape: tuple[int, ...]
     ) -> None:
-        before = device_state(Cpu())
+        before = device_rng_state(Cpu())
         dropped(module, torch.ones(shape), list(range(4)))
-        assert not before.equal(device_state(Cpu()))
+        assert not before.equal(device_rng_state(Cpu()))
 
     def test_a_subclass_keeps_its_own_way(self) -> None:
         class Own(nn.Dropout):
@@ -225,13 +237,13 @@ class TestInANetwork:
 
 def test_a_rate_for_each_of_several_models_at_once() -> None:
     """As `torch.func.vmap` over hyperparameters needs it."""
-    draws = sample_dropout(module := nn.Dropout())
+    draws = key_dropout_by_sample(module := nn.Dropout())
     rates, x = [0.0, 0.3, 1.0], torch.rand(4, 50)
-    thresholds, scales = zip(*(Rate.of(p) for p in rates), strict=True)
+    thresholds, scales = zip(*(DropoutRate.from_probability(p) for p in rates), strict=True)
 
     def at(threshold: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-        module.p = Rate(threshold, scale)  # type: ignore[assignment]
-        with draws.of(SampleRandom(0, torch.arange(4))):
+        module.p = DropoutRate(threshold, scale)  # type: ignore[assignment]
+        with draws.seeded_by(SampleRandom(0, torch.arange(4))):
             result: Tensor = module(x)
         return result
 
@@ -258,14 +270,14 @@ def test_compiled_once_for_all_steps_and_all_calls() -> None:
 
     torch._dynamo.reset()
     network = nn.Sequential(*[Block() for _ in range(3)])
-    draws, compiled = sample_dropout(network), torch.compile(network)
+    draws, compiled = key_dropout_by_sample(network), torch.compile(network)
     for step in range(4):
         x = torch.ones(6, 8, requires_grad=True)
         random = SampleRandom(0, torch.arange(6) + 6 * step)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            with draws.of(random):
+            with draws.seeded_by(random):
                 found = compiled(x)
-            with draws.of(random):
+            with draws.seeded_by(random):
                 expected = network(x)
         torch.testing.assert_close(found, expected)
         assert torch.equal(found == 0, expected == 0)

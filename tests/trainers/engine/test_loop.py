@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cluster.base.errors import SpecError, TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.counter_rng import mix_seed
-from trainers.data.dataset import open_split, permutation, prepare
+from trainers.counter_rng import combine_seeds
+from trainers.data.dataset import epoch_permutation, open_split, prepare_dataset
 from trainers.engine import loop
-from trainers.engine.loop import milestones, train
-from trainers.engine.step import Stepper
+from trainers.engine.loop import evaluation_steps, train
+from trainers.engine.step import TrainStep
 from trainers.outcome import Outcome
 from trainers.spec import RunSpec, resolve
 
@@ -32,24 +32,26 @@ class Recorder:
         self.ticks: list[int] = []
         self._stop_after = stop_after
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
             assert step not in self.rows.setdefault(name, {}), f"{name} twice at step {step}"
             self.rows[name][step] = value
 
-    def note(self, name: str, text: str) -> None:
+    def log_note(self, name: str, text: str) -> None:
         self.notes[name] = text
 
-    def tick(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         self.ticks.append(step)
 
     def flush(self) -> None:
         pass
 
-    def evaluated(self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints) -> None:
+    def on_evaluation_end(
+        self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints
+    ) -> None:
         assert metrics["val/loss"] == self.rows["val/loss"][step]
 
-    def preempted(self) -> bool:
+    def preemption_pending(self) -> bool:
         return False
 
     def should_stop(self) -> bool:
@@ -63,8 +65,8 @@ def run(
     data: dict[str, Any] = {"workload": "spirals:Spirals", "tracking": {"every_steps": 1}}
     spec, workload = resolve({**data, **sections}, RunSpec)
     folder, recorder = own_folder / name, Recorder(stop_after)
-    outcome = train(spec, workload, prepare(workload, own_folder), folder, recorder)
-    newest = Checkpoints(folder / "checkpoints").newest()
+    outcome = train(spec, workload, prepare_dataset(workload, own_folder), folder, recorder)
+    newest = Checkpoints(folder / "checkpoints").latest()
     assert newest is not None
     from safetensors.torch import load_file
 
@@ -83,8 +85,8 @@ def test_the_losses_are_those_of_a_plain_loop(own_folder: Path) -> None:
     )
 
     _, workload = resolve({"workload": "spirals:Spirals", "model": {"dropout": 0.0}}, RunSpec)
-    data = open_split(prepare(workload, own_folder), "train")
-    torch.manual_seed(mix_seed(3))
+    data = open_split(prepare_dataset(workload, own_folder), "train")
+    torch.manual_seed(combine_seeds(3))
     network = workload.build().double()
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim == 1]
@@ -92,7 +94,7 @@ def test_the_losses_are_those_of_a_plain_loop(own_folder: Path) -> None:
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         foreach=False,
     )
-    stream = torch.cat([permutation(3, epoch, 280) for epoch in range(5)])
+    stream = torch.cat([epoch_permutation(3, epoch, 280) for epoch in range(5)])
     for step in range(40):
         index = stream[step * 32 : (step + 1) * 32]
         warm, progress = (step + 1) / 10, (step - 10) / 29
@@ -184,7 +186,7 @@ def test_where_nobody_waits_for_each_loss_it_is_found_at_the_next_report(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the step is the right one all the same."""
-    monkeypatch.setattr(Stepper, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(TrainStep, "_check_finite", lambda *_: None)
     spoil(own_folder, step=7)
     with pytest.raises(TrainingError, match=r"^the loss is nan at step 8 \(the last finite one"):
         run(own_folder, "spoilt", train=STEPS, tracking={"every_steps": 20})
@@ -211,13 +213,13 @@ def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
     ("fields", "evaluations"),
     [
         ({"epochs": 3}, [10, 20, 30]),
-        ({"epochs": 2.5, "evaluate_every": 0.5}, [5, 10, 15, 20, 25]),
+        ({"epochs": 2.5, "evaluate_every_epochs": 0.5}, [5, 10, 15, 20, 25]),
         ({"steps": 7}, [7]),
     ],
 )
 def test_when_it_evaluates(fields: dict[str, float], evaluations: list[int]) -> None:
     spec = RunSpec.model_validate({"workload": "x", "train": {**fields, "global_batch": 10}})
-    assert sorted(milestones(spec.train.evaluate_every, spec, 100)) == evaluations
+    assert sorted(evaluation_steps(spec.train.evaluate_every_epochs, spec, 100)) == evaluations
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -231,7 +233,7 @@ def test_it_saves_at_an_interval_and_at_the_end(own_folder: Path) -> None:
 
 def test_the_best_saves_stay_beside_the_newest(own_folder: Path) -> None:
     """By the metric of the evaluation of just this state."""
-    sections = {"train": {"steps": 80, "global_batch": 16, "evaluate_every": 0.25}}
+    sections = {"train": {"steps": 80, "global_batch": 16, "evaluate_every_epochs": 0.25}}
     rule = {"keep": 1, "keep_best": 2, "metric": "val/accuracy", "mode": "max"}
     _, recorder, _ = run(own_folder, "best", **sections, checkpoint=rule)
     accuracy = recorder.rows["val/accuracy"]
@@ -308,6 +310,6 @@ def test_channels_last_changes_no_result(own_folder: Path) -> None:
         spec, workload = resolve({**data, "train": fields}, RunSpec)
         recorder = Recorder()
         folder = own_folder / f"{channels_last}"
-        train(spec, workload, prepare(workload, own_folder), folder, recorder)
+        train(spec, workload, prepare_dataset(workload, own_folder), folder, recorder)
         losses.append(list(recorder.rows["train/loss"].values()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)

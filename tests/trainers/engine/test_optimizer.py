@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from trainers.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
 from trainers.spec import OptimizerSpec
 
@@ -17,7 +17,7 @@ NAMES = st.sampled_from(["constant", "linear", "cosine"])
 
 
 def rates(total_steps: int, **schedule: Any) -> list[float]:
-    spec = check(OptimizerSpec, {"lr": 0.5, "schedule": schedule})
+    spec = validate(OptimizerSpec, {"lr": 0.5, "schedule": schedule})
     return [learning_rate(spec, step, total_steps) for step in range(total_steps)]
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cluster.base.errors import TrainingError
-from trainers.data.dataset import open_split, prepare
+from trainers.data.dataset import open_split, prepare_dataset
 from trainers.engine.out_of_memory import fits, is_out_of_memory, largest_that_fits, memory_advice
-from trainers.engine.step import Stepper
+from trainers.engine.step import TrainStep
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
@@ -93,8 +93,8 @@ def test_a_step_that_does_not_fit_says_what_would(own_folder: Path) -> None:
     def first_step(micro_batch: int | None) -> None:
         train = {"global_batch": 12, "micro_batch": micro_batch}
         spec, workload = resolve({"workload": "spirals:Spirals", "train": train}, RunSpec)
-        split = open_split(prepare(workload, own_folder), "train")
-        Stepper(spec, workload, split, Worker(), 1).take(0)
+        split = open_split(prepare_dataset(workload, own_folder), "train")
+        TrainStep(spec, workload, split, Worker(), 1).run(0)
 
     first_step(1)  # imports and threads take address space too
     with room():

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from cluster.base.errors import SpecError
-from trainers.data.dataset import open_split, prepare
-from trainers.engine.step import Stepper
+from trainers.data.dataset import open_split, prepare_dataset
+from trainers.engine.step import TrainStep
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
 
-def stepper(own_folder: Path, **train: Any) -> Stepper:
+def stepper(own_folder: Path, **train: Any) -> TrainStep:
     data = {"workload": "spirals:Spirals", "train": {"global_batch": 32, **train}}
     spec, workload = resolve(data, RunSpec)
-    split = open_split(prepare(workload, own_folder), "train")
-    return Stepper(spec, workload, split, Worker(), 10)
+    split = open_split(prepare_dataset(workload, own_folder), "train")
+    return TrainStep(spec, workload, split, Worker(), 10)
 
 
 OWN_BLOCKS = (
@@ -51,17 +51,17 @@ def test_dropout_modules_are_not_the_models_own_random_numbers(
     compile: str, own_folder: Path
 ) -> None:
     steps = stepper(own_folder, compile=compile)
-    assert steps.draws_natively is None
-    steps.take(0)
-    assert steps.draws_natively is False
+    assert steps.uses_native_rng is None
+    steps.run(0)
+    assert steps.uses_native_rng is False
 
 
 @pytest.mark.parametrize("case", NATIVE)
 def test_all_other_draws_are_noticed_in_the_first_step(case: str, own_folder: Path) -> None:
     change(own_folder, *NATIVE[case])
     steps = stepper(own_folder)
-    steps.take(0)
-    assert steps.draws_natively is True
+    steps.run(0)
+    assert steps.uses_native_rng is True
 
 
 def test_and_are_the_same_whenever_the_step_is_done(own_folder: Path) -> None:
@@ -69,7 +69,7 @@ def test_and_are_the_same_whenever_the_step_is_done(own_folder: Path) -> None:
     losses = []
     for _ in range(2):
         torch.rand(7)
-        losses.append(stepper(own_folder).take(3))
+        losses.append(stepper(own_folder).run(3))
     assert losses[0].equal(losses[1])
 
 
@@ -82,7 +82,7 @@ def test_a_step_with_activation_checkpointing_is_the_same_step(own_folder: Path)
     ]
     assert type(recomputed.network).__name__ == "RecomputedSequential"
     for step in range(3):
-        assert plain.take(step).equal(recomputed.take(step))
+        assert plain.run(step).equal(recomputed.run(step))
     for weight, same in zip(
         plain.network.parameters(), recomputed.network.parameters(), strict=True
     ):

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
-from trainers.checkpoints.checkpoints import Checkpoints, load_network
-from trainers.data.dataset import prepare
-from trainers.engine.strategy import choose_layout, state_bytes
+from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
+from trainers.data.dataset import prepare_dataset
+from trainers.engine.strategy import choose_strategy, state_bytes
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
@@ -31,8 +31,8 @@ from torch import nn
 
 from trainers import Spec, Workload, table
 from trainers.engine.loop import train
-from trainers.engine.strategy import Worker
-from trainers.tracking.reporter import SilentReporter
+from trainers.worker import Worker
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 
 
@@ -89,17 +89,17 @@ class Tower(Workload):
         return {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
 
 
-class Losses(SilentReporter):
+class Losses(NullReporter):
     def __init__(self, stop_after):
         self.rows, self.notes, self.done, self.stop_after = {}, {}, 0, stop_after
 
-    def log(self, metrics, step):
+    def log_metrics(self, metrics, step):
         self.rows.setdefault(step, {}).update(metrics)
 
-    def note(self, name, text):
+    def log_note(self, name, text):
         self.notes[name] = text
 
-    def tick(self, step):
+    def on_step_end(self, step):
         self.done = step
 
     def should_stop(self):
@@ -114,7 +114,7 @@ def work(rank, world, meeting, data, dataset, folder, stop_after, answers):
     spec, workload = resolve(data, RunSpec)
     reporter = Losses(stop_after)
     try:
-        train(spec, workload, dataset, folder, reporter, Worker(rank, world, local_world=world))
+        train(spec, workload, dataset, folder, reporter, Worker(rank, world, local_world_size=world))
         answers.put((rank, reporter.rows, reporter.notes, None))
     except Exception as error:
         answers.put((rank, {}, {}, f"{type(error).__name__}: {error}"))
@@ -146,9 +146,9 @@ class Trained:
         """As one process reads them from the newest checkpoint."""
         _, workload = resolve(TOWER, RunSpec)
         network = workload.build().double()
-        newest = Checkpoints(self.folder / "checkpoints").newest()
+        newest = Checkpoints(self.folder / "checkpoints").latest()
         assert newest is not None
-        load_network(newest, network)
+        load_model_weights(newest, network)
         return network.state_dict()
 
 
@@ -162,7 +162,7 @@ def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     import tower
 
     root = tmp_path_factory.mktemp("towers")
-    dataset = prepare(resolve(TOWER, RunSpec)[1], root)
+    dataset = prepare_dataset(resolve(TOWER, RunSpec)[1], root)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tower"])
 
@@ -277,8 +277,8 @@ class TestChoice:
         spec, workload = resolve({**TOWER, "scale": {"workers": workers, **scale}}, RunSpec)
         network = workload.build()
         available = int(memory * state_bytes(spec.optimizer, network))
-        worker = Worker(0, workers, local_world=local)
-        return choose_layout(spec, workload, network, worker, available)
+        worker = Worker(0, workers, local_world_size=local)
+        return choose_strategy(spec, workload, network, worker, available)
 
     @pytest.fixture(autouse=True)
     def _tower(self, train: Runner) -> None:

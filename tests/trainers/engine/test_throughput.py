@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainers import Batch, Workload, table
-from trainers.devices import Cpu, Cuda, Memory
-from trainers.engine.throughput import STEP, Meter, count_flops
+from trainers.devices import Cpu, Cuda, DeviceMemory
+from trainers.engine.throughput import STEP_PHASES, ThroughputMeter, count_flops
 
 
 class Clock:
@@ -30,17 +30,21 @@ class Clock:
         return self.s
 
 
-def meter(clock: Clock, samples: int = 32, **rest: Any) -> Meter:
-    return Meter(samples, clock=clock, now=clock, **rest)
+def meter(clock: Clock, samples: int = 32, **rest: Any) -> ThroughputMeter:
+    return ThroughputMeter(samples, clock=clock, now=clock, **rest)
 
 
-def spend(meter: Meter, clock: Clock, part: Any, seconds: float) -> None:
+def spend(meter: ThroughputMeter, clock: Clock, part: Any, seconds: float) -> None:
     clock.s += seconds
     meter.mark(part)
 
 
 class TestLaps:
-    @given(st.lists(st.lists(st.tuples(st.sampled_from(STEP), st.floats(0.001, 100))), min_size=1))
+    @given(
+        st.lists(
+            st.lists(st.tuples(st.sampled_from(STEP_PHASES), st.floats(0.001, 100))), min_size=1
+        )
+    )
     def test_parts_add_up_to_the_step(self, steps: list[list[tuple[Any, float]]]) -> None:
         clock = Clock()
         it = meter(clock)
@@ -48,13 +52,15 @@ class TestLaps:
         for laps in steps:
             for part, seconds in laps:
                 spend(it, clock, part, seconds)
-            it.step()
+            it.count_step()
         found = it.read()
         assert found["perf/step_s"] == pytest.approx((clock() - begin) / len(steps))
-        parts = [found.get(f"perf/{part}_s", 0.0) for part in STEP]
+        parts = [found.get(f"perf/{part}_s", 0.0) for part in STEP_PHASES]
         assert sum(parts) == pytest.approx(found["perf/step_s"])
         if any(steps):
-            assert sum(found.get(f"perf/{part}_share", 0.0) for part in STEP) == pytest.approx(1)
+            assert sum(
+                found.get(f"perf/{part}_share", 0.0) for part in STEP_PHASES
+            ) == pytest.approx(1)
 
     def test_rates(self) -> None:
         clock = Clock()
@@ -62,7 +68,7 @@ class TestLaps:
         for _ in range(4):
             spend(it, clock, "data", 0.1)
             spend(it, clock, "compute", 0.4)
-            it.step()
+            it.count_step()
         found = it.read()
         assert found["perf/samples_per_s"] == pytest.approx(64)
         assert found["perf/tokens_per_s"] == pytest.approx(640)
@@ -77,7 +83,7 @@ class TestLaps:
         it = meter(clock)
         spend(it, clock, "start", 7)
         spend(it, clock, "compute", 2)
-        it.step()
+        it.count_step()
         spend(it, clock, "evaluation", 50)
         assert it.read()["perf/step_s"] == pytest.approx(2)
         assert it.samples_per_s() == pytest.approx(16)
@@ -87,13 +93,13 @@ class TestLaps:
         it = meter(clock)
         for seconds in (1, 3):
             spend(it, clock, "compute", seconds)
-            it.step()
+            it.count_step()
             assert it.read()["perf/step_s"] == pytest.approx(seconds)
         assert it.read() == {}
         assert it.samples_per_s() == pytest.approx(32 * 2 / 4)
 
     def test_a_mark_costs_less_than_two_microseconds(self) -> None:
-        it = Meter(1)
+        it = ThroughputMeter(1)
         assert min(timeit.repeat(lambda: it.mark("data"), number=2000, repeat=20)) < 2000 * 2e-6
 
 
@@ -102,22 +108,22 @@ class TestTheDevice:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Cuda, "name", "NVIDIA H100 80GB HBM3")
-        monkeypatch.setattr(Cuda, "memory", lambda self: Memory(85_520_809_984, 0, 5_000))
+        monkeypatch.setattr(Cuda, "memory", lambda self: DeviceMemory(85_520_809_984, 0, 5_000))
         clock = Clock()
         it = meter(clock, samples=100, flops=1e12, device=Cuda(), world=4)
         spend(it, clock, "compute", 0.05)
-        it.step()
+        it.count_step()
         found = it.read()
         assert found["perf/mfu"] == pytest.approx(2000e12 / (4 * 989e12))
         assert found["perf/peak_memory_bytes"] == 5_000
-        assert it.rated is not None
-        assert it.rated.source
+        assert it.catalogued is not None
+        assert it.catalogued.source
 
     def test_a_device_that_is_in_no_catalogue_has_no_mfu(self) -> None:
         clock = Clock()
         it = meter(clock, flops=1e12, device=Cpu())
         spend(it, clock, "compute", 1)
-        it.step()
+        it.count_step()
         found = it.read()
         assert "perf/mfu" not in found
         assert found["perf/peak_memory_bytes"] > 50_000_000
@@ -141,10 +147,10 @@ class TestGoodput:
         for event, seconds in events:
             if event == "step":
                 spend(it, clock, "compute", seconds)
-                it.step()
+                it.count_step()
                 useful += seconds
             elif event == "save":
-                saved, kept = it.state(stopped=False), useful
+                saved, kept = it.state_dict(stopped=False), useful
                 spend(it, clock, "checkpoint", seconds)
             elif event == "evaluate":
                 spend(it, clock, "evaluation", seconds)
@@ -152,16 +158,16 @@ class TestGoodput:
                 clock.s += seconds
                 # Without a save the run begins anew, under the same command.
                 it = meter(clock, started=None if saved else begin)
-                it.load(saved or {})
+                it.load_state_dict(saved or {})
                 useful = kept
             else:
-                saved, kept = it.state(stopped=True), useful
+                saved, kept = it.state_dict(stopped=True), useful
                 clock.s += seconds
                 paused += seconds
                 it = meter(clock)
-                it.load(saved)
+                it.load_state_dict(saved)
                 # It is resumed by a new command; the next save says that it goes on.
-                saved = it.state(stopped=False)
+                saved = it.state_dict(stopped=False)
         wall = clock() - begin - paused
         assert it.goodput() == pytest.approx(useful / wall if wall else 0, abs=1e-6)
 
@@ -169,12 +175,12 @@ class TestGoodput:
         clock = Clock()
         first = meter(clock)
         spend(first, clock, "compute", 60)
-        state = first.state(stopped=True)
+        state = first.state_dict(stopped=True)
         clock.s += 1_000_000  # a holiday
         command = clock()
         clock.s += 30  # Ray starts, models are built
         second = meter(clock, started=command)
-        second.load(state)
+        second.load_state_dict(state)
         spend(second, clock, "start", 10)
         spend(second, clock, "compute", 20)
         assert second.goodput() == pytest.approx(80 / 120)
@@ -183,10 +189,10 @@ class TestGoodput:
         clock = Clock()
         first = meter(clock)
         spend(first, clock, "compute", 10)
-        state = first.state(stopped=False)
+        state = first.state_dict(stopped=False)
         spend(first, clock, "compute", 10)  # lost
         second = meter(clock)
-        second.load(state)
+        second.load_state_dict(state)
         spend(second, clock, "compute", 10)
         assert second.goodput() == pytest.approx(20 / 30)
 
@@ -194,11 +200,11 @@ class TestGoodput:
         clock = Clock()
         it = meter(clock)
         spend(it, clock, "compute", 10)
-        numbers = json.loads(json.dumps({"scale": 65536.0, **it.state(stopped=False)}))
+        numbers = json.loads(json.dumps({"scale": 65536.0, **it.state_dict(stopped=False)}))
         again = meter(clock)
-        again.load(numbers)
+        again.load_state_dict(numbers)
         assert again.goodput() == it.goodput() == 1
-        again.load({"scale": 65536.0})  # from before there was a meter
+        again.load_state_dict({"scale": 65536.0})  # from before there was a meter
         assert again.goodput() == 1
 
 
@@ -339,7 +345,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from trainers.engine.throughput import Meter, watch_communication
+from trainers.engine.throughput import ThroughputMeter, measure_communication
 
 rank = int(sys.argv[1])
 torch.set_num_threads(1)
@@ -351,7 +357,7 @@ def gradients(meter):
     network = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     model = DistributedDataParallel(network, bucket_cap_mb=0.02, gradient_as_bucket_view=True)
     if meter:
-        watch_communication(model, meter)
+        measure_communication(model, meter)
     torch.manual_seed(rank)
     for step in range(3):
         network.zero_grad()
@@ -363,12 +369,12 @@ def gradients(meter):
         loss.backward()
         if meter:
             meter.mark("compute")
-            meter.step()
+            meter.count_step()
     return [weight.grad.clone() for weight in network.parameters()]
 
 
 plain = gradients(None)
-meter = Meter(8)
+meter = ThroughputMeter(8)
 watched = gradients(meter)
 same = all(torch.equal(a, b) for a, b in zip(plain, watched))
 print(json.dumps({"same": same, **meter.read()}))

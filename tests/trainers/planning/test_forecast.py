@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 from trainers.planning.forecast import (
     Calibration,
     Forecast,
+    ForecastHistory,
     Interval,
-    Length,
-    Memory,
-    added,
-    calibrated_by,
-    compared,
+    RunLength,
+    calibrate,
+    describe_outcome,
     forecast,
-    key_of,
-    keys_of,
-    length,
+    forecast_key,
+    forecast_keys,
+    run_length,
     score,
+    sum_independent,
 )
-from trainers.planning.pools import Pool, Probe, probed
-from trainers.planning.step_time import Place, Unknown
-from trainers.runs.run import settled
+from trainers.planning.pools import Pool, ProbeResult, probed_pool
+from trainers.planning.step_time import Placement, Unknown
+from trainers.runs.run import resolved_data
 from trainers.spec import RunSpec, find_spec, resolve
 
 NUMBERS = st.floats(1e-3, 1e6)
@@ -34,55 +34,60 @@ NUMBERS = st.floats(1e-3, 1e6)
 def test_intervals_hold_their_middle(a: float, error: float, b: float, other: float) -> None:
     x, y = Interval.around(a, error), Interval.around(b, other)
     moved = [Calibration(shift, width) for shift in (-1.5, 0, 1.5) for width in (0.5, 2)]
-    for found in (added([x, y]), x.times(y), x.times(3.0), *(x.calibrated(by) for by in moved)):
+    for found in (
+        sum_independent([x, y]),
+        x.times(y),
+        x.times(3.0),
+        *(x.calibrated(by) for by in moved),
+    ):
         assert 0 <= found.low <= found.middle <= found.high
-    assert added([x, y]).high <= x.high + y.high  # not both are wrong at once
+    assert sum_independent([x, y]).high <= x.high + y.high  # not both are wrong at once
     assert x.times(y).high >= max(x.high * y.middle, x.middle * y.high) * (1 - 1e-9)
 
 
-def a_probe(workers: int, batch: int, step_s: float) -> Probe:
-    place = Place(workers, 1, batch / workers, 2.0)
-    return Probe(place, batch, step_s, 0.01, 9.0, 0.5, 0.2, 0.1, 1.0, {}, None, "cpu", None)
+def a_probe(workers: int, batch: int, step_s: float) -> ProbeResult:
+    place = Placement(workers, 1, batch / workers, 2.0)
+    return ProbeResult(place, batch, step_s, 0.01, 9.0, 0.5, 0.2, 0.1, 1.0, {}, None, "cpu", None)
 
 
 def test_a_forecast_adds_up_all_that_a_run_does() -> None:
     pool = Pool("cpu", (2,), 2.0)
-    found = probed(pool, [a_probe(1, 64, 0.02), a_probe(2, 64, 0.015)], 64)
-    whole = forecast(found, 2, Length(steps=1001, evaluations=10, tests=1, saves=4))
+    found = probed_pool(pool, [a_probe(1, 64, 0.02), a_probe(2, 64, 0.015)], 64)
+    whole = forecast(found, 2, RunLength(steps=1001, evaluations=10, tests=1, saves=4))
     assert isinstance(whole, Forecast)
     assert whole.wall_s.middle == pytest.approx(1000 * 0.015 + 9 + 10 * 0.5 + 0.2 + 4 * 0.1 + 1)
     assert whole.basis == "measured"
-    assert isinstance(forecast(found, 3, Length(10, 1, 0, 1)), Unknown)
+    assert isinstance(forecast(found, 3, RunLength(10, 1, 0, 1)), Unknown)
 
 
 def test_the_length_of_a_run_is_that_of_its_loop() -> None:
     spec, _ = resolve(find_spec("digits")[1], RunSpec)
-    assert length(spec, 1257, has_test=True) == Length(590, 6, 1, 1)
+    assert run_length(spec, 1257, has_test=True) == RunLength(590, 6, 1, 1)
     every = spec.checkpoint.model_copy(update={"every_steps": 100})
-    assert length(spec.model_copy(update={"checkpoint": every}), 1257, False).saves == 6
+    assert run_length(spec.model_copy(update={"checkpoint": every}), 1257, False).saves == 6
     best = spec.checkpoint.model_copy(update={"keep_best": 1})
-    assert length(spec.model_copy(update={"checkpoint": best}), 1257, False).saves == 6
+    assert run_length(spec.model_copy(update={"checkpoint": best}), 1257, False).saves == 6
 
 
 def test_the_shipped_error_bars_hold_until_there_are_runs() -> None:
-    assert calibrated_by([]) == (0, pytest.approx(1))
-    assert calibrated_by([0.1, -0.1] * 15) == (0, 0.25)  # not below a quarter
-    assert calibrated_by([0.4, -0.4] * 15) == (0, pytest.approx(0.4))
-    assert calibrated_by([3.0, -3.0]).widening == 3.0  # one of eleven is more than one of ten
-    assert calibrated_by([3.0]) == (pytest.approx(1), pytest.approx(2))
-    few = [calibrated_by([2.0, -2.0] * count).widening for count in range(6)]
+    assert calibrate([]) == (0, pytest.approx(1))
+    assert calibrate([0.1, -0.1] * 15) == (0, 0.25)  # not below a quarter
+    assert calibrate([0.4, -0.4] * 15) == (0, pytest.approx(0.4))
+    assert calibrate([3.0, -3.0]).widening == 3.0  # one of eleven is more than one of ten
+    assert calibrate([3.0]) == (pytest.approx(1), pytest.approx(2))
+    few = [calibrate([2.0, -2.0] * count).widening for count in range(6)]
     assert few == sorted(few)
-    narrower = [calibrated_by([0.3, -0.3] * count).widening for count in range(6)]
+    narrower = [calibrate([0.3, -0.3] * count).widening for count in range(6)]
     assert narrower == sorted(narrower, reverse=True)
 
 
 def test_what_all_runs_have_in_common_moves_the_next_interval() -> None:
     """The more of them, the more of it; then the interval need not be wide on its account."""
-    found = [calibrated_by([2.0] * count) for count in (1, 2, 6, 38)]
+    found = [calibrate([2.0] * count) for count in (1, 2, 6, 38)]
     assert [each.shift for each in found] == [pytest.approx(x) for x in (2 / 3, 1, 1.5, 1.9)]
     assert found[-1].widening == 0.25
-    assert calibrated_by([-2.0] * 2).shift == -1
-    assert calibrated_by([1.0, 1.0, 1.0, 50.0, 1.0]).shift < 1  # one of them is not all
+    assert calibrate([-2.0] * 2).shift == -1
+    assert calibrate([1.0, 1.0, 1.0, 50.0, 1.0]).shift < 1  # one of them is not all
     shipped = Interval(50, 100, 120)
     assert shipped.calibrated(Calibration(1)).middle == pytest.approx(120)
     assert shipped.calibrated(Calibration(-1)).middle == pytest.approx(50)
@@ -94,7 +99,7 @@ def test_nine_of_ten_later_runs_lie_within_whatever_the_errors_are() -> None:
     inside = []
     for _ in range(300):
         seen = [draw.expovariate(1) for _ in range(40)]
-        found = calibrated_by(seen)
+        found = calibrate(seen)
         inside.append(abs(draw.expovariate(1) - found.shift) <= found.widening)
     assert 0.85 <= sum(inside) / len(inside) <= 0.95
 
@@ -109,32 +114,32 @@ def test_scores_do_not_depend_on_how_the_interval_was_calibrated() -> None:
 
 def test_what_was_forecast_is_found_again_by_the_run_that_does_it(tmp_path: Path) -> None:
     spec, _ = resolve({**find_spec("digits")[1], "storage": str(tmp_path)}, RunSpec)
-    data = settled(spec)
+    data = resolved_data(spec)
     elsewhere = {**data, "storage": "/other", "tracking": {**data["tracking"], "uri": "http://x"}}
     two = {**data, "scale": {**data["scale"], "workers": 2}}
     wider = {**data, "model": {**data["model"], "width": 24}}
-    memory = Memory(tmp_path)
-    assert memory.recall([key_of(data, "cpu")]) is None
+    memory = ForecastHistory(tmp_path)
+    assert memory.latest_for([forecast_key(data, "cpu")]) is None
     older = Forecast(Interval(1, 2, 3), Interval(1, 2, 3), "measured", Interval(1, 2, 3), 5.0)
     newer = Forecast(Interval(4, 5, 6), Interval(1, 2, 3), "measured", Interval(3, 5, 7), 6.0)
     for each in (older, newer):
-        memory.remember(key_of(data, "cpu"), each)
-    assert Memory(tmp_path).recall(keys_of(elsewhere, with_gpus=False)) == newer
-    assert memory.recall(keys_of(data, with_gpus=True)) is None
+        memory.record_forecast(forecast_key(data, "cpu"), each)
+    assert ForecastHistory(tmp_path).latest_for(forecast_keys(elsewhere, with_gpus=False)) == newer
+    assert memory.latest_for(forecast_keys(data, with_gpus=True)) is None
     for other in (two, wider):
-        assert memory.recall(keys_of(other, with_gpus=False)) is None
+        assert memory.latest_for(forecast_keys(other, with_gpus=False)) is None
 
 
 def test_what_runs_took_is_kept_and_a_torn_line_is_nothing(tmp_path: Path) -> None:
     shipped = Interval.around(10, 0.2)
     expected = Forecast(shipped, Interval(1, 1, 1), "measured", shipped)
-    memory = Memory(tmp_path)
-    memory.took("first", expected, 12.0)
+    memory = ForecastHistory(tmp_path)
+    memory.record_actual("first", expected, 12.0)
     with (tmp_path / "forecasts.jsonl").open("a") as file:
         file.write('{"kind": "actual", "sco\n')
-    memory.took("second", expected, 10.0)
+    memory.record_actual("second", expected, 10.0)
     assert memory.scores() == [pytest.approx(1), 0.0]
-    assert calibrated_by(memory.scores()) == pytest.approx(calibrated_by([1.0, 0.0]))
-    assert compared(expected, 12.5) == (
+    assert calibrate(memory.scores()) == pytest.approx(calibrate([1.0, 0.0]))
+    assert describe_outcome(expected, 12.5) == (
         "10 s forecast (measured), 12.5 s taken: +25%, outside 8.33 to 12 s"
     )

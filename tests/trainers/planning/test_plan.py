@@ -8,15 +8,15 @@ from collections.abc import Iterable
 import pytest
 
 from cluster.cost.catalog import instances
-from cluster.cost.machine_filters import select
+from cluster.cost.machine_filters import select_machines
 from cluster.cost.node_rates import CostSpec
-from trainers.planning.forecast import Forecast, Length
-from trainers.planning.plan import Option, Plan, Question, better_on_cpus, knee_of, plan
-from trainers.planning.pools import Pool, Probe, ProbedPool, pools, probed
-from trainers.planning.step_time import Place, Unknown
+from trainers.planning.forecast import Forecast, RunLength
+from trainers.planning.plan import Option, Plan, PlanRequest, cpu_advice, knee_of, plan
+from trainers.planning.pools import Pool, ProbedPool, ProbeResult, find_pools, probed_pool
+from trainers.planning.step_time import Placement, Unknown
 from trainers.spec import RunSpec, find_spec, resolve
 
-RUN = Question(Length(steps=10_001, evaluations=10, tests=1, saves=2))
+RUN = PlanRequest(RunLength(steps=10_001, evaluations=10, tests=1, saves=2))
 PEAK_T4 = 65e12
 FLOPS = 1e9
 
@@ -32,8 +32,8 @@ def recorded(
     assert isinstance(shares, dict)
     assert isinstance(half, float)
     probes = [
-        Probe(
-            place=Place(workers, nodes, batch / workers, cores),
+        ProbeResult(
+            place=Placement(workers, nodes, batch / workers, cores),
             batch=batch,
             step_s=seconds * (half if batch == 128 else 1),
             spread=0.01,
@@ -50,7 +50,7 @@ def recorded(
         for (workers, nodes), seconds in steps_s.items()
         for batch in (256, 128)
     ]
-    return probed(Pool(kind, slots, 8.0), probes, 256)
+    return probed_pool(Pool(kind, slots, 8.0), probes, 256)
 
 
 CPU = recorded("cpu", (8,), {(1, 1): 0.5, (2, 1): 0.3, (8, 1): 0.25})
@@ -70,7 +70,9 @@ def marked(made: Plan, mark: str) -> Option:
 def test_options_say_what_they_rest_on_and_the_farther_the_less_they_know() -> None:
     options = plan([CPU, T4], [], RUN).options
     basis = {
-        (o.accelerator, o.workers): o.found.basis if isinstance(o.found, Forecast) else "unknown"
+        (o.accelerator, o.workers): o.forecast.basis
+        if isinstance(o.forecast, Forecast)
+        else "unknown"
         for o in options
     }
     assert basis["cpu", 1] == basis["T4", 8] == "measured"
@@ -89,33 +91,35 @@ def test_options_say_what_they_rest_on_and_the_farther_the_less_they_know() -> N
 def test_a_node_boundary_that_was_not_probed_is_unknown() -> None:
     one_node = recorded("T4", (4, 4), {(1, 1): 0.1, (2, 1): 0.06, (4, 1): 0.04})
     beyond = found(plan([one_node], [], RUN).options, workers=8)
-    assert beyond.found == Unknown("no two nodes were probed together")
+    assert beyond.forecast == Unknown("no two nodes were probed together")
     assert beyond.cost is None
     assert plan([one_node], [], RUN).options[-1] is not None
     assert knee_of(one_node) <= 4
 
 
 def test_what_is_rented_is_priced_on_demand_and_on_spot() -> None:
-    machines = select("name=g4dn.12xlarge,p4d.24xlarge,c7i.4xlarge", instances())
+    machines = select_machines("name=g4dn.12xlarge,p4d.24xlarge,c7i.4xlarge", instances())
     made = plan([CPU, T4], machines, RUN)
     four = found(made.options, where="aws/us-east-1/g4dn.12xlarge", nodes=1, market="on demand")
-    assert isinstance(four.found, Forecast)
-    assert four.found.basis == "measured"
+    assert isinstance(four.forecast, Forecast)
+    assert four.forecast.basis == "measured"
     assert four.usd is not None
-    assert four.usd.middle == pytest.approx(four.found.wall_s.middle / 3600 * 3.912)
+    assert four.usd.middle == pytest.approx(four.forecast.wall_s.middle / 3600 * 3.912)
     two = found(made.options, where="aws/us-east-1/g4dn.12xlarge", nodes=2)
-    assert isinstance(two.found, Forecast)
+    assert isinstance(two.forecast, Forecast)
     assert two.usd is not None
-    assert two.usd.middle == pytest.approx(2 * two.found.wall_s.middle / 3600 * 3.912)
+    assert two.usd.middle == pytest.approx(2 * two.forecast.wall_s.middle / 3600 * 3.912)
     a100 = [o for o in made.options if o.where.endswith("p4d.24xlarge")]
     assert {o.market for o in a100} == {"on demand", "spot"}
-    one = [o.found for o in a100 if o.nodes == 1]
+    one = [o.forecast for o in a100 if o.nodes == 1]
     assert [each.basis for each in one if isinstance(each, Forecast)] == ["data sheet"] * 2
-    assert {o.found for o in a100 if o.nodes == 2} == {Unknown("no two nodes were probed together")}
+    assert {o.forecast for o in a100 if o.nodes == 2} == {
+        Unknown("no two nodes were probed together")
+    }
     assert a100[0].wall_s is not None
     assert a100[0].wall_s.high / a100[0].wall_s.low > 2
     other = found(made.options, where="aws/us-east-1/c7i.4xlarge")
-    assert other.found == Unknown("another processor than the one that was probed")
+    assert other.forecast == Unknown("another processor than the one that was probed")
     assert any("2026-07-20" in note for note in made.notes)  # the price's age
     assert any("reclaimed" in note for note in made.notes)
     cheap, fast = marked(made, "cheapest"), marked(made, "fastest")
@@ -127,7 +131,7 @@ def test_what_is_rented_is_priced_on_demand_and_on_spot() -> None:
 
 
 def test_limits_leave_what_surely_fits() -> None:
-    machines = select("name=g4dn.12xlarge,p4d.24xlarge", instances())
+    machines = select_machines("name=g4dn.12xlarge,p4d.24xlarge", instances())
     every = plan([CPU, T4], machines, RUN)
     limited = plan([CPU, T4], machines, RUN, deadline_s=900, budget_usd=3)
     assert 0 < len(limited.options) < len(every.options)
@@ -140,7 +144,7 @@ def test_limits_leave_what_surely_fits() -> None:
 
 
 def test_money_of_ones_own_machine_is_what_the_spec_says() -> None:
-    question = Question(RUN.length, cost=CostSpec(usd_per_h=2.0, g_co2e_per_kwh=100))
+    question = PlanRequest(RUN.length, cost=CostSpec(usd_per_h=2.0, g_co2e_per_kwh=100))
     option = plan([CPU], [], question).options[0]
     assert option.wall_s is not None
     assert option.usd is not None
@@ -173,10 +177,10 @@ def test_the_cpu_is_recommended_with_the_reason(
     gpu: dict[str, object], cpu: dict[str, object], reason: str
 ) -> None:
     cpus = recorded("cpu", (8,), {(1, 1): 0.02, (2, 1): 0.015}, **cpu)
-    (line,) = better_on_cpus([cpus, recorded("T4", (1,), {(1, 1): 0.05}, **gpu)])
+    (line,) = cpu_advice([cpus, recorded("T4", (1,), {(1, 1): 0.05}, **gpu)])
     assert line.startswith("the CPU is the better place: 17,067 samples/s against 5,120 on one T4")
     assert reason in line
-    assert better_on_cpus([CPU, T4]) == []
+    assert cpu_advice([CPU, T4]) == []
 
 
 def test_pools_are_what_ray_has_for_the_spec() -> None:
@@ -194,13 +198,13 @@ def test_pools_are_what_ray_has_for_the_spec() -> None:
         node(GPU=8, accelerator_type_H100=1),
     ]
     spec, _ = resolve({**find_spec("digits")[1], "scale": {"cpus_per_worker": 2}}, RunSpec)
-    cpu, t4 = pools(nodes, spec)
+    cpu, t4 = find_pools(nodes, spec)
     assert (cpu.accelerator, cpu.slots, cpu.cores) == ("cpu", (8, 4, 1), 2)
     assert (t4.accelerator, t4.slots, t4.cores) == ("T4", (4, 4), 8)
     assert t4.labels == {"heliostat.io/market": "spot"}
     assert [t4.nodes_for(n) for n in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, None]
-    assert t4.counts(12) == [1, 2, 3, 4, 6]
-    assert t4.to_probe(64) == [1, 2, 4, 8]
-    assert t4.to_probe(3) == [1, 3]
+    assert t4.worker_counts(12) == [1, 2, 3, 4, 6]
+    assert t4.counts_to_probe(64) == [1, 2, 4, 8]
+    assert t4.counts_to_probe(3) == [1, 3]
     only = spec.model_copy(update={"scale": spec.scale.model_copy(update={"accelerator": "T4"})})
-    assert [pool.accelerator for pool in pools(nodes, only)] == ["T4"]
+    assert [pool.accelerator for pool in find_pools(nodes, only)] == ["T4"]

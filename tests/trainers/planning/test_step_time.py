@@ -14,19 +14,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.planning.step_time import Curve, Place, Point, Prediction, Unknown, fit, knee
+from trainers.planning.step_time import (
+    Measurement,
+    Placement,
+    Prediction,
+    StepTimeModel,
+    Unknown,
+    fit,
+    knee,
+)
 
 TRACES = Path(os.environ.get("POLLUX_TRACES", Path(__file__).parents[4] / "shared/data/pollux"))
 
 
-def predicted(curve: Curve, place: Place) -> Prediction:
+def predicted(curve: StepTimeModel, place: Placement) -> Prediction:
     found = curve.predict(place)
     assert isinstance(found, Prediction), found
     return found
 
 
-def probes(curve: Curve, *places: Place) -> list[Point]:
-    return [Point(place, curve.step_s(place)) for place in places]
+def probes(curve: StepTimeModel, *places: Placement) -> list[Measurement]:
+    return [Measurement(place, curve.step_s(place)) for place in places]
 
 
 @settings(deadline=None)  # the first call imports scipy
@@ -37,43 +45,55 @@ def test_terms_are_recovered_from_probes_of_them(c: float, a: float, b: float, e
         return c + each * samples + exchange
 
     points = [
-        Point(Place(*where), step_s(*where))
+        Measurement(Placement(*where), step_s(*where))
         for where in [(1, 1, 64), (1, 1, 32), (4, 1, 16), (8, 2, 8), (16, 4, 4)]
     ]
     curve = fit(points)
     for where in [(2, 1, 32), (12, 3, 16), (24, 6, 16), (32, 8, 8)]:
-        assert curve.step_s(Place(*where)) == pytest.approx(step_s(*where), rel=1e-3)
+        assert curve.step_s(Placement(*where)) == pytest.approx(step_s(*where), rel=1e-3)
 
 
 def test_what_was_measured_is_given_back_and_what_was_not_probed_is_unknown() -> None:
-    one = [Point(Place(1, 1, 64), 1.0), Point(Place(1, 1, 32), 0.6)]
+    one = [Measurement(Placement(1, 1, 64), 1.0), Measurement(Placement(1, 1, 32), 0.6)]
     alone = fit(one)
-    assert predicted(alone, Place(1, 1, 64)).step_s == 1.0
-    assert str(predicted(alone, Place(1, 1, 64)).basis) == "measured"
-    assert alone.predict(Place(2, 1, 32)) == Unknown(
+    assert predicted(alone, Placement(1, 1, 64)).step_s == 1.0
+    assert str(predicted(alone, Placement(1, 1, 64)).basis) == "measured"
+    assert alone.predict(Placement(2, 1, 32)) == Unknown(
         "no two workers of one node were probed together"
     )
-    node = fit([*one, Point(Place(2, 1, 32), 0.7)])
-    assert str(predicted(node, Place(4, 1, 16)).basis) == "extrapolated x 2"
-    assert node.predict(Place(8, 2, 8)) == Unknown("no two nodes were probed together")
-    assert node.predict(Place(16, 1, 4)) == Unknown("8 times more than was probed")
-    nodes = fit([*one, Point(Place(2, 1, 32), 0.7), Point(Place(4, 2, 32), 0.9)])
-    assert str(predicted(nodes, Place(6, 3, 32)).basis) == "extrapolated x 1.5"
+    node = fit([*one, Measurement(Placement(2, 1, 32), 0.7)])
+    assert str(predicted(node, Placement(4, 1, 16)).basis) == "extrapolated x 2"
+    assert node.predict(Placement(8, 2, 8)) == Unknown("no two nodes were probed together")
+    assert node.predict(Placement(16, 1, 4)) == Unknown("8 times more than was probed")
+    nodes = fit(
+        [*one, Measurement(Placement(2, 1, 32), 0.7), Measurement(Placement(4, 2, 32), 0.9)]
+    )
+    assert str(predicted(nodes, Placement(6, 3, 32)).basis) == "extrapolated x 1.5"
 
 
 def test_errors_grow_with_the_distance_from_what_was_probed() -> None:
     def errors(*counts: int) -> list[float]:
-        probed = [Point(Place(2 * n, n, 8), 0.4) for n in counts]
-        curve = fit([Point(Place(1, 1, 8), 0.3), Point(Place(2, 1, 8), 0.3), *probed])
-        return [predicted(curve, Place(2 * n, n, 8)).error for n in (4, 3, 6, 8, 12, 16)]
+        probed = [Measurement(Placement(2 * n, n, 8), 0.4) for n in counts]
+        curve = fit(
+            [Measurement(Placement(1, 1, 8), 0.3), Measurement(Placement(2, 1, 8), 0.3), *probed]
+        )
+        return [predicted(curve, Placement(2 * n, n, 8)).error for n in (4, 3, 6, 8, 12, 16)]
 
     two = errors(2, 4)
     assert two == sorted(set(two))
-    one = fit([Point(Place(1, 1, 8), 0.3), Point(Place(4, 2, 8), 0.4), Point(Place(1, 1, 4), 0.2)])
-    assert predicted(one, Place(6, 3, 8)).error > two[-1]  # how it grows with nodes is not known
+    one = fit(
+        [
+            Measurement(Placement(1, 1, 8), 0.3),
+            Measurement(Placement(4, 2, 8), 0.4),
+            Measurement(Placement(1, 1, 4), 0.2),
+        ]
+    )
+    assert (
+        predicted(one, Placement(6, 3, 8)).error > two[-1]
+    )  # how it grows with nodes is not known
     known = errors(2, 4)[1]
-    curve = fit([Point(Place(2 * n, n, 8), 0.4) for n in (1, 2, 4)])
-    assert predicted(curve, Place(6, 3, 2)).error > known  # a smaller share than any probed
+    curve = fit([Measurement(Placement(2 * n, n, 8), 0.4) for n in (1, 2, 4)])
+    assert predicted(curve, Placement(6, 3, 2)).error > known  # a smaller share than any probed
 
 
 @settings(deadline=None)  # the first call imports scipy
@@ -88,13 +108,15 @@ def test_no_node_is_promised_to_do_more_than_its_cores(
 ) -> None:
     """Probed at one and two workers of one thread's worth of work each: perfect scaling."""
     places = [
-        Place(workers, 1, batch / workers / part, cores) for workers in (1, 2) for part in (1, 2)
+        Placement(workers, 1, batch / workers / part, cores)
+        for workers in (1, 2)
+        for part in (1, 2)
     ]
-    points = [Point(place, fixed + each * place.samples) for place in places]
+    points = [Measurement(place, fixed + each * place.samples) for place in places]
     curve = fit(points)
-    full = batch / curve.step_s(Place(cores, 1, batch / cores, cores))
+    full = batch / curve.step_s(Placement(cores, 1, batch / cores, cores))
     for workers in (2 * cores, 4 * cores, 16 * cores):
-        assert batch / curve.step_s(Place(workers, 1, batch / workers, cores)) <= full * 1.001
+        assert batch / curve.step_s(Placement(workers, 1, batch / workers, cores)) <= full * 1.001
 
 
 def test_the_knee_is_where_another_worker_brings_less_than_half() -> None:
@@ -144,10 +166,10 @@ def test_published_traces(probed: list[tuple[int, int]], median: float, p90: flo
     for (_, samples), step_s in traces().items():
         if not step_s.keys() >= set(probed):
             continue
-        curve = fit([Point(Place(*each, samples), step_s[each]) for each in probed])
+        curve = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
         for each in FAR:
             if each in step_s:
-                place = Place(*each, samples)
+                place = Placement(*each, samples)
                 errors.append(abs(curve.step_s(place) / step_s[each] - 1))
                 found = curve.predict(place)
                 if isinstance(found, Prediction):
@@ -165,9 +187,9 @@ def test_published_traces_between_the_probes() -> None:
     for (_, samples), step_s in traces().items():
         probed = [*NODE, (8, 2), (16, 4)]
         if step_s.keys() >= set(probed):
-            curve = fit([Point(Place(*each, samples), step_s[each]) for each in probed])
+            curve = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
             for each in [(3, 1), (12, 3)]:
-                found = predicted(curve, Place(*each, samples))
+                found = predicted(curve, Placement(*each, samples))
                 ratio = found.step_s / step_s[each]
                 inside.append(max(ratio, 1 / ratio) <= 1 + found.error)
     assert len(inside) >= 45

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
-from cluster.cost.ledger import Entry, Ledger
-from trainers.reports.charts import gaps
-from trainers.reports.history import Span, records, spans
-from trainers.reports.page import html
+from cluster.cost.ledger import Ledger, LedgerEntry
+from trainers.reports.charts import idle_spans
+from trainers.reports.history import Span, busy_spans, read_histories
+from trainers.reports.page import render_html
 from trainers.reports.run_report import run_page
-from trainers.run_folder import TRACK
-from trainers.tracking.operation_log import Spool
+from trainers.run_folder import TRACKING
+from trainers.tracking.operation_log import OperationLog
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run of two workers with numbers of every kind; one of its metrics has a hostile name."""
     folder = tmp_path / "best"
-    spool = Spool(folder / TRACK)
+    spool = OperationLog(folder / TRACKING)
     params = {"workload": "vision", "note": "</script><script>alert(1)</script>"}
     start = {"key": "best", "params": params, "tags": {"heliostat.kind": "train"}, "parent": None}
     spool.append({"do": "start", "id": "1", **start, "at": 1_000_000})
@@ -50,16 +50,18 @@ def folder(tmp_path: Path) -> Path:
         used = {"device": f"vm/cpu/{worker}", "covers": "cpu"}
         times = (1000.0 + worker, 1030.0 + worker, 30.0)
         device = f"vm/cpu/{worker}"
-        entry = Entry(f"w{worker}/{device}", "best", "energy", *times, "vm", device, None, used)
-        ledger.put([entry])
+        entry = LedgerEntry(
+            f"w{worker}/{device}", "best", "energy", *times, "vm", device, None, used
+        )
+        ledger.append([entry])
     ledger.close()
     return folder
 
 
 def test_what_was_told_is_read_as_it_was_told(folder: Path) -> None:
-    record = records(folder)["best"]
+    record = read_histories(folder)["best"]
     assert (record.status, record.run_id) == ("FINISHED", "abc")
-    assert record.newest_ms - record.began_ms == 60_000
+    assert record.last_update_ms - record.started_ms == 60_000
     assert record.series["train/loss"].steps == [1, 2, 3, 4, 5]
     assert record.latest("train/loss") == 0.4
     assert record.latest("nothing") is None
@@ -67,11 +69,11 @@ def test_what_was_told_is_read_as_it_was_told(folder: Path) -> None:
 
 
 def test_devices_have_lanes_and_gaps(folder: Path) -> None:
-    found = spans(folder, records(folder))
+    found = busy_spans(folder, read_histories(folder))
     first, second = "vm cpu, 1", "vm cpu, 2"
     assert found == [Span(first, "best", 1000, 1030), Span(second, "best", 1001, 1031)]
-    idle = gaps([*found, Span(first, "best", 1030.5, 1031)])
-    assert [(gap.place, gap.begin, gap.end) for gap in idle] == [
+    idle = idle_spans([*found, Span(first, "best", 1030.5, 1031)])
+    assert [(gap.lane, gap.begin, gap.end) for gap in idle] == [
         (first, 1030, 1030.5),
         (second, 1000, 1001),
     ]
@@ -91,7 +93,7 @@ def test_the_page_has_each_part_that_there_are_numbers_for(folder: Path) -> None
     ]
     charts = {chart.name: chart for chart in page.charts}
     assert charts.keys() == {"curve-loss", "step-time", "time-line", "scaling"}
-    parts = charts["step-time"].tables["parts"]
+    parts = charts["step-time"].datasets["parts"]
     ms = dict(zip(zip(parts["row"], parts["part"], strict=True), parts["ms"], strict=True))
     assert ms == pytest.approx(
         {
@@ -101,13 +103,13 @@ def test_the_page_has_each_part_that_there_are_numbers_for(folder: Path) -> None
             ("3 to 4", "compute"): 1200,
         }
     )
-    speeds = charts["scaling"].tables["speeds"]
+    speeds = charts["scaling"].datasets["speeds"]
     ideal = [s for s, kind in zip(speeds["speed"], speeds["kind"], strict=True) if kind == "ideal"]
     assert ideal == [100, 200]
 
 
 def test_no_text_of_the_run_becomes_part_of_the_page(folder: Path) -> None:
-    text = html(run_page(folder))
+    text = render_html(run_page(folder))
     assert "alert(1)" in text
     assert "<script>alert" not in text
     assert "<b>" not in text
@@ -121,4 +123,4 @@ def test_no_text_of_the_run_becomes_part_of_the_page(folder: Path) -> None:
 
 def test_a_folder_where_nothing_was_tracked_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="nothing was tracked yet"):
-        records(tmp_path)
+        read_histories(tmp_path)

@@ -71,10 +71,12 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from trainers.tracking.mlflow_store import make_database
+    from trainers.tracking.mlflow_store import create_database
 
     folder = tmp_path_factory.mktemp("chaos")
-    make_database(f"sqlite:///{folder}/mlflow.db")  # one that is killed while it does so is broken
+    create_database(
+        f"sqlite:///{folder}/mlflow.db"
+    )  # one that is killed while it does so is broken
     server = Server(folder)
     yield server
     server.kill()

@@ -11,11 +11,11 @@ import pytest
 import ray
 
 from cluster.base.errors import SpecError
-from cluster.cost.ledger import account, read
+from cluster.cost.ledger import read_entries, total_costs
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs import run
-from trainers.runs.metering import LEDGER, TRACE
+from trainers.runs.metering import LEDGER, POWER_TRACE_ENV_VAR
 
 TRACE_ROWS = """t_s,device,covers,method,counter_j,power_w
 0,GPU-a,gpu,power_integrated,,3600000
@@ -32,7 +32,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(TRACE_ROWS)
-    monkeypatch.setenv(TRACE, str(path))
+    monkeypatch.setenv(POWER_TRACE_ENV_VAR, str(path))
 
 
 def settings(storage: Path, uri: str, **more: Any) -> list[str]:
@@ -50,7 +50,7 @@ def settings(storage: Path, uri: str, **more: Any) -> list[str]:
 
 
 def execute(one: run.Run) -> tuple[Any, dict[str, Any]]:
-    return run.execute(one, lambda *_: None, threading.Event())
+    return run.run_to_end(one, lambda *_: None, threading.Event())
 
 
 def tracked_by_somebody(name: str) -> bool:
@@ -80,11 +80,11 @@ def test_a_budget_saves_stops_and_can_be_raised(
     assert outcome.step > 0
     assert tracked["reason"].startswith("budget.kwh reached: ")
     assert tracked["reason"].endswith(" of 3 kWh")
-    newest = Checkpoints(one.folder / CHECKPOINTS).newest()
+    newest = Checkpoints(one.folder / CHECKPOINTS).latest()
     assert newest is not None
     assert newest.name.endswith(f"{outcome.step:08d}")
 
-    ledger = account(read(one.folder / LEDGER))
+    ledger = total_costs(read_entries(one.folder / LEDGER))
     found = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
     assert found.info.status == "KILLED"
     assert found.data.tags["heliostat.reason"] == tracked["reason"]
@@ -105,7 +105,7 @@ def test_a_budget_saves_stops_and_can_be_raised(
     again, became = execute(run.resumed_run("budget", storage, [f"budget.kwh={more}"]))
     assert again.step > outcome.step
     assert became["reason"].startswith("budget.kwh reached: ")
-    total = account(read(one.folder / LEDGER))
+    total = total_costs(read_entries(one.folder / LEDGER))
     assert (total.kwh or 0) >= more
     assert total.wall_s > ledger.wall_s
 

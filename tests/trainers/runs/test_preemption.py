@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.base.config import write_yaml
-from trainers.data.dataset import prepare
+from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 
 SLOW = '''\
@@ -48,7 +48,7 @@ class Slow(Spirals):
 SPEC: dict[str, Any] = {
     "workload": "slow:Slow",
     "model": {"dropout": 0.0},
-    "train": {"steps": 200, "global_batch": 16, "precision": "fp64", "evaluate_every": 1000},
+    "train": {"steps": 200, "global_batch": 16, "precision": "fp64", "evaluate_every_epochs": 1000},
     "checkpoint": {"every_steps": 1000},
     "scale": {"workers": 2, "max_restarts": 0},
 }
@@ -162,7 +162,7 @@ def test_at_most_one_step_is_lost_and_no_restart_is_counted(
     monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(here)
     spec, workload = resolve(data, RunSpec)
-    train(spec, workload, prepare(workload, here / "runs"), here / "whole", SilentReporter())
+    train(spec, workload, prepare_dataset(workload, here / "runs"), here / "whole", NullReporter())
     expected = load_file(
         here / "whole" / "checkpoints" / "step-00000200" / "state-00000.safetensors"
     )

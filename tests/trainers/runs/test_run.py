@@ -27,7 +27,12 @@ STEPS = 30
 TINY = {
     "workload": "faulty:Faulty",
     "model": {"width": 4, "blocks": [1, 1], "dropout": 0.3},
-    "train": {"steps": STEPS, "global_batch": 64, "precision": "fp64", "evaluate_every": 0.5},
+    "train": {
+        "steps": STEPS,
+        "global_batch": 64,
+        "precision": "fp64",
+        "evaluate_every_epochs": 0.5,
+    },
     "checkpoint": {"every_steps": 7},
     "tracking": {"every_steps": 1},
 }
@@ -58,9 +63,9 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
         for name, values in sections.items():
             data[name] = {**data.get(name, {}), **values}
         spec, workload = resolve(data, RunSpec)
-        full = run.settled(spec)
-        folder = folders.create_folder(storage, folders.unique_name("tiny"), full)
-        dataset = run.prepare(workload, storage)
+        full = run.resolved_data(spec)
+        folder = folders.create_run_folder(storage, folders.unique_name("tiny"), full)
+        dataset = run.prepare_dataset(workload, storage)
         one = run.Run(full, spec, workload, dataset, folder)
         losses: dict[int, float] = {}
 
@@ -69,7 +74,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
             if told is not None:
                 told.extend(lines)
 
-        outcome, tracked = run.execute(one, watch, threading.Event())
+        outcome, tracked = run.run_to_end(one, watch, threading.Event())
         return Done(outcome, tracked, folder, losses)
 
     return runner
@@ -138,7 +143,7 @@ def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
     gc.collect()  # the tracker of the run that failed goes with its handle
     folder = Path(last[1]).parents[1]
     again = run.resumed_run(str(folder), Path("runs"), [])
-    done = Done(*run.execute(again, lambda *_: None, threading.Event()), folder)
+    done = Done(*run.run_to_end(again, lambda *_: None, threading.Event()), folder)
     for name, weight in two_workers.weights().items():
         assert done.weights()[name].equal(weight), name
 
@@ -205,7 +210,7 @@ def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
 
 def test_a_finished_run_is_only_read_again(two_workers: Done, ray_cluster: str) -> None:
     again = run.resumed_run(str(two_workers.folder), Path("runs"), [])
-    outcome, tracked = run.execute(again, lambda *_: None, threading.Event())
+    outcome, tracked = run.run_to_end(again, lambda *_: None, threading.Event())
     assert outcome.complete
     assert outcome.step == STEPS
     assert tracked["run_id"] == two_workers.tracked["run_id"]
@@ -219,9 +224,9 @@ def test_only_what_does_not_change_the_result_may_be_set_on_resume(one_worker: D
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     with (
-        folders.exclusive(tmp_path),
+        folders.locked(tmp_path),
         pytest.raises(SpecError, match="another process is working on this run"),
-        folders.exclusive(tmp_path),
+        folders.locked(tmp_path),
     ):
         pass
 

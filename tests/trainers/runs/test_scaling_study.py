@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 
 from cluster.cost.node_rates import CostSpec
-from cluster.cost.user_prices import Own
-from trainers.planning.pools import Pool, Probe, ProbedPool, probed
-from trainers.planning.step_time import Place
-from trainers.runs.scaling_study import plot, study
+from cluster.cost.user_prices import UserPrices
+from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
+from trainers.planning.step_time import Placement
+from trainers.runs.scaling_study import analyze, plot
 
 
 def measured(steps_s: dict[tuple[int, int], float]) -> ProbedPool:
     """(workers, global batch) -> seconds of a step, on a node of four cores."""
     probes = [
-        Probe(
-            place=Place(workers, 1, batch / workers, 4.0),
+        ProbeResult(
+            place=Placement(workers, 1, batch / workers, 4.0),
             batch=batch,
             step_s=step_s,
             spread=0.01,
@@ -31,14 +31,14 @@ def measured(steps_s: dict[tuple[int, int], float]) -> ProbedPool:
         )
         for (workers, batch), step_s in steps_s.items()
     ]
-    return probed(Pool("cpu", (4,), 4.0), probes, 64)
+    return probed_pool(Pool("cpu", (4,), 4.0), probes, 64)
 
 
 STEPS_S = {(1, 64): 0.64, (2, 64): 0.4, (2, 128): 0.7, (4, 64): 0.32, (4, 256): 0.8}
 
 
 def test_strong_and_weak_scaling_are_told_apart() -> None:
-    found = study(measured(STEPS_S), Own(), CostSpec(usd_per_h=3.6))
+    found = analyze(measured(STEPS_S), UserPrices(), CostSpec(usd_per_h=3.6))
     rows = {(row.mode, row.workers): row for row in found.rows}
     assert set(rows) == {(mode, n) for mode in ("strong", "weak") for n in (1, 2, 4)}
     assert rows["strong", 1].efficiency == rows["weak", 1].efficiency == 1
@@ -57,12 +57,12 @@ def test_strong_and_weak_scaling_are_told_apart() -> None:
 
 
 def test_what_has_no_price_is_unknown() -> None:
-    found = study(measured(STEPS_S), Own(), CostSpec())
+    found = analyze(measured(STEPS_S), UserPrices(), CostSpec())
     assert {row.usd_per_million for row in found.rows} == {None}
     assert any("price" in note and "unknown" in note for note in found.notes)
 
 
 def test_a_study_of_one_number_of_workers_is_one_of_both_kinds(tmp_path: Path) -> None:
-    found = study(measured({(2, 64): 0.4}), Own(), CostSpec())
+    found = analyze(measured({(2, 64): 0.4}), UserPrices(), CostSpec())
     assert [(row.mode, row.efficiency) for row in found.rows] == [("strong", 1), ("weak", 1)]
     assert plot(found, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

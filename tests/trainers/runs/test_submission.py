@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
-from cluster.jobs.ray_jobs import Planned
-from tuning.cli.sweep import parser
+from cluster.jobs.ray_jobs import Submission
+from tuning.cli.sweep import build_parser
 
 
 @pytest.fixture
@@ -17,11 +17,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def asked(line: str) -> Planned:
+def asked(line: str) -> Submission:
     """What `heliostat submit` makes of a command."""
     words = tuple(line.split())
-    args: argparse.Namespace = parser().parse_args(words)
-    planned: Planned = args.plan(args, words)
+    args: argparse.Namespace = build_parser().parse_args(words)
+    planned: Submission = args.plan(args, words)
     return planned
 
 
@@ -33,7 +33,7 @@ def test_what_is_kept_by_its_name_gets_one(verb: str, folder: Path) -> None:
     unnamed = asked(f"{verb} digits")
     assert unnamed.words == (*verb.split(), "digits", "--name", unnamed.name)
     assert unnamed.name != asked(f"{verb} digits").name
-    assert unnamed.exclude == ("/runs",)
+    assert unnamed.exclude_patterns == ("/runs",)
 
 
 @pytest.mark.parametrize("verb", ["plan", "data"])
@@ -57,7 +57,7 @@ def test_a_spec_goes_along_by_its_place_in_the_folder(
     (folder / "specs/mine.yaml").write_text("workload: vision\n")
     planned = asked(f"plan {folder}/specs/mine.yaml")
     assert planned.words == ("plan", "specs/mine.yaml")
-    assert planned.needed == (Path("specs/mine.yaml"),)
+    assert planned.required_files == (Path("specs/mine.yaml"),)
     monkeypatch.chdir(folder / "specs")
     (folder / "other.yaml").write_text("workload: vision\n")
     with pytest.raises(SpecError, match="is not in the working folder, which is what is sent"):

@@ -12,9 +12,9 @@ import torch
 from cluster.base.errors import SpecError
 from cluster.base.files import cache_folder
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import open_splits, prepare, rows
-from trainers.data.remote import here
-from trainers.runs.visibility import check_here, needs_shared_folder
+from trainers.data.dataset import count_samples, open_splits, prepare_dataset
+from trainers.data.remote import local_dataset
+from trainers.runs.visibility import needs_shared_folder, require_run_visible
 from trainers.spec import CheckpointSpec, RunSpec, resolve
 
 Wait = Callable[..., None]
@@ -73,16 +73,16 @@ def test_a_data_set_is_made_once_and_fetched_by_each_machine(
     own_folder: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, workload = resolve({"workload": "spirals:Spirals", "datasets": uri}, RunSpec)
-    made = prepare(workload, own_folder / "runs", spec.datasets)
+    made = prepare_dataset(workload, own_folder / "runs", spec.datasets)
     samples = open_splits(made)["train"]["point"].clone()
-    assert rows(made, "train") == len(samples) == 280
+    assert count_samples(made, "train") == len(samples) == 280
     assert not (own_folder / "runs").exists()
     monkeypatch.setattr(type(workload), "dataset", None)  # nobody makes it again
     machine(monkeypatch, tmp_path / "second")
-    fetched = here(made, spec)
+    fetched = local_dataset(made, spec)
     assert fetched.is_relative_to(tmp_path / "second")
     assert torch.equal(open_splits(fetched)["train"]["point"], samples)
-    assert prepare(workload, own_folder / "runs", spec.datasets) == fetched
+    assert prepare_dataset(workload, own_folder / "runs", spec.datasets) == fetched
 
 
 def test_one_that_could_not_be_made_is_not_there(
@@ -92,9 +92,9 @@ def test_one_that_could_not_be_made_is_not_there(
     made = type(workload).dataset
     monkeypatch.setattr(type(workload), "dataset", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepare(workload, own_folder, spec.datasets)
+        prepare_dataset(workload, own_folder, spec.datasets)
     monkeypatch.setattr(type(workload), "dataset", made)
-    assert rows(prepare(workload, own_folder, spec.datasets), "val") == 60
+    assert count_samples(prepare_dataset(workload, own_folder, spec.datasets), "val") == 60
 
 
 def test_checkpoints_are_found_from_another_machine(
@@ -117,7 +117,7 @@ def test_checkpoints_are_found_from_another_machine(
 def test_a_place_that_cannot_be_reached_is_named(own_folder: Path) -> None:
     _, workload = resolve({"workload": "spirals:Spirals"}, RunSpec)
     with pytest.raises(SpecError, match=r"^datasets: nothing://bucket cannot be used"):
-        prepare(workload, own_folder, "nothing://bucket")
+        prepare_dataset(workload, own_folder, "nothing://bucket")
 
 
 def test_a_folder_that_a_machine_does_not_see_is_refused_there(
@@ -127,16 +127,16 @@ def test_a_folder_that_a_machine_does_not_see_is_refused_there(
     folder = tmp_path / "runs" / "a"
     alone = spec_of(tmp_path / "runs")
     with pytest.raises(SpecError, match=rf"^storage: {folder} cannot be seen from \d.*NFS"):
-        check_here(folder, alone)
+        require_run_visible(folder, alone)
     folder.mkdir(parents=True)
     (folder / "spec.yaml").touch()
-    check_here(folder, alone)
+    require_run_visible(folder, alone)
 
 
 def test_what_must_be_shared(own_folder: Path, tmp_path: Path) -> None:
     at_uris = {"datasets": "s3://b/d", "checkpoint": {"uri": "s3://b/c"}}
     assert not needs_shared_folder(spec_of(tmp_path, **at_uris))
-    check_here(tmp_path / "nowhere", spec_of(tmp_path, **at_uris))
+    require_run_visible(tmp_path / "nowhere", spec_of(tmp_path, **at_uris))
     assert needs_shared_folder(spec_of(tmp_path, datasets="s3://b/d"))
     assert needs_shared_folder(spec_of(tmp_path, checkpoint={"uri": "s3://b/c"}))
     assert needs_shared_folder(spec_of(tmp_path, **at_uris, sweep={}))

@@ -1,7 +1,7 @@
 """What MLflow's page of a run says."""
 
 from trainers.outcome import Outcome
-from trainers.tracking.descriptions import run_note, table
+from trainers.tracking.descriptions import markdown_table, run_description
 
 
 def test_a_note_has_the_metrics_the_forecast_beside_the_actual_and_the_costs() -> None:
@@ -9,7 +9,9 @@ def test_a_note_has_the_metrics_the_forecast_beside_the_actual_and_the_costs() -
         "forecast": "40 s forecast (measured), 44 s taken: +10%, within 30 to 50 s",
         "account": {"cost": "$0.0082 (a|b)"},
     }
-    note = run_note(Outcome(236, 236, {"val/loss": 0.12345, "test/loss": 0.5}, 2029.4), became)
+    note = run_description(
+        Outcome(236, 236, {"val/loss": 0.12345, "test/loss": 0.5}, 2029.4), became
+    )
     assert note.splitlines() == [
         "**Complete**: 236 of 236 steps, 2,029 samples/s.",
         "",
@@ -25,9 +27,9 @@ def test_a_note_has_the_metrics_the_forecast_beside_the_actual_and_the_costs() -
 def test_a_run_that_stopped_says_why() -> None:
     stopped = Outcome(1, 10, {}, 0.0)
     reason = "budget.usd reached: $5 of $5"
-    assert run_note(stopped, {"reason": reason}) == f"**Stopped** ({reason}): 1 of 10 steps."
-    assert run_note(stopped, {}) == "**Stopped**: 1 of 10 steps."
+    assert run_description(stopped, {"reason": reason}) == f"**Stopped** ({reason}): 1 of 10 steps."
+    assert run_description(stopped, {}) == "**Stopped**: 1 of 10 steps."
 
 
 def test_a_cell_is_one_line() -> None:
-    assert table(("a",), [("b\nc",)]) == "| a |\n| --- |\n| b c |"
+    assert markdown_table(("a",), [("b\nc",)]) == "| a |\n| --- |\n| b c |"

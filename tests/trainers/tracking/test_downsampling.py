@@ -7,19 +7,19 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.tracking.downsampling import EXACT, Sampler
-from trainers.tracking.operation_log import Row
+from trainers.tracking.downsampling import EXACT_POINTS, Downsampler
+from trainers.tracking.operation_log import MetricPoint
 
 CHUNKS = st.lists(st.integers(1, 40_000), min_size=1, max_size=6)
 
 
-def series(length: int, peak: int) -> list[Row]:
+def series(length: int, peak: int) -> list[MetricPoint]:
     """A falling curve with one spike, one dip and one NaN."""
     values = {peak: 1e6, peak // 2: -1e6, peak // 3: math.nan}
     return [("loss", values.get(i, 1 / (i + 1)), i, i) for i in range(length)]
 
 
-def in_parts(rows: list[Row], sizes: list[int]) -> Iterator[list[Row]]:
+def in_parts(rows: list[MetricPoint], sizes: list[int]) -> Iterator[list[MetricPoint]]:
     for size in sizes:
         yield rows[:size]
         rows = rows[size:]
@@ -29,12 +29,12 @@ def in_parts(rows: list[Row], sizes: list[int]) -> Iterator[list[Row]]:
 @given(CHUNKS, st.floats(0, 0.999))
 def test_what_is_kept(sizes: list[int], place: float) -> None:
     rows = series(sum(sizes), int(place * sum(sizes)))
-    sampler, whole = Sampler(), Sampler()
-    sent = [row for part in in_parts(rows, sizes) for row in sampler.take("run", part)]
-    assert sent == whole.take("run", rows), "how the rows came must not matter"
-    assert sent[:EXACT] == rows[:EXACT]
-    assert sampler.thinned("run") == (len(rows) > EXACT)
-    sent += sampler.rest("run")
+    sampler, whole = Downsampler(), Downsampler()
+    sent = [row for part in in_parts(rows, sizes) for row in sampler.add("run", part)]
+    assert sent == whole.add("run", rows), "how the rows came must not matter"
+    assert sent[:EXACT_POINTS] == rows[:EXACT_POINTS]
+    assert sampler.is_downsampled("run") == (len(rows) > EXACT_POINTS)
+    sent += sampler.open_windows("run")
     steps = [row[2] for row in sent]
     assert steps == sorted(set(steps)), "nothing twice"
     assert sent[-1] == rows[-1]
@@ -45,5 +45,5 @@ def test_what_is_kept(sizes: list[int], place: float) -> None:
 
 
 def test_many_points_come_to_few() -> None:
-    sent = len(Sampler().take("run", series(300_000, 200_000)))
-    assert 1.5 * EXACT < sent < 3 * EXACT
+    sent = len(Downsampler().add("run", series(300_000, 200_000)))
+    assert 1.5 * EXACT_POINTS < sent < 3 * EXACT_POINTS

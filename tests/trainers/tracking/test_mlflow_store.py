@@ -14,11 +14,13 @@ import mlflow
 import pytest
 
 from cluster.base.errors import SpecError
-from trainers.tracking.operation_log import Row
+from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import check_access
 from trainers.tracking.tracker import TrackedRun, Tracker
 
-ROWS: list[Row] = [("loss", step / 7, step, 1_700_000_000_000 + step) for step in range(3000)]
+ROWS: list[MetricPoint] = [
+    ("loss", step / 7, step, 1_700_000_000_000 + step) for step in range(3000)
+]
 
 
 def fill(tracker: Tracker, wait_until: Callable[..., None], path: Path) -> str:

@@ -12,50 +12,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.errors import SpecError
-from trainers.tracking.operation_log import Spool, batches
+from trainers.tracking.operation_log import OperationLog, group_operations
 
 NOBODY = 65534
 
 
-def names(spool: Spool) -> list[str]:
+def names(spool: OperationLog) -> list[str]:
     return [operation["do"] for operation, _ in spool.read()]
 
 
 def test_half_a_line_at_the_end_is_cut_off(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
+    spool = OperationLog(tmp_path)
     for name in ("a", "b" * 200_000):
         spool.append({"do": name})
     spool.close()
     path = tmp_path / "spool.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
-    spool = Spool(tmp_path)
+    spool = OperationLog(tmp_path)
     spool.append({"do": "c"})
     assert names(spool) == ["a", "c"]
 
 
 def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "spool.jsonl").write_bytes(b'{"do":"a"}\n\0\0\0\0\n{"do":"b"}\n')
-    assert names(Spool(tmp_path)) == ["a", "b"]
+    assert names(OperationLog(tmp_path)) == ["a", "b"]
 
 
 def test_a_machine_that_forgot_what_was_sent_sends_all_that_comes_after(tmp_path: Path) -> None:
     """`sent` was on the disk when the power went, the end of the spool was not."""
-    spool = Spool(tmp_path)
+    spool = OperationLog(tmp_path)
     spool.append({"do": "a"})
     spool.commit(10_000)
     spool.close()
-    spool = Spool(tmp_path)
+    spool = OperationLog(tmp_path)
     spool.append({"do": "b"})
-    assert [operation["do"] for operation, _ in spool.read(spool.sent)] == ["b"]
+    assert [operation["do"] for operation, _ in spool.read(spool.sent_offset)] == ["b"]
     assert spool.pending_bytes == len('{"do":"b"}\n')
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    first = Spool(tmp_path)
+    first = OperationLog(tmp_path)
     with pytest.raises(SpecError, match="another process is writing"):
-        Spool(tmp_path)
+        OperationLog(tmp_path)
     first.close()
-    Spool(tmp_path).close()
+    OperationLog(tmp_path).close()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be somebody else")
@@ -65,10 +65,10 @@ def test_a_folder_that_may_not_be_written_is_told_in_a_line(tmp_path: Path) -> N
     code = f"""
 import os
 from pathlib import Path
-from trainers.tracking.operation_log import Spool
+from trainers.tracking.operation_log import OperationLog
 os.setuid({NOBODY})
 try:
-    Spool(Path({str(tmp_path / "track")!r}))
+    OperationLog(Path({str(tmp_path / "track")!r}))
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -80,17 +80,17 @@ except Exception as error:
 FULL = """
 import json, resource, sys
 from pathlib import Path
-from trainers.tracking.operation_log import Spool
-spool = Spool(Path(sys.argv[1]))
+from trainers.tracking.operation_log import OperationLog
+spool = OperationLog(Path(sys.argv[1]))
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
 for number in range(100):
     spool.append({"do": "x", "number": number})
-found = {"trouble": spool.trouble, "full": [o["number"] for o, _ in spool.read()]}
+found = {"trouble": spool.write_error, "full": [o["number"] for o, _ in spool.read()]}
 found["pending"] = spool.pending_bytes
 resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 spool.append({"do": "x", "number": 100})
-found |= {"better": spool.trouble, "all": [o["number"] for o, _ in spool.read()]}
+found |= {"better": spool.write_error, "all": [o["number"] for o, _ in spool.read()]}
 print(json.dumps(found))
 """
 
@@ -117,7 +117,7 @@ def test_batches_keep_each_runs_order_and_every_metric(operations: list[Any]) ->
         log = {"do": "log", "run": run, "rows": [[index, i] for i in range(count)]}
         given_operations.append(log if count else {"do": "tag", "run": run, "index": index})
     ends = list(range(1, len(operations) + 1))
-    groups = list(batches(iter(zip(given_operations, ends, strict=True))))
+    groups = list(group_operations(iter(zip(given_operations, ends, strict=True))))
 
     def flat(list_of_operations: list[dict[str, Any]], run: str) -> list[str]:
         """What one run would see in turn."""

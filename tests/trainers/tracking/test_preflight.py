@@ -11,7 +11,7 @@ import pytest
 from cluster.base.errors import SpecError
 from trainers.runs import run
 from trainers.spec import RunSpec, resolve
-from trainers.tracking.preflight import check_access, newest_schema
+from trainers.tracking.preflight import check_access, latest_schema_revision
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -72,7 +72,7 @@ def test_wrong_credentials_end_a_run_before_ray_is_started(
     spec, _ = resolve({"workload": "vision", "tracking": tracking}, RunSpec)
     started: list[object] = []
     monkeypatch.setattr(run, "ray_session", started.append)
-    with pytest.raises(SpecError, match="401"), run.at_work(tmp_path, spec, None, True):
+    with pytest.raises(SpecError, match="401"), run.run_session(tmp_path, spec, None, True):
         pass
     assert started == []
 
@@ -90,13 +90,13 @@ def test_a_database_of_another_mlflow_gives_its_upgrade_command(tmp_path: Path) 
     file = tmp_path / "mlflow.db"
     uri = f"sqlite:///{file}"
     assert check_access(uri, "x") is None
-    for version in ("451aebb31d03", newest_schema()):
+    for version in ("451aebb31d03", latest_schema_revision()):
         with sqlite3.connect(file) as database:
             database.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num TEXT)")
             database.execute("DELETE FROM alembic_version")
             database.execute("INSERT INTO alembic_version VALUES (?)", (version,))
         database.close()
-        if version == newest_schema():
+        if version == latest_schema_revision():
             assert check_access(uri, "x") is None
         else:
             with pytest.raises(SpecError, match=f"run: mlflow db upgrade '{uri}'$"):

@@ -25,7 +25,7 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
 from trainers.cli.track import register_command
 from trainers.engine.optimizer import build_optimizer
-from trainers.run_folder import MODEL, SPEC, TRACK
+from trainers.run_folder import MODEL, SPEC, TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.tracker import TrackedRun, Tracker
 
@@ -81,12 +81,12 @@ def tracked(
     network = workload.build()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-    checkpoint = checkpoints.settled()
+    checkpoint = checkpoints.wait_for_latest()
     assert checkpoint is not None
     folder = tmp_path / "run"
     export_model(folder / MODEL, spec, workload, checkpoint)
     write_yaml({"tracking": {"uri": mlflow_server, "experiment": "models"}}, folder / SPEC)
-    tracker = Tracker(str(folder / TRACK), mlflow_server, "models")
+    tracker = Tracker(str(folder / TRACKING), mlflow_server, "models")
     tracker.start(TrackedRun("run", {"model.width": 8}, {"mlflow.source.git.commit": "abc"}))
     tracker.model("run", str(folder / MODEL))
     tracker.finish("run", "FINISHED")
@@ -180,7 +180,7 @@ def test_mlflow_serves_it(
 
 def test_a_run_without_a_model_cannot_be_registered(tmp_path: Path, mlflow_server: str) -> None:
     write_yaml({"tracking": {"uri": mlflow_server}}, tmp_path / SPEC)
-    (tmp_path / TRACK).mkdir()
-    (tmp_path / TRACK / "spool.jsonl").touch()
+    (tmp_path / TRACKING).mkdir()
+    (tmp_path / TRACKING / "spool.jsonl").touch()
     with pytest.raises(SpecError, match="not in MLflow yet"):
         register_command(Namespace(run=str(tmp_path), name="x", alias=None))

@@ -19,8 +19,8 @@ import pytest
 
 from cluster.base.config import write_yaml
 from trainers.cli.track import flush_command
-from trainers.run_folder import SPEC, TRACK
-from trainers.tracking.operation_log import Row, run_id_of
+from trainers.run_folder import SPEC, TRACKING
+from trainers.tracking.operation_log import MetricPoint, mlflow_run_id
 from trainers.tracking.tracker import TrackedRun, Tracker
 
 Wait = Callable[..., None]
@@ -31,7 +31,7 @@ def client(mlflow_server: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(mlflow_server)
 
 
-def rows(steps: range, name: str = "train/loss") -> list[Row]:
+def rows(steps: range, name: str = "train/loss") -> list[MetricPoint]:
     return [(name, step / 7, step, 1_700_000_000_000 + step) for step in steps]
 
 
@@ -213,9 +213,9 @@ def test_a_server_that_is_away_delays_nobody_and_gets_everything_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With `heliostat track flush`, long after the run."""
-    monkeypatch.setattr("trainers.tracking.downsampling.EXACT", 100)
+    monkeypatch.setattr("trainers.tracking.downsampling.EXACT_POINTS", 100)
     folder = tmp_path / "patient"
-    tracker = Tracker(str(folder / TRACK), f"http://127.0.0.1:{free_port}", "track")
+    tracker = Tracker(str(folder / TRACKING), f"http://127.0.0.1:{free_port}", "track")
     tracker.start(TrackedRun("patient", {}))
     tracker.log("patient", rows(range(105)), 105)
     assert tracker.pending()[0] > 0
@@ -226,7 +226,7 @@ def test_a_server_that_is_away_delays_nobody_and_gets_everything_later(
         assert flush_command(Namespace(run=str(folder))) == 0
         assert flush_command(Namespace(run=str(folder))) == 0
     assert re.fullmatch(r"patient: [\d,]+ bytes sent\npatient: nothing was left\n", said.getvalue())
-    run_id = run_id_of(folder / TRACK, "patient")
+    run_id = mlflow_run_id(folder / TRACKING, "patient")
     assert run_id is not None
     steps = history(client, run_id)
     assert sorted(steps) == [*range(100), 100, 104], "the least, and the last"

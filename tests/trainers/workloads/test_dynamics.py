@@ -18,31 +18,37 @@ from ase.io import write
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.checkpoints.export import export_model, load_model
-from trainers.data.dataset import open_splits, prepare
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
-from trainers.engine.step import Stepper, build_network
+from trainers.engine.reporter import NullReporter
+from trainers.engine.step import TrainStep, build_network
 from trainers.engine.throughput import count_flops
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.dynamics import atoms
-from trainers.workloads.dynamics.atoms import REFERENCES, Part, nothing, packed, trajectory
+from trainers.workloads.dynamics.atoms import (
+    REFERENCES_FILE,
+    StructurePart,
+    empty_structure,
+    neighbor_array,
+    simulate_trajectory,
+)
 from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
 from tuning.fused.program import Program
 from tuning.fused.program_signature import Variant
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
 
 CUTOFF = 4.0
 
 
 def dynamics(model: dict[str, Any] | None = None, **data: Any) -> Dynamics:
-    return Dynamics(check(Dynamics.Data, data), check(Dynamics.Model, model or {}))
+    return Dynamics(validate(Dynamics.Data, data), validate(Dynamics.Model, model or {}))
 
 
 def columns(rows: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -74,7 +80,7 @@ def potential() -> Potential:
 def told(potential: torch.nn.Module, structure: Any) -> tuple[float, np.ndarray[Any, Any]]:
     """Energy and forces by the network in float64."""
     with torch.no_grad():
-        found_NX = potential(torch.from_numpy(packed(structure, CUTOFF))[None])[0]
+        found_NX = potential(torch.from_numpy(neighbor_array(structure, CUTOFF))[None])[0]
     return float(found_NX[:, 0].sum()), found_NX[:, 1:].numpy()
 
 
@@ -107,7 +113,7 @@ class TestPotential:
         found = []
         for each in (structure, turned(structure, by_33)):
             with torch.no_grad():
-                found.append(network(torch.from_numpy(packed(each, 5.0)).float()[None])[0])
+                found.append(network(torch.from_numpy(neighbor_array(each, 5.0)).float()[None])[0])
         assert found[0][:, 1:].abs().max() > 1e-3
         turn_33 = torch.from_numpy(by_33).float()
         assert torch.allclose(found[1][:, 1:], found[0][:, 1:] @ turn_33.T, atol=1e-5)
@@ -151,11 +157,11 @@ class TestPotential:
             assert np.abs(forces).max() <= 20 * limit
 
     def test_room_that_is_not_used_is_nothing_to_it(self, potential: Potential) -> None:
-        exact = packed(alloy(), CUTOFF)
-        roomy = nothing(9, 100, CUTOFF).astype(float)
+        exact = neighbor_array(alloy(), CUTOFF)
+        roomy = empty_structure(9, 100, CUTOFF).astype(float)
         roomy[: exact.shape[0], : exact.shape[1]] = exact
         with torch.no_grad():
-            found = potential(torch.from_numpy(np.stack([roomy, nothing(9, 100, CUTOFF)])))
+            found = potential(torch.from_numpy(np.stack([roomy, empty_structure(9, 100, CUTOFF)])))
         energy, forces = told(potential, alloy())
         assert found[0, :6, 1:].numpy() == pytest.approx(forces, abs=1e-12)
         assert float(found[0, :, 0].sum()) == pytest.approx(energy, abs=1e-12)
@@ -174,7 +180,7 @@ class TestPotential:
 def batch() -> dict[str, Tensor]:
     """A few frames of a trajectory, as the data set has them."""
     workload = dynamics(frames=3)
-    rows = workload.part(Part("val", 3, 900.0), {})["val"]
+    rows = workload.part(StructurePart("val", 3, 900.0), {})["val"]
     return {name: torch.from_numpy(values.copy()) for name, values in columns(rows).items()}
 
 
@@ -188,17 +194,21 @@ class TestTrajectories:
         )
 
     def test_a_seed_is_a_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(atoms, "BURN_IN", 3)
-        monkeypatch.setattr(atoms, "EVERY", 2)
+        monkeypatch.setattr(atoms, "BURN_IN_STEPS", 3)
+        monkeypatch.setattr(atoms, "STEPS_PER_FRAME", 2)
         workload = dynamics(frames=2)
-        rows = [workload.part(Part("train", seed, 900.0), {})["train"] for seed in (1, 1, 2)]
+        rows = [
+            workload.part(StructurePart("train", seed, 900.0), {})["train"] for seed in (1, 1, 2)
+        ]
         assert rows[0].equals(rows[1])
         assert not rows[0].equals(rows[2])
-        other = dynamics(frames=2, seed=1).part(Part("train", 1, 900.0), {})["train"]
+        other = dynamics(frames=2, seed=1).part(StructurePart("train", 1, 900.0), {})["train"]
         assert not rows[0].equals(other)
 
     def test_keep_what_emt_says(self, batch: dict[str, Tensor]) -> None:
-        for frame, found in enumerate(trajectory(Part("val", 3, 900.0), dynamics(frames=3).data)):
+        for frame, found in enumerate(
+            simulate_trajectory(StructurePart("val", 3, 900.0), dynamics(frames=3).data)
+        ):
             structure = found.atoms.copy()
             structure.calc = EMT()
             assert structure.get_potential_energy() == pytest.approx(float(batch["energy"][frame]))
@@ -264,7 +274,7 @@ def write_database(path: Path, structures: list[Any]) -> Path:
     return path
 
 
-OWN = {"cutoff": CUTOFF, "atoms": 6, "neighbors": 90}
+OWN = {"cutoff": CUTOFF, "max_atoms": 6, "max_neighbors": 90}
 
 
 class TestFiles:
@@ -272,7 +282,7 @@ class TestFiles:
     def test_say_what_was_written_and_are_cut_in_place(
         self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(atoms, "PART", 3)
+        monkeypatch.setattr(atoms, "STRUCTURES_PER_PART", 3)
         written = labelled(10)
         write_file = write_xyz if name.endswith("xyz") else write_database
         source = write_file(tmp_path / name, written)
@@ -298,7 +308,7 @@ class TestFiles:
 
     def test_single_atoms_are_fitted_to_what_is_for_training(self, tmp_path: Path) -> None:
         workload = dynamics(source=str(write_xyz(tmp_path / "own.xyz", labelled(10))), **OWN)
-        found = json.loads(workload.common(workload.parts())[REFERENCES])
+        found = json.loads(workload.common(workload.parts())[REFERENCES_FILE])
         assert found == pytest.approx({"28": -4.0, "29": -3.0, "79": -5.0})
 
     def test_a_folder_may_have_its_splits(self, tmp_path: Path) -> None:
@@ -378,9 +388,9 @@ class TestFiles:
     def test_what_has_no_room_says_how_much_it_takes(self, tmp_path: Path) -> None:
         source = write_xyz(tmp_path / "own.xyz", labelled(3))
         with pytest.raises(DataError, match=r"line 7: has 5 atoms, data\.atoms is 4"):
-            dynamics(source=str(source), val_fraction=0.3, **{**OWN, "atoms": 4}).dataset()
+            dynamics(source=str(source), val_fraction=0.3, **{**OWN, "max_atoms": 4}).dataset()
         with pytest.raises(DataError, match=r"an atom has \d\d neighbours within 4 Å, data\.neigh"):
-            dynamics(source=str(source), **{**OWN, "neighbors": 9}).dataset()
+            dynamics(source=str(source), **{**OWN, "max_neighbors": 9}).dataset()
 
     def test_an_empty_file_is_one_line(self, tmp_path: Path) -> None:
         source = tmp_path / "own.xyz"
@@ -420,8 +430,8 @@ def short(tmp_path: Path, **changes: Any) -> tuple[RunSpec, Dynamics]:
 
 def test_a_trained_model_is_exported_and_loaded(tmp_path: Path) -> None:
     spec, workload = short(tmp_path)
-    dataset = prepare(workload, tmp_path)
-    outcome = train(spec, workload, dataset, tmp_path / "run", SilentReporter())
+    dataset = prepare_dataset(workload, tmp_path)
+    outcome = train(spec, workload, dataset, tmp_path / "run", NullReporter())
     assert outcome.complete
     assert outcome.metrics["val/force_mae_mev_per_a"] > 0
     newest = max((tmp_path / "run" / CHECKPOINTS).iterdir())
@@ -431,13 +441,15 @@ def test_a_trained_model_is_exported_and_loaded(tmp_path: Path) -> None:
     structure.calc = calculator(loaded)
     assert np.abs(structure.get_forces()).max() > 0
     with torch.inference_mode():  # as MLflow's flavour calls it
-        assert not loaded(torch.from_numpy(packed(alloy(), CUTOFF)).float()[None]).requires_grad
+        assert not loaded(
+            torch.from_numpy(neighbor_array(alloy(), CUTOFF)).float()[None]
+        ).requires_grad
 
 
 def test_trials_of_it_are_fused(tmp_path: Path) -> None:
     """Their losses are those that each has alone, though forces are derivatives."""
     spec, workload = short(tmp_path)
-    samples = open_splits(prepare(workload, tmp_path))["train"]
+    samples = open_splits(prepare_dataset(workload, tmp_path))["train"]
     trials = []
     for weight in (100.0, 1000.0):
         varied = {
@@ -446,17 +458,17 @@ def test_trials_of_it_are_fused(tmp_path: Path) -> None:
             "train.precision": "fp64",
         }
         trials.append(
-            Variant(*resolve(trial_data(spec.model_dump(mode="json"), varied), RunSpec), 3)
+            Variant(*resolve(trial_spec_data(spec.model_dump(mode="json"), varied), RunSpec), 3)
         )
     program = Program(trials[0], 2, samples, Cpu(), {"energy_weight": [100.0, 1000.0]})
     for slot, trial in enumerate(trials):
         network = build_network(trial.spec.train, trial.workload)
         assert program.fits(trial, network)
-        program.admit(slot, trial, network)
+        program.load_trial(slot, trial, network)
     fused = program.run([0, 1], 3)
     for slot, trial in enumerate(trials):
-        alone = Stepper(trial.spec, trial.workload, samples, Worker(), 3)
-        losses = [alone.take(step).item() for step in range(3)]
+        alone = TrainStep(trial.spec, trial.workload, samples, Worker(), 3)
+        losses = [alone.run(step).item() for step in range(3)]
         assert [both[slot] for both in fused] == pytest.approx(losses, rel=1e-9)
 
 
@@ -469,11 +481,11 @@ def test_it_learns_most_of_the_forces(tmp_path: Path) -> None:
     spec, workload = resolve(data, SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
     assert isinstance(workload, Dynamics)
-    splits = open_splits(prepare(workload, tmp_path))
+    splits = open_splits(prepare_dataset(workload, tmp_path))
     total = spec.train.total_steps(len(splits["train"]["energy"]))
-    stepper = Stepper(spec, workload, splits["train"], Worker(), total)
+    stepper = TrainStep(spec, workload, splits["train"], Worker(), total)
     for step in range(total):
-        stepper.take(step)
+        stepper.run(step)
     found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
     usual = 1e3 * splits["test"]["forces"].square().mean().sqrt().item()
     assert found["force_rmse_mev_per_a"] < 0.25 * usual

@@ -11,49 +11,55 @@ import tmtools
 import torch
 from torch import Tensor
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import Stepper, build_network
+from trainers.engine.step import TrainStep, build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.folding import proteins
-from trainers.workloads.folding.network import BINS, Structure, edges, frames_of, spread_out
+from trainers.workloads.folding.network import (
+    DISTANCE_BINS,
+    StructureLayer,
+    bin_edges,
+    initial_frames,
+    rotations_from_vectors,
+)
 from trainers.workloads.folding.proteins import (
-    AT_C,
-    AT_CA,
-    AT_N,
+    ANGLE_AT_C,
+    ANGLE_AT_CA,
+    ANGLE_AT_N,
     C_N,
     CA_C,
-    CONTACT,
+    CONTACT_DISTANCE,
     HELIX,
+    MIN_CA_DISTANCE,
     N_CA,
-    NEAREST,
-    Numbers,
-    Part,
+    Array,
+    ProteinPart,
     beta_carbons,
-    chain,
+    build_backbone,
     distances,
-    folds,
-    gyration,
+    generate_folds,
+    radius_of_gyration,
     torsion_gradient,
 )
 from trainers.workloads.folding.structures import (
     AMINO_ACIDS,
-    UNKNOWN,
+    UNKNOWN_INDEX,
     best_rotation,
+    chain_segments,
     lddt,
-    pairwise,
-    pieces,
-    superposed,
+    pairwise_distances,
+    tm_score_and_gdt_ts,
 )
-from trainers.workloads.folding.workload import Folding, fape, features, seen_from
+from trainers.workloads.folding.workload import Folding, fape, in_local_frames, input_features
 from tuning.fused.program import Program
 from tuning.fused.program_signature import Variant
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
 
 LENGTH = 36
 ATOM = "ATOM  {:5}  {:3} ALA A   1    {:>8}   2.000   3.000  1.00  0.00"
@@ -70,20 +76,20 @@ ATOM_SITE = "".join(
 
 
 def folding(model: dict[str, Any] | None = None, **data: Any) -> Folding:
-    return Folding(check(Folding.Data, data), check(Folding.Model, model or {}))
+    return Folding(validate(Folding.Data, data), validate(Folding.Model, model or {}))
 
 
 @pytest.fixture(scope="module")
-def folded() -> tuple[Numbers, Numbers]:
+def folded() -> tuple[Array, Array]:
     """Backbones [B, L, 3, 3], and helices, strands and loops."""
-    return folds(48, LENGTH, np.random.default_rng(3))
+    return generate_folds(48, LENGTH, np.random.default_rng(3))
 
 
 @pytest.fixture(scope="module")
-def batch(folded: tuple[Numbers, Numbers]) -> dict[str, Tensor]:
+def batch(folded: tuple[Array, Array]) -> dict[str, Tensor]:
     random = np.random.default_rng(0)
-    residue = proteins.sequences(*folded, random)
-    columns = proteins.samples(residue, folded[0], 2.0, random)
+    residue = proteins.draw_sequences(*folded, random)
+    columns = proteins.sample_columns(residue, folded[0], 2.0, random)
     batch = {name: torch.from_numpy(values[:6]) for name, values in columns.items()}
     return {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
 
@@ -99,8 +105,10 @@ def small(**sections: Any) -> tuple[RunSpec, dict[str, Tensor]]:
         **sections,
     }
     random = np.random.default_rng(0)
-    backbone, kind = folds(8, 12, random)
-    columns = proteins.samples(proteins.sequences(backbone, kind, random), backbone, 2.0, random)
+    backbone, kind = generate_folds(8, 12, random)
+    columns = proteins.sample_columns(
+        proteins.draw_sequences(backbone, kind, random), backbone, 2.0, random
+    )
     spec, _ = resolve(data, RunSpec)
     return spec, {name: torch.from_numpy(values) for name, values in columns.items()}
 
@@ -108,8 +116,8 @@ def small(**sections: Any) -> tuple[RunSpec, dict[str, Tensor]]:
 def losses(**sections: Any) -> list[float]:
     spec, samples = small(**sections)
     _, workload = resolve(spec.model_dump(), RunSpec)
-    stepper = Stepper(spec, workload, samples, Worker(), 3)
-    return [stepper.take(step).item() for step in range(3)]
+    stepper = TrainStep(spec, workload, samples, Worker(), 3)
+    return [stepper.run(step).item() for step in range(3)]
 
 
 def turned(seed: int = 0) -> Tensor:
@@ -118,14 +126,14 @@ def turned(seed: int = 0) -> Tensor:
     return (axes * torch.linalg.det(axes)).double()
 
 
-def angle(at: Numbers, one: Numbers, other: Numbers) -> Numbers:
+def angle(at: Array, one: Array, other: Array) -> Array:
     one, other = one - at, other - at
     sizes = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     return np.arccos((one * other).sum(-1) / sizes)
 
 
 class TestGeneratedFolds:
-    def test_bonds_and_angles_are_ideal(self, folded: tuple[Numbers, Numbers]) -> None:
+    def test_bonds_and_angles_are_ideal(self, folded: tuple[Array, Array]) -> None:
         nitrogen, alpha, carbon = (folded[0][:, :, atom] for atom in range(3))
         assert len(alpha) > 24
         for bond, size in (
@@ -134,27 +142,29 @@ class TestGeneratedFolds:
             (nitrogen[:, 1:] - carbon[:, :-1], C_N),
         ):
             assert np.linalg.norm(bond, axis=-1) == pytest.approx(size, abs=1e-6)
-        assert angle(alpha, nitrogen, carbon) == pytest.approx(AT_CA, abs=1e-6)
+        assert angle(alpha, nitrogen, carbon) == pytest.approx(ANGLE_AT_CA, abs=1e-6)
         before, after = np.s_[:, :-1], np.s_[:, 1:]
         ahead = angle(carbon[before], alpha[before], nitrogen[after])
-        assert ahead == pytest.approx(AT_C, abs=1e-6)
-        assert angle(nitrogen[after], carbon[before], alpha[after]) == pytest.approx(AT_N, abs=1e-6)
+        assert ahead == pytest.approx(ANGLE_AT_C, abs=1e-6)
+        assert angle(nitrogen[after], carbon[before], alpha[after]) == pytest.approx(
+            ANGLE_AT_N, abs=1e-6
+        )
         # Flat and trans: Pauling's 3.8 Å from one alpha carbon to the next.
         assert np.linalg.norm(np.diff(alpha, axis=1), axis=-1) == pytest.approx(3.8, abs=0.05)
 
     def test_nothing_clashes_and_all_is_as_compact_as_proteins(
-        self, folded: tuple[Numbers, Numbers]
+        self, folded: tuple[Array, Array]
     ) -> None:
         alpha = folded[0][:, :, 1]
         near = distances(alpha)[:, *np.triu_indices(LENGTH, 3)]
-        assert near.min() > NEAREST
-        assert gyration(alpha) == pytest.approx(2.2 * LENGTH**0.38, rel=0.25)
-        assert np.median(gyration(alpha)) == pytest.approx(2.2 * LENGTH**0.38, rel=0.25)
+        assert near.min() > MIN_CA_DISTANCE
+        assert radius_of_gyration(alpha) == pytest.approx(2.2 * LENGTH**0.38, rel=0.25)
+        assert np.median(radius_of_gyration(alpha)) == pytest.approx(2.2 * LENGTH**0.38, rel=0.25)
         contacts = (near < 8).sum(1) / LENGTH
         assert 0.5 < np.median(contacts) < 5
 
     def test_helices_are_right_handed_and_rise_as_they_should(
-        self, folded: tuple[Numbers, Numbers]
+        self, folded: tuple[Array, Array]
     ) -> None:
         """1.5 Å per residue: 15 Å in ten."""
         alpha, kind = folded[0][:, :, 1], folded[1]
@@ -170,56 +180,54 @@ class TestGeneratedFolds:
         random = np.random.default_rng(0)
         torsion = random.uniform(-3, 3, (2, 9, 2))
         weight = random.standard_normal((2, 9, 3))
-        slope = torsion_gradient(chain(torsion), weight)
+        slope = torsion_gradient(build_backbone(torsion), weight)
         for residue, which in ((0, 1), (3, 0), (5, 1), (7, 0)):
             ends = []
             for step in (1e-5, -1e-5):
                 moved = torsion.copy()
                 moved[:, residue, which] += step
                 # The first torsion also turns the whole chain around the origin.
-                ends.append((chain(moved)[:, :, 1] * weight).sum((1, 2)))
+                ends.append((build_backbone(moved)[:, :, 1] * weight).sum((1, 2)))
             if residue:
                 assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope[:, residue, which])
 
     def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(proteins, "FOLDS", 8)
-        monkeypatch.setattr(proteins, "ROUNDS", 10)
-        monkeypatch.setattr(proteins, "NEAREST", 0)
-        monkeypatch.setattr(proteins, "NEAREST_ATOMS", 0)
+        monkeypatch.setattr(proteins, "CHAINS_PER_PART", 8)
+        monkeypatch.setattr(proteins, "FOLDING_STEPS", 10)
+        monkeypatch.setattr(proteins, "MIN_CA_DISTANCE", 0)
+        monkeypatch.setattr(proteins, "MIN_ATOM_DISTANCE", 0)
         workload = folding(length=16)
-        parts = [workload.part(Part("train", seed), {})["train"] for seed in (1, 1, 2)]
+        parts = [workload.part(ProteinPart("train", seed), {})["train"] for seed in (1, 1, 2)]
         assert parts[0].equals(parts[1])
         assert not parts[0].equals(parts[2])
         assert parts[0].column_names == ["residue", "backbone", "contact", "score"]
-        other = folding(length=16, seed=1).part(Part("train", 1), {})["train"]
+        other = folding(length=16, seed=1).part(ProteinPart("train", 1), {})["train"]
         assert not parts[0].equals(other)
 
-    def test_scores_tell_of_contacts_and_of_nothing_else(
-        self, folded: tuple[Numbers, Numbers]
-    ) -> None:
+    def test_scores_tell_of_contacts_and_of_nothing_else(self, folded: tuple[Array, Array]) -> None:
         random = np.random.default_rng(0)
-        residue = proteins.sequences(*folded, random)
-        columns = proteins.samples(residue, folded[0], 3.0, random)
+        residue = proteins.draw_sequences(*folded, random)
+        columns = proteins.sample_columns(residue, folded[0], 3.0, random)
         score, contact = columns["score"].astype(float), columns["contact"] > 0
         apart = np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH)))
         assert (score == score.swapaxes(1, 2)).all()
         assert not score[:, apart < 3].any()
-        near = distances(beta_carbons(folded[0])) < CONTACT
+        near = distances(beta_carbons(folded[0])) < CONTACT_DISTANCE
         assert (contact == (near & (apart >= 3))).all()
         assert score[contact].mean() == pytest.approx(3, abs=0.1)
         noise = score[:, apart >= 3] - 3 * contact[:, apart >= 3]
         assert noise.mean() == pytest.approx(0, abs=0.02)
         assert noise.std() == pytest.approx(1, abs=0.02)
 
-    def test_greasy_residues_are_inside(self, folded: tuple[Numbers, Numbers]) -> None:
-        residue = proteins.sequences(*folded, np.random.default_rng(0))
+    def test_greasy_residues_are_inside(self, folded: tuple[Array, Array]) -> None:
+        residue = proteins.draw_sequences(*folded, np.random.default_rng(0))
         buried = (distances(beta_carbons(folded[0])) < 10).sum(2)
         greasy = np.isin(residue, [AMINO_ACIDS.index(letter) for letter in "ILVF"])
         charged = np.isin(residue, [AMINO_ACIDS.index(letter) for letter in "DEKR"])
         assert buried[greasy].mean() > buried[charged].mean() + 1
 
 
-def structure(folded: tuple[Numbers, Numbers], count: int = 12) -> gemmi.Structure:
+def structure(folded: tuple[Array, Array], count: int = 12) -> gemmi.Structure:
     """The first folds as chains of one model."""
     made, model = gemmi.Structure(), gemmi.Model(1)
     names = gemmi.expand_one_letter_sequence(AMINO_ACIDS * 2, gemmi.ResidueKind.AA)
@@ -244,7 +252,7 @@ def structure(folded: tuple[Numbers, Numbers], count: int = 12) -> gemmi.Structu
 class TestFiles:
     @pytest.mark.parametrize("ending", ["pdb", "cif", "pdb.gz"])
     def test_chains_are_read(
-        self, folded: tuple[Numbers, Numbers], tmp_path: Path, ending: str
+        self, folded: tuple[Array, Array], tmp_path: Path, ending: str
     ) -> None:
         path = tmp_path / f"folds.{ending}"
         if ending == "cif":
@@ -252,27 +260,27 @@ class TestFiles:
         else:
             text = structure(folded).make_pdb_string().encode()
             path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
-        found = pieces(path)
+        found = chain_segments(path)
         assert [len(piece.residue_L) for piece in found] == [LENGTH] * 12
         for number, (_, residue, backbone) in enumerate(found):
             assert residue.tolist() == [(place + number) % 20 for place in range(LENGTH)]
             assert backbone == pytest.approx(folded[0][number], abs=1e-3)
 
     def test_what_is_interrupted_is_not_joined(
-        self, folded: tuple[Numbers, Numbers], tmp_path: Path
+        self, folded: tuple[Array, Array], tmp_path: Path
     ) -> None:
         made = structure(folded, 1)
         chained = made[0][0]
         chained[9].remove_atom("CA", "\0", gemmi.Element("C"))
         chained[20].name = "XYZ"
         made.write_pdb(str(tmp_path / "one.pdb"))
-        first, second = pieces(tmp_path / "one.pdb")
+        first, second = chain_segments(tmp_path / "one.pdb")
         assert (len(first.residue_L), len(second.residue_L)) == (9, 26)
-        assert second.residue_L[10] == UNKNOWN
-        assert first.whole == second.whole
+        assert second.residue_L[10] == UNKNOWN_INDEX
+        assert first.chain_sequence == second.chain_sequence
 
     def test_windows_of_a_folder_become_splits(
-        self, folded: tuple[Numbers, Numbers], tmp_path: Path
+        self, folded: tuple[Array, Array], tmp_path: Path
     ) -> None:
         for name in ("one.pdb", "copy.pdb"):
             structure(folded, 24).write_pdb(str(tmp_path / name))
@@ -338,19 +346,17 @@ class TestFiles:
 
 class TestMeasures:
     def test_the_same_structure_scores_one_however_it_lies(
-        self, folded: tuple[Numbers, Numbers]
+        self, folded: tuple[Array, Array]
     ) -> None:
         true = torch.from_numpy(folded[0][:8, :, 1].copy())
         for found in (true @ turned() + 5, true @ turned(1) - 9):
-            for score in (lddt(found, true), *superposed(found, true)):
+            for score in (lddt(found, true), *tm_score_and_gdt_ts(found, true)):
                 assert score.tolist() == pytest.approx([1.0] * 8, abs=1e-6)
 
-    def test_a_mirror_image_is_only_seen_by_superposing(
-        self, folded: tuple[Numbers, Numbers]
-    ) -> None:
+    def test_a_mirror_image_is_only_seen_by_superposing(self, folded: tuple[Array, Array]) -> None:
         true = torch.from_numpy(folded[0][:8, :, 1].copy())
         assert lddt(-true, true).tolist() == pytest.approx([1.0] * 8)
-        tm, gdt = superposed(-true, true)
+        tm, gdt = tm_score_and_gdt_ts(-true, true)
         assert tm.max() < 0.7
         assert gdt.max() < 0.9
 
@@ -377,18 +383,18 @@ class TestMeasures:
         true[0, :, 1] = 10 * torch.sin(torch.arange(80) / 3.0)
         found = true.clone()
         found[0, 60:, 2] += 500
-        _, gdt = superposed(found, true)
+        _, gdt = tm_score_and_gdt_ts(found, true)
         assert gdt.item() == pytest.approx(0.75, abs=0.01)
 
     @pytest.mark.parametrize(("noise", "within"), [(0.5, 0.03), (1.5, 0.06)])
     def test_tm_scores_are_those_of_tm_align(
-        self, folded: tuple[Numbers, Numbers], noise: float, within: float
+        self, folded: tuple[Array, Array], noise: float, within: float
     ) -> None:
         """TM-align looks for the alignment, too: where less fits, the two are further apart."""
         true = torch.from_numpy(folded[0][:16, :, 1].copy())
         random = torch.Generator().manual_seed(1)
         found = true @ turned() + noise * torch.randn(true.shape, generator=random).double()
-        ours = superposed(found, true)[0].numpy()
+        ours = tm_score_and_gdt_ts(found, true)[0].numpy()
         letters = "A" * LENGTH
         theirs = np.array(
             [
@@ -415,7 +421,7 @@ class TestNetwork:
         assert backbone.shape == (2, 20, 3, 3)
         nitrogen, alpha, carbon = (atom.numpy() for atom in backbone.detach().unbind(2))
         assert np.linalg.norm(alpha - nitrogen, axis=-1) == pytest.approx(N_CA, abs=1e-4)
-        assert angle(alpha, nitrogen, carbon) == pytest.approx(AT_CA, abs=1e-3)
+        assert angle(alpha, nitrogen, carbon) == pytest.approx(ANGLE_AT_CA, abs=1e-3)
 
     def test_nothing_depends_on_how_a_protein_lies_in_space(self, batch: dict[str, Tensor]) -> None:
         """Loss and metrics, to 1e-4; but its mirror image is another protein."""
@@ -438,10 +444,10 @@ class TestNetwork:
     def test_a_structure_that_is_moved_stays_the_same(self) -> None:
         """In float32, to 1e-4: the layer that moves frames sees them from within alone."""
         torch.manual_seed(0)
-        layer = Structure(32, 16)
+        layer = StructureLayer(32, 16)
         torch.nn.init.normal_(layer.move.weight, std=0.1)
         single, pair = torch.randn(2, 12, 32), torch.randn(2, 12, 12, 16)
-        rotation = frames_of(torch.randn(2, 12, 3), torch.randn(2, 12, 3))
+        rotation = rotations_from_vectors(torch.randn(2, 12, 3), torch.randn(2, 12, 3))
         place, turn = 5 * torch.randn(2, 12, 3), turned().float()
         channels, (found, where) = layer(single, pair, (rotation, place))
         shift = torch.tensor([3.0, -8.0, 1.0])
@@ -454,19 +460,19 @@ class TestNetwork:
 
     def test_it_starts_from_the_distances_that_it_predicts(self, batch: dict[str, Tensor]) -> None:
         true = batch["backbone"][:, :, 1]
-        bins = (pairwise(true)[..., None] > edges(true)).sum(-1)
-        certain = 1e4 * torch.nn.functional.one_hot(bins, BINS).double()
-        rotation, place = spread_out(certain)
+        bins = (pairwise_distances(true)[..., None] > bin_edges(true)).sum(-1)
+        certain = 1e4 * torch.nn.functional.one_hot(bins, DISTANCE_BINS).double()
+        rotation, place = initial_frames(certain)
         assert lddt(place, true).mean() > 0.8
-        tm, _ = superposed(place, true)
-        mirrored, _ = superposed(-place, true)
+        tm, _ = tm_score_and_gdt_ts(place, true)
+        mirrored, _ = tm_score_and_gdt_ts(-place, true)
         assert (tm > mirrored).all()
         assert torch.linalg.det(rotation).tolist() == [pytest.approx([1.0] * LENGTH)] * len(true)
 
     def test_the_truth_has_no_error(self, batch: dict[str, Tensor]) -> None:
         nitrogen, alpha, carbon = batch["backbone"].unbind(2)
-        frames = frames_of(carbon - alpha, nitrogen - alpha)
-        true = seen_from((frames, alpha), alpha)
+        frames = rotations_from_vectors(carbon - alpha, nitrogen - alpha)
+        true = in_local_frames((frames, alpha), alpha)
         assert fape((frames, alpha), true).max() < 2e-3
         rotation = turned()
         moved = rotation @ frames, alpha @ rotation.T + 30
@@ -511,13 +517,15 @@ class TestNetwork:
         for slot, variant in enumerate(variants):
             network = build_network(variant.spec.train, variant.workload)
             assert program.fits(variant, network)
-            program.admit(slot, variant, network)
+            program.load_trial(slot, variant, network)
         together = np.array(program.run([0, 1], 3))
         alone = [losses(optimizer={"lr": lr}) for lr in (0.001, 0.002)]
         assert together.T.tolist() == [pytest.approx(each, rel=1e-9) for each in alone]
 
     def test_a_residue_may_be_unknown(self) -> None:
-        found = features(torch.tensor([[0, UNKNOWN]], dtype=torch.uint8), torch.ones(1, 2, 2))
+        found = input_features(
+            torch.tensor([[0, UNKNOWN_INDEX]], dtype=torch.uint8), torch.ones(1, 2, 2)
+        )
         assert found[0, :, : len(AMINO_ACIDS)].sum(1).tolist() == [1, 0]
 
 
@@ -526,7 +534,7 @@ def test_the_shipped_spec_trains_and_sweeps_this_workload() -> None:
     spec, workload = resolve(data, SweepRunSpec)
     assert isinstance(workload, Folding)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
-    _, trial = resolve(trial_data(data, {"model.triangles": False}), RunSpec)
+    _, trial = resolve(trial_spec_data(data, {"model.triangles": False}), RunSpec)
     weights, fewer = (
         sum(weight.numel() for weight in each.build().parameters()) for each in (workload, trial)
     )
@@ -541,11 +549,11 @@ def test_it_soon_folds_better_than_it_started(tmp_path: Path) -> None:
     data["model"] |= {"width": 16, "iterations": 2}
     data["train"] |= {"epochs": None, "steps": 300}
     spec, workload = resolve(data, RunSpec)
-    splits = open_splits(prepare(workload, tmp_path))
-    stepper = Stepper(spec, workload, splits["train"], Worker(), 300)
+    splits = open_splits(prepare_dataset(workload, tmp_path))
+    stepper = TrainStep(spec, workload, splits["train"], Worker(), 300)
     before = evaluate(spec, workload, stepper.network, splits["test"], Worker())
     for step in range(300):
-        stepper.take(step)
+        stepper.run(step)
     found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
     assert before["lddt_ca"] < 0.35
     assert found["lddt_ca"] > 0.5

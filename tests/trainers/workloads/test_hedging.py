@@ -9,33 +9,33 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from cluster.base.config import check, override
-from trainers.data.dataset import open_splits, prepare
+from cluster.base.config import apply_overrides, validate
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.hedging.workload import (
-    PATHS,
+    PATHS_PER_PART,
     Hedging,
-    Part,
+    PathPart,
     black_scholes_delta,
     black_scholes_price,
-    left_over,
     remaining_deviation,
+    terminal_wealth,
 )
 from tuning.trials.space import SweepRunSpec, check_parameters
 
 
 def hedging(model: dict[str, Any] | None = None, **data: Any) -> Hedging:
-    return Hedging(check(Hedging.Data, data), check(Hedging.Model, model or {}))
+    return Hedging(validate(Hedging.Data, data), validate(Hedging.Model, model or {}))
 
 
 @pytest.fixture(scope="module")
 def price() -> torch.Tensor:
     """The paths of a part, float64."""
-    rows = hedging().part(Part("test", 4), {})["test"]
+    rows = hedging().part(PathPart("test", 4), {})["test"]
     values = np.frombuffer(b"".join(rows["price"].to_pylist()), np.float32)
-    return torch.from_numpy(values.reshape(PATHS, -1).copy())
+    return torch.from_numpy(values.reshape(PATHS_PER_PART, -1).copy())
 
 
 class TestPaths:
@@ -55,7 +55,7 @@ class TestPaths:
         assert torch.allclose((up + down)[:, -1], torch.tensor(-drift).double(), atol=1e-6)
 
     def test_a_seed_is_a_part(self) -> None:
-        parts = [hedging().part(Part("train", seed), {})["train"] for seed in (1, 1, 2)]
+        parts = [hedging().part(PathPart("train", seed), {})["train"] for seed in (1, 1, 2)]
         assert parts[0].equals(parts[1])
         assert not parts[0].equals(parts[2])
 
@@ -86,8 +86,8 @@ class TestWhatIsKnown:
         for every in (1, 2, 4):
             data = hedging(rebalancings=20 // every).data
             seen = price[:, ::every].double()
-            asked = torch.full((PATHS,), black_scholes_price(data)).double()
-            left = left_over(asked, black_scholes_delta(data, seen), seen, 0.0)
+            asked = torch.full((PATHS_PER_PART,), black_scholes_price(data)).double()
+            left = terminal_wealth(asked, black_scholes_delta(data, seen), seen, 0.0)
             limit, within = remaining_deviation(data), 0.3 / math.sqrt(data.rebalancings)
             assert 100 * left.std().item() == pytest.approx(limit, rel=within)
 
@@ -95,7 +95,7 @@ class TestWhatIsKnown:
 class TestCosts:
     def test_each_trade_is_paid_once_the_last_one_too(self) -> None:
         price = torch.tensor([[1.0, 2.0, 3.0]])
-        left = left_over(torch.zeros(1), torch.tensor([[0.5, 0.25]]), price, 0.1)
+        left = terminal_wealth(torch.zeros(1), torch.tensor([[0.5, 0.25]]), price, 0.1)
         earned, traded, owed = 0.5 + 0.25, 0.5 * 1 + 0.25 * 2 + 0.25 * 3, 2.0
         assert left.item() == pytest.approx(earned - 0.1 * traded - owed)
 
@@ -122,15 +122,18 @@ def test_a_path_looks_no_further_than_its_moment(price: torch.Tensor) -> None:
 
 def test_a_short_training_finds_the_price_and_most_of_the_delta(tmp_path: Path) -> None:
     shorter = ["train.epochs=1", "data.train_parts=2", "train.global_batch=500"]
-    data = override(find_spec("hedging")[1], shorter)
+    data = apply_overrides(find_spec("hedging")[1], shorter)
     spec, workload = resolve(data, RunSpec)
     assert isinstance(workload, Hedging)
-    dataset = prepare(workload, tmp_path)
-    found = train(spec, workload, dataset, tmp_path, SilentReporter()).metrics
+    dataset = prepare_dataset(workload, tmp_path)
+    found = train(spec, workload, dataset, tmp_path, NullReporter()).metrics
     assert found["test/price"] == pytest.approx(100 * black_scholes_price(workload.data), rel=0.05)
     assert found["test/hedging_error"] < 1.2 * found["test/delta_hedged"]
     assert found["test/delta_deviation"] < 0.1
-    assert {len(split["price"]) for split in open_splits(dataset).values()} == {PATHS, 2 * PATHS}
+    assert {len(split["price"]) for split in open_splits(dataset).values()} == {
+        PATHS_PER_PART,
+        2 * PATHS_PER_PART,
+    }
 
 
 def test_the_shipped_sweep_is_one() -> None:

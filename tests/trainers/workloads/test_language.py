@@ -14,25 +14,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import dataset_name, open_splits, prepare
+from trainers.data.dataset import dataset_name, open_splits, prepare_dataset
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import Stepper, build_network
+from trainers.engine.step import TrainStep, build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.language import text
 from trainers.workloads.language.workload import Language
 from tuning.fused.program import Program
 from tuning.fused.program_signature import Variant
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_data
+from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
 
 POEM = "Füllest wieder Busch und Tal\nStill mit Nebelglanz,\nLösest endlich auch einmal\n"
 
 
 def language(model: dict[str, Any] | None = None, **data: Any) -> Language:
-    return Language(check(Language.Data, data), check(Language.Model, model or {}))
+    return Language(validate(Language.Data, data), validate(Language.Model, model or {}))
 
 
 def texts_of(workload: Language) -> dict[str, bytes]:
@@ -218,7 +218,7 @@ class TestBytePairs:
         assert common == workload.common([part])
         merged = Tokenizer.from_str(common["tokenizer.json"].decode())
         assert merged.get_vocab_size() == 300
-        tokens, length = text._pairs([odd.encode()], common["tokenizer.json"])
+        tokens, length = text._encode_byte_pairs([odd.encode()], common["tokenizer.json"])
         assert tokens.dtype == np.int16
         assert merged.decode(tokens[:-1].tolist(), skip_special_tokens=False) == odd
         assert length.sum() == len(odd.encode()) + 1
@@ -306,13 +306,13 @@ class TestNetwork:
         for lr in (0.01, 0.02):
             spec, workload = small(optimizer={"lr": lr})
             variants.append(Variant(spec, workload, 4))
-            stepper = Stepper(spec, workload, samples, Worker(), 4)
-            alone.append([stepper.take(step).item() for step in range(4)])
+            stepper = TrainStep(spec, workload, samples, Worker(), 4)
+            alone.append([stepper.run(step).item() for step in range(4)])
         program = Program(variants[0], 2, samples, Cpu())
         for slot, variant in enumerate(variants):
             network = build_network(variant.spec.train, variant.workload)
             assert program.fits(variant, network)
-            program.admit(slot, variant, network)
+            program.load_trial(slot, variant, network)
         together = np.array(program.run([0, 1], 4))
         assert together.T.tolist() == [pytest.approx(losses, rel=1e-9) for losses in alone]
 
@@ -323,9 +323,9 @@ HALVES_SOURCE = '''
 import torch
 import torch.distributed as dist
 
-from trainers.engine.strategy import Worker
+from trainers.worker import Worker
 from trainers.spec import RunSpec, resolve
-from trainers.engine.step import Stepper
+from trainers.engine.step import TrainStep
 
 
 def work(rank, meeting, data, samples, answers):
@@ -334,8 +334,8 @@ def work(rank, meeting, data, samples, answers):
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     spec, workload = resolve(data, RunSpec)
     samples = {name: torch.from_numpy(values) for name, values in samples.items()}
-    stepper = Stepper(spec, workload, samples, Worker(rank, 2, local_world=2), 4)
-    answers.put((rank, stepper.layout.mode, [stepper.take(step).item() for step in range(4)]))
+    stepper = TrainStep(spec, workload, samples, Worker(rank, 2, local_world_size=2), 4)
+    answers.put((rank, stepper.strategy.mode, [stepper.run(step).item() for step in range(4)]))
     dist.destroy_process_group()
 '''
 
@@ -343,8 +343,8 @@ def work(rank, meeting, data, samples, answers):
 @pytest.mark.slow
 def test_heads_can_be_split_over_workers(modules: Path, tmp_path: Path) -> None:
     spec, workload = small()
-    stepper = Stepper(spec, workload, windows(), Worker(), 4)
-    alone = [stepper.take(step).item() for step in range(4)]
+    stepper = TrainStep(spec, workload, windows(), Worker(), 4)
+    alone = [stepper.run(step).item() for step in range(4)]
 
     (modules / "halves.py").write_text(HALVES_SOURCE)
     import halves
@@ -381,10 +381,10 @@ def test_it_soon_knows_more_than_how_often_bytes_are(tmp_path: Path) -> None:
         optimizer={"lr": 0.01, "betas": [0.9, 0.95]},
         train={"global_batch": 16, "steps": 120},
     )
-    splits = open_splits(prepare(workload, tmp_path))
-    stepper = Stepper(spec, workload, splits["train"], Worker(), 120)
+    splits = open_splits(prepare_dataset(workload, tmp_path))
+    stepper = TrainStep(spec, workload, splits["train"], Worker(), 120)
     for step in range(120):
-        stepper.take(step)
+        stepper.run(step)
     found = evaluate(spec, workload, stepper.network, splits["val"], Worker())
     (part,) = workload.parts()
     said = b"".join(each for split, each in workload.documents(part) if split == "val")
@@ -398,5 +398,5 @@ def test_the_shipped_spec_trains_and_sweeps_this_workload() -> None:
     spec, workload = resolve(data, SweepRunSpec)
     assert isinstance(workload, Language)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
-    _, trial = resolve(trial_data(data, {"optimizer.lr": 0.1}), RunSpec)
+    _, trial = resolve(trial_spec_data(data, {"optimizer.lr": 0.1}), RunSpec)
     assert trial.tokens_per_sample == 128

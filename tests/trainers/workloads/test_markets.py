@@ -8,17 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import DataError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare
+from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import Stepper
+from trainers.engine.step import TrainStep
 from trainers.spec import find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.markets import books
-from trainers.workloads.markets.books import EXACT, LEVELS, Books, Part, exact_up, next_moves
-from trainers.workloads.markets.workload import Markets, mirrored_book
+from trainers.workloads.markets.books import (
+    EXACT_FILE,
+    LEVELS,
+    BookPart,
+    SimulatedBooks,
+    exact_up_probability,
+    next_moves,
+)
+from trainers.workloads.markets.workload import Markets, mirror_book
 from tuning.trials.space import SweepRunSpec, check_parameters
 
 PUBLISHED = """
@@ -33,14 +40,14 @@ for a spread of one tick."""
 
 
 def markets(model: dict[str, Any] | None = None, **data: Any) -> Markets:
-    return Markets(check(Markets.Data, data), check(Markets.Model, model or {}))
+    return Markets(validate(Markets.Data, data), validate(Markets.Model, model or {}))
 
 
 @pytest.fixture(scope="module")
 def simulated() -> dict[str, np.ndarray[Any, Any]]:
     """A part of the data set, its features and what is known beside them."""
     workload = markets()
-    rows = workload.part(Part("val", 7), workload.common([]))["val"]
+    rows = workload.part(BookPart("val", 7), workload.common([]))["val"]
     features = np.frombuffer(b"".join(rows["book"].to_pylist()), np.float32)
     return {
         "book": features.reshape(len(rows), workload.data.window, LEVELS, 2, 2),
@@ -52,7 +59,7 @@ def simulated() -> dict[str, np.ndarray[Any, Any]]:
 class TestSimulation:
     def test_the_published_table_is_reproduced_within_its_rounding(self) -> None:
         published = np.array(PUBLISHED.split(), float).reshape(5, 5)
-        assert np.abs(exact_up(1)[:5, :5].T - published).max() <= 0.0015
+        assert np.abs(exact_up_probability(1)[:5, :5].T - published).max() <= 0.0015
 
     def test_prices_move_as_often_up_as_is_exact(
         self, simulated: dict[str, np.ndarray[Any, Any]]
@@ -80,11 +87,11 @@ class TestSimulation:
         assert size.min() > 0.99
 
     def test_moving_back_into_the_middle_changes_nothing(self) -> None:
-        many = Books(40, (0,))
+        many = SimulatedBooks(40, (0,))
         for _ in range(4000):
             before, shift = many.twice_mid_B, many.shift_B.copy()
             many.advance()
-            assert np.abs(many.twice_mid_B - before).max() < 2 * books.PRICES // 4
+            assert np.abs(many.twice_mid_B - before).max() < 2 * books.PRICE_TICKS // 4
             assert (many.asks_BW >= 0).all()
             assert (many.bids_BW >= 0).all()
             if (many.shift_B != shift).any():
@@ -97,14 +104,14 @@ class TestSimulation:
         assert next_moves(mid)[:, 0].tolist() == [1, 1, -1, -1, 0, 0]
 
     def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(books, "BURN_IN", 20)
-        monkeypatch.setattr(books, "EVENTS", 40)
+        monkeypatch.setattr(books, "BURN_IN_EVENTS", 20)
+        monkeypatch.setattr(books, "EVENTS_PER_BOOK", 40)
         workload = markets()
         common = workload.common([])
-        parts = [workload.part(Part("train", seed), common)["train"] for seed in (1, 1, 2)]
+        parts = [workload.part(BookPart("train", seed), common)["train"] for seed in (1, 1, 2)]
         assert parts[0].equals(parts[1])
         assert not parts[0].equals(parts[2])
-        assert common.keys() == {EXACT}
+        assert common.keys() == {EXACT_FILE}
 
 
 def lobster(path: Path, last: str = "") -> None:
@@ -210,9 +217,9 @@ class TestNetwork:
         self, simulated: dict[str, np.ndarray[Any, Any]]
     ) -> None:
         book = torch.from_numpy(simulated["book"][:8].copy()).flatten(2)
-        turned = mirrored_book(book)
+        turned = mirror_book(book)
         assert turned.shape == (8, 10, 40)
-        assert torch.equal(mirrored_book(turned), book)
+        assert torch.equal(mirror_book(turned), book)
         sides, other = book.unflatten(-1, (LEVELS, 2, 2)), turned.unflatten(-1, (LEVELS, 2, 2))
         assert torch.equal(other[..., 0, 0], -sides[..., 1, 0])
         assert torch.equal(other[..., 0, 1], sides[..., 1, 1])
@@ -228,7 +235,7 @@ class TestNetwork:
         assert 70 < turned.sum() < 130
         assert found["exact"][turned].allclose(torch.tensor(0.1))
         assert torch.equal(found["book"][~turned], batch["book"][~turned])
-        assert torch.equal(found["book"][turned], mirrored_book(batch["book"])[turned])
+        assert torch.equal(found["book"][turned], mirror_book(batch["book"])[turned])
         assert markets({"mirror": False}).augment(batch, SampleRandom(0, torch.arange(2))) is batch
 
     def test_what_is_exact_has_skill_one_and_a_half_has_none(self) -> None:
@@ -254,10 +261,10 @@ def test_it_learns_most_of_what_there_is_to_know(tmp_path: Path) -> None:
     spec, workload = resolve(data, SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
     assert isinstance(workload, Markets)
-    splits = open_splits(prepare(workload, tmp_path))
+    splits = open_splits(prepare_dataset(workload, tmp_path))
     total = spec.train.total_steps(len(splits["train"]["up"]))
-    stepper = Stepper(spec, workload, splits["train"], Worker(), total)
+    stepper = TrainStep(spec, workload, splits["train"], Worker(), total)
     for step in range(total):
-        stepper.take(step)
+        stepper.run(step)
     found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
     assert found["skill"] > 0.7

@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import nn
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import Batches, open_split, prepare
+from trainers.data.dataset import SampleStream, open_split, prepare_dataset
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
 from trainers.workloads.vision.workload import Vision
@@ -29,7 +29,7 @@ Split = dict[str, npt.NDArray[Any]]
 
 
 def vision(model: dict[str, Any] | None = None, **data: Any) -> Vision:
-    return Vision(check(Vision.Data, data), check(Vision.Model, model or {}))
+    return Vision(validate(Vision.Data, data), validate(Vision.Model, model or {}))
 
 
 def splits_of(workload: Vision) -> dict[str, Split]:
@@ -118,17 +118,17 @@ class TestSpec:
     )
     def test_values_out_of_range_are_refused(self, section: str, field: str, value: object) -> None:
         with pytest.raises(SpecError):
-            check(Vision.Data if section == "data" else Vision.Model, {field: value})
+            validate(Vision.Data if section == "data" else Vision.Model, {field: value})
 
     def test_a_relative_source_becomes_absolute_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        data = check(Vision.Data, {"source": "pictures"})
+        data = validate(Vision.Data, {"source": "pictures"})
         monkeypatch.chdir("/")
         assert data.source == str(tmp_path / "pictures")
-        assert check(Vision.Data, data.model_dump()) == data
-        assert check(Vision.Data, {}).source == "digits"
+        assert validate(Vision.Data, data.model_dump()) == data
+        assert validate(Vision.Data, {}).source == "digits"
 
     def test_the_shipped_spec_is_valid_and_names_this_workload(self) -> None:
         _, workload = resolve(find_spec("digits")[1], RunSpec)
@@ -582,13 +582,13 @@ def test_it_learns_from_prepared_digits(
     tmp_path: Path, network: dict[str, Any], lr: float, right: float
 ) -> None:
     workload = vision({**network, "augment": 0.5})
-    folder = prepare(workload, tmp_path)
-    batches = Batches(open_split(folder, "train"), seed=0, global_batch=64)
+    folder = prepare_dataset(workload, tmp_path)
+    batches = SampleStream(open_split(folder, "train"), seed=0, global_batch=64)
     torch.manual_seed(0)
     model = workload.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(150):
-        positions, batch = batches.at(step)
+        positions, batch = batches.batch(step)
         batch = workload.augment(batch, SampleRandom(0, positions))
         loss = workload.loss(workload.forward(model, batch), batch).mean()
         optimizer.zero_grad()

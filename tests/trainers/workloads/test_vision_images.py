@@ -8,7 +8,7 @@ from PIL import Image
 
 from heliostat.main import main
 from trainers.engine.loop import train
-from trainers.engine.reporter import SilentReporter
+from trainers.engine.reporter import NullReporter
 from trainers.runs.run import new_run
 
 
@@ -32,7 +32,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_of_class_folders_is_learnt(images: Path) -> None:
     settings = ["data.source=images", "train.epochs=20", "model.augment=0", "train.global_batch=16"]
     run = new_run("digits", settings, "own", None)
-    outcome = train(run.spec, run.workload, run.dataset, run.folder, SilentReporter())
+    outcome = train(run.spec, run.workload, run.dataset, run.folder, NullReporter())
     assert outcome.metrics["test/accuracy"] >= 0.8
 
 

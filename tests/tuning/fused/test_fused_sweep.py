@@ -56,7 +56,7 @@ def run_sweep(spirals: Path, ray_cluster: str, mlflow_server: str) -> Callable[.
         lines: list[str] = []
         overrides = (f"tracking.uri={mlflow_server}", *overrides)
         sweep = sweeps.new_sweep(str(spirals), list(overrides), None)
-        board, tracked = sweeps.execute(sweep, lambda *_: None, lines.append)
+        board, tracked = sweeps.run_to_end(sweep, lambda *_: None, lines.append)
         return sweep, board, tracked, lines
 
     return runner
@@ -74,7 +74,7 @@ def assert_tracked_once(uri: str, tracked: dict[str, Any], board: Leaderboard) -
     by_number = {int(run.info.run_name): run for run in found}
     assert len(by_number) == len(found)
     assert set(by_number) == {*board.ended}
-    for standing in board.standings:
+    for standing in board.results:
         run = by_number[standing.number]
         assert run.info.status == "FINISHED"
         assert run.data.metrics["val/loss"] == standing.value
@@ -101,7 +101,7 @@ def test_a_fused_trial_is_a_trial_like_any_other(run_sweep: Any, mlflow_server: 
         assert "device time is divided" in found.data.tags["heliostat.fused"]
         assert found.data.metrics["perf/device_s"] > 0
     for standing in board.standings:
-        newest = Checkpoints(sweep.trial_folder(standing.number) / CHECKPOINTS).newest()
+        newest = Checkpoints(sweep.trial_folder(standing.number) / CHECKPOINTS).latest()
         assert newest is not None
         assert newest.name == f"step-{standing.step:08d}"
 
@@ -113,7 +113,7 @@ def test_fused_trials_give_what_they_give_alone_and_asha_decides_the_same(run_sw
     _, alone, _, _ = run_sweep(*fp64, "sweep.fuse=off")
 
     def ends(board: Leaderboard) -> dict[int, tuple[int, bool]]:
-        return {s.number: (s.step, s.complete) for s in board.standings}
+        return {s.number: (s.step, s.complete) for s in board.results}
 
     assert ends(fused) == ends(alone)
     assert {s.number: s.parameters for s in fused.standings} == {
@@ -132,7 +132,14 @@ def test_a_fused_trial_goes_on_as_an_ordinary_run(
     (heliostat.folder / "spirals_to_fuse.py").write_text(spirals_source)
     trial = sweep.trial_folder(board.best.number)
     output = heliostat(
-        *("train", str(sweep.folder / sweeps.BEST), "--from", str(trial), "--name", "further"),
+        *(
+            "train",
+            str(sweep.folder / sweeps.BEST_SPEC_FILE),
+            "--from",
+            str(trial),
+            "--name",
+            "further",
+        ),
         *("--set", "train.epochs=14", "--set", "scale.workers=2"),
     )
     assert re.search(r"196 of 196|196/196", output) or "196" in output
@@ -194,7 +201,9 @@ def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
     overrides += ["checkpoint.every_steps=1", "sweep.trials=4", "sweep.fuse=4"]
     sweep = sweeps.new_sweep(str(spirals), overrides, None)
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(sweeps.execute(sweep, lambda *_: None)))
+    thread = threading.Thread(
+        target=lambda: found.append(sweeps.run_to_end(sweep, lambda *_: None))
+    )
     thread.start()
     saved = f"trials/*/{CHECKPOINTS}/step-*"
     wait_until(lambda: len(list(sweep.folder.glob(saved))) >= 6)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from trainers import Batch, Spec, Workload
 from trainers.counter_rng import SampleRandom
 from trainers.devices import Cpu
-from trainers.engine.step import Stepper, build_network
+from trainers.engine.step import TrainStep, build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from tuning.fused.program import Program
-from tuning.fused.program_signature import Variant, reason_against
+from tuning.fused.program_signature import Variant, unsupported_reason
 from tuning.fused.vmap_rewrites import NotFusibleError
-from tuning.trials.space import trial_data
+from tuning.trials.space import trial_spec_data
 
 
 class Points(Workload):
@@ -79,7 +79,9 @@ SAMPLES = {
 def trial(workload: type[Points] = Points, **values: Any) -> Variant:
     """Fields of the spec's sections are given as SECTION__FIELD."""
     usual = {"workload": workload.__name__, "train": {"global_batch": 4, "clip_norm": 1.0}}
-    data = trial_data(usual, {name.replace("__", "."): value for name, value in values.items()})
+    data = trial_spec_data(
+        usual, {name.replace("__", "."): value for name, value in values.items()}
+    )
     sections = workload.Data(**data.get("data", {})), workload.Model(**data.get("model", {}))
     return Variant(RunSpec.model_validate(data), workload(*sections), 20)
 
@@ -155,12 +157,12 @@ class TestWhatCannotBeFused:
         like, other = trial(Hidden), trial(Hidden, model__smoothing=0.5)
         program = program_of(like, smoothing=(0.1, 0.5))
         assert program.fits(other, built(other))
-        program.admit(0, other, built(other))
-        program.admit(1, like, built(like))
+        program.load_trial(0, other, built(other))
+        program.load_trial(1, like, built(like))
         with pytest.raises(NotFusibleError, match=r"^a fused trial's first loss is .* alone it is"):
             program.run([0, 1], 10)
-        ordinary = Stepper(like.spec, like.workload, SAMPLES, Worker(), like.total_steps)
-        losses = [ordinary.take(step).item() for step in range(20)]
+        ordinary = TrainStep(like.spec, like.workload, SAMPLES, Worker(), like.total_steps)
+        losses = [ordinary.run(step).item() for step in range(20)]
         found = [loss for (loss,) in program.run([1], 10)]
         assert found == pytest.approx(losses[10:], rel=1e-5)
 
@@ -176,11 +178,11 @@ class TestWhatCannotBeFused:
         ],
     )
     def test_stands_in_the_spec(self, place: str, value: Any) -> None:
-        spec = RunSpec.model_validate(trial_data({"workload": "x"}, {place: value}))
-        assert str(reason_against(spec)).startswith(f"{place}: ")
+        spec = RunSpec.model_validate(trial_spec_data({"workload": "x"}, {place: value}))
+        assert str(unsupported_reason(spec)).startswith(f"{place}: ")
 
     def test_is_nothing_in_a_usual_spec(self) -> None:
-        assert reason_against(RunSpec(workload="x")) is None
+        assert unsupported_reason(RunSpec(workload="x")) is None
 
 
 def test_memory_grows_with_the_slots() -> None:

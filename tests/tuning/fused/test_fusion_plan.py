@@ -9,7 +9,13 @@ import pytest
 from cluster.base.config import write_yaml
 from trainers.data.dataset import open_split
 from trainers.devices import Cpu
-from tuning.fused.fusion_plan import MEMORY_SHARE, Plan, make_plan, plan_by_spec, usual_variant
+from tuning.fused.fusion_plan import (
+    MEMORY_SHARE,
+    FusionPlan,
+    make_plan,
+    plan_from_spec,
+    reference_variant,
+)
 from tuning.fused.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import Sweep
@@ -42,7 +48,7 @@ def test_slots_take_no_more_memory_than_there_is_and_fill_it(
 
     def needs(slots: int) -> int:
         varied = {"dropout": [0.0, 0.5]}
-        return Program(usual_variant(sweep), slots, samples, Cpu(), varied).peak_bytes()
+        return Program(reference_variant(sweep), slots, samples, Cpu(), varied).peak_bytes()
 
     room_for_three = int((needs(3) + 1) / MEMORY_SHARE)
     plan, program = make_plan(sweep, engines=1, free_bytes=room_for_three)
@@ -80,9 +86,9 @@ def test_one_value_that_cannot_be_fused_is_enough(sweep_of: Callable[..., Sweep]
 
 
 def test_what_the_spec_says_is_not_tried(sweep_of: Callable[..., Sweep]) -> None:
-    assert plan_by_spec(sweep_of("sweep.fuse=off")) == Plan(0, "")
-    assert plan_by_spec(sweep_of("sweep.trials=2", "train.epochs=2")) == Plan(0, "")
-    assert plan_by_spec(sweep_of()) is None
-    assert plan_by_spec(sweep_of("sweep.trials=2", "sweep.fuse=2")) is None
+    assert plan_from_spec(sweep_of("sweep.fuse=off")) == FusionPlan(0, "")
+    assert plan_from_spec(sweep_of("sweep.trials=2", "train.epochs=2")) == FusionPlan(0, "")
+    assert plan_from_spec(sweep_of()) is None
+    assert plan_from_spec(sweep_of("sweep.trials=2", "sweep.fuse=2")) is None
     spread = "not fused: scale.workers: a trial of several workers is spread over devices"
-    assert plan_by_spec(sweep_of("scale.workers=2")) == Plan(0, spread)
+    assert plan_from_spec(sweep_of("scale.workers=2")) == FusionPlan(0, spread)

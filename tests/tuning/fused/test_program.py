@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from trainers import Batch, Spec, Workload
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.devices import Cpu
-from trainers.engine.step import Stepper, build_network
+from trainers.engine.step import TrainStep, build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from trainers.workloads.vision.workload import Vision
-from tuning.fused.program import Program, Row
+from tuning.fused.program import Program, TrialState
 from tuning.fused.program_signature import Variant
-from tuning.trials.space import trial_data
+from tuning.trials.space import trial_spec_data
 
 Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]
 STEPS = 200
@@ -138,7 +138,7 @@ SMALL: dict[type[Workload], Values] = {
 def trial(workload: type[Workload], values: Values = NOTHING, steps: int = STEPS) -> Variant:
     """In float64 and with batches of 6, where nothing else is said."""
     usual = {"workload": workload.__name__, "train": {"precision": "fp64", "global_batch": 6}}
-    found = trial_data(usual, {**SMALL.get(workload, {}), **values})
+    found = trial_spec_data(usual, {**SMALL.get(workload, {}), **values})
     data, model = (
         section.model_validate(found.get(name, {}))
         for name, section in (("data", workload.Data), ("model", workload.Model))
@@ -159,9 +159,9 @@ def program_of(variant: Variant, slots: int = 3, **varied: Sequence[float]) -> P
     return Program(variant, slots, samples_of(variant), Cpu(), varied)
 
 
-def stepper(variant: Variant) -> Stepper:
+def stepper(variant: Variant) -> TrainStep:
     spec, workload = variant.spec, variant.workload
-    return Stepper(spec, workload, samples_of(variant), Worker(), variant.total_steps)
+    return TrainStep(spec, workload, samples_of(variant), Worker(), variant.total_steps)
 
 
 def state_of(network: nn.Module) -> State:
@@ -173,7 +173,7 @@ def alone(variant: Variant, steps: int = STEPS) -> tuple[list[float], list[State
     ordinary = stepper(variant)
     losses, states = [], [state_of(ordinary.network)]
     for step in range(steps):
-        losses.append(ordinary.take(step).item())
+        losses.append(ordinary.run(step).item())
         states.append(state_of(ordinary.network))
     return losses, states
 
@@ -251,7 +251,7 @@ class Visit:
     stop: int
     who: int
     losses: list[float] = field(default_factory=list)
-    row: Row | None = None
+    row: TrialState | None = None
 
 
 CHANGES = st.dictionaries(st.integers(0, STEPS - 1), st.sampled_from([0, 1, 2, None]), max_size=3)
@@ -270,16 +270,16 @@ def play(program: Program, trials: Sequence[Variant], *guests: Visit) -> None:
         here = [guest for guest in guests if guest.start <= begin < guest.stop]
         for guest in here:
             if guest.start == begin:
-                program.admit(guest.slot, trials[guest.who], built(trials[guest.who]))
+                program.load_trial(guest.slot, trials[guest.who], built(trials[guest.who]))
         found = program.run([guest.slot for guest in here], end - begin)
         for column, guest in enumerate(here):
             guest.losses += [losses[column] for losses in found]
             if guest.stop == end:
-                guest.row = program.row(guest.slot).copy()
-                program.release(guest.slot)
+                guest.row = program.state_of(guest.slot).copy()
+                program.free(guest.slot)
 
 
-def same_bits(row: Row | None, other: Row | None) -> bool:
+def same_bits(row: TrialState | None, other: TrialState | None) -> bool:
     assert row is not None
     assert other is not None
     pairs = [
@@ -287,7 +287,7 @@ def same_bits(row: Row | None, other: Row | None) -> bool:
         *zip(row.moments, other.moments, strict=True),
         *((row.buffers[name], other.buffers[name]) for name in row.buffers),
     ]
-    return row.done == other.done and all(one.equal(two) for one, two in pairs)
+    return row.steps_done == other.steps_done and all(one.equal(two) for one, two in pairs)
 
 
 class TestATrialIsWhatItIsAlone:
@@ -307,8 +307,8 @@ class TestATrialIsWhatItIsAlone:
             length = guest.stop - guest.start
             assert guest.losses == pytest.approx(losses[:length], rel=1e-9)
             assert guest.row is not None
-            assert guest.row.done == length
-            assert_close(state_of(program.network(guest.row)), states[length])
+            assert guest.row.steps_done == length
+            assert_close(state_of(program.network_with(guest.row)), states[length])
 
     @pytest.mark.parametrize(
         ("workload", "still"), [(Half, {"used.0.0", "unused"}), (Words, set())]
@@ -316,10 +316,10 @@ class TestATrialIsWhatItIsAlone:
     def test_with_weights_that_stay(self, workload: type[Workload], still: set[str]) -> None:
         variant = trial(workload, {"optimizer.weight_decay": 0.5})
         program = program_of(variant)
-        program.admit(2, variant, built(variant))
+        program.load_trial(2, variant, built(variant))
         program.run([2], 20)
         _, states = alone(variant, 20)
-        found = state_of(program.network(program.row(2)))
+        found = state_of(program.network_with(program.state_of(2)))
         assert_close(found, states[20])
         same = {name.rpartition(".")[0] for name in found if found[name].equal(states[0][name])}
         assert same == still
@@ -329,7 +329,7 @@ class TestATrialIsWhatItIsAlone:
 class Compiled:
     program: Program
     trials: list[Variant]
-    rows: tuple[Row, Row]
+    rows: tuple[TrialState, TrialState]
     """A trial's state just before and after the program was compiled."""
 
 
@@ -350,11 +350,11 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
     fixed = {name.partition(".")[2] for name in changes}
     varied = {name: values for name, values in VARIED[workload].items() if name not in fixed}
     program = program_of(trials[0], **varied)
-    program.admit(1, trials[0], built(trials[0]))
+    program.load_trial(1, trials[0], built(trials[0]))
     program.run([1], 3)
-    before = program.row(1).copy()
+    before = program.state_of(1).copy()
     program.compile()
-    return Compiled(program, trials, (before, program.row(1).copy()))
+    return Compiled(program, trials, (before, program.state_of(1).copy()))
 
 
 class TestACompiledTrialHasTheSameBits:
@@ -391,7 +391,7 @@ class TestACompiledTrialHasTheSameBits:
         assert beside.losses == calm.losses
         assert same_bits(beside.row, calm.row)
         assert diverging.row is not None
-        done = diverging.row.done
+        done = diverging.row.steps_done
         assert 0 < done < 150
         assert not math.isfinite(diverging.losses[done])
         assert all(map(math.isnan, diverging.losses[done + 1 :]))
@@ -408,47 +408,47 @@ class TestARow:
     def test_goes_on_in_another_slot(self, rule: str) -> None:
         program, trials = fused(Points, rule)
         network = built(trials[0])
-        program.admit(0, trials[0], network)
+        program.load_trial(0, trials[0], network)
         program.run([0], 30)
-        program.admit(2, trials[0], network, program.row(0).copy())
+        program.load_trial(2, trials[0], network, program.state_of(0).copy())
         program.run([0, 2], 30)
-        assert same_bits(program.row(0), program.row(2))
+        assert same_bits(program.state_of(0), program.state_of(2))
 
     def test_goes_on_with_the_numbers_of_another_trial(self, rule: str, tmp_path: Path) -> None:
         """As from the other's checkpoint, which has no momentum if it had none."""
         program, trials = fused(Points, rule)
         giver, taker = stepper(trials[1]), stepper(trials[0])
         for step in range(30):
-            giver.take(step)
+            giver.run(step)
         checkpoints = Checkpoints(tmp_path)
         giver.save(checkpoints, 30, {}, {}, lambda: None)
         checkpoints.wait()
         taker.resume(checkpoints)
-        program.admit(0, trials[1], built(trials[1]))
+        program.load_trial(0, trials[1], built(trials[1]))
         program.run([0], 30)
-        program.admit(1, trials[0], built(trials[0]), program.row(0).copy())
+        program.load_trial(1, trials[0], built(trials[0]), program.state_of(0).copy())
         found = [loss for (loss,) in program.run([1], 30)]
-        assert found == pytest.approx([taker.take(30 + i).item() for i in range(30)], rel=1e-9)
+        assert found == pytest.approx([taker.run(30 + i).item() for i in range(30)], rel=1e-9)
 
     @pytest.mark.parametrize("workload", [Pictures, Text])
     def test_is_saved_and_resumed_as_ordinary(
         self, rule: str, workload: type[Workload], tmp_path: Path
     ) -> None:
         program, trials = fused(workload, rule)
-        program.admit(2, trials[0], built(trials[0]))
+        program.load_trial(2, trials[0], built(trials[0]))
         program.run([2], 30)
-        row, checkpoints = program.row(2).copy(), Checkpoints(tmp_path)
-        checkpoints.save(row.done, program.network(row), program.optimizer)
+        row, checkpoints = program.state_of(2).copy(), Checkpoints(tmp_path)
+        checkpoints.save(row.steps_done, program.network_with(row), program.optimizer)
         checkpoints.wait()
         ordinary = stepper(trials[0])
         assert ordinary.resume(checkpoints) == (30, {})
-        assert same_bits(program.row_of(ordinary.network, ordinary.optimizer, 30), row)
-        losses = [ordinary.take(step).item() for step in range(30, 60)]
+        assert same_bits(program.state_from(ordinary.network, ordinary.optimizer, 30), row)
+        losses = [ordinary.run(step).item() for step in range(30, 60)]
         assert losses == pytest.approx(wanted(workload, rule, 0)[0][30:60], rel=1e-9)
 
     def test_is_a_network_with_the_numbers_of_its_trial(self, rule: str) -> None:
         program, trials = fused(Points, rule)
-        program.admit(0, trials[1], built(trials[1]))
-        network = program.network(program.row(0)).eval()
+        program.load_trial(0, trials[1], built(trials[1]))
+        network = program.network_with(program.state_of(0)).eval()
         x = SAMPLES[Points]["x"].double()
         assert network(x).equal(built(trials[1]).eval()(x))

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.base.config import read_yaml
 from heliostat.main import main
-from trainers.run_folder import TRACK
+from trainers.run_folder import TRACKING
 from trainers.tracking.tracker import flush
 from tuning.reports.sweep_report import sweep_page
 from tuning.trials.trial import Sweep
@@ -34,7 +34,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     uri = f"sqlite:///{folder}/mlflow.db"
     sweep: Sweep = made.made_up(folder, "wide", TRIALS, 10, f"tracking.uri={uri}")
     tracking = read_yaml(sweep.folder / "spec.yaml")["tracking"]
-    flush(sweep.folder / TRACK, uri, tracking["experiment"])
+    flush(sweep.folder / TRACKING, uri, tracking["experiment"])
     assert main(["report", str(sweep.folder)]) == 0
     return sweep
 
@@ -42,7 +42,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 @pytest.fixture(scope="module")
 def told(sweep: Sweep) -> dict[str, Any]:
     """What MLflow has, by the name of the run."""
-    client = mlflow.MlflowClient(sweep.data["tracking"]["uri"])
+    client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
     [experiment] = client.search_experiments(filter_string="name != 'Default'")
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
@@ -57,7 +57,7 @@ def tab(sweep: Sweep) -> Iterator[Any]:
 
 
 def test_the_page_and_its_charts_are_kept_with_mlflow(sweep: Sweep, told: dict[str, Any]) -> None:
-    client = mlflow.MlflowClient(sweep.data["tracking"]["uri"])
+    client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
     kept = {item.path for item in client.list_artifacts(told["wide"].info.run_id, "report")}
     charts = {f"report/{chart.name}.png" for chart in sweep_page(sweep.folder).charts}
     assert kept == charts | {"report/index.html"}
@@ -109,7 +109,7 @@ def test_its_numbers_are_those_of_mlflow(tab: Any, told: dict[str, Any]) -> None
 @needs_browser
 def test_its_curves_are_those_of_mlflow(tab: Any, sweep: Sweep, told: dict[str, Any]) -> None:
     points = tab.run("report.views.get('curves-val-loss').data('points')")
-    client = mlflow.MlflowClient(sweep.data["tracking"]["uri"])
+    client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
     for number in range(TRIALS - 1):
         history = client.get_metric_history(told[f"{number:04d}"].info.run_id, "val/loss")
         drawn = [point["value"] for point in points if point["trial"] == number]
@@ -200,7 +200,7 @@ def test_whoever_hears_the_page_is_told_what_is_drawn(tab: Any, sweep: Sweep) ->
     described = " ".join(named("graphics-document") + named("image") + named("img"))
     described += " ".join(json.dumps(n.get("description", {}).get("value", "")) for n in nodes)
     for chart in charts:
-        assert chart.text in described
+        assert chart.description in described
     assert "wide" in named("heading")
 
 

@@ -11,36 +11,47 @@ import pytest
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
 from cluster.cost.budget import BudgetSpec
-from cluster.cost.ledger import Entry, Ledger, account, read
-from cluster.cost.node_rates import Rate
-from trainers.runs.metering import LEDGER, TRACE
+from cluster.cost.ledger import Ledger, LedgerEntry, read_entries, total_costs
+from cluster.cost.node_rates import NodeRate
+from trainers.runs.metering import LEDGER, POWER_TRACE_ENV_VAR
 from tuning import sweep as sweeps
-from tuning.trials.budget import Purse, unpaid
-from tuning.trials.schedulers import first_rung
+from tuning.trials.budget import SweepBudget, budget_shortfall
+from tuning.trials.schedulers import first_rung_epochs
 from tuning.trials.space import SchedulerSpec, SweepRunSpec
-from tuning.trials.trial import LAST, Sweep
+from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 
 
 def spent(usd: float) -> Any:
-    return account([Entry("a", "s", "busy", 0, 0, 60, usd=usd)])
+    return total_costs([LedgerEntry("a", "s", "busy", 0, 0, 60, usd=usd)])
 
 
 def test_a_first_rung_is_paid_for_or_not_begun() -> None:
     """40 epochs cost $4 so far, so one costs 10 cents."""
     budget = BudgetSpec(usd=5)
-    assert unpaid(budget, spent(4), done=40, owed=0, rung=10) is None
-    reason = unpaid(budget, spent(4), done=40, owed=1, rung=10)
+    assert (
+        budget_shortfall(budget, spent(4), epochs_done=40, committed_epochs=0, first_rung=10)
+        is None
+    )
+    reason = budget_shortfall(budget, spent(4), epochs_done=40, committed_epochs=1, first_rung=10)
     assert (
         reason == "budget.usd: $4.00 of $5.00 spent; a trial's first rung takes about 20.0% of it"
     )
-    assert unpaid(budget, spent(4.9), done=0, owed=1, rung=10) is None, "nothing is known yet"
-    assert unpaid(BudgetSpec(), spent(4), done=40, owed=1, rung=10) is None
+    assert (
+        budget_shortfall(budget, spent(4.9), epochs_done=0, committed_epochs=1, first_rung=10)
+        is None
+    ), "nothing is known yet"
+    assert (
+        budget_shortfall(BudgetSpec(), spent(4), epochs_done=40, committed_epochs=1, first_rung=10)
+        is None
+    )
 
 
-RATE = Rate(3600, "$3600/h", None, "", 1.0)
+RATE = NodeRate(3600, "$3600/h", None, "", 1.0)
 
 
-def purse(tmp_path: Path, budget: BudgetSpec, rate: Rate = RATE, **scheduler: Any) -> Purse:
+def purse(
+    tmp_path: Path, budget: BudgetSpec, rate: NodeRate = RATE, **scheduler: Any
+) -> SweepBudget:
     """Of a resumed sweep: two trials have done ten epochs in 10 s, for $10 and $40."""
     data = {
         "workload": "vision",
@@ -51,21 +62,23 @@ def purse(tmp_path: Path, budget: BudgetSpec, rate: Rate = RATE, **scheduler: An
     ledger = Ledger(tmp_path / LEDGER)
     for number, usd in enumerate((10, 40)):
         key = f"{tmp_path.name}/{number:04d}"
-        ledger.put([Entry(key, key, "busy", 0, 0, 10, usd=usd)])
+        ledger.append([LedgerEntry(key, key, "busy", 0, 0, 10, usd=usd)])
         folder = tmp_path / "trials" / f"{number:04d}"
         folder.mkdir(parents=True)
-        (folder / LAST).write_text('{"epoch": 10, "device_s": 10}')
+        (folder / LAST_RESULT_FILE).write_text('{"epoch": 10, "device_s": 10}')
     rates = SimpleNamespace(known=lambda: [rate])
     metering: Any = SimpleNamespace(ledger=ledger, reason=None, tick=lambda: None, rates=rates)
-    return Purse(Sweep({}, spec.sweep, tmp_path, tmp_path), spec, metering, epochs=20)
+    return SweepBudget(
+        Sweep({}, spec.sweep, tmp_path, tmp_path), spec, metering, epochs_per_trial=20
+    )
 
 
 def test_a_resumed_sweep_knows_what_its_trials_cost_before(tmp_path: Path) -> None:
     """20 epochs for $50: $4 are left of $54, and a first rung of one epoch costs $2.50."""
     resumed = purse(tmp_path, BudgetSpec(usd=54))
-    assert resumed.can_start()
-    resumed.follow("start", 2, {})
-    assert not resumed.can_start()
+    assert resumed.can_start_trial()
+    resumed.on_trial_event("start", 2, {})
+    assert not resumed.can_start_trial()
     assert resumed.reason == (
         "budget.usd: $50.00 of $54.00 spent; a trial's first rung takes about 4.6% of it"
     )
@@ -73,26 +86,26 @@ def test_a_resumed_sweep_knows_what_its_trials_cost_before(tmp_path: Path) -> No
 
 def test_an_epochs_price_is_that_of_the_devices_time_it_takes(tmp_path: Path) -> None:
     """On average $2.50; a trial that nothing was charged for yet pays for a second as others do."""
-    sweeps = purse(tmp_path, BudgetSpec(), per="usd")
-    assert sweeps.price(0, {"epoch": 10, "device_s": 10}) == 1, "nothing is known yet"
+    sweeps = purse(tmp_path, BudgetSpec(), resource="usd")
+    assert sweeps.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == 1, "nothing is known yet"
     sweeps.tick()
-    assert sweeps.price(0, {"epoch": 10, "device_s": 10}) == pytest.approx(1 / 2.5)
-    assert sweeps.price(1, {"epoch": 10, "device_s": 10}) == pytest.approx(4 / 2.5)
-    assert sweeps.price(2, {"epoch": 1, "device_s": 3}) == pytest.approx(3)
+    assert sweeps.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == pytest.approx(1 / 2.5)
+    assert sweeps.cost_per_epoch(1, {"epoch": 10, "device_s": 10}) == pytest.approx(4 / 2.5)
+    assert sweeps.cost_per_epoch(2, {"epoch": 1, "device_s": 3}) == pytest.approx(3)
 
 
 def test_dollars_compare_nothing_where_no_price_is_known(tmp_path: Path) -> None:
     unpriced = replace(RATE, usd_per_h=None, price="price of a unknown")
-    line = r"sweep\.scheduler\.per: price of a unknown; say cost\.usd_per_h"
+    line = r"sweep\.scheduler\.resource: price of a unknown; say cost\.usd_per_h"
     with pytest.raises(SpecError, match=line):
-        purse(tmp_path, BudgetSpec(), unpriced, per="usd")
+        purse(tmp_path, BudgetSpec(), unpriced, resource="usd")
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("asha", 2), ("median", 2), ("pbt", 3), ("none", 20)])
 def test_the_first_rung_is_the_schedulers(name: str, epochs: float) -> None:
     spec = SchedulerSpec(name=name, grace_epochs=2, every_epochs=3)  # type: ignore[arg-type]
-    assert first_rung(spec, 20) == epochs
-    assert first_rung(spec, 1) == 1
+    assert first_rung_epochs(spec, 20) == epochs
+    assert first_rung_epochs(spec, 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +126,7 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
     trace = tmp_path / "trace.csv"
     row = "0,GPU-a,gpu,power_integrated,,3600000"
     trace.write_text(f"t_s,device,covers,method,counter_j,power_w\n{row}\n")
-    monkeypatch.setenv(TRACE, str(trace))
+    monkeypatch.setenv(POWER_TRACE_ENV_VAR, str(trace))
     data = {
         "workload": "vision",
         "storage": str(tmp_path),
@@ -122,7 +135,7 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
         "train": {"epochs": 1, "global_batch": 128},
         "sweep": {
             "parameters": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}},
-            "scheduler": {"name": "asha", "per": "joule"},
+            "scheduler": {"name": "asha", "resource": "joule"},
             "metric": "val/loss",
             "trials": 10_000,
             "concurrency": 2,
@@ -134,10 +147,10 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
     }
     write_yaml(data, tmp_path / "tiny.yaml")
     sweep = sweeps.new_sweep(str(tmp_path / "tiny.yaml"), [], None)
-    board, tracked = sweeps.execute(sweep, lambda *_: None)
+    board, tracked = sweeps.run_to_end(sweep, lambda *_: None)
     assert 0 < len(board.ended) < 10_000
     assert tracked["reason"].startswith("budget.kwh")
-    total = account(read(sweep.folder / LEDGER))
+    total = total_costs(read_entries(sweep.folder / LEDGER))
     client = mlflow.MlflowClient(mlflow_server)
     parent = client.get_run(tracked["run_id"])
     assert parent.info.status == "KILLED"

@@ -41,8 +41,8 @@ def test_each_name_is_rays_scheduler(name: str) -> None:
 def test_dear_trials_are_judged_earlier_where_cost_counts() -> None:
     """At an epoch for the one and two for the other both have spent as much."""
     verdicts = {}
-    for per in ("epoch", "usd"):
-        spec = sweep("asha", grace_epochs=2, per=per)
+    for resource in ("epoch", "usd"):
+        spec = sweep("asha", grace_epochs=2, resource=resource)
         asha = build_scheduler(spec, 10, lambda trial, _: 1.0 + trial)
         asha.set_search_properties("val/loss", "min")
         cheap, dear = (SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2))
@@ -52,13 +52,15 @@ def test_dear_trials_are_judged_earlier_where_cost_counts() -> None:
         for epoch in (1, 2):
             told = asha.on_trial_result(None, cheap, {"epoch": epoch, "val/loss": 1.0})
             assert told == "CONTINUE"
-        verdicts[per] = asha.on_trial_result(None, dear, {"epoch": 1, "val/loss": 2.0})
+        verdicts[resource] = asha.on_trial_result(None, dear, {"epoch": 1, "val/loss": 2.0})
     assert verdicts == {"epoch": "CONTINUE", "usd": "STOP"}
 
 
 def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
-    with pytest.raises(ValueError, match="per joule: pbt does not compare trials on their way"):
-        SchedulerSpec(name="pbt", per="joule")
+    with pytest.raises(
+        ValueError, match="resource joule: pbt does not compare trials on their way"
+    ):
+        SchedulerSpec(name="pbt", resource="joule")
 
 
 def test_pbt_never_leaves_the_space() -> None:

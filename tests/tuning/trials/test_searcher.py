@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from tuning.trials.searcher import Journal, JournaledSearch
+from tuning.trials.searcher import Journal, JournaledSearcher
 from tuning.trials.space import SweepSpec
 
 PARAMETERS: dict[str, Any] = {
@@ -25,14 +25,14 @@ def sweep(**fields: Any) -> SweepSpec:
     return SweepSpec(**{"parameters": PARAMETERS, "trials": 12, "mode": "min", **fields})
 
 
-def ended(search: JournaledSearch, trial_id: str, value: float, complete: bool = True) -> None:
+def ended(search: JournaledSearcher, trial_id: str, value: float, complete: bool = True) -> None:
     result = {"val/loss": value, "step": 10, "complete": complete}
     search.on_trial_complete(trial_id, result)
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "cmaes"])
 def test_every_search_stays_within_the_space_and_ends(name: str, tmp_path: Path) -> None:
-    search = JournaledSearch(sweep(search=name), tmp_path / "journal")
+    search = JournaledSearcher(sweep(search=name), tmp_path / "journal")
     for number in range(12):
         config = search.suggest(f"t{number}")
         assert isinstance(config, dict)
@@ -47,7 +47,7 @@ def test_every_search_stays_within_the_space_and_ends(name: str, tmp_path: Path)
 
 def test_tpe_learns_where_the_good_values_are(tmp_path: Path) -> None:
     spec = sweep(parameters={"optimizer.lr": {"uniform": [0.0, 1.0]}}, trials=60)
-    search = JournaledSearch(spec, tmp_path / "journal")
+    search = JournaledSearcher(spec, tmp_path / "journal")
     tried = []
     for number in range(60):
         lr = search.suggest(f"t{number}")["optimizer.lr"]
@@ -63,7 +63,7 @@ def test_a_restored_search_gives_the_very_trials_that_were_lost(
 ) -> None:
     """Tune's snapshot may be older than the journal by any number of trials."""
     folder = tmp_path_factory.mktemp("search")
-    search = JournaledSearch(sweep(search="random"), folder / "journal")
+    search = JournaledSearcher(sweep(search="random"), folder / "journal")
     snapshot_at = data.draw(st.integers(0, 8))
     asked = data.draw(st.integers(snapshot_at, 8))
     suggested = {}
@@ -74,7 +74,7 @@ def test_a_restored_search_gives_the_very_trials_that_were_lost(
         suggested[number] = search.suggest(f"t{number}")
     if asked == snapshot_at:
         search.save(str(folder / "snapshot"))
-    restored: JournaledSearch = pickle.loads(pickled)
+    restored: JournaledSearcher = pickle.loads(pickled)
     restored.restore(str(folder / "snapshot"))
     again = [restored.suggest(f"new{n}") for n in range(12 - snapshot_at)]
     assert again[: asked - snapshot_at] == [suggested[n] for n in range(snapshot_at, asked)]
@@ -83,20 +83,20 @@ def test_a_restored_search_gives_the_very_trials_that_were_lost(
 
 
 def test_a_restored_search_knows_how_the_trials_ended(tmp_path: Path) -> None:
-    search = JournaledSearch(sweep(), tmp_path / "journal")
+    search = JournaledSearcher(sweep(), tmp_path / "journal")
     for number in range(3):
         search.suggest(f"t{number}")
     ended(search, "t0", 0.5)
     ended(search, "t1", 0.7, complete=False)
     search.on_trial_complete("t2", {}, error=True)
-    restored: JournaledSearch = pickle.loads(pickle.dumps(search))
+    restored: JournaledSearcher = pickle.loads(pickle.dumps(search))
     states = [(trial.state.name, trial.value) for trial in restored._study.trials]
     assert states == [("COMPLETE", 0.5), ("PRUNED", None), ("FAIL", None)]
     assert restored._study.trials[1].intermediate_values == {10: 0.7}
 
 
 def test_a_value_that_is_no_number_counts_as_failed(tmp_path: Path) -> None:
-    search = JournaledSearch(sweep(), tmp_path / "journal")
+    search = JournaledSearcher(sweep(), tmp_path / "journal")
     search.suggest("t0")
     ended(search, "t0", float("nan"))
     assert [trial.state.name for trial in search._study.trials] == ["FAIL"]
@@ -105,10 +105,10 @@ def test_a_value_that_is_no_number_counts_as_failed(tmp_path: Path) -> None:
 def test_half_a_line_at_the_end_of_the_journal_was_never_said(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)
-    journal.suggested(0, {"a.b": 1})
-    journal.suggested(1, {"a.b": 2})
+    journal.record_suggestion(0, {"a.b": 1})
+    journal.record_suggestion(1, {"a.b": 2})
     path.write_bytes(path.read_bytes()[:-5])
     torn = Journal(path)
     assert torn.parameters == {0: {"a.b": 1}}
-    torn.suggested(1, {"a.b": 3})
+    torn.record_suggestion(1, {"a.b": 3})
     assert Journal(path).parameters == {0: {"a.b": 1}, 1: {"a.b": 3}}

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from cluster.base.config import check
+from cluster.base.config import validate
 from cluster.base.errors import SpecError
 from trainers.workloads.vision.workload import Vision
-from tuning.trials.space import SweepSpec, file_schema, trial_data
+from tuning.trials.space import SweepSpec, file_schema, trial_spec_data
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_distribution_is_one_that_can_be_drawn_from(
     distribution: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        check(SweepSpec, {"parameters": {"optimizer.lr": distribution}}, "sweep.")
+        validate(SweepSpec, {"parameters": {"optimizer.lr": distribution}}, "sweep.")
     assert str(caught.value).startswith("sweep.parameters.optimizer.lr")
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -33,7 +33,7 @@ def test_a_distribution_is_one_that_can_be_drawn_from(
 
 def test_grid_needs_values_to_list() -> None:
     with pytest.raises(SpecError, match=r"grid needs a choice for every parameter, optimizer.lr"):
-        check(
+        validate(
             SweepSpec, {"parameters": {"optimizer.lr": {"uniform": [0, 1]}}, "search": "grid"}, ""
         )
 
@@ -53,7 +53,7 @@ def test_grid_is_every_combination_in_the_order_of_the_file() -> None:
 
 def test_a_trials_spec_is_the_sweeps_with_its_values() -> None:
     data = {"workload": "vision", "optimizer": {"lr": 1, "name": "sgd"}, "sweep": {"trials": 3}}
-    assert trial_data(data, {"optimizer.lr": 0.1, "model.width": 8}) == {
+    assert trial_spec_data(data, {"optimizer.lr": 0.1, "model.width": 8}) == {
         "workload": "vision",
         "optimizer": {"lr": 0.1, "name": "sgd"},
         "model": {"width": 8},
@@ -78,9 +78,9 @@ def test_the_schema_knows_every_field_and_says_what_it_is() -> None:
 def test_the_first_objective_leads() -> None:
     several = ["val/accuracy max", "cost_usd min"]
     parameters = {"optimizer.lr": {"uniform": [0, 1]}}
-    spec = check(SweepSpec, {"parameters": parameters, "objective": several})
+    spec = validate(SweepSpec, {"parameters": parameters, "objective": several})
     assert (spec.metric, spec.mode) == ("val/accuracy", "max")
-    assert check(SweepSpec, spec.model_dump(mode="json")) == spec
+    assert validate(SweepSpec, spec.model_dump(mode="json")) == spec
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_the_first_objective_leads() -> None:
 def test_mistakes_in_objectives(more: dict[str, Any], problem: str) -> None:
     data = {"parameters": {"optimizer.lr": {"uniform": [0, 1]}}, **more}
     with pytest.raises(SpecError) as caught:
-        check(SweepSpec, data, "sweep.")
+        validate(SweepSpec, data, "sweep.")
     assert problem in str(caught.value)

@@ -29,8 +29,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cluster.base.config import Spec
-from trainers.workload import Batch, dtype_of
-from trainers.workloads.dynamics.atoms import Structures, nothing, packed
+from trainers.workload import Batch, model_dtype
+from trainers.workloads.dynamics.atoms import Structures, empty_structure, neighbor_array
 
 # Suffixes: B structures, N atoms, K neighbours of an atom, R = 1 + K, X four numbers, 3 of space,
 # C features, Q functions of a distance, Y = 3 Q, D = 3 C, M = B N K.
@@ -39,7 +39,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 ELEMENTS = 120
 """Atomic numbers below this; 0 is no atom."""
-MESSAGES = 16
+TYPICAL_NEIGHBORS = 16
 """Neighbours, weighted by their distance, whose messages add up to what one layer can handle."""
 
 
@@ -97,10 +97,10 @@ class Dynamics(Structures):
 
     def example(self) -> Tensor:
         """Two atoms of copper."""
-        atoms_NRX = nothing(self.data.atoms, self.data.neighbors, self.data.cutoff)
+        atoms_NRX = empty_structure(self.data.max_atoms, self.data.max_neighbors, self.data.cutoff)
         atoms_NRX[:2, 0, 0] = 29
         atoms_NRX[1, 0, 1] = 2.5
-        if self.data.atoms > 1:
+        if self.data.max_atoms > 1:
             atoms_NRX[:2, 1] = [[1, 2.5, 0, 0], [0, -2.5, 0, 0]]
         return torch.from_numpy(atoms_NRX)[None]
 
@@ -111,7 +111,7 @@ class Dynamics(Structures):
     @property
     def evaluation_batch(self) -> int:
         """As many as have 2**15 pairs of neighbours: forces take as much memory as training."""
-        return min(512, max(1, (1 << 15) // (self.data.atoms * self.data.neighbors)))
+        return min(512, max(1, (1 << 15) // (self.data.max_atoms * self.data.max_neighbors)))
 
 
 def _errors(output_BNX: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +124,7 @@ def _errors(output_BNX: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 class Potential(nn.Module):
     """Energy and force of each atom [B, N, X], in eV and eV/Å, of structures [B, N, R, X].
 
-    Structures are as `trainers.workloads.dynamics.atoms.packed` makes them, with any room for atoms and
+    Structures are as `trainers.workloads.dynamics.atoms.neighbor_array` makes them, with any room for atoms and
     neighbours. The energies of a structure's atoms add up to its own.
     """
 
@@ -135,7 +135,8 @@ class Potential(nn.Module):
         self.cutoff = cutoff
         self.embed = nn.Embedding(ELEMENTS, spec.features)
         self.layers = nn.ModuleList(
-            Layer(spec.features, spec.radial, first=index == 0) for index in range(spec.layers)
+            InteractionLayer(spec.features, spec.radial, first=index == 0)
+            for index in range(spec.layers)
         )
         self.energy = _mlp(spec.features, spec.features, 1)
         pi_Q = math.pi * torch.arange(1, spec.radial + 1)
@@ -147,11 +148,13 @@ class Potential(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             atoms_BNRX = atoms_BNRX.clone()  # what comes from inference mode has no derivatives
             still_BN3 = torch.zeros_like(atoms_BNRX[:, :, 0, 1:])
-            slope_BN3, energy_BN = torch.func.grad(self._sum, has_aux=True)(still_BN3, atoms_BNRX)
+            slope_BN3, energy_BN = torch.func.grad(self._total_energy, has_aux=True)(
+                still_BN3, atoms_BNRX
+            )
             found_BNX = torch.cat([energy_BN[..., None], -slope_BN3], -1)
         return found_BNX if recorded else found_BNX.detach()
 
-    def _sum(self, moved_BN3: Tensor, atoms_BNRX: Tensor) -> tuple[Tensor, Tensor]:
+    def _total_energy(self, moved_BN3: Tensor, atoms_BNRX: Tensor) -> tuple[Tensor, Tensor]:
         energy_BN = self.energies(moved_BN3, atoms_BNRX)
         return energy_BN.sum(), energy_BN
 
@@ -160,7 +163,7 @@ class Potential(nn.Module):
         batch, atoms = atoms_BNRX.shape[:2]
         first_B = torch.arange(batch, device=atoms_BNRX.device) * atoms
         place_BNK = atoms_BNRX[:, :, 1:, 0].long() + first_B[:, None, None]  # among all atoms
-        near_BNK3 = _gathered(moved_BN3, place_BNK) - moved_BN3[:, :, None]
+        near_BNK3 = _gather_neighbors(moved_BN3, place_BNK) - moved_BN3[:, :, None]
         vector_BNK3 = atoms_BNRX[:, :, 1:, 1:] + near_BNK3
         distance_BNK1 = vector_BNK3.square().sum(-1, keepdim=True).sqrt()
         fade_BNK1 = (distance_BNK1 * (math.pi / self.cutoff)).clamp(max=math.pi).cos() / 2 + 0.5
@@ -178,7 +181,7 @@ class Potential(nn.Module):
         return torch.where(number_BN > 0, energy_BN, 0)
 
 
-class Layer(nn.Module):
+class InteractionLayer(nn.Module):
     """What neighbours say is added to an atom's numbers and vectors, then these to each other.
 
     A message is what the neighbour says times a function of its distance, a sum over the basis.
@@ -205,17 +208,17 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         more_BNC, point_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
         far_QC, point_far_QC, *gate_far_QC = self.far.unbind()
-        more_BNQC = basis_BNKQ.mT @ _gathered(more_BNC, place_BNK)
-        scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / MESSAGES**0.5
-        told_BNYC = toward_BNKY.mT @ _gathered(point_BNC, place_BNK)
+        more_BNQC = basis_BNKQ.mT @ _gather_neighbors(more_BNC, place_BNK)
+        scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / TYPICAL_NEIGHBORS**0.5
+        told_BNYC = toward_BNKY.mT @ _gather_neighbors(point_BNC, place_BNK)
         told_BN3QC = told_BNYC.reshape(*told_BNYC.shape[:2], 3, -1, self.features)
         told_BN3C = (told_BN3QC * point_far_QC).sum(3)
         if vector_BN3C is not None:
             gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
-            told_BNQD = basis_BNKQ.mT @ _gathered(gated_BN3C.flatten(2), place_BNK)
+            told_BNQD = basis_BNKQ.mT @ _gather_neighbors(gated_BN3C.flatten(2), place_BNK)
             told_BNQ3C = told_BNQD.reshape(*told_BNQD.shape[:3], 3, -1)
             told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
-        told_BN3C = told_BN3C / MESSAGES**0.5
+        told_BN3C = told_BN3C / TYPICAL_NEIGHBORS**0.5
         vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
 
         left_BN3C, right_BN3C = self.mix(vector_BN3C).split(self.features, -1)
@@ -230,7 +233,7 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
-def _gathered(values_BNC: Tensor, place_BNK: Tensor) -> Tensor:
+def _gather_neighbors(values_BNC: Tensor, place_BNK: Tensor) -> Tensor:
     """What each atom's neighbours have [B, N, K, C]."""
     found_MC = values_BNC.flatten(0, 1).index_select(0, place_BNK.flatten())
     return found_MC.view(*place_BNK.shape, -1)
@@ -251,9 +254,9 @@ def calculator(potential: nn.Module) -> Any:
 
         def calculate(self, atoms: Any = None, *what: Any) -> None:
             super().calculate(atoms, *what)
-            atoms_NRX = torch.from_numpy(packed(self.atoms, cutoff))
+            atoms_NRX = torch.from_numpy(neighbor_array(self.atoms, cutoff))
             with torch.no_grad():
-                found_NX = potential(atoms_NRX[None].to(dtype_of(potential)))[0].double().numpy()
+                found_NX = potential(atoms_NRX[None].to(model_dtype(potential)))[0].double().numpy()
             energy = found_NX[:, 0].sum()
             self.results = {
                 "energy": energy,

@@ -7,18 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers.workload import dtype_of
-from trainers.workloads.folding.proteins import AT_CA, CA_C, N_CA
-from trainers.workloads.folding.structures import AMINO_ACIDS, rotation_of
+from trainers.workload import model_dtype
+from trainers.workloads.folding.proteins import ANGLE_AT_CA, CA_C, N_CA
+from trainers.workloads.folding.structures import AMINO_ACIDS, quaternion_to_rotation
 
 # Suffixes: B samples, I and J residues, F features, S channels of a residue, P of a pair, H heads,
 # N points of a head, X coordinates in Å, K bins of distance, R iterations, A atoms. Rotations are
 # [B, I, X, X] and have none.
 
-BINS = 24
-NEAREST, FARTHEST = 4.0, 22.0
+DISTANCE_BINS = 24
+FIRST_EDGE, LAST_EDGE = 4.0, 22.0
 """Å that the first bin of distances ends at, and the last one begins."""
-REACH = 32
+MAX_RELATIVE_POSITION = 32
 """Places along the chain from which on it does not matter how many they are."""
 NANOMETRE = 10.0
 """Å. Positions are of order one in it."""
@@ -27,7 +27,7 @@ Frames = tuple[Tensor, Tensor]
 """Rotations [B, I, X, X], whose columns are a residue's axes, and places [B, I, X] of its CA."""
 
 
-class Folded(NamedTuple):
+class FoldingOutput(NamedTuple):
     """What the network says of a batch."""
 
     distance_BIJK: Tensor
@@ -47,18 +47,23 @@ class Network(nn.Module):
         self.residue = nn.Linear(len(AMINO_ACIDS), single)
         self.sides = nn.Linear(len(AMINO_ACIDS), 2 * pair)
         self.score = nn.Linear(1, pair)
-        self.place = nn.Embedding(2 * REACH + 1, pair)
+        self.place = nn.Embedding(2 * MAX_RELATIVE_POSITION + 1, pair)
         self.blocks = nn.ModuleList(Block(single, pair, triangles) for _ in range(blocks))
-        self.distance = nn.Sequential(nn.LayerNorm(pair), nn.Linear(pair, BINS))
+        self.distance = nn.Sequential(nn.LayerNorm(pair), nn.Linear(pair, DISTANCE_BINS))
         self.single_norm, self.pair_norm = nn.LayerNorm(single), nn.LayerNorm(pair)
-        self.structure = Structure(single, pair)
+        self.structure = StructureLayer(single, pair)
         self.iterations = iterations
 
-    def forward(self, feature_BIF: Tensor, whole: bool = False) -> Tensor | Folded:
-        dtype, kinds = dtype_of(self), len(AMINO_ACIDS)
+    def forward(self, feature_BIF: Tensor, whole: bool = False) -> Tensor | FoldingOutput:
+        dtype, kinds = model_dtype(self), len(AMINO_ACIDS)
         kind_BIF, score_BIJ = feature_BIF[..., :kinds], feature_BIF[..., kinds:]
         left_BIP, right_BJP = self.sides(kind_BIF).chunk(2, -1)
-        apart_IJ = apart(feature_BIF.shape[1], feature_BIF.device).clamp(-REACH, REACH) + REACH
+        apart_IJ = (
+            relative_positions(feature_BIF.shape[1], feature_BIF.device).clamp(
+                -MAX_RELATIVE_POSITION, MAX_RELATIVE_POSITION
+            )
+            + MAX_RELATIVE_POSITION
+        )
         pair_BIJP = left_BIP[:, :, None] + right_BJP[:, None] + self.place(apart_IJ)
         pair_BIJP = pair_BIJP + self.score(score_BIJ[..., None])
         single_BIS = self.residue(kind_BIF)
@@ -68,46 +73,50 @@ class Network(nn.Module):
         with torch.autocast(feature_BIF.device.type, enabled=False):  # places need all digits
             single_BIS = self.single_norm(single_BIS.to(dtype))
             pair_BIJP = self.pair_norm(pair_BIJP.to(dtype))
-            frames, steps = spread_out(logit_BIJK.detach()), []
+            frames, steps = initial_frames(logit_BIJK.detach()), []
             for _ in range(self.iterations):
                 single_BIS, frames = self.structure(single_BIS, pair_BIJP, frames)
                 steps.append(frames)
                 frames = frames[0].detach(), frames[1]  # as AlphaFold does, for stability
         if not whole:
-            return backbone_of(steps[-1])
-        return Folded(logit_BIJK, *(torch.stack(each, 1) for each in zip(*steps, strict=True)))
+            return ideal_backbone(steps[-1])
+        return FoldingOutput(
+            logit_BIJK, *(torch.stack(each, 1) for each in zip(*steps, strict=True))
+        )
 
 
-def edges(like: Tensor) -> Tensor:
+def bin_edges(like: Tensor) -> Tensor:
     """Between the bins of distance [K - 1]."""
-    return torch.linspace(NEAREST, FARTHEST, BINS - 1, dtype=like.dtype, device=like.device)
+    return torch.linspace(
+        FIRST_EDGE, LAST_EDGE, DISTANCE_BINS - 1, dtype=like.dtype, device=like.device
+    )
 
 
-def apart(length: int, device: torch.device) -> Tensor:
+def relative_positions(length: int, device: torch.device) -> Tensor:
     """By how many places residue j comes after residue i [I, J]."""
     place_I = torch.arange(length, device=device)
     return place_I - place_I[:, None]
 
 
-def frames_of(along: Tensor, beside: Tensor) -> Tensor:
+def rotations_from_vectors(along: Tensor, beside: Tensor) -> Tensor:
     """Rotations [..., X, X]: x axes go along vectors [..., X], y axes to the side of others."""
     x = F.normalize(along, dim=-1)
     y = F.normalize(beside - x * (x * beside).sum(-1, keepdim=True), dim=-1)
     return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
 
 
-def spread_out(logit_BIJK: Tensor) -> Frames:
+def initial_frames(logit_BIJK: Tensor) -> Frames:
     """Frames along a chain of alpha carbons whose distances are those expected.
 
     Classical multidimensional scaling (Torgerson 1952, doi:10.1007/BF02288916) of them, mirrored
     where the chain turns to the left on average, which helices do not.
     """
-    width = (FARTHEST - NEAREST) / (BINS - 2)
-    middle_K = edges(logit_BIJK) - width / 2
+    width = (LAST_EDGE - FIRST_EDGE) / (DISTANCE_BINS - 2)
+    middle_K = bin_edges(logit_BIJK) - width / 2
     middle_K = torch.cat([middle_K, middle_K[-1:] + width])
     expected_BIJ = (logit_BIJK.softmax(-1) * middle_K).sum(-1)
     eye = torch.eye(logit_BIJK.shape[1], dtype=middle_K.dtype, device=middle_K.device)
-    place_BIX = scaled(expected_BIJ * (1 - eye))
+    place_BIX = multidimensional_scaling(expected_BIJ * (1 - eye))
     step_BIX = place_BIX.diff(dim=1)
     turn_BIX = torch.linalg.cross(step_BIX[:, :-2], step_BIX[:, 1:-1])
     hand_B = (turn_BIX * step_BIX[:, 2:]).sum((1, 2))
@@ -115,11 +124,11 @@ def spread_out(logit_BIJK: Tensor) -> Frames:
     place_BIX = place_BIX * sign_B[:, None, None]
     step_BIX = step_BIX * sign_B[:, None, None]
     before_BIX, after_BIX = step_BIX[:, :-1], step_BIX[:, 1:]
-    inner = frames_of(after_BIX + before_BIX, before_BIX - after_BIX)
+    inner = rotations_from_vectors(after_BIX + before_BIX, before_BIX - after_BIX)
     return torch.cat([inner[:, :1], inner, inner[:, -1:]], 1), place_BIX
 
 
-def scaled(distance_BIJ: Tensor) -> Tensor:
+def multidimensional_scaling(distance_BIJ: Tensor) -> Tensor:
     """Places [B, I, X] with about these distances, in either hand."""
     square_BIJ = distance_BIJ.square()
     across_B1J, down_BI1 = square_BIJ.mean(1, keepdim=True), square_BIJ.mean(2, keepdim=True)
@@ -129,11 +138,11 @@ def scaled(distance_BIJ: Tensor) -> Tensor:
     return place_BIX
 
 
-def backbone_of(frames: Frames) -> Tensor:
+def ideal_backbone(frames: Frames) -> Tensor:
     """N, CA and C [B, I, A, X] of residues in these frames, by ideal geometry."""
     rotation, place_BIX = frames
     x, y = rotation[..., 0], rotation[..., 1]
-    nitrogen_BIX = place_BIX + N_CA * (math.cos(AT_CA) * x + math.sin(AT_CA) * y)
+    nitrogen_BIX = place_BIX + N_CA * (math.cos(ANGLE_AT_CA) * x + math.sin(ANGLE_AT_CA) * y)
     return torch.stack([nitrogen_BIX, place_BIX, place_BIX + CA_C * x], 2)
 
 
@@ -147,7 +156,7 @@ class Block(nn.Module):
         self.outer_norm = nn.LayerNorm(single)
         self.outer_in, self.outer_out = nn.Linear(single, pair), nn.Linear(pair // 2, pair)
         kinds = (True, False) if triangles else ()
-        self.triangles = nn.ModuleList(Triangle(pair, outgoing) for outgoing in kinds)
+        self.triangles = nn.ModuleList(TriangleUpdate(pair, outgoing) for outgoing in kinds)
 
     def forward(self, single_BIS: Tensor, pair_BIJP: Tensor) -> tuple[Tensor, Tensor]:
         single_BIS = single_BIS + self.attention(single_BIS, pair_BIJP)
@@ -183,7 +192,7 @@ class PairAttention(nn.Module):
         return more_BIS
 
 
-class Triangle(nn.Module):
+class TriangleUpdate(nn.Module):
     """What pairs (i, k) and (j, k), or (k, i) and (k, j), say of the pair (i, j): a product."""
 
     def __init__(self, pair: int, outgoing: bool) -> None:
@@ -207,12 +216,12 @@ class Triangle(nn.Module):
         return more_BIJP
 
 
-class Structure(nn.Module):
+class StructureLayer(nn.Module):
     """Moves frames of residues by what they see of each other; the same from wherever one looks."""
 
     def __init__(self, single: int, pair: int) -> None:
         super().__init__()
-        self.attention = PointAttention(single, pair)
+        self.attention = InvariantPointAttention(single, pair)
         self.attention_norm, self.mlp_norm = nn.LayerNorm(single), nn.LayerNorm(single)
         self.mlp = nn.Sequential(nn.Linear(single, single), nn.ReLU(), nn.Linear(single, single))
         self.move = nn.Linear(single, 6)
@@ -228,24 +237,29 @@ class Structure(nn.Module):
         turn_BIX, step_BIX = self.move(single_BIS).chunk(2, -1)
         rotation, place_BIX = frames
         real_BI1 = torch.ones_like(turn_BIX[..., :1])
-        turn = rotation_of(F.normalize(torch.cat([real_BI1, turn_BIX], -1), dim=-1))
+        turn = quaternion_to_rotation(F.normalize(torch.cat([real_BI1, turn_BIX], -1), dim=-1))
         step_BIX = NANOMETRE * (rotation @ step_BIX[..., None]).squeeze(-1)
         return single_BIS, (rotation @ turn, place_BIX + step_BIX)
 
 
-class PointAttention(nn.Module):
+class InvariantPointAttention(nn.Module):
     """Invariant point attention: also by how near points are that residues put into space."""
 
     def __init__(
-        self, single: int, pair: int, heads: int = 4, asked: int = 4, told: int = 6
+        self, single: int, pair: int, heads: int = 4, query_points: int = 4, value_points: int = 6
     ) -> None:
         super().__init__()
-        self.heads, self.asked, self.told, head = heads, asked, told, single // (2 * heads)
+        self.heads, self.query_points, self.value_points, head = (
+            heads,
+            query_points,
+            value_points,
+            single // (2 * heads),
+        )
         self.query_key_value = nn.Linear(single, 3 * heads * head, bias=False)
-        self.points = nn.Linear(single, 3 * heads * (2 * asked + told))
+        self.points = nn.Linear(single, 3 * heads * (2 * query_points + value_points))
         self.bias = nn.Linear(pair, heads, bias=False)
         self.nearness = nn.Parameter(torch.full((heads,), math.log(math.e - 1)))
-        self.out = nn.Linear(heads * (head + 4 * told + pair), single)
+        self.out = nn.Linear(heads * (head + 4 * value_points + pair), single)
 
     def forward(self, single_BIS: Tensor, pair_BIJP: Tensor, frames: Frames) -> Tensor:
         rotation, place_BIX = frames[0], frames[1] / NANOMETRE
@@ -254,16 +268,18 @@ class PointAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         own = self.points(single_BIS).unflatten(-1, (-1, 3))
         points = (own @ rotation.mT + place_BIX[:, :, None]).unflatten(2, (self.heads, -1))
-        asks, shows, value_BJHNX = points.split((self.asked, self.asked, self.told), 3)
+        asks, shows, value_BJHNX = points.split(
+            (self.query_points, self.query_points, self.value_points), 3
+        )
         ask_BHIF, show_BHJF = (each.flatten(3).transpose(1, 2) for each in (asks, shows))
         near_BHIJ = ask_BHIF.square().sum(-1, keepdim=True) - 2 * ask_BHIF @ show_BHJF.mT
         near_BHIJ = near_BHIJ + show_BHJF.square().sum(-1)[:, :, None]
-        weight_H11 = F.softplus(self.nearness)[:, None, None] / math.sqrt(18 * self.asked)
+        weight_H11 = F.softplus(self.nearness)[:, None, None] / math.sqrt(18 * self.query_points)
         logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1]) - weight_H11 * near_BHIJ
         logit_BHIJ = logit_BHIJ + self.bias(pair_BIJP).permute(0, 3, 1, 2)
         weight_BHIJ = (logit_BHIJ / math.sqrt(3)).softmax(-1)
         told_BHIF = weight_BHIJ @ value_BJHNX.flatten(3).transpose(1, 2)
-        told_BIHNX = told_BHIF.transpose(1, 2).unflatten(-1, (self.told, 3))
+        told_BIHNX = told_BHIF.transpose(1, 2).unflatten(-1, (self.value_points, 3))
         local_BIFX = (told_BIHNX.flatten(2, 3) - place_BIX[:, :, None]) @ rotation
         pairs_BIHP = weight_BHIJ.transpose(1, 2) @ pair_BIJP
         found = [

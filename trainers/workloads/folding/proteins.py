@@ -17,15 +17,20 @@ from pydantic import Field
 
 from cluster.base.errors import SpecError
 from trainers.data.dataset import table
-from trainers.workload import PartedWorkload, Splits, source_or
-from trainers.workloads.folding.structures import AMINO_ACIDS, pieces, structure_files, windows
+from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_path
+from trainers.workloads.folding.structures import (
+    AMINO_ACIDS,
+    chain_segments,
+    structure_files,
+    windows,
+)
 
 # Suffixes: B samples, L residues, A atoms (N, CA, C of a residue), X coordinates in Å, T torsions
 # (phi and psi). Backbones are [B, L, A, X] and have none.
 
-Numbers = npt.NDArray[Any]
+Array = npt.NDArray[Any]
 
-TASTES = """
+RESIDUE_PROPENSITIES = """
 A  1.8 0.66 1.42 0.83
 R -4.5 0.95 0.98 0.93
 N -3.5 1.56 0.67 0.89
@@ -53,27 +58,27 @@ doi:10.1002/9780470122921.ch2)."""
 LOOP, HELIX, STRAND = range(3)
 
 N_CA, CA_C, C_N = 1.458, 1.525, 1.329
-AT_CA, AT_C, AT_N = (math.radians(angle) for angle in (111.0, 116.6, 121.7))
+ANGLE_AT_CA, ANGLE_AT_C, ANGLE_AT_N = (math.radians(angle) for angle in (111.0, 116.6, 121.7))
 """Bonds of the backbone in Å, and the angles at its atoms; Engh and Huber 1991
 (doi:10.1107/S0108767391001071)."""
 
-FOLDS = 256
+CHAINS_PER_PART = 256
 """Chains of a part that are folded side by side; some are thrown away."""
-ROUNDS, RATE = 100, 0.08
+FOLDING_STEPS, FOLDING_RATE = 100, 0.08
 """Steps of Adam that fold a chain, in radians."""
-NEAREST, NEAREST_ATOMS = 3.9, 2.8
+MIN_CA_DISTANCE, MIN_ATOM_DISTANCE = 3.9, 2.8
 """Å that alpha carbons, and any atoms of the backbone, of residues 3 apart in the chain keep."""
-LONGEST = 1.25
+MAX_RELATIVE_GYRATION = 1.25
 """Radii of gyration, in those that are usual, that a globular protein may have."""
-CONTACT, APART = 8.0, 3
+CONTACT_DISTANCE, MIN_SEPARATION = 8.0, 3
 """Å between beta carbons that are in contact, and residues between which there are scores."""
-FILES = 16
+FILES_PER_PART = 16
 """Of a part that is read."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Part(NamedTuple):
+class ProteinPart(NamedTuple):
     """Chains that are folded from a seed for a split, or chains of files, split by themselves."""
 
     split: str = ""
@@ -81,13 +86,13 @@ class Part(NamedTuple):
     paths: tuple[str, ...] = ()
 
 
-class Proteins(PartedWorkload):
+class Proteins(PartitionedWorkload):
     """What has backbones of proteins for its data, in windows of `length` residues."""
 
-    class Data(Splits):
+    class Data(SplitFractions):
         """Which proteins, and how much is told of their contacts."""
 
-        source: Annotated[str, source_or("generated")] = "generated"
+        source: Annotated[str, shipped_or_path("generated")] = "generated"
         """generated; or a folder of .pdb, .ent and .cif files, packed by gzip or not."""
         length: Annotated[int, Field(ge=12)] = 36
         """Residues of a sample. Chains of files are cut into windows that overlap by half; what is
@@ -118,27 +123,29 @@ class Proteins(PartedWorkload):
                 "(pip install 'heliostat[folding]')"
             ) from None
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ProteinPart]:
         if self.data.source != "generated":
             files = structure_files(Path(self.data.source))
             return [
-                Part(paths=tuple(files[start : start + FILES]))
-                for start in range(0, len(files), FILES)
+                ProteinPart(paths=tuple(files[start : start + FILES_PER_PART]))
+                for start in range(0, len(files), FILES_PER_PART)
             ]
         splits = [*["train"] * self.data.train_parts, "val", "test"]
-        return [Part(split, number) for number, split in enumerate(splits)]
+        return [ProteinPart(split, number) for number, split in enumerate(splits)]
 
-    def part(self, part: Part, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
+    def part(self, part: ProteinPart, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
         if not part.paths:
             random = np.random.default_rng((self.data.seed, part.seed))
-            backbone, kind = folds(FOLDS, self.data.length, random)
-            residue = sequences(backbone, kind, random)
-            return {part.split: table(**samples(residue, backbone, self.data.signal, random))}
+            backbone, kind = generate_folds(CHAINS_PER_PART, self.data.length, random)
+            residue = draw_sequences(backbone, kind, random)
+            return {
+                part.split: table(**sample_columns(residue, backbone, self.data.signal, random))
+            }
         self.made_with()
-        found: dict[str, list[tuple[Numbers, Numbers]]] = {"train": [], "val": [], "test": []}
+        found: dict[str, list[tuple[Array, Array]]] = {"train": [], "val": [], "test": []}
         for path in part.paths:
-            for piece in pieces(Path(path)):
-                found[self._split(piece.whole)] += windows(piece, self.data.length)
+            for piece in chain_segments(Path(path)):
+                found[self._split(piece.chain_sequence)] += windows(piece, self.data.length)
         names = "/".join(Path(path).name for path in part.paths).encode()
         seed = int.from_bytes(hashlib.sha256(names).digest()[:8], "big")
         random = np.random.default_rng((self.data.seed, seed))
@@ -146,7 +153,7 @@ class Proteins(PartedWorkload):
         for split, cut in found.items():
             if cut:
                 residue, backbone = (np.stack(each) for each in zip(*cut, strict=True))
-                tables[split] = table(**samples(residue, backbone, self.data.signal, random))
+                tables[split] = table(**sample_columns(residue, backbone, self.data.signal, random))
         return tables
 
     def _split(self, sequence: str) -> str:
@@ -158,7 +165,7 @@ class Proteins(PartedWorkload):
         return "val" if place < self.data.test_fraction + self.data.val_fraction else "train"
 
 
-def folds(count: int, length: int, random: np.random.Generator) -> tuple[Numbers, Numbers]:
+def generate_folds(count: int, length: int, random: np.random.Generator) -> tuple[Array, Array]:
     """Folded chains: backbones [B, L, A, X], and for each residue LOOP, HELIX or STRAND [B, L].
 
     Chains of random secondary structure fold by their loops: torsions go down an energy of
@@ -175,20 +182,22 @@ def folds(count: int, length: int, random: np.random.Generator) -> tuple[Numbers
     energy = _Energy(kind_BL, target_B, pull_B)
     shift_BLT = np.zeros_like(start_BLT)
     mean, square = np.zeros_like(shift_BLT), np.zeros_like(shift_BLT)
-    for step in range(1, ROUNDS + 1):
-        backbone = chain(start_BLT + give_BL1 * shift_BLT)
+    for step in range(1, FOLDING_STEPS + 1):
+        backbone = build_backbone(start_BLT + give_BL1 * shift_BLT)
         slope = torsion_gradient(backbone, energy.gradient(backbone[:, :, 1])) * give_BL1
         slope += 0.3 * give_BL1 * shift_BLT
         mean = 0.9 * mean + 0.1 * slope
         square = 0.999 * square + 0.001 * slope**2
         size = np.sqrt(square / (1 - 0.999**step)) + 1e-8
-        shift_BLT -= RATE * mean / (1 - 0.9**step) / size
-    backbone = chain(start_BLT + give_BL1 * shift_BLT)
-    good_B = _keeps_apart(backbone) & (gyration(backbone[:, :, 1]) < LONGEST * usual)
+        shift_BLT -= FOLDING_RATE * mean / (1 - 0.9**step) / size
+    backbone = build_backbone(start_BLT + give_BL1 * shift_BLT)
+    good_B = _is_free_of_clashes(backbone) & (
+        radius_of_gyration(backbone[:, :, 1]) < MAX_RELATIVE_GYRATION * usual
+    )
     return backbone[good_B], kind_BL[good_B]
 
 
-def _secondary_structure(count: int, length: int, random: np.random.Generator) -> Numbers:
+def _secondary_structure(count: int, length: int, random: np.random.Generator) -> Array:
     """Helices of 6 to 19 residues and strands of 4 to 7 with loops between; half have no strand."""
     kind_BL = np.full((count, length), LOOP)
     for chain_L in kind_BL:
@@ -202,18 +211,18 @@ def _secondary_structure(count: int, length: int, random: np.random.Generator) -
     return kind_BL
 
 
-def _torsions(kind_BL: Numbers, random: np.random.Generator) -> Numbers:
+def _torsions(kind_BL: Array, random: np.random.Generator) -> Array:
     """phi and psi [B, L, T] in radians, around the populated places of Ramachandran's plot."""
     basins = np.array([[-65, -35], [-115, 130], [57, 45], [-62, -43], [-120, 130]])
     spread = np.array([15, 15, 15, 4, 10])
     loop_BL = np.digitize(random.random(kind_BL.shape), (0.45, 0.9))
     basin_BL = np.where(kind_BL == LOOP, loop_BL, kind_BL + 2)
     noise_BLT = random.standard_normal((*kind_BL.shape, 2)) * spread[basin_BL][..., None]
-    torsion_BLT: Numbers = np.radians(basins[basin_BL] + noise_BLT)
+    torsion_BLT: Array = np.radians(basins[basin_BL] + noise_BLT)
     return torsion_BLT
 
 
-def chain(torsion_BLT: Numbers) -> Numbers:
+def build_backbone(torsion_BLT: Array) -> Array:
     """The backbone [B, L, A, X] with these phi and psi, all peptide bonds flat and trans.
 
     Each bond is the x axis of a frame that is turned around the bond before and bent in its plane.
@@ -225,7 +234,7 @@ def chain(torsion_BLT: Numbers) -> Numbers:
     for index in range(length):
         before, flat = torsion_BLT[:, max(0, index - 1), 1], np.full(count, np.pi)
         turns = before, flat, torsion_BLT[:, index, 0]
-        bends = (AT_C, C_N), (AT_N, N_CA), (AT_CA, CA_C)
+        bends = (ANGLE_AT_C, C_N), (ANGLE_AT_N, N_CA), (ANGLE_AT_CA, CA_C)
         for atom, (turn_B, (angle, bond)) in enumerate(zip(turns, bends, strict=True)):
             cos_B1, sin_B1 = np.cos(turn_B)[:, None], np.sin(turn_B)[:, None]
             bent, aside = cos_B1 * up + sin_B1 * aside, cos_B1 * aside - sin_B1 * up
@@ -236,29 +245,31 @@ def chain(torsion_BLT: Numbers) -> Numbers:
     return atoms
 
 
-def torsion_gradient(backbone: Numbers, force_BLX: Numbers) -> Numbers:
+def torsion_gradient(backbone: Array, force_BLX: Array) -> Array:
     """Derivatives by phi and psi [B, L, T] from those by the positions of the alpha carbons.
 
     A torsion turns all that comes after it around its bond: torques, summed from the end (Abe et
     al. 1984, doi:10.1016/0097-8485(84)85015-9).
     """
     carbon_BLX = backbone[:, :, 1]
-    later_BLX = _sum_of_later(force_BLX)
-    torque_BLX = _sum_of_later(np.cross(carbon_BLX, force_BLX)) - np.cross(carbon_BLX, later_BLX)
+    later_BLX = _sum_of_following(force_BLX)
+    torque_BLX = _sum_of_following(np.cross(carbon_BLX, force_BLX)) - np.cross(
+        carbon_BLX, later_BLX
+    )
     axis_BLTX = np.diff(backbone, axis=2)
     axis_BLTX /= np.linalg.norm(axis_BLTX, axis=-1, keepdims=True)
-    slope_BLT: Numbers = (axis_BLTX * torque_BLX[:, :, None]).sum(-1)
+    slope_BLT: Array = (axis_BLTX * torque_BLX[:, :, None]).sum(-1)
     return slope_BLT
 
 
-def _sum_of_later(values_BLX: Numbers) -> Numbers:
+def _sum_of_following(values_BLX: Array) -> Array:
     return np.cumsum(values_BLX[:, ::-1], axis=1)[:, ::-1] - values_BLX
 
 
 class _Energy:
     """Of alpha carbons: no clashes, contacts, and a radius of gyration."""
 
-    def __init__(self, kind_BL: Numbers, target_B: Numbers, pull_B: Numbers) -> None:
+    def __init__(self, kind_BL: Array, target_B: Array, pull_B: Array) -> None:
         length = kind_BL.shape[1]
         apart_LL = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
         strands_BLL = (kind_BL[:, :, None] == STRAND) & (kind_BL[:, None] == STRAND)
@@ -266,78 +277,83 @@ class _Energy:
         self._pull_BLL = pull_B[:, None, None] * (apart_LL > 4)
         self._target_B = target_B
 
-    def gradient(self, carbon_BLX: Numbers) -> Numbers:
+    def gradient(self, carbon_BLX: Array) -> Array:
         """The energy's derivatives by the positions."""
         distance_BLL = distances(carbon_BLX) + np.eye(carbon_BLX.shape[1])  # not to divide by 0
         near_BLL = 1 / (1 + np.exp(distance_BLL - 9.5))
         slope_BLL = self._pull_BLL * near_BLL * (1 - near_BLL)
         slope_BLL -= 2 * np.maximum(0, self._reach_BLL - distance_BLL)
         slope_BLL /= distance_BLL
-        pairs_BLX: Numbers = slope_BLL.sum(2)[..., None] * carbon_BLX
+        pairs_BLX: Array = slope_BLL.sum(2)[..., None] * carbon_BLX
         pairs_BLX -= np.einsum("bij,bjx->bix", slope_BLL, carbon_BLX)
-        radius_B = gyration(carbon_BLX)
+        radius_B = radius_of_gyration(carbon_BLX)
         size_B = 8 * (radius_B - self._target_B) / radius_B / carbon_BLX.shape[1]
         pairs_BLX += size_B[:, None, None] * (carbon_BLX - carbon_BLX.mean(1, keepdims=True))
         return pairs_BLX
 
 
-def distances(place_BLX: Numbers) -> Numbers:
+def distances(place_BLX: Array) -> Array:
     """[B, L, L] in Å."""
     centred = place_BLX - place_BLX.mean(1, keepdims=True)
     square_BL = (centred**2).sum(2)
     product_BLL = np.einsum("bix,bjx->bij", centred, centred)
     square_BLL = square_BL[:, :, None] + square_BL[:, None] - 2 * product_BLL
-    distance_BLL: Numbers = np.sqrt(np.maximum(square_BLL, 0))
+    distance_BLL: Array = np.sqrt(np.maximum(square_BLL, 0))
     return distance_BLL
 
 
-def gyration(carbon_BLX: Numbers) -> Numbers:
+def radius_of_gyration(carbon_BLX: Array) -> Array:
     """Radius of gyration [B] in Å."""
     centred = carbon_BLX - carbon_BLX.mean(1, keepdims=True)
-    radius_B: Numbers = np.sqrt((centred**2).sum(2).mean(1))
+    radius_B: Array = np.sqrt((centred**2).sum(2).mean(1))
     return radius_B
 
 
-def _keeps_apart(backbone: Numbers) -> Numbers:
+def _is_free_of_clashes(backbone: Array) -> Array:
     """Whether no two residues that are 3 or more apart in the chain are too near [B]."""
     length = backbone.shape[1]
     atom = np.repeat(np.arange(length), 3)
     pair_LL, pair_AA = (np.abs(np.subtract.outer(i, i)) >= 3 for i in (np.arange(length), atom))
     carbons_BLL = np.where(pair_LL, distances(backbone[:, :, 1]), np.inf)
     all_BAA = np.where(pair_AA, distances(backbone.reshape(len(backbone), -1, 3)), np.inf)
-    good_B: Numbers = (carbons_BLL.min((1, 2)) > NEAREST) & (all_BAA.min((1, 2)) > NEAREST_ATOMS)
+    good_B: Array = (carbons_BLL.min((1, 2)) > MIN_CA_DISTANCE) & (
+        all_BAA.min((1, 2)) > MIN_ATOM_DISTANCE
+    )
     return good_B
 
 
-def beta_carbons(backbone: Numbers) -> Numbers:
+def beta_carbons(backbone: Array) -> Array:
     """Where beta carbons are, or would be in glycine, [B, L, X] by ideal geometry."""
     first, second = (np.diff(backbone, axis=2)[:, :, bond] for bond in (0, 1))
     normal = np.cross(first, second)
-    beta_BLX: Numbers = (
+    beta_BLX: Array = (
         -0.58273431 * normal + 0.56802827 * first - 0.54067466 * second + backbone[:, :, 1]
     )
     return beta_BLX
 
 
-def sequences(backbone: Numbers, kind_BL: Numbers, random: np.random.Generator) -> Numbers:
+def draw_sequences(backbone: Array, kind_BL: Array, random: np.random.Generator) -> Array:
     """Amino acids [B, L] that like their place: greasy ones inside, each in its structure."""
     neighbours_BL = (distances(beta_carbons(backbone)) < 10).sum(2)
     spread_B1 = neighbours_BL.std(1, keepdims=True) + 1e-6
     buried_BL = (neighbours_BL - neighbours_BL.mean(1, keepdims=True)) / spread_B1
-    rows = {letter: tastes for letter, *tastes in map(str.split, TASTES.strip().splitlines())}
+    rows = {
+        letter: tastes
+        for letter, *tastes in map(str.split, RESIDUE_PROPENSITIES.strip().splitlines())
+    }
     hydropathy, *propensities = np.array([rows[letter] for letter in AMINO_ACIDS], float).T
     likes = 1.2 * buried_BL[..., None] * hydropathy / 4.5 + np.log(propensities)[kind_BL]
-    residue_BL: Numbers = np.argmax(likes + random.gumbel(size=likes.shape), axis=-1)
+    residue_BL: Array = np.argmax(likes + random.gumbel(size=likes.shape), axis=-1)
     return residue_BL
 
 
-def samples(
-    residue_BL: Numbers, backbone: Numbers, signal: float, random: np.random.Generator
-) -> dict[str, Numbers]:
+def sample_columns(
+    residue_BL: Array, backbone: Array, signal: float, random: np.random.Generator
+) -> dict[str, Array]:
     """The columns of a data set: `score` is `signal` for a pair in contact, and noise."""
     length = residue_BL.shape[1]
-    scored_LL = np.triu(np.ones((length, length), bool), APART)
-    contact_BLL = (distances(beta_carbons(backbone)) < CONTACT) & (scored_LL | scored_LL.T)
+    scored_LL = np.triu(np.ones((length, length), bool), MIN_SEPARATION)
+    contact_BLL = (distances(beta_carbons(backbone)) < CONTACT_DISTANCE) & (scored_LL | scored_LL.T)
     noise_BLL = np.where(scored_LL, random.standard_normal(contact_BLL.shape), 0)
     score_BLL = signal * contact_BLL + noise_BLL + noise_BLL.swapaxes(1, 2)
     centred = backbone - backbone[:, :, 1].mean(1)[:, None, None]

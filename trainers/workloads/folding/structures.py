@@ -16,18 +16,18 @@ from cluster.base.errors import DataError
 
 # Suffixes: B samples, L residues, X coordinates in Å, S superpositions, Q quaternions.
 
-Numbers = npt.NDArray[Any]
+Array = npt.NDArray[Any]
 
 AMINO_ACIDS = "ARNDCQEGHILKMFPSTWYV"
-CODES = {letter: place for place, letter in enumerate(AMINO_ACIDS)}
-UNKNOWN = len(AMINO_ACIDS)
+AMINO_ACID_INDEX = {letter: place for place, letter in enumerate(AMINO_ACIDS)}
+UNKNOWN_INDEX = len(AMINO_ACIDS)
 """Where a residue is none of these, or one of them that has been changed beyond its name."""
 NUMBER = re.compile(rb"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
 SUFFIXES = (".pdb", ".ent", ".cif")
-ATOMS = ("N", "CA", "C")
-BROKEN = 2.0
+BACKBONE_ATOMS = ("N", "CA", "C")
+CHAIN_BREAK = 2.0
 """Å between C and the next N from which on a chain is interrupted; the bond has 1.33."""
-CLIMBS = 8
+SUPERPOSITION_STEPS = 8
 """Steps of a superposition uphill."""
 
 
@@ -45,37 +45,39 @@ def structure_files(folder: Path) -> list[str]:
     return [str(path) for path in found]
 
 
-class Piece(NamedTuple):
+class ChainSegment(NamedTuple):
     """What is uninterrupted of a chain."""
 
-    whole: str
+    chain_sequence: str
     """Names of all residues of the chain that it is of: as in the record of the sequence, or where
     there is none, as there are places."""
-    residue_L: Numbers
+    residue_L: Array
     """As places in AMINO_ACIDS."""
-    backbone: Numbers
+    backbone: Array
     """[L, 3, 3] in Å."""
 
 
-def pieces(path: Path) -> list[Piece]:
+def chain_segments(path: Path) -> list[ChainSegment]:
     """Of all chains of the file's first model; what lacks N, CA or C interrupts a chain."""
-    structure = _structure(path)
+    structure = _read_structure(path)
     structure.setup_entities()
-    found = [piece for chain in structure[0] for piece in _pieces_of(chain, structure, path)]
+    found = [
+        piece for chain in structure[0] for piece in _segments_of_chain(chain, structure, path)
+    ]
     if not found:
         raise DataError(f"{path}: has no residue with the atoms N, CA and C")
     return found
 
 
-def _pieces_of(chain: Any, structure: Any, path: Path) -> Iterator[Piece]:
+def _segments_of_chain(chain: Any, structure: Any, path: Path) -> Iterator[ChainSegment]:
     residues = [
         residue
         for residue in chain.first_conformer()
-        if all(residue.find_atom(atom, "*") for atom in ATOMS)
+        if all(residue.find_atom(atom, "*") for atom in BACKBONE_ATOMS)
     ]
     if not residues:
         return
-    places = [[residue[atom][0].pos.tolist() for atom in ATOMS] for residue in residues]
+    places = [[residue[atom][0].pos.tolist() for atom in BACKBONE_ATOMS] for residue in residues]
     for residue, each in zip(residues, places, strict=True):
         if not np.isfinite(each).all():
             where = f"residue {residue.seqid} of chain {chain.name}"
@@ -84,14 +86,17 @@ def _pieces_of(chain: Any, structure: Any, path: Path) -> Iterator[Piece]:
     entity = structure.get_entity_of(polymer) if len(polymer) else None
     names = entity.full_sequence if entity else ()
     whole = " ".join(names or (residue.name for residue in residues))
-    residue_L, backbone = np.array([_code(residue.name) for residue in residues]), np.array(places)
-    gaps = np.linalg.norm(backbone[1:, 0] - backbone[:-1, 2], axis=-1) > BROKEN
+    residue_L, backbone = (
+        np.array([_amino_acid_index(residue.name) for residue in residues]),
+        np.array(places),
+    )
+    gaps = np.linalg.norm(backbone[1:, 0] - backbone[:-1, 2], axis=-1) > CHAIN_BREAK
     starts = np.flatnonzero(gaps) + 1
     for piece in zip(np.split(residue_L, starts), np.split(backbone, starts), strict=True):
-        yield Piece(whole, *piece)
+        yield ChainSegment(whole, *piece)
 
 
-def _structure(path: Path) -> Any:
+def _read_structure(path: Path) -> Any:
     import gemmi
 
     if not path.name.lower().removesuffix(".gz").endswith(".cif"):
@@ -121,14 +126,16 @@ def _check_numbers(path: Path) -> None:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def _code(name: str) -> int:
+def _amino_acid_index(name: str) -> int:
     """The place in AMINO_ACIDS of a residue's name; changed ones count as what they were."""
     import gemmi
 
-    return CODES.get(gemmi.find_tabulated_residue(name).one_letter_code.upper(), UNKNOWN)
+    return AMINO_ACID_INDEX.get(
+        gemmi.find_tabulated_residue(name).one_letter_code.upper(), UNKNOWN_INDEX
+    )
 
 
-def windows(piece: Piece, length: int) -> list[tuple[Numbers, Numbers]]:
+def windows(piece: ChainSegment, length: int) -> list[tuple[Array, Array]]:
     """Residues and backbones of `length` that overlap by half; none where a piece is shorter."""
     starts = range(0, len(piece.residue_L) - length + 1, max(1, length // 2))
     parts = [slice(start, start + length) for start in starts]
@@ -141,7 +148,7 @@ def lddt(found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
     The share of the true distances below 15 Å that are met within 0.5, 1, 2 and 4 Å, on average
     (Mariani et al. 2013, doi:10.1093/bioinformatics/btt473).
     """
-    found_BLL, true_BLL = pairwise(found_BLX), pairwise(true_BLX)
+    found_BLL, true_BLL = pairwise_distances(found_BLX), pairwise_distances(true_BLX)
     itself_LL = torch.eye(true_BLX.shape[1], dtype=torch.bool, device=true_BLX.device)
     counts_BLL = (true_BLL < 15) & ~itself_LL
     off_BLL = (found_BLL - true_BLL).abs()
@@ -149,13 +156,13 @@ def lddt(found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
     return (kept_BLL.mean(0) * counts_BLL).sum((1, 2)) / counts_BLL.sum((1, 2)).clamp(min=1)
 
 
-def pairwise(place_BLX: Tensor) -> Tensor:
+def pairwise_distances(place_BLX: Tensor) -> Tensor:
     """Distances [B, L, L], with zeros that have a gradient."""
     square_BLL = (place_BLX[:, :, None] - place_BLX[:, None]).square().sum(-1)
     return (square_BLL + 1e-8).sqrt()
 
 
-def superposed(found_BLX: Tensor, true_BLX: Tensor) -> tuple[Tensor, Tensor]:
+def tm_score_and_gdt_ts(found_BLX: Tensor, true_BLX: Tensor) -> tuple[Tensor, Tensor]:
     """TM-score and GDT_TS of the atoms [B] each, in [0, 1], residue by residue.
 
     Both ask for the best of all superpositions. They are sought from those of the whole chain and
@@ -164,10 +171,10 @@ def superposed(found_BLX: Tensor, true_BLX: Tensor) -> tuple[Tensor, Tensor]:
     the shares of residues within 1, 2, 4 and 8 Å (Zemla 2003, doi:10.1093/nar/gkg571).
     """
     scale = tm_scale(true_BLX.shape[1])
-    weight_SBL = _pieces(true_BLX)
+    weight_SBL = _initial_weights(true_BLX)
     off_SBL, tm, within = weight_SBL, [], []
-    for _ in range(CLIMBS):
-        off_SBL = _off(weight_SBL, found_BLX, true_BLX)
+    for _ in range(SUPERPOSITION_STEPS):
+        off_SBL = _distances_after_fit(weight_SBL, found_BLX, true_BLX)
         term_SBL = 1 / (1 + (off_SBL / scale).square())
         weight_SBL = term_SBL.square()
         tm.append(term_SBL.mean(2).amax(0))
@@ -181,7 +188,7 @@ def tm_scale(length: int) -> float:
     return float(1.24 * (length - 15) ** (1 / 3) - 1.8) if length > 21 else 0.5
 
 
-def _pieces(like_BLX: Tensor) -> Tensor:
+def _initial_weights(like_BLX: Tensor) -> Tensor:
     """Weights [S, B, L] of the whole chain, its halves and its quarters, which overlap by half."""
     samples, length, _ = like_BLX.shape
     sizes = sorted({max(4, length // parts) for parts in (1, 2, 4)})
@@ -191,7 +198,7 @@ def _pieces(like_BLX: Tensor) -> Tensor:
     return weight_SL.to(like_BLX.dtype)[:, None].expand(-1, samples, -1)
 
 
-def _off(weight_SBL: Tensor, found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
+def _distances_after_fit(weight_SBL: Tensor, found_BLX: Tensor, true_BLX: Tensor) -> Tensor:
     """Distances [S, B, L] after the weighted superposition of least squares."""
     share_SBL1 = (weight_SBL / weight_SBL.sum(2, keepdim=True))[..., None]
     found_SBLX = found_BLX - (share_SBL1 * found_BLX).sum(2, keepdim=True)
@@ -216,10 +223,10 @@ def best_rotation(product: Tensor) -> Tensor:
         [xy - yx, zx + xz, yz + zy, zz - xx - yy],
     ]
     matrix = torch.stack([torch.stack(row, -1) for row in rows], -2)
-    return rotation_of(torch.linalg.eigh(matrix).eigenvectors[..., -1])
+    return quaternion_to_rotation(torch.linalg.eigh(matrix).eigenvectors[..., -1])
 
 
-def rotation_of(quaternion: Tensor) -> Tensor:
+def quaternion_to_rotation(quaternion: Tensor) -> Tensor:
     """Rotations [..., 3, 3] of unit quaternions [..., 4], the real part first."""
     w, x, y, z = quaternion.unbind(-1)
     rows = [

@@ -41,20 +41,25 @@ from trainers.counter_rng import SampleRandom
 from trainers.workload import Batch
 from trainers.workloads.folding.network import (
     NANOMETRE,
-    Folded,
+    FoldingOutput,
     Frames,
     Network,
-    apart,
-    edges,
-    frames_of,
+    bin_edges,
+    relative_positions,
+    rotations_from_vectors,
 )
-from trainers.workloads.folding.proteins import APART, Proteins
-from trainers.workloads.folding.structures import AMINO_ACIDS, lddt, pairwise, superposed
+from trainers.workloads.folding.proteins import MIN_SEPARATION, Proteins
+from trainers.workloads.folding.structures import (
+    AMINO_ACIDS,
+    lddt,
+    pairwise_distances,
+    tm_score_and_gdt_ts,
+)
 
 # Suffixes: B samples, I and J residues, F features, X coordinates in Å, R iterations. Rotations are
 # [B, I, X, X] and have none.
 
-CLAMP, BEYOND = 10.0, 0.1
+CLAMP_DISTANCE, SLOPE_BEYOND_CLAMP = 10.0, 0.1
 """Å of a frame aligned error from which on the share BEYOND counts: what is far off should feel
 where to go, but not outweigh all that is near."""
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -86,37 +91,44 @@ class Folding(Proteins):
         """Scores with other noise: upper triangles of normal numbers, mirrored."""
         length = batch["residue"].shape[1]
         noise_BIJ = random.normal(length, length).to(batch["score"].dtype)
-        noise_BIJ = torch.where(apart(length, noise_BIJ.device) >= APART, noise_BIJ, 0)
+        noise_BIJ = torch.where(
+            relative_positions(length, noise_BIJ.device) >= MIN_SEPARATION, noise_BIJ, 0
+        )
         contact_BIJ = batch["contact"].to(noise_BIJ.dtype)
         score_BIJ = self.data.signal * contact_BIJ + noise_BIJ + noise_BIJ.mT
         return {**batch, "score": score_BIJ}
 
-    def forward(self, model: nn.Module, batch: Batch) -> Folded:
+    def forward(self, model: nn.Module, batch: Batch) -> FoldingOutput:
         """Distances, and the structure after each iteration."""
-        folded: Folded = model(features(batch["residue"], batch["score"]), whole=True)
+        folded: FoldingOutput = model(input_features(batch["residue"], batch["score"]), whole=True)
         return folded
 
-    def loss(self, output: Folded, batch: Batch) -> Tensor:
+    def loss(self, output: FoldingOutput, batch: Batch) -> Tensor:
         """FAPE of the last iteration, half of the mean over all, 0.3 of the cross-entropy."""
         with torch.autocast(batch["backbone"].device.type, enabled=False):
             nitrogen_BIX, alpha_BIX, carbon_BIX = batch["backbone"].unbind(2)
-            frames = frames_of(carbon_BIX - alpha_BIX, nitrogen_BIX - alpha_BIX), alpha_BIX
-            true_BIJX = seen_from(frames, alpha_BIX)
+            frames = (
+                rotations_from_vectors(carbon_BIX - alpha_BIX, nitrogen_BIX - alpha_BIX),
+                alpha_BIX,
+            )
+            true_BIJX = in_local_frames(frames, alpha_BIX)
             steps = zip(output.rotation.unbind(1), output.place_BRIX.unbind(1), strict=True)
             error_RB = torch.stack([fape(found, true_BIJX) for found in steps])
-            bin_BIJ = (pairwise(alpha_BIX)[..., None] > edges(alpha_BIX)).sum(-1)
+            bin_BIJ = (pairwise_distances(alpha_BIX)[..., None] > bin_edges(alpha_BIX)).sum(-1)
             logit_BKIJ = output.distance_BIJK.permute(0, 3, 1, 2)
             entropy_BIJ = F.cross_entropy(logit_BKIJ, bin_BIJ, reduction="none")
             return error_RB[-1] + error_RB.mean(0) / 2 + 0.3 * entropy_BIJ.mean((1, 2))
 
-    def metrics(self, output: Folded, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, output: FoldingOutput, batch: Batch) -> dict[str, Tensor]:
         found_BIX, true_BIX = output.place_BRIX[:, -1], batch["backbone"][:, :, 1]
-        tm_B, gdt_B = superposed(found_BIX, true_BIX)
+        tm_B, gdt_B = tm_score_and_gdt_ts(found_BIX, true_BIX)
         return {"lddt_ca": lddt(found_BIX, true_BIX), "tm_score": tm_B, "gdt_ts": gdt_B}
 
     def example(self) -> Tensor:
         length = self.data.length
-        return features(torch.zeros(1, length, dtype=torch.uint8), torch.zeros(1, length, length))
+        return input_features(
+            torch.zeros(1, length, dtype=torch.uint8), torch.zeros(1, length, length)
+        )
 
     @property
     def evaluation_batch(self) -> int:
@@ -124,14 +136,14 @@ class Folding(Proteins):
         return min(512, max(1, (1 << 24) // (4 * self.model.width * self.data.length**2)))
 
 
-def features(residue_BI: Tensor, score_BIJ: Tensor) -> Tensor:
+def input_features(residue_BI: Tensor, score_BIJ: Tensor) -> Tensor:
     """What the network takes [B, I, F]: residues, one channel per amino acid, and their scores."""
     kinds = torch.arange(len(AMINO_ACIDS), device=residue_BI.device)
     one_hot_BIF = (residue_BI[..., None] == kinds).to(score_BIJ.dtype)
     return torch.cat([one_hot_BIF, score_BIJ], -1)
 
 
-def seen_from(frames: Frames, place_BJX: Tensor) -> Tensor:
+def in_local_frames(frames: Frames, place_BJX: Tensor) -> Tensor:
     """Places as each residue's frame has them [B, I, J, X]."""
     rotation, origin_BIX = frames
     return (place_BJX[:, None] - origin_BIX[:, :, None]) @ rotation
@@ -142,7 +154,9 @@ def fape(found: Frames, true_BIJX: Tensor) -> Tensor:
 
     `true_BIJX` is where each residue's true frame sees the others.
     """
-    off_BIJX = seen_from(found, found[1]) - true_BIJX
+    off_BIJX = in_local_frames(found, found[1]) - true_BIJX
     off_BIJ = (off_BIJX.square().sum(-1) + 1e-4).sqrt()
-    clamped_BIJ = torch.minimum(off_BIJ, CLAMP + BEYOND * (off_BIJ - CLAMP))
+    clamped_BIJ = torch.minimum(
+        off_BIJ, CLAMP_DISTANCE + SLOPE_BEYOND_CLAMP * (off_BIJ - CLAMP_DISTANCE)
+    )
     return clamped_BIJ.mean((1, 2)) / NANOMETRE

@@ -34,21 +34,21 @@ from torch import Tensor, nn
 
 from cluster.base.config import Spec
 from trainers.data.dataset import table
-from trainers.workload import Batch, PartedWorkload
+from trainers.workload import Batch, PartitionedWorkload
 
 # Suffixes: B samples, N rebalancings, F features.
 
-PATHS = 25_000
+PATHS_PER_PART = 25_000
 """Of a part; every second one is the first's mirror image, so that noise cancels."""
 PERCENT = 100.0
 
 
-class Part(NamedTuple):
+class PathPart(NamedTuple):
     split: str
     seed: int
 
 
-class Hedging(PartedWorkload):
+class Hedging(PartitionedWorkload):
     """A call on a share, sold and hedged."""
 
     class Data(Spec):
@@ -75,16 +75,16 @@ class Hedging(PartedWorkload):
     data: Data
     model: Model
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PathPart]:
         splits = [*["train"] * self.data.train_parts, "val", "test"]
-        return [Part(split, number) for number, split in enumerate(splits)]
+        return [PathPart(split, number) for number, split in enumerate(splits)]
 
-    def part(self, part: Part, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
+    def part(self, part: PathPart, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
         data = self.data
         step = data.volatility * math.sqrt(data.years / data.rebalancings)
         random = np.random.default_rng((data.seed, part.seed))
-        half_BN = random.standard_normal((PATHS // 2, data.rebalancings))
-        normal_BN = np.stack([half_BN, -half_BN], axis=1).reshape(PATHS, -1)
+        half_BN = random.standard_normal((PATHS_PER_PART // 2, data.rebalancings))
+        normal_BN = np.stack([half_BN, -half_BN], axis=1).reshape(PATHS_PER_PART, -1)
         log_BN = np.cumsum(step * normal_BN - step**2 / 2, axis=1)
         price_BN1 = np.exp(np.pad(log_BN, ((0, 0), (1, 0))))
         return {part.split: table(price=price_BN1.astype(np.float32))}
@@ -100,7 +100,7 @@ class Hedging(PartedWorkload):
     def loss(self, output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Squared error, in percent of the strike."""
         price_B, holding_BN = output
-        return self._left(price_B, holding_BN, batch["price"]).square()
+        return self._terminal_wealth_percent(price_B, holding_BN, batch["price"]).square()
 
     def metrics(self, output: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Tensor]:
         asked_B, holding_BN = output
@@ -108,8 +108,8 @@ class Hedging(PartedWorkload):
         delta_BN = black_scholes_delta(self.data, price_BN1)
         known_B = torch.full_like(asked_B, black_scholes_price(self.data))
         return {
-            "hedging_error": self._left(asked_B, holding_BN, price_BN1).square(),
-            "delta_hedged": self._left(known_B, delta_BN, price_BN1).square(),
+            "hedging_error": self._terminal_wealth_percent(asked_B, holding_BN, price_BN1).square(),
+            "delta_hedged": self._terminal_wealth_percent(known_B, delta_BN, price_BN1).square(),
             "delta_deviation": (holding_BN - delta_BN).square().mean(1),
             "price": PERCENT * asked_B,
         }
@@ -121,11 +121,13 @@ class Hedging(PartedWorkload):
     def example(self) -> Tensor:
         return torch.ones(1, self.data.rebalancings + 1)
 
-    def _left(self, asked_B: Tensor, holding_BN: Tensor, price_BN1: Tensor) -> Tensor:
-        return PERCENT * left_over(asked_B, holding_BN, price_BN1, self.model.cost)
+    def _terminal_wealth_percent(
+        self, asked_B: Tensor, holding_BN: Tensor, price_BN1: Tensor
+    ) -> Tensor:
+        return PERCENT * terminal_wealth(asked_B, holding_BN, price_BN1, self.model.cost)
 
 
-def left_over(asked_B: Tensor, holding_BN: Tensor, price_BN1: Tensor, cost: float) -> Tensor:
+def terminal_wealth(asked_B: Tensor, holding_BN: Tensor, price_BN1: Tensor, cost: float) -> Tensor:
     """What the seller has in the end, in strikes [B]: what was asked, earned, traded away and paid.
 
     Shares held at the end are sold.
@@ -142,13 +144,15 @@ def black_scholes_delta(
     data: Hedging.Data, price_BN1: Tensor, volatility: float | None = None
 ) -> Tensor:
     """What to hold at each moment [B, N], at another volatility than the share's if given."""
-    sd_N = deviation_left(data, price_BN1, volatility)
+    sd_N = remaining_log_deviation(data, price_BN1, volatility)
     log_BN = price_BN1[:, :-1].log()
     delta_BN: Tensor = torch.special.ndtr(log_BN / sd_N + sd_N / 2)
     return delta_BN
 
 
-def deviation_left(data: Hedging.Data, like: Tensor, volatility: float | None = None) -> Tensor:
+def remaining_log_deviation(
+    data: Hedging.Data, like: Tensor, volatility: float | None = None
+) -> Tensor:
     """Standard deviation of the price's logarithm at the end, seen from each moment: [N]."""
     left_N = 1 - torch.arange(data.rebalancings, device=like.device) / data.rebalancings
     at = data.volatility if volatility is None else volatility
@@ -173,8 +177,8 @@ class Hedger(nn.Module):
     def __init__(self, data: Hedging.Data, model: Hedging.Model) -> None:
         super().__init__()
         self.data = data
-        self.remembers = model.cost > 0
-        sizes = [4 if self.remembers else 3, *[model.width] * model.layers]
+        self.sees_holding = model.cost > 0
+        sizes = [4 if self.sees_holding else 3, *[model.width] * model.layers]
         self.hidden = nn.ModuleList(
             nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)
         )
@@ -184,8 +188,8 @@ class Hedger(nn.Module):
     def forward(self, price_BN1: Tensor) -> tuple[Tensor, Tensor]:
         dtype = self.last.weight.dtype
         asked_B = self.asked.expand(len(price_BN1))
-        seen_BNF = self._seen(price_BN1).to(dtype)
-        if not self.remembers:
+        seen_BNF = self._inputs(price_BN1).to(dtype)
+        if not self.sees_holding:
             return asked_B, self._holding(seen_BNF)
         held_B = torch.zeros_like(asked_B)
         holdings = []
@@ -194,9 +198,9 @@ class Hedger(nn.Module):
             holdings.append(held_B)
         return asked_B, torch.stack(holdings, 1)
 
-    def _seen(self, price_BN1: Tensor) -> Tensor:
+    def _inputs(self, price_BN1: Tensor) -> Tensor:
         """Time, and the price by what it may still do and by what it might have done: [B, N, 3]."""
-        sd_N = deviation_left(self.data, price_BN1)
+        sd_N = remaining_log_deviation(self.data, price_BN1)
         log_BN = price_BN1[:, :-1].log()
         time_BN = (sd_N / sd_N[0]).expand_as(log_BN)
         return torch.stack([time_BN, log_BN / sd_N, log_BN / sd_N[0]], -1)

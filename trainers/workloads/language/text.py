@@ -22,19 +22,19 @@ from pydantic import Field
 
 from cluster.base.errors import DataError, SpecError
 from trainers.data.dataset import table
-from trainers.workload import PartedWorkload, Splits, source_or
+from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_path
 
 # Suffixes: N tokens of a text.
 
 PART_BYTES = 4 << 20
 """Text of a part of the data set; records are not cut, so that it may be more."""
-VOCABULARY_BYTES = 64 << 20
+TOKENIZER_TRAINING_BYTES = 64 << 20
 """Training text, from the first parts on, that byte pairs are merged on."""
 TOKENIZER, SEPARATOR = "tokenizer.json", "<|end|>"
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 """Folders of the standard library that are not its source."""
 
 
@@ -48,7 +48,7 @@ class Span(NamedTuple):
     """Bytes, of Parquet about."""
 
 
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """Some spans, and the shares of their documents that are for validation and for testing."""
 
     val: float
@@ -56,13 +56,13 @@ class Part(NamedTuple):
     spans: tuple[Span, ...]
 
 
-class Text(PartedWorkload):
+class Text(PartitionedWorkload):
     """What has text for its data, in windows of `context` + 1 tokens."""
 
-    class Data(Splits):
+    class Data(SplitFractions):
         """Where the text comes from, and what it is cut into."""
 
-        source: Annotated[str, source_or("stdlib")] = "stdlib"
+        source: Annotated[str, shipped_or_path("stdlib")] = "stdlib"
         """stdlib, a file, or a folder of files. A relative path is kept as absolute."""
         field: str = "text"
         """The column of Parquet files, and the key of JSON lines (.jsonl), that holds the text."""
@@ -89,29 +89,29 @@ class Text(PartedWorkload):
                 ) from None
         return used
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TextPart]:
         return [
-            Part(val, test, pack)
-            for val, test, spans in _sources(self.data)
-            for pack in _packed(spans)
+            TextPart(val, test, pack)
+            for val, test, spans in _source_spans(self.data)
+            for pack in _pack_spans(spans)
         ]
 
-    def common(self, parts: Sequence[Part]) -> dict[str, bytes]:
+    def common(self, parts: Sequence[TextPart]) -> dict[str, bytes]:
         if self.data.vocabulary == 256:
             return {}
-        return {TOKENIZER: _merged(self._training_texts(parts), self.data.vocabulary)}
+        return {TOKENIZER: _train_tokenizer(self._training_texts(parts), self.data.vocabulary)}
 
-    def part(self, part: Part, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
+    def part(self, part: TextPart, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
         documents: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
         for split, document in self.documents(part):
             documents[split].append(document)
-        encode = _bytes
+        encode = _encode_bytes
         if self.data.vocabulary > 256:
-            encode = functools.partial(_pairs, tokenizer=common[TOKENIZER])
+            encode = functools.partial(_encode_byte_pairs, tokenizer=common[TOKENIZER])
         tables = {split: self._windows(*encode(found)) for split, found in documents.items()}
         return {split: rows for split, rows in tables.items() if len(rows)}
 
-    def documents(self, part: Part) -> Iterator[tuple[str, bytes]]:
+    def documents(self, part: TextPart) -> Iterator[tuple[str, bytes]]:
         """The documents of a part, each with its split."""
         for span in part.spans:
             for document in _documents(span, self.data.field):
@@ -119,14 +119,14 @@ class Text(PartedWorkload):
                 held_out = "val" if place < part.test + part.val else "train"
                 yield "test" if place < part.test else held_out, document
 
-    def _training_texts(self, parts: Sequence[Part]) -> Iterator[str]:
+    def _training_texts(self, parts: Sequence[TextPart]) -> Iterator[str]:
         size = 0
         for part in parts:
             for split, document in self.documents(part):
-                if split == "train" and size < VOCABULARY_BYTES:
+                if split == "train" and size < TOKENIZER_TRAINING_BYTES:
                     size += len(document)
                     yield document.decode()
-            if size >= VOCABULARY_BYTES:
+            if size >= TOKENIZER_TRAINING_BYTES:
                 return
 
     def _windows(self, tokens_N: npt.NDArray[Any], bytes_N: npt.NDArray[np.int64]) -> pa.Table:
@@ -140,67 +140,69 @@ class Text(PartedWorkload):
         )
 
 
-def _sources(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
+def _source_spans(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
     """Shares for validation and testing, and the spans that they are of."""
     val, test = data.val_fraction, data.test_fraction
     source = Path(data.source)
     if data.source == "stdlib":
-        yield val, test, _spans(_standard_library())
+        yield val, test, _file_spans(_standard_library())
     elif not source.exists():
         raise DataError(f"{source}: no such file or folder")
     elif source.is_file() and source.suffix not in (".jsonl", ".parquet"):
         size = source.stat().st_size
         first, second = round(size * (1 - val - test)), round(size * (1 - test))
-        yield 0.0, 0.0, _cut(source, 0, first, PART_BYTES)
-        yield 1.0, 0.0, _cut(source, first, second, PART_BYTES)
-        yield 0.0, 1.0, _cut(source, second, size, PART_BYTES)
+        yield 0.0, 0.0, _split_file(source, 0, first, PART_BYTES)
+        yield 1.0, 0.0, _split_file(source, first, second, PART_BYTES)
+        yield 0.0, 1.0, _split_file(source, second, size, PART_BYTES)
     elif source.is_file():
-        yield val, test, _spans([source])
+        yield val, test, _file_spans([source])
     elif not (source / "train").is_dir():
-        yield val, test, _spans(_visible(source))
+        yield val, test, _file_spans(_visible_files(source))
     else:
         own_val = (source / "val").is_dir()
-        yield 0.0 if own_val else val, 0.0, _spans(_visible(source / "train"))
-        yield 1.0, 0.0, _spans(_visible(source / "val"))
-        yield 0.0, 1.0, _spans(_visible(source / "test"))
+        yield 0.0 if own_val else val, 0.0, _file_spans(_visible_files(source / "train"))
+        yield 1.0, 0.0, _file_spans(_visible_files(source / "val"))
+        yield 0.0, 1.0, _file_spans(_visible_files(source / "test"))
 
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = [
-        path for path in root.rglob("*.py") if WITHOUT.isdisjoint(path.parts[len(root.parts) :])
+        path
+        for path in root.rglob("*.py")
+        if EXCLUDED_FOLDERS.isdisjoint(path.parts[len(root.parts) :])
     ]
     return sorted(found)
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible_files(folder: Path) -> list[Path]:
     """The files in a folder and below it, but those that are hidden."""
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return [folder / path for path in sorted(found) if not any(p[0] == "." for p in path.parts)]
 
 
-def _spans(files: Iterable[Path]) -> list[Span]:
+def _file_spans(files: Iterable[Path]) -> list[Span]:
     """Plain files are whole; records are found in pieces of a file."""
     spans = []
     for path in files:
         if path.suffix == ".parquet":
-            with _parquet(path) as file:
+            with _open_parquet(path) as file:
                 for group in range(file.num_row_groups):
                     size = file.metadata.row_group(group).total_byte_size
                     spans.append(Span(str(path), group, group + 1, size))
         else:
             size = path.stat().st_size
             step = PART_BYTES if path.suffix == ".jsonl" else max(1, size)
-            spans += _cut(path, 0, size, step)
+            spans += _split_file(path, 0, size, step)
     return spans
 
 
-def _cut(path: Path, start: int, stop: int, step: int) -> list[Span]:
+def _split_file(path: Path, start: int, stop: int, step: int) -> list[Span]:
     ends = [*range(start, stop, step), stop]
     return [Span(str(path), low, high, high - low) for low, high in itertools.pairwise(ends)]
 
 
-def _packed(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
+def _pack_spans(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
     """Small spans put together, in their order, to some PART_BYTES."""
     pack: list[Span] = []
     size = 0
@@ -218,12 +220,12 @@ def _documents(span: Span, field: str) -> Iterator[bytes]:
     """The texts of a span that are not empty, as UTF-8."""
     path = Path(span.path)
     if path.suffix == ".parquet":
-        found: Iterable[bytes] = _rows(path, span.start, field)
+        found: Iterable[bytes] = _parquet_documents(path, span.start, field)
     elif path.suffix == ".jsonl":
-        found = _records(span, field)
+        found = _json_documents(span, field)
     else:
         text = b"".join(_lines(span))
-        _checked(text, span)
+        _check_utf8(text, span)
         found = [text]
     yield from (document for document in found if document)
 
@@ -238,16 +240,16 @@ def _lines(span: Span) -> Iterator[bytes]:
             yield file.readline()
 
 
-def _checked(text: bytes, span: Span) -> None:
+def _check_utf8(text: bytes, span: Span) -> None:
     """DataError unless it is UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError as error:
-        line = _line_of(span, text[: error.start].count(b"\n"))
+        line = _line_number(span, text[: error.start].count(b"\n"))
         raise DataError(f"{span.path}: line {line}: is not UTF-8 ({error.reason})") from None
 
 
-def _line_of(span: Span, index: int) -> int:
+def _line_number(span: Span, index: int) -> int:
     """The number in its file, from 1, of a span's line."""
     with Path(span.path).open("rb") as file:
         before = file.read(span.start).count(b"\n")
@@ -257,24 +259,24 @@ def _line_of(span: Span, index: int) -> int:
     return before + index + 1
 
 
-def _records(span: Span, field: str) -> Iterator[bytes]:
+def _json_documents(span: Span, field: str) -> Iterator[bytes]:
     for index, line in enumerate(_lines(span)):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            where = f"{span.path}: line {_line_of(span, index)}"
+            where = f"{span.path}: line {_line_number(span, index)}"
             reason = getattr(error, "msg", error)
             raise DataError(f"{where}: is not JSON: {reason}") from None
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            where = f"{span.path}: line {_line_of(span, index)}"
+            where = f"{span.path}: line {_line_number(span, index)}"
             raise DataError(f"{where}: has no text under {field!r} (data.field)")
         yield text.encode(errors="replace")  # JSON can spell halves of characters
 
 
-def _parquet(path: Path) -> pq.ParquetFile:
+def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -282,8 +284,8 @@ def _parquet(path: Path) -> pq.ParquetFile:
         raise DataError(f"{path}: is not readable as Parquet: {reason}") from None
 
 
-def _rows(path: Path, group: int, field: str) -> Iterator[bytes]:
-    with _parquet(path) as file:
+def _parquet_documents(path: Path, group: int, field: str) -> Iterator[bytes]:
+    with _open_parquet(path) as file:
         names = file.schema_arrow.names
         if field not in names:
             raise DataError(f"{path}: no column {field!r} (data.field; has: {', '.join(names)})")
@@ -299,17 +301,17 @@ def _rows(path: Path, group: int, field: str) -> Iterator[bytes]:
         yield text.encode()
 
 
-Encoded = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
+EncodedText = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
 """Tokens [N], and the bytes of text that each is."""
 
 
-def _bytes(documents: Sequence[bytes]) -> Encoded:
+def _encode_bytes(documents: Sequence[bytes]) -> EncodedText:
     """Each byte is a token; byte 0, which text does not have, ends a document."""
     tokens_N = np.frombuffer(b"".join(document + b"\0" for document in documents), np.uint8)
     return tokens_N, np.ones(len(tokens_N), np.int64)
 
 
-def _merged(texts: Iterator[str], vocabulary: int) -> bytes:
+def _train_tokenizer(texts: Iterator[str], vocabulary: int) -> bytes:
     """A tokenizer of byte pairs, as a file of the `tokenizers` library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -327,7 +329,7 @@ def _merged(texts: Iterator[str], vocabulary: int) -> bytes:
     return content.encode()
 
 
-def _pairs(documents: Sequence[bytes], tokenizer: bytes) -> Encoded:
+def _encode_byte_pairs(documents: Sequence[bytes], tokenizer: bytes) -> EncodedText:
     """Tokens by byte pairs. A token's name has one character for each of its bytes."""
     from tokenizers import Tokenizer
 

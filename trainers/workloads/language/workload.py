@@ -160,7 +160,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.head_width = width // heads
-        self.query, self.key, self.value = (_linear(width, width) for _ in range(3))
+        self.query, self.key, self.value = (_scaled_linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)
 
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         def split(y_BTC: Tensor) -> Tensor:  # of tensor parallelism, a worker has some heads
             return y_BTC.view(*y_BTC.shape[:2], -1, self.head_width).transpose(1, 2)
 
-        query_BHTD, key_BHTD = _rotated(split(self.query(x_BTC)), split(self.key(x_BTC)))
+        query_BHTD, key_BHTD = _apply_rotary(split(self.query(x_BTC)), split(self.key(x_BTC)))
         value_BHTD = split(self.value(x_BTC))
         y_BHTD = F.scaled_dot_product_attention(query_BHTD, key_BHTD, value_BHTD, is_causal=True)
         y_BTC: Tensor = self.out(y_BHTD.transpose(1, 2).flatten(2))
@@ -181,7 +181,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden = 32 * math.ceil(8 * width / 3 / 32)
-        self.gate, self.up = _linear(width, hidden), _linear(width, hidden)
+        self.gate, self.up = _scaled_linear(width, hidden), _scaled_linear(width, hidden)
         self.down = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.down.weight)
 
@@ -190,14 +190,14 @@ class SwiGLU(nn.Module):
         return y_BTC
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def _scaled_linear(inputs: int, outputs: int) -> nn.Linear:
     """What keeps the size of what comes in."""
     linear = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(linear.weight, std=inputs**-0.5)
     return linear
 
 
-def _rotated(*each_BHTD: Tensor) -> Iterator[Tensor]:
+def _apply_rotary(*each_BHTD: Tensor) -> Iterator[Tensor]:
     """Pairs of channels, a half apart, turned by the token's place, from 1 to 1e-4 radians each."""
     length, width = each_BHTD[0].shape[-2:]
     device = each_BHTD[0].device

@@ -62,7 +62,7 @@ class Markets(OrderBooks):
         if not self.model.mirror:
             return batch
         turn_B = random.uniform() < 0.5
-        mirrored = {"book": mirrored_book(batch["book"]), "up": 1 - batch["up"]}
+        mirrored = {"book": mirror_book(batch["book"]), "up": 1 - batch["up"]}
         if "exact" in batch:
             mirrored["exact"] = 1 - batch["exact"]
         return {
@@ -84,8 +84,8 @@ class Markets(OrderBooks):
         found = {"accuracy": ((output > 0) == (batch["up"] > 0)).float()}
         if "exact" in batch:
             exact_B = batch["exact"].to(output.dtype)
-            found["kl"] = _divergence(exact_B, output)
-            found["kl_of_half"] = _divergence(exact_B, torch.zeros_like(output))
+            found["kl"] = _kl_divergence(exact_B, output)
+            found["kl_of_half"] = _kl_divergence(exact_B, torch.zeros_like(output))
         return found
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
@@ -98,14 +98,14 @@ class Markets(OrderBooks):
         return torch.zeros(1, self.data.window, 4 * LEVELS)
 
 
-def mirrored_book(book_BTF: Tensor) -> Tensor:
+def mirror_book(book_BTF: Tensor) -> Tensor:
     """The book with bids and asks exchanged, and prices turned around the mid-price."""
     sides_BTLSX = book_BTF.reshape(*book_BTF.shape[:2], LEVELS, 2, 2).flip(3)
     sign_X = torch.tensor([-1.0, 1.0], dtype=book_BTF.dtype, device=book_BTF.device)
     return (sides_BTLSX * sign_X).flatten(2)
 
 
-def _divergence(exact_B: Tensor, logit_B: Tensor) -> Tensor:
+def _kl_divergence(exact_B: Tensor, logit_B: Tensor) -> Tensor:
     """Kullback-Leibler divergence of a prediction from the exact probability, in nats."""
     entropy_B = -(torch.xlogy(exact_B, exact_B) + torch.xlogy(1 - exact_B, 1 - exact_B))
     cross_B = F.binary_cross_entropy_with_logits(logit_B, exact_B, reduction="none")
@@ -123,13 +123,13 @@ class Network(nn.Module):
                 layer
                 for index, size in enumerate(each)
                 for layer in (
-                    *_conv(1 if index == 0 else channels, channels, size, stride=size),
-                    *_conv(channels, channels, (3, 1), padding=(1, 0)),
+                    *_conv_layers(1 if index == 0 else channels, channels, size, stride=size),
+                    *_conv_layers(channels, channels, (3, 1), padding=(1, 0)),
                 )
             )
         )
         self.times = nn.ModuleList(
-            nn.Sequential(*_conv(channels, channels, (size, 1), padding=(size // 2, 0)))
+            nn.Sequential(*_conv_layers(channels, channels, (size, 1), padding=(size // 2, 0)))
             for size in (1, 3, 5)
         )
         self.hidden = nn.Linear(3 * channels * window, 2 * channels)
@@ -143,7 +143,9 @@ class Network(nn.Module):
         return logit_B.to(self.last.weight.dtype)
 
 
-def _conv(inputs: int, outputs: int, size: tuple[int, int], **more: Any) -> Iterator[nn.Module]:
+def _conv_layers(
+    inputs: int, outputs: int, size: tuple[int, int], **more: Any
+) -> Iterator[nn.Module]:
     yield nn.Conv2d(inputs, outputs, size, bias=False, **more)
     yield nn.GroupNorm(4, outputs)
     yield nn.LeakyReLU(0.01)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from cluster.base.errors import DataError
 from trainers.data.dataset import table
-from trainers.workload import Splits, Workload, source_or
+from trainers.workload import SplitFractions, Workload, shipped_or_path
 
 # Suffixes: N images of the set, C channels, H x W pixels.
 
@@ -31,10 +31,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Images(Workload):
     """What has images of one size and their labels for its data."""
 
-    class Data(Splits):
+    class Data(SplitFractions):
         """Where the images come from, and what they are turned into."""
 
-        source: Annotated[str, source_or("digits")] = "digits"
+        source: Annotated[str, shipped_or_path("digits")] = "digits"
         """digits; or a folder of class folders, a Parquet file, or a folder of Parquet files
         with the columns image (encoded) and label. A relative path is kept as absolute."""
         size: Annotated[int, Field(ge=2, le=4096)] = 8
@@ -51,11 +51,11 @@ class Images(Workload):
     data: Data
 
     def dataset(self) -> dict[str, pa.Table]:
-        found = {split: _decode(samples, self.data) for split, samples in _find(self.data)}
+        found = {split: _decode(samples, self.data) for split, samples in _find_samples(self.data)}
         if "all" in found:
-            found = _cut(found["all"], self.data.val_fraction, self.data.test_fraction)
+            found = _split_by_class(found["all"], self.data.val_fraction, self.data.test_fraction)
         elif "val" not in found:
-            found |= _cut(found["train"], self.data.val_fraction, 0.0)
+            found |= _split_by_class(found["train"], self.data.val_fraction, 0.0)
         return {split: rows.drop_columns("key") for split, rows in found.items()}
 
 
@@ -67,29 +67,29 @@ class _Sample(NamedTuple):
     label: int
 
 
-def _find(data: Images.Data) -> Iterator[tuple[str, list[_Sample]]]:
+def _find_samples(data: Images.Data) -> Iterator[tuple[str, list[_Sample]]]:
     """The source's splits; one that comes unsplit is called `all`."""
     source = Path(data.source)
     if data.source == "digits":
-        yield "all", _digits(data)
+        yield "all", _digits_samples(data)
     elif not source.exists():
         raise DataError(f"{source}: no such file or folder")
     elif source.is_file():
-        yield "all", _parquet(source, data)
+        yield "all", _parquet_samples(source, data)
     elif files := sorted(source.glob("[!.]*.parquet")):
-        yield "all", [sample for file in files for sample in _parquet(file, data)]
+        yield "all", [sample for file in files for sample in _parquet_samples(file, data)]
     elif not (source / "train").is_dir() or not _folders(source / "train"):
-        yield "all", _class_folders(source, data)
+        yield "all", _folder_samples(source, data)
     else:
         for split, folder in _folders(source).items():
             if split not in ("train", "val", "test"):
                 raise DataError(f"{folder}: only val and test may stand beside train")
             if _folders(folder).keys() != _folders(source / "train").keys():
                 raise DataError(f"{folder}: its class folders are not those of train")
-            yield split, _class_folders(folder, data)
+            yield split, _folder_samples(folder, data)
 
 
-def _digits(data: Images.Data) -> list[_Sample]:
+def _digits_samples(data: Images.Data) -> list[_Sample]:
     from sklearn.datasets import load_digits
 
     if data.classes != 10:
@@ -108,7 +108,7 @@ def _folders(path: Path) -> dict[str, Path]:
     return {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."}
 
 
-def _class_folders(path: Path, data: Images.Data) -> list[_Sample]:
+def _folder_samples(path: Path, data: Images.Data) -> list[_Sample]:
     """The images of one sub-folder per class. Files of other kinds and hidden ones are not seen."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     folders = _folders(path)
@@ -127,7 +127,7 @@ def _class_folders(path: Path, data: Images.Data) -> list[_Sample]:
     return samples
 
 
-def _parquet(path: Path, data: Images.Data) -> list[_Sample]:
+def _parquet_samples(path: Path, data: Images.Data) -> list[_Sample]:
     """The rows of a file whose images are encoded bytes, or a struct that holds them as `bytes`."""
     try:
         rows = pq.read_table(path)
@@ -183,7 +183,7 @@ def _decode(samples: list[_Sample], data: Images.Data) -> pa.Table:
     return rows.sort_by([("key", "ascending"), ("label", "ascending")])
 
 
-def _cut(rows: pa.Table, val: float, test: float) -> dict[str, pa.Table]:
+def _split_by_class(rows: pa.Table, val: float, test: float) -> dict[str, pa.Table]:
     """Shares of each class in the order of the keys; copies of an image count as one."""
     key_N, label_N = rows["key"].to_numpy(), rows["label"].to_numpy()
     place_N = np.empty(len(rows))

@@ -90,7 +90,7 @@ class Vision(Images):
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
         if self.model.augment == 0:
             return batch
-        return {**batch, "image": _moved(batch["image"], self.model.augment, random)}
+        return {**batch, "image": _random_affine(batch["image"], self.model.augment, random)}
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Unnormalised log-probabilities [B, K]."""
@@ -124,13 +124,15 @@ class ResNet(nn.Module):
     def __init__(self, channels: int, classes: int, spec: Vision.Model) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, spec.width, 3, padding=1, bias=False)
-        self.norm = _norm(spec.width)
+        self.norm = _group_norm(spec.width)
         self.blocks = nn.Sequential()
         inputs = spec.width
         for stage, count in enumerate(spec.blocks):
             width = spec.width * 2**stage
             for block in range(count):
-                self.blocks.append(Block(inputs, width, stride=2 if stage and not block else 1))
+                self.blocks.append(
+                    ResidualBlock(inputs, width, stride=2 if stage and not block else 1)
+                )
                 inputs = width
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(inputs, classes)
@@ -145,19 +147,21 @@ class ResNet(nn.Module):
         return logits_BK.to(self.stem.weight.dtype)  # autocast stops here: the loss is exact
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions and what they are added to; the identity at first, where shapes allow."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
-        self.norm1 = _norm(width)
+        self.norm1 = _group_norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = _norm(width)
+        self.norm2 = _group_norm(width)
         nn.init.zeros_(self.norm2.weight)
         self.skip: nn.Module = nn.Identity()
         if stride > 1 or inputs != width:
-            self.skip = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), _norm(width))
+            self.skip = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, stride, bias=False), _group_norm(width)
+            )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
@@ -172,7 +176,7 @@ class ViT(nn.Module):
         self.embed = nn.Conv2d(data.channels, spec.width, spec.patch, stride=spec.patch)
         patches = (data.size // spec.patch) ** 2
         self.place = nn.Parameter(0.02 * torch.randn(patches, spec.width))
-        self.blocks = nn.Sequential(*(Layer(spec) for _ in range(sum(spec.blocks))))
+        self.blocks = nn.Sequential(*(TransformerLayer(spec) for _ in range(sum(spec.blocks))))
         self.norm = nn.LayerNorm(spec.width)
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = nn.Linear(spec.width, data.classes)
@@ -186,7 +190,7 @@ class ViT(nn.Module):
         return logits_BK.to(self.place.dtype)  # autocast stops here: the loss is exact
 
 
-class Layer(nn.Module):
+class TransformerLayer(nn.Module):
     """Attention among the patches, then two linear layers; each is added to what comes in."""
 
     def __init__(self, spec: Vision.Model) -> None:
@@ -205,13 +209,13 @@ class Layer(nn.Module):
         return x_BPC + y_BPC
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _group_norm(channels: int) -> nn.GroupNorm:
     """Up to 8 groups of at least 4 channels: a group of one, at one pixel, would be constant."""
     groups = max(g for g in (1, 2, 4, 8) if channels % g == 0 and channels >= 4 * g)
     return nn.GroupNorm(groups, channels)
 
 
-def _moved(image_BCHW: Tensor, strength: float, random: SampleRandom) -> Tensor:
+def _random_affine(image_BCHW: Tensor, strength: float, random: SampleRandom) -> Tensor:
     """Images turned, scaled and shifted at random, as floating point; black comes in at the rim.
 
     The grid, -1 to 1 over the image, is made without `affine_grid`: its matrix product may be
