@@ -9,6 +9,7 @@ to read.
 import csv
 import datetime
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -116,6 +117,15 @@ def find_instance(provider: str, name: str, region: str | None = None) -> Instan
     """
     found = [each for each in instances() if (each.provider, each.name) == (provider, name)]
     return next((each for each in found if each.region == region), found[0] if found else None)
+
+
+def is_in_region(zone: str, region: str) -> bool:
+    """Whether a provider's `zone` is `region` itself or a part of it.
+
+    Zones are us-east-1a (AWS), us-east4-c (GCP) and US-KS-2 (RunPod). A prefix is not enough:
+    Azure has eastus and eastus2, and GCP europe-west1 and europe-west12.
+    """
+    return re.fullmatch(re.escape(region) + r"([a-z]|-.+)?", zone) is not None
 
 
 def _read_instance(row: dict[str, str], where: str) -> Instance:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from cluster.cost.catalog import Instance
+from cluster.cost.catalog import Instance, is_in_region
 
 TIMEOUT_S = 20.0
 GPUHUNT_NAMES = {"lambda": "lambdalabs"}
@@ -47,11 +47,11 @@ def _with_live_price(
     source: str,
     day: datetime.date,
 ) -> Instance:
-    """Prices are by region, or by zone, whose name begins with the region's."""
+    """The instance at the prices of its region, which providers list by region or by zone."""
 
     def prices(spot: bool) -> list[float]:
-        found = offers.get((instance.provider, instance.name, spot), {})
-        return sorted(usd for place, usd in found.items() if place.startswith(instance.region))
+        by_zone = offers.get((instance.provider, instance.name, spot), {})
+        return sorted(usd for zone, usd in by_zone.items() if is_in_region(zone, instance.region))
 
     demand, spot = prices(False), prices(True)
     if not demand:

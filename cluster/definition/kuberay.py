@@ -13,9 +13,10 @@ from cluster.definition.spec import ClusterSpec, Kuberay, Mlflow, NodeType, Pod,
 RESTART_POLICY = {"restartPolicy": "Never"}
 _HEADING = """{what} on Kubernetes with the KubeRay operator 1.7: `kubectl apply -f FILE`.
 Rendered by `heliostat cluster render --provider kuberay{option}` from
-cluster/definition/launch/heliostat.yaml. Lines marked EDIT are yours to change, here or there. All of Ray asks
-for a token, which KubeRay keeps in a secret. Nothing is open to the outside: the way in is
-`kubectl port-forward`."""
+cluster/definition/launch/heliostat.yaml. Change the lines marked EDIT, here or there.
+
+Every part of Ray asks for a token, which KubeRay keeps in a secret. No port is open to the outside:
+use `kubectl port-forward`."""
 
 
 def render_kuberay(spec: ClusterSpec, job: bool) -> str:

@@ -33,12 +33,13 @@ _RSYNC_EXCLUDED = [
 ]
 
 _HEADING = """{what}, for `heliostat up FILE` or Ray's own `ray up FILE`.
-Rendered by `heliostat cluster render --provider {provider}` from cluster/definition/launch/heliostat.yaml.
-Lines marked EDIT are yours to change, here or there; then ask `heliostat cluster check FILE`.
+Rendered by `heliostat cluster render --provider {provider}` from
+cluster/definition/launch/heliostat.yaml. Change the lines marked EDIT, here or there, and then run
+`heliostat cluster check FILE`.
 
-All of Ray asks for the token of ~/.ray/auth_token, which `heliostat up` makes. The dashboard is
-on the head's loopback and MLflow on its private address: `heliostat ui --cluster FILE` opens
-tunnels to both."""
+Every part of Ray asks for the token in ~/.ray/auth_token, which `heliostat up` creates. The
+dashboard listens on the head's loopback and MLflow on the head's private address:
+`heliostat ui --cluster FILE` opens tunnels to both."""
 
 
 def render(spec: ClusterSpec, provider: Provider, job: bool = False) -> str:
@@ -57,12 +58,12 @@ def render(spec: ClusterSpec, provider: Provider, job: bool = False) -> str:
         "local": "A cluster of hosts that you reach by SSH",
     }[provider]
     return dump_commented(
-        launcher_config(spec, provider), _HEADING.format(what=what, provider=provider)
+        commented_config(spec, provider), _HEADING.format(what=what, provider=provider)
     )
 
 
-def launcher_config(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
-    """What the file for Ray's launcher says; `cluster.definition.commented_yaml.plain_data` makes plain data of it."""
+def commented_config(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
+    """The content of the file for Ray's launcher, with its comments; `plain_data` removes those."""
     sections = {
         "aws": _aws_sections,
         "gcp": _gcp_sections,

@@ -16,6 +16,9 @@ from cluster.definition.spec import ClusterSpec, Provider
 REMOTE_PROJECT = "~/heliostat"
 """Where this checkout is on the hosts."""
 TOKEN_FILE = "~/.ray/auth_token"
+SSH_INGRESS_PROGRAM = "cluster.lifecycle.aws_ssh_ingress"
+_ONE_AT_A_TIME = ("cluster.jobs.job_supervisor", "cluster.node.host_reprovisioner")
+"""Programs of which the first one goes on, and a second one ends at once."""
 CLUSTER_ENV_VAR = "HELIOSTAT_CLUSTER"
 """In the environment of all that these lines start: the cluster's name, for `down` to find it."""
 HOST_FOLDER = "~/.heliostat"
@@ -103,7 +106,7 @@ def head_setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellComm
     if provider != "aws" or spec.aws is None:
         return []
     group = f"--group {spec.name} --region {spec.aws.region}"
-    return [ShellCommand([f"{spec.venv}/bin/python -m cluster.lifecycle.aws_ssh_ingress {group}"])]
+    return [ShellCommand([f"{spec.venv}/bin/python -m {SSH_INGRESS_PROGRAM} {group}"])]
 
 
 def head_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
@@ -279,7 +282,8 @@ def _mlflow_server(spec: ClusterSpec, address: str) -> ShellCommand:
         application = " --app-name basic-auth"
         lines += [
             f"printf '{_AUTH_SETTINGS}' > auth.ini",
-            f"export MLFLOW_AUTH_CONFIG_PATH=auth.ini MLFLOW_AUTH_ADMIN_PASSWORD={_password_expression()}",
+            "export MLFLOW_AUTH_CONFIG_PATH=auth.ini "
+            f"MLFLOW_AUTH_ADMIN_PASSWORD={_password_expression()}",
             "export MLFLOW_FLASK_SERVER_SECRET_KEY=$MLFLOW_AUTH_ADMIN_PASSWORD",
         ]
     lines += [
@@ -298,37 +302,37 @@ def _pip(spec: ClusterSpec) -> str:
 
 
 def _host_programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[ShellCommand]:
-    """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
+    """Our programs beside Ray. A new one ends an older one of its kind, but for _ONE_AT_A_TIME."""
     programs = _head_programs(spec, provider) if head else {}
     if provider != "local":
-        programs["node.preemption_agent"] = provider  # hears the cloud's notices
-    said = []
-    for program, argument in programs.items():
-        name = program.rpartition(".")[2]
-        alone = name in ("host_reprovisioner", "job_supervisor")
-        lock = f"flock -n {HOST_FOLDER}/{name}.lock " if alone else ""
-        said.append(
+        programs["cluster.node.preemption_agent"] = provider  # reads the cloud's notices
+    commands = []
+    for module, argument in programs.items():
+        name = module.rpartition(".")[2]
+        lock = f"flock -n {HOST_FOLDER}/{name}.lock " if module in _ONE_AT_A_TIME else ""
+        commands.append(
             ShellCommand(
                 [
-                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_cluster_assignment(spec)};",
-                    f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
+                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token "
+                    f"{_cluster_assignment(spec)};",
+                    f"setsid nohup {lock}python -m {module} {argument}".rstrip(),
                     f">>{HOST_FOLDER}/{name}.log 2>&1 </dev/null &",
                 ]
             )
         )
-    return said
+    return commands
 
 
 def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
-    """Modules of ours with their argument."""
-    programs = {"jobs.job_supervisor": ""}  # starts jobs again whose driver was lost
-    spot = any(kind.spot for kind in spec.workers.values())
+    """Module -> argument of our programs on the head."""
+    programs = {"cluster.jobs.job_supervisor": ""}  # starts jobs again whose driver was lost
+    spot = any(node_type.spot for node_type in spec.workers.values())
     if provider == "local":
-        programs["node.host_reprovisioner"] = ""  # sets up hosts that come back as empty machines
+        # Sets up hosts that come back as empty machines.
+        programs["cluster.node.host_reprovisioner"] = ""
     elif spot and spec.fallback_after_s is not None:
-        programs["node.spot_fallback"] = (
-            f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
-        )
+        # Lets on-demand nodes take over where spot nodes are unavailable.
+        programs["cluster.node.spot_fallback"] = f"{spec.fallback_after_s:g}"
     if spec.metrics:
-        programs["node.prometheus_server"] = ""  # starts Prometheus and Grafana
+        programs["cluster.node.prometheus_server"] = ""  # starts Prometheus and Grafana
     return programs

@@ -16,6 +16,7 @@ from cluster.cost.catalog import (
     find_accelerator,
     find_instance,
     instances,
+    is_in_region,
     ray_resource,
 )
 
@@ -176,3 +177,25 @@ def test_a_wrong_price_is_named_by_file_and_row(
     with pytest.raises(SpecError) as caught:
         instances(path)
     assert str(caught.value) == f"{path}:5: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("zone", "region"),
+    [
+        ("us-east-1", "us-east-1"),
+        ("us-east-1a", "us-east-1"),
+        ("us-west-2-lax-1a", "us-west-2"),
+        ("us-east4-c", "us-east4"),
+        ("US-KS-2", "US"),
+    ],
+)
+def test_a_zone_is_in_its_region(zone: str, region: str) -> None:
+    assert is_in_region(zone, region)
+
+
+@pytest.mark.parametrize(
+    ("zone", "region"),
+    [("eastus2", "eastus"), ("europe-west12-b", "europe-west1"), ("us-east-1", "us-east-1a")],
+)
+def test_a_region_whose_name_begins_with_anothers_is_not_in_it(zone: str, region: str) -> None:
+    assert not is_in_region(zone, region)

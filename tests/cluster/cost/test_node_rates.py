@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
+from cluster.cost import live_prices
 from cluster.cost.carbon import carbon_intensity
 from cluster.cost.catalog import find_instance, instances
 from cluster.cost.live_prices import with_live_prices
@@ -155,6 +156,20 @@ def test_todays_prices_by_gpuhunt(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again == instances()
     assert problem is not None
     assert problem.startswith("gpuhunt: ")
+
+
+def test_todays_price_is_of_the_same_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of Azure's eastus2 begins with that of eastus, which is another region."""
+    gpuhunt_prices = {
+        ("azure", "Standard_NC4as_T4_v3", False): {"eastus": 0.6, "eastus2": 0.1},
+        ("azure", "Standard_NC4as_T4_v3", True): {"eastus": 0.3, "eastus2": 0.05},
+    }
+    monkeypatch.setattr(live_prices, "_fetch_offers", lambda providers: gpuhunt_prices)
+    monkeypatch.setattr(live_prices.importlib.metadata, "version", lambda name: "1.0")
+    known = [each for each in instances() if each.key == "azure/eastus/Standard_NC4as_T4_v3"]
+    (live,), problem = with_live_prices(known, ("azure",), TODAY)
+    assert problem is None
+    assert (live.usd_per_h, live.spot_usd_per_h, live.spot_min_usd_per_h) == (0.6, 0.3, 0.3)
 
 
 def test_without_gpuhunt_the_snapshot_counts(monkeypatch: pytest.MonkeyPatch) -> None:

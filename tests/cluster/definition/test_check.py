@@ -102,6 +102,11 @@ MISTAKES: list[tuple[str, Any, str]] = [
         f"{GPU}.labels.heliostat.io/region: us-east-1, but us-west-2 is asked for",
     ),
     ("provider.region", "us-west-2", "provider.availability_zone: us-east-1a is not in us-west-2"),
+    (
+        "provider.availability_zone",
+        "us-east-12a",
+        "provider.availability_zone: us-east-12a is not in us-east-1",
+    ),
     ("provider.region", "us-easy-1", "provider.region: AWS has no region 'us-easy-1'"),
     (
         f"{GPU}.node_config.BlockDeviceMappings.0.Ebs.VolumeSize",
@@ -117,6 +122,11 @@ MISTAKES: list[tuple[str, Any, str]] = [
         "setup_commands.0",
         "pip install 'ray[default]==2.40.0'",
         "setup_commands.0: ray 2.40.0 there, but ",
+    ),
+    (
+        "head_setup_commands.0",
+        "python -m cluster.doors --group ours",
+        "head_setup_commands.0: there is no module cluster.doors (any more); render the file again",
     ),
     ("setup_commands.0", "pip install -c ~/pins.txt ray", "setup_commands.0: ~/pins.txt is not am"),
     (

@@ -15,7 +15,7 @@ from cluster.base.config import Spec, read_yaml, validate
 from cluster.base.errors import SpecError
 from cluster.base.labels import FALLBACK_FOR
 from cluster.definition.commented_yaml import plain_data
-from cluster.definition.launcher_file import launcher_config, render
+from cluster.definition.launcher_file import commented_config, render
 from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, Provider, read_cluster_spec
 
 HOME = Path(__file__).parents[3]
@@ -209,18 +209,18 @@ def with_field(data: Mapping[str, Any], place: str, value: Any) -> dict[str, Any
 def test_a_key_of_ones_own_needs_its_name_on_aws() -> None:
     data = with_field(read_yaml(SHIPPED_SPEC), "ssh.key", "~/.ssh/mine")
     config = plain_data(
-        launcher_config(validate(ClusterSpec, with_field(data, "aws.key_name", "mine")), "aws")
+        commented_config(validate(ClusterSpec, with_field(data, "aws.key_name", "mine")), "aws")
     )
     assert config["auth"]["ssh_private_key"] == "~/.ssh/mine"
     kinds = config["available_node_types"].values()
     assert all(kind["node_config"]["KeyName"] == "mine" for kind in kinds)
     del data["aws"]
-    azure = plain_data(launcher_config(validate(ClusterSpec, data), "azure"))
+    azure = plain_data(commented_config(validate(ClusterSpec, data), "azure"))
     assert azure["auth"]["ssh_public_key"] == "~/.ssh/mine.pub"
 
 
 def test_on_demand_stands_beside_spot_and_waits() -> None:
-    kinds = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "aws"))[
+    kinds = plain_data(commented_config(read_cluster_spec(SHIPPED_SPEC), "aws"))[
         "available_node_types"
     ]
     spot, twin = kinds["gpu"], kinds["gpu-on-demand"]
@@ -240,7 +240,7 @@ def test_gcps_machines_are_what_its_api_takes() -> None:
 
     folder = Path(discovery_cache.__file__).parent / "documents" / "compute.v1.json"
     schemas = json.loads(folder.read_text())["schemas"]
-    config = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "gcp"))
+    config = plain_data(commented_config(read_cluster_spec(SHIPPED_SPEC), "gcp"))
     for kind in config["available_node_types"].values():
         assert list(unknown(kind["node_config"], schemas["Instance"], schemas)) == []
     assert list(unknown({"scheduling": [{}]}, schemas["Instance"], schemas)) == [": not a mapping"]
@@ -269,7 +269,7 @@ def unknown(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
 def test_azures_machines_are_what_rays_template_takes() -> None:
     folder = Path(ray.autoscaler.__file__).parent / "_private" / "_azure"
     parameters = json.loads((folder / "azure-vm-template.json").read_text())["parameters"]
-    config = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "azure"))
+    config = plain_data(commented_config(read_cluster_spec(SHIPPED_SPEC), "azure"))
     for kind in config["available_node_types"].values():
         asked = kind["node_config"]["azure_arm_parameters"]
         assert asked.keys() <= parameters.keys()
