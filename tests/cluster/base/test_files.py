@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,14 @@ def test_the_cache_folder_is_this_users_alone() -> None:
     status = folder.stat()
     assert status.st_uid == os.getuid()
     assert status.st_mode & 0o077 == 0
+
+
+def test_threads_may_write_the_same_file_at_the_same_time(tmp_path: Path) -> None:
+    """With one temporary file for a process, one thread's rename took that of another away."""
+    path = tmp_path / "state"
+    texts = [letter * 100_000 for letter in "abcd"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for _ in range(20):
+            list(pool.map(lambda text: write_atomic(path, text), texts))
+            assert path.read_text() in texts
+    assert list(tmp_path.iterdir()) == [path]
