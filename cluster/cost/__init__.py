@@ -1,4 +1,4 @@
-"""What machines cost, how much energy they draw and CO2 they emit, and budgets that limit all three.
+"""What machines cost, draw and emit, from price list to ledger, and budgets that limit it.
 
 May import: `cluster.base`; no Ray.
 Begin with `node_rates.py`, the price of a node. Then `billing.py` (who pays for which part of a

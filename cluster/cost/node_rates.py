@@ -1,9 +1,10 @@
-"""What an hour of a node costs, and what a kWh there emits, each with where that is from.
+"""A node's price per hour and the carbon intensity of its electricity, each with its source.
 
-What counts, the first that is known: the spec's own `cost` section, the label
-`heliostat.io/usd-per-hour` of the node (unless it repeats the snapshot), the user's price file
-by the node's host name, and by the labels that say which instance the node is: the user's price
-for it, today's, the snapshot's.
+The first known price counts:
+1. `cost.usd_per_h` in the spec;
+2. the node's label `heliostat.io/usd-per-hour`, unless it repeats the snapshot;
+3. the user's price file, by the node's host name;
+4. by the labels that name the node's instance: the user's price, today's, or the snapshot's.
 """
 
 import datetime
@@ -21,44 +22,44 @@ from cluster.cost.catalog import Instance, instances
 from cluster.cost.user_prices import OwnedMachine, UserPrices, apply_user_prices
 
 RAY_MARKET, RAY_REGION = "ray.io/market-type", "ray.io/availability-region"
-"""Ray's own labels, where a provider sets them; ours count first."""
+"""Labels that Ray sets on some providers; ours take precedence."""
 
 
 class CostSpec(Spec):
-    """What a node costs and emits where the catalogue cannot know, or is wrong."""
+    """A node's price and emissions where the catalogue has none or wrong ones."""
 
     usd_per_h: Annotated[float, Field(ge=0)] | None = None
-    """US dollars that each node costs an hour; by the price list when not given."""
+    """US dollars per hour and node; from the price list when not given."""
     g_co2e_per_kwh: Annotated[float, Field(ge=0)] | None = None
-    """Grams of CO2 equivalent per kWh of its electricity; by its region when not given."""
+    """Grams of CO2 equivalent per kWh of electricity; from the node's region when not given."""
     pue: Annotated[float, Field(ge=1)] | None = None
-    """Energy of the whole building over that of its machines; as the provider publishes it when
-    not given, and 1 where nothing is published."""
+    """Power usage effectiveness: energy of the building over that of its machines. When not given,
+    the figure that the provider publishes, or 1."""
 
 
 @dataclass(frozen=True)
 class NodeRate:
-    """What a node costs and emits."""
+    """A node's price, and the emissions of its electricity."""
 
     usd_per_h: float | None
     """None when unknown."""
     price_source: str
-    """Where that is from, for people; or why it is unknown."""
+    """The price and its source as text, or why it is unknown."""
     g_co2e_per_kwh: float | None
-    """Of electricity at the building's meter; None when unknown."""
+    """Of electricity at the building's meter, before `pue`; None when unknown."""
     carbon_source: str
-    """Where that is from, and the PUE."""
+    """The carbon intensity, the PUE and their sources as text."""
     pue: float
 
     def kg_co2e(self, energy_j: float) -> float | None:
-        """Of so much energy of the machine's."""
+        """Emissions for `energy_j` joules used by the machine, with PUE."""
         if self.g_co2e_per_kwh is None:
             return None
         return energy_j / 3.6e6 * self.pue * self.g_co2e_per_kwh / 1000
 
 
 def age_text(date: datetime.date | None, today: datetime.date) -> str:
-    """How old a price is, for people."""
+    """The age of a price as text."""
     if date is None:
         return "of unknown age"
     days = (today - date).days
@@ -84,10 +85,10 @@ def node_rate(
     known: Iterable[Instance] | None = None,
     today: datetime.date | None = None,
 ) -> NodeRate:
-    """The rate of the node `host` with these Ray labels; no `host` for one that is not there.
+    """The rate of the node `host` with these Ray labels. `host` is "" for a node not started yet.
 
-    `known` are the machines at today's prices, the snapshot when None. Raises SpecError where
-    a label is no number.
+    `known` are the instances at today's prices; None means the snapshot. Raises SpecError if the
+    price label is not a number.
     """
     today = today or datetime.date.today()
     machine = user_prices.find_machine(host) if host else None
@@ -133,7 +134,7 @@ def _price(
 
 
 def _provider_of(labels: Mapping[str, str]) -> str:
-    """Who rents the node out: as labelled, else who has such instances."""
+    """The node's provider: from its label, otherwise from its instance."""
     here = _instance_from_labels(labels, instances())
     return labels.get(PROVIDER, here.provider if here else "")
 
@@ -143,7 +144,7 @@ def _region_of(labels: Mapping[str, str]) -> str:
 
 
 def _instance_from_labels(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
-    """The instance that the labels name, in their region if the list has it there."""
+    """The instance that the labels name, in the labels' region if the list has it there."""
     name, provider = labels.get(INSTANCE), labels.get(PROVIDER)
     same = [each for each in known if each.name == name and provider in (None, each.provider)]
     here = [each for each in same if each.region == _region_of(labels)]

@@ -194,9 +194,9 @@ def test_a_budget_that_cannot_be_kept_is_refused() -> None:
         check_budget(BudgetSpec(usd=5), nothing, {"laptop": laptop})
     assert str(caught.value) == (
         "budget.usd: price of laptop unknown: no label, no row in your price file; "
-        "say cost.usd_per_h"
+        "set cost.usd_per_h"
     )
-    with pytest.raises(SpecError, match=r"budget.kg_co2e: .* say cost.g_co2e_per_kwh"):
+    with pytest.raises(SpecError, match=r"budget.kg_co2e: .* set cost.g_co2e_per_kwh"):
         check_budget(BudgetSpec(kg_co2e=5), nothing, {"laptop": laptop})
     check_budget(BudgetSpec(kwh=5, wall=5), nothing, {"laptop": laptop})
 
@@ -228,7 +228,7 @@ def test_wall_in_the_users_units(text: object, seconds: float) -> None:
     ("budget", "problem"),
     [
         ({"usd": -5}, "budget.usd: must be greater than 0 (got -5)"),
-        ({"wall": "soon"}, "budget.wall: must be seconds, or as in 90m, 1h30m, 2d (got 'soon')"),
+        ({"wall": "soon"}, "budget.wall: must be seconds, or text such as 90m, 1h30m or 2d (got 'soon')"),
         ({"eur": 5}, "budget.eur: unknown key (known: usd, kwh, kg_co2e, wall)"),
     ],
 )

@@ -43,9 +43,9 @@ def test_all_conditions_hold_for_what_is_left(text: str) -> None:
         ("aws", "must look like provider=aws"),
         ("providor=aws", "did you mean 'provider'?"),
         ("usd=cheap", "usd is a number (got 'cheap')"),
-        ("provider<aws", "provider is a word"),
+        ("provider<aws", "provider is text"),
         ("provider=awz", "provider: aws, azure, gcp, lambda, nebius, runpod"),
-        ("provider=lambda accelerator=T4", "no machine with provider=lambda has that; acc"),
+        ("provider=lambda accelerator=T4", "no machine with provider=lambda matches; acc"),
         ("usd<0.001", "usd: 0."),
     ],
 )
