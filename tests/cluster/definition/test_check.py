@@ -224,7 +224,7 @@ def test_the_price_at_rest_and_at_most_with_date_and_source(
     config["max_workers"] = 2
     assert "$1.54 at most" in examined(config).prices[0]
     config["available_node_types"]["gpu"]["node_config"]["machineType"] = "x9-mega"
-    assert examined(config).prices == ["price: unknown, there is none of x9-mega"]
+    assert examined(config).prices == ["price: unknown for x9-mega"]
     assert "unknown" in examined(rendered("local")).prices[0]
 
 
