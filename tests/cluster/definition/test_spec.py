@@ -1,4 +1,4 @@
-"""The spec of a cluster: what ships can be read, and each mistake is a line with its place."""
+"""The cluster's spec: the shipped one is valid, and each mistake is one line with its path."""
 
 import copy
 from typing import Any
@@ -35,7 +35,7 @@ def test_the_shipped_spec_has_all_providers() -> None:
         ("mlflow.auth", True, "kuberay.token_secret: is required for mlflow.auth"),
     ],
 )
-def test_a_mistake_is_a_line(data: dict[str, Any], place: str, value: Any, line: str) -> None:
+def test_a_mistake_gives_a_line(data: dict[str, Any], place: str, value: Any, line: str) -> None:
     *outer, last = place.split(".")
     inner = data
     for key in outer:
