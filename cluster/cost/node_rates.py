@@ -72,9 +72,10 @@ def price_text(instance: Instance, spot: bool, today: datetime.date | None = Non
     market = "spot" if spot else "on demand"
     if usd is None:
         return f"{instance.key} {market}: price unknown ({instance.source})"
-    held = age_text(instance.date, today or datetime.date.today())
-    held = "" if instance.source.startswith("your price file") else f", {held}"
-    return f"{instance.key} {market}: ${usd:,.4g}/h ({instance.source}{held})"
+    age = f", {age_text(instance.date, today or datetime.date.today())}"
+    if instance.source.startswith("your price file"):
+        age = ""
+    return f"{instance.key} {market}: ${usd:,.4g}/h ({instance.source}{age})"
 
 
 def node_rate(
@@ -118,25 +119,24 @@ def _price(
         if snapshot is None or f"{snapshot.usd(spot) or 0:g}" != f"{usd:g}":
             return usd, f"${usd:g}/h (label {USD_PER_HOUR})"
     if machine is not None:
-        name, found = machine
-        return found.usd_per_h, f"{name}: ${found.usd_per_h:.4g}/h (your price file)"
+        name, owned = machine
+        return owned.usd_per_h, f"{name}: ${owned.usd_per_h:.4g}/h (your price file)"
     if INSTANCE not in labels:
         return None, f"price of {host} unknown: no label, no row in your price file"
-    here = _instance_from_labels(
-        labels, apply_user_prices(user_prices, instances() if known is None else known)
-    )
-    if here is None:
+    priced = apply_user_prices(user_prices, instances() if known is None else known)
+    instance = _instance_from_labels(labels, priced)
+    if instance is None:
         return None, f"price of {labels[INSTANCE]} unknown: not in the price list"
-    text, region = price_text(here, spot, today), _region_of(labels)
-    if region and here.region != region:
+    text, region = price_text(instance, spot, today), _region_of(labels)
+    if region and instance.region != region:
         text += f", taken for {region}"
-    return here.usd(spot), text
+    return instance.usd(spot), text
 
 
 def _provider_of(labels: Mapping[str, str]) -> str:
     """The node's provider: from its label, otherwise from its instance."""
-    here = _instance_from_labels(labels, instances())
-    return labels.get(PROVIDER, here.provider if here else "")
+    instance = _instance_from_labels(labels, instances())
+    return labels.get(PROVIDER, instance.provider if instance else "")
 
 
 def _region_of(labels: Mapping[str, str]) -> str:
@@ -147,8 +147,8 @@ def _instance_from_labels(labels: Mapping[str, str], known: Iterable[Instance]) 
     """The instance that the labels name, in the labels' region if the list has it there."""
     name, provider = labels.get(INSTANCE), labels.get(PROVIDER)
     same = [each for each in known if each.name == name and provider in (None, each.provider)]
-    here = [each for each in same if each.region == _region_of(labels)]
-    return next(iter(here or same), None)
+    in_region = [each for each in same if each.region == _region_of(labels)]
+    return next(iter(in_region or same), None)
 
 
 def _usd_from_label(text: str, host: str) -> float:
