@@ -5,7 +5,6 @@ only service asked is AWS, if there are credentials for it: whether the region h
 """
 
 import contextlib
-import importlib.util
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from cluster.definition.check_machines import (
 from cluster.definition.hourly_cost import hourly_cost_lines
 from cluster.definition.launcher_config import (
     LauncherConfig,
+    missing_programs,
     mounted_from,
     shell_commands,
     string_values,
@@ -46,7 +46,6 @@ PLACEHOLDERS = re.compile(
 
 _CONSTRAINTS = re.compile(r"pip install[^;&|]*? (?:-c|--constraint)[ =](\S+)")
 _PINS = re.compile(r"\b([A-Za-z][\w.-]*)(?:\[[\w,]+\])?==([\w.+]+)")
-_PROGRAMS = re.compile(r"python -m (cluster\.[\w.]+)")
 
 
 @dataclass(frozen=True)
@@ -155,18 +154,8 @@ def _version_difference(path: str, name: str, pinned: str) -> Iterator[str]:
 
 
 def _check_programs(config: LauncherConfig) -> Iterator[str]:
-    """Programs of another version of Heliostat that the commands start, and that this one lacks."""
-    for path, command in shell_commands(config):
-        for module in re.findall(_PROGRAMS, command):
-            if not _module_exists(module):
-                yield (
-                    f"{path}: there is no module {module} (any more); render the file again with "
-                    "`heliostat cluster render`"
-                )
-
-
-def _module_exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # one of the packages above it does not exist
-        return False
+    for path, module in missing_programs(config):
+        yield (
+            f"{path}: there is no module {module} (any more); render the file again with "
+            "`heliostat cluster render`"
+        )

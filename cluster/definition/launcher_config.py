@@ -1,5 +1,6 @@
 """How to read a file for Ray's launcher once it is plain data: its commands, texts and mounts."""
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ _COMMAND_SECTIONS = (
     "head_start_ray_commands",
     "worker_start_ray_commands",
 )
+_PROGRAM = re.compile(r"python -m (cluster\.[\w.]+)")
 
 
 def shell_commands(config: LauncherConfig) -> Iterator[tuple[str, str]]:
@@ -39,6 +41,24 @@ def string_values(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from string_values(inner, f"{path}.{number}")
     elif isinstance(value, str):
         yield path, value
+
+
+def missing_programs(config: LauncherConfig) -> Iterator[tuple[str, str]]:
+    """Programs of ours that the commands start and this version lacks: dotted path, module.
+
+    A file that another version rendered has them.
+    """
+    for path, command in shell_commands(config):
+        for module in _PROGRAM.findall(command):
+            if not _module_exists(module):
+                yield path, module
+
+
+def _module_exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # one of the packages above it does not exist
+        return False
 
 
 def mounted_from(config: LauncherConfig, remote: str) -> Path | None:

@@ -67,10 +67,10 @@ _RECONNECT_S = 600
 
 def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
     """Once on every host: create the environment, with the versions in constraints.txt."""
-    owned = ShellCommand(
+    private_files = ShellCommand(
         [f"mkdir -p {HOST_FOLDER} && chmod 700 {HOST_FOLDER} ~/.ray && chmod 600 {TOKEN_FILE}"]
     )
-    shells = ShellCommand(
+    login_shells = ShellCommand(
         [
             "grep -qs RAY_AUTH_MODE ~/.bashrc || {",
             f"{{ echo 'export RAY_AUTH_MODE=token PATH={spec.venv}/bin:$PATH';",
@@ -78,7 +78,7 @@ def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
         ]
     )
     if spec.setup == "installed":
-        return [owned, shells]
+        return [private_files, login_shells]
     extras = CLOUD_PACKAGES.get(provider, []) + _mlflow_packages(spec)
     return [
         ShellCommand(
@@ -96,8 +96,8 @@ def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
                 " ".join([REMOTE_PROJECT, *extras]),
             ]
         ),
-        owned,
-        shells,
+        private_files,
+        login_shells,
     ]
 
 
@@ -199,8 +199,8 @@ def _export_lines(exports: list[str]) -> list[str]:
 
 def _assignments(values: Mapping[str, object]) -> list[str]:
     """NAME=VALUE, two on each line."""
-    each = [f"{name}={value}" for name, value in values.items()]
-    return [" ".join(each[at : at + 2]) for at in range(0, len(each), 2)]
+    words = [f"{name}={value}" for name, value in values.items()]
+    return [" ".join(words[start : start + 2]) for start in range(0, len(words), 2)]
 
 
 def _state_storage(spec: ClusterSpec) -> str:
