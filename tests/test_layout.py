@@ -14,7 +14,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.layout import CONTRACTS, HOME, PACKAGES, arrows, files_of, imports, size_of, sources
+from tests.layout import (
+    CONTRACTS,
+    HOME,
+    PACKAGES,
+    arrows,
+    files_of,
+    imports,
+    nodes,
+    size_of,
+    sources,
+)
 
 MAX_ROOM_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 10, 350, 60
 LARGE_ROOMS: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ are true: their commands and their code are run as they stand."""
+"""The README and the pages of docs/ are true: their commands and code are run as they stand."""
 
 import os
 import re
