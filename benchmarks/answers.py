@@ -41,7 +41,7 @@ TINY = {
     "dynamics": ["data.trajectories=1", "train.epochs=0.2"],
     "folding": ["data.train_parts=1", "train.epochs=0.05"],
     "hedging": ["data.train_parts=1", "train.epochs=0.2"],
-    "language": [f"data.source={Path(json.__file__).parent}", "data.vocabulary=256"],
+    "language": [f"data.source={ROOT / 'docs' / 'decisions.md'}", "data.vocabulary=256"],
     "markets": ["data.train_parts=1", "train.epochs=0.01"],
 }
 """Overrides of the shipped specs for `--tiny`."""

@@ -309,6 +309,10 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--only", nargs="+", choices=available, metavar="NAME")
     args = parser.parse_args()
+    if args.tiny:
+        args.rounds = 1
+        args.only = args.only or ["fuse=auto", "turn-plain"]
+        args.case = args.case if args.case != list(CASES) else ["mlp"]
     results: list[dict[str, Any]] = []
     for case in args.case:
         chosen = {name: available[name] for name in args.only or available}

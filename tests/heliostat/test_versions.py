@@ -18,7 +18,7 @@ from heliostat import load_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 VERSIONS = sorted(path.name for path in FIXTURES.iterdir())
-ENDED_LOSS, ENDED_ACCURACY = 0.6433, 0.8552
+ENDED_LOSS = 0.3956
 """Of the test split, when `begun` was resumed to its end by the version that began it."""
 
 pytestmark = pytest.mark.parametrize("version", VERSIONS)
