@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from contest import compete, finish, options, rows, show
+from contest import compete, finish, options, parse, rows, show
 from torch import nn
 
 from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
@@ -53,9 +53,9 @@ def stopped_s(save: Callable[[], Any], settle: Callable[[Any], Any]) -> float:
 def main() -> None:
     parser = options(__doc__, rounds=7)
     parser.add_argument("--width", type=int, default=2048)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.tiny:
-        args.rounds, args.width = 1, 64
+        args.width = 64
     warnings.filterwarnings("ignore")
     model, optimizer = trained(args.width)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

@@ -24,11 +24,19 @@ def options(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--rounds", type=int, help=f"{rounds}, with --tiny 1")
+    parser.set_defaults(usual_rounds=rounds)
     parser.add_argument(
         "--tiny", action="store_true", help="one round of tiny sizes, to see that the code runs"
     )
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with the number of rounds filled in."""
+    args = parser.parse_args()
+    args.rounds = args.rounds or (1 if args.tiny else args.usual_rounds)
+    return args
 
 
 def installed(module: str, contender: str | None = None) -> bool:

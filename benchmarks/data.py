@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from contest import Contender, compete, finish, installed, leave_out, options, rows, show
+from contest import Contender, compete, finish, installed, leave_out, options, parse, rows, show
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -196,8 +196,7 @@ def sources(split: Batch, folder: Path, tiny: bool) -> Iterator[tuple[str, Sourc
 
 
 def main() -> None:
-    args = options(__doc__, rounds=5).parse_args()
-    rounds = 1 if args.tiny else args.rounds
+    args = parse(options(__doc__, rounds=5))
     torch.set_num_threads(1)
     results = []
     for case, (samples, shape, dtype) in (TINY if args.tiny else CASES).items():
@@ -209,7 +208,7 @@ def main() -> None:
             for name, source in sources(split, Path(folder), args.tiny):
                 check(name, source, split)
                 contenders[name] = contender(source)
-            measured = compete(contenders, rounds)
+            measured = compete(contenders, args.rounds)
         show(case, measured, "µs/sample", 1e6)
         results += rows(case, "Heliostat", measured)
     finish("data", results)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contest import as_json, options
+from contest import as_json, options, parse
 
 
 class Size(NamedTuple):
@@ -109,7 +109,7 @@ def main() -> None:
     parser = options(__doc__, rounds=1)
     parser.add_argument("--cases", type=int, default=len(SIZES) * len(WORKERS))
     parser.add_argument("--seconds", type=float, default=4.0, help="of steps, for each probe")
-    args = parser.parse_args()
+    args = parse(parser)
     sizes = SIZES
     if args.tiny:
         args.cases, args.seconds, sizes = 1, 0.5, [TINY]

@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 try:
     import torch
-    from contest import compete, finish, options, rows, show
+    from contest import compete, finish, options, parse, rows, show
     from peers import SWEEP, TRIALS, WARM_UP
 
     from cluster.base.config import write_yaml
@@ -308,9 +308,8 @@ def main() -> None:
     parser = options(__doc__, rounds=3)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--only", nargs="+", choices=available, metavar="NAME")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.tiny:
-        args.rounds = 1
         args.only = args.only or ["fuse=auto", "turn-plain"]
         args.case = args.case if args.case != list(CASES) else ["mlp"]
     results: list[dict[str, Any]] = []

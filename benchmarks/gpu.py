@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
     import torch
     from bare import Bare
-    from contest import Contender, compete, finish, leave_out, options, rows, show
+    from contest import Contender, compete, finish, leave_out, options, parse, rows, show
 
     from trainers.data.dataset import open_split, prepare_dataset
     from trainers.devices import local_device
@@ -139,10 +139,9 @@ def contenders(
 
 
 def main() -> None:
-    args = options(__doc__, rounds=7).parse_args()
+    args = parse(options(__doc__, rounds=7))
     results: list[dict[str, Any]] = []
     if args.tiny:
-        args.rounds = 1
         device, cases, sizes = torch.device("cpu"), TINY, TINY_PRODUCTS
     elif torch.cuda.is_available():
         device, cases, sizes = torch.device("cuda", 0), CASES, PRODUCTS

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from bare import Bare
-from contest import Contender, compete, finish, installed, leave_out, options, rows, show
+from contest import Contender, compete, finish, installed, leave_out, options, parse, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -258,10 +258,10 @@ def _tutorial(config: dict[str, Any]) -> float:
 def main() -> None:
     parser = options(__doc__, rounds=15)
     parser.add_argument("--ray", action="store_true", help="also Ray's tutorial, a minute a round")
-    args = parser.parse_args()
+    args = parse(parser)
     cases = CASES
     if args.tiny:
-        args.rounds, cases = 1, {"digits CNN": CASES["digits CNN"]}
+        cases = {"digits CNN": CASES["digits CNN"]}
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     results = []

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import guide
-from contest import compete, finish, options, rows, show
+from contest import compete, finish, options, parse, rows, show
 
 from trainers import Batch, SampleRandom
 from trainers.workloads.vision.workload import Vision
@@ -99,9 +99,7 @@ def recovery(events: Path) -> tuple[dict[str, float], int]:
 def main() -> None:
     parser = options(__doc__, rounds=3)
     parser.add_argument("--tutorial", type=Path, metavar="EVENTS", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.tiny:
-        args.rounds = 1
+    args = parse(parser)
     if args.tutorial:
         guide.train(
             partial(begin_step, args.tutorial), Path.cwd(), workers=1, steps=STEPS, batch=BATCH

@@ -158,14 +158,14 @@ def _used(run: str, begin: float, end: float) -> LedgerEntry:
 
 def main() -> None:
     from browser import browser
-    from contest import as_json, options
+    from contest import as_json, options, parse
 
     parser = options(__doc__, rounds=5)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--points", type=int, default=100, help="of each metric of a trial")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.tiny:
-        args.rounds, args.trials, args.points = 1, 6, 4
+        args.trials, args.points = 6, 4
     with tempfile.TemporaryDirectory() as folder:
         sweep = made_up(Path(folder), "wide", args.trials, args.points)
         start = time.monotonic()

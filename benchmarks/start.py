@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from contest import compete, finish, options, rows, show
+from contest import compete, finish, options, parse, rows, show
 
 MILESTONES = {
     "Ray's first process": "gcs_server",
@@ -119,7 +119,7 @@ def _read(pid: int, name: str) -> str:
 def main() -> None:
     parser = options(__doc__, rounds=5)
     parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
+    args = parse(parser)
     seen: dict[str, list[dict[str, float]]] = defaultdict(list)
 
     def first_step(name: str, run: partial[dict[str, float]]) -> float:
@@ -134,7 +134,7 @@ def main() -> None:
             if not args.tiny:
                 run(args.workers, own)
             contenders[name] = partial(first_step, name, partial(run, args.workers, own))
-        measured = compete(contenders, 1 if args.tiny else args.rounds)
+        measured = compete(contenders, args.rounds)
     case = f"first step, {args.workers} workers"
     show(case, measured, "s", 1.0)
     print(f"\n{'seconds until':<24}" + "".join(f"{name:>16}" for name in seen))

@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from contest import as_json, leave_out, options
+from contest import as_json, leave_out, options, parse
 
 NAMES = [f"group/metric_{number}" for number in range(10)]
 STEPS_PER_S, CHECKPOINT = 500, 100
@@ -326,13 +326,13 @@ def main() -> None:
     parser.add_argument("--stores", default="sqlite,server,postgres")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--write", nargs=5, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.write:
         name, uri, folder, seconds, pause_s = args.write
         write(name, uri, Path(folder), float(seconds), float(pause_s))
         return
     if args.tiny:
-        args.rounds, args.seconds, args.stores = 1, 0.5, "sqlite"
+        args.seconds, args.stores = 0.5, "sqlite"
         args.contenders = args.contenders or ["Heliostat", "mlflow.log_metrics"]
     results = []
     kinds = args.stores.split(",")

@@ -58,9 +58,7 @@ def test_a_run_is_resumed_and_ends_as_it_would_have(
 
 
 @pytest.mark.parametrize("name", ["begun", "swept"])
-def test_a_report_is_written(
-    version: str, name: str, heliostat: Any, mlflow_server: str
-) -> None:
+def test_a_report_is_written(version: str, name: str, heliostat: Any, mlflow_server: str) -> None:
     folder = restore(version, name, heliostat.folder, mlflow_server)
     heliostat("report", f"runs/{name}")
     page = (folder / "report" / "index.html").read_text()
