@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cluster.base.config import apply_overrides
 from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS

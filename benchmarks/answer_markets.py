@@ -8,7 +8,8 @@ import numpy as np
 from answers import table
 from sklearn.linear_model import LogisticRegression
 
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve

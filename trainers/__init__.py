@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cluster.base.errors import DataError
     from trainers.checkpoints.export import load_model
     from trainers.counter_rng import SampleRandom
-    from trainers.data.dataset import table
+    from trainers.data.tables import table
     from trainers.workload import Batch, PartitionedWorkload, Workload
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 _HOMES = {
     "Spec": "cluster.base.config",
-    "table": "trainers.data.dataset",
+    "table": "trainers.data.tables",
     "load_model": "trainers.checkpoints.export",
     "SampleRandom": "trainers.counter_rng",
     "Batch": "trainers.workload",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainers.data.dataset import SampleStream, shard_bounds, to_device
+from trainers.data.sampling import SampleStream, shard_bounds, to_device
 from trainers.workload import Batch
 
 PREFETCHED_BATCHES = 2

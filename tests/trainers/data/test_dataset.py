@@ -23,15 +23,10 @@ from hypothesis.extra import numpy as hnp
 
 from cluster.base.config import Spec
 from cluster.base.errors import DataError
-from trainers.data.dataset import (
-    SampleStream,
-    count_samples,
-    epoch_permutation,
-    open_split,
-    prepare_dataset,
-    shard_bounds,
-    table,
-)
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import SampleStream, epoch_permutation, shard_bounds
+from trainers.data.splits import count_samples, open_split
+from trainers.data.tables import table
 from trainers.workload import Batch, Workload, load_workload
 
 NUMBER = itertools.count()

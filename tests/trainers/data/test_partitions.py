@@ -7,13 +7,9 @@ import pytest
 
 from cluster.base.errors import DataError
 from heliostat.main import main
-from trainers.data.dataset import (
-    MANIFEST,
-    count_samples,
-    open_split,
-    prepare_dataset,
-    read_dataset_manifest,
-)
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples, open_split, read_dataset_manifest
+from trainers.stores import MANIFEST
 from trainers.workload import PartitionedWorkload, load_workload
 
 SOURCE = '''

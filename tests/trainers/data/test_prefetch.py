@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.data.dataset import SampleStream, to_device
 from trainers.data.prefetch import PlacedBatch, microbatch_slice, prefetch_batches
+from trainers.data.sampling import SampleStream, to_device
 
 CPU = torch.device("cpu")
 GPU = pytest.param(

@@ -21,7 +21,8 @@ from torch import Tensor
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.checkpoints.export import export_model, load_model
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train

@@ -14,7 +14,8 @@ from torch import Tensor
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep, build_network

@@ -16,7 +16,8 @@ import torch
 
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import dataset_name, open_splits, prepare_dataset
+from trainers.data.dataset import dataset_name, prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep, build_network

@@ -11,7 +11,8 @@ import torch
 from cluster.base.config import validate
 from cluster.base.errors import DataError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep
 from trainers.spec import find_spec, resolve

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_path
 
 # Suffixes: N atoms, K neighbours of an atom, R = 1 + K, X four numbers, S structures, Z elements.

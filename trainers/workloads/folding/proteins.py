@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from cluster.base.errors import SpecError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_path
 from trainers.workloads.folding.structures import (
     AMINO_ACIDS,

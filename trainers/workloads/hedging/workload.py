@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cluster.base.config import Spec
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import Batch, PartitionedWorkload
 
 # Suffixes: B samples, N rebalancings, F features.

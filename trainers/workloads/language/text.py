@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_path
 
 # Suffixes: N tokens of a text.

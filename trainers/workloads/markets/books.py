@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from cluster.base.config import Spec
 from cluster.base.errors import DataError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import PartitionedWorkload, shipped_or_path
 
 # Suffixes: B books or samples, W prices, D distances from the best price, T events of a window,

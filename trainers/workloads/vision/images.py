@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from cluster.base.errors import DataError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import SplitFractions, Workload, shipped_or_path
 
 # Suffixes: N images of the set, C channels, H x W pixels.
