@@ -1,6 +1,9 @@
-"""Training runs: what a run is, the loop, its checkpoints and its tracking.
+"""One training run. May import `cluster`; never `tuning`.
 
-`Workload`, `Spec` and `table` are what a user's own workload needs; `load_model` gives back the
+The modules here define what a run is: its spec, workload, device, worker, run folder, stores and
+random numbers. The rooms below them use these; begin with `spec.py` and `workload.py`.
+
+A user's own workload imports `Workload`, `Spec` and `table` from here; `load_model` returns the
 trained network of a run.
 """
 

@@ -1,6 +1,6 @@
-"""Text as windows of tokens: documents from files, their splits, their vocabulary.
+"""Text as windows of tokens: documents from files, their splits and the tokenizer.
 
-What `trainers.workloads.language.workload` says of its data is done here.
+The docstring of `workload.py` describes the data.
 """
 
 import functools
@@ -27,29 +27,29 @@ from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_pa
 # Suffixes: N tokens of a text.
 
 PART_BYTES = 4 << 20
-"""Text of a part of the data set; records are not cut, so that it may be more."""
+"""Size of a part's text; may be exceeded, since records are not cut."""
 TOKENIZER_TRAINING_BYTES = 64 << 20
-"""Training text, from the first parts on, that byte pairs are merged on."""
+"""Amount of training text, from the first parts, that trains the tokenizer."""
 TOKENIZER, SEPARATOR = "tokenizer.json", "<|end|>"
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-"""Folders of the standard library that are not its source."""
+"""Folders of the standard library to leave out."""
 
 
 class Span(NamedTuple):
-    """The lines of a file that begin at [start, stop), in bytes; of Parquet the row groups."""
+    """The lines of a file that begin in the bytes [start, stop); for Parquet, its row groups."""
 
     path: str
     start: int
     stop: int
     size: int
-    """Bytes, of Parquet about."""
+    """In bytes; approximate for Parquet."""
 
 
 class TextPart(NamedTuple):
-    """Some spans, and the shares of their documents that are for validation and for testing."""
+    """A part of the data set: some spans, and the shares of their documents for val and test."""
 
     val: float
     test: float
@@ -57,23 +57,23 @@ class TextPart(NamedTuple):
 
 
 class Text(PartitionedWorkload):
-    """What has text for its data, in windows of `context` + 1 tokens."""
+    """Base of workloads whose data is text, in windows of `context` + 1 tokens."""
 
     class Data(SplitFractions):
-        """Where the text comes from, and what it is cut into."""
+        """The source of the text, and its form in the data set."""
 
         source: Annotated[str, shipped_or_path("stdlib")] = "stdlib"
-        """stdlib, a file, or a folder of files. A relative path is kept as absolute."""
+        """stdlib, a file, or a folder of files. Relative paths are made absolute."""
         field: str = "text"
-        """The column of Parquet files, and the key of JSON lines (.jsonl), that holds the text."""
+        """The column of Parquet files, or the key of JSON lines (.jsonl), that holds the text."""
         vocabulary: Annotated[int, Field(ge=256, le=1 << 20)] = 256
-        """Number of tokens: 256 are the bytes, more are merged from the training text."""
+        """Number of tokens: 256 are the bytes; with more, byte-pair encoding is trained."""
         context: PositiveInt = 256
-        """Tokens of a window."""
+        """Tokens per window."""
         val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-        """Share of the documents to validate on, where the source has no val folder of its own."""
+        """Share of the documents for validation, unless the source has its own val folder."""
         test_fraction: Fraction = 0.1
-        """Share of the documents to hold out for testing, where the source comes unsplit."""
+        """Share of the documents for testing, unless the source is already split."""
 
     data: Data
 
@@ -130,7 +130,7 @@ class Text(PartitionedWorkload):
                 return
 
     def _windows(self, tokens_N: npt.NDArray[Any], bytes_N: npt.NDArray[np.int64]) -> pa.Table:
-        """Windows that overlap by a token: the last one of one is the first one of the next."""
+        """Windows that overlap by one token: the last of a window is the first of the next."""
         context = self.data.context
         count = max(0, len(tokens_N) - 1) // context
         place = np.arange(count)[:, None] * context + np.arange(context + 1)
@@ -141,7 +141,7 @@ class Text(PartitionedWorkload):
 
 
 def _source_spans(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
-    """Shares for validation and testing, and the spans that they are of."""
+    """Spans of the source, with the shares of their documents for validation and testing."""
     val, test = data.val_fraction, data.test_fraction
     source = Path(data.source)
     if data.source == "stdlib":
@@ -176,13 +176,13 @@ def _standard_library() -> list[Path]:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """The files in a folder and below it, but those that are hidden."""
+    """All files below a folder, except hidden ones."""
     found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return [folder / path for path in sorted(found) if not any(p[0] == "." for p in path.parts)]
 
 
 def _file_spans(files: Iterable[Path]) -> list[Span]:
-    """Plain files are whole; records are found in pieces of a file."""
+    """Plain files become one span each, files of records several."""
     spans = []
     for path in files:
         if path.suffix == ".parquet":
@@ -203,7 +203,7 @@ def _split_file(path: Path, start: int, stop: int, step: int) -> list[Span]:
 
 
 def _pack_spans(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
-    """Small spans put together, in their order, to some PART_BYTES."""
+    """Consecutive spans grouped to about PART_BYTES."""
     pack: list[Span] = []
     size = 0
     for span in spans:
@@ -217,7 +217,7 @@ def _pack_spans(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
 
 
 def _documents(span: Span, field: str) -> Iterator[bytes]:
-    """The texts of a span that are not empty, as UTF-8."""
+    """The documents of a span that are not empty, as UTF-8."""
     path = Path(span.path)
     if path.suffix == ".parquet":
         found: Iterable[bytes] = _parquet_documents(path, span.start, field)
@@ -231,7 +231,7 @@ def _documents(span: Span, field: str) -> Iterator[bytes]:
 
 
 def _lines(span: Span) -> Iterator[bytes]:
-    """The lines that begin in a span: a first one that began before it is another's."""
+    """The lines that begin in a span; a line that begins before it belongs to another span."""
     with Path(span.path).open("rb") as file:
         if span.start:
             file.seek(span.start - 1)
@@ -241,7 +241,7 @@ def _lines(span: Span) -> Iterator[bytes]:
 
 
 def _check_utf8(text: bytes, span: Span) -> None:
-    """DataError unless it is UTF-8."""
+    """Raise DataError unless the text is UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError as error:
@@ -250,7 +250,7 @@ def _check_utf8(text: bytes, span: Span) -> None:
 
 
 def _line_number(span: Span, index: int) -> int:
-    """The number in its file, from 1, of a span's line."""
+    """The line number in its file, from 1, of a span's line."""
     with Path(span.path).open("rb") as file:
         before = file.read(span.start).count(b"\n")
         if span.start:
@@ -273,7 +273,7 @@ def _json_documents(span: Span, field: str) -> Iterator[bytes]:
         if not isinstance(text, str):
             where = f"{span.path}: line {_line_number(span, index)}"
             raise DataError(f"{where}: has no text under {field!r} (data.field)")
-        yield text.encode(errors="replace")  # JSON can spell halves of characters
+        yield text.encode(errors="replace")  # JSON can contain lone surrogates
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -302,17 +302,17 @@ def _parquet_documents(path: Path, group: int, field: str) -> Iterator[bytes]:
 
 
 EncodedText = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
-"""Tokens [N], and the bytes of text that each is."""
+"""Tokens [N], and the number of text bytes of each."""
 
 
 def _encode_bytes(documents: Sequence[bytes]) -> EncodedText:
-    """Each byte is a token; byte 0, which text does not have, ends a document."""
+    """Each byte is a token; byte 0, which does not occur in text, ends a document."""
     tokens_N = np.frombuffer(b"".join(document + b"\0" for document in documents), np.uint8)
     return tokens_N, np.ones(len(tokens_N), np.int64)
 
 
 def _train_tokenizer(texts: Iterator[str], vocabulary: int) -> bytes:
-    """A tokenizer of byte pairs, as a file of the `tokenizers` library."""
+    """Train a byte-pair tokenizer; returns it as a file of the `tokenizers` library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -330,11 +330,11 @@ def _train_tokenizer(texts: Iterator[str], vocabulary: int) -> bytes:
 
 
 def _encode_byte_pairs(documents: Sequence[bytes], tokenizer: bytes) -> EncodedText:
-    """Tokens by byte pairs. A token's name has one character for each of its bytes."""
+    """Encode by byte pairs. A token's name has one character for each of its bytes."""
     from tokenizers import Tokenizer
 
     merged = Tokenizer.from_str(tokenizer.decode())
-    merged.encode_special_tokens = True  # a text may have the separator's name in it
+    merged.encode_special_tokens = True  # the separator's name may occur in a text
     size, end = merged.get_vocab_size(), merged.token_to_id(SEPARATOR)
     length_V = np.array([len(merged.id_to_token(token) or "") for token in range(size)])
     length_V[end] = 1
