@@ -20,6 +20,8 @@ from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
+from trainers.workloads.folding.geometry import pairwise_distances
+from trainers.workloads.folding.metrics import lddt, tm_score_and_gdt_ts
 from trainers.workloads.folding.network import (
     DISTANCE_BINS,
     bin_edges,
@@ -30,10 +32,7 @@ from trainers.workloads.folding.proteins import sample_columns
 from trainers.workloads.folding.structures import (
     UNKNOWN_INDEX,
     chain_segments,
-    lddt,
-    pairwise_distances,
     structure_files,
-    tm_score_and_gdt_ts,
     windows,
 )
 from trainers.workloads.folding.workload import Folding

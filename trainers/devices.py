@@ -98,10 +98,6 @@ class Device:
         state: Tensor = self._module.get_rng_state()
         return state
 
-    def set_random_state(self, state: Tensor) -> None:
-        """Go on drawing from where `random_state` was taken."""
-        self._module.set_rng_state(state)
-
     def synchronize(self) -> None:
         """Block until all work queued on it is done."""
         self._module.synchronize()
@@ -134,9 +130,6 @@ class Cpu(Device):
 
     def rng_state(self) -> Tensor:
         return torch.default_generator.get_state()
-
-    def set_random_state(self, state: Tensor) -> None:
-        torch.default_generator.set_state(state)
 
     def synchronize(self) -> None:
         pass
@@ -251,9 +244,6 @@ class Tpu(Device):
 
     def rng_state(self) -> Tensor:
         return torch.tensor(self._module.get_rng_state())
-
-    def set_random_state(self, state: Tensor) -> None:
-        self._module.set_rng_state(int(state))
 
     def synchronize(self) -> None:
         importlib.import_module("torch_xla").sync(wait=True)

@@ -115,13 +115,25 @@ def _write_dataset(
     }
 
 
+def source_files(workload: type[Workload]) -> list[Path]:
+    """The modules that define a workload; of a shipped one, all modules of its package."""
+    files: dict[Path, None] = {}
+    for parent in workload.__mro__:
+        if not issubclass(parent, Workload) or parent in (Workload, PartitionedWorkload):
+            continue
+        source = inspect.getsourcefile(parent)
+        if source is not None:
+            shipped = parent.__module__.startswith("trainers.workloads.")
+            path = Path(source)
+            files |= dict.fromkeys(sorted(path.parent.glob("*.py")) if shipped else [path])
+    return list(files)
+
+
 def _fingerprint(workload: Workload) -> str:
     """A hash of everything that the data set is made from."""
     digest = hashlib.sha256()
-    for parent in type(workload).__mro__:
-        source = inspect.getsourcefile(parent) if issubclass(parent, Workload) else None
-        if source is not None and parent not in (Workload, PartitionedWorkload):
-            digest.update(Path(source).read_bytes())
+    for path in source_files(type(workload)):
+        digest.update(path.read_bytes())
     data: Spec = workload.data
     digest.update(data.model_dump_json().encode())
     digest.update(json.dumps(workload.made_with(), sort_keys=True).encode())
