@@ -68,7 +68,7 @@ def no_thread_is_left() -> Iterator[None]:
 def test_it_yields_the_batches_of_the_stream(
     device: torch.device, prefetch: int | None, micro_batches: int
 ) -> None:
-    """In float64, over three epochs, from the middle of one; a share of 6 in several micro-batches."""
+    """In float64, over three epochs, from the middle of the first; 6 samples per step."""
     fed = prefetch_batches(stream(), device, torch.float64, 3, 14, micro_batches, prefetch)
     for step in range(3, 14):
         positions, batch = stream().batch(step)
