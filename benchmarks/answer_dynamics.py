@@ -18,7 +18,8 @@ from ase.md.verlet import VelocityVerlet
 from torch import nn
 
 from trainers.checkpoints.export import export_model, load_model
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from cluster.base.config import apply_overrides
 from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, resolve
 from trainers.workload import Batch
+from trainers.workloads.folding.geometry import pairwise_distances
+from trainers.workloads.folding.metrics import lddt, tm_score_and_gdt_ts
 from trainers.workloads.folding.network import (
     DISTANCE_BINS,
     bin_edges,
@@ -29,10 +32,7 @@ from trainers.workloads.folding.proteins import sample_columns
 from trainers.workloads.folding.structures import (
     UNKNOWN_INDEX,
     chain_segments,
-    lddt,
-    pairwise_distances,
     structure_files,
-    tm_score_and_gdt_ts,
     windows,
 )
 from trainers.workloads.folding.workload import Folding

@@ -12,7 +12,8 @@ import pyarrow as pa
 from answers import is_tiny, shipped_spec, table
 
 from cluster.base.config import apply_overrides
-from trainers.data.dataset import count_samples, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.engine.step import build_network

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from trainers import Batch, Spec, Workload, table
-from trainers.data.dataset import SampleStream, open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import SampleStream
+from trainers.data.splits import open_split
 
 BATCH, BUFFER = 256, 2560
 AT_LEAST_S = 0.3

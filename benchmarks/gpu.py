@@ -24,7 +24,8 @@ try:
     from bare import Bare
     from contest import Contender, compete, finish, leave_out, options, parse, rows, show
 
-    from trainers.data.dataset import open_split, prepare_dataset
+    from trainers.data.dataset import prepare_dataset
+    from trainers.data.splits import open_split
     from trainers.devices import local_device
     from trainers.engine.step import TrainStep
     from trainers.spec import RunSpec, resolve

@@ -28,7 +28,8 @@ from contest import Contender, compete, finish, installed, leave_out, options, p
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainers.data.dataset import open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_split
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve

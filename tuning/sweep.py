@@ -14,7 +14,8 @@ from ray import tune
 from cluster.base.config import apply_overrides, read_yaml
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.data.dataset import count_samples, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples
 from trainers.devices import local_device
 from trainers.engine.stall_files import STALLS
 from trainers.run_folder import SPEC, create_run_folder, find_run_folder, unique_name

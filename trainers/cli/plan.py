@@ -139,7 +139,8 @@ class _ProbeRequest:
         from pathlib import Path
 
         from cluster.base.config import apply_overrides
-        from trainers.data.dataset import count_samples, prepare_dataset
+        from trainers.data.dataset import prepare_dataset
+        from trainers.data.splits import count_samples
         from trainers.planning.forecast import run_length
         from trainers.planning.plan import PlanRequest
         from trainers.runs.probe import ProbeTarget

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples, open_splits
+from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.dropout import NATIVE_RNG_NOTE
 from trainers.engine.evaluate import evaluate, splits_due

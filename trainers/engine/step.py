@@ -16,8 +16,8 @@ from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.shards import local_tensor
 from trainers.counter_rng import SampleRandom, combine_seeds, device_rng_state, seed_device
-from trainers.data.dataset import SampleStream, to_device
 from trainers.data.prefetch import PlacedBatch, microbatch_slice, prefetch_batches
+from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Cpu
 from trainers.engine.activation_checkpointing import checkpoint_activations
 from trainers.engine.dropout import key_dropout_by_sample

@@ -21,8 +21,8 @@ from cluster.base.config import flatten, with_value
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
-from trainers.data.dataset import count_samples
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool

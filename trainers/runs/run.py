@@ -16,7 +16,8 @@ from cluster.connection.ray_connection import base_folder, ray_session
 from cluster.jobs.secret_scan import secret_in_text
 from trainers.checkpoints.checkpoints import Checkpoints, find_checkpoint
 from trainers.checkpoints.export import export_model
-from trainers.data.dataset import count_samples, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples
 from trainers.outcome import Outcome
 from trainers.planning.forecast import Forecast, ForecastHistory, describe_outcome, forecast_keys
 from trainers.run_folder import (

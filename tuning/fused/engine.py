@@ -32,8 +32,8 @@ from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from cluster.connection.run_gauges import set_gauge
 from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
-from trainers.data.dataset import count_samples, open_splits
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_splits
 from trainers.devices import local_device
 from trainers.engine.coordination import FIRST_SAVE_S
 from trainers.engine.evaluate import evaluate, splits_due

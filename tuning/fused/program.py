@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainers.counter_rng import SampleRandom, seed_key
-from trainers.data.dataset import SampleStream, to_device
+from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Device
 from trainers.engine.dropout import DropoutRate, DropoutRng, key_dropout_by_sample
 from trainers.engine.optimizer import build_optimizer, has_weight_decay, learning_rate

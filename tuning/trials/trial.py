@@ -18,8 +18,8 @@ from typing import Any
 from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples
 from trainers.devices import local_device
 from trainers.engine.heartbeat import stall_watchdog
 from trainers.engine.loop import train
