@@ -17,9 +17,9 @@ import pytest
 
 from cluster.base.errors import ClusterError, SpecError
 from cluster.jobs import ray_jobs
+from cluster.jobs.job import Job, Submission
 from cluster.jobs.job_supervisor import poll_once
 from cluster.jobs.log_follower import LogFollower, read_log
-from cluster.jobs.ray_jobs import Job, Submission, lost_reason
 from cluster.jobs.working_dir_package import Package, build_package
 
 Wait = Callable[..., None]
@@ -125,7 +125,7 @@ def test_a_job_is_followed_to_its_end_and_its_code_is_ours(
     assert f"start 1 of {name}\nsent along: {tmp_path.name}\n" in output.getvalue()
     assert "step" not in output.getvalue()  # progress is for terminals
     assert f"start 1 of {name}\nsent along" in read_log(url, job)
-    again, new = ray_jobs.submit(url, Submission(name, job.words), package)
+    again, new = ray_jobs.submit(url, Submission(name, job.argv), package)
     assert (again, new) == (job, False)
 
 
@@ -139,7 +139,7 @@ def test_a_name_runs_once(work: Work, package: Package) -> None:
         each.start()
     for each in several:
         each.join(LIMIT_S)
-    other = replace(work.planned, words=("stand", "work", "1", work.name))
+    other = replace(work.planned, argv=("stand", "work", "1", work.name))
     with pytest.raises(SpecError, match=f"--name {work.name}: a job of this name was started as"):
         ray_jobs.submit(work.url, other, package)
     assert len(work.starts()) == 1
@@ -163,7 +163,7 @@ def test_a_lost_driver_is_started_again(work: Work, victim: str) -> None:
     assert (job.status, job.attempt, job.shell_exit_code) == ("SUCCEEDED", 2, 0)
     assert len(told) == 1
     assert "started again (1 of 5)" in told[0]
-    plain = " ".join(work.planned.words)
+    plain = " ".join(work.planned.argv)
     assert work.starts() == [plain, f"{plain} --or-resume"]
     assert f"start 1 of {work.name}\n" in output.getvalue()
     assert f"start 2 of {work.name}\nsent along" in output.getvalue()
@@ -184,7 +184,7 @@ def test_a_stopped_job_saves_and_stays_stopped_until_it_is_resumed(
     assert poll_once(work.url, {}) == []
     assert ray_jobs.submit(work.url, work.planned, package) == (job, False)
     words = ("stand", "work", "0", work.name, "--resume", work.name)
-    resumed, new = ray_jobs.submit(work.url, replace(work.planned, words=words), package)
+    resumed, new = ray_jobs.submit(work.url, replace(work.planned, argv=words), package)
     assert (new, resumed.attempt) == (True, 2)
 
 
@@ -241,45 +241,9 @@ def test_an_unknown_name_is_told(work: Work) -> None:
         ray_jobs.get_job(work.url, f"{work.name}x")
 
 
-RUNNING = Job("a", 1, "RUNNING", ("train",), "gcs://p.zip", 0.0, None, "n1", None, None, "")
-FAILED = replace(RUNNING, status="FAILED")
-
-
-@pytest.mark.parametrize(
-    ("job", "lost"),
-    [
-        (RUNNING, False),
-        (replace(RUNNING, node="n0"), True),  # on a head that was replaced
-        (replace(RUNNING, node="n0", status="SUCCEEDED"), False),
-        (replace(FAILED, exit_code=1), False),
-        (replace(FAILED, exit_code=2), False),
-        (replace(FAILED, exit_code=-9), True),
-        (replace(FAILED, exit_code=137), True),
-        (replace(FAILED, exit_code=-15), False),  # somebody asked it to end
-        (replace(FAILED, exit_code=130), False),
-        (replace(FAILED, error="JOB_SUPERVISOR_ACTOR_DIED"), True),
-        (replace(FAILED, error="RUNTIME_ENV_SETUP_FAILURE"), False),
-    ],
-)
-def test_what_counts_as_lost(job: Job, lost: bool) -> None:
-    assert (lost_reason(job, frozenset({"n1", "n2"})) is not None) == lost
-    if job.status == "RUNNING":  # nothing is known of the nodes
-        assert lost_reason(job, frozenset()) is None
+FAILED = Job("a", 1, "FAILED", ("train",), "gcs://p.zip", 0.0, None, "n1", None, None, "")
 
 
 def test_it_is_not_started_again_for_ever() -> None:
     worn = replace(FAILED, exit_code=-9, attempt=ray_jobs.MAX_RESTARTS + 1)
     assert ray_jobs.restart_if_lost("http://127.0.0.1:9", worn, frozenset()) is None
-
-
-@pytest.mark.parametrize(
-    ("planned", "line"),
-    [
-        (Submission("a b", ("train",)), "--name a b: must be letters"),
-        (Submission("a~2", ("train",)), "--name a~2: must be"),
-        (Submission("a", ("train", "x=http://me:secretword@h")), "x: a password in a URL"),
-    ],
-)
-def test_names_and_words_that_must_not_be(planned: Submission, line: str) -> None:
-    with pytest.raises(SpecError, match=line):
-        ray_jobs.check_submission(planned)

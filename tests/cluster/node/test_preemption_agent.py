@@ -1,6 +1,7 @@
 """The agent of a node: small, hard to stop, and what it hears reaches Ray."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 
 from cluster.node import preemption_agent
 from cluster.node.cloud_notices import MetadataServiceError, Notice
-from cluster.node.preemption_agent import PreemptionAgent, local_raylets
+from cluster.node.preemption_agent import PreemptionAgent
+from cluster.node.raylets import NODE_IP_VAR, Raylet, local_raylets
 
 HOST = "127.0.0.7"
 PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
@@ -100,10 +102,11 @@ def cluster() -> Iterator[Cluster]:
 def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
     cluster: Cluster,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     wait_until: Callable[..., None],
 ) -> None:
-    monkeypatch.setenv(preemption_agent.NODE_IP_VAR, HOST)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv(NODE_IP_VAR, HOST)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     answer: list[Notice | MetadataServiceError | None] = [MetadataServiceError("refused")]
     said: list[str] = []
@@ -117,7 +120,8 @@ def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
 
     def step() -> None:
         watch.poll_once()
-        said.extend(capsys.readouterr().out.splitlines())
+        said.extend(caplog.messages)
+        caplog.clear()
 
     def times(words: str) -> int:
         return sum(words in line for line in said)
@@ -149,15 +153,16 @@ def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
 
 
 def test_a_head_that_is_gone_takes_nothing_with_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_port: int
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free_port: int
 ) -> None:
-    lost = preemption_agent.Raylet(0, "ab" * 28, HOST, f"127.0.0.1:{free_port}")
+    caplog.set_level(logging.INFO)
+    lost = Raylet(0, "ab" * 28, HOST, f"127.0.0.1:{free_port}")
     monkeypatch.setattr(preemption_agent, "local_raylets", lambda: [lost])
     monkeypatch.setattr(preemption_agent, "DRAIN_TIMEOUT_S", 2.0)
     watch = PreemptionAgent(lambda: Notice("a", "spot interruption (terminate)", time.time() + 600))
     watch.poll_once()
     watch.poll_once()
-    assert capsys.readouterr().out.count("Ray could not be told (no answer from the head") == 1
+    assert caplog.text.count("Ray could not be told (no answer from the head") == 1
 
 
 def start(home: Path, **environment: str) -> subprocess.Popen[str]:

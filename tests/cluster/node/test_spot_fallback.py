@@ -1,6 +1,7 @@
 """Spot that stays away: who is asked instead, from when on, and what is said."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,16 @@ IDLE = {"max_workers": 0, "min_workers": 0, "priority": 0}
 
 
 def test_on_demand_takes_over_and_the_price_is_said(
-    world: World, capsys: pytest.CaptureFixture[str]
+    world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     world.status.active_nodes.append(node(SPOT, "a"))
     assert world.fail(SPOT, AFTER_S) == IDLE
-    assert capsys.readouterr().out == ""
+    assert not caplog.messages
     assert world.fail(SPOT, 10) == {"max_workers": 3, "min_workers": 0, "priority": 1}
-    assert capsys.readouterr().out.endswith(
+    assert caplog.messages[-1].endswith(
         "gpu-spot at $0.3621/h has been unavailable for 300 s (InsufficientInstanceCapacity); "
-        "new nodes are gpu-on-demand at $0.8048/h\n"
+        "new nodes are gpu-on-demand at $0.8048/h"
     )
     world.status.active_nodes.clear()  # the one that was there is reclaimed too
     assert world.look(5) == {"max_workers": 4, "min_workers": 1, "priority": 1}
@@ -114,13 +116,14 @@ def test_spot_that_is_only_short_for_a_while_is_kept(world: World, relief: str) 
 
 
 def test_spot_is_tried_again_and_no_node_is_ended_by_it(
-    world: World, capsys: pytest.CaptureFixture[str]
+    world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     world.fail(SPOT, AFTER_S + 10)
     world.status.active_nodes += [node(ON_DEMAND, "c"), node(ON_DEMAND, "d")]
     assert world.look(10)["max_workers"] == 4
     assert world.look(RETRY_SPOT_AFTER_S) == {"max_workers": 2, "min_workers": 0, "priority": 0}
-    assert "spot is tried again" in capsys.readouterr().out
+    assert "spot is tried again" in caplog.text
     world.status.active_nodes.pop()
     assert world.look(10)["max_workers"] == 1
     world.status.active_nodes.pop()
@@ -128,11 +131,12 @@ def test_spot_is_tried_again_and_no_node_is_ended_by_it(
 
 
 def test_where_neither_is_to_be_had_both_are_asked_in_turn(
-    world: World, capsys: pytest.CaptureFixture[str]
+    world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     world.fail(SPOT, AFTER_S + 10)
     assert world.fail(ON_DEMAND, AFTER_S + 10)["max_workers"] == 0
-    assert "new nodes are gpu-spot at $0.3621/h" in capsys.readouterr().out
+    assert "new nodes are gpu-spot at $0.3621/h" in caplog.text
 
 
 def test_a_restart_goes_on_from_what_the_file_says(world: World) -> None:
