@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.base.config import read_yaml
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
+from cluster.connection.ray_internals import find_head
 
 DASHBOARD_PORT = 8265
 MLFLOW_URI_FILE = "~/.heliostat/mlflow_uri"
@@ -97,13 +98,10 @@ def head_target(file: Path) -> SshTarget:
     config = read_launcher_file(file)
     if config["provider"]["type"] == "local":
         return next(iter(on_premises_targets(config).values()))
-    from ray.autoscaler import sdk
-
     noise = io.StringIO()  # Ray prints its progress
     try:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            auth = sdk.bootstrap_config(read_yaml(file))["auth"]
-            address = sdk.get_head_node_ip(str(file))
+            address, auth = find_head(file, read_yaml(file))
     except HeliostatError:
         raise
     except (Exception, SystemExit) as error:  # each provider raises exceptions of its own

@@ -159,6 +159,13 @@ def test_launcher_state_file() -> None:
     assert ray_internals.launcher_state_file("mine") == Path(path("mine"))
 
 
+def test_find_head() -> None:
+    item = "find_head"
+    for name in ("bootstrap_config", "get_head_node_ip"):
+        parameters = list(inspect.signature(private("ray.autoscaler.sdk", name, item)).parameters)
+        expect(parameters[0] == "cluster_config", item, f"{name} takes {parameters}")
+
+
 def test_launcher_command() -> None:
     item = "launcher_command"
     expect_in_source("ray.scripts.scripts", 'if __name__ == "__main__":', item)
