@@ -1,4 +1,4 @@
-"""What a job is: names that are refused, and drivers that count as lost."""
+"""Names and arguments that are refused, and drivers that count as lost."""
 
 from dataclasses import replace
 
@@ -15,32 +15,32 @@ FAILED = replace(RUNNING, status="FAILED")
     ("job", "lost"),
     [
         (RUNNING, False),
-        (replace(RUNNING, node_id="n0"), True),  # on a head that was replaced
+        (replace(RUNNING, node_id="n0"), True),  # its node is gone
         (replace(RUNNING, node_id="n0", status="SUCCEEDED"), False),
         (replace(FAILED, exit_code=1), False),
         (replace(FAILED, exit_code=2), False),
         (replace(FAILED, exit_code=-9), True),
         (replace(FAILED, exit_code=137), True),
-        (replace(FAILED, exit_code=-15), False),  # somebody asked it to end
+        (replace(FAILED, exit_code=-15), False),  # it was asked to end
         (replace(FAILED, exit_code=130), False),
         (replace(FAILED, error_type="JOB_SUPERVISOR_ACTOR_DIED"), True),
         (replace(FAILED, error_type="RUNTIME_ENV_SETUP_FAILURE"), False),
     ],
 )
-def test_what_counts_as_lost(job: Job, lost: bool) -> None:
+def test_which_drivers_are_lost(job: Job, lost: bool) -> None:
     assert (lost_reason(job, frozenset({"n1", "n2"})) is not None) == lost
-    if job.status == "RUNNING":  # nothing is known of the nodes
+    if job.status == "RUNNING":  # the living nodes are unknown
         assert lost_reason(job, frozenset()) is None
 
 
 @pytest.mark.parametrize(
-    ("planned", "line"),
+    ("submission", "line"),
     [
         (Submission("a b", ("train",)), "--name a b: must be letters"),
         (Submission("a~2", ("train",)), "--name a~2: must be"),
         (Submission("a", ("train", "x=http://me:secretword@h")), "x: a password in a URL"),
     ],
 )
-def test_names_and_words_that_must_not_be(planned: Submission, line: str) -> None:
+def test_bad_names_and_arguments_are_refused(submission: Submission, line: str) -> None:
     with pytest.raises(SpecError, match=line):
-        check_submission(planned)
+        check_submission(submission)

@@ -3,7 +3,7 @@
 from cluster.lifecycle.launcher import minimum_node_count
 
 
-def test_minimum_nodes_count_the_head() -> None:
+def test_the_head_is_one_of_the_minimum_nodes() -> None:
     local = {"provider": {"type": "local", "worker_ips": ["1.1.1.1", "1.1.1.2"]}}
     assert minimum_node_count(local) == 3
     assert minimum_node_count({**local, "min_workers": 1}) == 2

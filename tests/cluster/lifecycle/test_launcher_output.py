@@ -29,5 +29,5 @@ from cluster.lifecycle.launcher_output import error_line
         ("", "ended without a message"),
     ],
 )
-def test_the_line_that_says_why(output: str, reason: str) -> None:
+def test_the_line_that_names_the_cause_is_found(output: str, reason: str) -> None:
     assert error_line(output) == reason
