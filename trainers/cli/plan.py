@@ -3,14 +3,14 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli.jobs import Subparsers, run_options
+from cluster.cli.options import Subparsers, run_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
-    from cluster.jobs.ray_jobs import Submission
+    from cluster.jobs.job import Submission
     from trainers.planning.forecast import ForecastHistory, Interval
     from trainers.planning.plan import Option, Plan, PlanRequest
     from trainers.planning.pools import ProbedPool

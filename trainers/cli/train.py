@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import trainers.cli.data
 import trainers.cli.plan
 import trainers.cli.track
-from cluster.cli.jobs import Subparsers, run_options
 from cluster.cli.lifecycle import open_cluster_ui
+from cluster.cli.options import Subparsers, run_options
 from trainers.cli.plan import as_job
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli.jobs import Subparsers, run_options
+from cluster.cli.options import Subparsers, run_options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.jobs.ray_jobs import Submission
+    from cluster.jobs.job import Submission
     from tuning.trials.leaderboard import Leaderboard
     from tuning.trials.trial import Sweep
 
@@ -19,6 +19,7 @@ REPORT_FOLDER = "report"
 
 
 def build_parser() -> argparse.ArgumentParser:
+    import cluster.cli.files
     import cluster.cli.jobs
     import cluster.cli.lifecycle
     import trainers.cli.train
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.train.add_verbs(verbs)
     add_verbs(verbs)
+    cluster.cli.files.add_verbs(verbs)
     cluster.cli.jobs.add_verbs(verbs)
     cluster.cli.lifecycle.add_verbs(verbs)
     return top

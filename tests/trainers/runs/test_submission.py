@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
-from cluster.jobs.ray_jobs import Submission
+from cluster.jobs.job import Submission
 from tuning.cli.sweep import build_parser
 
 
@@ -21,33 +21,33 @@ def asked(line: str) -> Submission:
     """What `heliostat submit` makes of a command."""
     words = tuple(line.split())
     args: argparse.Namespace = build_parser().parse_args(words)
-    planned: Submission = args.plan(args, words)
-    return planned
+    submission: Submission = args.plan(args, words)
+    return submission
 
 
 @pytest.mark.parametrize("verb", ["train", "sweep", "scaling --workers 1,2"])
 def test_what_is_kept_by_its_name_gets_one(verb: str, folder: Path) -> None:
     named = asked(f"{verb} digits --name mine")
     assert named.name == "mine"
-    assert named.words == (*verb.split(), "digits", "--name", "mine")
+    assert named.argv == (*verb.split(), "digits", "--name", "mine")
     unnamed = asked(f"{verb} digits")
-    assert unnamed.words == (*verb.split(), "digits", "--name", unnamed.name)
+    assert unnamed.argv == (*verb.split(), "digits", "--name", unnamed.name)
     assert unnamed.name != asked(f"{verb} digits").name
     assert unnamed.exclude_patterns == ("/runs",)
 
 
 @pytest.mark.parametrize("verb", ["plan", "data"])
 def test_what_is_not_has_a_name_as_a_job(verb: str, folder: Path) -> None:
-    planned = asked(f"{verb} digits")
-    assert planned.words == (verb, "digits")
-    assert planned.name.startswith(f"digits-{verb}-")
+    submission = asked(f"{verb} digits")
+    assert submission.argv == (verb, "digits")
+    assert submission.name.startswith(f"digits-{verb}-")
 
 
 def test_what_is_resumed_is_found_by_its_name_there(folder: Path) -> None:
-    planned = asked("train --resume runs/mine")
-    assert (planned.name, planned.words) == ("mine", ("train", "--resume", "mine"))
+    submission = asked("train --resume runs/mine")
+    assert (submission.name, submission.argv) == ("mine", ("train", "--resume", "mine"))
     there = asked("sweep --resume /shared/runs/mine")
-    assert (there.name, there.words) == ("mine", ("sweep", "--resume", "/shared/runs/mine"))
+    assert (there.name, there.argv) == ("mine", ("sweep", "--resume", "/shared/runs/mine"))
 
 
 def test_a_spec_goes_along_by_its_place_in_the_folder(
@@ -55,9 +55,9 @@ def test_a_spec_goes_along_by_its_place_in_the_folder(
 ) -> None:
     (folder / "specs").mkdir()
     (folder / "specs/mine.yaml").write_text("workload: vision\n")
-    planned = asked(f"plan {folder}/specs/mine.yaml")
-    assert planned.words == ("plan", "specs/mine.yaml")
-    assert planned.required_files == (Path("specs/mine.yaml"),)
+    submission = asked(f"plan {folder}/specs/mine.yaml")
+    assert submission.argv == ("plan", "specs/mine.yaml")
+    assert submission.required_files == (Path("specs/mine.yaml"),)
     monkeypatch.chdir(folder / "specs")
     (folder / "other.yaml").write_text("workload: vision\n")
     with pytest.raises(SpecError, match="is not in the working folder, which is what is sent"):
