@@ -1,4 +1,4 @@
-"""Very long series: what MLflow is given of them has their shape, and short ones are whole."""
+"""Downsampled series keep their shape; short series are complete."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ CHUNKS = st.lists(st.integers(1, 40_000), min_size=1, max_size=6)
 def series(length: int, peak: int) -> list[MetricPoint]:
     """A falling curve with one spike, one dip and one NaN."""
     values = {peak: 1e6, peak // 2: -1e6, peak // 3: math.nan}
-    return [("loss", values.get(i, 1 / (i + 1)), i, i) for i in range(length)]
+    return [MetricPoint("loss", values.get(i, 1 / (i + 1)), i, i) for i in range(length)]
 
 
 def in_parts(rows: list[MetricPoint], sizes: list[int]) -> Iterator[list[MetricPoint]]:
@@ -27,11 +27,11 @@ def in_parts(rows: list[MetricPoint], sizes: list[int]) -> Iterator[list[MetricP
 
 @settings(max_examples=20, deadline=None)
 @given(CHUNKS, st.floats(0, 0.999))
-def test_what_is_kept(sizes: list[int], place: float) -> None:
+def test_extremes_and_the_last_point_are_kept(sizes: list[int], place: float) -> None:
     rows = series(sum(sizes), int(place * sum(sizes)))
     sampler, whole = Downsampler(), Downsampler()
     sent = [row for part in in_parts(rows, sizes) for row in sampler.add("run", part)]
-    assert sent == whole.add("run", rows), "how the rows came must not matter"
+    assert sent == whole.add("run", rows), "how the points are divided into calls must not matter"
     assert sent[:EXACT_POINTS] == rows[:EXACT_POINTS]
     assert sampler.is_downsampled("run") == (len(rows) > EXACT_POINTS)
     sent += sampler.open_windows("run")
@@ -44,6 +44,6 @@ def test_what_is_kept(sizes: list[int], place: float) -> None:
     assert all(b - a <= 64 for a, b in pairwise(steps))
 
 
-def test_many_points_come_to_few() -> None:
+def test_a_long_series_is_sent_as_few_points() -> None:
     sent = len(Downsampler().add("run", series(300_000, 200_000)))
     assert 1.5 * EXACT_POINTS < sent < 3 * EXACT_POINTS
