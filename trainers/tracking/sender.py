@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from trainers.tracking.downsampling import DOWNSAMPLING_NOTE, Downsampler
+from trainers.tracking.mlflow_limits import DOWNSAMPLING_NOTE, Downsampler
 from trainers.tracking.mlflow_store import MlflowStore, is_permanent_error
 from trainers.tracking.operation_log import MetricPoint, OperationLog, group_operations
 

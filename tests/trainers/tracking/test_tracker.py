@@ -214,7 +214,7 @@ def test_a_server_that_is_away_gets_everything_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By `heliostat track flush`, long after the run."""
-    monkeypatch.setattr("trainers.tracking.downsampling.EXACT_POINTS", 100)
+    monkeypatch.setattr("trainers.tracking.mlflow_limits.EXACT_POINTS", 100)
     folder = tmp_path / "patient"
     tracker = Tracker(str(folder / TRACKING), f"http://127.0.0.1:{free_port}", "track")
     tracker.start(TrackedRun("patient", {}))
@@ -321,7 +321,7 @@ def test_a_clock_that_is_set_back(
     tracker.start(TrackedRun("clock", {}))
     for step in range(20):
         tracker.log("clock", [("loss", step / 7, step, 1_900_000_000_000 - 60_000 * step)], step)
-    monkeypatch.setattr("trainers.tracking.tracker_state.now_ms", lambda: 1_000_000_000_000)
+    monkeypatch.setattr("trainers.tracking.tracker.now_ms", lambda: 1_000_000_000_000)
     tracker.finish("clock", "FINISHED")
     drained(tracker, wait_until)
     run_id = tracker.read("clock")["run_id"]
