@@ -101,7 +101,7 @@ def run_to_end(
         finished = len(board.ended) == sweep.spec.total_trials
         if board.best is not None:
             write_best(sweep, board.best, sweep.folder / BEST_SPEC_FILE)
-            tracker.artifact.remote(sweep.key, str(sweep.folder / BEST_SPEC_FILE))
+            tracker.log_artifact.remote(sweep.key, str(sweep.folder / BEST_SPEC_FILE))
             if finished:
                 best = (f"best/{sweep.spec.metric}", board.best.value, 0, now_ms())
                 tracker.log.remote(sweep.key, [best], 0)

@@ -111,7 +111,7 @@ class WorkerMeter:
                 usages=usages_to_data(self._meter.usages),
                 ended=ended,
             )
-        return self._tracker.used.remote(post)
+        return self._tracker.report_usage.remote(post)
 
 
 def _power_sources(
@@ -207,7 +207,7 @@ class DriverMeter:
         if now < self._next_s and not force:
             return self.limit_reached
         self._next_s = now + BILLING_INTERVAL_S
-        self._bill.tick(ray_nodes(), ray.get(self._tracker.posts.remote()))
+        self._bill.tick(ray_nodes(), ray.get(self._tracker.take_usage_reports.remote()))
         account = self.ledger.totals()
         self.limit_reached = self.limit_reached or reached_limit(self._budget, account)
         if now >= self._next_shown_s or force:
@@ -221,8 +221,8 @@ class DriverMeter:
         stand still.
         """
         at = now_ms()
-        rows: list[MetricPoint] = [(name, value, self._shown, at) for name, value in values.items()]
-        self._tracker.add.remote(run, rows)
+        points = [MetricPoint(name, value, self._shown, at) for name, value in values.items()]
+        self._tracker.log_points.remote(run, points)
 
     def finish(self) -> tuple[CostTotals, dict[str, str]]:
         """Charge the rest; what it came to, and that as tags of MLflow."""

@@ -95,10 +95,10 @@ def run_workers(
             if stop.is_set() and not asked:
                 ray.get(tracker.request_stop.remote(config.key))
                 asked = True
-            steps, rows, lines = ray.get(tracker.watch.remote(config.key))
+            steps, rows, lines = ray.get(tracker.poll.remote(config.key))
             stall = hung.poll()
             on_progress(steps, rows, [*lines, str(stall)] if stall else lines)
-        on_progress(*ray.get(tracker.watch.remote(config.key)))
+        on_progress(*ray.get(tracker.poll.remote(config.key)))
     except SystemExit:  # Ray Tune ends the trial that this run is
         tracker.request_stop.remote(config.key)
         thread.join()

@@ -157,7 +157,7 @@ def run_to_end(
     metering: DriverMeter | None = None
     expected = _latest_forecast(run)
     if expected is not None:
-        tracker.note.remote(run.key, "forecast", str(expected))
+        tracker.log_note.remote(run.key, "forecast", str(expected))
     wall_s = 0.0
     try:
         if (run.folder / MODEL).exists():  # exported after the last step: nothing is left to do
@@ -187,7 +187,7 @@ def run_to_end(
         _export_if_missing(run)
         if expected is not None and wall_s:
             became["forecast"] = _record_forecast_outcome(run, tracker, expected, outcome, wall_s)
-        tracker.model.remote(run.key, str(run.folder / MODEL))
+        tracker.log_model.remote(run.key, str(run.folder / MODEL))
     else:
         tags["heliostat.reason"] = became.get("reason") or "stopped"
     tags[DESCRIPTION_TAG] = run_description(outcome, became)
@@ -220,7 +220,7 @@ def _record_forecast_outcome(
     }
     rows = [(name, value, outcome.step, now_ms()) for name, value in found.items()]
     tracker.log.remote(run.key, rows, outcome.step)
-    tracker.note.remote(run.key, "forecast", text)
+    tracker.log_note.remote(run.key, "forecast", text)
     return text
 
 
@@ -240,7 +240,7 @@ def start_tracking(
     tracker = start_tracker(folder / TRACKING, str(tracking.uri), tracking.experiment, key)
     tracker.start.remote(tracked_run(key, spec_data, kind=kind))
     for name in (SPEC, ENVIRONMENT):
-        tracker.artifact.remote(key, str(folder / name))
+        tracker.log_artifact.remote(key, str(folder / name))
     return tracker
 
 

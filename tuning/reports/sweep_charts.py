@@ -4,16 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.reports.charts import (
+from trainers.reports.charts import status_colours
+from trainers.reports.history import Series
+from trainers.reports.vega import (
     Chart,
     Columns,
     choose_scale,
     data_source,
     quantitative,
-    status_colours,
     with_unit,
 )
-from trainers.reports.history import Series
 from tuning.trials.leaderboard import TrialResult
 from tuning.trials.space import Distribution
 

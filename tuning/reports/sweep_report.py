@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cluster.base.config import read_yaml, validate
 from trainers.reports import charts, run_report
-from trainers.reports.charts import Chart
 from trainers.reports.history import RunHistory, busy_spans, read_histories
 from trainers.reports.page import DataTable, Page, Section, StatCard, format_number
 from trainers.reports.run_report import cost_cards, downsample, end_status, wall_time_card
+from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard
@@ -134,7 +134,7 @@ def _leaderboard(
         for standing in board.results
     ]
     columns = ("trial", spec.metric, *objectives, *costs, "epochs", "ended", *spec.parameters)
-    titled = [charts.with_unit(name) for name in columns]
+    titled = [with_unit(name) for name in columns]
     goal = "least" if spec.mode == "min" else "greatest"
     caption = (
         f"All trials that were evaluated, the {goal} {spec.metric} first. A column's name sorts by "
