@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
-from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import load_model_weights
 from trainers.data.dataset import prepare_dataset
 from trainers.engine.strategy import choose_strategy, state_bytes
 from trainers.spec import RunSpec, resolve

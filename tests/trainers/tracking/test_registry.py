@@ -81,7 +81,8 @@ def tracked(
     network = workload.build()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-    checkpoint = checkpoints.wait_for_latest()
+    checkpoints.wait()
+    checkpoint = checkpoints.latest()
     assert checkpoint is not None
     folder = tmp_path / "run"
     export_model(folder / MODEL, spec, workload, checkpoint)
