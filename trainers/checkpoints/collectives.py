@@ -22,11 +22,12 @@ def run_on_rank_zero(
     if group is None:
         return action()
     result, error = _attempt(action) if rank == 0 else (None, None)
-    answer = [result, _picklable(error)]
+    answer: list[Any] = [result, _picklable(error)]
     dist.broadcast_object_list(answer, src=0, group=group)
     if answer[1] is not None:
         raise error or answer[1]
-    return answer[0]  # type: ignore[return-value]
+    found: ResultT = answer[0]
+    return found
 
 
 def run_on_all(action: Callable[[], ResultT], group: dist.ProcessGroup | None) -> list[ResultT]:

@@ -17,7 +17,7 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.counter_rng import combine_seeds
 from trainers.data.dataset import epoch_permutation, open_split, prepare_dataset
 from trainers.engine import loop
-from trainers.engine.loop import evaluation_steps, train
+from trainers.engine.loop import train
 from trainers.engine.step import TrainStep
 from trainers.outcome import Outcome
 from trainers.spec import RunSpec, resolve
@@ -219,7 +219,7 @@ def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
 )
 def test_when_it_evaluates(fields: dict[str, float], evaluations: list[int]) -> None:
     spec = RunSpec.model_validate({"workload": "x", "train": {**fields, "global_batch": 10}})
-    assert sorted(evaluation_steps(spec.train.evaluate_every_epochs, spec, 100)) == evaluations
+    assert sorted(spec.train.evaluation_steps(100)) == evaluations
 
 
 def saved_steps(folder: Path) -> list[int]:

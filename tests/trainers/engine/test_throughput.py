@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from trainers import Batch, Workload, table
 from trainers.devices import Cpu, Cuda, DeviceMemory
-from trainers.engine.throughput import STEP_PHASES, ThroughputMeter, count_flops
+from trainers.engine.dry_run import count_flops
+from trainers.engine.throughput import STEP_PHASES, ThroughputMeter
 
 
 class Clock:
@@ -101,6 +102,18 @@ class TestLaps:
     def test_a_mark_costs_less_than_two_microseconds(self) -> None:
         it = ThroughputMeter(1)
         assert min(timeit.repeat(lambda: it.mark("data"), number=2000, repeat=20)) < 2000 * 2e-6
+
+    def test_the_exchange_of_gradients_ends_with_the_next_mark(self) -> None:
+        clock = Clock()
+        it = meter(clock)
+        clock.s += 1
+        it.begin_exchange()
+        spend(it, clock, "compute", 3)
+        spend(it, clock, "compute", 4)
+        it.count_step()
+        found = it.read()
+        assert found["perf/compute_s"] == pytest.approx(5)
+        assert found["perf/communication_s"] == pytest.approx(3)
 
 
 class TestTheDevice:
@@ -195,6 +208,25 @@ class TestGoodput:
         second.load_state_dict(state)
         spend(second, clock, "compute", 10)
         assert second.goodput() == pytest.approx(20 / 30)
+
+    @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(-1000, 1000)), min_size=1))
+    def test_a_clock_that_is_set_back_or_forward_does_not_matter(
+        self, laps: list[tuple[float, float]]
+    ) -> None:
+        """Within a start not at all; between two, never so that more than all of it was of use."""
+        clock, unix = Clock(), Clock()
+        it = ThroughputMeter(32, clock=clock, now=unix)
+        for seconds, jump_s in laps:
+            unix.s += jump_s
+            spend(it, clock, "compute", seconds)
+            spend(it, clock, "checkpoint", seconds)
+            assert it.goodput() == pytest.approx(0.5)
+        state = it.state_dict(stopped=False)
+        unix.s += laps[0][1]
+        again = ThroughputMeter(32, clock=clock, now=unix)
+        again.load_state_dict(state)
+        spend(again, clock, "compute", 1)
+        assert 0 < again.goodput() < 1
 
     def test_the_state_survives_json_beside_other_numbers(self) -> None:
         clock = Clock()
