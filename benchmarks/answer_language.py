@@ -14,8 +14,8 @@ from answers import table
 from cluster.base.config import apply_overrides
 from trainers.data.dataset import count_samples, prepare_dataset
 from trainers.engine.loop import train
-from trainers.engine.model import build_network
 from trainers.engine.reporter import NullReporter
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workloads.language.workload import Language
 

@@ -10,7 +10,7 @@ from trainers.data.dataset import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample
-from trainers.engine.strategy import broadcast_buffers
+from trainers.modeling.strategy import broadcast_buffers
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.worker import Worker

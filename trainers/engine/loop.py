@@ -10,11 +10,11 @@ from pathlib import Path
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.data.dataset import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
-from trainers.engine.dropout import NATIVE_RNG_NOTE
 from trainers.engine.evaluate import Evaluator
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
+from trainers.modeling.dropout import NATIVE_RNG_NOTE
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec

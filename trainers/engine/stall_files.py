@@ -15,8 +15,8 @@ STEP_FIELD = slice(5, 15)
 WAITING_FILES = (
     *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py"),
     *("trainers/engine/loop.py", "trainers/engine/evaluate.py", "trainers/engine/coordination.py"),
-    *("trainers/engine/step.py", "trainers/engine/strategy.py"),
-    "trainers/engine/weight_update.py",
+    *("trainers/engine/step.py", "trainers/modeling/strategy.py"),
+    "trainers/modeling/weight_update.py",
 )
 """The file of the innermost call of a worker that waits for its peers or for its device."""
 

@@ -18,11 +18,11 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.shards import local_tensor
 from trainers.counter_rng import SampleRandom, combine_seeds, device_rng_state, seed_device
 from trainers.engine.micro_batches import MicroBatches
-from trainers.engine.model import build_model
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
-from trainers.engine.strategy import ParallelStrategy, sync_gradients_if
 from trainers.engine.throughput import ThroughputMeter, measure_communication
-from trainers.engine.weight_update import WeightUpdate
+from trainers.modeling.build import build_model
+from trainers.modeling.strategy import ParallelStrategy, sync_gradients_if
+from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
 from trainers.spec import RunSpec
 from trainers.torch_internals import is_unfinished_reduction

@@ -38,10 +38,10 @@ from trainers.devices import local_device
 from trainers.engine.coordination import FIRST_SAVE_S
 from trainers.engine.evaluate import evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
-from trainers.engine.model import build_network
-from trainers.engine.optimizer import build_optimizer, learning_rate
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
+from trainers.modeling.build import build_network
+from trainers.modeling.optimizer import build_optimizer, learning_rate
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs.ray_train import format_error
 from trainers.spec import RunSpec, resolve

@@ -18,7 +18,7 @@ from cluster.base.config import validate
 from cluster.base.errors import CheckpointError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.state import load_checkpoint, load_model_weights
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.spec import CheckpointSpec, OptimizerSpec
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from cluster.base.config import read_yaml
 from cluster.base.errors import CheckpointError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, load_model
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.precision import weights_dtype
 from trainers.spec import RunSpec, resolve
 

@@ -16,7 +16,7 @@ from cluster.base.errors import SpecError, TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.counter_rng import combine_seeds
 from trainers.data.dataset import epoch_permutation, open_split, prepare_dataset
-from trainers.engine import loop
+from trainers.engine import coordination
 from trainers.engine.loop import train
 from trainers.engine.step import TrainStep
 from trainers.outcome import Outcome
@@ -245,7 +245,7 @@ def test_the_automatic_interval_follows_what_a_save_costs(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Failures that come every few seconds make it save often; and it says what it chose."""
-    monkeypatch.setattr(loop, "FIRST_SAVE_S", 0.0)
+    monkeypatch.setattr(coordination, "FIRST_SAVE_S", 0.0)
     often = {"failure_every_hours": 1e-6, "keep": 99}
     _, recorder, _ = run(own_folder, "often", train=STEPS, checkpoint=often)
     rarely = {"failure_every_hours": 1e6, "keep": 99}

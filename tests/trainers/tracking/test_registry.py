@@ -24,7 +24,7 @@ from trainers import load_model
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
 from trainers.cli.track import register_command
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.run_folder import MODEL, SPEC, TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.tracker import TrackedRun, Tracker

@@ -23,12 +23,12 @@ from cluster.base.errors import DataError, SpecError
 from trainers.checkpoints.export import export_model, load_model
 from trainers.data.dataset import open_splits, prepare_dataset
 from trainers.devices import Cpu
-from trainers.engine.dry_run import count_flops
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
-from trainers.engine.model import build_network
 from trainers.engine.reporter import NullReporter
 from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
+from trainers.modeling.dry_run import count_flops
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker

@@ -19,8 +19,8 @@ from cluster.base.errors import DataError, SpecError
 from trainers.data.dataset import dataset_name, open_splits, prepare_dataset
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.model import build_network
 from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.language import text

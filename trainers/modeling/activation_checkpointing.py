@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cluster.base.errors import SpecError
-from trainers.engine.dropout import DropoutRng
+from trainers.modeling.dropout import DropoutRng
 from trainers.torch_internals import allow_dropout_in_compiled_checkpoints
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cluster.base.errors import SpecError
 from trainers.counter_rng import SampleRandom, seed_device
 from trainers.devices import Cpu
-from trainers.engine.activation_checkpointing import checkpoint_activations
-from trainers.engine.dropout import DropoutRng, key_dropout_by_sample
+from trainers.modeling.activation_checkpointing import checkpoint_activations
+from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample
 from trainers.spec import RunSpec, resolve
 from trainers.workloads.vision.workload import Vision
 

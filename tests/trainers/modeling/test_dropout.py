@@ -22,7 +22,7 @@ from trainers.counter_rng import (
     dropout_mask,
 )
 from trainers.devices import Cpu
-from trainers.engine.dropout import DropoutRate, key_dropout_by_sample
+from trainers.modeling.dropout import DropoutRate, key_dropout_by_sample
 
 CPU = torch.device("cpu")
 POSITIONS = st.lists(st.integers(0, 2**48), min_size=1, max_size=12)

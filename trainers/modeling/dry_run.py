@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainers.engine.dropout import Shape, dropout_modules
+from trainers.modeling.dropout import Shape, dropout_modules
 from trainers.torch_internals import fake_tensor_mode
 from trainers.workload import Batch, Workload, model_dtype
 

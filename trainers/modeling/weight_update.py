@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from trainers.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
-from trainers.engine.strategy import clip_gradients, gradient_norm
+from trainers.modeling.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainers.modeling.strategy import clip_gradients, gradient_norm
 from trainers.spec import RunSpec
 
 

@@ -8,10 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers.counter_rng import combine_seeds, seed_device
 from trainers.devices import Cpu
-from trainers.engine.activation_checkpointing import checkpoint_activations
-from trainers.engine.dropout import DropoutRng, key_dropout_by_sample, split_dropout
-from trainers.engine.dry_run import dry_run
-from trainers.engine.strategy import (
+from trainers.modeling.activation_checkpointing import checkpoint_activations
+from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
+from trainers.modeling.dry_run import dry_run
+from trainers.modeling.strategy import (
     ParallelStrategy,
     choose_strategy,
     compile_model,

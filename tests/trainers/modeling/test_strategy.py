@@ -16,7 +16,7 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.state import load_model_weights
 from trainers.counter_rng import combine_seeds
 from trainers.data.dataset import prepare_dataset
-from trainers.engine.strategy import choose_strategy, state_bytes
+from trainers.modeling.strategy import choose_strategy, state_bytes
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainers.engine.strategy import mesh_of
+from trainers.modeling.strategy import mesh_of
 from trainers.spec import OptimizerSpec, ScheduleSpec
 
 
