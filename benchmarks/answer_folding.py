@@ -12,7 +12,8 @@ from scipy.sparse.csgraph import shortest_path
 from torch import Tensor, nn
 
 from cluster.base.config import apply_overrides
-from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import load_model_weights
 from trainers.data.dataset import prepare_dataset
 from trainers.data.splits import open_splits
 from trainers.engine.loop import train

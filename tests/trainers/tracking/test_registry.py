@@ -24,7 +24,7 @@ from trainers import load_model
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
 from trainers.cli.track import register_command
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.run_folder import MODEL, SPEC, TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.tracker import TrackedRun, Tracker
@@ -81,7 +81,8 @@ def tracked(
     network = workload.build()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-    checkpoint = checkpoints.wait_for_latest()
+    checkpoints.wait()
+    checkpoint = checkpoints.latest()
     assert checkpoint is not None
     folder = tmp_path / "run"
     export_model(folder / MODEL, spec, workload, checkpoint)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block keeps its input alone, and is computed again in the backward
+"""Activation checkpointing: a block keeps only its input, and is computed again in the backward
 pass (Chen et al., 2016, arXiv:1604.06174).
 """
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cluster.base.errors import SpecError
-from trainers.engine.dropout import DropoutRng
+from trainers.modeling.dropout import DropoutRng
+from trainers.torch_internals import allow_dropout_in_compiled_checkpoints
 
 
 def checkpoint_activations(
     blocks: Iterable[nn.Module], dropout_rng: DropoutRng, compiled: bool = False
 ) -> None:
-    """Have each block computed again in the backward pass, in place; dropout as the first time.
+    """Compute each block again in the backward pass, with the same dropout masks; in place.
 
-    Only the class of a block changes, to a subclass of its own: names, hooks and keys of the
+    Only the class of a block changes, to a subclass of its own, so names, hooks and keys of the
     state stay. Blocks inside of blocks are left alone. `compiled` says that the network goes
     through `torch.compile`. Raises SpecError when there is no block.
     """
@@ -34,12 +35,9 @@ def checkpoint_activations(
     kinds = {kind: _checkpointed_class(kind) for kind in {type(block) for block in blocks}}
     for block in set(blocks) - inner:
         block.__class__ = kinds[type(block)]
-        block._draws = dropout_rng  # type: ignore[assignment]
+        block._dropout_rng = dropout_rng  # type: ignore[assignment]
     if compiled:
-        import torch._dynamo
-
-        # A compiled block is computed again from its graph, in which the draws are fixed.
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        allow_dropout_in_compiled_checkpoints()
 
 
 class _CheckpointedBlock(nn.Module):
@@ -64,7 +62,7 @@ def _checkpointed_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _ReplayDropout(AbstractContextManager[None]):
-    """Draws in here go on from `keys_B`, and afterwards from where they were.
+    """In here dropout draws from `keys_B` on; afterwards it goes on as if nothing was drawn.
 
     A class, since a second backward pass through the same graph enters it once more.
     """

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cluster.base.errors import SpecError
 from trainers.counter_rng import SampleRandom, seed_device
 from trainers.devices import Cpu
-from trainers.engine.activation_checkpointing import checkpoint_activations
-from trainers.engine.dropout import DropoutRng, key_dropout_by_sample
+from trainers.modeling.activation_checkpointing import checkpoint_activations
+from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample
 from trainers.spec import RunSpec, resolve
 from trainers.workloads.vision.workload import Vision
 
@@ -53,7 +53,7 @@ def pair(native: bool = False, compiled: bool = False) -> list[tuple[nn.Module, 
 
 
 def step(
-    network: nn.Module, draws: DropoutRng, number: int, call: Callable[..., Tensor] | None = None
+    network: nn.Module, rng: DropoutRng, number: int, call: Callable[..., Tensor] | None = None
 ) -> tuple[Tensor, int]:
     """All gradients of a step, and the bytes that it kept for its backward pass."""
     kept: dict[int, int] = {}
@@ -66,7 +66,7 @@ def step(
     network.zero_grad()
     x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8)
     seed_device(Cpu(), number)
-    with draws.seeded_by(SampleRandom(0, torch.arange(20) + 20 * number)):
+    with rng.seeded_by(SampleRandom(0, torch.arange(20) + 20 * number)):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = (network if call is None else call)(x).square().sum()
         loss.backward()
@@ -86,20 +86,20 @@ def test_the_same_gradients_from_less_memory(native: bool) -> None:
 
 def test_a_compiled_network_too() -> None:
     torch._dynamo.reset()
-    plain, (network, draws) = pair(compiled=True)
+    plain, (network, rng) = pair(compiled=True)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     for number in range(3):
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
-            found, _ = step(network, draws, number, compiled)
+            found, _ = step(network, rng, number, compiled)
         torch.testing.assert_close(found, step(*plain, number)[0])
 
 
 def test_gradients_of_gradients() -> None:
     """The graph is gone through twice, the first time in the middle of the draws of a step."""
     results = []
-    for network, draws in pair():
+    for network, rng in pair():
         x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8).requires_grad_()
-        with draws.seeded_by(SampleRandom(0, torch.arange(20))):
+        with rng.seeded_by(SampleRandom(0, torch.arange(20))):
             y = network(x)
             slope = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
             (network(x) + slope).square().sum().backward()

@@ -22,7 +22,7 @@ from trainers.counter_rng import (
     dropout_mask,
 )
 from trainers.devices import Cpu
-from trainers.engine.dropout import DropoutRate, key_dropout_by_sample
+from trainers.modeling.dropout import DropoutRate, key_dropout_by_sample
 
 CPU = torch.device("cpu")
 POSITIONS = st.lists(st.integers(0, 2**48), min_size=1, max_size=12)
@@ -44,9 +44,9 @@ def dropped(
 ) -> Tensor:
     """What the network makes of samples `x` at `positions` of the run."""
     network = copy.deepcopy(network)
-    draws = key_dropout_by_sample(network)
+    rng = key_dropout_by_sample(network)
     where = torch.arange(len(x)) if positions is None else torch.as_tensor(positions)
-    with draws.seeded_by(SampleRandom(seed, where)):
+    with rng.seeded_by(SampleRandom(seed, where)):
         result: Tensor = network(x)
     return result
 
@@ -68,10 +68,10 @@ class TestAFunctionOfThePosition:
     @pytest.mark.parametrize("size", [1, 3, 4, 12])
     def test_whatever_the_micro_batches(self, size: int) -> None:
         x = torch.ones(12, 7)
-        draws = key_dropout_by_sample(network := Twice())
+        rng = key_dropout_by_sample(network := Twice())
         parts = []
         for positions in torch.arange(12).split(size):
-            with draws.seeded_by(SampleRandom(0, positions)):
+            with rng.seeded_by(SampleRandom(0, positions)):
                 parts.append(network(x[positions]))
         assert torch.equal(torch.cat(parts), dropped(Twice(), x))
 
@@ -180,18 +180,18 @@ class TestInANetwork:
         assert isinstance(network[1], nn.Dropout)
 
     def test_a_copy_draws_for_itself(self) -> None:
-        draws = key_dropout_by_sample(network := Twice())
+        rng = key_dropout_by_sample(network := Twice())
         other = copy.deepcopy(network)
-        assert other.first.draws is other.second.draws
-        with draws.seeded_by(SampleRandom(0, torch.arange(4))):
+        assert other.first.rng is other.second.rng
+        with rng.seeded_by(SampleRandom(0, torch.arange(4))):
             before = device_rng_state(Cpu())
             other(torch.ones(4, 9))
             assert not before.equal(device_rng_state(Cpu())), "nobody has told the copy its samples"
 
     def test_evaluation_drops_nothing_and_counts_nothing(self) -> None:
-        draws = key_dropout_by_sample(network := Twice())
+        rng = key_dropout_by_sample(network := Twice())
         x = torch.rand(4, 9)
-        with draws.seeded_by(SampleRandom(0, torch.arange(4))):
+        with rng.seeded_by(SampleRandom(0, torch.arange(4))):
             assert torch.equal(network.eval()(x), torch.stack([x, x, x], 1))
             found = network.train()(x)
         assert torch.equal(found, dropped(Twice(), x))
@@ -237,13 +237,13 @@ class TestInANetwork:
 
 def test_a_rate_for_each_of_several_models_at_once() -> None:
     """As `torch.func.vmap` over hyperparameters needs it."""
-    draws = key_dropout_by_sample(module := nn.Dropout())
+    rng = key_dropout_by_sample(module := nn.Dropout())
     rates, x = [0.0, 0.3, 1.0], torch.rand(4, 50)
     thresholds, scales = zip(*(DropoutRate.from_probability(p) for p in rates), strict=True)
 
     def at(threshold: Tensor, scale: Tensor, x: Tensor) -> Tensor:
         module.p = DropoutRate(threshold, scale)  # type: ignore[assignment]
-        with draws.seeded_by(SampleRandom(0, torch.arange(4))):
+        with rng.seeded_by(SampleRandom(0, torch.arange(4))):
             result: Tensor = module(x)
         return result
 
@@ -270,14 +270,14 @@ def test_compiled_once_for_all_steps_and_all_calls() -> None:
 
     torch._dynamo.reset()
     network = nn.Sequential(*[Block() for _ in range(3)])
-    draws, compiled = key_dropout_by_sample(network), torch.compile(network)
+    rng, compiled = key_dropout_by_sample(network), torch.compile(network)
     for step in range(4):
         x = torch.ones(6, 8, requires_grad=True)
         random = SampleRandom(0, torch.arange(6) + 6 * step)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            with draws.seeded_by(random):
+            with rng.seeded_by(random):
                 found = compiled(x)
-            with draws.seeded_by(random):
+            with rng.seeded_by(random):
                 expected = network(x)
         torch.testing.assert_close(found, expected)
         assert torch.equal(found == 0, expected == 0)

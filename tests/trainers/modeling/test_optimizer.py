@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cluster.base.config import validate
-from trainers.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainers.modeling.optimizer import build_optimizer, learning_rate, set_learning_rate
 from trainers.spec import OptimizerSpec
 
 NAMES = st.sampled_from(["constant", "linear", "cosine"])

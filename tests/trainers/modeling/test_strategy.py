@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
-from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import load_model_weights
+from trainers.counter_rng import combine_seeds
 from trainers.data.dataset import prepare_dataset
-from trainers.engine.strategy import choose_strategy, state_bytes
+from trainers.modeling.strategy import choose_strategy, state_bytes
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
@@ -37,21 +39,28 @@ from trainers.spec import RunSpec, resolve
 
 
 class Block(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, dropout):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+        return x + self.down(self.dropout(torch.tanh(self.up(self.norm(x)))))
+
+
+PASSES = []  # the first one is the dry run
 
 
 class Net(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, dropout, aside):
         super().__init__()
         self.first = nn.Linear(3, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(2))
+        self.aside = aside
+        if aside:
+            self.expert = nn.Linear(width, width)
         self.last = nn.Linear(width, 1, bias=False)
         self.register_buffer("seen", torch.zeros(()))
 
@@ -61,12 +70,21 @@ class Net(nn.Module):
         x = self.first(x)
         for block in self.blocks:
             x = block(x)
+        PASSES.append(x)
+        if self.aside == "routed":  # by the sample: some batches have none, some workers' parts
+            chosen = x.sum(1) > 1.3
+            if chosen.any():
+                x = x.masked_scatter(chosen[:, None], x[chosen] + self.expert(x[chosen]))
+        if self.aside.startswith("pass") and len(PASSES) != int(self.aside[-1]):
+            x = x + self.expert(x)
         return self.last(x).squeeze(-1)
 
 
 class Tower(Workload):
     class Model(Spec):
         width: int = 6
+        dropout: float = 0.0
+        aside: str = ""
 
     def dataset(self):
         random = np.random.default_rng(0)
@@ -75,7 +93,7 @@ class Tower(Workload):
         return {"train": table(x=x[:80], y=y[:80]), "val": table(x=x[80:], y=y[80:])}
 
     def build(self):
-        return Net(self.model.width)
+        return Net(self.model.width, self.model.dropout, self.model.aside)
 
     def forward(self, model, batch):
         return model(batch["x"])
@@ -114,7 +132,8 @@ def work(rank, world, meeting, data, dataset, folder, stop_after, answers):
     spec, workload = resolve(data, RunSpec)
     reporter = Losses(stop_after)
     try:
-        train(spec, workload, dataset, folder, reporter, Worker(rank, world, local_world_size=world))
+        this = Worker(rank, world, local_world_size=world)
+        train(spec, workload, dataset, folder, reporter, this)
         answers.put((rank, reporter.rows, reporter.notes, None))
     except Exception as error:
         answers.put((rank, {}, {}, f"{type(error).__name__}: {error}"))
@@ -138,13 +157,14 @@ class Trained:
     notes: dict[str, str]
     folder: Path
     error: str | None
+    model: dict[str, Any]
 
     def column(self, name: str) -> list[float]:
         return [row[name] for _, row in sorted(self.rows.items()) if name in row]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """As one process reads them from the newest checkpoint."""
-        _, workload = resolve(TOWER, RunSpec)
+        _, workload = resolve({**TOWER, "model": self.model}, RunSpec)
         network = workload.build().double()
         newest = Checkpoints(self.folder / "checkpoints").latest()
         assert newest is not None
@@ -171,10 +191,11 @@ def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         folder: Path | None = None,
         stop_after: int | None = None,
         train: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
         **scale: Any,
     ) -> Trained:
         folder = folder or root / os.urandom(4).hex()
-        data = {**TOWER, "train": {**TOWER["train"], **(train or {})}}
+        data = {**TOWER, "train": {**TOWER["train"], **(train or {})}, "model": model or {}}
         data["scale"] = {"workers": workers, **scale}
         answers = context.Queue()
         meeting = root / os.urandom(4).hex()
@@ -191,7 +212,7 @@ def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         _, rows, notes, error = min(answers.get(timeout=600) for _ in processes)
         for process in processes:
             process.join()
-        return Trained(rows, notes, folder, error)
+        return Trained(rows, notes, folder, error, model or {})
 
     return runner
 
@@ -271,6 +292,45 @@ def test_sharded_in_half_precision(train: Runner, precision: str) -> None:
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("aside", ["idle", "routed"])
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_parameters_that_the_loss_does_not_always_use(
+    train: Runner, aside: str, micro_batch: int | None
+) -> None:
+    """Never, or by some batches only: they are left alone then, as by a plain loop."""
+    section = {"micro_batch": micro_batch}
+    one = train(model={"aside": aside})
+    found = train(**SPREAD["ddp"], train=section, model={"aside": aside})
+    assert_close(found, one)
+    _, workload = resolve({**TOWER, "model": one.model}, RunSpec)
+    torch.manual_seed(combine_seeds(0))
+    initial = workload.build().double().state_dict()["expert.weight"]
+    assert one.weights()["expert.weight"].equal(initial) == (aside == "idle")
+
+
+def test_an_idle_parameter_of_a_sharded_model(train: Runner) -> None:
+    assert_close(train(**SPREAD["fsdp"], model={"aside": "idle"}), train(model={"aside": "idle"}))
+
+
+@pytest.mark.parametrize(
+    ("unused", "names", "step"), [(2, "expert.weight, expert.bias", 1), (4, "a parameter", 3)]
+)
+def test_parameters_that_are_not_used_for_another_reason_are_refused_in_a_line(
+    train: Runner, unused: int, names: str, step: int
+) -> None:
+    """In the first step before its update, later before the next one."""
+    found = train(**SPREAD["ddp"], model={"aside": f"pass {unused}"})
+    assert found.error is not None
+    message = f"TrainingError: {names} got no gradient at step {step} on this worker"
+    assert found.error.startswith(message)
+    assert "\n" not in found.error
+
+
+@pytest.mark.parametrize("mode", ["tensor", "tensor and fsdp"])
+def test_dropout_between_split_layers_is_that_of_one_worker(train: Runner, mode: str) -> None:
+    assert_close(train(**SPREAD[mode], model={"dropout": 0.3}), train(model={"dropout": 0.3}))
+
+
 class TestChoice:
     def choice(self, memory: float, workers: int = 4, local: int = 2, **scale: Any) -> Any:
         """The layout for a worker with so many times the memory that the model's state takes."""
@@ -298,6 +358,20 @@ class TestChoice:
         layout = self.choice(memory, workers, local)
         assert layout.mode == mode
         assert "weights, gradients and optimizer take" in layout.reason or workers == 1
+
+    def test_the_traffic_of_sharded_fp16_is_told(self) -> None:
+        def reason(precision: str, parallel: str) -> str:
+            scale = {"workers": 4, "parallel": parallel}
+            data = {**TOWER, "train": {"precision": precision}, "scale": scale}
+            spec, workload = resolve(data, RunSpec)
+            worker = Worker(0, 4, local_world_size=2)
+            return choose_strategy(spec, workload, workload.build(), worker, None).reason
+
+        told = "fp16 gathers weights in fp32, at twice the traffic of bf16"
+        assert told in reason("fp16", "fsdp")
+        assert told in reason("fp16", "hsdp")
+        assert told not in reason("fp16", "ddp")
+        assert told not in reason("bf16", "fsdp")
 
     def test_groups_must_fit(self) -> None:
         with pytest.raises(SpecError, match=r"^scale.group: 4 workers cannot be put into groups"):

@@ -1,7 +1,7 @@
-"""Which device a worker computes on, and how a model is spread over the workers.
+"""How a model is distributed over the workers: replicated, sharded or tensor-parallel.
 
-`spread` reads top to bottom: one device, copies, the shape of the mesh, tensor parallelism,
-sharding. What a model computes is the same in every mode; only where its parts lie differs.
+`parallelize` reads top to bottom: one device, replicas, the shape of the mesh, tensor parallelism,
+sharding. The model computes the same in every mode; only the place of its parts differs.
 """
 
 import math
@@ -32,12 +32,12 @@ temporary copies need the rest."""
 
 @dataclass(frozen=True)
 class ParallelStrategy:
-    """How a model is spread over the workers, and why."""
+    """How a model is distributed over the workers, and why."""
 
     mode: ParallelMode
     reason: str
     group: int = 1
-    """Workers that hold one copy of the model together (hsdp), or of each layer (tensor)."""
+    """Workers that share one replica of the model (hsdp) or of each layer (tensor)."""
 
     def applied_to(self, worker: Worker) -> Worker:
         """The worker, with its share of the data."""
@@ -47,10 +47,10 @@ class ParallelStrategy:
 def choose_strategy(
     spec: RunSpec, workload: Workload, network: nn.Module, worker: Worker, memory_bytes: int | None
 ) -> ParallelStrategy:
-    """The layout that the spec asks for, or `auto` by the memory that the model's state needs.
+    """The strategy that the spec asks for; `auto` goes by the memory that the model's state needs.
 
-    `memory_bytes` is what one worker may fill. Raises SpecError for a layout that the workers or
-    the workload cannot have. `auto` never chooses tensor parallelism, which is slower than
+    `memory_bytes` is the memory of one worker. Raises SpecError for a strategy that does not suit
+    the workers or the workload. `auto` never chooses tensor parallelism, which is slower than
     sharding wherever sharding fits.
     """
     scale, world, local = spec.scale, worker.world_size, worker.local_world_size
@@ -60,21 +60,25 @@ def choose_strategy(
     have = memory_bytes if memory_bytes is not None else 1 << 62  # then nothing asks for shards
     known = _format_bytes(have) if memory_bytes is not None else "unknown memory"
     sizes = f"weights, gradients and optimizer take {_format_bytes(need)} of a worker's {known}"
+    gathers = ""
+    if spec.train.precision == "fp16":  # see _mixed_precision
+        gathers = "; fp16 gathers weights in fp32, at twice the traffic of bf16"
     mode = scale.parallel
     if mode == "auto":
         if need <= STATE_SHARE * have:
             return ParallelStrategy("ddp", f"{sizes}, so each worker has a copy")
         if 1 < local < world and world % local == 0 and need / local <= STATE_SHARE * have:
             return ParallelStrategy(
-                "hsdp", f"{sizes}, so the {local} of a machine share a copy", local
+                "hsdp", f"{sizes}, so the {local} of a machine share a copy{gathers}", local
             )
-        return ParallelStrategy("fsdp", f"{sizes}, so all workers share one copy")
+        return ParallelStrategy("fsdp", f"{sizes}, so all workers share one copy{gathers}")
     group = scale.group or local
     if mode in ("hsdp", "tensor") and (world % group or group == 1):
         raise SpecError(f"scale.group: {world} workers cannot be put into groups of {group}")
     if mode == "tensor" and not workload.tensor_plan(network):
         raise SpecError("scale.parallel: tensor needs a workload that defines tensor_plan")
-    return ParallelStrategy(mode, sizes, group if mode in ("hsdp", "tensor") else 1)
+    reason = sizes if mode == "ddp" else f"{sizes}{gathers}"
+    return ParallelStrategy(mode, reason, group if mode in ("hsdp", "tensor") else 1)
 
 
 def parallelize(
@@ -83,10 +87,13 @@ def parallelize(
     workload: Workload,
     strategy: ParallelStrategy,
     worker: Worker,
+    find_unused: bool = False,
 ) -> nn.Module:
-    """The network wrapped so that it trains on all workers; collective.
+    """Wrap the network so that it trains on all workers; collective.
 
-    Its own weights become this worker's part of them. Compilation happens in the first step.
+    Its weights become this worker's part of them. `find_unused` is for a network of which a step
+    may leave parameters without a gradient: replicas then look for these in each step, which
+    takes a walk over the graph and a small all-reduce.
     """
     world, kind = worker.world_size, worker.device.type
     if strategy.mode == "single":
@@ -94,7 +101,12 @@ def parallelize(
     if strategy.mode == "ddp":
         network.to(worker.device)
         devices = None if kind == "cpu" else [worker.device]
-        return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            network,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
+        )
 
     if strategy.mode == "fsdp":
         shards = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
@@ -118,9 +130,10 @@ def parallelize(
 
 
 def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -> nn.Module:
-    """A spread model as `train.compile` wants it; compilation itself happens in the first step.
+    """Apply `train.compile` to a parallel model; compilation itself happens in the first step.
 
-    Block by block where the blocks are sharded, since the exchange between them is not compiled.
+    Sharded models are compiled block by block, since the collectives between blocks are not
+    compiled.
     """
     if train.compile == "off":
         return model
@@ -132,15 +145,12 @@ def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -
     return result
 
 
-def compile_time_s() -> float:
-    """Seconds that this process has spent compiling models."""
-    from torch._dynamo.utils import calculate_time_spent
-
-    return float(calculate_time_spent().get("total_wall_time", 0.0))
-
-
 def _mixed_precision(train: TrainSpec) -> MixedPrecisionPolicy:
-    """Workers send each other weights in the precision of the computation, gradients in fp32."""
+    """Sharded bf16 models gather weights in bf16 and reduce gradients in fp32.
+
+    Others gather in fp32, fp16 too: with fp16 weights, modules would also get fp16 inputs and
+    give fp16 outputs, in which a loss overflows that does not under autocast.
+    """
     if train.precision not in ("bf16", "fp8"):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -148,9 +158,9 @@ def _mixed_precision(train: TrainSpec) -> MixedPrecisionPolicy:
 
 @contextmanager
 def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
-    """Backward passes in here exchange gradients between the workers only if `last`.
+    """In here, backward passes exchange gradients between the workers only if `last`.
 
-    For all micro-batches of a step but its last one.
+    `last` is whether this is the last micro-batch of a step.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -163,9 +173,9 @@ def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
-    """Give all workers the first one's buffers, such as running means; collective.
+    """Give all workers the buffers of rank 0, such as running means; collective.
 
-    Copies do this themselves before each forward pass; sharded models don't.
+    Replicas do this themselves before each forward pass; sharded models don't.
     """
     if strategy.mode in ("single", "ddp"):
         return
@@ -174,36 +184,45 @@ def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
 
 
 def gradient_norm(network: nn.Module) -> Tensor:
-    """The 2-norm of the whole gradient, over all workers' parts; collective if sharded."""
-    meshes = _gradients_by_mesh(network).values()
-    norms = [nn.utils.get_total_norm(gradients) for gradients in meshes]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+    """The 2-norm of the whole gradient, over all shards; collective if sharded."""
+    return _total_norm(_trained_by_mesh(network))
 
 
 def clip_gradients(network: nn.Module, max_norm: float) -> None:
-    """Scale the gradient down so that its norm is at most `longest`; collective if sharded."""
-    norm = gradient_norm(network)
-    for gradients in _gradients_by_mesh(network).values():
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    """Scale the gradient down so that its norm is at most `max_norm`; collective if sharded."""
+    meshes = _trained_by_mesh(network)
+    norm = _total_norm(meshes)
+    for mesh, weights in meshes.items():
+        # PyTorch's default scales DTensors one by one.
+        foreach = True if mesh and mesh.device_type in ("cpu", "cuda", "xpu") else None
+        nn.utils.clip_grads_with_norm_(weights, max_norm, norm, foreach)
 
 
-def _gradients_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[Tensor]]:
-    """Kernels take lists of tensors that are spread over the same workers."""
-    meshes: dict[DeviceMesh | None, list[Tensor]] = {}
+def _total_norm(meshes: dict[DeviceMesh | None, list[nn.Parameter]]) -> Tensor:
+    norms = [
+        nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        for weights in meshes.values()
+    ]
+    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
+
+
+def _trained_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """The parameters with a gradient; a kernel takes a list of those on one device mesh."""
+    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for weight in network.parameters():
         if weight.grad is not None:
-            meshes.setdefault(mesh_of(weight), []).append(weight.grad)
+            meshes.setdefault(mesh_of(weight), []).append(weight)
     return meshes
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
-    """The workers over which a tensor is spread; None for one that this worker has whole."""
+    """The device mesh of a distributed tensor; None for a plain one."""
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def state_bytes(optimizer: OptimizerSpec, network: nn.Module) -> int:
-    """Bytes of a whole model's weights, gradients and optimizer state."""
+    """Bytes of an unsharded model's weights, gradients and optimizer state."""
     moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
     trained = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     held = [*network.parameters(), *network.buffers()]
@@ -211,7 +230,7 @@ def state_bytes(optimizer: OptimizerSpec, network: nn.Module) -> int:
 
 
 def memory_per_worker(worker: Worker) -> int | None:
-    """Bytes of memory that this worker may fill: its device's, or its part of the machine's."""
+    """Bytes of memory for this worker: of its device, or its part of the machine's."""
     total = worker.hardware.memory().total
     shared = worker.device.type == "cpu"
     return total // worker.local_world_size if total is not None and shared else total

@@ -6,22 +6,22 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from trainers.engine.strategy import mesh_of
+from trainers.modeling.strategy import mesh_of
 from trainers.spec import OptimizerSpec, ScheduleSpec
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """The spec's optimizer over all weights that are trained.
+    """The spec's optimizer over all parameters that are trained.
 
-    Weight decay is for matrices and kernels; biases and norms go without, as is usual.
+    Matrices and kernels have weight decay; biases and norms have none, as is usual.
     """
-    # As few groups as can be: each is a kernel launch of its own, over one mesh of workers.
+    # As few groups as possible: each is a kernel launch of its own, over one device mesh.
     groups: dict[tuple[float, DeviceMesh | None], list[nn.Parameter]] = {}
     for weight in model.parameters():
         if weight.requires_grad:
             decay = spec.weight_decay if has_weight_decay(weight) else 0.0
             groups.setdefault((decay, mesh_of(weight)), []).append(weight)
-    # Those that are decayed come first, so that the order depends on the model's shape alone.
+    # Groups with decay come first, so that the order depends on the model's shape alone.
     ordered = sorted(groups.items(), key=lambda item: -item[0][0])
     params = [{"params": group, "weight_decay": decay} for (decay, _), group in ordered]
     if spec.name == "adamw":
@@ -33,7 +33,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
 
 
 def has_weight_decay(weight: nn.Parameter) -> bool:
-    """Whether weight decay is applied to a weight."""
+    """Whether weight decay applies to a parameter."""
     return weight.ndim > 1
 
 
@@ -43,7 +43,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
-    """The rate of step `step`, counted from 0, in a run of `total_steps`."""
+    """The learning rate of step `step`, counted from 0, in a run of `total_steps`."""
     return spec.lr * _schedule_factor(spec.schedule, step, total_steps)
 
 
