@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import LedgerEntry, read_entries
-from trainers.run_folder import TRACKING
-from trainers.runs.metering import LEDGER
+from trainers.run_folder import LEDGER, TRACKING
 from trainers.tracking.operation_log import OPERATION_LOG_FILE, read_operations
 
 

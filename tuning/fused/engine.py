@@ -44,7 +44,7 @@ from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
 from trainers.engine.step import build_network
 from trainers.run_folder import CHECKPOINTS
-from trainers.runs.ray_train import format_error
+from trainers.runs.worker_errors import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker

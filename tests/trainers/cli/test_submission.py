@@ -60,7 +60,7 @@ def test_a_spec_goes_along_by_its_place_in_the_folder(
     assert planned.required_files == (Path("specs/mine.yaml"),)
     monkeypatch.chdir(folder / "specs")
     (folder / "other.yaml").write_text("workload: vision\n")
-    with pytest.raises(SpecError, match="is not in the working folder, which is what is sent"):
+    with pytest.raises(SpecError, match="is not in the working folder, and only that is sent"):
         asked("data ../other.yaml")
 
 

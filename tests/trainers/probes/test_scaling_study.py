@@ -8,7 +8,7 @@ from cluster.cost.node_rates import CostSpec
 from cluster.cost.user_prices import UserPrices
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
 from trainers.planning.step_time import Placement
-from trainers.runs.scaling_study import analyze, plot
+from trainers.probes.scaling_study import analyze, plot
 
 
 def measured(steps_s: dict[tuple[int, int], float]) -> ProbedPool:

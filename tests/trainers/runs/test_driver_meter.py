@@ -13,9 +13,10 @@ import ray
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import read_entries, total_costs
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.run_folder import CHECKPOINTS
-from trainers.runs import run
-from trainers.runs.metering import LEDGER, POWER_TRACE_ENV_VAR
+from trainers.run_folder import CHECKPOINTS, LEDGER
+from trainers.runs.execution import run_to_end
+from trainers.runs.run import Run, new_run, resumed_run
+from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
 
 TRACE_ROWS = """t_s,device,covers,method,counter_j,power_w
 0,GPU-a,gpu,power_integrated,,3600000
@@ -49,8 +50,8 @@ def settings(storage: Path, uri: str, **more: Any) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def execute(one: run.Run) -> tuple[Any, dict[str, Any]]:
-    return run.run_to_end(one, lambda *_: None, threading.Event())
+def execute(one: Run) -> tuple[Any, dict[str, Any]]:
+    return run_to_end(one, lambda *_: None, threading.Event())
 
 
 def tracked_by_somebody(name: str) -> bool:
@@ -74,7 +75,7 @@ def test_a_budget_saves_stops_and_can_be_raised(
     import mlflow
 
     values = settings(storage, mlflow_server, train__steps=10**6, budget__kwh=3, scale__workers=2)
-    one = run.new_run("digits", values, "budget", None)
+    one = new_run("digits", values, "budget", None)
     outcome, tracked = execute(one)
     assert not outcome.complete
     assert outcome.step > 0
@@ -99,10 +100,10 @@ def test_a_budget_saves_stops_and_can_be_raised(
     assert 0 < shown["cost_idle_usd"] < shown["cost_usd"]
 
     with pytest.raises(SpecError, match=r"budget.kwh: .* is spent; go on with --set budget.kwh="):
-        execute(run.resumed_run("budget", storage, []))
+        execute(resumed_run("budget", storage, []))
     wait_until(lambda: not tracked_by_somebody("budget"))
     more = (ledger.kwh or 0) + 1
-    again, became = execute(run.resumed_run("budget", storage, [f"budget.kwh={more}"]))
+    again, became = execute(resumed_run("budget", storage, [f"budget.kwh={more}"]))
     assert again.step > outcome.step
     assert became["reason"].startswith("budget.kwh reached: ")
     total = total_costs(read_entries(one.folder / LEDGER))
@@ -115,7 +116,7 @@ def test_an_estimate_is_flagged_as_one(storage: Path, ray_cluster: str, mlflow_s
     import mlflow
 
     values = settings(storage, mlflow_server, train__steps=3)
-    outcome, tracked = execute(run.new_run("digits", values, "estimate", None))
+    outcome, tracked = execute(new_run("digits", values, "estimate", None))
     assert outcome.complete
     found = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
     method = found.data.tags["heliostat.energy_method"]
@@ -132,4 +133,4 @@ def test_a_budget_without_a_price_is_refused(
 ) -> None:
     values = settings(storage, mlflow_server, budget__usd=5, cost__usd_per_h="null")
     with pytest.raises(SpecError, match=r"^budget.usd: price of .* unknown: .*usd_per_h$"):
-        execute(run.new_run("digits", values, "unpriced", None))
+        execute(new_run("digits", values, "unpriced", None))
