@@ -103,7 +103,7 @@ def upload_artifacts(folder: Path, part: str) -> str:
 
 
 def _folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
-    """The folder of a run or sweep, and its tracking spec. Raises ClusterError if MLflow is away."""
+    """The folder and tracking spec of a run or sweep. Raises ClusterError without MLflow."""
     from cluster.base.config import read_yaml, validate
     from cluster.base.errors import ClusterError
     from trainers.run_folder import SPEC

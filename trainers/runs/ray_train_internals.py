@@ -1,14 +1,10 @@
 """Everything that is private to Ray Train and used here, as read in Ray 2.60.0.
 
-| item | why | public way |
-| --- | --- | --- |
-| `TrainContext.preemption_context` | a preemption notice without a barrier | `ray.train.get_preemption_info` waits for all workers at every call |
-| `DefaultFailurePolicy`, `FailureDecision`, `TorchTrainer._initialize_and_run_controller` | no retry after an error in user code, an uncounted retry after a preemption | none: `FailureConfig` has counts only, and `UserCallback.after_exception` cannot decide |
-| `DatasetsCallback`, `TorchTrainer._create_default_callbacks` | no process for the manager of Ray Data sets, which are not used | none |
+Each function says which private parts it uses, why, and whether there is a public way.
+`tests/trainers/runs/test_ray_train_internals.py` fails if another release has changed them.
 
-`WorkerGroupError.worker_failures` is public and holds the exceptions of the user's code: Ray Train
-takes them out of its private wrapper itself.
-`tests/trainers/runs/test_ray_train_internals.py` fails if a release has another shape.
+The exceptions of failed workers need nothing private: `WorkerGroupError.worker_failures` holds the
+exceptions of the user's code, which Ray Train takes out of its own wrapper.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +18,11 @@ RetryDecision = Literal["raise", "retry", "count"]
 
 
 def announced_preemption() -> "PreemptionInfo | None":
-    """The preemption that was announced to this worker. Never blocks; call it in a worker only."""
+    """The preemption that was announced to this worker. Never blocks; call it in a worker only.
+
+    Private: `TrainContext.preemption_context`. The public `ray.train.get_preemption_info` is a
+    barrier of all workers at every call.
+    """
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info
@@ -33,6 +33,13 @@ def trainer_class(decide: Callable[[Mapping[int, Exception]], RetryDecision]) ->
 
     `decide` is given the exception of each failed worker, by rank; it is called in Ray Train's
     controller, a process of its own.
+
+    Private: `DefaultFailurePolicy` and `FailureDecision`, and overriding TorchTrainer's
+    `_initialize_and_run_controller`. There is no public way: `FailureConfig` only limits the
+    number of failures, and `UserCallback.after_exception` is told of them but cannot decide.
+
+    Private as well: `DatasetsCallback`, and overriding `_create_default_callbacks`. It saves a
+    process, the manager of Ray Data's data sets, which are not used here; no option does.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback

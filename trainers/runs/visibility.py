@@ -36,7 +36,7 @@ def require_run_visible(folder: Path, spec: RunSpec) -> None:
 
 
 def require_sweep_visible(folder: Path) -> None:
-    """Raise SpecError if this machine, which is to train a trial, does not see its sweep's folder."""
+    """Raise SpecError if this machine, which trains a trial, does not see its sweep's folder."""
     if not can_see_run(folder):
         raise _not_visible_error(folder, [_address()], trials=True)
 

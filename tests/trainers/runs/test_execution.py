@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from cluster.base.errors import SpecError, TrainingError
 from trainers import load_model
 from trainers import run_folder as folders
-from trainers.outcome import Outcome
 from trainers.data.dataset import prepare_dataset
+from trainers.outcome import Outcome
 from trainers.runs.execution import run_to_end
 from trainers.runs.run import Run, resolved_data, resumed_run
 from trainers.spec import RunSpec, resolve
