@@ -1,4 +1,4 @@
-"""Which verbs a cluster can be asked for, and what goes along with them."""
+"""The jobs that `heliostat submit` sends for the verbs with a spec."""
 
 import argparse
 import subprocess
@@ -17,58 +17,58 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def asked(line: str) -> Submission:
-    """What `heliostat submit` makes of a command."""
+def submission_of(line: str) -> Submission:
+    """The job that `heliostat submit` sends for a command."""
     words = tuple(line.split())
     args: argparse.Namespace = build_parser().parse_args(words)
-    planned: Submission = args.plan(args, words)
-    return planned
+    submission: Submission = args.plan(args, words)
+    return submission
 
 
 @pytest.mark.parametrize("verb", ["train", "sweep", "scaling --workers 1,2"])
-def test_what_is_kept_by_its_name_gets_one(verb: str, folder: Path) -> None:
-    named = asked(f"{verb} digits --name mine")
+def test_verbs_with_a_name_get_one(verb: str, folder: Path) -> None:
+    named = submission_of(f"{verb} digits --name mine")
     assert named.name == "mine"
     assert named.words == (*verb.split(), "digits", "--name", "mine")
-    unnamed = asked(f"{verb} digits")
+    unnamed = submission_of(f"{verb} digits")
     assert unnamed.words == (*verb.split(), "digits", "--name", unnamed.name)
-    assert unnamed.name != asked(f"{verb} digits").name
+    assert unnamed.name != submission_of(f"{verb} digits").name
     assert unnamed.exclude_patterns == ("/runs",)
 
 
 @pytest.mark.parametrize("verb", ["plan", "data"])
-def test_what_is_not_has_a_name_as_a_job(verb: str, folder: Path) -> None:
-    planned = asked(f"{verb} digits")
-    assert planned.words == (verb, "digits")
-    assert planned.name.startswith(f"digits-{verb}-")
+def test_the_job_of_a_verb_without_a_name_has_one(verb: str, folder: Path) -> None:
+    submission = submission_of(f"{verb} digits")
+    assert submission.words == (verb, "digits")
+    assert submission.name.startswith(f"digits-{verb}-")
 
 
-def test_what_is_resumed_is_found_by_its_name_there(folder: Path) -> None:
-    planned = asked("train --resume runs/mine")
-    assert (planned.name, planned.words) == ("mine", ("train", "--resume", "mine"))
-    there = asked("sweep --resume /shared/runs/mine")
+def test_a_resumed_run_is_found_by_its_name_on_the_cluster(folder: Path) -> None:
+    submission = submission_of("train --resume runs/mine")
+    assert (submission.name, submission.words) == ("mine", ("train", "--resume", "mine"))
+    there = submission_of("sweep --resume /shared/runs/mine")
     assert (there.name, there.words) == ("mine", ("sweep", "--resume", "/shared/runs/mine"))
 
 
-def test_a_spec_goes_along_by_its_place_in_the_folder(
+def test_a_spec_file_is_named_relative_to_the_working_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "specs").mkdir()
     (folder / "specs/mine.yaml").write_text("workload: vision\n")
-    planned = asked(f"plan {folder}/specs/mine.yaml")
-    assert planned.words == ("plan", "specs/mine.yaml")
-    assert planned.required_files == (Path("specs/mine.yaml"),)
+    submission = submission_of(f"plan {folder}/specs/mine.yaml")
+    assert submission.words == ("plan", "specs/mine.yaml")
+    assert submission.required_files == (Path("specs/mine.yaml"),)
     monkeypatch.chdir(folder / "specs")
     (folder / "other.yaml").write_text("workload: vision\n")
     with pytest.raises(SpecError, match="is not in the working folder, and only that is sent"):
-        asked("data ../other.yaml")
+        submission_of("data ../other.yaml")
 
 
-def test_a_mistake_is_told_before_anything_is_sent(folder: Path) -> None:
+def test_a_mistake_in_the_spec_is_an_error_before_anything_is_sent(folder: Path) -> None:
     with pytest.raises(SpecError, match=r"^train\.global_batch: "):
-        asked("plan digits --set train.global_batch=0")
+        submission_of("plan digits --set train.global_batch=0")
     with pytest.raises(SpecError, match=r"^train: needs a spec, or --resume NAME"):
-        asked("train")
+        submission_of("train")
 
 
 def test_data_that_only_this_machine_has_is_refused(folder: Path) -> None:
@@ -76,8 +76,11 @@ def test_data_that_only_this_machine_has_is_refused(folder: Path) -> None:
     (folder / "images").mkdir()
     (folder / ".gitignore").write_text("images\n")
     with pytest.raises(SpecError, match=r"^data\.source: images is on this machine and is not"):
-        asked("data digits --set data.source=images")
+        submission_of("data digits --set data.source=images")
     (folder / ".gitignore").write_text("")
     (folder / "images/one.png").touch()
-    assert asked("train digits --set data.source=images --name mine").name == "mine"
-    assert asked(f"train digits --set data.source={folder}/gone --name shared").name == "shared"
+    assert submission_of("train digits --set data.source=images --name mine").name == "mine"
+    assert (
+        submission_of(f"train digits --set data.source={folder}/gone --name shared").name
+        == "shared"
+    )

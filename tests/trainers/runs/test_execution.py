@@ -1,7 +1,6 @@
 """Runs on the real Ray Train: several workers, killed workers, mistakes in the user's code."""
 
 import gc
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -99,10 +98,10 @@ def test_two_workers_give_the_losses_of_one(one_worker: EndedRun, two_workers: E
         assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
 
 
-def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
+def test_a_worker_killed_in_mid_epoch_changes_no_result(
     train: Runner, two_workers: EndedRun, tmp_path: Path, mlflow_server: str
 ) -> None:
-    """Not in the weights, which are bit for bit the same, and not in what was tracked."""
+    """The weights are bit for bit the same, and MLflow has each loss once."""
     import mlflow
 
     marker = tmp_path / "killed"
@@ -119,13 +118,13 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
+def test_a_worker_that_hangs_is_ended_with_its_stack_and_changes_no_result(
     train: Runner, two_workers: EndedRun, tmp_path: Path
 ) -> None:
-    """Worker 1 hangs in the same step of two starts; then no restart is left, and it is resumed."""
+    """Worker 1 hangs in the same step of two starts; no restart is left, and the run is resumed."""
     lines: list[str] = []
 
-    def why_it_failed() -> str:
+    def failure() -> str:
         fault = {"fault": "hang", "position": 18 * 64 + 40, "marker": str(tmp_path / "hung")}
         scale = {"workers": 2, "max_restarts": 1}
         with pytest.raises(TrainingError) as caught:
@@ -133,15 +132,13 @@ def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
         return str(caught.value)
 
     pattern = r"worker 1 made no step for 5 s at step 19; its stack: (\S+/stalls/worker-1-\d.txt)"
-    last = re.fullmatch(
-        pattern + r"; it was lost too often \(scale.max_restarts\)", why_it_failed()
-    )
+    last = re.fullmatch(pattern + r"; it was lost too often \(scale.max_restarts\)", failure())
     first = next(match for line in lines if (match := re.fullmatch(pattern, line)))
     stacks = [Path(match[1]).read_text() for match in (first, last)]
     assert "in sleeps\n" in stacks[0]
     assert "in holds_the_interpreter\n" in stacks[1]
 
-    gc.collect()  # the tracker of the run that failed goes with its handle
+    gc.collect()  # the failed run's tracker ends with its last handle
     folder = Path(last[1]).parents[1]
     again = resumed_run(str(folder), Path("runs"), [])
     done = EndedRun(*run_to_end(again, lambda *_: None, threading.Event()), folder)
@@ -164,7 +161,7 @@ def test_mlflow_has_the_whole_run(two_workers: EndedRun, mlflow_server: str) -> 
     assert two_workers.tracked["model_uri"].startswith("models:/m-")
 
 
-def test_the_model_in_mlflow_is_the_one_that_was_trained(
+def test_mlflow_has_the_trained_model(
     two_workers: EndedRun, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
@@ -184,14 +181,14 @@ def test_the_model_in_mlflow_is_the_one_that_was_trained(
 
 
 @pytest.mark.slow
-def test_as_many_workers_as_there_is_room_for(train: Runner, one_worker: EndedRun) -> None:
-    """Four CPUs hold four of [2, 6] workers; 64 samples a step, in the order of one worker."""
+def test_an_elastic_run_takes_as_many_workers_as_fit(train: Runner, one_worker: EndedRun) -> None:
+    """On four CPUs, [2, 6] workers are four; each step has the 64 samples of one worker's step."""
     elastic = train(scale={"workers": [2, 6]})
     for step, loss in one_worker.losses.items():
         assert elastic.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
 
 
-def test_what_only_a_worker_can_find_is_a_mistake_in_the_spec_too(train: Runner) -> None:
+def test_a_mistake_that_only_a_worker_can_find_is_a_spec_error(train: Runner) -> None:
     with pytest.raises(SpecError, match=r"^train\.precision: fp8 needs the package torchao"):
         train(train={"precision": "fp8"})
 
@@ -209,7 +206,7 @@ def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
     assert "no such feature" in failed.data.tags["heliostat.reason"]
 
 
-def test_a_finished_run_is_only_read_again(two_workers: EndedRun, ray_cluster: str) -> None:
+def test_resuming_a_finished_run_only_reads_it(two_workers: EndedRun, ray_cluster: str) -> None:
     again = resumed_run(str(two_workers.folder), Path("runs"), [])
     outcome, tracked = run_to_end(again, lambda *_: None, threading.Event())
     assert outcome.complete
@@ -218,6 +215,6 @@ def test_a_finished_run_is_only_read_again(two_workers: EndedRun, ray_cluster: s
     assert tracked["model_uri"] == two_workers.tracked["model_uri"]
 
 
-def test_only_what_does_not_change_the_result_may_be_set_on_resume(one_worker: EndedRun) -> None:
+def test_fields_that_change_the_result_cannot_be_set_on_resume(one_worker: EndedRun) -> None:
     with pytest.raises(SpecError, match=r"--set train\.seed=1: cannot change in a resumed run"):
         resumed_run(str(one_worker.folder), Path("runs"), ["train.seed=1"])
