@@ -19,7 +19,7 @@ from trainers.data.splits import count_samples
 from trainers.devices import local_device
 from trainers.engine.stall_files import STALLS
 from trainers.run_folder import SPEC, create_run_folder, find_run_folder, unique_name
-from trainers.runs import run
+from trainers.runs import run, session
 from trainers.runs.ray_train import scaling_config
 from trainers.runs.stalls import last_stall
 from trainers.spec import resolve
@@ -80,10 +80,10 @@ def run_to_end(
 
     Ctrl-C ends it early with its state saved. `tell` is given a line on how trials share devices.
     Returns what the trials came to, and what MLflow has of the sweep (`Tracker.read`, or
-    `unsent`), with `account` and `reason` as `trainers.runs.run.run_to_end` gives them.
+    `unsent`), with `account` and `reason` as `trainers.runs.execution.run_to_end` gives them.
     """
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
-    tracker = run.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
+    tracker = session.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
     _trial_callbacks[sweep.key] = on_trial_event
     became: dict[str, Any] = {}
     tags: dict[str, str] = {}
@@ -113,7 +113,7 @@ def run_to_end(
             tags["heliostat.reason"] = became.get("reason") or "stopped"
         tags[DESCRIPTION_TAG] = sweep_description(sweep, board, became.get("account", {}))
         tracker.finish.remote(sweep.key, "FINISHED" if finished else "KILLED", tags)
-        tracked = run.end_tracking(tracker, sweep.key)
+        tracked = session.end_tracking(tracker, sweep.key)
     return board, {**tracked, **became}
 
 
@@ -294,7 +294,7 @@ class _SweepCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
-        tracked = run.tracked_run(
+        tracked = session.tracked_run(
             self._sweep.trial_key(number),
             self._sweep.trial_spec_data(trial.config),
             parent=self._sweep.key,

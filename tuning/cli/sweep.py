@@ -74,7 +74,7 @@ def add_verbs(verbs: Subparsers) -> None:
 
 
 def plan_sweep_submission(args: argparse.Namespace, words: tuple[str, ...]) -> "Submission":
-    from trainers.runs.submission import plan_submission
+    from trainers.cli.submission import plan_submission
     from tuning.trials.space import read_sweep_spec
 
     return plan_submission(args, words, read_sweep_spec)
@@ -82,7 +82,7 @@ def plan_sweep_submission(args: argparse.Namespace, words: tuple[str, ...]) -> "
 
 def sweep_command(args: argparse.Namespace) -> int:
     from cluster.base.errors import SpecError
-    from trainers.runs import run
+    from trainers.runs import run, session
     from trainers.spec import resolve
     from tuning import sweep as sweeps
     from tuning.progress import SweepProgress
@@ -101,7 +101,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
     if args.verify_fusion and spec.sweep.scheduler.name == "pbt":
         raise SpecError("--verify-fusion: trials of pbt go on from one another, none is alone")
-    with run.run_session(sweep.folder, spec, args.address, args.verbose) as (console, _):
+    with session.run_session(sweep.folder, spec, args.address, args.verbose) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
             f"{spec.sweep.search} and {spec.sweep.scheduler.name}"

@@ -43,7 +43,7 @@ from trainers.engine.stall_files import STALLS
 from trainers.modeling.build import build_network
 from trainers.modeling.optimizer import build_optimizer, learning_rate
 from trainers.run_folder import CHECKPOINTS
-from trainers.runs.ray_train import format_error
+from trainers.runs.worker_errors import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker

@@ -19,7 +19,8 @@ from cluster.base.errors import SpecError
 from cluster.cost.billing import BILLING_INTERVAL_S
 from cluster.cost.budget import BudgetSpec, limit_usage
 from cluster.cost.ledger import CostTotals, read_entries, total_costs_by_run
-from trainers.runs.metering import LEDGER, DriverMeter, account_metrics
+from trainers.run_folder import LEDGER
+from trainers.runs.driver_meter import DriverMeter, account_metrics
 from tuning.trials.schedulers import first_rung_epochs
 from tuning.trials.space import SweepRunSpec
 from tuning.trials.trial import LAST_RESULT_FILE, Sweep

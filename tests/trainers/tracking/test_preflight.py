@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from cluster.base.errors import SpecError
-from trainers.runs import run
+from trainers.runs import session
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.mlflow_internals import schema_heads
 from trainers.tracking.preflight import check_access
@@ -74,8 +74,8 @@ def test_wrong_credentials_end_a_run_before_ray_is_started(
     tracking = {"uri": server, "experiment": "401"}
     spec, _ = resolve({"workload": "vision", "tracking": tracking}, RunSpec)
     started: list[object] = []
-    monkeypatch.setattr(run, "ray_session", started.append)
-    with pytest.raises(SpecError, match="401"), run.run_session(tmp_path, spec, None, True):
+    monkeypatch.setattr(session, "ray_session", started.append)
+    with pytest.raises(SpecError, match="401"), session.run_session(tmp_path, spec, None, True):
         pass
     assert started == []
 

@@ -13,7 +13,8 @@ from cluster.base.errors import SpecError
 from cluster.cost.budget import BudgetSpec
 from cluster.cost.ledger import Ledger, LedgerEntry, read_entries, total_costs
 from cluster.cost.node_rates import NodeRate
-from trainers.runs.metering import LEDGER, POWER_TRACE_ENV_VAR
+from trainers.run_folder import LEDGER
+from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
 from tuning import sweep as sweeps
 from tuning.trials.budget import SweepBudget, budget_shortfall
 from tuning.trials.schedulers import first_rung_epochs

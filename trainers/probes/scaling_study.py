@@ -1,4 +1,4 @@
-"""What more workers bring, measured: strong and weak scaling of a run on the cluster at hand."""
+"""A scaling study: strong and weak scaling of a run, measured on the connected cluster."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from trainers.planning.forecast import Interval
 from trainers.planning.machines import local_machine
 from trainers.planning.plan import knee_of, scaling_advice
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, find_pools, probed_pool
-from trainers.runs.probe import ProbeTarget, probe
+from trainers.probes.probe import ProbeTarget, probe
 from trainers.spec import RunSpec
 from trainers.tracking.operation_log import now_ms
 
@@ -21,45 +21,48 @@ Mode = Literal["strong", "weak"]
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """One number of workers, at one global batch."""
+    """The measurement of one number of workers at one global batch."""
 
     workers: int
     nodes: int
     mode: Mode
-    """strong: the spec's global batch; weak: the share of the fewest workers, for each."""
+    """strong: the spec's global batch; weak: constant batch per worker, that of the smallest
+    count."""
     batch: int
     samples_per_s: float
     fitted_samples_per_s: float
     efficiency: float
-    """Samples per second and worker, over those with the fewest workers."""
+    """Samples per second and worker, relative to the smallest number of workers."""
     communication: float | None
-    """Share of a step; None on accelerators, whose exchange the host does not see."""
+    """Share of a step; None on accelerators, whose communication the host does not see."""
     usd_per_million: float | None
+    """Dollars per million samples; None without a price."""
     joules_per_sample: Interval | None
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that was measured, and what follows."""
+    """All measurements, and the recommendation that follows from them."""
 
     rows: tuple[ScalingRow, ...]
     probed: ProbedPool
     recommended: int
-    """Workers, for the spec's global batch."""
+    """Number of workers for the spec's global batch."""
     notes: tuple[str, ...]
 
 
 def pool_for(spec: RunSpec, counts: Sequence[int]) -> Pool:
-    """Where the spec's workers would be, in the Ray that is connected.
+    """The pool of the connected Ray in which the spec's workers would run.
 
-    Raises SpecError where so many do not fit there, or cannot share the batch evenly.
+    Raises SpecError if one of the numbers of workers does not fit there, or does not divide the
+    global batch.
     """
     import ray
 
-    there = find_pools(ray.nodes(), spec)
-    if not there:
+    found = find_pools(ray.nodes(), spec)
+    if not found:
         raise SpecError(f"scale.accelerator: no node has {spec.scale.accelerator}")
-    pool = there[-1]  # accelerators come last, and `auto` prefers them
+    pool = found[-1]  # accelerators come last, and `auto` prefers them
     for count in counts:
         if count > pool.total:
             raise SpecError(
@@ -76,12 +79,15 @@ def pool_for(spec: RunSpec, counts: Sequence[int]) -> Pool:
 def measure(
     target: ProbeTarget, pool: Pool, counts: Sequence[int], log_line: Callable[[str], None]
 ) -> ProbedPool:
-    """Probe each number of workers with both batches; blocks for seconds each."""
+    """Probe each number of workers at its batches for strong and weak scaling.
+
+    Blocks for seconds each. `counts` are sorted.
+    """
     batch = int(target.spec_data["train"]["global_batch"])
-    share = batch // counts[0]
+    batch_per_worker = batch // counts[0]
     probes: list[ProbeResult] = []
     for workers in counts:
-        found = probe(target, pool, workers, sorted({batch, share * workers}))
+        found = probe(target, pool, workers, sorted({batch, batch_per_worker * workers}))
         probes += found
         speed = found[0].samples_per_s
         log_line(
@@ -91,7 +97,7 @@ def measure(
 
 
 def analyze(found: ProbedPool, own: UserPrices, cost: CostSpec) -> Study:
-    """The rows of what was probed, and how many workers pay."""
+    """Efficiency and cost of each probe, and the number of workers up to which one more pays."""
     fewest = min(each.place.workers for each in found.probes)
     rows = []
     for each in found.probes:
@@ -99,8 +105,8 @@ def analyze(found: ProbedPool, own: UserPrices, cost: CostSpec) -> Study:
         if each.place.workers == fewest:
             modes = ["strong", "weak"]
         rows += [_row(mode, each, found, own, cost) for mode in modes]
-    lone = {mode: next(r for r in rows if r.mode == mode) for mode in ("strong", "weak")}
-    rows = [replace(row, efficiency=row.efficiency / lone[row.mode].efficiency) for row in rows]
+    smallest = {mode: next(r for r in rows if r.mode == mode) for mode in ("strong", "weak")}
+    rows = [replace(row, efficiency=row.efficiency / smallest[row.mode].efficiency) for row in rows]
     rows.sort(key=lambda row: (row.mode, row.workers))
     best = knee_of(found)
     machine = local_machine(found, 1, own, cost)
@@ -139,7 +145,7 @@ def _row(
 
 
 def plot(study: Study, path: Path) -> Path:
-    """Throughput and efficiency by number of workers, as a PNG file."""
+    """Plot throughput and efficiency by number of workers into a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -166,9 +172,9 @@ def plot(study: Study, path: Path) -> Path:
 
 
 def log_to_mlflow(study: Study, tracker: Any, key: str, plot: Path) -> None:
-    """Tell MLflow: each number of workers is a step of the series."""
+    """Log the study to its MLflow run; the x axis of each series is the number of workers."""
     for row in sorted(study.rows, key=lambda row: row.workers):
-        found = {
+        metrics = {
             "samples_per_s": row.samples_per_s,
             "fitted_samples_per_s": row.fitted_samples_per_s,
             "efficiency": row.efficiency,
@@ -176,11 +182,11 @@ def log_to_mlflow(study: Study, tracker: Any, key: str, plot: Path) -> None:
             "usd_per_million_samples": row.usd_per_million,
             "joules_per_sample": row.joules_per_sample and row.joules_per_sample.middle,
         }
-        rows = [
+        points = [
             (f"scaling/{row.mode}/{name}", value, row.workers, now_ms())
-            for name, value in found.items()
+            for name, value in metrics.items()
             if value is not None
         ]
-        tracker.log.remote(key, rows, row.workers)
+        tracker.log.remote(key, points, row.workers)
     tracker.log_note.remote(key, "recommended workers", str(study.recommended))
     tracker.log_artifact.remote(key, str(plot))

@@ -1,4 +1,4 @@
-"""What a study makes of its probes; they are stand-ins of round numbers here."""
+"""Scaling studies of probes with round numbers."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from cluster.cost.node_rates import CostSpec
 from cluster.cost.user_prices import UserPrices
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
 from trainers.planning.step_time import Placement
-from trainers.runs.scaling_study import analyze, plot
+from trainers.probes.scaling_study import analyze, plot
 
 
 def measured(steps_s: dict[tuple[int, int], float]) -> ProbedPool:
@@ -37,7 +37,7 @@ def measured(steps_s: dict[tuple[int, int], float]) -> ProbedPool:
 STEPS_S = {(1, 64): 0.64, (2, 64): 0.4, (2, 128): 0.7, (4, 64): 0.32, (4, 256): 0.8}
 
 
-def test_strong_and_weak_scaling_are_told_apart() -> None:
+def test_strong_and_weak_scaling_are_separate_rows() -> None:
     found = analyze(measured(STEPS_S), UserPrices(), CostSpec(usd_per_h=3.6))
     rows = {(row.mode, row.workers): row for row in found.rows}
     assert set(rows) == {(mode, n) for mode in ("strong", "weak") for n in (1, 2, 4)}
@@ -56,13 +56,13 @@ def test_strong_and_weak_scaling_are_told_apart() -> None:
     assert found.recommended == 2  # 2 -> 4 brings 40 samples/s, 1 alone has 100
 
 
-def test_what_has_no_price_is_unknown() -> None:
+def test_cost_without_a_price_is_unknown() -> None:
     found = analyze(measured(STEPS_S), UserPrices(), CostSpec())
     assert {row.usd_per_million for row in found.rows} == {None}
     assert any("price" in note and "unknown" in note for note in found.notes)
 
 
-def test_a_study_of_one_number_of_workers_is_one_of_both_kinds(tmp_path: Path) -> None:
+def test_one_number_of_workers_is_a_row_of_both_kinds(tmp_path: Path) -> None:
     found = analyze(measured({(2, 64): 0.4}), UserPrices(), CostSpec())
     assert [(row.mode, row.efficiency) for row in found.rows] == [("strong", 1), ("weak", 1)]
     assert plot(found, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

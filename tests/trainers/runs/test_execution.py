@@ -1,9 +1,7 @@
 """Runs on the real Ray Train: several workers, killed workers, mistakes in the user's code."""
 
 import gc
-import json
 import re
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +16,10 @@ from safetensors.torch import load_file
 from cluster.base.errors import SpecError, TrainingError
 from trainers import load_model
 from trainers import run_folder as folders
+from trainers.data.dataset import prepare_dataset
 from trainers.outcome import Outcome
-from trainers.runs import run
+from trainers.runs.execution import run_to_end
+from trainers.runs.run import Run, resolved_data, resumed_run
 from trainers.spec import RunSpec, resolve
 
 STEPS = 30
@@ -39,7 +39,7 @@ TINY = {
 
 
 @dataclass
-class Done:
+class EndedRun:
     outcome: Outcome
     tracked: dict[str, Any]
     folder: Path
@@ -49,7 +49,7 @@ class Done:
         return load_file(self.folder / "model" / "model.safetensors")
 
 
-Runner = Callable[..., Done]
+Runner = Callable[..., EndedRun]
 
 
 @pytest.fixture(scope="module")
@@ -57,40 +57,40 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
     """Runs the tiny spec with some fields changed, to its end."""
     storage = tmp_path_factory.mktemp("storage")
 
-    def runner(told: list[str] | None = None, **sections: dict[str, Any]) -> Done:
+    def runner(lines_shown: list[str] | None = None, **sections: dict[str, Any]) -> EndedRun:
         data: dict[str, Any] = {**TINY, "storage": str(storage)}
         data["tracking"] = {**data["tracking"], "uri": mlflow_server}
         for name, values in sections.items():
             data[name] = {**data.get(name, {}), **values}
         spec, workload = resolve(data, RunSpec)
-        full = run.resolved_data(spec)
+        full = resolved_data(spec)
         folder = folders.create_run_folder(storage, folders.unique_name("tiny"), full)
-        dataset = run.prepare_dataset(workload, storage)
-        one = run.Run(full, spec, workload, dataset, folder)
+        dataset = prepare_dataset(workload, storage)
+        one = Run(full, spec, workload, dataset, folder)
         losses: dict[int, float] = {}
 
-        def watch(step: int, rows: list[Any], lines: list[str]) -> None:
-            losses.update({row[2]: row[1] for row in rows if row[0] == "train/loss"})
-            if told is not None:
-                told.extend(lines)
+        def on_progress(step: int, points: list[Any], lines: list[str]) -> None:
+            losses.update({point[2]: point[1] for point in points if point[0] == "train/loss"})
+            if lines_shown is not None:
+                lines_shown.extend(lines)
 
-        outcome, tracked = run.run_to_end(one, watch, threading.Event())
-        return Done(outcome, tracked, folder, losses)
+        outcome, tracked = run_to_end(one, on_progress, threading.Event())
+        return EndedRun(outcome, tracked, folder, losses)
 
     return runner
 
 
 @pytest.fixture(scope="module")
-def one_worker(train: Runner) -> Done:
+def one_worker(train: Runner) -> EndedRun:
     return train()
 
 
 @pytest.fixture(scope="module")
-def two_workers(train: Runner) -> Done:
+def two_workers(train: Runner) -> EndedRun:
     return train(scale={"workers": 2})
 
 
-def test_two_workers_give_the_losses_of_one(one_worker: Done, two_workers: Done) -> None:
+def test_two_workers_give_the_losses_of_one(one_worker: EndedRun, two_workers: EndedRun) -> None:
     assert sorted(one_worker.losses) == sorted(two_workers.losses) == list(range(1, STEPS + 1))
     for step, loss in one_worker.losses.items():
         assert two_workers.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
@@ -98,10 +98,10 @@ def test_two_workers_give_the_losses_of_one(one_worker: Done, two_workers: Done)
         assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
 
 
-def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
-    train: Runner, two_workers: Done, tmp_path: Path, mlflow_server: str
+def test_a_worker_killed_in_mid_epoch_changes_no_result(
+    train: Runner, two_workers: EndedRun, tmp_path: Path, mlflow_server: str
 ) -> None:
-    """Not in the weights, which are bit for bit the same, and not in what was tracked."""
+    """The weights are bit for bit the same, and MLflow has each loss once."""
     import mlflow
 
     marker = tmp_path / "killed"
@@ -118,37 +118,35 @@ def test_a_worker_killed_in_mid_epoch_leaves_no_trace(
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_ended_with_its_stack_and_leaves_no_trace(
-    train: Runner, two_workers: Done, tmp_path: Path
+def test_a_worker_that_hangs_is_ended_with_its_stack_and_changes_no_result(
+    train: Runner, two_workers: EndedRun, tmp_path: Path
 ) -> None:
-    """Worker 1 hangs in the same step of two starts; then no restart is left, and it is resumed."""
-    told: list[str] = []
+    """Worker 1 hangs in the same step of two starts; no restart is left, and the run is resumed."""
+    lines: list[str] = []
 
-    def why_it_failed() -> str:
+    def failure() -> str:
         fault = {"fault": "hang", "position": 18 * 64 + 40, "marker": str(tmp_path / "hung")}
         scale = {"workers": 2, "max_restarts": 1}
         with pytest.raises(TrainingError) as caught:
-            train(told, scale=scale, data=fault, train={"stall_timeout_s": 5})
+            train(lines, scale=scale, data=fault, train={"stall_timeout_s": 5})
         return str(caught.value)
 
     pattern = r"worker 1 made no step for 5 s at step 19; its stack: (\S+/stalls/worker-1-\d.txt)"
-    last = re.fullmatch(
-        pattern + r"; it was lost too often \(scale.max_restarts\)", why_it_failed()
-    )
-    first = next(match for line in told if (match := re.fullmatch(pattern, line)))
+    last = re.fullmatch(pattern + r"; it was lost too often \(scale.max_restarts\)", failure())
+    first = next(match for line in lines if (match := re.fullmatch(pattern, line)))
     stacks = [Path(match[1]).read_text() for match in (first, last)]
     assert "in sleeps\n" in stacks[0]
     assert "in holds_the_interpreter\n" in stacks[1]
 
-    gc.collect()  # the tracker of the run that failed goes with its handle
+    gc.collect()  # the failed run's tracker ends with its last handle
     folder = Path(last[1]).parents[1]
-    again = run.resumed_run(str(folder), Path("runs"), [])
-    done = Done(*run.run_to_end(again, lambda *_: None, threading.Event()), folder)
+    again = resumed_run(str(folder), Path("runs"), [])
+    done = EndedRun(*run_to_end(again, lambda *_: None, threading.Event()), folder)
     for name, weight in two_workers.weights().items():
         assert done.weights()[name].equal(weight), name
 
 
-def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None:
+def test_mlflow_has_the_whole_run(two_workers: EndedRun, mlflow_server: str) -> None:
     import mlflow
 
     client = mlflow.MlflowClient(mlflow_server)
@@ -163,8 +161,8 @@ def test_mlflow_has_the_whole_run(two_workers: Done, mlflow_server: str) -> None
     assert two_workers.tracked["model_uri"].startswith("models:/m-")
 
 
-def test_the_model_in_mlflow_is_the_one_that_was_trained(
-    two_workers: Done, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+def test_mlflow_has_the_trained_model(
+    two_workers: EndedRun, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
@@ -183,14 +181,14 @@ def test_the_model_in_mlflow_is_the_one_that_was_trained(
 
 
 @pytest.mark.slow
-def test_as_many_workers_as_there_is_room_for(train: Runner, one_worker: Done) -> None:
-    """Four CPUs hold four of [2, 6] workers; 64 samples a step, in the order of one worker."""
+def test_an_elastic_run_takes_as_many_workers_as_fit(train: Runner, one_worker: EndedRun) -> None:
+    """On four CPUs, [2, 6] workers are four; each step has the 64 samples of one worker's step."""
     elastic = train(scale={"workers": [2, 6]})
     for step, loss in one_worker.losses.items():
         assert elastic.losses[step] == pytest.approx(loss, rel=1e-9, abs=0)
 
 
-def test_what_only_a_worker_can_find_is_a_mistake_in_the_spec_too(train: Runner) -> None:
+def test_a_mistake_that_only_a_worker_can_find_is_a_spec_error(train: Runner) -> None:
     with pytest.raises(SpecError, match=r"^train\.precision: fp8 needs the package torchao"):
         train(train={"precision": "fp8"})
 
@@ -208,41 +206,15 @@ def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
     assert "no such feature" in failed.data.tags["heliostat.reason"]
 
 
-def test_a_finished_run_is_only_read_again(two_workers: Done, ray_cluster: str) -> None:
-    again = run.resumed_run(str(two_workers.folder), Path("runs"), [])
-    outcome, tracked = run.run_to_end(again, lambda *_: None, threading.Event())
+def test_resuming_a_finished_run_only_reads_it(two_workers: EndedRun, ray_cluster: str) -> None:
+    again = resumed_run(str(two_workers.folder), Path("runs"), [])
+    outcome, tracked = run_to_end(again, lambda *_: None, threading.Event())
     assert outcome.complete
     assert outcome.step == STEPS
     assert tracked["run_id"] == two_workers.tracked["run_id"]
     assert tracked["model_uri"] == two_workers.tracked["model_uri"]
 
 
-def test_only_what_does_not_change_the_result_may_be_set_on_resume(one_worker: Done) -> None:
+def test_fields_that_change_the_result_cannot_be_set_on_resume(one_worker: EndedRun) -> None:
     with pytest.raises(SpecError, match=r"--set train\.seed=1: cannot change in a resumed run"):
-        run.resumed_run(str(one_worker.folder), Path("runs"), ["train.seed=1"])
-
-
-def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
-    with (
-        folders.locked(tmp_path),
-        pytest.raises(SpecError, match="another process is working on this run"),
-        folders.locked(tmp_path),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_ctrl_c_asks_to_stop_and_the_second_one_interrupts(
-    number: signal.Signals,
-) -> None:
-    with run.stop_on_signal() as stop:
-        assert not stop.is_set()
-        signal.raise_signal(number)
-        assert stop.is_set()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-
-
-def test_the_environment_names_versions() -> None:
-    packages = json.loads(json.dumps(folders.environment()))["packages"]
-    assert packages["ray"] == "2.60.0"
+        resumed_run(str(one_worker.folder), Path("runs"), ["train.seed=1"])

@@ -1,4 +1,4 @@
-"""What `heliostat submit` sends: a command that was found to be in order on this machine."""
+"""What `heliostat submit` sends: a command whose spec and files were checked on this machine."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ from trainers.run_folder import unique_name
 from trainers.spec import RunSpec, find_spec, resolve
 
 ReadSpec = Callable[[str, list[str]], tuple[str, RunSpec]]
-"""The short name and the checked spec for a spec's name and overrides of it."""
+"""From the name of a spec, and overrides: the spec's short name and the checked spec."""
 
 
 def read_run_spec(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
-    """The short name and the checked spec of the run that `name` with overrides describes."""
+    """Read and check the spec `name` of a run; see `ReadSpec`."""
     stem, data = find_spec(name)
     return stem, resolve(apply_overrides(data, overrides), RunSpec)[0]
 
@@ -25,13 +25,14 @@ def read_run_spec(name: str, overrides: list[str]) -> tuple[str, RunSpec]:
 def plan_submission(
     args: argparse.Namespace, command: tuple[str, ...], read_spec: ReadSpec = read_run_spec
 ) -> Submission:
-    """What a verb with a spec was asked for, of which nothing lies where no cluster can see it.
+    """The job for a verb with a spec, with paths that hold on the cluster.
 
-    Raises SpecError as the verb itself would.
+    `command` is the verb and its arguments. Raises SpecError as the verb itself would, and for
+    files that the cluster would not have.
     """
     if "resume" in args and args.resume:
         name = Path(args.resume).name
-        if not Path(args.resume).is_absolute():  # one that is absolute is the cluster's own
+        if not Path(args.resume).is_absolute():  # an absolute path is one on the cluster
             command = tuple(name if word == args.resume else word for word in command)
         return Submission(name, command)
     if not args.spec:
@@ -44,14 +45,12 @@ def plan_submission(
     if Path(args.spec).is_file():
         file = Path(args.spec).resolve()
         if not file.is_relative_to(folder.resolve()):
-            raise SpecError(f"{args.spec}: is not in the working folder, which is what is sent")
+            raise SpecError(f"{args.spec}: is not in the working folder, and only that is sent")
         needed = (file.relative_to(folder.resolve()),)
         command = tuple(str(needed[0]) if word == args.spec else word for word in command)
-    written = apply_overrides(
-        find_spec(args.spec)[1], args.set
-    )  # before its paths were made absolute
+    written = apply_overrides(find_spec(args.spec)[1], args.set)  # its paths are still relative
     _check_sources(flatten(written.get("data") or {}, "data."), folder, exclude)
-    named = "name" in args  # the job of a verb that keeps nothing by its name needs one, too
+    named = "name" in args  # other verbs have no --name, but their jobs need a name, too
     kind = "" if command[0] == "train" else f"-{command[0]}"
     name = (args.name if named else None) or unique_name(stem + kind)
     if named and not args.name:
@@ -60,10 +59,10 @@ def plan_submission(
 
 
 def _check_sources(data: Mapping[str, Any], folder: Path, exclude: tuple[str, ...]) -> None:
-    """SpecError for data in relative places that are here, and are not sent along.
+    """Raise SpecError for data at a relative path that exists here and is not sent along.
 
-    An absolute path may be storage that this machine shares with the cluster, which the run
-    itself finds out there.
+    An absolute path may be storage that this machine shares with the cluster; the run itself
+    checks it there.
     """
     sent: list[Path] | None = None
     for field, value in data.items():
@@ -72,8 +71,8 @@ def _check_sources(data: Mapping[str, Any], folder: Path, exclude: tuple[str, ..
         if not value or not (folder / value).exists():
             continue
         sent = list_packaged_files(folder, exclude) if sent is None else sent
-        place = Path(value)
-        if not any(path == place or place in path.parents for path in sent):
+        source = Path(value)
+        if not any(path == source or source in path.parents for path in sent):
             raise SpecError(
                 f"{field}: {value} is on this machine and is not sent along (git ignores it, or "
                 "it is outside of the working folder); put it on storage that the cluster sees, "

@@ -1,4 +1,4 @@
-"""A run that is metered and stopped at its budget, on the real Ray Train and the real MLflow."""
+"""Runs that are metered and stopped at a budget, on the real Ray Train and MLflow."""
 
 import gc
 import json
@@ -13,9 +13,10 @@ import ray
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import read_entries, total_costs
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.run_folder import CHECKPOINTS
-from trainers.runs import run
-from trainers.runs.metering import LEDGER, POWER_TRACE_ENV_VAR
+from trainers.run_folder import CHECKPOINTS, LEDGER
+from trainers.runs.execution import run_to_end
+from trainers.runs.run import Run, new_run, resumed_run
+from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
 
 TRACE_ROWS = """t_s,device,covers,method,counter_j,power_w
 0,GPU-a,gpu,power_integrated,,3600000
@@ -49,12 +50,12 @@ def settings(storage: Path, uri: str, **more: Any) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def execute(one: run.Run) -> tuple[Any, dict[str, Any]]:
-    return run.run_to_end(one, lambda *_: None, threading.Event())
+def train(one: Run) -> tuple[Any, dict[str, Any]]:
+    return run_to_end(one, lambda *_: None, threading.Event())
 
 
-def tracked_by_somebody(name: str) -> bool:
-    """Whether the tracker of a run that failed is still there; it goes with its last handle."""
+def tracker_exists(name: str) -> bool:
+    """Whether the failed run's tracker is still there; it ends with its last handle."""
     gc.collect()
     try:
         ray.get_actor(name)
@@ -63,19 +64,19 @@ def tracked_by_somebody(name: str) -> bool:
     return True
 
 
-def test_a_budget_saves_stops_and_can_be_raised(
+def test_a_spent_budget_saves_and_stops_the_run_and_can_be_raised(
     storage: Path,
     ray_cluster: str,
     mlflow_server: str,
     trace: None,
     wait_until: Callable[..., None],
 ) -> None:
-    """Two workers on one device of a recorded trace: it is one device."""
+    """With two workers on one device of a recorded trace, which is counted once."""
     import mlflow
 
     values = settings(storage, mlflow_server, train__steps=10**6, budget__kwh=3, scale__workers=2)
-    one = run.new_run("digits", values, "budget", None)
-    outcome, tracked = execute(one)
+    one = new_run("digits", values, "budget", None)
+    outcome, tracked = train(one)
     assert not outcome.complete
     assert outcome.step > 0
     assert tracked["reason"].startswith("budget.kwh reached: ")
@@ -99,10 +100,10 @@ def test_a_budget_saves_stops_and_can_be_raised(
     assert 0 < shown["cost_idle_usd"] < shown["cost_usd"]
 
     with pytest.raises(SpecError, match=r"budget.kwh: .* is spent; go on with --set budget.kwh="):
-        execute(run.resumed_run("budget", storage, []))
-    wait_until(lambda: not tracked_by_somebody("budget"))
+        train(resumed_run("budget", storage, []))
+    wait_until(lambda: not tracker_exists("budget"))
     more = (ledger.kwh or 0) + 1
-    again, became = execute(run.resumed_run("budget", storage, [f"budget.kwh={more}"]))
+    again, became = train(resumed_run("budget", storage, [f"budget.kwh={more}"]))
     assert again.step > outcome.step
     assert became["reason"].startswith("budget.kwh reached: ")
     total = total_costs(read_entries(one.folder / LEDGER))
@@ -110,12 +111,14 @@ def test_a_budget_saves_stops_and_can_be_raised(
     assert total.wall_s > ledger.wall_s
 
 
-def test_an_estimate_is_flagged_as_one(storage: Path, ray_cluster: str, mlflow_server: str) -> None:
-    """The CPUs of this machine: measured where RAPL can be read, else estimated."""
+def test_estimated_energy_is_marked_as_an_estimate(
+    storage: Path, ray_cluster: str, mlflow_server: str
+) -> None:
+    """This machine's CPUs are measured if RAPL can be read, otherwise estimated."""
     import mlflow
 
     values = settings(storage, mlflow_server, train__steps=3)
-    outcome, tracked = execute(run.new_run("digits", values, "estimate", None))
+    outcome, tracked = train(new_run("digits", values, "estimate", None))
     assert outcome.complete
     found = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
     method = found.data.tags["heliostat.energy_method"]
@@ -132,4 +135,4 @@ def test_a_budget_without_a_price_is_refused(
 ) -> None:
     values = settings(storage, mlflow_server, budget__usd=5, cost__usd_per_h="null")
     with pytest.raises(SpecError, match=r"^budget.usd: price of .* unknown: .*usd_per_h$"):
-        execute(run.new_run("digits", values, "unpriced", None))
+        train(new_run("digits", values, "unpriced", None))
