@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from tuning.trials.searcher import Journal, JournaledSearcher
+from tuning.trials.journal import Journal
+from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepSpec
 
 PARAMETERS: dict[str, Any] = {
