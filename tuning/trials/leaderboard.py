@@ -1,6 +1,5 @@
 """The results of a sweep's trials: the leaderboard and the Pareto front, from the sweep's folder."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from tuning.trials.budget import trial_costs
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
 from tuning.trials.space import COST_METRICS
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
             failed[number] = (folder / FAILED_FILE).read_text()
         if (folder / ENDED_FILE).exists() or number in failed:
             ended.append(number)
-        if (folder / LAST_RESULT_FILE).exists() and number not in failed:
-            last = json.loads((folder / LAST_RESULT_FILE).read_text())
+        last = last_result(folder)
+        if last and number not in failed:
             known = {**last, **costs.get(number, {})}
             results.append(
                 TrialResult(
