@@ -183,7 +183,9 @@ def _fused_slots(
         capacity = cluster_capacity(spec)
         plan = fusion_plan.load_plan(sweep) or fusion_plan.plan_from_spec(sweep)
         if plan is None and _trials_run_on_local_cpu(spec):
-            plan, _ = fusion_plan.try_plan(sweep, capacity)  # engines find its compiled code on disk
+            plan, _ = fusion_plan.try_plan(
+                sweep, capacity
+            )  # engines find its compiled code on disk
         if plan is None:
             engines = start_engines(sweep, tracker, capacity)
             plan = ray.get(engines[0].plan.remote(len(engines)))

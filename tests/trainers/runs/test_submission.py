@@ -8,7 +8,7 @@ import pytest
 
 from cluster.base.errors import SpecError
 from cluster.jobs.ray_jobs import Submission
-from tuning.cli.sweep import build_parser
+from tuning.cli.parser import build_parser
 
 
 @pytest.fixture

@@ -88,9 +88,7 @@ def test_grace_epochs_may_exceed_the_epochs_of_a_trial() -> None:
 
 
 def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
-    with pytest.raises(
-        ValueError, match="resource joule: pbt does not compare running trials"
-    ):
+    with pytest.raises(ValueError, match="resource joule: pbt does not compare running trials"):
         SchedulerSpec(name="pbt", resource="joule")
 
 
