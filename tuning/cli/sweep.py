@@ -24,7 +24,7 @@ def add_verbs(verbs: Subparsers) -> None:
     sweep.add_argument(
         "--verify-fusion",
         action="store_true",
-        help="train three of the fused trials once more, each alone, and print the largest deviation",
+        help="train three fused trials once more, each alone, and print the largest deviation",
     )
     sweep.set_defaults(command=sweep_command, plan=plan_sweep_submission)
     report = verbs.add_parser(
@@ -102,9 +102,8 @@ def report_command(args: argparse.Namespace) -> int:
     data = read_yaml(folder / SPEC)
     page = sweep_page(folder) if data.get("sweep") else run_page(folder)
     path = write_report(page, folder / REPORT_FOLDER)
-    print(
-        f"{display_path(path)}: {path.stat().st_size / 1e6:.1f} MB, and {len(page.charts)} PNG files"
-    )
+    size_mb = path.stat().st_size / 1e6
+    print(f"{display_path(path)}: {size_mb:.1f} MB, and {len(page.charts)} PNG files")
     try:
         print(f"MLflow run: {upload_artifacts(folder, REPORT_FOLDER)} (heliostat ui)")
     except HeliostatError as error:

@@ -1,4 +1,4 @@
-"""The results of a sweep's trials: the leaderboard and the Pareto front, from the sweep's folder."""
+"""The results of a sweep's trials, from its folder: the leaderboard and the Pareto front."""
 
 import math
 from collections.abc import Mapping

@@ -37,7 +37,7 @@ from tuning.trials.space import SweepSpec, trial_spec_data
 
 JOURNAL_FILE = "journal.jsonl"
 LAST_RESULT_FILE, ENDED_FILE, FAILED_FILE = "last.json", "ended.json", "failed.json"
-"""In a trial's folder: the result of its last evaluation, how it ended, the error it failed with."""
+"""In a trial's folder: the result of its last evaluation, how it ended, the error if it failed."""
 
 logger = logging.getLogger(__name__)
 
