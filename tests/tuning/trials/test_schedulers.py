@@ -1,4 +1,4 @@
-"""The spec's scheduler as Ray's own."""
+"""Ray Tune's schedulers, as the spec describes them."""
 
 import pickle
 from types import SimpleNamespace
@@ -57,22 +57,22 @@ def test_each_name_is_rays_scheduler(name: str) -> None:
     assert isinstance(build_scheduler(sweep(name), 10), KINDS[name])
 
 
-def test_dear_trials_are_judged_earlier_where_cost_counts() -> None:
-    """At an epoch for the one and two for the other both have spent as much."""
-    verdicts = {}
+def test_expensive_trials_are_stopped_earlier_when_compared_by_cost() -> None:
+    """One epoch of the expensive trial costs as much as two of the cheap one."""
+    decisions = {}
     for resource in ("epoch", "usd"):
         spec = sweep("asha", grace_epochs=2, resource=resource)
         asha = build_scheduler(spec, 10, lambda trial, _: 1.0 + trial)
         asha.set_search_properties("val/loss", "min")
-        cheap, dear = (SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2))
-        for trial in (cheap, dear):
+        cheap, expensive = (SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2))
+        for trial in (cheap, expensive):
             asha.on_trial_add(None, trial)
         asha = pickle.loads(cloudpickle.dumps(asha))
         for epoch in (1, 2):
-            told = asha.on_trial_result(None, cheap, {"epoch": epoch, "val/loss": 1.0})
-            assert told == "CONTINUE"
-        verdicts[resource] = asha.on_trial_result(None, dear, {"epoch": 1, "val/loss": 2.0})
-    assert verdicts == {"epoch": "CONTINUE", "usd": "STOP"}
+            decision = asha.on_trial_result(None, cheap, {"epoch": epoch, "val/loss": 1.0})
+            assert decision == "CONTINUE"
+        decisions[resource] = asha.on_trial_result(None, expensive, {"epoch": 1, "val/loss": 2.0})
+    assert decisions == {"epoch": "CONTINUE", "usd": "STOP"}
 
 
 def test_grace_epochs_may_exceed_the_epochs_of_a_trial() -> None:
@@ -92,7 +92,7 @@ def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
         SchedulerSpec(name="pbt", resource="joule")
 
 
-def test_pbt_never_leaves_the_space() -> None:
+def test_pbt_clips_parameters_to_their_bounds() -> None:
     pbt = build_scheduler(sweep("pbt"), 10)
     config = {"optimizer.lr": 0.1, "model.dropout": 0.5, "model.width": 64, "train.seed": 3}
     config |= {"optimizer.name": "sgd", "trial": 5}
