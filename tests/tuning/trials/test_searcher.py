@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from tuning.trials.journal import Journal
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepSpec
 
@@ -101,15 +100,3 @@ def test_a_trial_whose_metric_is_nan_counts_as_failed(tmp_path: Path) -> None:
     search.suggest("t0")
     ended(search, "t0", float("nan"))
     assert [trial.state.name for trial in search._study.trials] == ["FAIL"]
-
-
-def test_a_partial_line_at_the_end_of_the_journal_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    journal = Journal(path)
-    journal.record_suggestion(0, {"a.b": 1})
-    journal.record_suggestion(1, {"a.b": 2})
-    path.write_bytes(path.read_bytes()[:-5])
-    reopened = Journal(path)
-    assert reopened.parameters == {0: {"a.b": 1}}
-    reopened.record_suggestion(1, {"a.b": 3})
-    assert Journal(path).parameters == {0: {"a.b": 1}, 1: {"a.b": 3}}
