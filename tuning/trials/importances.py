@@ -15,9 +15,10 @@ trials, and changes the shares by less than another seed does."""
 
 
 def parameter_importances(sweep: SweepSpec, journal: Journal) -> dict[str, float]:
-    """fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) by Optuna; {} with too few trials.
+    """fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) by Optuna.
 
-    Path of each parameter -> its share of the metric's variance. A stopped trial counts with the
+    Path of each parameter -> its share of the metric's variance; {} with too few trials, or with
+    values that are all the same. A stopped trial counts with the
     value at which it was stopped. Takes minutes with 10,000 trials.
     """
     import optuna
@@ -31,7 +32,10 @@ def parameter_importances(sweep: SweepSpec, journal: Journal) -> dict[str, float
     plain = optuna.create_study(direction=study.direction.name.lower())
     plain.add_trials(known)
     evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=FANOVA_TREE_DEPTH, seed=0)
-    found = optuna.importance.get_param_importances(plain, evaluator=evaluator)
+    try:
+        found = optuna.importance.get_param_importances(plain, evaluator=evaluator)
+    except RuntimeError:  # Optuna 5.0.0: "Encountered zero total variance in all trees."
+        return {}
     return {str(path): float(share) for path, share in found.items()}
 
 
