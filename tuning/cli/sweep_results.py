@@ -85,5 +85,5 @@ def _how_to_use(sweep: "Sweep", best: "TrialResult") -> Iterator[str]:
     newest = Checkpoints(trial / CHECKPOINTS).latest()
     train = f"heliostat train {display_path(folder)}/best.yaml"
     yield f"best checkpoint: {display_path(newest) if newest else 'none'}"
-    yield f"train it from scratch: {train}"
+    yield f"train it afresh: {train}"
     yield f"train it further: {train} --from {display_path(trial)} --set train.epochs=N"
