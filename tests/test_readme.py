@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.layout import CONTRACTS
-from tuning.cli.sweep import build_parser
+from tuning.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -108,8 +108,8 @@ class DriverMeter:
         The x axis is billed seconds, because repeated steps are dropped from a series.
         """
         at_ms = now_ms()
-        points: list[MetricPoint] = [
-            (name, value, self._logged_step, at_ms) for name, value in values.items()
+        points = [
+            MetricPoint(name, value, self._logged_step, at_ms) for name, value in values.items()
         ]
         self._tracker.log_points.remote(run, points)
 

@@ -194,6 +194,10 @@ class Tracker:
         tags = {f"heliostat.{name.replace(' ', '_')}": text}
         self._append({"do": "tag", "run": run, "tags": tags})
 
+    def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run, also after its end."""
+        self._append({"do": "tag", "run": run, "tags": dict(tags)})
+
     def finish(self, run: str, status: str, tags: Mapping[str, str] | None = None) -> None:
         """End a run as FINISHED, FAILED or KILLED."""
         operation = {"do": "finish", "run": run, "status": status, "tags": dict(tags or {})}
