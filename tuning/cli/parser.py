@@ -5,6 +5,7 @@ import argparse
 
 def build_parser() -> argparse.ArgumentParser:
     """Imports the verbs' modules, none of which imports torch, Ray or MLflow."""
+    import cluster.cli.files
     import cluster.cli.jobs
     import cluster.cli.lifecycle
     import trainers.cli.train
@@ -19,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.train.add_verbs(verbs)
     tuning.cli.sweep.add_verbs(verbs)
+    cluster.cli.files.add_verbs(verbs)
     cluster.cli.jobs.add_verbs(verbs)
     cluster.cli.lifecycle.add_verbs(verbs)
     return top

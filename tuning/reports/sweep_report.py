@@ -10,7 +10,7 @@ from trainers.reports import charts, run_report
 from trainers.reports.history import RunHistory, busy_spans, read_histories
 from trainers.reports.page import DataTable, Page, Section, StatCard, format_number
 from trainers.reports.run_report import cost_cards, downsample, end_status, wall_time_card
-from trainers.reports.vega import Chart
+from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
