@@ -177,6 +177,19 @@ def launcher_state_file(cluster_name: str) -> Path:
     return Path(get_state_path(cluster_name))
 
 
+def find_head(file: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The address of a cloud cluster's head, and the `auth` section with the provider's defaults.
+
+    `config` is the content of `file`. Asks the cloud, prints, and raises whatever the provider's
+    library raises. `ray.autoscaler.sdk` is an API for developers that may change with any release;
+    the stable command `ray get-head-ip` prints the address and nothing about the SSH key.
+    """
+    from ray.autoscaler import sdk
+
+    auth = sdk.bootstrap_config(dict(config))["auth"]
+    return sdk.get_head_node_ip(str(file)), dict(auth)
+
+
 def launcher_command() -> list[str]:
     """The command `ray` of this Python; the one on PATH may belong to another environment."""
     return [sys.executable, "-m", "ray.scripts.scripts"]
