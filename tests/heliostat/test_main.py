@@ -40,7 +40,7 @@ def test_a_file_or_folder_that_would_hide_ours_is_named(
 
 
 # The console script `heliostat` is these two lines; but the finder of an editable installation
-# gives our `cluster.cli.jobs` to another distribution's `cluster`, which an ordinary installation does not.
+# gives our `cluster.cli.jobs` to another `cluster`, which an ordinary installation does not.
 SCRIPT = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
