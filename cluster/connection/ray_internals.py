@@ -32,7 +32,7 @@ SESSION_METRICS_FOLDER = Path("/tmp/ray/session_latest/metrics")
 files in this folder, not when they are there."""
 
 DASHBOARD_AGENT_PORT = 52365
-"""The port on which Ray's dashboard agent listens on every node, unless it is told otherwise."""
+"""The port on which Ray's dashboard agent listens on every node, unless its start command sets another."""
 
 RAYLET_FLAGS = {"node_id": "node_id", "ip": "node_ip_address", "gcs_address": "gcs-address"}
 """What a raylet's command line says about its node: our name -> the flag. Ray can tell this to a
@@ -116,7 +116,7 @@ def autoscaler_status(gcs_address: str) -> Any:
 
 
 def free_resources_by_node() -> dict[str, dict[str, float]]:
-    """Node id (hex) -> the resources that nobody has reserved there.
+    """Node id (hex) -> the resources that are not reserved there.
 
     `ray.available_resources()` is the sum over all nodes, and `ray.nodes()` has totals only.
     """
