@@ -39,8 +39,8 @@ DASHBOARD_AGENT_PORT = 52365
 runs there, without a token."""
 
 RAYLET_FLAGS = {"node_id": "node_id", "ip": "node_ip_address", "gcs_address": "gcs-address"}
-"""Flags of a raylet's command line that identify its node: our name -> the flag. The public API needs
-a connected driver, which takes 70 MB and a second on every node."""
+"""Flags of a raylet's command line that identify its node: our name -> the flag. The public API
+needs a connected driver, which takes 70 MB and a second on every node."""
 
 JOB_CONFIG_ENV_VAR = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable of a submitted job's driver: the job's configuration with its metadata, as

@@ -29,8 +29,9 @@ def private(module: str, name: str = "", item: str = "") -> Any:
 
 def changed(item: str, what: str) -> str:
     """The message of a failed test."""
+    release = ray_internals.READ_IN_RELEASE
     return (
-        f"ray_internals.{item}: was read in Ray {ray_internals.READ_IN_RELEASE}; in Ray {ray.__version__} {what}. "
+        f"ray_internals.{item}: was read in Ray {release}; in Ray {ray.__version__} {what}. "
         f"Read the new release, look for a public way first, and adapt {item} alone."
     )
 
