@@ -28,7 +28,7 @@ def _in(package: str, *rooms: str) -> tuple[str, ...]:
 
 
 _CLUSTER = _in("cluster", "base", "cost", "connection")
-_RUN = (*_in("trainers", "", "data", "checkpoints", "engine"), *_CLUSTER)
+_RUN = (*_in("trainers", "", "data", "checkpoints", "modeling", "engine"), *_CLUSTER)
 _TRIALS = (*_RUN, *_in("trainers", "tracking", "runs"))
 
 CONTRACTS = {
@@ -71,9 +71,13 @@ CONTRACTS = {
         "a run's state to disk and back, whole or not there; exported models",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
+    "trainers.modeling": Contract(
+        "from a workload to a model that is ready to train: strategy, dropout, optimizer",
+        (*_in("cluster", "base"), *_in("trainers", "")),
+    ),
     "trainers.engine": Contract(
         "the training loop in one process of a group; knows neither Ray nor MLflow",
-        (*_in("cluster", "base"), *_in("trainers", "", "data", "checkpoints")),
+        (*_in("cluster", "base"), *_in("trainers", "", "data", "checkpoints", "modeling")),
     ),
     "trainers.tracking": Contract(
         "one writer to MLflow, behind a log on disk",
@@ -86,6 +90,10 @@ CONTRACTS = {
     "trainers.runs": Contract(
         "a run from its spec to its end, under Ray Train",
         (*_RUN, *_in("cluster", "jobs"), *_in("trainers", "tracking", "planning")),
+    ),
+    "trainers.probes": Contract(
+        "short runs that are measured, for the plan and the scaling study",
+        (*_RUN, *_in("trainers", "tracking", "planning", "runs")),
     ),
     "trainers.reports": Contract(
         "a run's folder to a page of charts",
@@ -109,7 +117,7 @@ CONTRACTS = {
         (
             *_RUN,
             *_in("cluster", "cli", "jobs"),
-            *_in("trainers", "tracking", "planning", "runs", "reports"),
+            *_in("trainers", "tracking", "planning", "runs", "probes", "reports"),
         ),
     ),
     "tuning.trials": Contract(

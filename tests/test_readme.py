@@ -1,5 +1,6 @@
-"""The README and the pages of docs/ are true: their commands and their code are run as they stand."""
+"""The README and the pages of docs/ are true: their commands and code are run as they stand."""
 
+import importlib
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.layout import CONTRACTS
-from tuning.cli.sweep import build_parser
+from tuning.cli.parser import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,6 +48,30 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     inside = [link for link in links if not link.startswith(("http:", "https:"))]
     assert [link for link in inside if not (page.parent / link).exists()] == []
+
+
+def test_the_architecture_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"\b(?:cluster|trainers|tuning|heliostat)(?:\.\w+)+", page))
+    assert len(names) > 40
+    for name in names:
+        assert resolves(name), name
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or a name in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
 
 
 def test_the_readme_is_short_and_lists_every_room() -> None:
