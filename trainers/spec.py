@@ -131,7 +131,7 @@ class ScaleSpec(Spec):
     @model_validator(mode="after")
     def _groups(self) -> "ScaleSpec":
         if self.group is not None and self.parallel not in ("hsdp", "tensor"):
-            raise ValueError(f"group: means nothing with parallel {self.parallel}")
+            raise ValueError(f"group: only used with parallel hsdp and tensor, not {self.parallel}")
         if self.parallel != "tensor":
             return self
         if self.group is None:
@@ -224,8 +224,8 @@ class RunSpec(Spec):
             )
         if shares is None and self.scale.max_workers > batch:
             raise ValueError(
-                f"train.global_batch {batch} gives some of scale.workers "
-                f"{self.scale.max_workers} no sample"
+                f"train.global_batch {batch} is too small for scale.workers "
+                f"{self.scale.max_workers}: each worker needs a sample"
             )
         return self
 
@@ -243,7 +243,9 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
     shipped = {file.stem: file for file in SPECS_FOLDER.glob("*.yaml")}
     if name not in shipped:
         hint = did_you_mean(name, shipped)
-        raise SpecError(f"no spec {name!r}: neither a file, nor module:Class, nor shipped{hint}")
+        raise SpecError(
+            f"no spec {name!r}: neither a file, nor module:Class, nor a shipped spec{hint}"
+        )
     return name, read_yaml(shipped[name])
 
 

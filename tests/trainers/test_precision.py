@@ -16,7 +16,9 @@ def test_what_a_device_cannot_is_said_with_what_it_can(monkeypatch: pytest.Monke
     check_precision("fp16", Cuda())
     with pytest.raises(SpecError) as error:
         check_precision("bf16", Cuda())
-    assert str(error.value) == "train.precision: bf16 is not for Tesla T4, only fp32, fp64, fp16"
+    assert (
+        str(error.value) == "train.precision: Tesla T4 does not support bf16, only fp32, fp64, fp16"
+    )
 
 
 def test_fp8_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:

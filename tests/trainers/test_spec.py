@@ -99,7 +99,7 @@ class TestScale:
         [
             (3, 64, "train.global_batch 64 cannot be shared evenly by scale.workers 3"),
             (128, 64, "train.global_batch 64 cannot be shared evenly by scale.workers 128"),
-            ([1, 9], 8, "train.global_batch 8 gives some of scale.workers 9 no sample"),
+            ([1, 9], 8, "train.global_batch 8 is too small for scale.workers 9"),
         ],
     )
     def test_workers_that_do_not(self, workers: int | list[int], batch: int, says: str) -> None:
@@ -119,7 +119,7 @@ class TestScale:
     @pytest.mark.parametrize(
         ("scale", "says"),
         [
-            ({"group": 2}, "group: means nothing with parallel auto"),
+            ({"group": 2}, "group: only used with parallel hsdp and tensor, not auto"),
             ({"parallel": "tensor"}, "group: tensor needs the number of workers that split"),
             (
                 {"parallel": "tensor", "group": 2, "workers": 3},
@@ -177,7 +177,7 @@ class TestFindSpec:
         with pytest.raises(SpecError) as caught:
             find_spec(name)
         message = str(caught.value)
-        start = f"no spec {name!r}: neither a file, nor module:Class, nor shipped"
+        start = f"no spec {name!r}: neither a file, nor module:Class, nor a shipped spec"
         assert message.startswith(start)
         assert ending in message.removeprefix(start)
 
@@ -230,11 +230,11 @@ class TestLoadWorkload:
                 "own:Own",
                 "own:Own does not define dataset, forward, loss",
             ),
-            ("import numpi", "own:Own", "own does not import: No module named 'numpi'"),
+            ("import numpi", "own:Own", "own cannot be imported: No module named 'numpi'"),
             (
                 "x = 1\ny = undefined",
                 "own:Own",
-                "own does not import: NameError: name 'undefined' is not defined "
+                "own cannot be imported: NameError: name 'undefined' is not defined "
                 "({folder}/own.py:2)",
             ),
         ],
@@ -267,7 +267,7 @@ class TestLoadWorkload:
         with pytest.raises(SpecError) as caught:
             load_workload("own:Own")
         message = str(caught.value)
-        assert message.startswith(f"workload: own does not import: {reason}: ")
+        assert message.startswith(f"workload: own cannot be imported: {reason}: ")
         assert f"{own_folder}/own.py:{line}" in message
         assert "frozen" not in message
         assert "\n" not in message
@@ -295,10 +295,16 @@ BAD_SPECS = {
 }
 BAD_ARGUMENTS = {
     "missing file": (["absent.yaml"], "absent.yaml: No such file or directory"),
-    "unknown spec": (["digit"], "no spec 'digit': neither a file, nor module:Class, nor shipped; "),
+    "unknown spec": (
+        ["digit"],
+        "no spec 'digit': neither a file, nor module:Class, nor a shipped spec; ",
+    ),
     "unknown class": (["spirals:Spiral"], "workload: spirals has no class 'Spiral'; did you mean"),
     "unknown module": (["spiral:Spirals"], "workload: no module 'spiral' in "),
-    "does not import": (["broken:Own"], "workload: broken does not import: NameError: name 'nu' "),
+    "does not import": (
+        ["broken:Own"],
+        "workload: broken cannot be imported: NameError: name 'nu' ",
+    ),
     "unknown run": (["--resume", "absent"], "--resume absent: no such run in runs"),
     "nothing": ([], "train: needs a spec, or --resume RUN"),
     "name of a folder": (["spirals:Spirals", "--name", "taken"], "--name taken: "),

@@ -339,7 +339,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("spoil", "line"),
         [
-            (lambda lines: ["many", *lines[1:]], "line 1: 'many' is no number of atoms"),
+            (lambda lines: ["many", *lines[1:]], "line 1: 'many' is not a number of atoms"),
             (lambda lines: lines[:-2], "line 22: ends after 2 of 4 atoms"),
             (
                 lambda lines: [*lines[:8], lines[8].replace("0.", "O."), *lines[9:]],
@@ -407,7 +407,7 @@ class TestFiles:
 
         monkeypatch.setattr(atoms, "version", missing)
         with pytest.raises(
-            SpecError, match=r"takes ase, .* \(pip install 'heliostat\[dynamics\]'\)"
+            SpecError, match=r"needs the package ase, .* \(pip install 'heliostat\[dynamics\]'\)"
         ):
             dynamics().made_with()
 

@@ -293,9 +293,9 @@ class TestFiles:
             (
                 "word.pdb",
                 f"{ATOM.format(1, 'N', '1.000')}\n{ATOM.format(2, 'CA', 'x')}\n",
-                "{path}: line 2: 'x   2.000   3.000' are no coordinates",
+                "{path}: line 2: 'x   2.000   3.000' are not coordinates",
             ),
-            ("short.pdb", "ATOM      1  N   ALA\n", "{path}: line 1: '' are no coordinates"),
+            ("short.pdb", "ATOM      1  N   ALA\n", "{path}: line 1: '' are not coordinates"),
             ("none.ent", "HEADER\n", "{path}: has no residue with the atoms N, CA and C"),
             (
                 "loop.cif",
@@ -308,7 +308,7 @@ class TestFiles:
                 f"data_x\nloop_\n{ATOM_SITE}ATOM 1 N N . ALA A 1 1 1.0 2.0 3.0 7 A 1.0 1\n"
                 "ATOM 2 C CA . ALA A 1 1 1.0 x 3.0 7 A 1.0 1\n"
                 "ATOM 3 C C . ALA A 1 1 1.0 2.0 3.0 7 A 1.0 1\n",
-                "{path}: residue 7 of chain A: its coordinates are no numbers",
+                "{path}: residue 7 of chain A: its coordinates are not numbers",
             ),
             ("empty.cif", "data_x\n", "{path}: has no atoms"),
             ("plain.pdb.gz", "HEADER\n", "{path}: cannot be read: Not a gzipped file (b'HE')"),
@@ -324,7 +324,7 @@ class TestFiles:
         assert str(caught.value) == line.format(path=path)
 
     def test_no_files(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="has no files of structures"):
+        with pytest.raises(DataError, match="has no structure files"):
             folding(source=str(tmp_path)).dataset()
 
     def test_without_gemmi(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

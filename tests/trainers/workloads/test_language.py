@@ -238,7 +238,7 @@ class TestBytePairs:
         with pytest.raises(SpecError) as caught:
             dataset_name(language(vocabulary=1000))
         assert str(caught.value) == (
-            "data.vocabulary: more than 256 takes tokenizers, which is not installed "
+            "data.vocabulary: more than 256 needs the package tokenizers, which is not installed "
             "(pip install 'heliostat[language]')"
         )
         assert dataset_name(language())

@@ -169,7 +169,7 @@ class TestFiles:
             ),
             (
                 lambda path: lobster(path, ",".join(["7"] * 39 + ["seven"])),
-                "{path}: line 201: 'seven' is no number",
+                "{path}: line 201: 'seven' is not a number",
             ),
             (
                 lambda path: path.write_text("1,2,3,4\n"),
@@ -208,7 +208,7 @@ class TestFiles:
         assert str(caught.value) == line.format(path=tmp_path / "day3.txt")
 
     def test_too_few_files(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="has 0 order-book files; it takes three"):
+        with pytest.raises(DataError, match="has 0 order-book files; needs at least three"):
             markets(source=str(tmp_path)).dataset()
 
 

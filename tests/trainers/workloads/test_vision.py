@@ -309,7 +309,9 @@ class TestFolderErrors:
         write_images(tmp_path, each=2)
         bad = tmp_path / "class0" / "bad.png"
         bad.write_text("first line\nsecond line\n")
-        assert error_of(vision(source=str(tmp_path), classes=2)).startswith(f"{bad}: is no image")
+        assert error_of(vision(source=str(tmp_path), classes=2)).startswith(
+            f"{bad}: is not an image"
+        )
 
     def test_sixteen_bits_are_refused_rather_than_clipped(self, tmp_path: Path) -> None:
         write_images(tmp_path, each=2)
