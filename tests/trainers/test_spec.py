@@ -1,4 +1,4 @@
-"""What a spec means, how one is found, and what its writer is told about mistakes in it."""
+"""The fields of a spec, how a spec is found, and how mistakes in it are reported."""
 
 import importlib
 import sys
@@ -26,7 +26,7 @@ def message_of(data: dict[str, Any]) -> str:
 
 
 class TestDefaults:
-    def test_a_workload_is_all_that_a_spec_needs(self) -> None:
+    def test_only_the_workload_is_required(self) -> None:
         spec = validate(RunSpec, {"workload": "vision"})
         assert spec.optimizer.name == "adamw"
         assert spec.optimizer.lr == 1e-3
@@ -39,7 +39,7 @@ class TestDefaults:
         assert spec.storage == "runs"
         assert spec.sweep is None
 
-    def test_the_workload_is_needed(self) -> None:
+    def test_the_workload_is_required(self) -> None:
         with pytest.raises(SpecError, match=r"^workload: is required$"):
             validate(RunSpec, {})
 
@@ -76,7 +76,7 @@ class TestLength:
     @given(
         epochs=st.integers(1, 100), samples=st.integers(1, 10**6), global_batch=st.integers(1, 512)
     )
-    def test_steps_at_is_the_first_step_that_ends_the_epoch(
+    def test_steps_for_epochs_is_the_first_step_that_ends_the_epoch(
         self, epochs: int, samples: int, global_batch: int
     ) -> None:
         steps = TrainSpec(global_batch=global_batch).steps_for_epochs(float(epochs), samples)
@@ -90,7 +90,7 @@ class TestLength:
 
 class TestScale:
     @pytest.mark.parametrize("workers", [1, 2, 64, [1, 1], [2, 3], [1, 64]])
-    def test_workers_that_share_a_batch_of_64(self, workers: int | list[int]) -> None:
+    def test_worker_counts_that_divide_a_batch_of_64(self, workers: int | list[int]) -> None:
         spec = validate(RunSpec, {"workload": "vision", "scale": {"workers": workers}})
         assert spec.scale.max_workers == (workers if isinstance(workers, int) else workers[1])
 
@@ -102,17 +102,19 @@ class TestScale:
             ([1, 9], 8, "train.global_batch 8 is too small for scale.workers 9"),
         ],
     )
-    def test_workers_that_do_not(self, workers: int | list[int], batch: int, says: str) -> None:
+    def test_worker_counts_that_do_not_divide_the_batch(
+        self, workers: int | list[int], batch: int, says: str
+    ) -> None:
         data = {"train": {"global_batch": batch}, "scale": {"workers": workers}}
         assert message_of({"workload": "vision", **data}).startswith(says)
 
-    def test_min_and_max_are_in_order(self) -> None:
+    def test_min_must_not_exceed_max(self) -> None:
         with pytest.raises(SpecError) as caught:
             validate(ScaleSpec, {"workers": [4, 2]}, "scale.")
         assert str(caught.value) == "scale.workers: must be [min, max] with min <= max (got [4, 2])"
 
     @pytest.mark.parametrize("workers", [0, -1, [0, 2], [4], [1, 2, 3], "many", 1.5])
-    def test_anything_else_is_refused(self, workers: Any) -> None:
+    def test_other_values_of_workers_are_refused(self, workers: Any) -> None:
         with pytest.raises(SpecError, match=r"^scale\.workers"):
             validate(ScaleSpec, {"workers": workers}, "scale.")
 
@@ -131,12 +133,12 @@ class TestScale:
             ),
         ],
     )
-    def test_groups_that_mean_nothing(self, scale: dict[str, Any], says: str) -> None:
+    def test_invalid_groups(self, scale: dict[str, Any], says: str) -> None:
         message = message_of({"workload": "vision", "scale": scale})
         assert message.startswith("scale: ")
         assert says in message
 
-    def test_workers_that_split_layers_share_their_samples(self) -> None:
+    def test_tensor_parallel_workers_process_the_same_samples(self) -> None:
         scale = {"parallel": "tensor", "group": 4, "workers": 8}
         spec = validate(RunSpec, {"workload": "x", "train": {"global_batch": 2}, "scale": scale})
         assert spec.scale.data_parallel_size == 2
@@ -148,7 +150,7 @@ class TestFindSpec:
         path.write_text("workload: vision\n")
         assert find_spec(str(path)) == ("my.run", {"workload": "vision"})
 
-    def test_any_file_that_is_there_is_read(self, tmp_path: Path) -> None:
+    def test_any_existing_file_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "spec.txt"
         path.write_text("workload: vision\n")
         assert find_spec(str(path)) == ("spec", {"workload": "vision"})
@@ -183,7 +185,7 @@ class TestFindSpec:
 
 
 class TestMistakes:
-    def test_those_of_all_sections_come_together(self, own_folder: Path) -> None:
+    def test_mistakes_of_all_sections_are_reported_together(self, own_folder: Path) -> None:
         data = {
             **OWN,
             "data": {"points": "x"},
@@ -198,7 +200,7 @@ class TestMistakes:
             "model.widht: unknown key; did you mean 'width'?",
         }
 
-    def test_each_is_told_once(self, own_folder: Path) -> None:
+    def test_each_mistake_is_reported_once(self, own_folder: Path) -> None:
         message = message_of({**OWN, "model": 3, "train": {"steps": 0}})
         assert sorted(message.splitlines()) == [
             "model: must be a mapping (got 3)",
@@ -239,7 +241,7 @@ class TestLoadWorkload:
             ),
         ],
     )
-    def test_what_is_wrong_with_it_is_one_line(
+    def test_an_unusable_workload_is_reported_in_one_line(
         self, own_folder: Path, source: str | None, name: str, message: str
     ) -> None:
         if source is not None:
@@ -258,10 +260,10 @@ class TestLoadWorkload:
             ("import torch\ntorch.zeros(2) @ torch.zeros(3)\n", 2, "RuntimeError"),
         ],
     )
-    def test_the_place_is_in_the_users_file(
+    def test_the_location_is_in_the_users_file(
         self, own_folder: Path, source: str, line: int, reason: str
     ) -> None:
-        """Also where the error is raised further down, in a library or by the compiler."""
+        """Even if a library or the compiler raises the error."""
         (own_folder / "own.py").write_text(source)
         importlib.invalidate_caches()
         with pytest.raises(SpecError) as caught:
