@@ -20,7 +20,7 @@ from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
 
 SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.log"
-CHECKPOINTS, TRACKING = "checkpoints", "track"
+CHECKPOINTS, TRACKING, LEDGER = "checkpoints", "track", "ledger.jsonl"
 TRIALS = "trials"
 """The folder in a sweep's folder that holds its trials' folders."""
 

@@ -102,6 +102,16 @@ class TrainSpec(Spec):
         """The number of steps that cover `epochs` epochs of `samples` samples."""
         return max(1, math.ceil(epochs * samples / self.global_batch - 1e-9))
 
+    def evaluation_steps(self, samples: int) -> set[int]:
+        """The steps after which the model is evaluated, of which the last step is one."""
+        total = self.total_steps(samples)
+        steps = {total}
+        count = 1
+        while (step := self.steps_for_epochs(count * self.evaluate_every_epochs, samples)) < total:
+            steps.add(step)
+            count += 1
+        return steps
+
 
 class ScaleSpec(Spec):
     """The number of workers, their devices, and how they share the model."""

@@ -17,7 +17,7 @@ def test_a_shipped_workload_is_found_where_it_was_before_it_had_a_package(name: 
 
 
 def test_names_that_workloads_of_users_import() -> None:
-    from trainers.data import table as table_of_data
+    from trainers.data.tables import table as table_of_data
     from trainers.workloads import dynamics
 
     assert table_of_data is trainers.table is table

@@ -27,8 +27,9 @@ from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.engine.step import TrainStep, build_network
-from trainers.engine.throughput import count_flops
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
+from trainers.modeling.dry_run import count_flops
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
