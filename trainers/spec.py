@@ -103,7 +103,7 @@ class TrainSpec(Spec):
         return max(1, math.ceil(epochs * samples / self.global_batch - 1e-9))
 
     def evaluation_steps(self, samples: int) -> set[int]:
-        """The steps after which the model is evaluated, of which the last step is one."""
+        """The steps after which the model is evaluated, including the last step."""
         total = self.total_steps(samples)
         steps = {total}
         count = 1
