@@ -37,6 +37,23 @@ class Reporter(Protocol):
 class NullReporter(Reporter):
     """Reports nothing: for ranks other than 0, and a base for reporters of a few events."""
 
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_note(self, name: str, text: str) -> None:
+        pass
+
+    def on_step_end(self, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def on_evaluation_end(
+        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
+    ) -> None:
+        pass
+
     def should_stop(self) -> bool:
         return False
 
