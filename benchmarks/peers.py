@@ -26,7 +26,9 @@ from torch import nn
 
 from cluster.base.config import read_yaml
 from trainers.counter_rng import combine_seeds
-from trainers.data.dataset import count_samples, epoch_permutation, open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import epoch_permutation
+from trainers.data.splits import count_samples, open_split
 from trainers.spec import RunSpec, resolve
 from tuning.trials.space import SweepRunSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainers.data.dataset import shard_bounds, to_device
+from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample

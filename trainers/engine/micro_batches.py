@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from trainers.data.dataset import SampleStream, to_device
 from trainers.data.prefetch import PlacedBatch, microbatch_slice, prefetch_batches
+from trainers.data.sampling import SampleStream, to_device
 from trainers.precision import weights_dtype
 from trainers.spec import TrainSpec
 from trainers.worker import Worker

@@ -1,14 +1,17 @@
 """The interface by which the training loop reports its progress and hears of requests."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainers.checkpoints.checkpoints import Checkpoints
 
 
-class Reporter(Protocol):
-    """Receives the reports of the training loop. No method but `flush` may block."""
+class Reporter:
+    """Receives the reports of the training loop. No method but `flush` may block.
+
+    Each method does nothing here; a reporter overrides the events that it needs.
+    """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics measured after `step` steps."""
@@ -29,33 +32,12 @@ class Reporter(Protocol):
 
     def should_stop(self) -> bool:
         """Whether a stop of the run was requested; a request may take a second to arrive."""
+        return False
 
     def preemption_pending(self) -> bool:
         """Whether the machine of some worker is about to be taken away."""
+        return False
 
 
 class NullReporter(Reporter):
-    """Reports nothing: for ranks other than 0, and a base for reporters of a few events."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-    def log_note(self, name: str, text: str) -> None:
-        pass
-
-    def on_step_end(self, step: int) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def on_evaluation_end(
-        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
-    ) -> None:
-        pass
-
-    def should_stop(self) -> bool:
-        return False
-
-    def preemption_pending(self) -> bool:
-        return False
+    """Reports nothing: for ranks other than 0."""

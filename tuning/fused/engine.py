@@ -32,8 +32,8 @@ from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from cluster.connection.run_gauges import set_gauge
 from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
-from trainers.data.dataset import count_samples, open_splits
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_splits
 from trainers.devices import local_device
 from trainers.engine.coordination import FIRST_SAVE_S
 from trainers.engine.evaluate import evaluate, splits_due
@@ -43,7 +43,7 @@ from trainers.engine.stall_files import STALLS
 from trainers.modeling.build import build_network
 from trainers.modeling.optimizer import build_optimizer, learning_rate
 from trainers.run_folder import CHECKPOINTS
-from trainers.runs.ray_train import format_error
+from trainers.runs.worker_errors import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker

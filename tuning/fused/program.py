@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainers.counter_rng import SampleRandom, seed_key
-from trainers.data.dataset import SampleStream, to_device
+from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Device
 from trainers.engine.step import check_per_sample
 from trainers.modeling.build import build_network

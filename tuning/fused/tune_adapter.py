@@ -25,7 +25,7 @@ from ray.air.execution.resources.fixed import FixedResourceManager
 from ray.tune.execution.tune_controller import TuneController
 
 from trainers.devices import local_device
-from trainers.runs.metering import WorkerMeter
+from trainers.runs.worker_meter import WorkerMeter
 from tuning.fused.engine import Engine
 from tuning.fused.fusion_plan import FusionPlan, planned_slots, try_plan
 from tuning.fused.program import Program

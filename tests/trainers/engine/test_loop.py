@@ -15,7 +15,9 @@ from torch import Tensor
 from cluster.base.errors import SpecError, TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.counter_rng import combine_seeds
-from trainers.data.dataset import epoch_permutation, open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import epoch_permutation
+from trainers.data.splits import open_split
 from trainers.engine import coordination
 from trainers.engine.loop import train
 from trainers.engine.step import TrainStep

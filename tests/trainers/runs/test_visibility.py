@@ -1,4 +1,4 @@
-"""Data and checkpoints where every machine sees them, on a server that speaks S3."""
+"""Data sets and checkpoints on shared storage: an S3 server, and folders that a machine lacks."""
 
 import subprocess
 import sys
@@ -12,8 +12,9 @@ import torch
 from cluster.base.errors import SpecError
 from cluster.base.files import cache_folder
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples, open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_splits
 from trainers.runs.visibility import needs_shared_folder, require_run_visible
 from trainers.spec import CheckpointSpec, RunSpec, resolve
 
@@ -50,7 +51,7 @@ server._thread.join()
 
 @pytest.fixture
 def uri(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place of its own in the bucket; this machine has fetched nothing yet."""
+    """A URI of its own in the bucket; this machine has downloaded nothing yet."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     machine(monkeypatch, tmp_path / "first")
@@ -58,7 +59,7 @@ def uri(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
-    """Be on another machine: what was fetched before is not there."""
+    """Act as another machine, which has downloaded nothing yet."""
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     assert cache_folder().is_relative_to(temporary)
@@ -69,7 +70,7 @@ def spec_of(folder: Path, **fields: object) -> RunSpec:
     return resolve(data, RunSpec)[0]
 
 
-def test_a_data_set_is_made_once_and_fetched_by_each_machine(
+def test_a_data_set_is_made_once_and_downloaded_by_each_machine(
     own_folder: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, workload = resolve({"workload": "spirals:Spirals", "datasets": uri}, RunSpec)
@@ -85,7 +86,7 @@ def test_a_data_set_is_made_once_and_fetched_by_each_machine(
     assert prepare_dataset(workload, own_folder / "runs", spec.datasets) == fetched
 
 
-def test_one_that_could_not_be_made_is_not_there(
+def test_a_data_set_whose_preparation_failed_is_made_again(
     own_folder: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, workload = resolve({"workload": "spirals:Spirals", "datasets": uri}, RunSpec)
@@ -114,16 +115,15 @@ def test_checkpoints_are_found_from_another_machine(
     assert torch.equal(other.weight, network.weight)
 
 
-def test_a_place_that_cannot_be_reached_is_named(own_folder: Path) -> None:
+def test_a_uri_that_cannot_be_used_is_named(own_folder: Path) -> None:
     _, workload = resolve({"workload": "spirals:Spirals"}, RunSpec)
     with pytest.raises(SpecError, match=r"^datasets: nothing://bucket cannot be used"):
         prepare_dataset(workload, own_folder, "nothing://bucket")
 
 
-def test_a_folder_that_a_machine_does_not_see_is_refused_there(
+def test_a_worker_refuses_a_folder_that_its_machine_does_not_see(
     own_folder: Path, tmp_path: Path
 ) -> None:
-    """By the worker on it."""
     folder = tmp_path / "runs" / "a"
     alone = spec_of(tmp_path / "runs")
     with pytest.raises(SpecError, match=rf"^storage: {folder} cannot be seen from \d.*NFS"):
@@ -133,7 +133,9 @@ def test_a_folder_that_a_machine_does_not_see_is_refused_there(
     require_run_visible(folder, alone)
 
 
-def test_what_must_be_shared(own_folder: Path, tmp_path: Path) -> None:
+def test_a_shared_folder_is_needed_unless_data_and_checkpoints_are_at_uris(
+    own_folder: Path, tmp_path: Path
+) -> None:
     at_uris = {"datasets": "s3://b/d", "checkpoint": {"uri": "s3://b/c"}}
     assert not needs_shared_folder(spec_of(tmp_path, **at_uris))
     require_run_visible(tmp_path / "nowhere", spec_of(tmp_path, **at_uris))

@@ -1,4 +1,4 @@
-"""A run's model in MLflow: others load it who have nothing of ours, and it gets a name."""
+"""A run's model in MLflow: it loads without Heliostat installed, and it can be registered."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ print(json.dumps(model.predict(data).tolist()))
 def tracked(
     own_folder: Path, tmp_path: Path, mlflow_server: str, wait_until: Callable[..., None]
 ) -> dict[str, Any]:
-    """A run of a user's own workload as it is after its end: its folder, and what MLflow has."""
+    """A finished run of a user's own workload: its folder, and the run as MLflow has it."""
     data = {"workload": "spirals:Spirals", "model": {"width": 8, "dropout": 0.0}}
     spec, workload = resolve(data, RunSpec)
     network = workload.build()
@@ -89,7 +89,7 @@ def tracked(
     write_yaml({"tracking": {"uri": mlflow_server, "experiment": "models"}}, folder / SPEC)
     tracker = Tracker(str(folder / TRACKING), mlflow_server, "models")
     tracker.start(TrackedRun("run", {"model.width": 8}, {"mlflow.source.git.commit": "abc"}))
-    tracker.model("run", str(folder / MODEL))
+    tracker.log_model("run", str(folder / MODEL))
     tracker.finish("run", "FINISHED")
     wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     found = tracker.read("run")
@@ -97,10 +97,10 @@ def tracked(
     return {**found, "folder": folder, "network": network.eval()}
 
 
-def test_it_loads_where_nothing_of_ours_is(
+def test_it_loads_without_heliostat(
     tracked: dict[str, Any], tmp_path: Path, mlflow_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a Python that has only what the model says it needs, MLflow, and what these need."""
+    """In a Python that has only MLflow, the model's requirements, and their dependencies."""
     mlflow.set_tracking_uri(mlflow_server)
     client = mlflow.MlflowClient(mlflow_server)
     command = Namespace(run=str(tracked["folder"]), name="spirals", alias="champion")
