@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(stranger, file=sys.stderr)
         return 2
     from cluster.base.errors import HeliostatError
-    from tuning.cli.sweep import build_parser
+    from tuning.cli.parser import build_parser
 
     try:
         args = build_parser().parse_args(arguments)

@@ -51,7 +51,7 @@ def test_status_shows_nodes_and_what_they_cost(cluster: OwnHosts) -> None:
     assert output.startswith("3 nodes\n")
     for host in HOSTS:
         assert f"\n{ADDRESSES[host]} " in output
-    assert "nothing runs\ncost: $0.75 per hour" in output
+    assert "no job is running\ncost: $0.75 per hour" in output
 
 
 def test_one_token_is_on_every_host_and_nobody_else_may_read_it(cluster: OwnHosts) -> None:

@@ -114,7 +114,7 @@ class TestTheCpu:
         first = torch.rand(3, device=device.device)
         device.seed(7)
         assert torch.equal(torch.rand(3, device=device.device), first)
-        device.set_random_state(state)
+        torch.set_rng_state(state)
         assert torch.equal(torch.rand(3, device=device.device), first)
         device.synchronize()
 

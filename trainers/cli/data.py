@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.jobs import Subparsers, run_options
+from cluster.cli.options import Subparsers, run_options
 from trainers.cli.options import SPEC_HELP, as_job
 
 if TYPE_CHECKING:
@@ -28,9 +28,10 @@ def add_verbs(verbs: Subparsers) -> None:
 
 def data_command(args: argparse.Namespace) -> int:
     from cluster.base.config import apply_overrides
-    from trainers.data.dataset import MANIFEST, dataset_name
+    from trainers.data.dataset import dataset_name
     from trainers.runs.run import resolved_data
     from trainers.spec import RunSpec, find_spec, resolve
+    from trainers.stores import MANIFEST
 
     spec, _ = resolve(apply_overrides(find_spec(args.spec)[1], args.set), RunSpec)
     spec, workload = resolve(resolved_data(spec), RunSpec)
@@ -45,8 +46,8 @@ def _check(folder: Path) -> int:
     from rich.console import Console
 
     from cluster.base.errors import DataError
-    from trainers.data.dataset import read_dataset_manifest
     from trainers.data.partitions import damaged_files
+    from trainers.data.splits import read_dataset_manifest
     from trainers.run_folder import display_path
 
     damaged = damaged_files(folder, read_dataset_manifest(folder)["files"])
@@ -97,7 +98,7 @@ def _show(console: "Console", folder: Path, state: str) -> None:
     """Print the splits of a data set: samples, files, megabytes."""
     from rich.table import Table
 
-    from trainers.data.dataset import count_samples, read_dataset_manifest
+    from trainers.data.splits import count_samples, read_dataset_manifest
     from trainers.run_folder import display_path
 
     manifest = read_dataset_manifest(folder)

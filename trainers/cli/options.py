@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.jobs.ray_jobs import Submission
+    from cluster.jobs.job import Submission
 
 SPEC_HELP = "a file, a shipped spec's name, or module:Class"
 UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli.jobs import Subparsers, run_options
+from cluster.cli.options import Subparsers, run_options
 from trainers.cli.options import SPEC_HELP, as_job, parse_duration_s
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def read_probe_request(args: argparse.Namespace) -> ProbeRequest:
     """Read the spec and prepare its data set."""
     from cluster.base.config import apply_overrides
     from cluster.base.errors import SpecError
-    from trainers.data.dataset import count_samples, prepare_dataset
+    from trainers.data.dataset import prepare_dataset
+    from trainers.data.splits import count_samples
     from trainers.planning.forecast import run_length
     from trainers.planning.plan import PlanRequest
     from trainers.probes.probe import ProbeTarget

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.cli.jobs import Subparsers, run_options
+from cluster.cli.options import Subparsers, run_options
 from trainers.cli.options import SPEC_HELP, as_job, parse_counts
 from trainers.cli.plan import add_seconds_option, format_interval, read_probe_request
 

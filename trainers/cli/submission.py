@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.base.config import apply_overrides, flatten
 from cluster.base.errors import SpecError
-from cluster.jobs.ray_jobs import Submission
+from cluster.jobs.job import Submission
 from cluster.jobs.working_dir_package import list_packaged_files
 from trainers.run_folder import unique_name
 from trainers.spec import RunSpec, find_spec, resolve

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.jobs import Subparsers
+from cluster.cli.options import Subparsers
 
 if TYPE_CHECKING:
     from trainers.spec import TrackingSpec

@@ -9,7 +9,7 @@ import trainers.cli.plan
 import trainers.cli.scaling
 import trainers.cli.track
 import trainers.cli.ui
-from cluster.cli.jobs import Subparsers, run_options
+from cluster.cli.options import Subparsers, run_options
 from trainers.cli.options import SPEC_HELP, as_job
 
 if TYPE_CHECKING:

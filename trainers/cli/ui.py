@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from cluster.cli.jobs import Subparsers
 from cluster.cli.lifecycle import open_cluster_ui
+from cluster.cli.options import Subparsers
 
 
 def add_verbs(verbs: Subparsers) -> None:

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.engine.loop import evaluation_steps
 from trainers.planning.pools import ProbedPool, ProbeResult
 from trainers.planning.step_time import Unknown
 from trainers.spec import RunSpec
@@ -105,7 +104,7 @@ class RunLength(NamedTuple):
 def run_length(spec: RunSpec, samples: int, has_test: bool) -> RunLength:
     """Count the work of a run with `samples` in its training split."""
     total = spec.train.total_steps(samples)
-    evaluated = evaluation_steps(spec.train.evaluate_every_epochs, spec, samples)
+    evaluated = spec.train.evaluation_steps(samples)
     every = spec.checkpoint.every_steps
     saved = {total} | (evaluated if spec.checkpoint.keep_best else set())
     if every != "auto":

@@ -188,5 +188,5 @@ def log_to_mlflow(study: Study, tracker: Any, key: str, plot: Path) -> None:
             if value is not None
         ]
         tracker.log.remote(key, points, row.workers)
-    tracker.note.remote(key, "recommended workers", str(study.recommended))
-    tracker.artifact.remote(key, str(plot))
+    tracker.log_note.remote(key, "recommended workers", str(study.recommended))
+    tracker.log_artifact.remote(key, str(plot))

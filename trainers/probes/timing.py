@@ -12,8 +12,8 @@ from typing import Any
 
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
-from trainers.data.dataset import count_samples
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.planning.pools import ProbeResult

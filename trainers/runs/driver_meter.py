@@ -93,7 +93,7 @@ class DriverMeter:
         if now_s < self._next_tick_s and not force:
             return self.limit_reached
         self._next_tick_s = now_s + BILLING_INTERVAL_S
-        self._biller.tick(ray_nodes(), ray.get(self._tracker.posts.remote()))
+        self._biller.tick(ray_nodes(), ray.get(self._tracker.take_usage_reports.remote()))
         totals = self.ledger.totals()
         self.limit_reached = self.limit_reached or reached_limit(self._budget, totals)
         if now_s >= self._next_log_s or force:
@@ -108,10 +108,10 @@ class DriverMeter:
         The x axis is billed seconds, because repeated steps are dropped from a series.
         """
         at_ms = now_ms()
-        points: list[MetricPoint] = [
-            (name, value, self._logged_step, at_ms) for name, value in values.items()
+        points = [
+            MetricPoint(name, value, self._logged_step, at_ms) for name, value in values.items()
         ]
-        self._tracker.add.remote(run, points)
+        self._tracker.log_points.remote(run, points)
 
     def finish(self) -> tuple[CostTotals, dict[str, str]]:
         """Charge the rest and close the ledger. Returns the totals, and MLflow tags on them."""

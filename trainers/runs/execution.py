@@ -32,7 +32,7 @@ def run_to_end(
     tracker = start_tracking(run.folder, run.spec, run.spec_data)
     forecast = _latest_forecast(run)
     if forecast is not None:
-        tracker.note.remote(run.key, "forecast", str(forecast))
+        tracker.log_note.remote(run.key, "forecast", str(forecast))
     meter: DriverMeter | None = None
     wall_s = 0.0
     try:
@@ -56,7 +56,7 @@ def run_to_end(
         _export_if_missing(run)
         if forecast is not None and wall_s:
             summary["forecast"] = _record_forecast_outcome(run, tracker, forecast, outcome, wall_s)
-        tracker.model.remote(run.key, str(run.folder / MODEL))
+        tracker.log_model.remote(run.key, str(run.folder / MODEL))
     else:
         tags["heliostat.reason"] = summary.get("reason") or "stopped"
     tags[DESCRIPTION_TAG] = run_description(outcome, summary)
@@ -102,7 +102,7 @@ def _record_forecast_outcome(
     }
     points = [(name, value, outcome.step, now_ms()) for name, value in metrics.items()]
     tracker.log.remote(run.key, points, outcome.step)
-    tracker.note.remote(run.key, "forecast", text)
+    tracker.log_note.remote(run.key, "forecast", text)
     return text
 
 

@@ -95,10 +95,10 @@ def run_workers(
             if stop.is_set() and not stop_requested:
                 ray.get(tracker.request_stop.remote(config.key))
                 stop_requested = True
-            steps, points, lines = ray.get(tracker.watch.remote(config.key))
+            steps, points, lines = ray.get(tracker.poll.remote(config.key))
             stall = stalls.poll()
             on_progress(steps, points, [*lines, str(stall)] if stall else lines)
-        on_progress(*ray.get(tracker.watch.remote(config.key)))
+        on_progress(*ray.get(tracker.poll.remote(config.key)))
     except SystemExit:  # Ray Tune ends the trial that this run is
         tracker.request_stop.remote(config.key)
         thread.join()

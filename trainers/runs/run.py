@@ -14,7 +14,8 @@ from cluster.base.errors import SpecError
 from cluster.connection.ray_connection import base_folder
 from cluster.jobs.secret_scan import secret_in_text
 from trainers.checkpoints.checkpoints import Checkpoints, find_checkpoint
-from trainers.data.dataset import count_samples, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples
 from trainers.run_folder import CHECKPOINTS, SPEC, create_run_folder, find_run_folder, unique_name
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.tracking.tracker import default_tracking_uri

@@ -107,7 +107,7 @@ def start_tracking(
     tracker = start_tracker(folder / TRACKING, str(tracking.uri), tracking.experiment, key)
     tracker.start.remote(tracked_run(key, spec_data, kind=kind))
     for name in (SPEC, ENVIRONMENT):
-        tracker.artifact.remote(key, str(folder / name))
+        tracker.log_artifact.remote(key, str(folder / name))
     return tracker
 
 

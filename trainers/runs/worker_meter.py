@@ -99,7 +99,7 @@ class WorkerMeter:
                 usages=usages_to_data(self._meter.usages),
                 ended=ended,
             )
-        return self._tracker.used.remote(report)
+        return self._tracker.report_usage.remote(report)
 
 
 def _power_sources(

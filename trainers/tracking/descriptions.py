@@ -1,4 +1,4 @@
-"""What a run's page in MLflow says in words, as markdown."""
+"""The description on a run's page in MLflow, as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from trainers.outcome import Outcome
 
 DESCRIPTION_TAG = "mlflow.note.content"
-"""The tag that MLflow's pages show as the description of a run."""
+"""MLflow's tag for the description of a run."""
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -20,13 +20,13 @@ def _cell(cell: object) -> str:
 
 
 def run_description(outcome: Outcome, summary: Mapping[str, Any]) -> str:
-    """Of a run that ended; `became` is as `trainers.runs.run.run_to_end` gives it."""
-    did = f"{outcome.step:,} of {outcome.total_steps:,} steps"
+    """The description of a run that ended; `summary` is as `trainers.runs.run` returns it."""
+    steps = f"{outcome.step:,} of {outcome.total_steps:,} steps"
     reason = summary.get("reason")
     head = "**Complete**" if outcome.complete else f"**Stopped**{f' ({reason})' if reason else ''}"
     speed = f", {outcome.samples_per_s:,.0f} samples/s" if outcome.samples_per_s else ""
     return with_facts(
-        f"{head}: {did}{speed}.",
+        f"{head}: {steps}{speed}.",
         {
             **{name: float(value) for name, value in sorted(outcome.metrics.items())},
             **({"forecast": summary["forecast"]} if "forecast" in summary else {}),
@@ -36,5 +36,5 @@ def run_description(outcome: Outcome, summary: Mapping[str, Any]) -> str:
 
 
 def with_facts(head: str, facts: Mapping[str, object]) -> str:
-    """A line, and a table of what is known."""
+    """A headline and a table of facts."""
     return f"{head}\n\n{markdown_table(('', ''), list(facts.items()))}" if facts else head

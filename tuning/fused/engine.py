@@ -32,17 +32,16 @@ from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from cluster.connection.run_gauges import set_gauge
 from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
-from trainers.data.dataset import count_samples, open_splits
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_splits
 from trainers.devices import local_device
 from trainers.engine.coordination import FIRST_SAVE_S
 from trainers.engine.evaluate import evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
-from trainers.engine.loop import evaluation_steps
-from trainers.engine.optimizer import build_optimizer, learning_rate
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
-from trainers.engine.step import build_network
+from trainers.modeling.build import build_network
+from trainers.modeling.optimizer import build_optimizer, learning_rate
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs.worker_errors import format_error
 from trainers.spec import RunSpec, resolve
@@ -187,7 +186,7 @@ class Engine:
             TuneReporter(self._sweep, spec, folder),
             TrackerReporter(self._tracker, self._sweep.trial_key(number), REPORT_S),
             Checkpoints(folder / CHECKPOINTS, spec.checkpoint),
-            evaluation_steps(spec.train.evaluate_every_epochs, spec, self._samples),
+            spec.train.evaluation_steps(self._samples),
         )
         last = (
             json.loads((folder / LAST_RESULT_FILE).read_text())

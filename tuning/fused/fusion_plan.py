@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from cluster.base.files import write_atomic
-from trainers.data.dataset import count_samples, open_split
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_split
 from trainers.devices import Device, local_device
 from trainers.engine.step import TrainStep
 from trainers.precision import weights_dtype

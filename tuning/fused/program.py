@@ -28,11 +28,12 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from trainers.counter_rng import SampleRandom, seed_key
-from trainers.data.dataset import SampleStream, to_device
+from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Device
-from trainers.engine.dropout import DropoutRate, DropoutRng, key_dropout_by_sample
-from trainers.engine.optimizer import build_optimizer, has_weight_decay, learning_rate
-from trainers.engine.step import build_network, check_per_sample
+from trainers.engine.step import check_per_sample
+from trainers.modeling.build import build_network
+from trainers.modeling.dropout import DropoutRate, DropoutRng, key_dropout_by_sample
+from trainers.modeling.optimizer import build_optimizer, has_weight_decay, learning_rate
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.workload import Batch, Workload

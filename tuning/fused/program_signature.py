@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainers.engine.step import build_network
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.workload import Workload
 from tuning.fused.vmap_rewrites import MODEL_SECTION, ValuePath

@@ -21,7 +21,7 @@ from cluster.base.config import read_yaml
 from cluster.base.errors import CheckpointError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, load_model
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.precision import weights_dtype
 from trainers.spec import RunSpec, resolve
 
@@ -43,7 +43,8 @@ def export(tmp_path: Path) -> Callable[..., Exported]:
                 weight += 0.1 * torch.randn_like(weight)
         checkpoints = Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-        checkpoint = checkpoints.wait_for_latest()
+        checkpoints.wait()
+        checkpoint = checkpoints.latest()
         assert checkpoint is not None
         folder = tmp_path / "exported" / to
         export_model(folder, spec, workload, checkpoint)
@@ -240,3 +241,34 @@ def test_missing_weights_are_named(own_folder: Path, export: Callable[..., Expor
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=rf"^{folder}: no model\.safetensors in it$"):
         load_model(folder)
+
+
+def test_a_folder_with_several_models_is_refused(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    """Loading any one of them would be a guess; a run's own model, or the only one, is none."""
+    folder, network = export("runs/first/model", "spirals:Spirals")
+    points = torch.randn(5, 2)
+    assert torch.equal(load_model(folder.parents[1])(points), network(points))
+    (folder.parents[1] / ".half" / "model").mkdir(parents=True)
+    (folder.parents[1] / ".half" / "model" / "model.safetensors").touch()
+    assert torch.equal(load_model(folder.parents[1])(points), network(points))
+    second, other = export("runs/second/model", "spirals:Spirals", model={"width": 4})
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder.parents[1])
+    assert str(caught.value) == (
+        f"{folder.parents[1]}: holds 2 models, name one: first/model, second/model"
+    )
+    export("runs/second/trials/0001/model", "spirals:Spirals")
+    assert torch.equal(load_model(second.parent)(points), other(points))
+
+
+def test_a_model_that_was_registered_before_the_rooms_has_its_loader(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    folder, network = export("own", "spirals:Spirals")
+    points = torch.randn(5, 2)
+    loader = importlib.import_module("trainers.export")
+    assert (
+        loader._load_pyfunc(str(folder)).predict(points.numpy()) == network(points).detach().numpy()
+    ).all()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
-from cluster.jobs.ray_jobs import Submission
-from tuning.cli.sweep import build_parser
+from cluster.jobs.job import Submission
+from tuning.cli.parser import build_parser
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def submission_of(line: str) -> Submission:
 def test_verbs_with_a_name_get_one(verb: str, folder: Path) -> None:
     named = submission_of(f"{verb} digits --name mine")
     assert named.name == "mine"
-    assert named.words == (*verb.split(), "digits", "--name", "mine")
+    assert named.argv == (*verb.split(), "digits", "--name", "mine")
     unnamed = submission_of(f"{verb} digits")
-    assert unnamed.words == (*verb.split(), "digits", "--name", unnamed.name)
+    assert unnamed.argv == (*verb.split(), "digits", "--name", unnamed.name)
     assert unnamed.name != submission_of(f"{verb} digits").name
     assert unnamed.exclude_patterns == ("/runs",)
 
@@ -39,13 +39,13 @@ def test_verbs_with_a_name_get_one(verb: str, folder: Path) -> None:
 @pytest.mark.parametrize("verb", ["plan", "data"])
 def test_the_job_of_a_verb_without_a_name_has_one(verb: str, folder: Path) -> None:
     submission = submission_of(f"{verb} digits")
-    assert submission.words == (verb, "digits")
+    assert submission.argv == (verb, "digits")
     assert submission.name.startswith(f"digits-{verb}-")
 
 
 def test_a_resumed_run_is_found_by_its_name_on_the_cluster(folder: Path) -> None:
     submission = submission_of("train --resume runs/mine")
-    assert (submission.name, submission.words) == ("mine", ("train", "--resume", "mine"))
+    assert (submission.name, submission.argv) == ("mine", ("train", "--resume", "mine"))
     there = submission_of("sweep --resume /shared/runs/mine")
     assert (there.name, there.words) == ("mine", ("sweep", "--resume", "/shared/runs/mine"))
 
@@ -56,7 +56,7 @@ def test_a_spec_file_is_named_relative_to_the_working_folder(
     (folder / "specs").mkdir()
     (folder / "specs/mine.yaml").write_text("workload: vision\n")
     submission = submission_of(f"plan {folder}/specs/mine.yaml")
-    assert submission.words == ("plan", "specs/mine.yaml")
+    assert submission.argv == ("plan", "specs/mine.yaml")
     assert submission.required_files == (Path("specs/mine.yaml"),)
     monkeypatch.chdir(folder / "specs")
     (folder / "other.yaml").write_text("workload: vision\n")

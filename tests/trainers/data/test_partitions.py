@@ -1,4 +1,4 @@
-"""Data sets in parts: the same files wherever they are made, and what is made stays made."""
+"""Data sets in parts: the same files on every machine, and no finished part is built again."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,13 @@ import pytest
 
 from cluster.base.errors import DataError
 from heliostat.main import main
-from trainers.data.dataset import (
-    MANIFEST,
-    count_samples,
-    open_split,
-    prepare_dataset,
-    read_dataset_manifest,
-)
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples, open_split, read_dataset_manifest
+from trainers.stores import MANIFEST
 from trainers.workload import PartitionedWorkload, load_workload
 
 SOURCE = '''
-"""Five parts of numbers; each that is made leaves a mark, one may be broken."""
+"""Five parts of numbers; each build leaves a mark, and one part may be broken."""
 
 import secrets
 from pathlib import Path
@@ -29,7 +25,7 @@ from trainers import DataError, PartedWorkload, Spec, table
 
 class Counted(PartedWorkload):
     class Data(Spec):
-        marks: str  # a folder, with + for /: what is in files that are named so counts
+        marks: str  # a folder, with + for /: files whose path is named here would change the data set
         broken: int = -1
 
     def mark(self, name):
@@ -73,8 +69,8 @@ def counted(marks: Path, **data: Any) -> PartitionedWorkload:
     return workload
 
 
-def made(marks: Path) -> list[str]:
-    """What has been made so far, each as often as it has been."""
+def built(marks: Path) -> list[str]:
+    """The parts that have been built so far, once for each build."""
     return sorted(path.name.partition("-")[0] for path in marks.glob("*-*"))
 
 
@@ -82,7 +78,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
 
 
-def test_parts_are_one_split_in_their_order(marks: Path, tmp_path: Path) -> None:
+def test_parts_are_joined_in_their_order(marks: Path, tmp_path: Path) -> None:
     folder = prepare_dataset(counted(marks), tmp_path)
     files = read_dataset_manifest(folder)["files"]
     assert contents(folder).keys() == files.keys()
@@ -99,33 +95,33 @@ def test_parts_are_one_split_in_their_order(marks: Path, tmp_path: Path) -> None
     assert open_split(folder, "train")["x"].tolist() == WHOLE
     assert open_split(folder, "val")["x"].tolist() == [110, 111, 130, 131]
     assert prepare_dataset(counted(marks), tmp_path) == folder
-    assert made(marks) == ["0", "1", "2", "3", "4", "common"]
+    assert built(marks) == ["0", "1", "2", "3", "4", "common"]
     in_memory = counted(marks).dataset()
     assert in_memory["train"]["x"].to_pylist() == WHOLE
 
 
-def test_it_goes_on_where_it_was_stopped(
+def test_a_build_continues_where_it_was_stopped(
     marks: Path, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process, as without a Ray; a part whose file is not what it was is made again."""
+    """In this process, as without Ray; a part with a damaged file is built again."""
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     workload = counted(marks, broken=3)
     with pytest.raises(DataError, match=r"^numbers.txt: line 7: is none$"):
         prepare_dataset(workload, tmp_path)
-    assert made(marks) == ["0", "1", "2", "3", "common"]
+    assert built(marks) == ["0", "1", "2", "3", "common"]
     (half,) = (tmp_path / "datasets").glob(".*/train-00001.parquet")
     half.write_bytes(half.read_bytes()[:-1])
-    (half.parent / ".train-00003.parquet.1234").write_bytes(b"left by somebody who was killed")
+    (half.parent / ".train-00003.parquet.1234").write_bytes(b"left by a killed process")
     (marks / "repaired").touch()
     seen: list[tuple[int, int]] = []
     folder = prepare_dataset(workload, tmp_path, on_progress=lambda *counts: seen.append(counts))
-    assert made(marks) == ["0", "1", "1", "2", "3", "3", "4", "common"]
+    assert built(marks) == ["0", "1", "1", "2", "3", "3", "4", "common"]
     assert seen == [(2, 5), (3, 5), (4, 5), (5, 5)]
     assert open_split(folder, "train")["x"].tolist() == WHOLE
     assert contents(folder).keys() == read_dataset_manifest(folder)["files"].keys()
 
 
-def test_ray_makes_the_same_bytes_and_says_the_same(
+def test_ray_builds_the_same_bytes_and_raises_the_same_errors(
     marks: Path, tmp_path: Path, ray_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = prepare_dataset(counted(marks), tmp_path / "there")
@@ -137,7 +133,7 @@ def test_ray_makes_the_same_bytes_and_says_the_same(
     assert contents(there) == contents(here)
 
 
-def test_the_command_makes_it_and_then_looks_it_through(
+def test_the_command_builds_it_and_then_checks_it(
     marks: Path,
     tmp_path: Path,
     ray_cluster: str,

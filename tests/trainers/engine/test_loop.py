@@ -15,9 +15,11 @@ from torch import Tensor
 from cluster.base.errors import SpecError, TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.counter_rng import combine_seeds
-from trainers.data.dataset import epoch_permutation, open_split, prepare_dataset
-from trainers.engine import loop
-from trainers.engine.loop import evaluation_steps, train
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import epoch_permutation
+from trainers.data.splits import open_split
+from trainers.engine import coordination
+from trainers.engine.loop import train
 from trainers.engine.step import TrainStep
 from trainers.outcome import Outcome
 from trainers.spec import RunSpec, resolve
@@ -219,7 +221,7 @@ def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
 )
 def test_when_it_evaluates(fields: dict[str, float], evaluations: list[int]) -> None:
     spec = RunSpec.model_validate({"workload": "x", "train": {**fields, "global_batch": 10}})
-    assert sorted(evaluation_steps(spec.train.evaluate_every_epochs, spec, 100)) == evaluations
+    assert sorted(spec.train.evaluation_steps(100)) == evaluations
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -245,7 +247,7 @@ def test_the_automatic_interval_follows_what_a_save_costs(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Failures that come every few seconds make it save often; and it says what it chose."""
-    monkeypatch.setattr(loop, "FIRST_SAVE_S", 0.0)
+    monkeypatch.setattr(coordination, "FIRST_SAVE_S", 0.0)
     often = {"failure_every_hours": 1e-6, "keep": 99}
     _, recorder, _ = run(own_folder, "often", train=STEPS, checkpoint=often)
     rarely = {"failure_every_hours": 1e6, "keep": 99}

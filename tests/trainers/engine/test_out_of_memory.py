@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cluster.base.errors import TrainingError
-from trainers.data.dataset import open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_split
 from trainers.engine.out_of_memory import fits, is_out_of_memory, largest_that_fits, memory_advice
 from trainers.engine.step import TrainStep
 from trainers.spec import RunSpec, resolve

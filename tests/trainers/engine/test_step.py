@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cluster.base.errors import SpecError
-from trainers.data.dataset import open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_split
 from trainers.engine.step import TrainStep
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker

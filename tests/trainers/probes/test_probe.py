@@ -7,7 +7,8 @@ import pytest
 
 from cluster.base.config import apply_overrides, with_value
 from cluster.base.errors import ClusterError, TrainingError
-from trainers.data.dataset import count_samples, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples
 from trainers.planning.pools import Pool
 from trainers.planning.step_time import Placement, Prediction
 from trainers.probes.probe import ProbeTarget, probe, probe_pool, wait_for_capacity

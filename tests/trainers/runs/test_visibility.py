@@ -12,8 +12,9 @@ import torch
 from cluster.base.errors import SpecError
 from cluster.base.files import cache_folder
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples, open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_splits
 from trainers.runs.visibility import needs_shared_folder, require_run_visible
 from trainers.spec import CheckpointSpec, RunSpec, resolve
 

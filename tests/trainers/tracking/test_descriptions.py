@@ -1,10 +1,10 @@
-"""What MLflow's page of a run says."""
+"""The description on a run's page in MLflow."""
 
 from trainers.outcome import Outcome
 from trainers.tracking.descriptions import markdown_table, run_description
 
 
-def test_a_note_has_the_metrics_the_forecast_beside_the_actual_and_the_costs() -> None:
+def test_a_description_has_metrics_forecast_and_costs() -> None:
     became = {
         "forecast": "40 s forecast (measured), 44 s taken: +10%, within 30 to 50 s",
         "account": {"cost": "$0.0082 (a|b)"},
@@ -24,7 +24,7 @@ def test_a_note_has_the_metrics_the_forecast_beside_the_actual_and_the_costs() -
     ]
 
 
-def test_a_run_that_stopped_says_why() -> None:
+def test_a_stopped_run_has_its_reason() -> None:
     stopped = Outcome(1, 10, {}, 0.0)
     reason = "budget.usd reached: $5 of $5"
     assert run_description(stopped, {"reason": reason}) == f"**Stopped** ({reason}): 1 of 10 steps."

@@ -21,24 +21,26 @@ from torch import Tensor
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.checkpoints.export import export_model, load_model
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.engine.step import TrainStep, build_network
-from trainers.engine.throughput import count_flops
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
+from trainers.modeling.dry_run import count_flops
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.dynamics import atoms
+from trainers.workloads.dynamics import atoms, copper
 from trainers.workloads.dynamics.atoms import (
     REFERENCES_FILE,
     StructurePart,
     empty_structure,
     neighbor_array,
-    simulate_trajectory,
 )
+from trainers.workloads.dynamics.copper import simulate_trajectory
 from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
 from tuning.fused.program import Program
 from tuning.fused.program_signature import Variant
@@ -194,8 +196,8 @@ class TestTrajectories:
         )
 
     def test_a_seed_is_a_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(atoms, "BURN_IN_STEPS", 3)
-        monkeypatch.setattr(atoms, "STEPS_PER_FRAME", 2)
+        monkeypatch.setattr(copper, "BURN_IN_STEPS", 3)
+        monkeypatch.setattr(copper, "STEPS_PER_FRAME", 2)
         workload = dynamics(frames=2)
         rows = [
             workload.part(StructurePart("train", seed, 900.0), {})["train"] for seed in (1, 1, 2)
@@ -207,7 +209,7 @@ class TestTrajectories:
 
     def test_keep_what_emt_says(self, batch: dict[str, Tensor]) -> None:
         for frame, found in enumerate(
-            simulate_trajectory(StructurePart("val", 3, 900.0), dynamics(frames=3).data)
+            simulate_trajectory(dynamics().data.seed, number=3, temperature_k=900.0, frames=3)
         ):
             structure = found.atoms.copy()
             structure.calc = EMT()

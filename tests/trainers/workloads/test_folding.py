@@ -14,32 +14,24 @@ from torch import Tensor
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import TrainStep, build_network
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.folding import proteins
-from trainers.workloads.folding.network import (
-    DISTANCE_BINS,
-    StructureLayer,
-    bin_edges,
-    initial_frames,
-    rotations_from_vectors,
-)
-from trainers.workloads.folding.proteins import (
+from trainers.workloads.folding import folds, proteins
+from trainers.workloads.folding.folds import (
     ANGLE_AT_C,
     ANGLE_AT_CA,
     ANGLE_AT_N,
     C_N,
     CA_C,
-    CONTACT_DISTANCE,
     HELIX,
     MIN_CA_DISTANCE,
     N_CA,
-    Array,
-    ProteinPart,
     beta_carbons,
     build_backbone,
     distances,
@@ -47,15 +39,17 @@ from trainers.workloads.folding.proteins import (
     radius_of_gyration,
     torsion_gradient,
 )
-from trainers.workloads.folding.structures import (
-    AMINO_ACIDS,
-    UNKNOWN_INDEX,
-    best_rotation,
-    chain_segments,
-    lddt,
-    pairwise_distances,
-    tm_score_and_gdt_ts,
+from trainers.workloads.folding.geometry import best_rotation, pairwise_distances
+from trainers.workloads.folding.metrics import lddt, tm_score_and_gdt_ts
+from trainers.workloads.folding.network import (
+    DISTANCE_BINS,
+    StructureLayer,
+    bin_edges,
+    initial_frames,
+    rotations_from_vectors,
 )
+from trainers.workloads.folding.proteins import CONTACT_DISTANCE, Array, ProteinPart
+from trainers.workloads.folding.structures import AMINO_ACIDS, UNKNOWN_INDEX, chain_segments
 from trainers.workloads.folding.workload import Folding, fape, in_local_frames, input_features
 from tuning.fused.program import Program
 from tuning.fused.program_signature import Variant
@@ -88,7 +82,7 @@ def folded() -> tuple[Array, Array]:
 @pytest.fixture(scope="module")
 def batch(folded: tuple[Array, Array]) -> dict[str, Tensor]:
     random = np.random.default_rng(0)
-    residue = proteins.draw_sequences(*folded, random)
+    residue = folds.draw_sequences(*folded, random)
     columns = proteins.sample_columns(residue, folded[0], 2.0, random)
     batch = {name: torch.from_numpy(values[:6]) for name, values in columns.items()}
     return {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
@@ -107,7 +101,7 @@ def small(**sections: Any) -> tuple[RunSpec, dict[str, Tensor]]:
     random = np.random.default_rng(0)
     backbone, kind = generate_folds(8, 12, random)
     columns = proteins.sample_columns(
-        proteins.draw_sequences(backbone, kind, random), backbone, 2.0, random
+        folds.draw_sequences(backbone, kind, random), backbone, 2.0, random
     )
     spec, _ = resolve(data, RunSpec)
     return spec, {name: torch.from_numpy(values) for name, values in columns.items()}
@@ -193,9 +187,9 @@ class TestGeneratedFolds:
 
     def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(proteins, "CHAINS_PER_PART", 8)
-        monkeypatch.setattr(proteins, "FOLDING_STEPS", 10)
-        monkeypatch.setattr(proteins, "MIN_CA_DISTANCE", 0)
-        monkeypatch.setattr(proteins, "MIN_ATOM_DISTANCE", 0)
+        monkeypatch.setattr(folds, "FOLDING_STEPS", 10)
+        monkeypatch.setattr(folds, "MIN_CA_DISTANCE", 0)
+        monkeypatch.setattr(folds, "MIN_ATOM_DISTANCE", 0)
         workload = folding(length=16)
         parts = [workload.part(ProteinPart("train", seed), {})["train"] for seed in (1, 1, 2)]
         assert parts[0].equals(parts[1])
@@ -206,7 +200,7 @@ class TestGeneratedFolds:
 
     def test_scores_tell_of_contacts_and_of_nothing_else(self, folded: tuple[Array, Array]) -> None:
         random = np.random.default_rng(0)
-        residue = proteins.draw_sequences(*folded, random)
+        residue = folds.draw_sequences(*folded, random)
         columns = proteins.sample_columns(residue, folded[0], 3.0, random)
         score, contact = columns["score"].astype(float), columns["contact"] > 0
         apart = np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH)))
@@ -220,7 +214,7 @@ class TestGeneratedFolds:
         assert noise.std() == pytest.approx(1, abs=0.02)
 
     def test_greasy_residues_are_inside(self, folded: tuple[Array, Array]) -> None:
-        residue = proteins.draw_sequences(*folded, np.random.default_rng(0))
+        residue = folds.draw_sequences(*folded, np.random.default_rng(0))
         buried = (distances(beta_carbons(folded[0])) < 10).sum(2)
         greasy = np.isin(residue, [AMINO_ACIDS.index(letter) for letter in "ILVF"])
         charged = np.isin(residue, [AMINO_ACIDS.index(letter) for letter in "DEKR"])

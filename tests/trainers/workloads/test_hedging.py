@@ -10,7 +10,8 @@ import torch
 from scipy.stats import norm
 
 from cluster.base.config import apply_overrides, validate
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve

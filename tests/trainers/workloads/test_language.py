@@ -16,13 +16,15 @@ import torch
 
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import dataset_name, open_splits, prepare_dataset
+from trainers.data.dataset import dataset_name, prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import TrainStep, build_network
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.language import text
+from trainers.workloads.language import text, tokenizer
 from trainers.workloads.language.workload import Language
 from tuning.fused.program import Program
 from tuning.fused.program_signature import Variant
@@ -210,7 +212,7 @@ class TestBytePairs:
     def test_they_give_the_text_back_and_know_its_bytes(self, tmp_path: Path) -> None:
         from tokenizers import Tokenizer
 
-        odd = f"{text.SEPARATOR} is in the text\t\r\n  \x00 \U0001f600 {POEM}"
+        odd = f"{tokenizer.SEPARATOR} is in the text\t\r\n  \x00 \U0001f600 {POEM}"
         source = write_jsonl(tmp_path / "own.jsonl", [*documents(), odd])
         workload = language(source=str(source), vocabulary=300, context=8)
         (part,) = workload.parts()
@@ -218,7 +220,7 @@ class TestBytePairs:
         assert common == workload.common([part])
         merged = Tokenizer.from_str(common["tokenizer.json"].decode())
         assert merged.get_vocab_size() == 300
-        tokens, length = text._encode_byte_pairs([odd.encode()], common["tokenizer.json"])
+        tokens, length = tokenizer.encode_byte_pairs([odd.encode()], common["tokenizer.json"])
         assert tokens.dtype == np.int16
         assert merged.decode(tokens[:-1].tolist(), skip_special_tokens=False) == odd
         assert length.sum() == len(odd.encode()) + 1

@@ -11,16 +11,16 @@ import torch
 from cluster.base.config import validate
 from cluster.base.errors import DataError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep
 from trainers.spec import find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.markets import books
-from trainers.workloads.markets.books import (
-    EXACT_FILE,
+from trainers.workloads.markets import simulation
+from trainers.workloads.markets.books import EXACT_FILE, BookPart
+from trainers.workloads.markets.simulation import (
     LEVELS,
-    BookPart,
     SimulatedBooks,
     exact_up_probability,
     next_moves,
@@ -91,7 +91,7 @@ class TestSimulation:
         for _ in range(4000):
             before, shift = many.twice_mid_B, many.shift_B.copy()
             many.advance()
-            assert np.abs(many.twice_mid_B - before).max() < 2 * books.PRICE_TICKS // 4
+            assert np.abs(many.twice_mid_B - before).max() < 2 * simulation.PRICE_TICKS // 4
             assert (many.asks_BW >= 0).all()
             assert (many.bids_BW >= 0).all()
             if (many.shift_B != shift).any():
@@ -104,8 +104,8 @@ class TestSimulation:
         assert next_moves(mid)[:, 0].tolist() == [1, 1, -1, -1, 0, 0]
 
     def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(books, "BURN_IN_EVENTS", 20)
-        monkeypatch.setattr(books, "EVENTS_PER_BOOK", 40)
+        monkeypatch.setattr(simulation, "BURN_IN_EVENTS", 20)
+        monkeypatch.setattr(simulation, "EVENTS_PER_BOOK", 40)
         workload = markets()
         common = workload.common([])
         parts = [workload.part(BookPart("train", seed), common)["train"] for seed in (1, 1, 2)]

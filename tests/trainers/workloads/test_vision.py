@@ -20,7 +20,9 @@ from torch import nn
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import SampleStream, open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import SampleStream
+from trainers.data.splits import open_split
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
 from trainers.workloads.vision.workload import Vision
