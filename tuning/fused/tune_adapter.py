@@ -28,7 +28,7 @@ from trainers.devices import local_device
 from trainers.runs.metering import WorkerMeter
 from tuning.fused.engine import Engine
 from tuning.fused.fusion_plan import FusionPlan, planned_slots, try_plan
-from tuning.fused.program import Program
+from tuning.programs.program import Program
 from tuning.trials.budget import ENGINE_ACCOUNT
 from tuning.trials.trial import Sweep
 
