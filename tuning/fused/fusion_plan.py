@@ -15,7 +15,7 @@ from trainers.data.splits import count_samples, open_split
 from trainers.devices import Device, local_device
 from trainers.engine.step import TrainStep
 from trainers.precision import weights_dtype
-from trainers.runs.worker_errors import format_error
+from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.programs.program import Program
