@@ -16,7 +16,7 @@ def check_precision(precision: str, device: Device) -> None:
     """Raise SpecError unless the device supports `train.precision`."""
     if precision not in device.precisions:
         able = ", ".join(device.precisions)
-        raise SpecError(f"train.precision: {precision} is not for {device.name}, only {able}")
+        raise SpecError(f"train.precision: {device.name} does not support {precision}, only {able}")
     if precision == "fp8" and importlib.util.find_spec("torchao") is None:
         raise SpecError(
             "train.precision: fp8 needs the package torchao (pip install 'heliostat[fp8]')"

@@ -31,9 +31,9 @@ def create_run_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise SpecError(f"--name {name}: {folder} is there already") from None
+        raise SpecError(f"--name {name}: {folder} already exists") from None
     except OSError as error:
-        raise SpecError(f"storage: cannot make {folder}: {error.strerror}") from None
+        raise SpecError(f"storage: cannot create {folder}: {error.strerror}") from None
     write_yaml(data, folder / SPEC)
     write_atomic(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
     return folder

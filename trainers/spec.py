@@ -103,7 +103,7 @@ class TrainSpec(Spec):
         return max(1, math.ceil(epochs * samples / self.global_batch - 1e-9))
 
     def evaluation_steps(self, samples: int) -> set[int]:
-        """The steps after which the model is evaluated, of which the last step is one."""
+        """The steps after which the model is evaluated, including the last step."""
         total = self.total_steps(samples)
         steps = {total}
         count = 1
@@ -141,7 +141,7 @@ class ScaleSpec(Spec):
     @model_validator(mode="after")
     def _groups(self) -> "ScaleSpec":
         if self.group is not None and self.parallel not in ("hsdp", "tensor"):
-            raise ValueError(f"group: means nothing with parallel {self.parallel}")
+            raise ValueError(f"group: only used with parallel hsdp and tensor, not {self.parallel}")
         if self.parallel != "tensor":
             return self
         if self.group is None:
@@ -234,8 +234,8 @@ class RunSpec(Spec):
             )
         if shares is None and self.scale.max_workers > batch:
             raise ValueError(
-                f"train.global_batch {batch} gives some of scale.workers "
-                f"{self.scale.max_workers} no sample"
+                f"train.global_batch {batch} is too small for scale.workers "
+                f"{self.scale.max_workers}: each worker needs a sample"
             )
         return self
 
@@ -253,7 +253,9 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
     shipped = {file.stem: file for file in SPECS_FOLDER.glob("*.yaml")}
     if name not in shipped:
         hint = did_you_mean(name, shipped)
-        raise SpecError(f"no spec {name!r}: neither a file, nor module:Class, nor shipped{hint}")
+        raise SpecError(
+            f"no spec {name!r}: neither a file, nor module:Class, nor a shipped spec{hint}"
+        )
     return name, read_yaml(shipped[name])
 
 

@@ -197,11 +197,11 @@ def load_workload(name: str) -> type[Workload]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0] and error.name != module_name:
-            raise SpecError(f"workload: {module_name} does not import: {error}") from error
+            raise SpecError(f"workload: {module_name} cannot be imported: {error}") from error
         raise SpecError(f"workload: no module {module_name!r} in {folder}") from None
     except Exception as error:
         raise SpecError(
-            f"workload: {module_name} does not import: {_import_error_location(error)}"
+            f"workload: {module_name} cannot be imported: {_import_error_location(error)}"
         ) from error
     found = getattr(module, class_name, None)
     if found is None:

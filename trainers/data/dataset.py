@@ -88,7 +88,7 @@ def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SpecError(f"storage: cannot make {folder.parent}: {error.strerror}") from None
+        raise SpecError(f"storage: cannot create {folder.parent}: {error.strerror}") from None
 
 
 def _write_dataset(

@@ -18,9 +18,9 @@ from trainers.precision import weights_dtype
 from trainers.runs.worker_errors import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
-from tuning.fused.program import Program
-from tuning.fused.program_signature import Variant, program_key, unsupported_reason
-from tuning.fused.vmap_rewrites import NotFusibleError
+from tuning.programs.program import Program
+from tuning.programs.program_signature import Variant, program_key, unsupported_reason
+from tuning.programs.vmap_rewrites import NotFusibleError
 from tuning.trials.trial import Sweep, set_threads
 
 PLAN_FILE = "fuse.json"

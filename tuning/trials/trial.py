@@ -187,7 +187,7 @@ class TuneReporter:
     def on_progress(self, step: int, points: list[MetricPoint], lines: list[str]) -> None:
         """Report the evaluations among the workers' metrics, and log the workers' messages."""
         for line in lines:
-            logger.info("%s", line)
+            logger.warning("%s", line)  # Ray shows no lower level of a Tune worker
         for name, value, row_step, _ in points:
             if name.startswith("val/"):
                 self._unreported.setdefault(row_step, {})[name] = value

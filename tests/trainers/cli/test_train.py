@@ -110,4 +110,4 @@ def test_a_new_run_starts_from_the_checkpoint_of_another(
     assert steps == list(range(21, 41))
     again = heliostat("train", "spirals:Spirals", "--name", "long", code=2)
     assert "--name long: " in again
-    assert "is there already" in again
+    assert "already exists" in again

@@ -25,7 +25,7 @@ from trainers import DataError, PartedWorkload, Spec, table
 
 class Counted(PartedWorkload):
     class Data(Spec):
-        marks: str  # a folder, with + for /: files whose path is named here would change the data set
+        marks: str  # a folder, with + for /: files at a real path would count as data
         broken: int = -1
 
     def mark(self, name):

@@ -95,6 +95,6 @@ class TestTable:
     def test_other_columns_than_numbers_of_one_shape_are_refused(
         self, tmp_path: Path, make: Callable[[], pa.Table]
     ) -> None:
-        """With the column's name: when the table or the data set is built, or at the latest when read."""
+        """With the column's name, when the table or the data set is built, or when it is read."""
         with pytest.raises(DataError, match=r"column 'x'.* numbers"):
             open_split(prepare_dataset(GivenTables(train=make(), val=make()), tmp_path), "train")

@@ -16,7 +16,7 @@ from tuning.fused.fusion_plan import (
     plan_from_spec,
     reference_variant,
 )
-from tuning.fused.program import Program
+from tuning.programs.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import Sweep
 

@@ -92,7 +92,7 @@ class Structures(PartitionedWorkload):
             return {"ase": version("ase")}
         except PackageNotFoundError:
             raise SpecError(
-                "workload: dynamics takes ase, which is not installed "
+                "workload: dynamics needs the package ase, which is not installed "
                 "(pip install 'heliostat[dynamics]')"
             ) from None
 

@@ -67,7 +67,7 @@ def _scan_xyz(path: Path) -> Iterator[StructureRecord]:
                 continue
             if not head.strip().isdigit():
                 said = head.strip().decode(errors="replace")[:40]
-                raise DataError(f"{path}: line {line}: {said!r} is no number of atoms")
+                raise DataError(f"{path}: line {line}: {said!r} is not a number of atoms")
             record = StructureRecord(file.tell() - len(head), line, int(head))
             body = sum(1 for _ in itertools.islice(file, record.atoms + 1))
             if body < record.atoms + 1:

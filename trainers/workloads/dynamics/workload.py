@@ -207,20 +207,20 @@ class InteractionLayer(nn.Module):
         basis_BNKQ: Tensor,
         toward_BNKY: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        more_BNC, point_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
-        far_QC, point_far_QC, *gate_far_QC = self.far.unbind()
+        more_BNC, toward_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
+        far_QC, vector_far_QC, *gate_far_QC = self.far.unbind()
         more_BNQC = basis_BNKQ.mT @ _gather_neighbors(more_BNC, place_BNK)
         scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / TYPICAL_NEIGHBORS**0.5
-        told_BNYC = toward_BNKY.mT @ _gather_neighbors(point_BNC, place_BNK)
-        told_BN3QC = told_BNYC.reshape(*told_BNYC.shape[:2], 3, -1, self.features)
-        told_BN3C = (told_BN3QC * point_far_QC).sum(3)
+        message_BNYC = toward_BNKY.mT @ _gather_neighbors(toward_BNC, place_BNK)
+        message_BN3QC = message_BNYC.reshape(*message_BNYC.shape[:2], 3, -1, self.features)
+        message_BN3C = (message_BN3QC * vector_far_QC).sum(3)
         if vector_BN3C is not None:
             gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
-            told_BNQD = basis_BNKQ.mT @ _gather_neighbors(gated_BN3C.flatten(2), place_BNK)
-            told_BNQ3C = told_BNQD.reshape(*told_BNQD.shape[:3], 3, -1)
-            told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
-        told_BN3C = told_BN3C / TYPICAL_NEIGHBORS**0.5
-        vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
+            message_BNQD = basis_BNKQ.mT @ _gather_neighbors(gated_BN3C.flatten(2), place_BNK)
+            message_BNQ3C = message_BNQD.reshape(*message_BNQD.shape[:3], 3, -1)
+            message_BN3C = message_BN3C + (message_BNQ3C * gate_far_QC[0][:, None]).sum(2)
+        message_BN3C = message_BN3C / TYPICAL_NEIGHBORS**0.5
+        vector_BN3C = message_BN3C if vector_BN3C is None else vector_BN3C + message_BN3C
 
         left_BN3C, right_BN3C = self.mix(vector_BN3C).split(self.features, -1)
         length_BNC = (1 + right_BN3C.square().sum(2)).sqrt()  # differentiable at zero

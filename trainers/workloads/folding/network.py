@@ -191,8 +191,8 @@ class PairAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1])
         weight_BHIJ = (logit_BHIJ + self.bias(pair_BIJP).permute(0, 3, 1, 2)).softmax(-1)
-        more_BIS: Tensor = self.out((weight_BHIJ @ value).transpose(1, 2).flatten(2))
-        return more_BIS
+        update_BIS: Tensor = self.out((weight_BHIJ @ value).transpose(1, 2).flatten(2))
+        return update_BIS
 
 
 class TriangleUpdate(nn.Module):
@@ -215,8 +215,8 @@ class TriangleUpdate(nn.Module):
         if not self.outgoing:
             one_BPIK, other_BPJK = one_BPIK.mT, other_BPJK.mT
         product_BIJP = (one_BPIK @ other_BPJK.mT).permute(0, 2, 3, 1)
-        more_BIJP: Tensor = gate_BIJP * self.out(self.product_norm(product_BIJP))
-        return more_BIJP
+        update_BIJP: Tensor = gate_BIJP * self.out(self.product_norm(product_BIJP))
+        return update_BIJP
 
 
 class StructureLayer(nn.Module):
@@ -234,8 +234,8 @@ class StructureLayer(nn.Module):
     def forward(
         self, single_BIS: Tensor, pair_BIJP: Tensor, frames: Frames
     ) -> tuple[Tensor, Frames]:
-        more_BIS = self.attention(single_BIS, pair_BIJP, frames)
-        single_BIS = self.attention_norm(single_BIS + more_BIS)
+        update_BIS = self.attention(single_BIS, pair_BIJP, frames)
+        single_BIS = self.attention_norm(single_BIS + update_BIS)
         single_BIS = self.mlp_norm(single_BIS + self.mlp(single_BIS))
         turn_BIX, step_BIX = self.move(single_BIS).chunk(2, -1)
         rotation, place_BIX = frames
@@ -271,21 +271,23 @@ class InvariantPointAttention(nn.Module):
         )  # it cancels, and smaller numbers are more exact
         parts = self.query_key_value(single_BIS).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        own = self.points(single_BIS).unflatten(-1, (-1, 3))
-        points = (own @ rotation.mT + place_BIX[:, :, None]).unflatten(2, (self.heads, -1))
-        asks, shows, value_BJHNX = points.split(
+        local_points = self.points(single_BIS).unflatten(-1, (-1, 3))
+        points = (local_points @ rotation.mT + place_BIX[:, :, None]).unflatten(2, (self.heads, -1))
+        query_points, key_points, value_BJHNX = points.split(
             (self.query_points, self.query_points, self.value_points), 3
         )
-        ask_BHIF, show_BHJF = (each.flatten(3).transpose(1, 2) for each in (asks, shows))
-        near_BHIJ = ask_BHIF.square().sum(-1, keepdim=True) - 2 * ask_BHIF @ show_BHJF.mT
-        near_BHIJ = near_BHIJ + show_BHJF.square().sum(-1)[:, :, None]
+        query_BHIF, key_BHJF = (
+            each.flatten(3).transpose(1, 2) for each in (query_points, key_points)
+        )
+        near_BHIJ = query_BHIF.square().sum(-1, keepdim=True) - 2 * query_BHIF @ key_BHJF.mT
+        near_BHIJ = near_BHIJ + key_BHJF.square().sum(-1)[:, :, None]
         weight_H11 = F.softplus(self.nearness)[:, None, None] / math.sqrt(18 * self.query_points)
         logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1]) - weight_H11 * near_BHIJ
         logit_BHIJ = logit_BHIJ + self.bias(pair_BIJP).permute(0, 3, 1, 2)
         weight_BHIJ = (logit_BHIJ / math.sqrt(3)).softmax(-1)
-        told_BHIF = weight_BHIJ @ value_BJHNX.flatten(3).transpose(1, 2)
-        told_BIHNX = told_BHIF.transpose(1, 2).unflatten(-1, (self.value_points, 3))
-        local_BIFX = (told_BIHNX.flatten(2, 3) - place_BIX[:, :, None]) @ rotation
+        point_BHIF = weight_BHIJ @ value_BJHNX.flatten(3).transpose(1, 2)
+        point_BIHNX = point_BHIF.transpose(1, 2).unflatten(-1, (self.value_points, 3))
+        local_BIFX = (point_BIHNX.flatten(2, 3) - place_BIX[:, :, None]) @ rotation
         pairs_BIHP = weight_BHIJ.transpose(1, 2) @ pair_BIJP
         found = [
             (weight_BHIJ @ value).transpose(1, 2).flatten(2),
@@ -293,5 +295,5 @@ class InvariantPointAttention(nn.Module):
             (local_BIFX.square().sum(-1) + 1e-6).sqrt(),
             pairs_BIHP.flatten(2),
         ]
-        more_BIS: Tensor = self.out(torch.cat(found, -1))
-        return more_BIS
+        update_BIS: Tensor = self.out(torch.cat(found, -1))
+        return update_BIS

@@ -82,7 +82,7 @@ class Proteins(PartitionedWorkload):
             return {"gemmi": version("gemmi")}
         except PackageNotFoundError:
             raise SpecError(
-                "data.source: files of structures take gemmi, which is not installed "
+                "data.source: structure files need the package gemmi, which is not installed "
                 "(pip install 'heliostat[folding]')"
             ) from None
 

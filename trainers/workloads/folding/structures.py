@@ -37,7 +37,7 @@ def structure_files(folder: Path) -> list[str]:
         if path.name.lower().removesuffix(".gz").endswith(SUFFIXES) and path.is_file()
     ]
     if not found:
-        raise DataError(f"{folder}: has no files of structures ({', '.join(SUFFIXES)})")
+        raise DataError(f"{folder}: has no structure files ({', '.join(SUFFIXES)})")
     return [str(path) for path in found]
 
 
@@ -77,7 +77,7 @@ def _segments_of_chain(chain: Any, structure: Any, path: Path) -> Iterator[Chain
     for residue, each in zip(residues, places, strict=True):
         if not np.isfinite(each).all():
             where = f"residue {residue.seqid} of chain {chain.name}"
-            raise DataError(f"{path}: {where}: its coordinates are no numbers")
+            raise DataError(f"{path}: {where}: its coordinates are not numbers")
     polymer = chain.get_polymer()
     entity = structure.get_entity_of(polymer) if len(polymer) else None
     names = entity.full_sequence if entity else ()
@@ -117,7 +117,7 @@ def _check_numbers(path: Path) -> None:
                 numbers = all(NUMBER.fullmatch(cell) for cell in cells)
                 if line.startswith((b"ATOM  ", b"HETATM")) and not numbers:
                     text = line[30:54].decode(errors="replace").strip()
-                    raise DataError(f"{path}: line {number}: {text!r} are no coordinates")
+                    raise DataError(f"{path}: line {number}: {text!r} are not coordinates")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 

@@ -80,8 +80,8 @@ class Text(PartitionedWorkload):
                 used["tokenizers"] = version("tokenizers")
             except PackageNotFoundError:
                 raise SpecError(
-                    "data.vocabulary: more than 256 takes tokenizers, which is not installed "
-                    "(pip install 'heliostat[language]')"
+                    "data.vocabulary: more than 256 needs the package tokenizers, which is not "
+                    "installed (pip install 'heliostat[language]')"
                 ) from None
         return used
 

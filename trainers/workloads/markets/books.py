@@ -102,7 +102,8 @@ def _file_parts(folder: Path) -> list[BookPart]:
     files = [*sorted(folder.glob("*_orderbook_*.csv")), *sorted(folder.glob("*.txt"))]
     if len(files) < 3:
         raise DataError(
-            f"{folder}: has {len(files)} order-book files; it takes three, to train, validate, test"
+            f"{folder}: has {len(files)} order-book files; needs at least three, for train, val "
+            "and test"
         )
     splits = [*["train"] * (len(files) - 2), "val", "test"]
     return [BookPart(split, path=str(path)) for split, path in zip(splits, files, strict=True)]
@@ -125,7 +126,7 @@ def _read_numbers(path: Path, separator: str | None) -> Array:
                 for cell in cells:
                     if not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", cell):
                         raise DataError(
-                            f"{path}: line {line}: {cell.strip()[:40]!r} is no number"
+                            f"{path}: line {line}: {cell.strip()[:40]!r} is not a number"
                         ) from None
         raise
 

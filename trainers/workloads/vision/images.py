@@ -83,9 +83,9 @@ def _find_samples(data: Images.Data) -> Iterator[tuple[str, list[_Sample]]]:
     else:
         for split, folder in _folders(source).items():
             if split not in ("train", "val", "test"):
-                raise DataError(f"{folder}: only val and test may stand beside train")
+                raise DataError(f"{folder}: only val and test are allowed beside train")
             if _folders(folder).keys() != _folders(source / "train").keys():
-                raise DataError(f"{folder}: its class folders are not those of train")
+                raise DataError(f"{folder}: its class folders differ from those of train")
             yield split, _folder_samples(folder, data)
 
 
@@ -168,7 +168,7 @@ def _decode(samples: list[_Sample], data: Images.Data) -> pa.Table:
                 # Pillow's bilinear filter widens with the scale, which prevents aliasing.
                 resized = grey_or_rgb.resize((data.size, data.size), Image.Resampling.BILINEAR)
         except UnidentifiedImageError:
-            raise DataError(f"{where}: is no image ({', '.join(FORMATS)})") from None
+            raise DataError(f"{where}: is not an image ({', '.join(FORMATS)})") from None
         except Exception as error:  # a broken file can make Pillow's decoders raise anything
             reason = str(error).partition("\n")[0]
             raise DataError(f"{where}: cannot be decoded: {reason}") from None
