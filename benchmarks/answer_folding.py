@@ -7,18 +7,22 @@ from pathlib import Path
 import numpy as np
 import tmtools
 import torch
-from answers import table
+from answers import shipped_spec, table
 from scipy.sparse.csgraph import shortest_path
 from torch import Tensor, nn
 
 from cluster.base.config import apply_overrides
-from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import load_model_weights
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS
-from trainers.spec import RunSpec, find_spec, resolve
+from trainers.spec import RunSpec, resolve
 from trainers.workload import Batch
+from trainers.workloads.folding.geometry import pairwise_distances
+from trainers.workloads.folding.metrics import lddt, tm_score_and_gdt_ts
 from trainers.workloads.folding.network import (
     DISTANCE_BINS,
     bin_edges,
@@ -29,10 +33,7 @@ from trainers.workloads.folding.proteins import sample_columns
 from trainers.workloads.folding.structures import (
     UNKNOWN_INDEX,
     chain_segments,
-    lddt,
-    pairwise_distances,
     structure_files,
-    tm_score_and_gdt_ts,
     windows,
 )
 from trainers.workloads.folding.workload import Folding
@@ -88,7 +89,7 @@ def answer() -> str:
 
 def trained(triangles: bool) -> tuple[Folding, nn.Module, float]:
     """The workload, its network after a run of the ordinary loop, and the seconds of that."""
-    data = apply_overrides(find_spec("folding")[1], [f"model.triangles={triangles}".lower()])
+    data = apply_overrides(shipped_spec("folding"), [f"model.triangles={triangles}".lower()])
     spec, workload = resolve(data, RunSpec)
     assert isinstance(workload, Folding)
     dataset, folder = prepare_dataset(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))

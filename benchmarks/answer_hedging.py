@@ -5,13 +5,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from answers import table
+from answers import shipped_spec, table
 
 from cluster.base.config import apply_overrides
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.spec import RunSpec, find_spec, resolve
+from trainers.spec import RunSpec, resolve
 from trainers.workloads.hedging.workload import (
     PERCENT,
     Hedging,
@@ -75,7 +76,7 @@ def answer() -> str:
 
 def run(*changes: str) -> tuple[dict[str, float], Hedging, Path]:
     """Train the shipped spec with the changes: metrics, workload and data set."""
-    spec, workload = resolve(apply_overrides(find_spec("hedging")[1], changes), RunSpec)
+    spec, workload = resolve(apply_overrides(shipped_spec("hedging"), changes), RunSpec)
     assert isinstance(workload, Hedging)
     dataset = prepare_dataset(workload, FOLDER)
     folder = Path(tempfile.mkdtemp(dir=FOLDER))

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from answers import table
+from answers import is_tiny, shipped_spec, table
 
 from cluster.base.config import apply_overrides
-from trainers.data.dataset import count_samples, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import count_samples
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.engine.step import build_network
-from trainers.spec import RunSpec, find_spec, resolve
+from trainers.modeling.build import build_network
+from trainers.spec import RunSpec, resolve
 from trainers.workloads.language.workload import Language
 
 SIZES = {"small": (2, 32), "middle": (2, 48), "as shipped": (3, 64)}
@@ -53,8 +54,8 @@ def answer() -> str:
 
 
 def resolved(layers: int, width: int, share: float) -> tuple[RunSpec, Language]:
-    data = find_spec("language")[1]
-    epochs = share * data["train"]["epochs"]
+    data = shipped_spec("language")
+    epochs = share * (0.02 if is_tiny() else data["train"]["epochs"])
     changes = {
         "model.layers": layers,
         "model.width": width,

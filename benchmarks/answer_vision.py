@@ -4,16 +4,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from answers import table
+from answers import shipped_spec, table
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor
 
 from cluster.base.config import apply_overrides
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.spec import RunSpec, find_spec, resolve
+from trainers.spec import RunSpec, resolve
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 TRANSFORMER = ["model.network=vit", "model.width=48", "model.blocks=[4]", "optimizer.lr=0.002"]
@@ -42,7 +43,7 @@ def trained(name: str, changes: list[str]) -> list[tuple[str, str, str]]:
     """A network with each of the seeds."""
     rows = []
     for seed in SEEDS:
-        data = apply_overrides(find_spec("digits")[1], [*changes, f"train.seed={seed}"])
+        data = apply_overrides(shipped_spec("digits"), [*changes, f"train.seed={seed}"])
         spec, workload = resolve(data, RunSpec)
         dataset, folder = prepare_dataset(workload, FOLDER), Path(tempfile.mkdtemp(dir=FOLDER))
         began = time.monotonic()
@@ -54,7 +55,7 @@ def trained(name: str, changes: list[str]) -> list[tuple[str, str, str]]:
 
 def usual() -> list[tuple[str, str, str]]:
     """Classifiers that need no training to speak of, on the same split."""
-    _, workload = resolve(find_spec("digits")[1], RunSpec)
+    _, workload = resolve(shipped_spec("digits"), RunSpec)
     splits = open_splits(prepare_dataset(workload, FOLDER))
     seen, held_out = splits["train"], splits["test"]
 

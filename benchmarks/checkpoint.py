@@ -1,6 +1,6 @@
 """How long saving stops the training step, for a model of 100 million parameters.
 
-    python benchmarks/checkpoint.py [--rounds 7] [--width 2048]
+    python benchmarks/checkpoint.py [--rounds 7] [--width 2048] [--tiny]
 
 Weights and both moments of AdamW, 1.2 GB in float32. Timed is the call after which training may
 go on: for Heliostat and `dcp.async_save` the copy, with the write before it finished (at any
@@ -11,7 +11,6 @@ The last row is the share of wall time that saving takes at the interval `auto`,
 whose machine fails once a day: (stop / interval) against training without saves, which is 1.
 """
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from contest import compete, finish, rows, show
+from contest import compete, finish, options, parse, rows, show
 from torch import nn
 
 from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
@@ -52,10 +51,11 @@ def stopped_s(save: Callable[[], Any], settle: Callable[[Any], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = options(__doc__, rounds=7)
     parser.add_argument("--width", type=int, default=2048)
-    args = parser.parse_args()
+    args = parse(parser)
+    if args.tiny:
+        args.width = 64
     warnings.filterwarnings("ignore")
     model, optimizer = trained(args.width)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

@@ -1,6 +1,6 @@
 """Clusters from their start to the next new step after a machine was lost.
 
-    python benchmarks/clusters.py [power|spot] [--rounds 3]
+    python benchmarks/clusters.py [power|spot] [--rounds 3] [--tiny]
 
 (Not `cluster.py`, which would hide the package of that name from the scripts beside it.)
 
@@ -361,18 +361,23 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("case", nargs="?", choices=("power", "spot"), default="power")
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--tiny", action="store_true", help="one round of Heliostat alone")
     options.add_argument("--watch", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.watch:
         watch_nodes()
     sys.path.insert(0, str(HOME / "tests" / "rack"))
-    from contest import compete, finish, rows, show
+    from contest import compete, finish, leave_out, rows, show
     from rack import obstacle
 
     if found := obstacle():
         sys.exit(f"no rack of hosts: {found}")
     kept: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     contenders = {"Heliostat": heliostat, "plain Ray": plain}
+    if args.tiny:
+        args.rounds = 1
+        del contenders["plain Ray"]
+        leave_out("plain Ray", "left out of --tiny")
     measured = compete(
         {name: partial(contender, name, run, args.case, kept) for name, run in contenders.items()},
         args.rounds,

@@ -4,6 +4,7 @@ Machines are noisy and get slower and faster by themselves, so contenders take t
 round and are compared within it; a number from another day or machine means nothing here.
 """
 
+import argparse
 import importlib.util
 import json
 import random
@@ -12,19 +13,54 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Contender = Callable[[], float]
-"""Runs once and returns what was measured, such as seconds per step."""
+"""Runs once and returns one measurement, such as seconds per step."""
+
+_not_run: list[dict[str, str]] = []
+"""Rows for contenders that could not run."""
 
 
-def installed(module: str) -> bool:
-    """Whether a peer can take part; one that cannot is named."""
+def options(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has: `--rounds`, and `--tiny`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, help=f"{rounds}, with --tiny 1")
+    parser.set_defaults(usual_rounds=rounds)
+    parser.add_argument(
+        "--tiny", action="store_true", help="one round of tiny sizes, to see that the code runs"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with the number of rounds filled in."""
+    args = parser.parse_args()
+    args.rounds = args.rounds or (1 if args.tiny else args.usual_rounds)
+    return args
+
+
+def installed(module: str, contender: str | None = None) -> bool:
+    """Whether a peer can take part. If not, the results have a row that says so."""
     found = importlib.util.find_spec(module) is not None
     if not found:
-        print(f"{module} is not installed and left out")
+        leave_out(contender or module, f"{module} is not installed: pip install -e '.[peers]'")
     return found
 
 
+def leave_out(contender: str, reason: str) -> None:
+    """Put a row into the results for a contender that is not run."""
+    _not_run.append({"against": contender, "not_run": reason})
+
+
+def as_json(benchmark: str, results: list[dict[str, Any]]) -> None:
+    """The last line of every benchmark; before it, what was not run and why."""
+    for row in _not_run:
+        print(f"{row['against']}: not run, {row['not_run']}")
+    print(json.dumps({"benchmark": benchmark, "rows": [*results, *_not_run]}))
+
+
 def compete(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Let everyone run once per round, in an order that changes with the round."""
+    """Run every contender once per round, in an order that changes with the round."""
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for number in range(rounds):
@@ -63,9 +99,9 @@ def show(case: str, measured: Mapping[str, list[float]], unit: str, scale: float
 
 
 def finish(benchmark: str, results: list[dict[str, Any]]) -> None:
-    """The ratios as a table, and as the last line everything as JSON."""
+    """Print the ratios as a table, and everything as JSON in the last line."""
     print(f"\n{'case':<24} {'against':<28} {'ratio':>7}   95 % interval")
     for row in results:
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         print(f"{row['case']:<24} {row['against']:<28} {row['ratio']:>7.3f}   {interval}")
-    print(json.dumps({"benchmark": benchmark, "rows": results}))
+    as_json(benchmark, results)

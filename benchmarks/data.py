@@ -1,7 +1,7 @@
 """Samples into the training loop: random batches from Parquet, against loaders and memcpy.
 
-    pip install datasets     # peers that are not installed are left out
-    python benchmarks/data.py [--rounds 5]
+    pip install -e '.[peers]'     # a peer that is not installed gets a row that says so
+    python benchmarks/data.py [--rounds 5] [--tiny]
 
 Timed are whole epochs of batches of 256 samples as tensors in memory, each with its start (a new
 order, a new plan, a new pass over the file), after a first one that is not timed, and in which
@@ -14,7 +14,6 @@ Heliostat can go on at any batch. Two copies in order say what memory itself all
 batch into new memory, whose target stays in the cache, and the whole column into its own copy.
 """
 
-import argparse
 import itertools
 import logging
 import tempfile
@@ -26,12 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from contest import Contender, compete, finish, installed, rows, show
-from torch import Tensor
+from contest import Contender, compete, finish, installed, leave_out, options, parse, rows, show
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from trainers import Batch, Spec, table
-from trainers.data.dataset import SampleStream, open_split, prepare_dataset
+from trainers import Batch, Spec, Workload, table
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import SampleStream
+from trainers.data.splits import open_split
 
 BATCH, BUFFER = 256, 2560
 AT_LEAST_S = 0.3
@@ -42,28 +43,36 @@ CASES = {
     "tokens, 4 kB": (50_000, (1024,), "int32"),
     "colour images, 49 kB": (8_000, (64, 64, 3), "float32"),
 }
+TINY = {"grey images, tiny": (1_000, (16,), "uint8")}
 
 Source = Callable[[int], Iterator[Batch]]
 """The batches of an epoch, given its number."""
 
 
-class Rows:
-    """Random numbers in rows of one shape, each with its own number: as much as `prepare` needs."""
+class Rows(Workload):
+    """Random numbers in rows of one shape, each with the number of its row. No model."""
 
     class Data(Spec):
         samples: int
         shape: tuple[int, ...]
         dtype: str
 
-    def __init__(self, case: str) -> None:
-        samples, shape, dtype = CASES[case]
-        self.data = self.Data(samples=samples, shape=shape, dtype=dtype)
+    data: Data
 
     def dataset(self) -> dict[str, pa.Table]:
         shape = (self.data.samples, *self.data.shape)
         x = np.random.default_rng(0).integers(0, 255, shape, np.uint8).astype(self.data.dtype)
         whole = table(x=x, number=np.arange(len(x)))
         return {"train": whole, "val": whole.slice(0, 1)}
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        raise NotImplementedError
 
 
 def heliostat(split: Batch) -> Source:
@@ -170,36 +179,35 @@ def contender(source: Source) -> Contender:
     return run
 
 
-def sources(split: Batch, folder: Path) -> Iterator[tuple[str, Source]]:
+def sources(split: Batch, folder: Path, tiny: bool) -> Iterator[tuple[str, Source]]:
     yield "Heliostat", heliostat(split)
     yield "memcpy, batch by batch", in_order(split)
     yield "memcpy, whole", whole(split)
     for workers in (0, 2):
         yield f"DataLoader, {workers} workers", loader(split, workers, whole_batches=False)
         yield f"DataLoader, lists, {workers} workers", loader(split, workers, whole_batches=True)
-    if installed("datasets"):
+    if installed("datasets", "Hugging Face datasets"):
         path = folder / "lists.parquet"
         yield "Hugging Face datasets", hugging_face(split, path, stream=False)
         yield "Hugging Face, stream", hugging_face(split, path, stream=True)
-    if installed("ray"):
+    if tiny:
+        leave_out("Ray Data", "left out of --tiny")
+    else:
         yield "Ray Data", ray_data(split, folder / "ray", in_memory=False)
         yield "Ray Data, in memory", ray_data(split, folder / "ray", in_memory=True)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=5)
-    args = options.parse_args()
+    args = parse(options(__doc__, rounds=5))
     torch.set_num_threads(1)
     results = []
-    for case in CASES:
-        split = open_split(
-            prepare_dataset(Rows(case), Path(tempfile.gettempdir()) / "heliostat-benchmarks"),
-            "train",
-        )
+    for case, (samples, shape, dtype) in (TINY if args.tiny else CASES).items():
+        workload = Rows(Rows.Data(samples=samples, shape=shape, dtype=dtype), Rows.Model())
+        datasets = Path(tempfile.gettempdir()) / "heliostat-benchmarks"
+        split = open_split(prepare_dataset(workload, datasets), "train")
         with tempfile.TemporaryDirectory() as folder:
             contenders: dict[str, Contender] = {}
-            for name, source in sources(split, Path(folder)):
+            for name, source in sources(split, Path(folder), args.tiny):
                 check(name, source, split)
                 contenders[name] = contender(source)
             measured = compete(contenders, args.rounds)

@@ -1,6 +1,6 @@
 """How well `heliostat plan` foretells what `heliostat train` takes, on the machine at hand.
 
-    python benchmarks/forecast.py [--cases 12] [--seconds 4]
+    python benchmarks/forecast.py [--cases 12] [--seconds 4] [--tiny]
 
 Each case is a size of a model, a global batch and a number of workers. A plan is made for each
 size and batch, and then each number of workers is trained to the end; both by the commands that
@@ -10,7 +10,6 @@ time from asking for the workers until they were gone is within the interval of 
 reach: inside in at least 9 of 10, and a median error of at most 10 %.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from contest import as_json, options, parse
 
 
 class Size(NamedTuple):
@@ -45,6 +46,7 @@ SIZES = [
         (32, 16, 2000),
     ]
 ]
+TINY = Size("digits, tiny", "digits", {"model.width": 8, "train.steps": 40})
 WORKERS = (1, 2)
 COLUMNS = ("forecast s", "interval", "taken s", "error", "inside")
 
@@ -104,16 +106,19 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--cases", type=int, default=len(SIZES) * len(WORKERS))
-    options.add_argument("--seconds", type=float, default=4.0, help="of steps, for each probe")
-    args = options.parse_args()
+    parser = options(__doc__, rounds=1)
+    parser.add_argument("--cases", type=int, default=len(SIZES) * len(WORKERS))
+    parser.add_argument("--seconds", type=float, default=4.0, help="of steps, for each probe")
+    args = parse(parser)
+    sizes = SIZES
+    if args.tiny:
+        args.cases, args.seconds, sizes = 1, 0.5, [TINY]
     rows: list[dict[str, Any]] = []
     plans_s = []
     print(f"{'case':<40} {COLUMNS[0]:>10} {COLUMNS[1]:>16} {COLUMNS[2]:>9} {COLUMNS[3]:>7} inside")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for size in SIZES:
+        for size in sizes:
             if len(rows) < args.cases:
                 words, plan_s = planned(folder, size, args.seconds)
                 plans_s.append(plan_s)
@@ -127,7 +132,7 @@ def main() -> None:
         f"\ninside {inside} of {len(rows)}; median error {median:.1%}; "
         f"a plan took {statistics.median(plans_s):.0f} s"
     )
-    print(json.dumps({"benchmark": "forecast", "rows": rows}))
+    as_json("forecast", rows)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ as the sweeps under Tune have done: a start, a compilation, and steps at the spe
 trial, without the evaluations and the compilations that further trials need.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -50,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 try:
     import torch
-    from contest import compete, finish, rows, show
+    from contest import compete, finish, options, parse, rows, show
     from peers import SWEEP, TRIALS, WARM_UP
 
     from cluster.base.config import write_yaml
@@ -306,14 +305,13 @@ def judge(case: str, outcomes: Mapping[str, list[Outcome]]) -> list[dict[str, An
 
 def main() -> None:
     available = contenders()
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--tiny", action="store_true", help="a few steps, to try the code")
-    options.add_argument("--only", nargs="+", choices=available, metavar="NAME")
-    args = options.parse_args()
+    parser = options(__doc__, rounds=3)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=available, metavar="NAME")
+    args = parse(parser)
+    if args.tiny:
+        args.only = args.only or ["fuse=auto", "turn-plain"]
+        args.case = args.case if args.case != list(CASES) else ["mlp"]
     results: list[dict[str, Any]] = []
     for case in args.case:
         chosen = {name: available[name] for name in args.only or available}

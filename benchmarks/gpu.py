@@ -1,7 +1,7 @@
 """Model FLOPs utilisation of GPTs on one GPU, ours and bare PyTorch's, in bf16 and compiled.
 
     python benchmarks/gpu.py [--rounds 7]    # no network, no Ray, no MLflow
-    python benchmarks/gpu.py --cpu           # tiny sizes, to try the same code without a GPU
+    python benchmarks/gpu.py --tiny          # tiny sizes on the CPU, to try the code without a GPU
 
 It needs torch, numpy, pyarrow, pydantic, ruamel.yaml and safetensors. The utilisation (MFU) is
 the FLOPs that the model needs, over those that the device does in matrix products in the same
@@ -11,7 +11,6 @@ weights, those of the positions left out, L layers, width C, context T; attentio
 as if it were not causal, and nothing counts that is computed a second time.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -23,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
     import torch
     from bare import Bare
-    from contest import Contender, compete, finish, rows, show
+    from contest import Contender, compete, finish, leave_out, options, parse, rows, show
 
-    from trainers.data.dataset import open_split, prepare_dataset
+    from trainers.data.dataset import prepare_dataset
+    from trainers.data.splits import open_split
     from trainers.devices import local_device
     from trainers.engine.step import TrainStep
     from trainers.spec import RunSpec, resolve
@@ -140,19 +140,16 @@ def contenders(
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU, not compiled")
-    args = options.parse_args()
+    args = parse(options(__doc__, rounds=7))
     results: list[dict[str, Any]] = []
-    if args.cpu:
+    if args.tiny:
         device, cases, sizes = torch.device("cpu"), TINY, TINY_PRODUCTS
     elif torch.cuda.is_available():
         device, cases, sizes = torch.device("cuda", 0), CASES, PRODUCTS
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     else:
-        print("no GPU here: nothing is measured (--cpu tries the code with tiny sizes)")
-        cases = {}
+        leave_out("bare PyTorch", "no GPU here; --tiny tries the code on the CPU")
+        device, cases, sizes = torch.device("cpu"), {}, ()
     for name, case in cases.items():
         measured = compete(contenders(case, device, sizes), args.rounds)
         show(name, measured, "ms/step", 1e3)

@@ -1,14 +1,13 @@
 """Step time of the training loop against bare PyTorch, Lightning, Accelerate and Ray's tutorial.
 
-    pip install lightning accelerate     # peers that are not installed are left out
-    python benchmarks/loop.py [--rounds 15] [--ray]
+    pip install -e '.[peers]'     # a peer that is not installed gets a row that says so
+    python benchmarks/loop.py [--rounds 15] [--ray] [--tiny]
 
 Same model, data, batch, optimizer (fused AdamW), learning rate schedule and seeds; no
 augmentation; every contender logs its loss every ten steps. Timed are the steps alone, after
 warm-up: no start, no evaluation, no checkpoint. Each worker has one thread.
 """
 
-import argparse
 import math
 import os
 import shutil
@@ -25,11 +24,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from bare import Bare
-from contest import Contender, compete, finish, installed, rows, show
+from contest import Contender, compete, finish, installed, leave_out, options, parse, rows, show
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainers.data.dataset import open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_split
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
@@ -257,14 +257,16 @@ def _tutorial(config: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--ray", action="store_true", help="also Ray's tutorial, a minute a round")
-    args = options.parse_args()
+    parser = options(__doc__, rounds=15)
+    parser.add_argument("--ray", action="store_true", help="also Ray's tutorial, a minute a round")
+    args = parse(parser)
+    cases = CASES
+    if args.tiny:
+        cases = {"digits CNN": CASES["digits CNN"]}
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     results = []
-    for case in CASES:
+    for case in cases:
         alone: dict[str, Contender] = {
             "Heliostat": partial(heliostat, case),
             "bare PyTorch": partial(bare, case),
@@ -276,12 +278,14 @@ def main() -> None:
             "Heliostat": partial(two_workers, heliostat, case),
             "bare PyTorch (DDP)": partial(two_workers, bare, case),
         }
-        if args.ray:
+        if not args.ray:
+            leave_out("Ray Train tutorial", "needs --ray")
+        else:
             alone["Ray Train tutorial"] = partial(ray_tutorial, 1, case)
             both["Ray Train tutorial"] = partial(ray_tutorial, 2, case)
         for title, contenders, rounds in (
             (f"{case}, 1 worker", alone, args.rounds),
-            (f"{case}, 2 workers", both, max(3, args.rounds // 3)),
+            (f"{case}, 2 workers", both, 1 if args.tiny else max(3, args.rounds // 3)),
         ):
             measured = compete(contenders, rounds)
             show(title, measured, "ms/step", 1e3)

@@ -26,8 +26,9 @@ from torch import nn
 
 from cluster.base.config import read_yaml
 from trainers.counter_rng import combine_seeds
-from trainers.data.dataset import count_samples, epoch_permutation, open_split, prepare_dataset
-from trainers.engine.loop import evaluation_steps
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import epoch_permutation
+from trainers.data.splits import count_samples, open_split
 from trainers.spec import RunSpec, resolve
 from tuning.trials.space import SweepRunSpec
 
@@ -58,7 +59,7 @@ class Training:
         self.total = spec.train.total_steps(samples)
         self._warmup = round(spec.optimizer.schedule.warmup * self.total)
         self.epoch_steps = samples / self._batch
-        self.evaluations = evaluation_steps(spec.train.evaluate_every_epochs, spec, samples)
+        self.evaluations = spec.train.evaluation_steps(samples)
         seed, epochs = spec.train.seed, range(math.ceil(self.total / self.epoch_steps))
         self._order = torch.cat([epoch_permutation(seed, epoch, samples) for epoch in epochs]).to(
             device

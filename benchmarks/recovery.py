@@ -1,6 +1,6 @@
 """From kill -9 of a worker to the next new step, and how many steps are done twice.
 
-    python benchmarks/recovery.py [--rounds 3]
+    python benchmarks/recovery.py [--rounds 3] [--tiny]
 
 The digits network on one worker, which kills itself once at the beginning of step 60 of 80:
 `heliostat train` with a checkpoint every ten steps, against the loop of Ray's guide to saving and
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import guide
-from contest import compete, finish, rows, show
+from contest import compete, finish, options, parse, rows, show
 
 from trainers import Batch, SampleRandom
 from trainers.workloads.vision.workload import Vision
@@ -97,10 +97,9 @@ def recovery(events: Path) -> tuple[dict[str, float], int]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--tutorial", type=Path, metavar="EVENTS", help=argparse.SUPPRESS)
-    args = options.parse_args()
+    parser = options(__doc__, rounds=3)
+    parser.add_argument("--tutorial", type=Path, metavar="EVENTS", help=argparse.SUPPRESS)
+    args = parse(parser)
     if args.tutorial:
         guide.train(
             partial(begin_step, args.tutorial), Path.cwd(), workers=1, steps=STEPS, batch=BATCH

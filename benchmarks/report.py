@@ -1,13 +1,12 @@
 """How long a report takes to write, how large it is, and how soon it is open.
 
-    python benchmarks/report.py [--trials 1000] [--points 100] [--rounds 5]
+    python benchmarks/report.py [--trials 1000] [--points 100] [--rounds 5] [--tiny]
 
 A sweep of made-up numbers is put into a folder by the product's own journal, spool and ledger, and
 its page is opened from the disk by headless Chromium. It is open when its curves are drawn: the
 first thing under the summary. The time is the page's own, from the begin of its navigation.
 """
 
-import argparse
 import json
 import math
 import random
@@ -21,11 +20,12 @@ from typing import Any
 from cluster.cost.ledger import Ledger, LedgerEntry
 from trainers.reports import page
 from trainers.run_folder import TRACKING, create_run_folder
-from trainers.runs.run import resolved_data, tracked_run
+from trainers.runs.run import resolved_data
+from trainers.tracking.mlflow_run import tracked_run
 from trainers.tracking.operation_log import OperationLog
 from trainers.tracking.tracker import TrackedRun
 from tuning.reports.sweep_report import sweep_page
-from tuning.trials.searcher import Journal
+from tuning.trials.journal import Journal
 from tuning.trials.space import SweepRunSpec, read_sweep_spec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
@@ -159,12 +159,14 @@ def _used(run: str, begin: float, end: float) -> LedgerEntry:
 
 def main() -> None:
     from browser import browser
+    from contest import as_json, options, parse
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--points", type=int, default=100, help="of each metric of a trial")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parse(parser)
+    if args.tiny:
+        args.trials, args.points = 6, 4
     with tempfile.TemporaryDirectory() as folder:
         sweep = made_up(Path(folder), "wide", args.trials, args.points)
         start = time.monotonic()
@@ -172,7 +174,8 @@ def main() -> None:
         read_s = time.monotonic() - start
         path = sweep.folder / "wide.html"
         path.write_text(page.render_html(made))
-        size = f"{path.stat().st_size / 1e6:.2f} MB"
+        size_bytes = path.stat().st_size
+        size = f"{size_bytes / 1e6:.2f} MB"
         print(
             f"{args.trials} trials x {args.points} points: {size}, read in {read_s:.1f} s",
             flush=True,
@@ -193,9 +196,11 @@ def main() -> None:
         )
         start = time.monotonic()
         page.write_report(made, sweep.folder / "report")
-        print(
-            f"written again, with {len(made.charts)} PNG files, in {time.monotonic() - start:.1f} s"
-        )
+        written_s = time.monotonic() - start
+        print(f"written again, with {len(made.charts)} PNG files, in {written_s:.1f} s")
+    row = {"trials": args.trials, "points": args.points, "size_bytes": size_bytes, "read_s": read_s}
+    row |= {"opened_s": opened_s, "drawn_s": drawn_s, "written_with_png_s": written_s}
+    as_json("report", [row])
 
 
 OPENED = """new Promise((ok) => {

@@ -1,6 +1,6 @@
 """From the command to the end of the first optimizer step, against Ray's own guide.
 
-    python benchmarks/start.py [--rounds 5] [--workers 1]
+    python benchmarks/start.py [--rounds 5] [--workers 1] [--tiny]
 
 `heliostat train digits` against `tutorial.py`, the same network trained as Ray's guide to Ray
 Train with PyTorch has it. Ours also checks its spec, starts the tracker and makes a run in
@@ -12,7 +12,6 @@ worker in milliseconds, is read from the run's spool. The guide's script writes 
 What happens on the way is seen from outside, in the names of the processes every 50 ms.
 """
 
-import argparse
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from contest import compete, finish, rows, show
+from contest import compete, finish, options, parse, rows, show
 
 MILESTONES = {
     "Ray's first process": "gcs_server",
@@ -118,10 +117,9 @@ def _read(pid: int, name: str) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--workers", type=int, default=1)
-    args = options.parse_args()
+    parser = options(__doc__, rounds=5)
+    parser.add_argument("--workers", type=int, default=1)
+    args = parse(parser)
     seen: dict[str, list[dict[str, float]]] = defaultdict(list)
 
     def first_step(name: str, run: partial[dict[str, float]]) -> float:
@@ -133,7 +131,8 @@ def main() -> None:
         for name, run in {"Heliostat": heliostat, "Ray's guide": tutorial}.items():
             own = Path(folder) / run.__name__
             own.mkdir()
-            run(args.workers, own)
+            if not args.tiny:
+                run(args.workers, own)
             contenders[name] = partial(first_step, name, partial(run, args.workers, own))
         measured = compete(contenders, args.rounds)
     case = f"first step, {args.workers} workers"

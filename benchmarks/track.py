@@ -1,7 +1,7 @@
 """What tracking costs a training loop, how fast MLflow is told, and what is lost under kills.
 
     python benchmarks/track.py [--seconds 20] [--rounds 3] [--stores sqlite,server,postgres]
-        [--contenders NAME ...]
+        [--contenders NAME ...] [--tiny]
 
 Contenders: ours (the reporter of the loop, and its writer in Ray), MLflow's client with full
 batches and nothing else to do, which is what the store itself can take, `mlflow.log_metrics`,
@@ -34,6 +34,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from contest import as_json, leave_out, options, parse
 
 NAMES = [f"group/metric_{number}" for number in range(10)]
 STEPS_PER_S, CHECKPOINT = 500, 100
@@ -319,21 +321,23 @@ def killed(name: str, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, rounds=3)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stores", default="sqlite,server,postgres")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--write", nargs=5, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.write:
         name, uri, folder, seconds, pause_s = args.write
         write(name, uri, Path(folder), float(seconds), float(pause_s))
         return
+    if args.tiny:
+        args.seconds, args.stores = 0.5, "sqlite"
+        args.contenders = args.contenders or ["Heliostat", "mlflow.log_metrics"]
     results = []
     kinds = args.stores.split(",")
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and "postgres" in kinds:
-        print("Postgres is not installed and left out")
+        leave_out("postgres", "Postgres is not installed")
         kinds.remove("postgres")
     names = args.contenders or list(CONTENDERS)
     for kind in kinds:
@@ -346,12 +350,12 @@ def main() -> None:
             results.append({"case": kind, "contender": name, **row, "runs": figures})
             print(f"  {name:<28} {row['per_s']:9,.0f} {row['us']:15.1f}", flush=True)
     print(f"\n{'under kills':<30} metrics    lost   twice   exit", flush=True)
-    for name in names:
+    for name in [] if args.tiny else names:
         found = killed(name, args.seconds)
         results.append({"case": "under kills", "contender": name, **found})
         counts = f"{found['wanted']:7,d} {found['lost']:7,d} {found['twice']:7,d}"
         print(f"  {name:<28} {counts}   {found['code']}", flush=True)
-    print(json.dumps({"benchmark": "track", "rows": results}))
+    as_json("track", results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the cluster.yaml at the root promises; that it is what the renderer gives is said in
+"""The promises of the cluster.yaml at the root. That it is up to date is tested in
 tests/cluster/definition/test_launcher_file.py.
 """
 
@@ -17,7 +17,7 @@ def config() -> dict[str, Any]:
     return read_yaml(CLUSTER_YAML)
 
 
-def test_no_door_is_open_to_the_world(config: dict[str, Any]) -> None:
+def test_no_port_is_open_to_the_world(config: dict[str, Any]) -> None:
     commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert "0.0.0.0" not in commands
     starts = [line for line in commands.split("export ") if "ray start" in line]
@@ -33,7 +33,7 @@ def test_no_door_is_open_to_the_world(config: dict[str, Any]) -> None:
     assert "0.0.0.0/0" not in ranges
 
 
-def test_the_head_is_on_demand_and_workers_are_on_spot_and_go_when_idle(
+def test_the_head_is_on_demand_and_workers_are_on_spot_and_end_when_idle(
     config: dict[str, Any],
 ) -> None:
     head, worker = (config["available_node_types"][kind] for kind in ("head", "gpu"))

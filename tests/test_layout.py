@@ -14,39 +14,163 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-HOME = Path(__file__).parents[1]
-MAY_IMPORT = {
-    "cluster": {"cluster"},
-    "trainers": {"cluster", "trainers"},
-    "tuning": {"cluster", "trainers", "tuning"},
-}
+from tests.layout import (
+    CONTRACTS,
+    HOME,
+    PACKAGES,
+    arrows,
+    files_of,
+    imports,
+    nodes,
+    size_of,
+    sources,
+)
+
+MAX_ROOM_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 10, 350, 60
+LARGE_ROOMS = {"cluster.cost": 11, "trainers": 12}
+"""Rooms with more files than `MAX_ROOM_FILES`, and how many they may have: one file for each source
+of prices, power and carbon, and one for each part of what a run is."""
+EXPORTS = (Path("trainers/__init__.py"), Path("trainers/export.py"))
+"""Files that offer names of rooms below them to users, and import them on first use."""
 HEAVY = ("torch", "ray", "mlflow", "pydantic", "rich", "numpy", "pyarrow")
-SOURCES = [
-    path.relative_to(HOME) for package in MAY_IMPORT for path in (HOME / package).rglob("*.py")
-]
+FORBIDDEN = {
+    "torch": ("cluster",),
+    "ray": ("cluster/cost", "cluster/base", "trainers/engine", "trainers/planning"),
+    "mlflow": (
+        "cluster",
+        "trainers/engine",
+        "trainers/data",
+        "trainers/modeling",
+        "trainers/planning",
+    ),
+}
+"""Library -> rooms in which it must not be imported, not even within a function."""
+PRIVATE = (
+    "cluster/connection/ray_internals.py",
+    "trainers/runs/ray_train_internals.py",
+    "trainers/tracking/mlflow_internals.py",
+    "trainers/torch_internals.py",
+    "tuning/fused/tune_internals.py",
+    "tuning/programs/torch_internals.py",
+)
+"""The modules that use what is private to Ray, torch and MLflow; each has a test of its own."""
+UNSTABLE = ("ray.core.generated", "ray.train.v2", "ray.autoscaler.")
+"""Modules without an underscore that their library does not document."""
+LIBRARIES = ("ray", "tune", "torch", "mlflow", "optuna", "pyarrow")
+SOURCES = sources()
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full name of every import, wherever in the file it stands."""
-    package = path.parent.parts
-    for node in ast.walk(ast.parse((HOME / path).read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            around = package[: len(package) - node.level + 1] if node.level else ()
-            yield node.lineno, ".".join((*around, node.module or node.names[0].name))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_imports_point_left(path: Path) -> None:
-    allowed = MAY_IMPORT[path.parts[0]]
-    wrong = [
-        f"{path}:{line}: imports {name}"
-        for line, name in imports(path)
-        if name.partition(".")[0] in MAY_IMPORT.keys() - allowed
-        or (path.parts[0] == "cluster" and name.partition(".")[0] == "torch")
+def violations(room: str) -> list[str]:
+    """Every import of a room that its contract does not allow."""
+    allowed = CONTRACTS[room].imports
+    return [
+        str(statement)
+        for other, statements in arrows(room).items()
+        for statement in statements
+        if other not in allowed and statement.path not in EXPORTS
     ]
-    assert not wrong
+
+
+@pytest.mark.parametrize("room", CONTRACTS)
+def test_imports_follow_the_contracts(room: str) -> None:
+    assert violations(room) == []
+
+
+def test_contracts_point_one_way() -> None:
+    """A room may import only rooms that stand above it in the table, so there is no circle."""
+    rooms = list(CONTRACTS)
+    for room, contract in CONTRACTS.items():
+        above = rooms[: rooms.index(room)]
+        assert [other for other in contract.imports if other not in above] == [], room
+
+
+def test_every_package_is_a_room_with_a_contract() -> None:
+    packages = {".".join(path.parent.parts) for path in sources()}
+    assert packages - {"cluster", "trainers.workloads"} == CONTRACTS.keys()
+
+
+@pytest.mark.parametrize("room", CONTRACTS)
+def test_a_room_says_what_it_is_for(room: str) -> None:
+    """In the docstring of its `__init__.py`, which has at most 8 lines."""
+    text = (HOME / Path(*room.split(".")) / "__init__.py").read_text()
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring, f"{room}/__init__.py has no docstring"
+    assert len(docstring.splitlines()) <= 8
+
+
+@pytest.mark.parametrize("room", CONTRACTS)
+def test_a_room_is_small(room: str) -> None:
+    modules = [path for path in files_of(room) if path.name != "__init__.py"]
+    assert len(modules) <= LARGE_ROOMS.get(room, MAX_ROOM_FILES), sorted(map(str, modules))
+
+
+def test_files_are_short() -> None:
+    long = {str(path): size_of(path) for path in sources() if size_of(path) > MAX_FILE_LINES}
+    assert long == {}
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{path}:{node.name}": length
+        for path in sources()
+        for node in nodes(path)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_a_library_is_used_in_its_rooms_alone() -> None:
+    """Torch not on the head; neither Ray nor MLflow in the training loop."""
+    wrong = [
+        str(each)
+        for path in sources()
+        for each in imports(path)
+        for library, forbidden in FORBIDDEN.items()
+        if each.module.partition(".")[0] == library
+        and str(path).startswith(tuple(f"{room}/" for room in forbidden))
+    ]
+    assert wrong == []
+
+
+def private_uses(path: Path) -> Iterator[str]:
+    """Names of other packages that begin with an underscore, or lie in a module that does."""
+    for each in imports(path):
+        parts = each.module.split(".")
+        foreign = parts[0] not in (*PACKAGES, "__future__")
+        private = any(part.startswith("_") for part in parts)
+        if foreign and (private or each.module.startswith(UNSTABLE)):
+            yield str(each)
+    for node in nodes(path):
+        if not isinstance(node, ast.Attribute):
+            continue
+        inner: ast.expr = node
+        while isinstance(inner, ast.Attribute):
+            inner = inner.value
+        dotted = ast.unparse(node)
+        private = node.attr.startswith("_") and not node.attr.startswith("__")
+        if isinstance(inner, ast.Name) and inner.id in LIBRARIES and private:
+            yield f"{path}:{node.lineno}: uses {dotted}"
+
+
+def test_private_parts_of_libraries_are_used_in_one_module_each() -> None:
+    """Where a test says which release they were read in."""
+    wrong = [use for path in sources() if str(path) not in PRIVATE for use in private_uses(path)]
+    assert wrong == []
+    assert [path for path in PRIVATE if not (HOME / path).is_file()] == []
+    for path in PRIVATE:
+        module = Path(path)
+        assert (HOME / "tests" / module.parent / f"test_{module.name}").is_file()
+
+
+def test_tests_mirror_the_rooms() -> None:
+    """A test file lies in the folder of a room, named as the module that it tests or as a topic."""
+    folders = {
+        ".".join(path.relative_to(HOME / "tests").parent.parts)
+        for package in PACKAGES
+        for path in (HOME / "tests" / package).rglob("test_*.py")
+    }
+    assert folders - {"trainers.workloads"} <= CONTRACTS.keys()
 
 
 def loaded_by(code: str) -> set[str]:

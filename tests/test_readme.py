@@ -1,5 +1,6 @@
-"""The README keeps its word: its commands and its code are run as they stand there."""
+"""The README and the pages of docs/ are true: their commands and code are run as they stand."""
 
+import importlib
 import os
 import re
 import shlex
@@ -13,23 +14,71 @@ from typing import Any
 
 import pytest
 
+from tests.layout import CONTRACTS
+from tuning.cli.parser import build_parser
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def commands() -> list[str]:
-    """Every command line in a console block, without its comment."""
-    lines = [line for block in blocks("console") for line in block.splitlines()]
+    """Every command line in a console block of any page, without its comment."""
+    found = [block for page in PAGES for block in blocks("console", page.read_text())]
+    lines = [line for block in found for line in block.splitlines()]
     return [re.sub(r"\s+#.*", "", line) for line in lines if line]
 
 
-def test_no_command_is_forgotten_by_the_tests_below() -> None:
-    known = ("make demo", "make test", "heliostat ", "ray job submit ")
+def test_every_command_is_of_a_known_program() -> None:
+    known = ("make ", "heliostat ", "ray job submit ", "python ", "git ", ".venv/bin/")
     assert [command for command in commands() if not command.startswith(known)] == []
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("heliostat ")])
+def test_the_command_line_understands_every_command(command: str) -> None:
+    build_parser().parse_args(shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    inside = [link for link in links if not link.startswith(("http:", "https:"))]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
+
+
+def test_the_architecture_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    names = set(re.findall(r"\b(?:cluster|trainers|tuning|heliostat)(?:\.\w+)+", page))
+    assert len(names) > 40
+    for name in names:
+        assert resolves(name), name
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or a name in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_the_readme_is_short_and_lists_every_room() -> None:
+    assert len(README.splitlines()) <= 150
+    linked = set(re.findall(r"\]\(([\w/]+)\)", README))
+    rooms = {room.replace(".", "/") for room in CONTRACTS if ".workloads." not in room}
+    assert rooms - linked == set()
 
 
 def test_use_it(heliostat: Any) -> None:
@@ -71,7 +120,8 @@ def test_your_own_model(heliostat: Any) -> None:
 
 def test_a_ray_job(job_cluster: Any, tmp_path: Path) -> None:
     """`ray job submit` as the README has it, on a shorter run."""
-    submitting = next(block for block in blocks("console") if "ray job submit" in block)
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    submitting = next(block for block in blocks("console", page) if "ray job submit" in block)
     command = submitting.strip().replace("http://127.0.0.1:8265", job_cluster.url)
     before, _, after = command.partition(" -- ")
     (tmp_path / "here.txt").write_text("sent along")
@@ -151,14 +201,3 @@ def test_the_demo_reaches_98_percent_on_images_no_trial_saw(tmp_path: Path) -> N
     assert round(tracked.data.metrics["test/accuracy"], 4) == accuracy >= 0.98
     parent = client.search_runs([tracked.info.experiment_id], "tags.`heliostat.kind` = 'trial'")
     assert len(parent) == 16
-
-
-def test_the_file_map_is_complete() -> None:
-    listed = set(re.findall(r"^\| `([\w/.]+\.py)`", README, re.MULTILINE))
-    there = {
-        str(path.relative_to(ROOT))
-        for package in ("cluster", "trainers", "tuning")
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert listed == there

@@ -1,6 +1,9 @@
-"""Training runs: what a run is, the loop, its checkpoints and its tracking.
+"""One training run. May import `cluster`; never `tuning`.
 
-`Workload`, `Spec` and `table` are what a user's own workload needs; `load_model` gives back the
+The modules here define what a run is: its spec, workload, device, worker, run folder, stores and
+random numbers. The rooms below them use these; begin with `spec.py` and `workload.py`.
+
+A user's own workload imports `Workload`, `Spec` and `table` from here; `load_model` returns the
 trained network of a run.
 """
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
     from cluster.base.errors import DataError
     from trainers.checkpoints.export import load_model
     from trainers.counter_rng import SampleRandom
-    from trainers.data.dataset import table
+    from trainers.data.tables import table
     from trainers.workload import Batch, PartitionedWorkload, Workload
 
 __all__ = [
@@ -27,7 +30,7 @@ __all__ = [
 
 _HOMES = {
     "Spec": "cluster.base.config",
-    "table": "trainers.data.dataset",
+    "table": "trainers.data.tables",
     "load_model": "trainers.checkpoints.export",
     "SampleRandom": "trainers.counter_rng",
     "Batch": "trainers.workload",

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, position in the run, draw, element).
 
-A sample's numbers are the same on any worker, at any world size, and after any number of
-restarts. They come from splitmix64 (Steele, Lea and Flood, OOPSLA 2014) used as a hash of a
-counter, in int64 arithmetic that wraps, so that they are the same on every device.
+A sample's numbers are the same on every worker, at every world size, and after any number of
+restarts. They come from splitmix64 (Steele, Lea and Flood, OOPSLA 2014), used as a hash of a
+counter. Its int64 arithmetic wraps, so the numbers are the same on every device.
 """
 
 import math
@@ -62,15 +62,15 @@ def combine_seeds(*parts: int) -> int:
 
 
 def seed_key(seed: int) -> int:
-    """What sets the draws of one seed apart from those of another, as a signed 64-bit number."""
+    """A signed 64-bit key by which the numbers of different seeds differ."""
     return _as_int64(combine_seeds(seed))
 
 
 def seed_device(device: Device, seed: int) -> None:
-    """Seed what torch itself draws from, on a device and on the CPU.
+    """Seed torch's own generators, of a device and of the CPU.
 
-    `torch.manual_seed` does this for every kind of device: it takes 100 times as long, and on a
-    machine without a GPU it remembers each call for ever.
+    `torch.manual_seed` does this for every kind of device. It takes 100 times as long, and on a
+    machine without a GPU it keeps a record of each call for as long as the process lives.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -78,7 +78,7 @@ def seed_device(device: Device, seed: int) -> None:
 
 
 def device_rng_state(device: Device) -> Tensor:
-    """The state of what `seed_device` seeds, as bytes: any draw changes it."""
+    """The state of the generators that `seed_device` seeds, as bytes: any draw changes it."""
     state = torch.default_generator.get_state()
     if device.type != "cpu":
         state = torch.cat([state, device.rng_state().flatten().cpu().view(torch.uint8)])
@@ -86,25 +86,25 @@ def device_rng_state(device: Device) -> Tensor:
 
 
 def advance_keys(keys_B: Tensor) -> Tensor:
-    """The samples' keys for one more draw of `keep`.
+    """The samples' keys for their next `dropout_mask`.
 
     The constant is a multiplier from Steele and Vigna (2022, arXiv:2001.05304). Lattice reduction
-    shows that no two of a sample's first 9e8 draws share any of their first 3e9 elements.
+    shows that no two of a sample's first 9e8 masks share any of their first 3e9 elements.
     """
     return keys_B + _ADVANCE
 
 
 def drop_threshold(p: float) -> int:
-    """What `keep` compares with so that it drops with probability `p`; an int64."""
+    """The int64 threshold with which `dropout_mask` drops elements with probability `p`."""
     return min(int((p - 0.5) * 2.0**64), (1 << 63) - 1)
 
 
 def dropout_mask(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
-    """A dropout's mask: True for what stays, of shape [B, count]; see `threshold_of`.
+    """A boolean mask [B, count], True for elements that are kept; see `drop_threshold`.
 
-    A sample's key is the state of its own splitmix64, whose outputs are the elements. Their low
-    bits are left unmixed: the others decide. All in place, it takes as long as `bernoulli_`.
-    `threshold` may be an int64 tensor without dimensions.
+    A sample's key is the state of its own splitmix64, whose outputs are the elements. The last
+    mixing of their low bits is left out, since the high bits decide. In place throughout, it is as
+    fast as `bernoulli_`. `threshold` may be an int64 tensor without dimensions.
     """
     elements = torch.arange(count, device=keys_B.device)
     elements *= _GOLDEN_INT64
@@ -114,18 +114,19 @@ def dropout_mask(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
 class SampleRandom:
     """Random numbers for the samples at `positions` [B] of the run's stream of samples.
 
-    Every draw is a new one: the n-th draw of a step is the same whenever the step is done.
+    Each call draws new numbers; the n-th call in a step draws the same ones whenever the step is
+    run.
     """
 
     def __init__(self, seed: int | Tensor, positions: Tensor) -> None:
-        """`seed` may be a tensor without dimensions of what `stream_of` gives."""
+        """`seed` may also be a tensor without dimensions that holds a `seed_key`."""
         self.positions = positions
         self._seed_key = seed if isinstance(seed, Tensor) else seed_key(seed)
         self._draws = 0
 
     @cached_property
     def keys_B(self) -> Tensor:
-        """One key per sample, int64; who draws nothing does not pay for it."""
+        """One int64 key per sample; computed only if numbers are drawn."""
         return _splitmix64(self.positions * _GOLDEN_INT64 + self._seed_key)
 
     def uniform(self, *shape: int) -> Tensor:

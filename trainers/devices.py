@@ -1,8 +1,10 @@
-"""The device that a worker computes on: what it is, what it can do, what it holds.
+"""The device that a worker computes on: its name, its memory, the precisions that it supports.
 
-One small class for each family of accelerators; nothing is imported for a family that is not
-there. Tried on CPUs only: the other classes follow the documentation of PyTorch and of the
-makers. Apple's GPUs are left out, for they have no float64, in which losses are summed.
+One small class for each family of accelerators; a family's packages are imported only where they
+are installed. Only the CPU class has been run: the others follow the documentation of PyTorch and
+of the vendors. Apple's GPUs are not supported: they have no float64, in which losses are summed.
+
+To add a family: subclass `Device`, and list the class in `FAMILIES`.
 """
 
 import importlib.util
@@ -20,32 +22,32 @@ from cluster.cost.catalog import Accelerator, find_accelerator, ray_resource
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of a device's memory; None where that cannot be known."""
+    """Bytes of a device's memory; None where they are not known."""
 
     total: int | None
     free: int | None
-    """What no process uses now."""
+    """Bytes that no process uses now."""
     peak: int | None
-    """The most that this process' tensors have taken at once; on a CPU, that the process has."""
+    """The most bytes that this process' tensors, on a CPU the process itself, have used at once."""
 
 
 class Device:
-    """The one device of a process, by PyTorch's module for its family, such as `torch.cuda`."""
+    """The one device of a process; calls PyTorch's module for its family, such as `torch.cuda`."""
 
     def __init__(self, index: int = 0) -> None:
-        """The `index`-th of those that the process sees."""
+        """The `index`-th of the devices that the process sees."""
         self.index = index
 
     type: ClassVar[str]
     """PyTorch's device type."""
     ray_resource_name: ClassVar[str | None]
-    """The resource under which Ray counts such devices; None for a CPU."""
+    """The Ray resource that counts these devices; None for a CPU."""
     backend: ClassVar[str]
-    """The backend of `torch.distributed` that moves tensors between such devices."""
+    """The `torch.distributed` backend for tensors on these devices."""
 
     @staticmethod
     def is_available() -> bool:
-        """Whether this process can use one; may raise where a driver is broken."""
+        """Whether this process can use such a device; may raise where a driver is broken."""
         raise NotImplementedError
 
     @property
@@ -54,22 +56,23 @@ class Device:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """PyTorch's device of its tensors."""
         return torch.device(self.type, self.index)
 
     @property
     def name(self) -> str:
-        """The full name that its driver gives it."""
+        """Its full name, from the driver."""
         return str(self._module.get_device_name())
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Which values of `train.precision` it computes."""
+        """The values of `train.precision` that it supports."""
         return ("fp32", "bf16")
 
     def uuids(self) -> tuple[str, ...]:
-        """Of all such devices that the process sees, as the driver's own counters name them;
-        empty where PyTorch does not tell.
+        """The UUIDs of all such devices that the process sees, as in the driver's energy counters.
+
+        Empty where PyTorch does not report them.
         """
         return ()
 
@@ -78,34 +81,30 @@ class Device:
         return DeviceMemory(total, free, self._module.max_memory_allocated())
 
     def catalog_entry(self) -> Accelerator | None:
-        """What the catalogue has about it."""
+        """Its entry in the catalogue of accelerators, if it has one."""
         return find_accelerator(self.name, self.memory().total)
 
     def select(self) -> None:
-        """Make it the one that this process computes on, where nothing else is said."""
+        """Make it PyTorch's current device of this process."""
         if hasattr(self._module, "set_device"):
             self._module.set_device(self.index)
 
     def seed(self, seed: int) -> None:
-        """Seed what dropout and the like draw from."""
+        """Seed PyTorch's generator of this device."""
         self._module.manual_seed(seed)
 
     def rng_state(self) -> Tensor:
-        """The state of what dropout and the like draw from."""
+        """The state of PyTorch's generator of this device."""
         state: Tensor = self._module.get_rng_state()
         return state
 
-    def set_random_state(self, state: Tensor) -> None:
-        """Go on drawing from where `random_state` was taken."""
-        self._module.set_rng_state(state)
-
     def synchronize(self) -> None:
-        """Return when all that it was given is computed."""
+        """Block until all work queued on it is done."""
         self._module.synchronize()
 
 
 class Cpu(Device):
-    """The cores of this machine. bf16, fp16 and fp8 give right results; few CPUs gain by them."""
+    """The cores of this machine. bf16, fp16 and fp8 give right results; few CPUs get faster."""
 
     type, ray_resource_name, backend = "cpu", None, "gloo"
     precisions = ("fp32", "fp64", "bf16", "fp16", "fp8")
@@ -132,15 +131,12 @@ class Cpu(Device):
     def rng_state(self) -> Tensor:
         return torch.default_generator.get_state()
 
-    def set_random_state(self, state: Tensor) -> None:
-        torch.default_generator.set_state(state)
-
     def synchronize(self) -> None:
         pass
 
 
 class Cuda(Device):
-    """NVIDIA. Not tried on one."""
+    """NVIDIA's GPUs. Not tested on one."""
 
     type, ray_resource_name, backend = "cuda", "GPU", "nccl"
 
@@ -150,7 +146,7 @@ class Cuda(Device):
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """By compute capability: bf16 from Ampere (8.0) on, fp8 from Ada (8.9) on."""
+        """By compute capability: bf16 since Ampere (8.0), fp8 since Ada (8.9)."""
         capability = torch.cuda.get_device_capability()
         newer = {"bf16": capability >= (8, 0), "fp8": capability >= (8, 9)}
         return ("fp32", "fp64", "fp16", *(name for name, can in newer.items() if can))
@@ -161,7 +157,7 @@ class Cuda(Device):
 
 
 class Rocm(Device):
-    """AMD. PyTorch calls it cuda, and its library of collectives, RCCL, nccl. Not tried on one."""
+    """AMD's GPUs. PyTorch calls them cuda, and their library RCCL nccl. Not tested on one."""
 
     type, ray_resource_name, backend = "cuda", "GPU", "nccl"
 
@@ -175,7 +171,7 @@ class Rocm(Device):
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """By architecture: bf16 from MI100 and RDNA 3 on, fp8 from MI300 on."""
+        """By architecture: bf16 since MI100 and RDNA 3, fp8 since MI300."""
         name = torch.cuda.get_device_properties(0).gcnArchName
         bf16 = name.startswith(("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"))
         newer = {"bf16": bf16, "fp8": name.startswith(("gfx94", "gfx95"))}
@@ -183,7 +179,7 @@ class Rocm(Device):
 
 
 class Xpu(Device):
-    """Intel's GPUs. Not tried on one."""
+    """Intel's GPUs. Not tested on one."""
 
     type, ray_resource_name, backend = "xpu", "GPU", "xccl"
 
@@ -198,7 +194,7 @@ class Xpu(Device):
 
 
 class Hpu(Device):
-    """Intel Gaudi, by the package habana_frameworks. Not tried on one."""
+    """Intel Gaudi, through the package habana_frameworks. Not tested on one."""
 
     type, ray_resource_name, backend = "hpu", "HPU", "hccl"
 
@@ -211,14 +207,14 @@ class Hpu(Device):
 
 
 class Tpu(Device):
-    """Google's TPUs, by the package torch_xla. Not tried on one.
+    """Google's TPUs, through the package torch_xla. Not tested on one.
 
-    Named by the variable that Google's machines set, as in `TPU v5litepod`.
+    The name comes from an environment variable of Google's machines, as in `TPU v5litepod`.
     """
 
     type, ray_resource_name, backend = "xla", "TPU", "xla"
     platform: ClassVar[str] = "TPU"
-    """What torch_xla calls the family."""
+    """The family's name in torch_xla."""
 
     @classmethod
     def is_available(cls) -> bool:
@@ -240,7 +236,7 @@ class Tpu(Device):
             found = self._module.get_memory_info(self.device)
             total = found["bytes_limit"]
             return DeviceMemory(total, total - found["bytes_used"], found.get("peak_bytes_used"))
-        except (RuntimeError, KeyError):  # not every runtime counts
+        except (RuntimeError, KeyError):  # not every runtime reports memory
             return DeviceMemory(None, None, None)
 
     def seed(self, seed: int) -> None:
@@ -249,15 +245,12 @@ class Tpu(Device):
     def rng_state(self) -> Tensor:
         return torch.tensor(self._module.get_rng_state())
 
-    def set_random_state(self, state: Tensor) -> None:
-        self._module.set_rng_state(int(state))
-
     def synchronize(self) -> None:
         importlib.import_module("torch_xla").sync(wait=True)
 
 
 class Neuron(Tpu):
-    """A core of AWS Trainium or Inferentia, by the package torch_xla. Not tried on one."""
+    """A core of AWS Trainium or Inferentia, through torch_xla. Not tested on one."""
 
     ray_resource_name, platform, name = "neuron_cores", "NEURON", "AWS NeuronCore"
 
@@ -266,11 +259,10 @@ FAMILIES: tuple[type[Device], ...] = (Cuda, Rocm, Xpu, Hpu, Tpu, Neuron)
 
 
 def local_device(accelerator: str, index: int = 0) -> Device:
-    """The device of a process to which Ray has given at most one accelerator.
+    """The device of a process to which Ray has assigned at most one accelerator.
 
-    The `index`-th that the process sees. `accelerator` is `scale.accelerator`; auto takes the
-    CPU where there is nothing else. Raises SpecError where an accelerator is asked for and
-    PyTorch finds none.
+    The `index`-th accelerator that the process sees. `accelerator` is `scale.accelerator`; auto
+    falls back to the CPU. Raises SpecError if an accelerator is required and PyTorch finds none.
     """
     if accelerator != "cpu":
         wanted = None if accelerator == "auto" else ray_resource(accelerator)
@@ -295,5 +287,5 @@ def _is_available(family: type[Device]) -> bool:
 def _sysconf_bytes(pages: str) -> int | None:
     try:
         return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # the system does not say
+    except (ValueError, OSError):  # not on every system
         return None

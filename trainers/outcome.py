@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """The result of a training run."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps done so far."""
     total_steps: int
     metrics: Mapping[str, float]
-    """The newest value of each metric of evaluation: `val/...`, at the end `test/...`."""
+    """The latest value of each evaluation metric: `val/...` and, at the end, `test/...`."""
     samples_per_s: float
-    """Training samples per second over all workers, since this start, evaluation left out."""
+    """Training samples per second of all workers since this start, without evaluations."""
 
     @property
     def complete(self) -> bool:

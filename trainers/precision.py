@@ -1,4 +1,4 @@
-"""In which numbers a model is computed: what a device allows, and layers in fp8."""
+"""The precision of a model's weights and of its computation."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from trainers.spec import TrainSpec
 
 
 def check_precision(precision: str, device: Device) -> None:
-    """Raise SpecError unless the device computes `train.precision`."""
+    """Raise SpecError unless the device supports `train.precision`."""
     if precision not in device.precisions:
         able = ", ".join(device.precisions)
-        raise SpecError(f"train.precision: {precision} is not for {device.name}, only {able}")
+        raise SpecError(f"train.precision: {device.name} does not support {precision}, only {able}")
     if precision == "fp8" and importlib.util.find_spec("torchao") is None:
         raise SpecError(
             "train.precision: fp8 needs the package torchao (pip install 'heliostat[fp8]')"
@@ -24,18 +24,18 @@ def check_precision(precision: str, device: Device) -> None:
 
 
 def convert_to_fp8(network: nn.Module) -> nn.Module:
-    """The network with its linear layers computing in fp8, for use under bf16 autocast.
+    """The network with its linear layers in fp8, for use under bf16 autocast.
 
-    In place, with weights and their names kept, unless the network itself is one layer. Layers
-    with sizes that are no multiples of 16, as the products need, stay as they are. Scales each
-    tensor anew with one factor (torchao's recipe "tensorwise").
+    Converts in place and keeps the weights and their names, unless the network itself is a single
+    layer. Layers whose sizes are not multiples of 16, as fp8 products require, stay unchanged.
+    Each tensor is scaled by one factor of its own (torchao's recipe "tensorwise").
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def fits(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and all(n % 16 == 0 for n in module.weight.shape)
 
-    # In a weight's gradient the inner size is the batch's, which may be any.
+    # The inner dimension of a weight's gradient is the batch, of any size.
     config = Float8LinearConfig(pad_inner_dim=True)
     layers: nn.Module = convert_to_float8_training(network, module_filter_fn=fits, config=config)
     return layers
@@ -48,7 +48,7 @@ def weights_dtype(train: TrainSpec) -> torch.dtype:
 
 @contextmanager
 def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
-    """Forward passes in here are computed in the spec's precision."""
+    """Context in which forward passes run in the spec's precision."""
     dtypes = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
     if train.precision not in dtypes:
         yield

@@ -1,4 +1,4 @@
-"""The folder of a run or sweep: what is in it, who holds it, how it is found again."""
+"""The folder of a run or sweep: its files, its lock, and how to find it by name."""
 
 import contextlib
 import functools
@@ -20,27 +20,27 @@ from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
 
 SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.log"
-CHECKPOINTS, TRACKING = "checkpoints", "track"
+CHECKPOINTS, TRACKING, LEDGER = "checkpoints", "track", "ledger.jsonl"
 TRIALS = "trials"
-"""In a sweep's folder: the folders of its trials."""
+"""The folder in a sweep's folder that holds its trials' folders."""
 
 
 def create_run_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path:
-    """The folder of a new run or sweep, with its spec and its environment in it."""
+    """Create the folder of a new run or sweep, with its spec and its environment."""
     folder = storage / name
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise SpecError(f"--name {name}: {folder} is there already") from None
+        raise SpecError(f"--name {name}: {folder} already exists") from None
     except OSError as error:
-        raise SpecError(f"storage: cannot make {folder}: {error.strerror}") from None
+        raise SpecError(f"storage: cannot create {folder}: {error.strerror}") from None
     write_yaml(data, folder / SPEC)
     write_atomic(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
     return folder
 
 
 def unique_name(stem: str) -> str:
-    """A name that says what and when, and that two starts in one second do not share."""
+    """A name from a stem, the time and a random suffix: unique even within one second."""
     return f"{stem}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -54,7 +54,7 @@ def find_run_folder(name: str, storage: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no second process goes on with the same run."""
+    """Lock a run's folder, so that only one process works on the run."""
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
@@ -63,12 +63,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def display_path(path: Path) -> str:
-    """A path as the user would type it here."""
+    """A path relative to the working folder, if it is inside."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def environment() -> dict[str, Any]:
-    """What a run was made with: versions of Python, the system and every package."""
+    """The versions of Python, the system and every package, to be kept with a run."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def git_tags(folder: Path) -> dict[str, str]:
-    """The commit of the working folder under MLflow's own tag, if it is in a git checkout."""
+    """The commit of a git checkout as MLflow's own tag; empty outside of one."""
     command = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a training run is: every field of the file, with its unit and its default."""
+"""The spec of a training run: every field of the file, with its unit and its default."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class ScheduleSpec(Spec):
     """The learning rate over the steps of the run, as a share of `optimizer.lr`."""
 
     name: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the rate falls from its peak after the warm-up to `final` at the last step."""
+    """How the rate goes from its peak, after the warm-up, to `final` at the last step."""
     warmup: Fraction = 0.05
     """Share of all steps in which the rate rises linearly from zero."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -33,24 +33,24 @@ class ScheduleSpec(Spec):
 
 
 class OptimizerSpec(Spec):
-    """How gradients become new weights."""
+    """The optimizer and its hyperparameters."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """The rule; both in PyTorch's fused form."""
+    """The optimizer; both are PyTorch's fused implementations."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled for adamw, L2 for sgd. Applied to weights of two or more dimensions only."""
+    """Decoupled for adamw, L2 for sgd. Only for weights with two or more dimensions."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of adamw's running mean and variance."""
+    """Decay rates of adamw's running mean and variance."""
     momentum: Fraction = 0.9
-    """Nesterov momentum of sgd; 0 turns it off."""
+    """Nesterov momentum of sgd; 0 for none."""
     schedule: ScheduleSpec = ScheduleSpec()
     """How the learning rate changes over the run."""
 
 
 class TrainSpec(Spec):
-    """How long, on what batches, how exactly."""
+    """The length of the run, its batches, its precision, its evaluations."""
 
     renamed_fields = {"evaluate_every": "evaluate_every_epochs"}
 
@@ -59,31 +59,32 @@ class TrainSpec(Spec):
     steps: PositiveInt | None = None
     """Optimizer steps, instead of `epochs`."""
     global_batch: PositiveInt = 64
-    """Samples per optimizer step, over all workers together."""
+    """Samples per optimizer step, summed over all workers."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Decides the initial weights, the order of samples, augmentation and dropout, the same on
-    any number of workers; what else a model draws is the same on the same number of them."""
+    """Seed of the initial weights, the order of samples, augmentation and dropout, which are the
+    same on any number of workers. Other random numbers of a model depend on that number too."""
     micro_batch: PositiveInt | None = None
-    """Samples that a worker takes at once; gradients add up to the global batch. All when None."""
+    """Samples per forward and backward pass of a worker; gradients are accumulated over a step. By
+    default, all of a worker's samples at once."""
     precision: Literal["fp32", "bf16", "fp16", "fp8", "fp64"] = "fp32"
-    """bf16 and fp16 compute under autocast with fp32 weights; fp16 scales the loss; fp8 is for
+    """bf16 and fp16 run under autocast with fp32 weights, fp16 with loss scaling; fp8 is used for
     linear layers, with bf16 for the rest."""
     compile: Literal["off", "default", "max-autotune"] = "off"
-    """torch.compile's mode for the model; the first step then takes longer."""
+    """torch.compile's mode for the model; the first step includes the compilation."""
     activation_checkpointing: bool = False
-    """Keep the inputs of the model's blocks alone and compute the blocks again in the backward
-    pass: the memory of one block in place of all of them, for about a third more computation."""
+    """Keep only the inputs of the model's blocks and recompute the blocks in the backward pass:
+    takes the activation memory of one block instead of all, for about a third more computation."""
     channels_last: bool = False
-    """Keep the weights of convolutions channels last, which GPUs with tensor cores prefer."""
+    """Use the channels-last memory format for convolutions, which is faster on tensor cores."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is NaN or infinite does: end the run, or skip the step."""
+    """On a NaN or infinite loss or gradient: end the run, or skip the step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the whole gradient; longer ones are scaled down to it."""
+    """Largest 2-norm of the gradient over all weights; larger gradients are scaled down to it."""
     evaluate_every_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between evaluations on the validation split."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 600
-    """Seconds without a step after which a worker counts as hung and is started again from the
-    last save; three times as long up to the end of a start's first step, which compiles."""
+    """Seconds without a step after which a worker counts as hung and is restarted from the last
+    checkpoint; three times as long for the first step after a start, which may compile."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSpec":
@@ -92,32 +93,43 @@ class TrainSpec(Spec):
         return self
 
     def total_steps(self, samples: int) -> int:
-        """Optimizer steps of the whole run over a training split of `samples` samples."""
+        """Optimizer steps of the whole run, for a training split of `samples` samples."""
         if self.steps is not None:
             return self.steps
         return self.steps_for_epochs(10.0 if self.epochs is None else self.epochs, samples)
 
     def steps_for_epochs(self, epochs: float, samples: int) -> int:
-        """The first step by whose end `epochs` epochs have been seen."""
+        """The number of steps that cover `epochs` epochs of `samples` samples."""
         return max(1, math.ceil(epochs * samples / self.global_batch - 1e-9))
+
+    def evaluation_steps(self, samples: int) -> set[int]:
+        """The steps after which the model is evaluated, including the last step."""
+        total = self.total_steps(samples)
+        steps = {total}
+        count = 1
+        while (step := self.steps_for_epochs(count * self.evaluate_every_epochs, samples)) < total:
+            steps.add(step)
+            count += 1
+        return steps
 
 
 class ScaleSpec(Spec):
-    """How many workers, on what, and how the model is spread over them."""
+    """The number of workers, their devices, and how they share the model."""
 
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Number of workers, or [min, max] to train on as many as the cluster has."""
+    """Number of workers, or [min, max] to use as many as the cluster has room for."""
     accelerator: str = "auto"
-    """auto (a GPU each where the cluster has any), cpu, gpu, or a type such as H100."""
+    """auto (one GPU per worker if the cluster has any), cpu, gpu, or a type such as H100."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp", "tensor"] = "auto"
-    """A copy each (ddp), one copy in shards (fsdp), a copy per group in shards (hsdp), or layers
-    split within groups and sharded across them (tensor); auto decides by the model's memory."""
+    """ddp: each worker has a copy of the model. fsdp: all workers share one sharded copy. hsdp:
+    each group shares one. tensor: layers are split within groups and sharded across them. auto
+    chooses ddp, hsdp or fsdp by the model's memory."""
     group: PositiveInt | None = None
-    """Workers in a group of hsdp or tensor; for hsdp those of one machine when not given."""
+    """Workers per group of hsdp or tensor; the default for hsdp is the workers of one machine."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPUs that Ray reserves for each worker."""
+    """CPUs that Ray reserves per worker."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """How often lost workers are replaced before the run fails. Preemptions don't count."""
+    """How often the workers are restarted after a failure. Preemptions don't count."""
 
     @field_validator("workers")
     @classmethod
@@ -129,7 +141,7 @@ class ScaleSpec(Spec):
     @model_validator(mode="after")
     def _groups(self) -> "ScaleSpec":
         if self.group is not None and self.parallel not in ("hsdp", "tensor"):
-            raise ValueError(f"group: means nothing with parallel {self.parallel}")
+            raise ValueError(f"group: only used with parallel hsdp and tensor, not {self.parallel}")
         if self.parallel != "tensor":
             return self
         if self.group is None:
@@ -144,58 +156,59 @@ class ScaleSpec(Spec):
 
     @property
     def data_parallel_size(self) -> int | None:
-        """Into how many shares a global batch is cut; None when workers come and go."""
+        """The number of data-parallel shares of a global batch; None if workers come and go."""
         if not isinstance(self.workers, int):
             return None
         return self.workers // (self.group or 1) if self.parallel == "tensor" else self.workers
 
 
 class CheckpointSpec(Spec):
-    """When the state of the run is saved, where, and which of the saves are kept."""
+    """When checkpoints are saved, where, and how many are kept."""
 
     every_steps: PositiveInt | Literal["auto"] = "auto"
-    """Steps between saves; the last step is always saved. auto weighs what a save costs, which is
-    measured, against the work that a failure would lose."""
+    """Steps between checkpoints; the last step is always saved. auto weighs the measured time of a
+    save against the work that a failure would lose."""
     failure_every_hours: Annotated[float, Field(gt=0)] = 24.0
-    """Expected time between failures of one worker, for auto. Spot machines: a few hours."""
+    """Mean time between failures of one worker, for auto. A few hours for spot machines."""
     keep: PositiveInt = 2
-    """How many of the newest saves stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """How many of the best saves by `metric` stay too; each evaluation is then saved."""
+    """Number of best checkpoints by `metric` to keep as well; each evaluation is then saved."""
     metric: str = "val/loss"
-    """The metric of evaluation by which saves are best."""
+    """The evaluation metric that ranks checkpoints."""
     mode: Literal["min", "max"] = "min"
-    """Whether a small or a large `metric` is good."""
+    """Whether a small or a large `metric` is better."""
     uri: str | None = None
-    """Where saves are kept instead of the run's folder, such as s3://bucket/path; a URI that
-    pyarrow's file systems know."""
+    """Where checkpoints are kept instead of the run's folder: a URI of pyarrow's file systems, such
+    as s3://bucket/path."""
 
 
 class TrackingSpec(Spec):
-    """Where MLflow is, and what is sent there."""
+    """The MLflow server, and what is logged to it."""
 
     uri: str | None = None
-    """MLflow tracking URI; MLFLOW_TRACKING_URI when not given, else sqlite:///mlflow.db here."""
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI or, if that is not set either,
+    sqlite:///mlflow.db in the working folder."""
     experiment: str = "heliostat"
-    """Name of the MLflow experiment; made when it does not exist."""
+    """Name of the MLflow experiment; created if it does not exist."""
     every_steps: PositiveInt = 10
-    """Steps between training metrics. Each is the mean over the steps since the one before."""
+    """Steps between training metrics. Each value is the mean over the steps since the last one."""
 
 
 class RunSpec(Spec):
-    """One training run, and with `sweep` a family of them."""
+    """One training run or, with `sweep`, many."""
 
     workload: str
-    """What to train: a shipped workload by name, or your own as module:Class."""
+    """The workload to train: the name of a shipped one, or your own as module:Class."""
     storage: str = "runs"
-    """Folder for data sets, checkpoints and results; shared by all nodes of a cluster."""
+    """Folder for data sets, checkpoints and results; all nodes of a cluster must share it."""
     datasets: str | None = None
-    """Where data sets are kept once they are made, instead of in `storage`: a URI that pyarrow's
-    file systems know, such as s3://bucket/path. Each machine fetches one once."""
+    """Where data sets are kept instead of in `storage`: a URI of pyarrow's file systems, such as
+    s3://bucket/path. Each machine downloads a data set once."""
     data: dict[str, Any] = {}
-    """What the workload's data set is made from; the fields are the workload's own."""
+    """Fields of the workload's `Data`: how its data set is made."""
     model: dict[str, Any] = {}
-    """The model's hyperparameters; the fields are the workload's own."""
+    """Fields of the workload's `Model`: the model's hyperparameters."""
     optimizer: OptimizerSpec = OptimizerSpec()
     train: TrainSpec = TrainSpec()
     scale: ScaleSpec = ScaleSpec()
@@ -204,7 +217,7 @@ class RunSpec(Spec):
     budget: BudgetSpec = BudgetSpec()
     cost: CostSpec = CostSpec()
     sweep: dict[str, Any] | None = None
-    """What `heliostat sweep` varies."""
+    """The search of `heliostat sweep`."""
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunSpec":
@@ -221,8 +234,8 @@ class RunSpec(Spec):
             )
         if shares is None and self.scale.max_workers > batch:
             raise ValueError(
-                f"train.global_batch {batch} gives some of scale.workers "
-                f"{self.scale.max_workers} no sample"
+                f"train.global_batch {batch} is too small for scale.workers "
+                f"{self.scale.max_workers}: each worker needs a sample"
             )
         return self
 
@@ -240,12 +253,14 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
     shipped = {file.stem: file for file in SPECS_FOLDER.glob("*.yaml")}
     if name not in shipped:
         hint = did_you_mean(name, shipped)
-        raise SpecError(f"no spec {name!r}: neither a file, nor module:Class, nor shipped{hint}")
+        raise SpecError(
+            f"no spec {name!r}: neither a file, nor module:Class, nor a shipped spec{hint}"
+        )
     return name, read_yaml(shipped[name])
 
 
 def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Workload"]:
-    """Plain data as a checked spec with all defaults filled in, and the workload it describes."""
+    """Check plain data; returns the spec with all defaults, and the workload that it describes."""
     from trainers.workload import load_workload
 
     name = data.get("workload")

@@ -1,64 +1,71 @@
-"""Where checkpoints are: a folder on a file system, or any place that pyarrow can reach by URI.
+"""Where checkpoints and data sets are kept: a folder, or a URI that pyarrow's file systems know.
 
-Both know folders by name, that are either committed, whole, or not there. On a file system the
-name is given by a rename; in an object store by the file that is written last.
+A store holds folders by name. A folder is either committed, with all its files, or it does not
+exist. On a file system, a rename commits it; in an object store, the manifest, which is uploaded
+last.
 """
 
 import hashlib
 import json
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from filelock import FileLock
 
 from cluster.base.errors import SpecError
 from cluster.base.files import cache_folder, commit_folder
 
 MANIFEST = "manifest.json"
-"""The file of a committed folder that lists the others, under `files`."""
+"""The file of a committed folder that lists its other files, under `files`."""
 CHUNK_BYTES = 1 << 24
 """Bytes of a file that are sent or received at once."""
 
 
 class Store(Protocol):
-    """Folders by name; what is committed does not change any more."""
+    """Folders by name, each written by a group of workers; a committed one no longer changes.
+
+    One worker calls `start_write`, `commit` and `abort`; each worker writes its own files into
+    `staging_dir` and uploads them.
+    """
 
     def names(self) -> list[str]:
-        """What is committed, sorted."""
+        """The names of the committed folders, sorted."""
 
     def describe(self, name: str) -> str:
-        """Where a folder is, for people."""
+        """The path or URI of a folder, for messages."""
 
     def start_write(self, name: str) -> None:
-        """Make room to build a folder; called by the first worker, before any of them writes."""
+        """Prepare to write a folder; called by one worker, before any of them writes."""
 
     def staging_dir(self, name: str) -> Path:
-        """Where workers on this machine write the files of a folder that is being built."""
+        """The local folder in which the workers of this machine write a folder's files."""
 
     def upload(self, name: str, file: str) -> None:
-        """Called by each worker for each file that it wrote, but the manifest."""
+        """Called by each worker for each file that it has written, except the manifest."""
 
     def commit(self, name: str) -> None:
-        """Give a folder its name, after its manifest was written; replaces what had the name."""
+        """Make a folder visible, once its manifest is written; replaces an older one."""
 
     def abort(self, name: str) -> None:
-        """Free what was built and not committed."""
+        """Delete the files of a folder that is not committed."""
 
     def download(self, name: str) -> Path:
-        """A committed folder, on this machine."""
+        """The local path of a committed folder."""
 
     def read_manifest(self, name: str) -> bytes:
         """The manifest of a committed folder."""
 
     def remove(self, name: str) -> None:
-        """Forget a committed folder."""
+        """Delete a committed folder."""
 
 
 class LocalStore:
-    """A folder that all workers see."""
+    """A folder that all workers can see."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -77,7 +84,7 @@ class LocalStore:
         return self._folder / f".{name}"
 
     def upload(self, name: str, file: str) -> None:
-        """Nothing to do: a rename gives all files their place at once."""
+        """Nothing to do: the rename in `commit` moves all files at once."""
 
     def commit(self, name: str) -> None:
         shutil.rmtree(self._folder / name, ignore_errors=True)
@@ -97,14 +104,14 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A place that a URI names, such as `s3://bucket/path`, by way of this machine's cache."""
+    """A URI, such as `s3://bucket/path`, and this machine's cache of what is kept there."""
 
     def __init__(
         self, uri: str, name: str, writable: bool = False, spec_field: str = "checkpoint.uri"
     ) -> None:
-        """Folders are kept under `name` at `uri`, which the spec's `field` says.
+        """Folders are kept under `name` at `uri`, the value of the spec's `spec_field`.
 
-        SpecError when pyarrow cannot reach that, or write there if `writable` is asked for.
+        SpecError if pyarrow cannot reach the URI or, with `writable`, cannot write there.
         """
         try:
             self._filesystem, root = pafs.FileSystem.from_uri(uri)
@@ -149,9 +156,35 @@ class RemoteStore:
         self.staging_dir(name).rmdir()
 
     def abort(self, name: str) -> None:
-        shutil.rmtree(self._cache / f".{name}", ignore_errors=True)
+        self._clear_staging(name)
         if name not in self.names():
             self.remove(name)
+
+    def add(self, name: str, write: Callable[[Path], dict[str, Any]]) -> None:
+        """Write a folder, unless it is committed; for processes that do not know of each other.
+
+        `write` puts the files into the folder that it is given and returns the manifest. Processes
+        of one machine share the staging folder, so they take turns. Another machine may write the
+        same folder at the same time: its uploads are never deleted here, as `start_write` and
+        `abort` would do. They must be equal to ours.
+        """
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._cache / f".{name}.lock"):
+            if name in self.names():
+                return
+            self._clear_staging(name)  # of a process that was killed
+            try:
+                folder = self.staging_dir(name)
+                manifest = write(folder)
+                if name in self.names():  # another machine was faster
+                    return
+                self._filesystem.create_dir(f"{self._root}/{name}")
+                for file in manifest["files"]:
+                    self.upload(name, file)
+                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+                self.commit(name)
+            finally:
+                self._clear_staging(name)
 
     def download(self, name: str) -> Path:
         target = self._cache / name
@@ -175,16 +208,18 @@ class RemoteStore:
         with self._open(name, MANIFEST) as source:
             return bytes(source.read())
 
-    def _open(self, name: str, file: str) -> pa.NativeFile:
-        return self._filesystem.open_input_stream(f"{self._root}/{name}/{file}")
-
     def remove(self, name: str) -> None:
         shutil.rmtree(self._cache / name, ignore_errors=True)
         folder = f"{self._root}/{name}"
         if self._filesystem.get_file_info(folder).type == pafs.FileType.NotFound:
             return
-        if self._filesystem.get_file_info(
-            f"{folder}/{MANIFEST}"
-        ).is_file:  # without it, not committed
+        # First the manifest, so that the folder is no longer committed while it is deleted.
+        if self._filesystem.get_file_info(f"{folder}/{MANIFEST}").is_file:
             self._filesystem.delete_file(f"{folder}/{MANIFEST}")
         self._filesystem.delete_dir(folder)
+
+    def _open(self, name: str, file: str) -> pa.NativeFile:
+        return self._filesystem.open_input_stream(f"{self._root}/{name}/{file}")
+
+    def _clear_staging(self, name: str) -> None:
+        shutil.rmtree(self._cache / f".{name}", ignore_errors=True)

@@ -12,19 +12,19 @@ from trainers.devices import Cpu, Device
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `world` workers that train together, and the hardware it computes on."""
+    """One of `world_size` workers that train together, and its device."""
 
     rank: int = 0
     world_size: int = 1
     hardware: Device = field(default_factory=Cpu)
     local_world_size: int = 1
-    """Workers on this worker's machine."""
+    """Number of workers on this worker's machine."""
     tensor_parallel_size: int = 1
-    """Workers that see the same samples, because each holds a part of every layer."""
+    """Number of workers that split each layer, and therefore process the same samples."""
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """PyTorch's device of its tensors."""
         return self.hardware.device
 
     @property
@@ -33,7 +33,7 @@ class Worker:
 
     @property
     def data_rank(self) -> int:
-        """Which share of the global batch is this worker's, out of `data_world`."""
+        """This worker's share of the global batch, out of `data_world_size` shares."""
         return self.rank // self.tensor_parallel_size
 
     @property
@@ -41,13 +41,13 @@ class Worker:
         return self.world_size // self.tensor_parallel_size
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum over all shares of the data, in place; collective."""
+        """The sum over all data-parallel shares, in place. Collective."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values.div_(self.tensor_parallel_size) if self.tensor_parallel_size > 1 else values
 
     def broadcast_from_rank_zero(self, value: Any) -> Any:
-        """The first worker's value, on all of them; collective."""
+        """Rank 0's value, on all workers. Collective."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -55,6 +55,6 @@ class Worker:
         return values[0]
 
     def barrier(self) -> None:
-        """Return when all workers have called this; collective."""
+        """Block until all workers have called this. Collective."""
         if self.world_size > 1:
             dist.barrier()

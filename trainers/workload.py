@@ -1,4 +1,4 @@
-"""What a user writes: a data set, a model, a loss. Nothing in it knows Ray, MLflow or devices."""
+"""The contract of a workload: a data set, a model and a loss. It needs neither Ray nor MLflow."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ from cluster.base.errors import SpecError
 from trainers.counter_rng import SampleRandom
 
 Batch = dict[str, Tensor]
-"""Columns of the data set, each [B, ...] in the column's own dtype."""
+"""Columns of the data set by name, each [B, ...] in the column's own dtype."""
 
 SHIPPED_WORKLOADS = {
     "dynamics": "trainers.workloads.dynamics.workload:Dynamics",
@@ -31,9 +31,9 @@ SHIPPED_WORKLOADS = {
 
 
 def shipped_or_path(shipped: str) -> AfterValidator:
-    """For a field that names the `shipped` data, or a file or folder: a relative one's whole path.
+    """Validator of a field that is either `shipped` or a path: makes a relative path absolute.
 
-    The working folder of whoever reads it later may be another one.
+    The process that reads the path later may have another working folder.
     """
     return AfterValidator(
         lambda source: source if source == shipped else str(Path(source).expanduser().absolute())
@@ -41,7 +41,7 @@ def shipped_or_path(shipped: str) -> AfterValidator:
 
 
 class SplitFractions(Spec):
-    """Base of a `Data` section with `val_fraction` and `test_fraction`, which leave some."""
+    """Base of a `Data` section with `val_fraction` and `test_fraction`, checked to be below 1."""
 
     @model_validator(mode="after")
     def _leaves_some(self) -> Self:
@@ -54,7 +54,7 @@ class SplitFractions(Spec):
 class Workload(ABC):
     """Base of every workload.
 
-    `Data` and `Model` are the fields of the spec's `data` and `model` sections; an instance
+    `Data` and `Model` declare the fields of the spec's sections `data` and `model`. An instance
     holds their checked values as `self.data` and `self.model`.
     """
 
@@ -70,59 +70,60 @@ class Workload(ABC):
 
     @abstractmethod
     def dataset(self) -> dict[str, pa.Table]:
-        """The splits `train` and `val`, and `test` where no trial may look.
+        """Build the splits `train`, `val` and, optionally, `test`, which no trial of a sweep sees.
 
-        Columns hold numbers of one shape for all rows; `trainers.data.dataset.table` makes such a table
-        from numpy arrays. Called once on one machine; the result is kept as Parquet files.
+        A column holds numbers, with the same shape in all rows; `trainers.table` makes such tables
+        from numpy arrays. Called once, on one machine; the result is kept as Parquet files.
         """
 
     def made_with(self) -> dict[str, str]:
-        """Versions of what the data set depends on besides code, fields and files: {name: version}.
+        """Versions of packages that the data set depends on: {name: version}.
 
-        Another version is another data set. The manifest has them.
+        Another version makes another data set, as do changed code, fields and files. The manifest
+        lists the versions.
         """
         return {}
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """A fresh model on the CPU. The global random state has been seeded by the caller."""
+        """Build a new model on the CPU. The caller has seeded the global random state."""
 
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
-        """Change a training batch at random, drawing from `random` alone."""
+        """Augment a training batch, with random numbers only from `random`."""
         return batch
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model says about a batch."""
+        """Run the model on a batch; the output goes to `loss` and `metrics`."""
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """What training minimises the mean of, for each sample: [B]."""
+        """The loss of each sample [B]; training minimises the mean."""
 
     def metrics(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """What evaluation takes the mean of over a split, for each sample: [B] each."""
+        """Metrics of each sample, [B] each; evaluation takes the mean over a split."""
         return {}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """A split's metrics, from the means over it of the loss, as `loss`, and of the metrics.
+        """A split's reported metrics, from the means of `metrics` and of the loss, as `loss`.
 
-        For metrics that are no mean over samples: a ratio of means, a root, an exponential.
+        For metrics that are not means over samples: a ratio of means, a root, an exponential.
         """
         return means
 
     @property
     def evaluation_batch(self) -> int:
-        """Samples that a worker evaluates at once; fewer where a sample's outputs are large."""
+        """Samples per evaluation batch of a worker; fewer if a sample's outputs are large."""
         return 512
 
     def example(self) -> Any | None:
-        """An input of the model as a batch of one, for the exported model's signature."""
+        """A model input with batch size 1, for the signature of the exported model."""
         return None
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The repeated parts of the model, which are sharded and recomputed one by one.
+        """The model's repeated blocks: units of FSDP sharding and of activation checkpointing.
 
-        All members of the model's `nn.ModuleList`s when not overridden.
+        By default, all members of the model's `nn.ModuleList`s.
         """
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         return [block for blocks in lists for block in blocks]
@@ -130,32 +131,32 @@ class Workload(ABC):
     def tensor_plan(self, model: nn.Module) -> dict[str, Any]:
         """How layers are split over a tensor-parallel group: {module name: ParallelStyle}.
 
-        As `torch.distributed.tensor.parallel.parallelize_module` takes it; empty when the
-        model cannot be split.
+        The plan for `torch.distributed.tensor.parallel.parallelize_module`; empty if the model
+        does not support tensor parallelism.
         """
         return {}
 
     @property
     def tokens_per_sample(self) -> int | None:
-        """Tokens that one sample holds, for a rate in tokens; None where there are none."""
+        """Tokens per sample, for throughput in tokens; None for data without tokens."""
         return None
 
 
 class PartitionedWorkload(Workload):
-    """A workload whose data set is made in parts that need not know of each other.
+    """A workload whose data set is built in independent parts.
 
-    `heliostat data` makes them in parallel on all of a cluster, and goes on where it stopped.
+    `heliostat data` builds them in parallel on a whole cluster, and continues where it was stopped.
     """
 
     @abstractmethod
     def parts(self) -> Sequence[Any]:
-        """What the parts are made from, such as names of files, or seeds; small, always the same.
+        """Small descriptions of the parts, such as file names or seeds; the same at every call.
 
-        A part is best some megabytes large: it is what is lost when its machine is.
+        A part should be a few megabytes large: it is the work that is lost with a machine.
         """
 
     def common(self, parts: Sequence[Any]) -> dict[str, bytes]:
-        """What all parts need and is made before them, as files: {name: content}.
+        """Files that all parts need, built before them: {name: content}.
 
         They are kept with the data set.
         """
@@ -163,13 +164,13 @@ class PartitionedWorkload(Workload):
 
     @abstractmethod
     def part(self, part: Any, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
-        """The rows of each split that one of the parts has, the same on whatever machine.
+        """Build one of the `parts`: its rows of each split, the same on every machine.
 
-        A split may be missing. Columns are those of `dataset`.
+        A split may be missing. The columns are those of `dataset`.
         """
 
     def dataset(self) -> dict[str, pa.Table]:
-        """All parts, one after the other, in the memory of this process."""
+        """Build all parts, one after the other, in the memory of this process."""
         parts = self.parts()
         common = self.common(parts)
         made = [self.part(part, common) for part in parts]
@@ -181,7 +182,7 @@ class PartitionedWorkload(Workload):
 
 
 def load_workload(name: str) -> type[Workload]:
-    """The class that a spec's `workload` names; SpecError when there is none.
+    """The class that a spec's `workload` names; SpecError if there is none.
 
     `module:Class` is looked up in the working folder first, as Python does for a script.
     """
@@ -196,22 +197,17 @@ def load_workload(name: str) -> type[Workload]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0] and error.name != module_name:
-            raise SpecError(f"workload: {module_name} does not import: {error}") from error
+            raise SpecError(f"workload: {module_name} cannot be imported: {error}") from error
         raise SpecError(f"workload: no module {module_name!r} in {folder}") from None
     except Exception as error:
         raise SpecError(
-            f"workload: {module_name} does not import: {_import_error_location(error)}"
+            f"workload: {module_name} cannot be imported: {_import_error_location(error)}"
         ) from error
     found = getattr(module, class_name, None)
-    workloads = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Workload) and value is not Workload
-    }
     if found is None:
-        hint = did_you_mean(class_name, workloads)
+        hint = did_you_mean(class_name, {k: v for k, v in vars(module).items() if _is_workload(v)})
         raise SpecError(f"workload: {module_name} has no class {class_name!r}{hint}")
-    if class_name not in workloads:
+    if not _is_workload(found):
         raise SpecError(f"workload: {target} is not a subclass of trainers.Workload")
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
@@ -220,8 +216,12 @@ def load_workload(name: str) -> type[Workload]:
     return workload
 
 
+def _is_workload(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, Workload) and found is not Workload
+
+
 def _import_error_location(error: Exception) -> str:
-    """What went wrong on import, and the line of the user's own code that it comes from."""
+    """The error of an import, and the line of the user's code that it comes from."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
@@ -232,5 +232,5 @@ def _import_error_location(error: Exception) -> str:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights, which its floating-point inputs must have."""
+    """The dtype of a model's weights, and so of its floating-point inputs."""
     return next(model.parameters()).dtype

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees of a sweep while it runs."""
+"""The progress of a running sweep in the terminal."""
 
 import math
 import time
@@ -18,13 +18,13 @@ from tuning.trials.budget import find_open_budget
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
 
 MIN_LINE_INTERVAL_S = 1.0
-"""Seconds between two lines of a log, at the least."""
+"""Seconds between two lines where the output is no terminal, at least."""
 END_STATUSES = {"done": "complete", "stop": "stopped", "error": "failed"}
-"""Event -> what a trial is after it."""
+"""Event -> status of the trial after it."""
 
 
 class SweepProgress:
-    """A live table in a terminal; without one a line per event, and at most one a second."""
+    """A live table in a terminal; elsewhere a line per event, and at most one per second."""
 
     def __init__(
         self, console: Console, sweep: Sweep, clock: Callable[[], float] = time.monotonic
@@ -32,12 +32,13 @@ class SweepProgress:
         self._console, self._sweep, self._clock = console, sweep, clock
         self._started_s = clock()
         self._running: dict[int, float] = {}
-        """Trial -> epochs that it has done."""
+        """Running trial -> its epochs so far."""
         self._ended: dict[int, str] = {}
+        """Ended trial -> its status."""
         self._epochs: list[float] = []
-        """Of the trials that ended under this command."""
+        """Epochs of each trial that ended since this command started."""
         self._values: dict[int, float] = {}
-        """Trial -> the metric at its last evaluation, by which leaderboards go too."""
+        """Trial -> the metric at its last evaluation, which the leaderboard compares too."""
         self._totals: CostTotals | None = None
         self._events: list[str] = []
         self._line_s = -MIN_LINE_INTERVAL_S
@@ -50,7 +51,7 @@ class SweepProgress:
             get_renderable=self.table,
             console=console,
             refresh_per_second=2,
-            redirect_stdout=False,  # what others print goes to the log
+            redirect_stdout=False,  # other output goes to the run's log
             redirect_stderr=False,
         )
         self._job_progress = JobProgress(console)
@@ -65,7 +66,7 @@ class SweepProgress:
         self._write(self._clock() + MIN_LINE_INTERVAL_S)
 
     def on_trial_event(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
-        """As `tuning.sweep.TrialCallback` is told."""
+        """A `tuning.tuner.TrialCallback`."""
         value = result.get(self._sweep.spec.metric)
         if value is not None:
             self._values[trial] = value
@@ -83,7 +84,7 @@ class SweepProgress:
         self._job_progress.report(lambda: f"{self._count_ended()} trials ended  {self._summary()}")
 
     def _write(self, now_s: float) -> None:
-        """The events since the last line, if it is time for one."""
+        """Print the events since the last line, if that was long enough ago."""
         if (
             self._console.is_terminal
             or not self._events
@@ -98,33 +99,33 @@ class SweepProgress:
         return len({f"{trial:04d}" for trial in self._ended} | self._ended_before)
 
     def remaining_s(self) -> float | None:
-        """Seconds until the last trial has ended, were they all as those that have; None before."""
+        """Seconds until all trials have ended, at the pace of those that did; None before that."""
         mean = sum(self._epochs) / len(self._epochs) if self._epochs else 0.0
         if not mean:
             return None
-        half = sum(min(0.9, epoch / mean) for epoch in self._running.values())
-        done = len(self._epochs) + half
-        missing = self._sweep.spec.total_trials - self._count_ended() - half
-        return (self._clock() - self._started_s) / done * max(0.0, missing)
+        running = sum(min(0.9, epoch / mean) for epoch in self._running.values())
+        done = len(self._epochs) + running
+        left = self._sweep.spec.total_trials - self._count_ended() - running
+        return (self._clock() - self._started_s) / done * max(0.0, left)
 
     def _spent_text(self) -> str:
-        purse = find_open_budget(self._sweep.key)
-        if purse is not None:
-            self._totals = purse.totals
-        account = self._totals  # the last one's, when the purse is closed
-        usd = account.usd if account else None
-        joules = account.energy.joules if account else None
+        budget = find_open_budget(self._sweep.key)
+        if budget is not None:
+            self._totals = budget.totals
+        totals = self._totals  # the last known ones, after the budget was closed
+        usd = totals.usd if totals else None
+        joules = totals.energy.joules if totals else None
         parts = [usd_text(usd)] if usd is not None else []
         parts += [joules_text(joules)] if joules is not None else []
         return ", ".join(parts) or "unknown"
 
     def _best_text(self) -> str:
-        """The best value and whose it is; nothing before the first that is a number."""
-        known = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
-        if not known:
+        """The best value and its trial; empty before the first finite value."""
+        finite = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
+        if not finite:
             return ""
-        first = (max if self._sweep.spec.mode == "max" else min)(known, key=known.__getitem__)
-        return f"{known[first]:.4f} (trial {first:04d})"
+        best = (max if self._sweep.spec.mode == "max" else min)(finite, key=finite.__getitem__)
+        return f"{finite[best]:.4f} (trial {best:04d})"
 
     def _summary(self) -> str:
         best = self._best_text()
@@ -132,7 +133,7 @@ class SweepProgress:
         return f"{len(self._running)} running{shown}"
 
     def table(self) -> Table:
-        """All of it in a row."""
+        """The progress as a table of one row."""
         counts = Counter(self._ended.values())
         left_s = self.remaining_s()
         cells = {

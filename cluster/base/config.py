@@ -1,13 +1,14 @@
 """Specs: strict models read from YAML, changed by dotted paths, with errors that name the path.
 
-A spec is data. `read_yaml` gives plain dictionaries, `override` changes them by dotted path,
-`check` turns them into frozen models, and `flatten` gives back one scalar per dotted path.
-The same dotted path is the key in the file, the override on the command line, the key of a
-search space, the name of the MLflow parameter and the place named in an error.
+`read_yaml` gives plain dictionaries, `apply_overrides` changes them by dotted path, `validate`
+turns them into frozen models, and `flatten` gives back one scalar per dotted path. The same dotted
+path is the key in the file, the override on the command line, the key of a search space, the name
+of the MLflow parameter, and the place named in an error.
 """
 
 import difflib
 import functools
+import io
 import logging
 import types
 import typing
@@ -21,6 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from cluster.base.errors import SpecError
+from cluster.base.files import write_atomic
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Spec(BaseModel):
-    """Base of every spec: frozen, and an unknown key is an error."""
+    """Base class of all specs: frozen, and an unknown key is an error."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {}
     """Old name -> today's name. `validate` still reads the old names, with a warning."""
@@ -41,7 +43,7 @@ class Spec(BaseModel):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML 1.2 file, so that `3e-4` is a number and `no` is a word.
 
-    Raises SpecError for a missing file, broken YAML, a repeated key, or anything but a mapping.
+    Raises SpecError if the file is missing, is not valid YAML, repeats a key, or is not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -57,9 +59,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(data: Mapping[str, Any], path: Path) -> None:
-    """Write a mapping as block YAML that `read_yaml` gives back unchanged."""
-    with path.open("w", encoding="utf-8") as file:
-        YAML().dump(dict(data), file)
+    """Write a mapping as block YAML that `read_yaml` gives back unchanged. Atomic."""
+    text = io.StringIO()
+    YAML().dump(dict(data), text)
+    write_atomic(path, text.getvalue())
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -70,7 +73,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         problem = (error.problem or str(error)).splitlines()[0]
         raise SpecError(f"{place}: broken YAML: {problem}") from None
-    except (YAMLError, ValueError, KeyError) as error:  # the last two: a date or tag that lies
+    except (YAMLError, ValueError, KeyError) as error:  # the last two: an impossible date or tag
         raise SpecError(f"{source}: broken YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -116,7 +119,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def validate(model: type[ModelT], data: Any, prefix: str = "") -> ModelT:
     """Turn plain data into a `model`, or raise a SpecError with one line per mistake.
 
-    `prefix` stands before each path: where `data` is within the file, such as `model.`.
+    `prefix` is the dotted path of `data` in its file, such as `model.`; errors begin with it.
     """
     data = _with_current_names(model, data, prefix)
     try:
@@ -157,7 +160,7 @@ def _warn_of_old_name(old: str, new: str) -> None:
 def _error_lines(
     model: type[BaseModel], data: Any, errors: list[ErrorDetails], prefix: str
 ) -> list[str]:
-    """One line per place: the branches of a union complain one by one about the same place."""
+    """One line per dotted path: pydantic reports each branch of a union as an error of its own."""
     problems: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for error in errors:
@@ -175,7 +178,7 @@ def _error_lines(
 
 
 def _dotted_path(error: ErrorDetails, data: Any) -> str:
-    """The dotted path of an error, without the branches of unions that pydantic adds to it."""
+    """The dotted path of an error, without the union branches that pydantic adds to `loc`."""
     parts: list[str] = []
     for part in error["loc"]:
         inside = isinstance(data, Mapping) and part in data
@@ -204,7 +207,7 @@ def _error_text(model: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for a near miss, else the list of what is known."""
+    """`; did you mean 'x'?` for a near miss, otherwise the list of known words."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
@@ -213,19 +216,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _allowed_keys(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """The keys that the model at `loc` below `model` allows."""
+    """Field names of the model at `loc` within `model`."""
     current: Any = model
     for part in loc:
         fields = getattr(current, "model_fields", {})
         if part in fields:
             current = _inner_model(fields[part].annotation)
-        elif typing.get_origin(current) is dict:  # any key, and a value of one kind
+        elif typing.get_origin(current) is dict:  # any key; all values have one type
             current = _inner_model(typing.get_args(current)[1])
     return list(getattr(current, "model_fields", {}))
 
 
 def _inner_model(annotation: Any) -> Any:
-    """The spec inside an optional annotation."""
+    """The model in an optional annotation."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         inner = [a for a in typing.get_args(annotation) if hasattr(a, "model_fields")]
         return inner[0] if inner else annotation

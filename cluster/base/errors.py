@@ -1,20 +1,20 @@
-"""What can go wrong in ways that the user is told in a line, without a traceback."""
+"""Errors that the command line shows as one message, without a traceback."""
 
 
 class HeliostatError(Exception):
-    """Base of the errors that the command line prints as they are."""
+    """Base of the errors whose message the command line prints as it is."""
 
     exit_code = 1
 
 
 class SpecError(HeliostatError):
-    """A mistake of the user's, as lines of `dotted.path: what is wrong (got ...)`."""
+    """A user's mistake in a spec: one line `dotted.path: problem (got ...)` per mistake."""
 
     exit_code = 2
 
 
 class DataError(HeliostatError):
-    """Something is wrong with the user's data; the message names the file."""
+    """A problem in the user's data; the message names the file."""
 
     exit_code = 2
 
@@ -24,8 +24,8 @@ class ClusterError(HeliostatError):
 
 
 class CheckpointError(HeliostatError):
-    """A checkpoint that cannot be used; the message names it and says why."""
+    """A checkpoint cannot be used; the message names it and the reason."""
 
 
 class TrainingError(HeliostatError):
-    """Training cannot go on, for a reason that trying again would not change."""
+    """Training failed for a reason that a retry would not change."""

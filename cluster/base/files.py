@@ -1,12 +1,13 @@
-"""Files that are either whole or not there: write beside, fsync, rename."""
+"""Files that a crash leaves either whole or absent: write to a temporary file, fsync, rename."""
 
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """This user's folder on this machine for what can be made again."""
+    """This user's folder on this machine for data that can be recreated."""
     folder = Path(tempfile.gettempdir()) / f"heliostat-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
@@ -18,20 +19,25 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """As `write_atomic`, for what is not text."""
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    with building.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    building.rename(path)
+    """`write_atomic` for bytes."""
+    # Not the process's id: threads share one, and so do containers that share a disk.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _fsync(path.parent)
 
 
 def commit_folder(staging: Path, final: Path) -> None:
-    """Give a finished folder its name, after all that is in it has reached the disk.
+    """Rename a finished folder to its final name, after its content has reached the disk.
 
-    Raises OSError if `final` is there already and not empty.
+    Raises OSError if `final` exists and is not empty.
     """
     for path in sorted(staging.rglob("*"), reverse=True):
         _fsync(path)
@@ -41,9 +47,9 @@ def commit_folder(staging: Path, final: Path) -> None:
 
 
 def truncate_partial_line(file: int) -> int:
-    """Cut off what a crash has left of a line, of which nobody was told; where the last one ends.
+    """Remove a last line without newline, which a crash left, and return the file's new size.
 
-    `file` is the descriptor of a file of lines, open to read and write.
+    `file` is the descriptor of a file of lines, open for reading and writing.
     """
     size = end = os.fstat(file).st_size
     while end:

@@ -1,13 +1,13 @@
-"""The Ray labels by which a node says what it is and costs."""
+"""Ray node labels that say what kind of machine a node is, and what it costs."""
 
 PROVIDER = "heliostat.io/provider"
 INSTANCE = "heliostat.io/instance"
 REGION = "heliostat.io/region"
 MARKET = "heliostat.io/market"
-"""SPOT or ON_DEMAND."""
+"""Its value is SPOT or ON_DEMAND."""
 USD_PER_HOUR = "heliostat.io/usd-per-hour"
 FALLBACK_FOR = "heliostat.io/fallback-for"
-"""Of an on-demand type: the spot type in whose place `cluster.node.spot_fallback` puts it."""
+"""On an on-demand node type: the spot type that `cluster.node.spot_fallback` replaces by it."""
 
 SPOT = "spot"
 ON_DEMAND = "on-demand"

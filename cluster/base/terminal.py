@@ -1,8 +1,8 @@
-"""What the person at the terminal sees, apart from what libraries write there.
+"""Keeps the terminal for our own output, and sends that of libraries to a log file.
 
-Ray, its workers and MLflow all print to the process's standard output and error, some of them
-from C++. While a run is on, `quiet` sends those two file descriptors to a log file and leaves
-the terminal itself to one rich console.
+Ray, its workers and MLflow print to the process's standard output and error, some of them from C++.
+During a run, `redirect_output` sends these two file descriptors to a log file, and a rich console
+writes to the terminal.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from rich.console import Console
 def redirect_output(log: Path, verbose: bool = False) -> Iterator[Console]:
     """Append everything that this process and its Ray workers print to `log`.
 
-    Yields the console that still writes to the terminal. With `verbose` nothing is redirected.
+    Yields a console that writes to the terminal. With `verbose` nothing is redirected.
     """
     if verbose:
         yield Console(highlight=False, soft_wrap=True)
@@ -34,7 +34,7 @@ def redirect_output(log: Path, verbose: bool = False) -> Iterator[Console]:
     os.close(target)
     try:
         with os.fdopen(terminal, "w", closefd=False) as file:
-            width = None if file.isatty() else 200  # a pipe has no width to fit into
+            width = None if file.isatty() else 200  # a pipe has no width
             yield Console(file=file, highlight=False, soft_wrap=True, width=width)
     finally:
         sys.stdout.flush()
@@ -46,20 +46,22 @@ def redirect_output(log: Path, verbose: bool = False) -> Iterator[Console]:
 
 
 PROGRESS_PREFIX = "\x1e"
-"""What a line of progress in a job's log begins with; whoever follows the job shows the newest."""
+"""First character of a progress line in a job's log; followers of the log show the newest one."""
 
 PROGRESS_INTERVAL_S = 3.0
 
 
 class JobProgress:
-    """The progress of a submitted job, as lines in its log every few seconds."""
+    """Writes the progress of a submitted job to its log, every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last_s = -math.inf if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else math.inf
+        # Set by Ray for a job's driver, as `cluster.connection.ray_internals` says.
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        self._last_s = -math.inf if in_job else math.inf
 
     def report(self, line: Callable[[], str]) -> None:
-        """Write the line, if it is time to and somebody may follow."""
+        """Write the line, if the interval is over and the log can be followed."""
         now_s = time.monotonic()
         if now_s < self._last_s + PROGRESS_INTERVAL_S or self._console.is_terminal:
             return

@@ -1,32 +1,35 @@
-"""The verbs of a running cluster: `up`, `down`, `status`, `attach`. Imports nothing heavy."""
+"""The verbs of a running cluster: `up`, `down`, `status`, `attach`."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster.cli.jobs import Subparsers
+from cluster.cli.options import Subparsers
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CLUSTER_FILE = "a file for `ray up`, such as cluster.yaml"
 
 
 def add_verbs(verbs: Subparsers) -> None:
-    """`up`, `down`, `status` and `attach`: a cluster from its start to its end."""
-    for verb, what, command in (
-        ("up", "start a cluster and wait until all its minimum nodes are in", up_command),
-        ("down", "end a cluster, and everything that runs on it", down_command),
+    for verb, description, command in (
+        ("up", "start a cluster and wait until its minimum nodes have joined", up_command),
+        ("down", "end a cluster and everything that runs on it", down_command),
         ("attach", "open a shell on a cluster's head", attach_command),
     ):
-        parser = verbs.add_parser(verb, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        sentence = f"{description[0].upper()}{description[1:]}."
+        parser = verbs.add_parser(verb, help=description, description=sentence)
         parser.add_argument("file", type=Path, help=CLUSTER_FILE)
         parser.set_defaults(command=command)
     status = verbs.add_parser(
         "status",
-        help="show a cluster's nodes, what runs, and what it costs",
-        description="Show a cluster's nodes and devices, what runs, and what it costs per hour.",
+        help="show a cluster's nodes, jobs and cost",
+        description="Show a cluster's nodes and devices, its jobs, and its cost per hour.",
     )
     status.add_argument("file", type=Path, nargs="?", help=CLUSTER_FILE)
     status.add_argument(
-        "--address",
-        help="http:// address of a dashboard; RAY_ADDRESS, else this machine's when not given",
+        "--address", help="the dashboard's http:// URL (default: RAY_ADDRESS, else this machine's)"
     )
     status.set_defaults(command=status_command)
 
@@ -56,7 +59,6 @@ def status_command(args: argparse.Namespace) -> int:
 
     from cluster.connection.job_server_client import dashboard_url
     from cluster.connection.ssh import tunnel
-    from cluster.lifecycle.status import print_status
 
     console = Console(highlight=False, soft_wrap=True)
     if args.file:
@@ -67,8 +69,34 @@ def status_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_status(console: "Console", dashboard: str) -> None:
+    """Print nodes, jobs and cost."""
+    from rich.table import Table
+
+    from cluster.lifecycle.status import cost_line, list_nodes, list_running_jobs
+
+    nodes, jobs = list_nodes(dashboard), list_running_jobs(dashboard)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("node", "type", "CPUs", "devices", "memory", "$/h"):
+        table.add_column(title)
+    for node in nodes:
+        table.add_row(
+            node.address,
+            node.node_type,
+            f"{node.resources.get('CPU', 0):g}",
+            node.devices(),
+            f"{node.resources.get('memory', 0) / 2**30:.1f} GiB",
+            "unknown" if node.usd_per_hour is None else f"{node.usd_per_hour:.3f}",
+        )
+    console.print(f"{len(nodes)} nodes")
+    console.print(table)
+    for line in jobs or ["no job is running"]:
+        console.print(line, markup=False)
+    console.print(cost_line(nodes))
+
+
 def open_cluster_ui(file: Path, mlflow_port: int) -> int:
-    """Keep a tunnel to a cluster's pages open until Ctrl-C."""
+    """Keep a tunnel to a cluster's web pages open until Ctrl-C."""
     import signal
 
     from cluster.connection.ssh import tunnel

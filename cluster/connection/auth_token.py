@@ -1,4 +1,4 @@
-"""The token that all of Ray asks for: one secret, on this machine and on every node."""
+"""Ray's authentication token: one secret, the same on this machine and on every node."""
 
 import os
 import secrets
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def ensure_token() -> Path:
-    """The token's file, which nobody else may read; made if there is none.
+    """The token's file, which only its owner may read; it is created if there is none.
 
-    Ray makes one too, but readable by everybody on the machine.
+    Ray creates one too, but with permissions that let every user of the machine read it.
     """
     path = token_path()
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -23,11 +23,15 @@ def ensure_token() -> Path:
 
 
 def token_path() -> Path:
+    """Where Ray looks for the token by default."""
     return Path("~/.ray/auth_token").expanduser()
 
 
 def read_token() -> str | None:
-    """What Ray's own clients would send: the environment's token, or its file's, or ours."""
+    """The token that Ray's clients would send, or None.
+
+    RAY_AUTH_TOKEN comes first, then the file RAY_AUTH_TOKEN_PATH, then the default file.
+    """
     if given := os.environ.get("RAY_AUTH_TOKEN"):
         return given.strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or token_path()).expanduser()
@@ -38,6 +42,6 @@ def read_token() -> str | None:
 
 
 def auth_headers() -> dict[str, str]:
-    """The headers of a request to a cluster's dashboard; none without a token."""
+    """The HTTP headers that authenticate a request to a dashboard; empty without a token."""
     token = read_token()
     return {"Authorization": f"Bearer {token}"} if token else {}

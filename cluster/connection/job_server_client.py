@@ -1,33 +1,41 @@
-"""Ray's job server over HTTP, with the cluster's token and errors that say what to do.
+"""HTTP requests to Ray's dashboard and its job server, with errors that say what to do.
 
-With the standard library alone: Ray's own client imports Ray, which takes seconds, and what
-watches jobs on the head is to be small.
+It uses the standard library alone. Ray's own client imports Ray, which takes seconds, and the
+supervisor that watches jobs on the head must stay small.
 """
 
 import json
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from cluster.base.errors import ClusterError, SpecError
 from cluster.connection.auth_token import auth_headers
+from cluster.connection.ray_internals import JOB_EXISTS_MESSAGE
 
 LOCAL_DASHBOARD_URL = "http://127.0.0.1:8265"
-"""Where Ray's dashboard is, when nobody says otherwise."""
+"""The default address of Ray's dashboard."""
+
+BUSY_TIMEOUT_S = 60
+"""How long requests to a busy job server are repeated."""
+
+T = TypeVar("T")
 
 
 class NotFoundError(ClusterError):
-    """The job server has nothing of that name."""
+    """The job server does not know this name (HTTP 404)."""
 
 
 class JobExistsError(ClusterError):
-    """A job with that submission id is there."""
+    """The submission id is taken."""
 
 
 class ServerBusyError(ClusterError):
-    """The job server could not do it just now; asking again may help."""
+    """The job server was not reached or failed for now; the request may be repeated."""
 
 
 def dashboard_url(address: str | None) -> str:
@@ -35,10 +43,10 @@ def dashboard_url(address: str | None) -> str:
     url = address or os.environ.get("RAY_ADDRESS") or LOCAL_DASHBOARD_URL
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        where = "--address" if address else "RAY_ADDRESS"
+        source = "--address" if address else "RAY_ADDRESS"
         raise SpecError(
-            f"{where} {url}: must be the dashboard's URL, such as {LOCAL_DASHBOARD_URL}; "
-            "--cluster cluster.yaml opens a way to it"
+            f"{source} {url}: must be the dashboard's URL, such as {LOCAL_DASHBOARD_URL}; "
+            "--cluster cluster.yaml opens a tunnel to it"
         )
     return url.rstrip("/")
 
@@ -46,17 +54,17 @@ def dashboard_url(address: str | None) -> str:
 def call_api(
     url: str, method: str, path: str, data: Any = None, body: bytes = b"", timeout_s: float = 60
 ) -> Any:
-    """The answer to a request, as data where it is JSON; `data` is sent as JSON, or `body` as is.
+    """Send a request; return the parsed answer if it is JSON, otherwise its text.
 
-    Raises NotFoundError for 404, BusyError for what is worth trying again, and ClusterError
-    otherwise.
+    `data` is sent as JSON, `body` as it is. Raises NotFoundError for status 404, ServerBusyError
+    for a failure that is worth another attempt, and ClusterError for any other.
     """
-    sent = json.dumps(data).encode() if data is not None else body
-    kind = "application/json" if data is not None else "application/octet-stream"
+    content = json.dumps(data).encode() if data is not None else body
+    content_type = "application/json" if data is not None else "application/octet-stream"
     request = urllib.request.Request(
         url + path,
-        data=sent if method in ("POST", "PUT") else None,
-        headers={**auth_headers(), "Content-Type": kind},
+        data=content if method in ("POST", "PUT") else None,
+        headers={**auth_headers(), "Content-Type": content_type},
         method=method,
     )
     try:
@@ -65,7 +73,7 @@ def call_api(
             return json.loads(text) if "json" in answer.headers.get_content_type() else text
     except urllib.error.HTTPError as error:
         raise _error_for(url, error.code, error.read().decode(errors="replace")) from None
-    except (OSError, ValueError) as error:  # refused, reset, timed out, cut in mid-answer
+    except (OSError, ValueError) as error:  # refused, reset, timed out, or cut off halfway
         reason = getattr(error, "reason", error)
         raise ServerBusyError(f"cannot reach the cluster at {url}: {reason}") from None
 
@@ -78,11 +86,30 @@ def _error_for(url: str, code: int, text: str) -> ClusterError:
             "or RAY_AUTH_TOKEN"
         )
     if code == 403:
-        return ClusterError(f"{url} refuses the token of ~/.ray/auth_token; it is another one's")
+        return ClusterError(
+            f"{url} refuses the token of ~/.ray/auth_token; it belongs to another cluster"
+        )
     reason = lines[-1] if lines else f"HTTP {code}"  # the last line of a traceback
     if code == 404:
         return NotFoundError(f"{url}: {reason}")
-    if "already exists" in text:  # a ValueError on the head, told as a traceback
+    if JOB_EXISTS_MESSAGE in text:  # a ValueError on the head, sent as a traceback with status 500
         return JobExistsError(f"{url}: a job of that name is there")
-    # The agents of a cluster under load answer late, and Ray says so with a 500.
+    # The agents of a loaded cluster answer late, which Ray reports with status 500.
     return ServerBusyError(f"{url}: {reason}") if code >= 500 else ClusterError(f"{url}: {reason}")
+
+
+def retry_while_busy(request: Callable[[], T], timeout_s: float = BUSY_TIMEOUT_S) -> T:
+    """Call `request` again, with growing pauses, while it raises ServerBusyError.
+
+    After `timeout_s` the error is raised. urllib3's `Retry` decides by the HTTP status, and a
+    submission id that is taken has the same status as a busy agent.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, 0.2
+    while True:
+        try:
+            return request()
+        except ServerBusyError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(5.0, pause_s * 1.5)

@@ -1,4 +1,4 @@
-"""The connection to Ray: the cluster that the user names, or a local one that ends with us."""
+"""The driver's connection to Ray: a given cluster, or a local Ray that ends with this process."""
 
 import contextlib
 import json
@@ -11,6 +11,13 @@ from typing import Any
 
 from cluster.base.errors import ClusterError
 from cluster.connection.auth_token import read_token
+from cluster.connection.ray_internals import (
+    JOB_CONFIG_ENV_VAR,
+    PREEMPTION_WATCHER_ENV_VAR,
+    current_cluster_file,
+    job_metadata,
+    placement_groups,
+)
 
 
 @contextlib.contextmanager
@@ -19,11 +26,11 @@ def ray_session(
 ) -> Iterator[bool]:
     """Connect to `address`, else to RAY_ADDRESS, else to this machine's Ray, else start one.
 
-    `code` is a folder of the user's that workers must be able to import from; it travels with
-    the job, without what `exclude` names in gitignore's notation. A Ray that was started here is
-    stopped at the end; a connection that was there before is used and left alone.
-    Yields whether the Ray was started here, so that it cannot grow.
-    Raises ClusterError when the cluster does not answer.
+    `code_folder` is a folder of the user's from which workers import. It is uploaded with the
+    job, without the files that `exclude` names in the notation of .gitignore. A Ray that was
+    started here is stopped at the end; an existing connection is used and left open.
+    Yields whether Ray was started here, in which case it cannot grow.
+    Raises ClusterError if the cluster does not answer.
     """
     import ray
 
@@ -31,50 +38,50 @@ def ray_session(
         yield False
         return
     runtime_env: dict[str, Any] = {}
-    # A submitted job brings its own working directory, which Ray lets nobody change.
+    # A submitted job already has a working directory, and Ray does not let a driver change it.
     if code_folder is not None and submission_metadata() is None:
         runtime_env = {"working_dir": str(code_folder), "excludes": list(exclude)}
     address = address or os.environ.get("RAY_ADDRESS")
     if address and read_token():
-        # Ray turns authentication on by itself for a cluster it starts, never for a client.
+        # Ray enables authentication by itself for a cluster that it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    here = not address
-    if here and not local_ray_answers():
-        # Ray would wait for minutes for one that was killed.
+    on_this_machine = not address
+    if on_this_machine and not local_ray_answers(current_cluster_file()):
+        # Without an address Ray would wait for minutes for one that was killed.
         address = "local"
-        # Nobody takes this machine away with a notice; the watcher is a process for nothing.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # This machine gets no preemption notices, so the watcher would be a process for nothing.
+        os.environ.setdefault(PREEMPTION_WATCHER_ENV_VAR, "0")
     try:
         ray.init(
             address=address,
             runtime_env=runtime_env,
-            include_dashboard=False if here else None,
+            include_dashboard=False if on_this_machine else None,
             logging_level=logging.WARNING,
         )
-    except Exception as error:  # Ray raises Exception itself where a node does not start in time
+    except Exception as error:  # Ray raises Exception itself if a node does not start in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if cause := str(error.__cause__ or "").strip():
             reason = f"{reason}: {cause.splitlines()[-1]}"
-        where = "a local Ray" if here else f"the cluster at {address}"
-        raise ClusterError(f"cannot connect to {where}: {reason}") from error
+        target = "a local Ray" if on_this_machine else f"the cluster at {address}"
+        raise ClusterError(f"cannot connect to {target}: {reason}") from error
     _remove_stale_placement_groups()
     try:
-        yield bool(ray._private.worker._global_node.is_head())
+        yield address == "local"
     finally:
         ray.shutdown()
 
 
 def submission_metadata() -> dict[str, str] | None:
-    """The metadata of the Ray job that this process is the driver of; None when it is none."""
-    config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    """The metadata of the submitted Ray job whose driver this process is; None in any other."""
+    config = os.environ.get(JOB_CONFIG_ENV_VAR)
     return dict(json.loads(config).get("metadata") or {}) if config else None
 
 
 def base_folder() -> Path:
-    """The folder from which relative places are meant: the working folder.
+    """The folder to which relative paths of a spec refer: the working folder.
 
-    In a submitted job that is Ray's copy of it, which does not outlive the job. There it is the
-    cluster's storage, HELIOSTAT_STORAGE, or the home folder where the cluster names none.
+    In a submitted job the working folder is Ray's copy, which is deleted with the job. There
+    this is HELIOSTAT_STORAGE, the cluster's storage, or the home folder if that is not set.
     """
     if submission_metadata() is None:
         return Path.cwd()
@@ -82,32 +89,32 @@ def base_folder() -> Path:
 
 
 def _remove_stale_placement_groups() -> None:
-    """Give back what earlier starts of this job still reserve.
+    """Remove placement groups that earlier attempts of this job still hold.
 
-    Ray frees a driver's placement groups when it hears of its end. Of a driver that went with
-    its node it may not hear while the nodes of its workers live on, and its groups would keep
-    the devices that this start waits for.
+    Ray frees a driver's placement groups when it learns that the driver has ended. If the driver
+    was lost with its node, while the nodes of its workers live on, Ray may not learn of it, and
+    the groups would keep the devices that this attempt waits for.
     """
     name = (submission_metadata() or {}).get("heliostat.name")
     if name is None:
         return
     import ray
-    from ray.core.generated import gcs_pb2
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    state = ray._private.state.state._connect_and_get_accessor()
-    own = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    drivers = [gcs_pb2.JobTableData.FromString(each) for each in state.get_job_table()]
-    ended = {each.job_id for each in drivers if each.config.metadata["heliostat.name"] == name}
-    for data in state.get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(data)
-        removed = group.state == gcs_pb2.PlacementGroupTableData.REMOVED
-        if group.creator_job_id in ended - {own} and not removed:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    attempts = {
+        job for job, metadata in job_metadata().items() if metadata.get("heliostat.name") == name
+    }
+    earlier = attempts - {ray.get_runtime_context().get_job_id()}
+    for group in placement_groups():
+        if group.job_id in earlier and group.state != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group.id)))
 
 
-def local_ray_answers(address_file: Path = Path("/tmp/ray/ray_current_cluster")) -> bool:
-    """Whether the Ray that was started last on this machine, as `note` has it, answers."""
+def local_ray_answers(address_file: Path) -> bool:
+    """Whether the Ray that was started last on this machine still accepts connections.
+
+    `address_file` has its address (`ray_internals.current_cluster_file`).
+    """
     try:
         host, _, port = address_file.read_text().strip().rpartition(":")
         socket.create_connection((host, int(port)), timeout=2).close()
@@ -117,14 +124,14 @@ def local_ray_answers(address_file: Path = Path("/tmp/ray/ray_current_cluster"))
 
 
 def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:
-    """What the cluster lacks today for `workers` workers, in one phrase, or None."""
+    """The first resource of which the cluster has too little for `workers` workers, or None."""
     import ray
 
-    have = ray.cluster_resources()
+    available = ray.cluster_resources()
     for resource, amount in per_worker.items():
-        if amount * workers > have.get(resource, 0):
+        if amount * workers > available.get(resource, 0):
             return (
-                f"{workers} x {amount:g} {resource} asked for, "
-                f"the cluster has {have.get(resource, 0):g}"
+                f"{workers} x {amount:g} {resource} requested, "
+                f"the cluster has {available.get(resource, 0):g}"
             )
     return None

@@ -1,7 +1,7 @@
-"""The way into a cluster: SSH to its head, and through it to the dashboard and to MLflow.
+"""SSH to the nodes of a cluster, and tunnels to its dashboard and to MLflow.
 
-Both listen where nobody outside reaches them, so each verb that needs them opens a tunnel for as
-long as it lasts.
+Neither is reachable from outside the cluster, so each command that needs them opens a tunnel for
+as long as it runs.
 """
 
 import contextlib
@@ -17,52 +17,52 @@ from typing import Any
 
 from cluster.base.config import read_yaml
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
+from cluster.connection.ray_internals import find_head
 
 DASHBOARD_PORT = 8265
 MLFLOW_URI_FILE = "~/.heliostat/mlflow_uri"
-"""Where the head says at which of its addresses MLflow listens."""
+"""The file on the head with the address at which MLflow listens there."""
 
 CONNECT_TIMEOUT_S = 20
+SSH_FAILED = 255
+"""The exit code with which ssh itself fails; every other one is the remote command's."""
 
 
 @dataclass(frozen=True)
 class SshTarget:
-    """How a node is entered by SSH."""
+    """How to reach a node by SSH."""
 
     address: str
     user: str
     key: str | None
     proxy_command: str | None = None
-    """A command that connects to the node where it cannot be reached directly."""
+    """A command that connects to a node that cannot be reached directly."""
 
     def command(self, *options: str) -> list[str]:
-        """An ssh command to the node, up to where the remote command would stand."""
-        # A machine that is replaced has another key at the same address.
+        """The ssh command to the node, to which the remote command is to be appended."""
+        # A machine that is replaced has another host key at the same address.
         settings = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
-        settings += [
-            "BatchMode=yes",
-            f"ConnectTimeout={CONNECT_TIMEOUT_S}",
-            "ServerAliveInterval=15",
-        ]
+        settings += ["BatchMode=yes", f"ConnectTimeout={CONNECT_TIMEOUT_S}"]
+        settings += ["ServerAliveInterval=15"]
         if self.key:
             settings.append("IdentitiesOnly=yes")
         if self.proxy_command:
             settings.append(f"ProxyCommand={self.proxy_command}")
         key = ["-i", str(Path(self.key).expanduser())] if self.key else []
-        pairs = [part for setting in settings for part in ("-o", setting)]
-        return ["ssh", *key, *pairs, *options, f"{self.user}@{self.address}"]
+        flags = [part for setting in settings for part in ("-o", setting)]
+        return ["ssh", *key, *flags, *options, f"{self.user}@{self.address}"]
 
 
 @dataclass(frozen=True)
 class ClusterUrls:
-    """Where a cluster's pages are on this machine."""
+    """URLs on this machine that lead to a cluster's web pages."""
 
     dashboard: str
     mlflow: str
 
 
 def read_launcher_file(file: Path) -> dict[str, Any]:
-    """A file for `ray up`. Raises SpecError unless it looks like one."""
+    """Read a file for `ray up`. Raises SpecError if required keys are missing."""
     config = read_yaml(file)
     provider = config.get("provider")
     missing = [key for key in ("cluster_name", "provider", "auth") if key not in config]
@@ -74,48 +74,48 @@ def read_launcher_file(file: Path) -> dict[str, Any]:
 
 
 def on_premises_targets(config: Mapping[str, Any]) -> dict[str, SshTarget]:
-    """The doors of all hosts of provider `local` by private address, the head's first."""
+    """Private address -> SSH target of every host of provider `local`, the head first."""
     provider = config["provider"]
     auth = config["auth"]
     if "head_ip" not in provider:
         raise SpecError("provider.head_ip: is required")
-    outside = provider.get("external_head_ip", provider["head_ip"])
-    places = {provider["head_ip"]: outside, **{ip: ip for ip in provider.get("worker_ips", [])}}
-    proxy = auth.get("ssh_proxy_command")
+    head = provider["head_ip"]
+    workers = provider.get("worker_ips", [])
+    reached_at = {head: provider.get("external_head_ip", head), **{ip: ip for ip in workers}}
+    proxy_command = auth.get("ssh_proxy_command")
     key = auth.get("ssh_private_key")
-    return {ip: SshTarget(str(to), auth["ssh_user"], key, proxy) for ip, to in places.items()}
+    return {
+        ip: SshTarget(str(address), auth["ssh_user"], key, proxy_command)
+        for ip, address in reached_at.items()
+    }
 
 
 def head_target(file: Path) -> SshTarget:
-    """The door of the head, which in a cloud the provider is asked for.
+    """The SSH target of the cluster's head, for which a cloud's API is asked.
 
-    Raises ClusterError if the provider knows of none, or cannot be asked.
+    Raises ClusterError if there is no head, or the cloud does not answer.
     """
     config = read_launcher_file(file)
     if config["provider"]["type"] == "local":
         return next(iter(on_premises_targets(config).values()))
-    from ray.autoscaler import sdk
-
-    noise = io.StringIO()  # Ray tells the terminal what it does
+    noise = io.StringIO()  # Ray prints its progress
     try:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            auth = sdk.bootstrap_config(read_yaml(file))["auth"]
-            address = sdk.get_head_node_ip(str(file))
+            address, auth = find_head(file, read_yaml(file))
     except HeliostatError:
         raise
-    except (Exception, SystemExit) as error:  # each provider has exceptions of its own
+    except (Exception, SystemExit) as error:  # each provider raises exceptions of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ClusterError(f"{config['cluster_name']}: no head: {reason}") from error
-    return SshTarget(
-        address, auth["ssh_user"], auth["ssh_private_key"], auth.get("ssh_proxy_command")
-    )
+    key, proxy_command = auth["ssh_private_key"], auth.get("ssh_proxy_command")
+    return SshTarget(address, auth["ssh_user"], key, proxy_command)
 
 
 @contextlib.contextmanager
 def tunnel(file: Path, dashboard_port: int = 0, mlflow_port: int = 0) -> Iterator[ClusterUrls]:
-    """Open a way to the pages of the cluster of `file`, on free ports or on the given ones.
+    """Forward local ports to the web pages of the cluster of `file`; 0 stands for a free port.
 
-    Raises ClusterError if the head does not let us in or a given port is taken.
+    Raises ClusterError if SSH to the head fails or a given port is taken.
     """
     with tunnel_to(head_target(file), dashboard_port, mlflow_port) as urls:
         yield urls
@@ -125,34 +125,36 @@ def tunnel(file: Path, dashboard_port: int = 0, mlflow_port: int = 0) -> Iterato
 def tunnel_to(
     target: SshTarget, dashboard_port: int = 0, mlflow_port: int = 0
 ) -> Iterator[ClusterUrls]:
-    """As `tunnel`, for a head whose door is known."""
+    """As `tunnel`, for a head whose SSH target is known."""
     asked = run_on_node(target, f"cat {MLFLOW_URI_FILE} 2>/dev/null || true")
-    if asked.returncode == 255:
+    if asked.returncode == SSH_FAILED:
         raise ClusterError(f"ssh to {target.address}: {_last_line(asked.stdout)}")
     mlflow = asked.stdout.strip().removeprefix("http://") or "localhost:5000"
-    ports = {
+    local_ports = {
         f"localhost:{DASHBOARD_PORT}": dashboard_port or _free_port(),
         mlflow: mlflow_port or _free_port(),
     }
     forwards = [
-        part for there, here in ports.items() for part in ("-L", f"127.0.0.1:{here}:{there}")
+        part
+        for remote, port in local_ports.items()
+        for part in ("-L", f"127.0.0.1:{port}:{remote}")
     ]
     with tempfile.TemporaryFile("w+") as errors:
         ssh = subprocess.Popen(
-            # It ends with its input, and so with us, however we end.
+            # `cat` ends with its input, and thus with this process, however that ends.
             [*target.command("-o", "ExitOnForwardFailure=yes", *forwards), "cat >/dev/null"],
             stdin=subprocess.PIPE,
             stdout=errors,
             stderr=errors,
-            start_new_session=True,  # Ctrl-C is for us, who still need the tunnel to tell it
+            start_new_session=True,  # Ctrl-C must not end the tunnel before we have used it
         )
         try:
-            while not all(_is_listening(port) for port in ports.values()):
+            while not all(_is_listening(port) for port in local_ports.values()):
                 if ssh.poll() is not None:
                     errors.seek(0)
                     raise ClusterError(f"ssh to {target.address}: {_last_line(errors.read())}")
                 time.sleep(0.05)
-            yield ClusterUrls(*(f"http://127.0.0.1:{port}" for port in ports.values()))
+            yield ClusterUrls(*(f"http://127.0.0.1:{port}" for port in local_ports.values()))
         finally:
             ssh.terminate()
             ssh.wait()
@@ -161,7 +163,7 @@ def tunnel_to(
 def run_on_node(
     target: SshTarget, script: str, timeout_s: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash on a node. An exit code of 255 is ssh's own: nobody let us in."""
+    """Run a line of bash on a node. Exit code `SSH_FAILED` means that there was no connection."""
     try:
         return subprocess.run(
             [*target.command(), script],
@@ -173,7 +175,9 @@ def run_on_node(
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(script, 255, f"no answer within {timeout_s:.0f} s")
+        return subprocess.CompletedProcess(
+            script, SSH_FAILED, f"no answer within {timeout_s:.0f} s"
+        )
 
 
 def _is_listening(port: int) -> bool:
@@ -190,4 +194,4 @@ def _free_port() -> int:
 
 
 def _last_line(text: str) -> str:
-    return (text.strip() or "ended without a word").splitlines()[-1]
+    return (text.strip() or "ended without a message").splitlines()[-1]

@@ -1,10 +1,10 @@
-"""Which part of which node a run holds, and what it comes to, from one tick to the next.
+"""Charges a run or sweep for the parts of nodes that it holds, from one tick to the next.
 
-A node's price is shared by those who use it, as they use it: who has a quarter of it, and
-nobody else is there, pays a quarter as busy and the rest as idle; next to another quarter it
-pays a half. Between two uses, and until it is gone, a node is idle at the cost of the run that
-used it last, unless somebody else uses it. So is all the time from the moment that it came up,
-or the run began, until the run first used it, and the node that the command itself is on.
+A node's price is shared by its users in proportion to what they use: the only user of a node, with
+a quarter of its resources, pays one quarter as busy and the rest as idle; next to another user with
+a quarter, each pays half. While no one uses a node, the run that used it last pays for it as idle,
+until the node is gone or another run uses it. A run also pays, as idle, for a node's time between
+its start (or the run's start, if later) and its first use, and for the node of the command itself.
 """
 
 import time
@@ -18,49 +18,49 @@ from cluster.cost.ledger import Ledger, LedgerEntry
 from cluster.cost.node_rates import NodeRate
 
 BILLING_INTERVAL_S = 2.0
-"""Seconds from one tick to the next, and between what the meters send. Counters of GPUs change
-ten times a second; a budget is exceeded by what is spent in one period, and a save."""
+"""Seconds between ticks, and between the reports of a meter. Energy counters of GPUs change ten
+times a second. A budget is exceeded by the cost of one interval and of the final checkpoint."""
 METER_TIMEOUT_S = 5 * BILLING_INTERVAL_S
-"""A meter that was not heard for so long has gone with its process."""
+"""A meter without a report for this long has died with its process."""
 
 
 @dataclass(frozen=True)
 class NodeAllocation:
-    """A node as Ray shows it now."""
+    """A node, and who has reserved its resources, as Ray shows it now."""
 
     id: str
     host: str
     labels: Mapping[str, str]
     total: Mapping[str, float]
-    """Resource -> how much it has."""
+    """Resource -> amount that the node has."""
     reserved: Mapping[str, float]
-    """Resource -> how much is reserved, by anybody."""
+    """Resource -> amount reserved by anyone."""
     own_reserved: Mapping[str, float]
-    """Resource -> how much is reserved by the command whose bill it is; meters may know more."""
+    """Resource -> amount reserved by the command that is billed; meters may report more."""
 
     def fraction(self, amounts: Mapping[str, float]) -> float:
-        """The part of it that such amounts are: of what they take most of."""
-        shares = [n / self.total[name] for name, n in amounts.items() if self.total.get(name)]
-        return min(1.0, max(shares, default=0.0))
+        """The fraction of the node that `amounts` take, by the resource they take most of."""
+        fractions = [n / self.total[name] for name, n in amounts.items() if self.total.get(name)]
+        return min(1.0, max(fractions, default=0.0))
 
 
 @dataclass(frozen=True)
 class UsageReport:
-    """What a meter says of itself."""
+    """A meter's message to the process that bills the run."""
 
     session: str
-    """Unlike any other meter's."""
+    """Unique for each meter."""
     run: str
     node: str
-    """Ray's id of its node."""
+    """Ray's id of the meter's node."""
     reserved: Mapping[str, float]
-    """Resource -> how much of the node its run has."""
+    """Resource -> amount of the node that the run has reserved."""
     number: int
-    """Counts its posts."""
+    """Counts the reports of this meter."""
     begin: float
     seconds: float
     usages: list[dict[str, Any]]
-    """Fields of `meter.Usage`, since the meter was made."""
+    """Fields of `EnergyUsage`, since the meter was created."""
     ended: bool = False
 
 
@@ -72,7 +72,7 @@ class _LastReport:
 
 @dataclass
 class _NodeCharge:
-    """What a run has come to hold of a node, busy or idle."""
+    """The accumulated cost of one run on one node, busy or idle."""
 
     entry: LedgerEntry
     usd: float = 0.0
@@ -81,7 +81,7 @@ class _NodeCharge:
 
 
 class Biller:
-    """Writes into a ledger what a run or sweep holds and uses. Not thread-safe."""
+    """Writes the node cost and the energy of a run or sweep to its ledger. Not thread-safe."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Biller:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`own_node` is the node that the command is on; `clock` must not be set by anyone."""
+        """`own_node` is the node on which the command runs; `clock` is monotonic."""
         self._key, self._ledger, self._rate = key, ledger, rate
         self._clock, self._now = clock, now
         self._session = uuid.uuid4().hex[:12]
@@ -103,12 +103,11 @@ class Biller:
         self._nodes: dict[str, NodeAllocation] = {}
         self._last_reports: dict[str, _LastReport] = {}
         self._ended_sessions: set[str] = set()
-        """Sessions of meters that have ended."""
         self._charges: dict[tuple[str, str, str], _NodeCharge] = {}
         self._entries: dict[str, LedgerEntry] = {}
 
     def tick(self, nodes: Iterable[NodeAllocation], reports: Iterable[UsageReport]) -> None:
-        """Charge the time since the last tick. `posts` are the newest ones of all meters."""
+        """Charge the time since the last tick. `reports` are the newest ones of all meters."""
         now = self._clock()
         elapsed_s = max(0.0, now - self._last_s)
         self._last_s = now
@@ -119,16 +118,16 @@ class Biller:
             seen = self._first_seen_s.setdefault(
                 node.id, now if self._first_seen_s else self._start_s
             )
-            at_work = self._active_reports(node.id, now)
-            worked = [(post, elapsed_s) for post in at_work]
-            worked += [(post, min(s, elapsed_s)) for post, s in ended if post.node == node.id]
-            if (worked or node.fraction(node.own_reserved)) and node.id not in self._used_nodes:
+            running = self._active_reports(node.id, now)
+            active = [(report, elapsed_s) for report in running]
+            active += [(last, min(s, elapsed_s)) for last, s in ended if last.node == node.id]
+            if (active or node.fraction(node.own_reserved)) and node.id not in self._used_nodes:
                 self._used_nodes.add(node.id)
                 waited_s = max(0.0, now - max(seen, self._start_s) - elapsed_s)
-                self._charge(node, self._key, "idle", waited_s * self._held_fraction(node, at_work))
+                self._charge(node, self._key, "idle", waited_s * self._held_fraction(node, running))
             if node.id in self._used_nodes:
-                held_s = self._held_fraction(node, at_work) * elapsed_s
-                self._charge_node(node, worked, held_s, elapsed_s)
+                held_s = self._held_fraction(node, running) * elapsed_s
+                self._charge_node(node, active, held_s, elapsed_s)
         self._wall_s += elapsed_s
         wall = f"{self._session}/wall"
         self._entries[wall] = LedgerEntry(
@@ -140,38 +139,39 @@ class Biller:
     def _accept_reports(
         self, reports: Iterable[UsageReport], now: float
     ) -> list[tuple[UsageReport, float]]:
-        """The meters that have ended, each with the seconds since it was heard before."""
+        """The last reports of meters that ended, with the seconds since their previous reports."""
         ended = []
-        for post in reports:
-            if post.session in self._ended_sessions:
+        for report in reports:
+            if report.session in self._ended_sessions:
                 continue
-            known = self._last_reports.get(post.session)
-            if known is None or post.number > known.report.number:
-                self._last_reports[post.session] = _LastReport(post, now)
-                self._record_energy(post)
-                if post.ended:
-                    del self._last_reports[post.session]
-                    self._ended_sessions.add(post.session)
-                    ended.append((post, post.seconds - (known.report.seconds if known else 0.0)))
+            last = self._last_reports.get(report.session)
+            if last is None or report.number > last.report.number:
+                self._last_reports[report.session] = _LastReport(report, now)
+                self._record_energy(report)
+                if report.ended:
+                    del self._last_reports[report.session]
+                    self._ended_sessions.add(report.session)
+                    before_s = last.report.seconds if last else 0.0
+                    ended.append((report, report.seconds - before_s))
         return ended
 
     def _active_reports(self, node: str, now: float) -> list[UsageReport]:
         return [
-            heard.report
-            for heard in self._last_reports.values()
-            if heard.report.node == node and now - heard.received_s <= METER_TIMEOUT_S
+            last.report
+            for last in self._last_reports.values()
+            if last.report.node == node and now - last.received_s <= METER_TIMEOUT_S
         ]
 
     @staticmethod
     def _held_fraction(node: NodeAllocation, active: Iterable[UsageReport]) -> float:
-        """The part of the node that is the run's to pay, idle or not."""
+        """The fraction of the node that the run pays for, idle or not."""
         own = max(
-            node.fraction(node.own_reserved), sum(node.fraction(post.reserved) for post in active)
+            node.fraction(node.own_reserved), sum(node.fraction(each.reserved) for each in active)
         )
-        anybody = node.fraction(node.reserved)
+        everyone = node.fraction(node.reserved)
         if own:
-            return own / max(own, anybody)
-        return 0.0 if anybody else 1.0
+            return own / max(own, everyone)
+        return 0.0 if everyone else 1.0
 
     def _charge_node(
         self,
@@ -180,31 +180,33 @@ class Biller:
         held_s: float,
         elapsed_s: float,
     ) -> None:
-        """Who `worked` for how many seconds, and the rest of what is held."""
-        own_s = sum(node.fraction(post.reserved) * seconds for post, seconds in active)
-        # What Ray lets overlap costs no more than the node.
+        """Charge each active run for its seconds, and the rest of the held time as idle."""
+        own_s = sum(node.fraction(report.reserved) * seconds for report, seconds in active)
+        # Overlapping reservations cost no more than the node.
         scale = min(1.0, elapsed_s / own_s) if own_s else 1.0
-        for post, seconds in active:
-            self._charge(node, post.run, "busy", node.fraction(post.reserved) * seconds * scale)
+        for report, seconds in active:
+            busy_s = node.fraction(report.reserved) * seconds * scale
+            self._charge(node, report.run, "busy", busy_s)
         self._charge(node, self._key, "idle", max(0.0, held_s - own_s * scale))
 
     def _charge(self, node: NodeAllocation, run: str, kind: Any, seconds: float) -> None:
         if not seconds:
             return
-        known = self._charges.get((run, node.id, kind))
-        if known is None:
-            name = f"{self._session}/{run}/{node.id}/{kind}"
-            known = _NodeCharge(LedgerEntry(name, run, kind, self._now(), 0.0, 0.0, node=node.host))
-            self._charges[run, node.id, kind] = known
+        charge = self._charges.get((run, node.id, kind))
+        if charge is None:
+            entry_id = f"{self._session}/{run}/{node.id}/{kind}"
+            entry = LedgerEntry(entry_id, run, kind, self._now(), 0.0, 0.0, node=node.host)
+            charge = _NodeCharge(entry)
+            self._charges[run, node.id, kind] = charge
         usd_per_h = self._rate(node).usd_per_h
-        known.seconds += seconds
-        known.usd += (usd_per_h or 0.0) * seconds / 3600
-        known.unpriced |= usd_per_h is None
-        self._entries[known.entry.id] = replace(
-            known.entry,
+        charge.seconds += seconds
+        charge.usd += (usd_per_h or 0.0) * seconds / 3600
+        charge.unpriced |= usd_per_h is None
+        self._entries[charge.entry.id] = replace(
+            charge.entry,
             end=self._now(),
-            seconds=known.seconds,
-            usd=None if known.unpriced else known.usd,
+            seconds=charge.seconds,
+            usd=None if charge.unpriced else charge.usd,
         )
 
     def _record_energy(self, report: UsageReport) -> None:

@@ -1,9 +1,9 @@
-"""Grams of CO2 equivalent per kWh where a provider's region is, and the overhead of its rooms.
+"""Carbon intensity of the grid in a provider's region, and the provider's PUE.
 
-`data/carbon.csv` has a row for each region: where it is (a country, a state of the USA) and the
-yearly mean of the grid there. AWS and Azure publish no figures of their own, so where their
-regions are is our own table. A region that is not in it has no figure: the world's mean would
-be wrong by a factor of ten either way.
+`data/carbon.csv` has a row for each region: its country or US state, and the yearly mean of the
+grid there. AWS and Azure publish no figures, so the places of their regions are our own table. A
+region that is not in the table has no figure: the world's mean could be wrong by a factor of ten in
+either direction.
 """
 
 import csv
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class CarbonIntensity:
-    """What electricity is made of somewhere."""
+    """Carbon intensity of a grid."""
 
     g_co2e_per_kwh: float
     place: str
@@ -32,7 +32,7 @@ PUE: dict[str, tuple[float, str]] = {
     "gcp": (1.10, "Google, its fleet: datacenterdynamics.com, December 2024"),
     "azure": (1.18, "Microsoft, all its regions: datacenterdynamics.com, December 2024"),
 }
-"""Provider -> power usage effectiveness as it publishes it, and where that was read."""
+"""Provider -> the power usage effectiveness that it publishes, and the source."""
 
 
 @cache
@@ -50,5 +50,5 @@ def _intensity_by_region() -> dict[tuple[str, str], CarbonIntensity]:
 
 
 def carbon_intensity(provider: str, region: str) -> CarbonIntensity | None:
-    """The grid's figure where this region is; None when that is not known."""
+    """Carbon intensity of the grid in this region; None when unknown."""
     return _intensity_by_region().get((provider, region))

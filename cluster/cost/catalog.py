@@ -1,14 +1,14 @@
-"""What accelerators and machines there are, and what they cost, each row with where that is from.
+"""Accelerators, rented machines and their prices; each row names its source.
 
-The rows are in `data/accelerators.csv`, whose figures are of one chip as it is sold, and in
-`data/prices.csv`, a snapshot of cloud prices. They are read with the standard library's csv
-module: 160 rows need no faster reader, and pyarrow takes longer to import than all of them take
-to read.
+The rows are in `data/accelerators.csv`, whose figures are those of one chip as it is sold, and in
+`data/prices.csv`, a snapshot of cloud prices. The standard library's csv module reads them: pyarrow
+takes longer to import than all 160 rows take to read.
 """
 
 import csv
 import datetime
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,37 +22,37 @@ T = TypeVar("T")
 PRICES_CSV = Path(__file__).parent / "data" / "prices.csv"
 
 _MEMORY_TOLERANCE = 0.15
-"""Vendors count memory in GB or GiB, and drivers keep some of it; partitions have half or less."""
+"""Vendors count memory in GB or GiB, and drivers reserve some; a partition has half or less."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device as its driver counts them: on some chips there are several, which share it."""
+    """One device as its driver counts them. Some chips hold several devices."""
 
     name: str
     vendor: str
     ray_accelerator_type: str
-    """What Ray calls it, as in `scale.accelerator`; it may mean several kinds of device."""
+    """Ray's name, as in `scale.accelerator`. Several kinds of device can share one."""
     ray_resource: str
-    """The resource under which Ray counts it: GPU, TPU, HPU or neuron_cores."""
+    """The Ray resource that counts it: GPU, TPU, HPU or neuron_cores."""
     memory_bytes: int
     bandwidth_bytes_per_s: float
     peak_flop_per_s: float | None
-    """Dense bf16, without sparsity; where there is none, fp16 or fp32 as `note` says."""
+    """Dense bf16, without sparsity. Devices without bf16: fp16 or fp32, as `note` says."""
     power_w: float | None
-    """The most it draws for long."""
+    """Largest sustained power (TDP)."""
     devices_per_chip: int
-    """Devices that the driver shows for one chip as sold."""
+    """Devices that the driver shows for one chip."""
     driver_name: str
-    """The full name that its driver gives it; empty when that is not known."""
+    """The full name that the driver reports; empty when unknown."""
     source: str
-    """Where the figures are from."""
+    """Source of the figures."""
     confidence: str
     """high, medium or low."""
     note: str
 
     def peak_text(self) -> str:
-        """Its peak for people, with the source."""
+        """Peak FLOP/s and its source, as text."""
         if self.peak_flop_per_s is None:
             return f"peak unknown ({self.source})"
         return f"{self.peak_flop_per_s / 1e12:.4g} TFLOP/s at its peak ({self.source})"
@@ -60,46 +60,46 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Instance:
-    """A kind of machine that a provider rents out, in one region."""
+    """An instance type of a provider in one region."""
 
     provider: str
-    """aws, gcp, azure, lambda, nebius, runpod, or `own` for a machine of the user's."""
+    """aws, gcp, azure, lambda, nebius, runpod, or `own` for the user's machines."""
     region: str
     name: str
     """The provider's name for it, such as g5.xlarge."""
     accelerator: str
-    """What is in it, for people; empty where there is none."""
+    """Display name of its accelerator; empty without one."""
     ray_accelerator_type: str
     accelerators: int
-    """How many it has."""
+    """Number of accelerators."""
     accelerator_memory_bytes: int | None
-    """Of each."""
+    """Memory of each accelerator."""
     vcpus: float
     memory_bytes: int
     usd_per_h: float | None
     """On demand, without storage and traffic; None when unknown."""
     spot_usd_per_h: float | None
-    """The median over the zones of the snapshot, or the only price that it has."""
+    """Median over the zones of the snapshot, or the only price there is."""
     spot_min_usd_per_h: float | None
-    """In the cheapest zone of the snapshot."""
+    """Price in the cheapest zone of the snapshot."""
     source: str
     date: datetime.date | None
-    """When the prices held; None when the source does not say."""
+    """Date of the prices; None when the source does not say."""
     note: str
 
     @property
     def key(self) -> str:
-        """How it is named by users and in messages."""
+        """Its name in messages and in the user's price file."""
         return f"{self.provider}/{self.region}/{self.name}"
 
     def usd(self, spot: bool) -> float | None:
-        """Dollars an hour."""
+        """Price per hour; None when unknown."""
         return self.spot_usd_per_h if spot else self.usd_per_h
 
 
 @cache
 def instances(path: Path = PRICES_CSV) -> tuple[Instance, ...]:
-    """All machines of the price list at `path`, the bundled snapshot.
+    """All instances in the price list at `path`, by default the bundled snapshot.
 
     Raises SpecError with one line that names the file, the row and the column.
     """
@@ -109,13 +109,22 @@ def instances(path: Path = PRICES_CSV) -> tuple[Instance, ...]:
 
 
 def find_instance(provider: str, name: str, region: str | None = None) -> Instance | None:
-    """The machine of this provider and name: in this region, else in any other; None if unknown.
+    """The instance with this provider and name, in this region if possible; None if unknown.
 
-    A price of another region is better than none: they differ by tens of percent, while
-    providers differ by multiples. The caller sees the region in what it gets.
+    The price in another region is better than none: regions differ by tens of percent, providers by
+    multiples. The result names its region.
     """
     found = [each for each in instances() if (each.provider, each.name) == (provider, name)]
     return next((each for each in found if each.region == region), found[0] if found else None)
+
+
+def is_in_region(zone: str, region: str) -> bool:
+    """Whether a provider's `zone` is `region` itself or a part of it.
+
+    Zones are us-east-1a (AWS), us-east4-c (GCP) and US-KS-2 (RunPod). A prefix is not enough:
+    Azure has eastus and eastus2, and GCP europe-west1 and europe-west12.
+    """
+    return re.fullmatch(re.escape(region) + r"([a-z]|-.+)?", zone) is not None
 
 
 def _read_instance(row: dict[str, str], where: str) -> Instance:
@@ -162,16 +171,16 @@ def _positive(text: str) -> float:
 
 @cache
 def accelerators() -> tuple[Accelerator, ...]:
-    """All devices of the catalogue."""
+    """All devices in the catalogue."""
     with (Path(__file__).parent / "data" / "accelerators.csv").open(newline="") as file:
         return tuple(_read_accelerator(row) for row in csv.DictReader(file))
 
 
 def find_accelerator(name: str, memory_bytes: int | None) -> Accelerator | None:
-    """The device of this full name (`torch.cuda.get_device_name`) and memory; None if unknown.
+    """The device with this full name (`torch.cuda.get_device_name`) and memory; None if unknown.
 
-    Both must fit. Ray's name for it does not say enough: an A100 has 40 or 80 GB, an H100 756 or
-    989 TFLOP/s; and a part of a device (MIG) may bear the name of the whole.
+    Both must match. Ray's name is not enough: an A100 has 40 or 80 GB, an H100 756 or 989 TFLOP/s;
+    and a MIG partition may have the name of the whole device.
     """
     if not name or memory_bytes is None:
         return None
@@ -183,7 +192,7 @@ def find_accelerator(name: str, memory_bytes: int | None) -> Accelerator | None:
 
 
 def ray_resource(accelerator_type: str) -> str:
-    """The resource under which Ray counts a type of `scale.accelerator`; GPU for an unknown one."""
+    """The Ray resource that counts this type of `scale.accelerator`; GPU for an unknown type."""
     known = {device.ray_accelerator_type: device.ray_resource for device in accelerators()}
     return known.get(accelerator_type, "GPU")
 

@@ -1,8 +1,8 @@
-"""Joules of one node: from what its devices say to what they have used, and how that is known.
+"""Adds up the energy of one node's devices, and records how each joule is known.
 
-One meter per node, keyed by the devices' UUIDs: two processes on one device are one device.
-A device that cannot be measured is estimated and says so; one of which nothing is known counts
-seconds of `unknown_s`, and never as 0 joules.
+There is one meter per node. Devices are identified by UUID, so that a device counts once when two
+processes share it. A device that cannot be measured is estimated, and marked as estimated. Time
+without any reading counts as `unknown_s`, never as 0 joules.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,23 +17,23 @@ from cluster.cost.power_sources import (
 )
 
 MAX_GAP_S = 120.0
-"""Power that was read longer ago says nothing about the time between; a counter does."""
+"""Two power readings further apart say nothing about the time between; two counter readings do."""
 
 
 @dataclass
 class EnergyUsage:
-    """What one device has used since the meter was made."""
+    """Energy that one device has used since the meter was created."""
 
     device: str
     covers: str
     """gpu, cpu, dram or host."""
     seconds: float = 0.0
-    """For which it was looked after."""
+    """Seconds under observation."""
     unknown_s: float = 0.0
-    """Of these, how many nothing is known of."""
+    """Seconds among them without any reading."""
     low_j: float = 0.0
     high_j: float = 0.0
-    """Between which the joules are."""
+    """Bounds of the joules."""
     by_method: dict[str, float] = field(default_factory=dict)
     """Method -> joules."""
 
@@ -44,28 +44,28 @@ class EnergyUsage:
 
 @dataclass(frozen=True)
 class EnergyTotal:
-    """Joules of some devices together, and how they are known."""
+    """Energy of several devices together, and how it is known."""
 
     joules: float | None
     """None when nothing is known."""
     low_j: float
     high_j: float
-    """Between which they are, of what is covered."""
+    """Bounds of the joules, for the devices in `coverage`."""
     measured_share: float
-    """Joules that were measured over all joules."""
+    """Measured joules over all joules."""
     method: str
-    """The methods in order of their joules, joined by +; `unknown` without any."""
+    """The methods joined by +, the one with most joules first; `unknown` without any."""
     coverage: str
-    """What is counted, of gpu, cpu, dram and host, joined by +."""
+    """The kinds of device that are counted (gpu, cpu, dram, host), joined by +."""
     unknown_share: float
-    """Device-seconds without a figure over all of them: so much is missing."""
+    """Device-seconds without a reading over all device-seconds."""
 
     @property
     def estimated(self) -> bool:
         return self.measured_share < 1
 
     def __str__(self) -> str:
-        """For people."""
+        """One line of text."""
         if self.joules is None:
             return "unknown"
         text = f"{joules_text(self.joules)} of {self.coverage} by {self.method}"
@@ -78,12 +78,12 @@ class EnergyTotal:
 
 
 def joules_text(joules: float) -> str:
-    """Joules, or kWh where there are many."""
+    """Joules as text, in kWh from 0.1 kWh on."""
     return f"{joules:,.4g} J" if joules < 3.6e5 else f"{joules / 3.6e6:,.4g} kWh"
 
 
 def total_energy(usages: Iterable[EnergyUsage]) -> EnergyTotal:
-    """All of it together."""
+    """The energy of all devices together."""
     usages = list(usages)
     by_method: dict[str, float] = {}
     for usage in usages:
@@ -110,12 +110,12 @@ def usages_to_data(usages: Iterable[EnergyUsage]) -> list[dict[str, Any]]:
 
 
 def usages_from_data(data: Iterable[Mapping[str, Any]]) -> list[EnergyUsage]:
-    """What `as_data` gave."""
+    """The inverse of `usages_to_data`."""
     return [EnergyUsage(**each) for each in data]
 
 
 class EnergyMeter:
-    """Adds up what sources say, from one `sample` to the next. Not thread-safe."""
+    """Adds up energy from one `sample` to the next. Not thread-safe."""
 
     def __init__(
         self,
@@ -123,27 +123,28 @@ class EnergyMeter:
         clock: Callable[[], float],
         expected: Iterable[Reading] = (),
     ) -> None:
-        """`clock` gives seconds and must not be set by anyone (`time.monotonic`). Of two sources
-        that know a device, the first counts. `expected` devices are there for certain: what no
-        source knows of them is estimated by their limit, else it counts as unknown.
+        """`clock` is monotonic, in seconds. If two sources read one device, the first counts.
+
+        `expected` devices certainly exist: if no source reads them, their energy is estimated from
+        their power limit, or counts as unknown without one.
         """
         self._sources, self._clock = sources, clock
         self._used: dict[tuple[str, str], EnergyUsage] = {}
         self._last = {(reading.device, str(reading.covers)): reading for reading in expected}
         self._last_s = clock()
         self.problems: dict[str, str] = {}
-        """Class of a source that could not be read the last time -> why."""
+        """Class name of each source that failed at its last reading -> the error."""
         self.sample()
 
     @property
     def usages(self) -> list[EnergyUsage]:
-        """Since the meter was made, up to the last sample."""
+        """Energy of each device, from the meter's creation to the last sample."""
         return list(self._used.values())
 
     def sample(self) -> None:
-        """Charge the time since the last sample; takes some ms, and never raises."""
+        """Add the energy since the last sample. Takes milliseconds and never raises."""
         now = self._clock()
-        elapsed_s = max(0.0, now - self._last_s)  # a clock may be set back after all
+        elapsed_s = max(0.0, now - self._last_s)  # in case the clock is not monotonic
         self._last_s = now
         readings = self._read()
         for key in self._last.keys() | readings.keys():
@@ -162,7 +163,7 @@ class EnergyMeter:
             try:
                 readings = source.read()
                 self.problems.pop(kind, None)
-            except Exception as error:  # no driver, no rights, no device any more
+            except Exception as error:  # no driver, no permission, or the device vanished
                 self.problems[kind] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             for reading in readings:
@@ -171,7 +172,7 @@ class EnergyMeter:
 
 
 def _reading_after_loss(before: Reading | None) -> Reading | None:
-    """What can be said of a device that its driver does not show any more."""
+    """Stands for the reading of a device that its driver no longer shows."""
     if before is None:
         return None
     if before.covers == "gpu":
@@ -197,14 +198,14 @@ def _add_energy(usage: EnergyUsage, before: Reading, after: Reading, elapsed_s: 
 
 
 EnergyBounds = tuple[str, float, float, float]
-"""Method; least, likeliest and most joules."""
+"""Method; lowest, likeliest and highest joules."""
 
 
 def _energy_from_counters(before: Reading, after: Reading) -> EnergyBounds | None:
     if before.counter_j is None or after.counter_j is None:
         return None
     joules = after.counter_j - before.counter_j
-    if joules < 0:  # it went round, or its driver was loaded anew and it began again
+    if joules < 0:  # it wrapped around, or its driver was reloaded
         if after.wraparound_j is None:
             return None
         joules += after.wraparound_j
@@ -212,10 +213,10 @@ def _energy_from_counters(before: Reading, after: Reading) -> EnergyBounds | Non
 
 
 def _energy_from_power(before: Reading, after: Reading, elapsed_s: float) -> EnergyBounds | None:
-    """The trapezoid between two readings; what happened between them lies between them."""
+    """Trapezoid between two readings, with the readings as bounds."""
     if after.power_w is None:
         return None
-    if after.method == "tdp_util_estimate":  # of the time since the last one, by its nature
+    if after.method == "tdp_util_estimate":  # this is a mean since the last reading
         low, high = after.low_w or 0.0, after.high_w or after.power_w
         return after.method, low * elapsed_s, after.power_w * elapsed_s, high * elapsed_s
     first = after.power_w if before.power_w is None else before.power_w

@@ -1,9 +1,8 @@
-"""Who used what, when: an append-only file of JSON lines that says what a run has cost so far.
+"""The record of what a run has cost so far: an append-only file of JSON lines.
 
-An entry says how much has come together under its `id` since that began: the newest line of an
-id counts, and a total is the sum over ids. So it does not matter how often a line is written,
-or in which order; whoever starts anew takes new ids; and a process that is killed leaves all
-that it wrote, but for half a line at the end.
+Each entry holds the amount accumulated under its `id` so far. Only the newest entry of an id
+counts, and a total is the sum over ids. Therefore entries can be repeated and come in any order. A
+process that starts again uses new ids. A process that is killed leaves at most a partial last line.
 """
 
 import json
@@ -21,48 +20,48 @@ Kind = Literal["wall", "busy", "idle", "energy"]
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What has come together under one id."""
+    """The amount accumulated under one id."""
 
     id: str
-    """Unlike any other, of whatever process."""
+    """Unique over all processes."""
     run: str
     """Key of the run, sweep or trial that pays."""
     kind: Kind
-    """wall: a command was at work. busy: a part of a node worked for the run. idle: a part of a
-    node was held by it for nothing. energy: a device's joules."""
+    """wall: a command was running. busy: part of a node worked for the run. idle: the run held part
+    of a node that did no work. energy: a device's joules."""
     begin: float
     end: float
-    """Unix time, for people: nothing is computed from it, since clocks are set."""
+    """Unix time, for display only: nothing is computed from it, since clocks get adjusted."""
     seconds: float
-    """By a clock that nobody sets. Of half a node, half of them."""
+    """Seconds of a monotonic clock, times the fraction of the node."""
     node: str = ""
     device: str = ""
     usd: float | None = None
     """None when the price is unknown, and for wall and energy."""
     usage: dict[str, Any] | None = None
-    """Of energy: the fields of `meter.Usage`."""
+    """For energy: the fields of `EnergyUsage`."""
     kg_co2e: float | None = None
-    """Of energy; None when unknown."""
+    """For energy; None when unknown."""
 
 
 @dataclass(frozen=True)
 class CostTotals:
-    """A sum over entries."""
+    """The sum of ledger entries."""
 
     wall_s: float
-    """For how long commands were at work."""
+    """Seconds in which a command was running."""
     busy_s: float
     idle_s: float
     """Node-seconds."""
     usd: float | None
-    """Idle time included; None when no price is known."""
+    """Includes idle time; None when no price is known."""
     idle_usd: float | None
     unpriced_s: float
-    """Node-seconds that are not in the dollars, for want of a price."""
+    """Node-seconds that `usd` lacks because the node has no known price."""
     energy: EnergyTotal
     kg_co2e: float | None
     unknown_carbon: bool
-    """Whether there are joules of which the carbon is not known."""
+    """Whether some joules have no known carbon intensity."""
 
     @property
     def kwh(self) -> float | None:
@@ -70,7 +69,7 @@ class CostTotals:
 
 
 def total_costs(entries: Iterable[LedgerEntry]) -> CostTotals:
-    """The sum; of several entries with one id, the one with most seconds counts."""
+    """The sum over ids; of several entries with one id, the one with most seconds counts."""
     newest: dict[str, LedgerEntry] = {}
     for entry in entries:
         known = newest.get(entry.id)
@@ -95,7 +94,7 @@ def total_costs(entries: Iterable[LedgerEntry]) -> CostTotals:
 
 
 def total_costs_by_run(entries: Iterable[LedgerEntry]) -> dict[str, CostTotals]:
-    """The sums of each run or trial that pays, by its key."""
+    """The totals of each run or trial that pays, by its key."""
     by_run: dict[str, list[LedgerEntry]] = {}
     for entry in entries:
         by_run.setdefault(entry.run, []).append(entry)
@@ -116,10 +115,10 @@ def _sum(amounts: Iterable[float | None]) -> float | None:
 
 
 class Ledger:
-    """The file of one run or sweep. One process writes at a time; others may read."""
+    """The ledger file of one run or sweep. One process writes at a time; others may read."""
 
     def __init__(self, path: Path) -> None:
-        """Go on with the file at `path`, or begin it. Raises ClusterError if it is damaged."""
+        """Open the file at `path`, or create it. Raises ClusterError if it is damaged."""
         self._entries: dict[str, LedgerEntry] = {}
         self._file = path.open("a+b")
         truncate_partial_line(self._file.fileno())
@@ -127,7 +126,7 @@ class Ledger:
             self._entries[entry.id] = entry
 
     def append(self, entries: Iterable[LedgerEntry]) -> None:
-        """Returns when they would survive the death of this process."""
+        """Append changed entries. On return they survive the death of this process."""
         for entry in entries:
             if self._entries.get(entry.id) != entry:
                 self._entries[entry.id] = entry
@@ -135,11 +134,11 @@ class Ledger:
         self._file.flush()
 
     def totals(self) -> CostTotals:
-        """Of all in the file."""
+        """The totals of all entries in the file."""
         return total_costs(self._entries.values())
 
     def totals_by_run(self) -> dict[str, CostTotals]:
-        """Of each run or trial that pays, by its key."""
+        """The totals of each run or trial that pays, by its key."""
         return total_costs_by_run(self._entries.values())
 
     def close(self) -> None:
@@ -147,13 +146,13 @@ class Ledger:
 
 
 def read_entries(path: Path) -> Iterator[LedgerEntry]:
-    """The entries of a file that somebody may be writing to.
+    """The entries of a file, which another process may be appending to.
 
-    Raises ClusterError that names the line where it is no entry.
+    Raises ClusterError, which names the line, if a line is not an entry.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):  # it is being written, or its writer was killed
+            if not line.endswith(b"\n"):  # partially written: the writer is at it, or was killed
                 return
             try:
                 yield LedgerEntry(**json.loads(line))

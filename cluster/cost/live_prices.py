@@ -1,8 +1,8 @@
-"""Today's prices, by gpuhunt (`heliostat[prices]`), where it is installed and answers.
+"""Today's prices from gpuhunt (`heliostat[prices]`), where it is installed and can be reached.
 
-It downloads the price lists that dstack publishes, or reads the folder that
-GPUHUNT_CATALOG_DIR names. Without it, or without the network, nothing is newer than the
-snapshot, and the reason is told.
+gpuhunt downloads the price lists that dstack publishes, or reads the folder that
+GPUHUNT_CATALOG_DIR names. Without gpuhunt or the network, the snapshot's prices stay, and callers
+get the reason.
 """
 
 import datetime
@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from cluster.cost.catalog import Instance
+from cluster.cost.catalog import Instance, is_in_region
 
 TIMEOUT_S = 20.0
 GPUHUNT_NAMES = {"lambda": "lambdalabs"}
-"""Our name of a provider -> gpuhunt's, where they differ."""
+"""Our name for a provider -> gpuhunt's, where they differ."""
 PROVIDERS = ("aws", "gcp", "azure", "lambda", "nebius", "runpod")
 
 
@@ -28,9 +28,9 @@ def with_live_prices(
     providers: Iterable[str] = PROVIDERS,
     today: datetime.date | None = None,
 ) -> tuple[tuple[Instance, ...], str | None]:
-    """The machines at today's prices where there are any; and why there are none, in a phrase.
+    """The instances at today's prices where known; and the reason if none are known.
 
-    Blocks for `TIMEOUT_S` at most. The same machine in a region is matched by its name.
+    Blocks for at most `TIMEOUT_S`. Instances are matched by provider, name and region.
     """
     known = tuple(known)
     offers, problem = _fetch_within(TIMEOUT_S, tuple(providers))
@@ -47,11 +47,11 @@ def _with_live_price(
     source: str,
     day: datetime.date,
 ) -> Instance:
-    """Prices are by region, or by zone, whose name begins with the region's."""
+    """The instance at the prices of its region, which providers list by region or by zone."""
 
     def prices(spot: bool) -> list[float]:
-        found = offers.get((instance.provider, instance.name, spot), {})
-        return sorted(usd for place, usd in found.items() if place.startswith(instance.region))
+        by_zone = offers.get((instance.provider, instance.name, spot), {})
+        return sorted(usd for zone, usd in by_zone.items() if is_in_region(zone, instance.region))
 
     demand, spot = prices(False), prices(True)
     if not demand:
@@ -67,7 +67,7 @@ def _with_live_price(
 
 
 def _fetch_within(timeout_s: float, providers: tuple[str, ...]) -> tuple[Any, str | None]:
-    """What `_offers` gives, unless it takes too long: gpuhunt itself waits for ever."""
+    """`_fetch_offers` with a timeout, which gpuhunt itself does not have; or why it failed."""
     found: list[Any] = []
     problem: list[str] = []
 
@@ -88,11 +88,11 @@ def _fetch_within(timeout_s: float, providers: tuple[str, ...]) -> tuple[Any, st
 
 
 def _fetch_offers(providers: tuple[str, ...]) -> dict[tuple[str, str, bool], dict[str, float]]:
-    """(provider, name, spot) -> place -> dollars an hour."""
+    """(provider, name, spot) -> zone or region -> dollars per hour."""
     import gpuhunt
 
     logging.getLogger("gpuhunt").setLevel(logging.CRITICAL)  # it logs tracebacks when offline
-    # With a folder of one's own it would still ask the network first.
+    # With auto_reload it would ask the network first, even when it has a local folder.
     catalog = gpuhunt.Catalog(auto_reload="GPUHUNT_CATALOG_DIR" not in os.environ)
     offers: defaultdict[tuple[str, str, bool], dict[str, float]] = defaultdict(dict)
     for provider in providers:

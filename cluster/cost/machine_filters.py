@@ -1,7 +1,7 @@
-"""Conditions on the catalogue's machines, as in `--on "provider=aws accelerator=T4 usd<5"`.
+"""Filters for the catalogue's machines, as in `--on "provider=aws accelerator=T4 usd<5"`.
 
-A condition is a field, one of `= != < <= > >=`, and a value. Words may be several, separated by
-commas, and patterns: `region=us-*,ca-*`. All conditions have to hold.
+A condition is a field, one of `= != < <= > >=`, and a value. The value of a text field can be a
+list of patterns, separated by commas: `region=us-*,ca-*`. A machine must match all conditions.
 """
 
 import fnmatch
@@ -27,7 +27,7 @@ FILTER_FIELDS: dict[str, FieldGetter] = {
     "usd": lambda instance: instance.usd_per_h,
     "spot_usd": lambda instance: instance.spot_usd_per_h,
 }
-"""What can be asked for; the prices are of an hour."""
+"""The fields of a condition. Prices are per hour."""
 TEXT_FIELDS = ("provider", "region", "name", "accelerator")
 
 COMPARATORS: dict[str, Callable[[float, float], bool]] = {
@@ -40,12 +40,12 @@ COMPARATORS: dict[str, Callable[[float, float], bool]] = {
 }
 
 MAX_LISTED = 12
-"""How many values a message lists."""
+"""Values that a message lists at most."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One of the words after `--on`."""
+    """One condition after `--on`."""
 
     text: str
     field: str
@@ -53,7 +53,7 @@ class Condition:
     value: str
 
     def matches(self, instance: Instance) -> bool:
-        """Whether it does; never for a number that is unknown."""
+        """Whether the instance fulfils it. An unknown number fulfils none."""
         found = FILTER_FIELDS[self.field](instance)
         if isinstance(found, str):
             patterns = self.value.lower().split(",")
@@ -63,9 +63,9 @@ class Condition:
 
 
 def select_machines(text: str, instances: Sequence[Instance]) -> list[Instance]:
-    """The machines for which every condition of `text` holds.
+    """The machines that match every condition in `text`.
 
-    Raises SpecError with one line that says what is wrong, or what would match.
+    Raises SpecError with one line for a wrong condition, or one that no machine matches.
     """
     conditions = [_parse_condition(word) for word in text.split()]
     if not conditions:
@@ -79,7 +79,7 @@ def select_machines(text: str, instances: Sequence[Instance]) -> list[Instance]:
             others = " ".join(each.text for each in conditions[:number])
             among = f" with {others}" if others else ""
             raise SpecError(
-                f"--on {condition.text}: no machine{among} has that; "
+                f"--on {condition.text}: no machine{among} matches; "
                 f"{condition.field}: {_value_range(condition.field, left)}"
             )
         left = found
@@ -95,7 +95,7 @@ def _parse_condition(word: str) -> Condition:
         raise SpecError(f"--on {word}: unknown field {field!r}{did_you_mean(field, FILTER_FIELDS)}")
     if field in TEXT_FIELDS:
         if compare not in ("=", "!="):
-            raise SpecError(f"--on {word}: {field} is a word; use = or !=")
+            raise SpecError(f"--on {word}: {field} is text; use = or !=")
     else:
         try:
             float(value)

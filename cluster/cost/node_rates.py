@@ -1,9 +1,10 @@
-"""What an hour of a node costs, and what a kWh there emits, each with where that is from.
+"""A node's price per hour and the carbon intensity of its electricity, each with its source.
 
-What counts, the first that is known: the spec's own `cost` section, the label
-`heliostat.io/usd-per-hour` of the node (unless it repeats the snapshot), the user's price file
-by the node's host name, and by the labels that say which instance the node is: the user's price
-for it, today's, the snapshot's.
+The first known price counts:
+1. `cost.usd_per_h` in the spec;
+2. the node's label `heliostat.io/usd-per-hour`, unless it repeats the snapshot;
+3. the user's price file, by the node's host name;
+4. by the labels that name the node's instance: the user's price, today's, or the snapshot's.
 """
 
 import datetime
@@ -21,44 +22,44 @@ from cluster.cost.catalog import Instance, instances
 from cluster.cost.user_prices import OwnedMachine, UserPrices, apply_user_prices
 
 RAY_MARKET, RAY_REGION = "ray.io/market-type", "ray.io/availability-region"
-"""Ray's own labels, where a provider sets them; ours count first."""
+"""Labels that Ray sets on some providers; ours take precedence."""
 
 
 class CostSpec(Spec):
-    """What a node costs and emits where the catalogue cannot know, or is wrong."""
+    """A node's price and emissions where the catalogue has none or wrong ones."""
 
     usd_per_h: Annotated[float, Field(ge=0)] | None = None
-    """US dollars that each node costs an hour; by the price list when not given."""
+    """US dollars per hour and node; from the price list when not given."""
     g_co2e_per_kwh: Annotated[float, Field(ge=0)] | None = None
-    """Grams of CO2 equivalent per kWh of its electricity; by its region when not given."""
+    """Grams of CO2 equivalent per kWh of electricity; from the node's region when not given."""
     pue: Annotated[float, Field(ge=1)] | None = None
-    """Energy of the whole building over that of its machines; as the provider publishes it when
-    not given, and 1 where nothing is published."""
+    """Power usage effectiveness: energy of the building over that of its machines. When not given,
+    the figure that the provider publishes, or 1."""
 
 
 @dataclass(frozen=True)
 class NodeRate:
-    """What a node costs and emits."""
+    """A node's price, and the emissions of its electricity."""
 
     usd_per_h: float | None
     """None when unknown."""
     price_source: str
-    """Where that is from, for people; or why it is unknown."""
+    """The price and its source as text, or why it is unknown."""
     g_co2e_per_kwh: float | None
-    """Of electricity at the building's meter; None when unknown."""
+    """Of electricity at the building's meter, before `pue`; None when unknown."""
     carbon_source: str
-    """Where that is from, and the PUE."""
+    """The carbon intensity, the PUE and their sources as text."""
     pue: float
 
     def kg_co2e(self, energy_j: float) -> float | None:
-        """Of so much energy of the machine's."""
+        """Emissions for `energy_j` joules used by the machine, with PUE."""
         if self.g_co2e_per_kwh is None:
             return None
         return energy_j / 3.6e6 * self.pue * self.g_co2e_per_kwh / 1000
 
 
 def age_text(date: datetime.date | None, today: datetime.date) -> str:
-    """How old a price is, for people."""
+    """The age of a price as text."""
     if date is None:
         return "of unknown age"
     days = (today - date).days
@@ -71,9 +72,10 @@ def price_text(instance: Instance, spot: bool, today: datetime.date | None = Non
     market = "spot" if spot else "on demand"
     if usd is None:
         return f"{instance.key} {market}: price unknown ({instance.source})"
-    held = age_text(instance.date, today or datetime.date.today())
-    held = "" if instance.source.startswith("your price file") else f", {held}"
-    return f"{instance.key} {market}: ${usd:,.4g}/h ({instance.source}{held})"
+    age = f", {age_text(instance.date, today or datetime.date.today())}"
+    if instance.source.startswith("your price file"):
+        age = ""
+    return f"{instance.key} {market}: ${usd:,.4g}/h ({instance.source}{age})"
 
 
 def node_rate(
@@ -84,10 +86,10 @@ def node_rate(
     known: Iterable[Instance] | None = None,
     today: datetime.date | None = None,
 ) -> NodeRate:
-    """The rate of the node `host` with these Ray labels; no `host` for one that is not there.
+    """The rate of the node `host` with these Ray labels. `host` is "" for a node not started yet.
 
-    `known` are the machines at today's prices, the snapshot when None. Raises SpecError where
-    a label is no number.
+    `known` are the instances at today's prices; None means the snapshot. Raises SpecError if the
+    price label is not a number.
     """
     today = today or datetime.date.today()
     machine = user_prices.find_machine(host) if host else None
@@ -117,25 +119,24 @@ def _price(
         if snapshot is None or f"{snapshot.usd(spot) or 0:g}" != f"{usd:g}":
             return usd, f"${usd:g}/h (label {USD_PER_HOUR})"
     if machine is not None:
-        name, found = machine
-        return found.usd_per_h, f"{name}: ${found.usd_per_h:.4g}/h (your price file)"
+        name, owned = machine
+        return owned.usd_per_h, f"{name}: ${owned.usd_per_h:.4g}/h (your price file)"
     if INSTANCE not in labels:
         return None, f"price of {host} unknown: no label, no row in your price file"
-    here = _instance_from_labels(
-        labels, apply_user_prices(user_prices, instances() if known is None else known)
-    )
-    if here is None:
+    priced = apply_user_prices(user_prices, instances() if known is None else known)
+    instance = _instance_from_labels(labels, priced)
+    if instance is None:
         return None, f"price of {labels[INSTANCE]} unknown: not in the price list"
-    text, region = price_text(here, spot, today), _region_of(labels)
-    if region and here.region != region:
+    text, region = price_text(instance, spot, today), _region_of(labels)
+    if region and instance.region != region:
         text += f", taken for {region}"
-    return here.usd(spot), text
+    return instance.usd(spot), text
 
 
 def _provider_of(labels: Mapping[str, str]) -> str:
-    """Who rents the node out: as labelled, else who has such instances."""
-    here = _instance_from_labels(labels, instances())
-    return labels.get(PROVIDER, here.provider if here else "")
+    """The node's provider: from its label, otherwise from its instance."""
+    instance = _instance_from_labels(labels, instances())
+    return labels.get(PROVIDER, instance.provider if instance else "")
 
 
 def _region_of(labels: Mapping[str, str]) -> str:
@@ -143,11 +144,11 @@ def _region_of(labels: Mapping[str, str]) -> str:
 
 
 def _instance_from_labels(labels: Mapping[str, str], known: Iterable[Instance]) -> Instance | None:
-    """The instance that the labels name, in their region if the list has it there."""
+    """The instance that the labels name, in the labels' region if the list has it there."""
     name, provider = labels.get(INSTANCE), labels.get(PROVIDER)
     same = [each for each in known if each.name == name and provider in (None, each.provider)]
-    here = [each for each in same if each.region == _region_of(labels)]
-    return next(iter(here or same), None)
+    in_region = [each for each in same if each.region == _region_of(labels)]
+    return next(iter(in_region or same), None)
 
 
 def _usd_from_label(text: str, host: str) -> float:

@@ -1,9 +1,9 @@
-"""What the devices of a node say about the power that they draw, each source in its own way.
+"""Sources of power and energy readings of a node's devices.
 
-Counters of energy come first: their difference is what was used, however seldom one looks.
-NVML's and AMD SMI's need no privilege; RAPL can be read by root alone on most systems
-(CVE-2020-8694), and is not there on virtual machines. Without any there is an estimate, which
-says that it is one. NVML was tried against its real library without a GPU, AMD SMI was not tried.
+Energy counters are preferred: the difference of two readings is exact, however far they are apart.
+NVML and AMD SMI need no privilege. On most systems only root can read RAPL (CVE-2020-8694), and
+virtual machines do not have it. Without a counter or a power sensor the reading is an estimate, and
+is marked as one. NVML was tested against its real library without a GPU, AMD SMI was not tested.
 """
 
 import csv
@@ -20,51 +20,51 @@ MEASURED_METHODS: frozenset[str] = frozenset(
 Covers = Literal["gpu", "cpu", "dram", "host"]
 
 IDLE_SHARE = (0.10, 0.25)
-"""What a GPU draws when idle, as a share of its limit: the range over data-centre GPUs."""
+"""Idle power of data-centre GPUs as a fraction of their power limit: lowest and highest."""
 UTILISATION_ERROR = 0.30
-"""How far power may lie from idle plus utilisation times the rest, as a share of it."""
+"""Relative error of the estimate idle power + utilisation * (limit - idle power)."""
 CPU_W_PER_THREAD = (1.9, 3.0, 4.7)
-"""Least, middle and most watts per hardware thread of a server's CPU at work: design power over
+"""Lowest, middle and highest watts per busy hardware thread of a server's CPU: design power over
 threads of EPYC 7B12 (240 W, 128), EPYC 7R13 (225 W, 96) and Xeon 8375C (300 W, 64), and between
 the two. Design powers are those of codecarbon 3.3.2's table (MIT)."""
 CPU_IDLE_SHARE = 0.1
-"""Share of that which a thread takes that is reserved but idle, as codecarbon has it."""
+"""Power of a reserved but idle thread as a fraction of a busy one, as in codecarbon."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is known of one device at one moment: a counter, else power."""
+    """The state of one device at one moment: an energy counter, otherwise its power."""
 
     device: str
-    """Its UUID: the same for all processes that share it."""
+    """Its UUID, which all processes that share the device see."""
     covers: Covers
     method: Method
     counter_j: float | None = None
-    """Joules since some moment in the past; only differences mean anything."""
+    """Joules since an arbitrary moment; only differences have a meaning."""
     wraparound_j: float | None = None
-    """At which value the counter starts again; None where it does not."""
+    """The value at which the counter starts again at 0; None if it does not."""
     power_w: float | None = None
     low_w: float | None = None
     high_w: float | None = None
-    """Between which the power is, where it is estimated."""
+    """Bounds of the power, where it is estimated."""
     limit_w: float | None = None
-    """The most that it may draw: what is left to estimate from when its driver goes."""
+    """The device's power limit. If its driver fails later, the estimate is based on this."""
     run_share: float = 1.0
-    """The part of it that is the run's."""
+    """The fraction of the device that the run uses and pays for."""
 
 
 class PowerSource(Protocol):
-    """Something that can say what devices of this node draw."""
+    """Reads the power or energy of devices of this node."""
 
     def read(self) -> list[Reading]:
-        """Every device now, within some ms. May raise anything: a driver can go at any time."""
+        """Readings of all devices, within milliseconds. May raise anything: drivers can fail."""
 
 
 class Nvml:
     """NVIDIA's devices by their UUIDs (GPU-...), through nvidia-ml-py."""
 
     def __init__(self, uuids: Collection[str], share: float = 1.0) -> None:
-        """`share` of each device is the run's, and is charged so much of it."""
+        """The run is charged `share` of each device's energy."""
         self._uuids, self._share = sorted(set(uuids)), share
         self._nvml: Any = None
 
@@ -83,7 +83,7 @@ class Nvml:
         def milli(ask: Callable[[Any], int]) -> float | None:
             try:
                 return ask(handle) / 1000
-            except nvml.NVMLError_NotSupported:  # older than Volta, or a part of a device (MIG)
+            except nvml.NVMLError_NotSupported:  # older than Volta, or a MIG partition
                 return None
 
         limit_w = milli(nvml.nvmlDeviceGetEnforcedPowerLimit)
@@ -98,10 +98,10 @@ class Nvml:
 
 
 class AmdSmi:
-    """AMD's devices by their UUIDs, through amdsmi, which comes with ROCm."""
+    """AMD's devices by their UUIDs, through amdsmi, which is part of ROCm."""
 
     def __init__(self, uuids: Collection[str], share: float = 1.0) -> None:
-        """`share` of each device is the run's, and is charged so much of it."""
+        """The run is charged `share` of each device's energy."""
         self._share, self._uuids = share, {_bare_uuid(uuid): uuid for uuid in uuids}
         self._smi: Any = None
 
@@ -127,14 +127,14 @@ def _bare_uuid(uuid: str) -> str:
 
 
 class Rapl:
-    """CPU packages and their memory, by Linux's powercap files; Intel's and AMD's."""
+    """CPU packages and their memory (Intel and AMD), through Linux's powercap files."""
 
     def __init__(self, host: str, share: float, root: Path = Path("/sys/class/powercap")) -> None:
-        """`share` of the host's CPUs is the run's, and is charged so much of them."""
+        """The run is charged `share` of the energy of the host's CPUs."""
         self._host, self._share, self._root = host, share, root
 
     def read(self) -> list[Reading]:
-        """Raises PermissionError where only root may look."""
+        """Raises PermissionError where only root can read."""
         return [
             Reading(
                 device=f"{self._host}/{zone.name}",
@@ -145,13 +145,13 @@ class Rapl:
                 run_share=self._share,
             )
             for zone in sorted(self._root.glob("intel-rapl:*"))
-            # Other zones are parts of a package, or the package once more by another interface.
+            # Other zones are parts of a package, or the same package through another interface.
             if (name := (zone / "name").read_text().strip()) == "dram" or name.startswith("package")
         ]
 
 
 class CpuEstimate:
-    """The CPUs that a process has, by the time that it computes on them."""
+    """Estimates the power of a process's CPUs from the CPU time that it uses."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class CpuEstimate:
         clock: Callable[[], float],
         cpu_s: Callable[[], float] = lambda: sum(os.times()[:4]),
     ) -> None:
-        """`cpus` threads are reserved; `cpu_s` are the CPU-seconds spent so far."""
+        """`cpus` hardware threads are reserved; `cpu_s` returns the CPU seconds used so far."""
         self._host, self._cpus, self._clock, self._cpu_s = host, cpus, clock, cpu_s
         self._last = (clock(), cpu_s())
 
@@ -175,8 +175,9 @@ class CpuEstimate:
 
 
 class TraceReplay:
-    """A recorded trace in place of devices: CSV with t_s, device, covers, method, and counter_j
-    or power_w. The newest row of each device counts; a row with neither is a device that is gone.
+    """Replays a recorded trace: CSV with t_s, device, covers, method, and counter_j or power_w.
+
+    The newest row of each device counts; a row with neither value is a device that has vanished.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
@@ -207,9 +208,9 @@ class TraceReplay:
 def estimate_from_utilisation(
     device: str, limit_w: float | None, utilisation: float | None
 ) -> Reading:
-    """A GPU's power from the share of time in which it computes; unknown without its limit.
+    """Estimate a GPU's power from its utilisation (0 to 1); unknown without its power limit.
 
-    Without that share, all between idle and its limit is possible.
+    Without the utilisation, any power between idle and the limit is possible.
     """
     if limit_w is None:
         return Reading(device, "gpu", "tdp_util_estimate")

@@ -1,7 +1,7 @@
-"""What the user knows better than the price list: negotiated prices, and machines of one's own.
+"""The user's price file: negotiated prices, and the cost of machines that the user owns.
 
-It stands in a YAML file: the one that HELIOSTAT_PRICES names, else
-`~/.config/heliostat/prices.yaml`, else there is none:
+The file is the one that HELIOSTAT_PRICES names, otherwise `~/.config/heliostat/prices.yaml`, if it
+exists:
 
     instances:
       aws/p5.48xlarge: {discount: 0.3}              # 30 % off every price, in all regions
@@ -37,14 +37,14 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class PriceOverride(Spec):
-    """What the user pays for an instance, in place of what the list says."""
+    """What the user pays for an instance instead of the list price."""
 
     usd_per_h: Positive | None = None
-    """US dollars an hour on demand."""
+    """US dollars per hour on demand."""
     spot_usd_per_h: Positive | None = None
-    """US dollars an hour on spot."""
+    """US dollars per hour on spot."""
     discount: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """What is taken off the list's prices, as a share of them."""
+    """Fraction that is taken off the list prices."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "PriceOverride":
@@ -55,49 +55,49 @@ class PriceOverride(Spec):
 
 
 class OwnedMachine(Spec):
-    """A machine of the user's own: what it cost, spread over its life, and its electricity."""
+    """A machine that the user owns: its price, spread over its life, and its electricity."""
 
     hosts: Annotated[list[str], Field(min_length=1)]
-    """Names of such hosts, or patterns such as lab-*."""
+    """Host names, or patterns such as lab-*."""
     vcpus: Positive
     """Hardware threads."""
     memory_gib: Positive
     accelerator: str = ""
-    """Ray's name for the devices in it, such as A100."""
+    """Ray's name for its accelerators, such as A100."""
     accelerators: Annotated[int, Field(ge=0)] = 0
-    """How many."""
+    """Number of accelerators."""
     bought_usd: NonNegative
-    """What it cost, without interest."""
+    """Purchase price, without interest."""
     life_years: Positive
-    """Years over which that is written off."""
+    """Years over which it is depreciated."""
     use: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of those years in which it computes; only these hours can pay for it."""
+    """Fraction of those years in which it computes; only these hours can pay for it."""
     power_w: Positive
-    """What all of it draws while it computes."""
+    """Power of the whole machine while it computes."""
     usd_per_kwh: NonNegative
     """Price of electricity."""
     g_co2e_per_kwh: NonNegative | None = None
     """Grams of CO2 equivalent per kWh of that electricity."""
     pue: Annotated[float, Field(ge=1)] = 1.0
-    """Energy of the whole room over that of the machine: cooling costs, too."""
+    """Power usage effectiveness: energy of the room, with cooling, over that of the machine."""
 
     @property
     def usd_per_h(self) -> float:
-        """Depreciation and electricity of an hour of computing."""
-        written_off = self.bought_usd / (self.life_years * HOURS_PER_YEAR * self.use)
-        return written_off + self.power_w / 1000 * self.pue * self.usd_per_kwh
+        """Depreciation and electricity for one hour of computing."""
+        depreciation = self.bought_usd / (self.life_years * HOURS_PER_YEAR * self.use)
+        return depreciation + self.power_w / 1000 * self.pue * self.usd_per_kwh
 
 
 class UserPrices(Spec):
     """The user's price file."""
 
     instances: dict[str, PriceOverride] = {}
-    """provider/name or provider/region/name, as in aws/p5.48xlarge -> what it costs."""
+    """provider/name or provider/region/name, such as aws/p5.48xlarge -> its price."""
     machines: dict[str, OwnedMachine] = {}
-    """Name of a kind of machine -> what it is."""
+    """Name of a kind of machine -> its description."""
 
     def find_machine(self, host: str) -> tuple[str, OwnedMachine] | None:
-        """The kind of machine that this host is, with its name."""
+        """The kind of machine of this host, with its name; None if the file has none."""
         for name, machine in self.machines.items():
             if any(fnmatch.fnmatchcase(host, pattern) for pattern in machine.hosts):
                 return name, machine
@@ -107,30 +107,29 @@ class UserPrices(Spec):
 def read_user_prices(path: Path | None = None) -> UserPrices:
     """The user's price file, empty when there is none.
 
-    Raises SpecError for what is wrong in it, or when HELIOSTAT_PRICES names no file.
+    Raises SpecError for mistakes in it, or when HELIOSTAT_PRICES names a missing file.
     """
-    named = os.environ.get("HELIOSTAT_PRICES")
-    if path is None and named:
-        path = Path(named)
+    configured = os.environ.get("HELIOSTAT_PRICES")
+    if path is None and configured:
+        path = Path(configured)
     if path is None:
         path = Path("~/.config/heliostat/prices.yaml").expanduser()
         if not path.exists():
             return UserPrices()
     try:
-        own = validate(UserPrices, read_yaml(path))
-        apply_user_prices(own, instances())
+        prices = validate(UserPrices, read_yaml(path))
+        apply_user_prices(prices, instances())
     except SpecError as error:
         lines = str(error).splitlines()
-        where = f"{path}: "
-        named_already = (line if line.startswith(str(path)) else where + line for line in lines)
-        raise SpecError("\n".join(named_already)) from None
-    return own
+        named = (line if line.startswith(str(path)) else f"{path}: {line}" for line in lines)
+        raise SpecError("\n".join(named)) from None
+    return prices
 
 
 def apply_user_prices(user_prices: UserPrices, known: Iterable[Instance]) -> tuple[Instance, ...]:
-    """The machines of the list at the user's prices, and after them the user's own machines.
+    """The listed instances at the user's prices, followed by the user's own machines.
 
-    Raises SpecError where the file names an instance that the list does not have.
+    Raises SpecError if the price file names an instance that is not in the list.
     """
     known = tuple(known)
     names = {name for each in known for name in _price_keys(each)}
@@ -151,7 +150,7 @@ def apply_user_prices(user_prices: UserPrices, known: Iterable[Instance]) -> tup
 
 
 def _price_keys(instance: Instance) -> tuple[str, str]:
-    """The exact one first: it counts where both are given."""
+    """Its keys in the price file. The exact key comes first: it wins where both are given."""
     return instance.key, f"{instance.provider}/{instance.name}"
 
 

@@ -1,32 +1,46 @@
-"""YAML for people: comments at the ends of lines, long commands folded, nothing else.
+"""YAML with comments for people: comments at line ends, and shell commands on several lines.
 
-Comments are why this is not a library's dump. What it writes is read back by tests with YAML 1.1,
-as Ray reads it, and 1.2.
+Written by ruamel.yaml. Ray reads the files with YAML 1.1, and `read_yaml` with 1.2, so every string
+that either could read as something else is quoted.
 """
 
-import json
+import io
+import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-_PLAIN = re.compile(r"[A-Za-z~/][\w./~*+-]*( [\w./~*+-]+)*$")
-_WORDS = re.compile(r"(y|n|yes|no|on|off|true|false|null|~)$", re.IGNORECASE)
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import (
+    DoubleQuotedScalarString,
+    FoldedScalarString,
+    LiteralScalarString,
+)
+
+_UNQUOTED = re.compile(r"[A-Za-z~/][\w./~*+-]*( [\w./~*+-]+)*$")
+_RESERVED = re.compile(r"(y|n|yes|no|on|off|true|false|null|~)$", re.IGNORECASE)
+"""Words that YAML 1.1 or 1.2 reads as a boolean or null."""
 _COMMENT_COLUMN = 40
+_FLOW_WIDTH = 60
+"""A mapping or list that is shorter is written on one line."""
 
 
 @dataclass(frozen=True)
 class Commented:
-    """A value, with a comment for its line and lines of comment before it."""
+    """A value with a comment at the end of its line."""
 
     value: Any
     comment: str = ""
-    comment_before: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ShellCommand:
-    """Text that is written as several lines: one line in truth, or `kept` as it stands."""
+    """A command written on several lines: folded, so that YAML joins them with spaces, or literal,
+    so that the line breaks stay.
+    """
 
     lines: list[str]
     literal: bool = False
@@ -36,20 +50,25 @@ class ShellCommand:
 
 
 def dump_commented(data: Mapping[str, Any], heading: str = "") -> str:
-    """`data` as YAML under the comment `heading`, a blank line around each section."""
-    lines = [f"# {line}".rstrip() for line in heading.splitlines()]
-    nested = False
+    """`data` as YAML below the comment `heading`. Blank lines separate the sections."""
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 100_000  # shell commands are broken where `ShellCommand` says, and only there
+    yaml.brace_single_entry_mapping_in_flow_sequence = True  # JSON's form, as Ray's examples have
+    text = "".join(f"# {line}".rstrip() + "\n" for line in heading.splitlines())
+    after_block = False
     for key, value in data.items():
-        block = list(_entry(key, value, ""))
-        if len(block) > 1 or nested:
-            lines.append("")
-        nested = len(block) > 1
-        lines += block
-    return "\n".join(lines) + "\n"
+        stream = io.StringIO()
+        yaml.dump(_node({key: value}, flow=False), stream)
+        section = stream.getvalue()
+        is_block = section.count("\n") > 1
+        text += "\n" * (is_block or after_block) + section
+        after_block = is_block
+    return text
 
 
 def plain_data(value: Any) -> Any:
-    """The same data without comments, as it is read back."""
+    """The same data without comments, as a reader of the YAML gets it."""
     if isinstance(value, Commented):
         return plain_data(value.value)
     if isinstance(value, ShellCommand):
@@ -59,56 +78,56 @@ def plain_data(value: Any) -> Any:
     return [plain_data(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _entry(key: str, value: Any, indent: str) -> Iterator[str]:
-    yield from _item(f"{indent}{_scalar(key)}:", value, indent)
-
-
-def _item(opening: str, value: Any, indent: str) -> Iterator[str]:
-    note = ""
+def _node(value: Any, flow: bool = True) -> Any:
+    """ruamel's form of `value`; short mappings and lists on one line where `flow` allows it."""
     if isinstance(value, Commented):
-        yield from (f"{indent}# {line}" for line in value.comment_before)
-        value, note = value.value, value.comment
+        return _node(value.value)
     if isinstance(value, ShellCommand):
-        yield f"{opening} {'|' if value.literal else '>-'}"
-        yield from (f"{indent}  {line}" for line in value.lines)
-    elif _short(value):
-        yield _noted(f"{opening} {_scalar(value)}", note)
-    elif isinstance(value, Mapping) and opening.endswith("-"):
-        (first, *_), inner = value, f"{indent}  "
-        for key, part in value.items():
-            start = f"{opening} {_scalar(key)}:" if key == first else f"{inner}{_scalar(key)}:"
-            yield from _item(start, part, inner)
-    elif isinstance(value, Mapping):
-        yield _noted(opening, note)
-        for key, part in value.items():
-            yield from _entry(key, part, f"{indent}  ")
-    elif isinstance(value, list):
-        yield _noted(opening, note)
-        for part in value:
-            yield from _item(f"{indent}  -", part, f"{indent}  ")
-    else:
-        yield _noted(f"{opening} {_scalar(value)}", note)
-
-
-def _noted(line: str, note: str) -> str:
-    return f"{line:<{_COMMENT_COLUMN - 1}} # {note}" if note else line
-
-
-def _short(value: Any) -> bool:
-    """Whether it fits within a line, with no comment in it."""
+        return _command(value)
     if isinstance(value, Mapping | list):
-        inner = value.values() if isinstance(value, Mapping) else value
-        plain = all(isinstance(part, int | float | str | list | Mapping) for part in inner)
-        return plain and all(map(_short, inner)) and len(_scalar(value)) < 60
-    return not isinstance(value, Commented | ShellCommand)
+        return _collection(value, flow)
+    if isinstance(value, str):
+        return DoubleQuotedScalarString(value) if _is_quoted(value) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _scalar(value: Any) -> str:
+def _command(command: ShellCommand) -> Any:
+    if command.literal:
+        return LiteralScalarString(str(command))
+    folded = FoldedScalarString(str(command))
+    ends = itertools.accumulate(len(line) + 1 for line in command.lines)
+    folded.fold_pos = [end - 1 for end in ends][:-1]
+    return folded
+
+
+def _collection(value: Mapping[str, Any] | list[Any], flow: bool) -> CommentedMap | CommentedSeq:
+    node: CommentedMap | CommentedSeq
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_scalar(key)}: {_scalar(it)}" for key, it in value.items()) + "}"
+        node, entries = CommentedMap(), [(_node(key), inner) for key, inner in value.items()]
+        node.update((key, _node(inner)) for key, inner in entries)
+    else:
+        node, entries = CommentedSeq(map(_node, value)), list(enumerate(value))
+    for key, inner in entries:
+        if isinstance(inner, Commented) and inner.comment:
+            node.yaml_add_eol_comment(inner.comment, key, column=_COMMENT_COLUMN)
+    if flow and _flow_width(value) < _FLOW_WIDTH:
+        node.fa.set_flow_style()
+    else:
+        node.fa.set_block_style()
+    return node
+
+
+def _flow_width(value: Any) -> float:
+    """Characters that `value` takes on one line; infinite with comments or commands in it."""
+    if isinstance(value, Commented | ShellCommand):
+        return math.inf
+    if isinstance(value, Mapping):
+        pairs = (_flow_width(key) + 2 + _flow_width(inner) for key, inner in value.items())
+        return sum(pairs) + 2 * max(1, len(value))
     if isinstance(value, list):
-        return "[" + ", ".join(_scalar(inner) for inner in value) + "]"
-    if isinstance(value, str) and _PLAIN.match(value) and not _WORDS.match(value):
-        return value
-    whole = isinstance(value, float) and value.is_integer()
-    return json.dumps(int(value) if whole else value, ensure_ascii=False)
+        return sum(map(_flow_width, value)) + 2 * max(1, len(value))
+    return len(value) + 2 * _is_quoted(value) if isinstance(value, str) else len(str(value))
+
+
+def _is_quoted(text: str) -> bool:
+    return not _UNQUOTED.match(text) or bool(_RESERVED.match(text))

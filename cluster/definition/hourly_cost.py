@@ -1,4 +1,4 @@
-"""What a file for Ray's launcher asks the provider for, and what that costs an hour."""
+"""The instances that a file for Ray's launcher asks for, and what they cost per hour."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from cluster.cost.catalog import Instance, find_instance
 
 @dataclass(frozen=True)
 class PricedNodeType:
-    """One node type of a file, as the provider sells it."""
+    """One node type of a launcher file, with its price."""
 
     path: str
-    """Where in the file it is named."""
+    """Dotted path of the instance type in the file."""
     name: str
     instance: str
     spot: bool
     catalog_entry: Instance | None
-    """None where the catalogue does not know it."""
+    """None if the catalogue does not have the instance."""
 
     @property
     def usd_per_h(self) -> float | None:
-        """By the snapshot; spot at the on-demand price where there is none for it."""
+        """Price in the snapshot; the on-demand price if the spot price is unknown."""
         if self.catalog_entry is None:
             return None
         usd = self.catalog_entry.usd(self.spot)
@@ -30,59 +30,63 @@ class PricedNodeType:
 
 
 def priced_node_types(config: Mapping[str, Any]) -> list[PricedNodeType]:
-    """The node types of a file for a cloud, the head's first; none for hosts of one's own."""
+    """The node types of a file, the head's first; none for provider `local`."""
     provider = config["provider"]
     if provider["type"] not in _READERS:
         return []
     region = provider.get("region") or provider.get("location")
     head = config["head_node_type"]
     found = []
-    for title, kind in config["available_node_types"].items():
-        key, instance, spot = _READERS[provider["type"]](kind.get("node_config", {}))
-        place = f"available_node_types.{title}.node_config.{key}"
-        known = find_instance(provider["type"], instance, region)
-        found.append(PricedNodeType(place, title, instance, spot, known))
-    return sorted(found, key=lambda offer: offer.name != head)
+    for name, node_type in config["available_node_types"].items():
+        key, instance, spot = _READERS[provider["type"]](node_type.get("node_config", {}))
+        path = f"available_node_types.{name}.node_config.{key}"
+        entry = find_instance(provider["type"], instance, region)
+        found.append(PricedNodeType(path, name, instance, spot, entry))
+    return sorted(found, key=lambda node_type: node_type.name != head)
 
 
 def hourly_cost_lines(config: Mapping[str, Any]) -> list[str]:
-    """Dollars an hour at rest and at most, and where the prices are from; a line each."""
-    every = priced_node_types(config)
-    if not every:
-        return ["price: unknown, hosts of your own"]
-    unknown = [offer.instance for offer in every if offer.usd_per_h is None]
+    """The lowest and highest cost per hour, and the price of each node type with its source."""
+    node_types = priced_node_types(config)
+    if not node_types:
+        return ["price: unknown, the hosts are your own"]
+    unknown = [node_type.instance for node_type in node_types if node_type.usd_per_h is None]
     if unknown:
-        return [f"price: unknown, there is none of {', '.join(sorted(set(unknown)))}"]
-    least, most = _bounds(config, every)
+        return [f"price: unknown for {', '.join(sorted(set(unknown)))}"]
+    least, most = _bounds(config, node_types)
     lines = [
         f"price: ${least:.2f} an hour at least, ${most:.2f} at most, "
-        "machines alone: disks and traffic come on top"
+        "for machines only: disks and traffic come on top"
     ]
-    for offer in every:
-        known = offer.catalog_entry
-        assert known is not None
-        kind = "spot" if offer.spot else "on demand"
-        if offer.spot and known.spot_usd_per_h is None:
-            kind = "spot, at the on-demand price since the one for spot is unknown"
-        day = f"{known.date:%Y-%m-%d}" if known.date else "undated"
-        lines.append(
-            f"price: {offer.name}: {offer.instance} ${offer.usd_per_h:.4g} an hour {kind}, "
-            f"in {known.region}, {day}, {known.source}"
-        )
-    return lines
+    return lines + [_price_line(node_type) for node_type in node_types]
 
 
-def _bounds(config: Mapping[str, Any], every: list[PricedNodeType]) -> tuple[float, float]:
-    """The head with all minimum workers, and with as many of the dearest as may be."""
-    head, *workers = every
-    types = config["available_node_types"]
+def _price_line(node_type: PricedNodeType) -> str:
+    entry = node_type.catalog_entry
+    assert entry is not None
+    market = "spot" if node_type.spot else "on demand"
+    if node_type.spot and entry.spot_usd_per_h is None:
+        market = "spot, at the on-demand price since the one for spot is unknown"
+    day = f"{entry.date:%Y-%m-%d}" if entry.date else "undated"
+    return (
+        f"price: {node_type.name}: {node_type.instance} ${node_type.usd_per_h:.4g} an hour "
+        f"{market}, in {entry.region}, {day}, {entry.source}"
+    )
+
+
+def _bounds(config: Mapping[str, Any], node_types: list[PricedNodeType]) -> tuple[float, float]:
+    """Cost per hour with the fewest workers, and with as many of the most expensive as allowed."""
+    head, *workers = node_types
+    sections = config["available_node_types"]
     left = config.get("max_workers", 0)
     least = most = head.usd_per_h or 0.0
-    for offer in sorted(workers, key=lambda offer: offer.usd_per_h or 0.0, reverse=True):
-        kind, usd = types[offer.name], offer.usd_per_h or 0.0
-        stands_in_for = types.get(kind.get("labels", {}).get(FALLBACK_FOR), kind)
-        count = min(stands_in_for.get("max_workers", left), left)
-        least += kind.get("min_workers", 0) * usd
+    workers.sort(key=lambda worker: worker.usd_per_h or 0.0, reverse=True)
+    for worker in workers:
+        section, usd = sections[worker.name], worker.usd_per_h or 0.0
+        # A fallback type can have as many nodes as the spot type that it replaces.
+        limited_by = sections.get(section.get("labels", {}).get(FALLBACK_FOR), section)
+        count = min(limited_by.get("max_workers", left), left)
+        least += section.get("min_workers", 0) * usd
         most += count * usd
         left -= count
     return least, most
@@ -94,8 +98,8 @@ def _aws(node: Mapping[str, Any]) -> tuple[str, str, bool]:
 
 
 def _gcp(node: Mapping[str, Any]) -> tuple[str, str, bool]:
-    said = node.get("scheduling", {})
-    parts = said if isinstance(said, list) else [said]  # Ray's examples have a list
+    scheduling = node.get("scheduling", {})
+    parts = scheduling if isinstance(scheduling, list) else [scheduling]  # a list in Ray's examples
     spot = any(part.get("provisioningModel") == "SPOT" or part.get("preemptible") for part in parts)
     return "machineType", str(node.get("machineType", "")), spot
 

@@ -1,7 +1,7 @@
-"""From the spec of a cluster to manifests for KubeRay: RayCluster, RayJob, and MLflow beside them.
+"""From a cluster's spec to manifests for KubeRay: RayCluster or RayJob, and MLflow.
 
-Written for the operator 1.7. Its autoscaler needs pods that are never restarted in place, and its
-token authentication a Ray of 2.52 or newer that is named.
+Written for operator 1.7. Its autoscaler needs pods that are never restarted in place. Its token
+authentication needs Ray 2.52 or newer, and `rayVersion` in the manifest.
 """
 
 from importlib.metadata import version
@@ -13,9 +13,10 @@ from cluster.definition.spec import ClusterSpec, Kuberay, Mlflow, NodeType, Pod,
 RESTART_POLICY = {"restartPolicy": "Never"}
 _HEADING = """{what} on Kubernetes with the KubeRay operator 1.7: `kubectl apply -f FILE`.
 Rendered by `heliostat cluster render --provider kuberay{option}` from
-cluster/definition/launch/heliostat.yaml. Lines marked EDIT are yours to change, here or there. All of Ray asks
-for a token, which KubeRay keeps in a secret. Nothing is open to the outside: the way in is
-`kubectl port-forward`."""
+cluster/definition/launch/heliostat.yaml. Change the lines marked EDIT, here or there.
+
+Every part of Ray asks for a token, which KubeRay keeps in a secret. No port is open to the outside:
+use `kubectl port-forward`."""
 
 
 def render_kuberay(spec: ClusterSpec, job: bool) -> str:
@@ -31,7 +32,7 @@ def render_kuberay(spec: ClusterSpec, job: bool) -> str:
 
 
 def manifests(spec: ClusterSpec, job: bool) -> list[dict[str, Any]]:
-    """A cluster that stays, or a job with a cluster of its own; and MLflow, which both share."""
+    """A RayCluster, or a RayJob with a cluster of its own; and MLflow, which both share."""
     kuberay = spec.kuberay
     assert kuberay is not None
     cluster = _cluster(spec, kuberay)
@@ -66,9 +67,8 @@ def _cluster(spec: ClusterSpec, kuberay: Kuberay) -> dict[str, Any]:
         auth["secretName"] = kuberay.token_secret
     head = {
         "resources": _ray_resources(spec.head.cpus or 0, spec.head.gpus or 0),
-        "rayStartParams": {
-            "dashboard-host": "0.0.0.0"
-        },  # the service's way in; it asks for a token
+        # KubeRay's service reaches the dashboard by the pod's address. It asks for the token.
+        "rayStartParams": {"dashboard-host": "0.0.0.0"},
         "template": _template(spec, "head", spec.head),
     }
     cluster: dict[str, Any] = {
@@ -88,40 +88,40 @@ def _cluster(spec: ClusterSpec, kuberay: Kuberay) -> dict[str, Any]:
 
 
 def _fault_tolerance(name: str, state: str) -> dict[str, Any]:
-    """Ray's own state on a volume that KubeRay makes, or in the user's Redis."""
+    """Keeps Ray's state on a volume that KubeRay makes, or in the user's Redis."""
     if state.startswith("redis://"):
         address = state.removeprefix("redis://").rstrip("/")
         return {"backend": "redis", "redisAddress": address, "externalStorageNamespace": name}
     return {"backend": "rocksdb", "storage": {"size": "1Gi", "subPath": state.strip("/~")}}
 
 
-def _group(spec: ClusterSpec, name: str, kind: WorkerType) -> dict[str, Any]:
+def _group(spec: ClusterSpec, name: str, node_type: WorkerType) -> dict[str, Any]:
     assert spec.kuberay is not None
     pod = spec.kuberay.pods[name]
-    cpus = pod.cpus if kind.cpus is None else kind.cpus
-    gpus = pod.gpus if kind.gpus is None else kind.gpus
+    cpus = pod.cpus if node_type.cpus is None else node_type.cpus
+    gpus = pod.gpus if node_type.gpus is None else node_type.gpus
     group = {
         "groupName": name,
-        "replicas": kind.min,
-        "minReplicas": kind.min,
-        "maxReplicas": Commented(kind.max, "EDIT: how many the bill can bear"),
+        "replicas": node_type.min,
+        "minReplicas": node_type.min,
+        "maxReplicas": Commented(node_type.max, "EDIT: upper limit, which limits the bill"),
         "resources": _ray_resources(cpus, gpus),
         "rayStartParams": {},
-        "template": _template(spec, name, kind),
+        "template": _template(spec, name, node_type),
     }
-    return _with_labels(group, kind)
+    return _with_labels(group, node_type)
 
 
 def _ray_resources(cpus: int, gpus: int) -> dict[str, str]:
     return {"CPU": str(cpus)} | ({"GPU": str(gpus)} if gpus else {})
 
 
-def _with_labels(group: dict[str, Any], kind: NodeType) -> dict[str, Any]:
-    return group | ({"labels": dict(kind.labels)} if kind.labels else {})
+def _with_labels(group: dict[str, Any], node_type: NodeType) -> dict[str, Any]:
+    return group | ({"labels": dict(node_type.labels)} if node_type.labels else {})
 
 
-def _template(spec: ClusterSpec, name: str, kind: NodeType) -> dict[str, Any]:
-    """A pod of one kind. Requests are limits, so that nobody on the machine takes its share."""
+def _template(spec: ClusterSpec, name: str, node_type: NodeType) -> dict[str, Any]:
+    """The pod template of a node type."""
     kuberay = spec.kuberay
     assert kuberay is not None
     pod = kuberay.pods[name]
@@ -129,7 +129,7 @@ def _template(spec: ClusterSpec, name: str, kind: NodeType) -> dict[str, Any]:
         "name": "ray-head" if name == "head" else "ray-worker",
         "image": Commented(kuberay.image, "EDIT: Ray and your checkout in one image"),
         "env": _environment(spec, kuberay),
-        "resources": _pod_resources(pod, kind, kuberay),
+        "resources": _pod_resources(pod, node_type, kuberay),
         "securityContext": {"allowPrivilegeEscalation": False},
     }
     if name == "head":
@@ -142,7 +142,7 @@ def _template(spec: ClusterSpec, name: str, kind: NodeType) -> dict[str, Any]:
     tolerations = []
     if pod.gpus:
         tolerations.append(_toleration(kuberay.gpu_resource))
-    if isinstance(kind, WorkerType) and kind.spot and kuberay.spot_label is not None:
+    if isinstance(node_type, WorkerType) and node_type.spot and kuberay.spot_label is not None:
         key, value = kuberay.spot_label.split("=")
         tolerations.append(_toleration(key))
         body["affinity"] = {"nodeAffinity": _affinity(key, value, spec.fallback_after_s is None)}
@@ -155,35 +155,36 @@ def _toleration(taint: str) -> dict[str, str]:
     return {"key": taint, "operator": "Exists", "effect": "NoSchedule"}
 
 
-def _affinity(key: str, value: str, only: bool) -> dict[str, Any]:
-    """On spot alone, or where there is none on demand: here Kubernetes decides, at once."""
+def _affinity(key: str, value: str, required: bool) -> dict[str, Any]:
+    """Only spot machines, or preferably: then Kubernetes falls back to on-demand without delay."""
     term = {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]}
-    if only:
+    if required:
         return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-    wish = {"weight": 100, "preference": term}
-    return {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}
+    preferred = {"weight": 100, "preference": term}
+    return {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]}
 
 
-def _pod_resources(pod: Pod, kind: NodeType, kuberay: Kuberay) -> dict[str, Any]:
-    asked: dict[str, Any] = {
+def _pod_resources(pod: Pod, node_type: NodeType, kuberay: Kuberay) -> dict[str, Any]:
+    """Requests equal limits, so that other pods on the machine cannot take the difference."""
+    amounts: dict[str, Any] = {
         "cpu": str(pod.cpus),
         "memory": f"{pod.memory_gb}Gi",
-        "ephemeral-storage": f"{kind.disk_gb}Gi",
+        "ephemeral-storage": f"{node_type.disk_gb}Gi",
     }
     if pod.gpus:
-        asked[kuberay.gpu_resource] = str(pod.gpus)
-    return {"requests": asked, "limits": asked}
+        amounts[kuberay.gpu_resource] = str(pod.gpus)
+    return {"requests": amounts, "limits": amounts}
 
 
 def _environment(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
     uri = f"http://{spec.name}-mlflow:{spec.mlflow.port}"
-    told: list[dict[str, Any]] = [{"name": "MLFLOW_TRACKING_URI", "value": uri}]
+    variables: list[dict[str, Any]] = [{"name": "MLFLOW_TRACKING_URI", "value": uri}]
     if spec.storage is not None:
-        told.append({"name": "HELIOSTAT_STORAGE", "value": spec.storage})
+        variables.append({"name": "HELIOSTAT_STORAGE", "value": spec.storage})
     if spec.mlflow.auth:
-        told.append({"name": "MLFLOW_TRACKING_USERNAME", "value": "admin"})
-        told.append(_secret_variable("MLFLOW_TRACKING_PASSWORD", kuberay))
-    return told
+        variables.append({"name": "MLFLOW_TRACKING_USERNAME", "value": "admin"})
+        variables.append(_secret_variable("MLFLOW_TRACKING_PASSWORD", kuberay))
+    return variables
 
 
 def _secret_variable(variable: str, kuberay: Kuberay) -> dict[str, Any]:
@@ -192,9 +193,9 @@ def _secret_variable(variable: str, kuberay: Kuberay) -> dict[str, Any]:
 
 
 def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
-    """MLflow outlives both: a deployment with a volume, for this cluster's pods alone."""
+    """MLflow with a volume that outlives clusters and jobs, for pods of this cluster only."""
     name, port = f"{spec.name}-mlflow", spec.mlflow.port
-    chosen = {"app.kubernetes.io/name": name}
+    app_label = {"app.kubernetes.io/name": name}
     container = {
         "name": "mlflow",
         "image": kuberay.image,
@@ -209,30 +210,30 @@ def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
             _secret_variable("MLFLOW_AUTH_ADMIN_PASSWORD", kuberay),
             _secret_variable("MLFLOW_FLASK_SERVER_SECRET_KEY", kuberay),
         ]
-        container["workingDir"] = "/mlflow"  # where it keeps its users
+        container["workingDir"] = "/mlflow"  # where MLflow keeps its users
     claim = {"persistentVolumeClaim": {"claimName": name}}
     template = {
-        "metadata": {"labels": _labels(spec) | chosen},
+        "metadata": {"labels": _labels(spec) | app_label},
         "spec": {"containers": [container], "volumes": [{"name": "data", **claim}]},
     }
-    selector = {"matchLabels": chosen}
+    selector = {"matchLabels": app_label}
     deployment = {
         "replicas": 1,
         "strategy": {"type": "Recreate"},
         "selector": selector,
         "template": template,
     }
-    friends = {"podSelector": {"matchLabels": {"app.kubernetes.io/part-of": spec.name}}}
+    own_pods = {"podSelector": {"matchLabels": {"app.kubernetes.io/part-of": spec.name}}}
     policy = {
         "podSelector": selector,
         "policyTypes": ["Ingress"],
-        "ingress": [{"from": [friends], "ports": [{"port": port}]}],
+        "ingress": [{"from": [own_pods], "ports": [{"port": port}]}],
     }
     volume = {
         "accessModes": ["ReadWriteOnce"],
         "resources": {"requests": {"storage": f"{spec.head.disk_gb}Gi"}},
     }
-    service = {"selector": chosen, "ports": [{"name": "http", "port": port}]}
+    service = {"selector": app_label, "ports": [{"name": "http", "port": port}]}
     return [
         _manifest(spec, "apps/v1", "Deployment", name, deployment),
         _manifest(spec, "v1", "Service", name, service),
@@ -243,7 +244,7 @@ def _mlflow(spec: ClusterSpec, kuberay: Kuberay) -> list[dict[str, Any]]:
 
 def _mlflow_command(mlflow: Mlflow, name: str) -> list[str]:
     options = {
-        "--host": "0.0.0.0",  # the pod's; who may come is the policy's business
+        "--host": "0.0.0.0",  # within the pod; the NetworkPolicy decides who gets in
         "--port": str(mlflow.port),
         "--workers": "1",
         "--allowed-hosts": f"{name}:{mlflow.port},127.0.0.1:*,localhost:*",

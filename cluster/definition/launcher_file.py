@@ -1,6 +1,6 @@
-"""From the spec of a cluster to the file of Ray's launcher, for a cloud or hosts of one's own.
+"""From a cluster's spec to the file for Ray's launcher, for a cloud or the user's own hosts.
 
-`render` gives text; every line that a user has to edit is marked EDIT.
+`render` returns the text. Every line that a user must or may want to change is marked EDIT.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from cluster.base.labels import (
     SPOT,
     USD_PER_HOUR,
 )
-from cluster.cost.catalog import Instance, find_instance
+from cluster.cost.catalog import Instance, find_instance, ray_resource
 from cluster.definition import kuberay, shell_commands
 from cluster.definition.commented_yaml import Commented, dump_commented
 from cluster.definition.spec import Cloud, ClusterSpec, NodeType, Provider
@@ -33,18 +33,19 @@ _RSYNC_EXCLUDED = [
 ]
 
 _HEADING = """{what}, for `heliostat up FILE` or Ray's own `ray up FILE`.
-Rendered by `heliostat cluster render --provider {provider}` from cluster/definition/launch/heliostat.yaml.
-Lines marked EDIT are yours to change, here or there; then ask `heliostat cluster check FILE`.
+Rendered by `heliostat cluster render --provider {provider}` from
+cluster/definition/launch/heliostat.yaml. Change the lines marked EDIT, here or there, and then run
+`heliostat cluster check FILE`.
 
-All of Ray asks for the token of ~/.ray/auth_token, which `heliostat up` makes. The dashboard is
-on the head's loopback and MLflow on its private address: `heliostat ui --cluster FILE` opens
-tunnels to both."""
+Every part of Ray asks for the token in ~/.ray/auth_token, which `heliostat up` creates. The
+dashboard listens on the head's loopback and MLflow on the head's private address:
+`heliostat ui --cluster FILE` opens tunnels to both."""
 
 
 def render(spec: ClusterSpec, provider: Provider, job: bool = False) -> str:
-    """The file for `provider`, on Kubernetes for one `job` if asked.
+    """The file for `provider`; for Kubernetes, of a RayJob if `job`.
 
-    Raises SpecError if the spec lacks what it needs.
+    Raises SpecError if the spec lacks a section or field that the provider needs.
     """
     if getattr(spec, provider) is None:
         raise SpecError(f"{provider}: this section is needed for provider {provider}")
@@ -57,12 +58,12 @@ def render(spec: ClusterSpec, provider: Provider, job: bool = False) -> str:
         "local": "A cluster of hosts that you reach by SSH",
     }[provider]
     return dump_commented(
-        launcher_config(spec, provider), _HEADING.format(what=what, provider=provider)
+        commented_config(spec, provider), _HEADING.format(what=what, provider=provider)
     )
 
 
-def launcher_config(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
-    """What the file for Ray's launcher says; `cluster.definition.commented_yaml.plain_data` makes plain data of it."""
+def commented_config(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
+    """The content of the file for Ray's launcher, with its comments; `plain_data` removes those."""
     sections = {
         "aws": _aws_sections,
         "gcp": _gcp_sections,
@@ -99,16 +100,16 @@ def launcher_config(spec: ClusterSpec, provider: Provider) -> dict[str, Any]:
 
 
 def _metadata(spec: ClusterSpec) -> dict[str, Any]:
-    """What our own verbs and the head's programs read here; Ray leaves it alone."""
+    """Settings for our verbs and the head's programs; Ray ignores this section."""
     return {"mlflow_port": spec.mlflow.port, "mlflow_auth": spec.mlflow.auth}
 
 
 def find_node_instance(
     node_type: NodeType, cloud: Cloud, region: str, path: str
 ) -> tuple[str, Instance | None]:
-    """The name of a node's instance and what the catalogue knows of it.
+    """The name of a node type's instance, and its entry in the catalogue, if it has one.
 
-    Raises SpecError if the spec names none for this cloud.
+    Raises SpecError if the spec names no instance for this cloud.
     """
     name = node_type.instance.get(cloud)
     if name is None:
@@ -117,17 +118,16 @@ def find_node_instance(
 
 
 def node_resources(node_type: NodeType, instance: Instance | None, path: str) -> dict[str, int]:
-    """What Ray hands out on a node: as the spec says, else as the catalogue has it."""
+    """The resources that Ray schedules on a node: from the spec, otherwise from the catalogue."""
     if instance is None and node_type.cpus is None:
         raise SpecError(f"{path}.cpus: is required, since its instance is not in the catalogue")
-    cpus = node_type.cpus if node_type.cpus is not None else int(instance.vcpus if instance else 0)
-    gpus = (
-        node_type.gpus if node_type.gpus is not None else (instance.accelerators if instance else 0)
-    )
+    cpus, gpus = node_type.cpus, node_type.gpus
+    if cpus is None:
+        cpus = int(instance.vcpus if instance else 0)
+    if gpus is None:
+        gpus = instance.accelerators if instance else 0
     resource = "GPU"
     if instance is not None and instance.accelerators:
-        from cluster.cost.catalog import ray_resource
-
         resource = ray_resource(instance.ray_accelerator_type)
     return {"CPU": cpus} | ({resource: gpus} if gpus else {})
 
@@ -140,7 +140,7 @@ def node_labels(
     instance: Instance | None,
     spot: bool,
 ) -> dict[str, str]:
-    """Ray labels by which `status`, budgets and people know what a node is and costs."""
+    """Ray labels that tell `status`, budgets and users a node's instance and price."""
     market = SPOT if spot else ON_DEMAND
     labels = {PROVIDER: cloud, REGION: region, INSTANCE: instance_name, MARKET: market}
     usd = instance.usd(spot) if instance else None
@@ -155,43 +155,43 @@ def _cloud_sections(
     region: str,
     node_config: Callable[[str, NodeType, bool, bool], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Sizes and node types of a cloud.
+    """The sections for sizes and node types of a cloud.
 
-    `config(instance, kind, spot, devices)` gives the provider's own part.
+    `node_config(instance, node_type, spot, devices)` returns the provider's part of a node type.
     """
     labels = partial(node_labels, cloud, region)
-    name, known = find_node_instance(spec.head, cloud, region, "head")
+    name, instance = find_node_instance(spec.head, cloud, region, "head")
     gpus = spec.head.gpus or 0
     head = {
         "resources": {"CPU": spec.head.cpus or 0} | ({"GPU": gpus} if gpus else {}),
-        "labels": labels(spec.head, name, known, spot=False),
+        "labels": labels(spec.head, name, instance, spot=False),
         "node_config": node_config(name, spec.head, False, gpus > 0),
     }
     types: dict[str, Any] = {"head": head}
-    for key, kind in spec.workers.items():
-        place = f"workers.{key}"
-        name, known = find_node_instance(kind, cloud, region, place)
-        resources = node_resources(kind, known, place)
+    for key, node_type in spec.workers.items():
+        path = f"workers.{key}"
+        name, instance = find_node_instance(node_type, cloud, region, path)
+        resources = node_resources(node_type, instance, path)
         devices = sum(amount for resource, amount in resources.items() if resource != "CPU") > 0
         types[key] = {
-            "min_workers": kind.min,
-            "max_workers": Commented(kind.max, "EDIT: how many the bill can bear"),
+            "min_workers": node_type.min,
+            "max_workers": Commented(node_type.max, "EDIT: upper limit, which limits the bill"),
             "resources": resources,
-            "labels": labels(kind, name, known, kind.spot),
-            "node_config": node_config(name, kind, kind.spot, devices),
+            "labels": labels(node_type, name, instance, node_type.spot),
+            "node_config": node_config(name, node_type, node_type.spot, devices),
         }
-        if kind.spot and spec.fallback_after_s is not None:
+        if node_type.spot and spec.fallback_after_s is not None:
             types[key]["priority"] = 1
             types[f"{key}-{ON_DEMAND}"] = {
                 "min_workers": 0,
-                "max_workers": Commented(0, f"until there is no {key} to be had"),
+                "max_workers": Commented(0, f"raised while {key} is unavailable"),
                 "resources": resources,
-                "labels": labels(kind, name, known, spot=False) | {FALLBACK_FOR: key},
-                "node_config": node_config(name, kind, False, devices),
+                "labels": labels(node_type, name, instance, spot=False) | {FALLBACK_FOR: key},
+                "node_config": node_config(name, node_type, False, devices),
             }
-    most = sum(kind.max for kind in spec.workers.values())
+    most = sum(node_type.max for node_type in spec.workers.values())
     return {
-        "sizes": {"max_workers": Commented(most, "EDIT: at most so many workers in all")},
+        "sizes": {"max_workers": Commented(most, "EDIT: upper limit for all workers")},
         "nodes": {"available_node_types": types, "head_node_type": "head"},
     }
 
@@ -200,30 +200,32 @@ def _aws_sections(spec: ClusterSpec) -> dict[str, Any]:
     aws = spec.aws
     assert aws is not None
 
-    def config(name: str, kind: NodeType, spot: bool, devices: bool) -> dict[str, Any]:
+    def node_config(
+        instance: str, node_type: NodeType, spot: bool, devices: bool
+    ) -> dict[str, Any]:
         image = aws.gpu_image or aws.image if devices else aws.image
         what = "Ubuntu with NVIDIA's driver" if devices else "Ubuntu"
-        disk = {"VolumeSize": kind.disk_gb, "VolumeType": "gp3", "Encrypted": True}
-        told: dict[str, Any] = {
-            "InstanceType": Commented(name, "EDIT: what you can get"),
+        disk = {"VolumeSize": node_type.disk_gb, "VolumeType": "gp3", "Encrypted": True}
+        node: dict[str, Any] = {
+            "InstanceType": Commented(instance, "EDIT: what you can get"),
             "ImageId": Commented(image, f"EDIT: {what} in your region"),
             "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
             "MetadataOptions": {"HttpTokens": "required"},
         }
         if aws.key_name is not None:
-            told["KeyName"] = aws.key_name
+            node["KeyName"] = aws.key_name
         if spot:
-            told["InstanceMarketOptions"] = {"MarketType": "spot"}
-        if kind is not spec.head and aws.worker_profile is not None:
-            told["IamInstanceProfile"] = {"Name": aws.worker_profile}
+            node["InstanceMarketOptions"] = {"MarketType": "spot"}
+        if node_type is not spec.head and aws.worker_profile is not None:
+            node["IamInstanceProfile"] = {"Name": aws.worker_profile}
         tags = [{"Key": key, "Value": value} for key, value in spec.tags.items()]
         if tags:
             kinds = ("instance", "volume")
-            told["TagSpecifications"] = [{"ResourceType": it, "Tags": tags} for it in kinds]
-        return told
+            node["TagSpecifications"] = [{"ResourceType": it, "Tags": tags} for it in kinds]
+        return node
 
     rule = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp"}
-    ranges = [{"CidrIp": Commented(it, "EDIT: where you come from")} for it in aws.ssh_from]
+    ranges = [{"CidrIp": Commented(it, "EDIT: your own network")} for it in aws.ssh_from]
     group = {"GroupName": spec.name, "IpPermissions": [{**rule, "IpRanges": ranges}]}
     provider = {
         "type": "aws",
@@ -232,19 +234,21 @@ def _aws_sections(spec: ClusterSpec) -> dict[str, Any]:
         "cache_stopped_nodes": Commented(False, "terminated: a stopped disk still costs"),
         "security_group": group,
     }
-    return {"provider": provider, **_cloud_sections(spec, "aws", aws.region, config)}
+    return {"provider": provider, **_cloud_sections(spec, "aws", aws.region, node_config)}
 
 
 def _gcp_sections(spec: ClusterSpec) -> dict[str, Any]:
     gcp = spec.gcp
     assert gcp is not None
 
-    def config(name: str, kind: NodeType, spot: bool, devices: bool) -> dict[str, Any]:
+    def node_config(
+        instance: str, node_type: NodeType, spot: bool, devices: bool
+    ) -> dict[str, Any]:
         image = gcp.gpu_image or gcp.image if devices else gcp.image
-        disk = {"diskSizeGb": kind.disk_gb, "sourceImage": Commented(image, "EDIT" * devices)}
+        disk = {"diskSizeGb": node_type.disk_gb, "sourceImage": Commented(image, "EDIT" * devices)}
         boot = {"boot": True, "autoDelete": True, "type": "PERSISTENT", "initializeParams": disk}
-        told: dict[str, Any] = {
-            "machineType": Commented(name, "EDIT: what you can get"),
+        node: dict[str, Any] = {
+            "machineType": Commented(instance, "EDIT: what you can get"),
             "disks": [boot],
         }
         scheduling: dict[str, Any] = {}
@@ -253,13 +257,13 @@ def _gcp_sections(spec: ClusterSpec) -> dict[str, Any]:
         if spot:
             scheduling |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE"}
         if scheduling:
-            told["scheduling"] = scheduling
+            node["scheduling"] = scheduling
         if spec.tags:
-            told["labels"] = dict(spec.tags)
-        if kind is not spec.head and gcp.worker_account is not None:
+            node["labels"] = dict(spec.tags)
+        if node_type is not spec.head and gcp.worker_account is not None:
             scope = "https://www.googleapis.com/auth/cloud-platform"
-            told["serviceAccounts"] = [{"email": gcp.worker_account, "scopes": [scope]}]
-        return told
+            node["serviceAccounts"] = [{"email": gcp.worker_account, "scopes": [scope]}]
+        return node
 
     provider = {
         "type": "gcp",
@@ -268,23 +272,25 @@ def _gcp_sections(spec: ClusterSpec) -> dict[str, Any]:
         "project_id": Commented(gcp.project, "EDIT"),
         "cache_stopped_nodes": False,
     }
-    return {"provider": provider, **_cloud_sections(spec, "gcp", gcp.region, config)}
+    return {"provider": provider, **_cloud_sections(spec, "gcp", gcp.region, node_config)}
 
 
 def _azure_sections(spec: ClusterSpec) -> dict[str, Any]:
     azure = spec.azure
     assert azure is not None
 
-    def config(name: str, kind: NodeType, spot: bool, devices: bool) -> dict[str, Any]:
+    def node_config(
+        instance: str, node_type: NodeType, spot: bool, devices: bool
+    ) -> dict[str, Any]:
         image = azure.gpu_image or azure.image if devices else azure.image
-        told: dict[str, Any] = {
-            "vmSize": Commented(name, "EDIT: what you can get"),
+        node: dict[str, Any] = {
+            "vmSize": Commented(instance, "EDIT: what you can get"),
             **_azure_image(image, devices),
-            "osDiskSize": kind.disk_gb,
+            "osDiskSize": node_type.disk_gb,
         }
         if spot:
-            told |= {"priority": "Spot", "evictionPolicy": "Delete"}
-        return {"azure_arm_parameters": told} | ({"tags": dict(spec.tags)} if spec.tags else {})
+            node |= {"priority": "Spot", "evictionPolicy": "Delete"}
+        return {"azure_arm_parameters": node} | ({"tags": dict(spec.tags)} if spec.tags else {})
 
     provider: dict[str, Any] = {
         "type": "azure",
@@ -296,7 +302,7 @@ def _azure_sections(spec: ClusterSpec) -> dict[str, Any]:
         provider["subscription_id"] = azure.subscription
     if spec.tags:
         provider["tags"] = dict(spec.tags)
-    return {"provider": provider, **_cloud_sections(spec, "azure", azure.location, config)}
+    return {"provider": provider, **_cloud_sections(spec, "azure", azure.location, node_config)}
 
 
 def _azure_image(image: str, devices: bool) -> Mapping[str, Any]:
@@ -304,10 +310,10 @@ def _azure_image(image: str, devices: bool) -> Mapping[str, Any]:
     if len(parts) != 4:
         raise SpecError(f"azure.image: must be publisher:offer:sku:version (got {image!r})")
     keys = ("imagePublisher", "imageOffer", "imageSku", "imageVersion")
-    told: dict[str, Any] = dict(zip(keys, parts, strict=True))
+    node: dict[str, Any] = dict(zip(keys, parts, strict=True))
     if devices:
-        told["imagePublisher"] = Commented(parts[0], "EDIT: an image with NVIDIA's driver")
-    return told
+        node["imagePublisher"] = Commented(parts[0], "EDIT: an image with NVIDIA's driver")
+    return node
 
 
 def _local_sections(spec: ClusterSpec) -> dict[str, Any]:

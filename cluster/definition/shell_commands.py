@@ -1,7 +1,7 @@
-"""The lines of shell that run on a cluster's hosts: set-up, the head's start, a worker's start.
+"""Shell commands for a cluster's hosts: set-up, start of the head, start of a worker.
 
-Each line stands alone, since Ray's launcher runs each in a shell of its own, and may be run again
-on a host where it has been run before: nothing is started twice, and nothing that runs is stopped.
+Ray's launcher runs each command in a shell of its own. A command can run again on a host where it
+has run before: it starts no program twice and stops none that works.
 """
 
 import hashlib
@@ -14,12 +14,15 @@ from cluster.definition.commented_yaml import ShellCommand
 from cluster.definition.spec import ClusterSpec, Provider
 
 REMOTE_PROJECT = "~/heliostat"
-"""Where this checkout is on the hosts."""
+"""Path of this checkout on the hosts."""
 TOKEN_FILE = "~/.ray/auth_token"
+SSH_INGRESS_PROGRAM = "cluster.lifecycle.aws_ssh_ingress"
+_ONE_AT_A_TIME = ("cluster.jobs.job_supervisor", "cluster.node.host_reprovisioner")
+"""Programs of which only the first instance runs; a second one ends at once."""
 CLUSTER_ENV_VAR = "HELIOSTAT_CLUSTER"
-"""In the environment of all that these lines start: the cluster's name, for `down` to find it."""
+"""Environment variable with the cluster's name, by which `down` finds the processes to end."""
 HOST_FOLDER = "~/.heliostat"
-"""What runs beside Ray on a host keeps its files here."""
+"""Files of our programs on a host."""
 EXAMPLE_DATABASE = "postgresql://mlflow@db.internal/mlflow"
 EXAMPLE_ARTIFACTS = "s3://my-bucket/mlflow"
 CLOUD_PACKAGES = {
@@ -36,7 +39,7 @@ CLOUD_PACKAGES = {
         "msrestazure==0.6.4.post1",
     ],
 }
-"""What Ray's launcher and autoscaler ask a cloud with; Azure's as Ray 2.60 has them."""
+"""Cloud clients that Ray's launcher and autoscaler need; Azure's are pinned as in Ray 2.60."""
 
 _FAILURE_DETECTION = {
     "RAY_health_check_initial_delay_ms": 0,
@@ -44,30 +47,30 @@ _FAILURE_DETECTION = {
     "RAY_health_check_timeout_ms": 2500,
     "RAY_health_check_failure_threshold": 3,
 }
-"""A node that is silent for 10 s is dead, and one that is busy for 6 s is not."""
+"""Ray gives up a node that is silent for 10 s, and keeps one that is busy for 6 s."""
 _AUTOSCALER = {"AUTOSCALER_HEARTBEAT_TIMEOUT_S": 10, "AUTOSCALER_UPDATE_INTERVAL_S": 2}
-"""How soon Ray is started again on a host that is back; 30 and 5 s otherwise."""
+"""Ray starts sooner on a host that has come back; the defaults are 30 and 5 s."""
 _AUTH_SETTINGS = (
     "[mlflow]\\ndefault_permission = NO_PERMISSIONS\\ndatabase_uri = sqlite:///auth.db\\n"
     "admin_username = admin\\nauth_cache_ttl_seconds = 60\\n"
     "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\\n"
 )
-"""For `printf`. Without the cache each request costs a slow hash of the password."""
+"""Format string for `printf`. Without the cache, each request computes a slow password hash."""
 _HEAD_ADDRESS = (
     "$(hostname -I | cut -d' ' -f1)",
     '$(grep -o \'"head_ip": "[^"]*\' ~/ray_bootstrap_config.yaml | cut -d\'"\' -f4)',
 )
-"""The head's on the private network: a machine of a cloud has one, other hosts may have several."""
+"""The head's private address: cloud machines have one address, other hosts can have several."""
 _RECONNECT_S = 600
-"""How long workers wait for a head that keeps its state; 60 s otherwise."""
+"""Seconds that workers wait for a lost head whose state is kept; Ray's default is 60 s."""
 
 
 def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
-    """On every host, once: the environment at the versions of constraints.txt."""
-    owned = ShellCommand(
+    """Once on every host: create the environment, with the versions in constraints.txt."""
+    private_files = ShellCommand(
         [f"mkdir -p {HOST_FOLDER} && chmod 700 {HOST_FOLDER} ~/.ray && chmod 600 {TOKEN_FILE}"]
     )
-    shells = ShellCommand(
+    login_shells = ShellCommand(
         [
             "grep -qs RAY_AUTH_MODE ~/.bashrc || {",
             f"{{ echo 'export RAY_AUTH_MODE=token PATH={spec.venv}/bin:$PATH';",
@@ -75,7 +78,7 @@ def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
         ]
     )
     if spec.setup == "installed":
-        return [owned, shells]
+        return [private_files, login_shells]
     extras = CLOUD_PACKAGES.get(provider, []) + _mlflow_packages(spec)
     return [
         ShellCommand(
@@ -93,23 +96,23 @@ def setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
                 " ".join([REMOTE_PROJECT, *extras]),
             ]
         ),
-        owned,
-        shells,
+        private_files,
+        login_shells,
     ]
 
 
 def head_setup_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
-    """On the head alone, once. Ray's launcher opens SSH to the world on AWS; this shuts it."""
+    """Once on the head: on AWS, revoke the SSH ingress from everywhere that Ray's launcher adds."""
     if provider != "aws" or spec.aws is None:
         return []
     group = f"--group {spec.name} --region {spec.aws.region}"
-    return [ShellCommand([f"{spec.venv}/bin/python -m cluster.lifecycle.aws_ssh_ingress {group}"])]
+    return [ShellCommand([f"{spec.venv}/bin/python -m {SSH_INGRESS_PROGRAM} {group}"])]
 
 
 def head_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
-    """On the head, at every `up`: Ray, the MLflow server and the agent.
+    """On the head at every `up`: start Ray, the MLflow server and our programs.
 
-    What a head that died in part has left would keep the new one from its port, so it is stopped.
+    If only a part of an earlier head still runs, it is stopped, because it would hold the ports.
     """
     address = _HEAD_ADDRESS[provider == "local"]
     exports = [*_environment(spec, address), *_assignments(_FAILURE_DETECTION)]
@@ -145,9 +148,9 @@ def head_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellComm
 
 
 def worker_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCommand]:
-    """On a worker, at its birth and when Ray has to be started again on it.
+    """On a worker, when it is new and when Ray has to start again: start Ray and our programs.
 
-    Where one runs no second raylet is started: a replaced head starts Ray on all its hosts.
+    A raylet that runs is kept: a replaced head runs these commands on all its hosts.
     """
     exports = _environment(spec, "$RAY_HEAD_IP")
     if spec.state is not None:
@@ -163,13 +166,13 @@ def worker_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCo
         f"{start[-1]}; }}",
     ]
     if provider == "local":
-        # Ray never comes back to a host of its own on which this has failed once.
+        # The `local` provider never tries a host again on which this has failed once.
         lines[-1] += " || true"
     return [ShellCommand(lines), *_host_programs(spec, provider, head=False)]
 
 
 def _environment(spec: ClusterSpec, head: str) -> list[str]:
-    """What Ray, its workers and jobs find in their environment."""
+    """Environment of Ray, its workers and jobs."""
     port = spec.mlflow.port
     exports = [
         f"PATH={spec.venv}/bin:$PATH",
@@ -195,13 +198,13 @@ def _export_lines(exports: list[str]) -> list[str]:
 
 
 def _assignments(values: Mapping[str, object]) -> list[str]:
-    """Two to a line."""
-    each = [f"{name}={value}" for name, value in values.items()]
-    return [" ".join(each[at : at + 2]) for at in range(0, len(each), 2)]
+    """NAME=VALUE, two on each line."""
+    words = [f"{name}={value}" for name, value in values.items()]
+    return [" ".join(words[start : start + 2]) for start in range(0, len(words), 2)]
 
 
 def _state_storage(spec: ClusterSpec) -> str:
-    """Ray's own state where it outlives the head: RocksDB in a folder, or the user's Redis."""
+    """Settings that keep Ray's state when the head is lost: RocksDB in a folder, or Redis."""
     assert spec.state is not None
     if spec.state.startswith("redis://"):
         host = spec.state.removeprefix("redis://").rstrip("/")
@@ -214,7 +217,7 @@ def _process_runs(program: str) -> str:
 
 
 def _resource_options(resources: Mapping[str, int]) -> list[str]:
-    """Options of `ray start`; what Ray has no option for goes into one."""
+    """Options of `ray start`; resources without an option of their own go into --resources."""
     options = {"CPU": "num-cpus", "GPU": "num-gpus", "memory": "memory"}
     options["object_store_memory"] = "object-store-memory"
     known = [f"--{options[key]}={value}" for key, value in resources.items() if key in options]
@@ -225,7 +228,7 @@ def _resource_options(resources: Mapping[str, int]) -> list[str]:
 
 
 def _label_options(spec: ClusterSpec, provider: Provider) -> list[str]:
-    """On hosts of one's own; a cloud's node types have theirs in the file."""
+    """Labels of `local` hosts; node types of clouds have theirs in the file."""
     if provider != "local" or spec.local is None or spec.local.usd_per_hour is None:
         return []
     return [f"--labels={USD_PER_HOUR}={spec.local.usd_per_hour:g}"]
@@ -241,22 +244,22 @@ def _mlflow_packages(spec: ClusterSpec) -> list[str]:
 
 
 def mlflow_password(token: str) -> str:
-    """What MLflow asks for where `mlflow.auth` is set, of the user `admin`.
+    """The password of MLflow's user `admin` where `mlflow.auth` is set.
 
-    It follows from the cluster's token, so that there is no second secret to hand around.
+    It is derived from the cluster's token, so that users need only one secret.
     """
     return hashlib.sha256(f"mlflow:{token}".encode()).hexdigest()[:32]
 
 
 def _password_expression() -> str:
-    """The same, worked out on a host."""
+    """A shell expression for `mlflow_password`."""
     return f"$(printf 'mlflow:%s' \"$(cat {TOKEN_FILE})\" | sha256sum | cut -c1-32)"
 
 
 def _mlflow_server(spec: ClusterSpec, address: str) -> ShellCommand:
-    """The server, on the private address alone, for clients that call it by that or by a tunnel.
+    """Start the MLflow server on the head's private address, for the cluster and for tunnels.
 
-    A tunnel finds the address in a file, since the head's private one is not known outside.
+    Tunnels read the address from a file, since it is not known outside the cluster.
     """
     mlflow = spec.mlflow
     lines = [
@@ -279,12 +282,13 @@ def _mlflow_server(spec: ClusterSpec, address: str) -> ShellCommand:
         application = " --app-name basic-auth"
         lines += [
             f"printf '{_AUTH_SETTINGS}' > auth.ini",
-            f"export MLFLOW_AUTH_CONFIG_PATH=auth.ini MLFLOW_AUTH_ADMIN_PASSWORD={_password_expression()}",
+            "export MLFLOW_AUTH_CONFIG_PATH=auth.ini "
+            f"MLFLOW_AUTH_ADMIN_PASSWORD={_password_expression()}",
             "export MLFLOW_FLASK_SERVER_SECRET_KEY=$MLFLOW_AUTH_ADMIN_PASSWORD",
         ]
     lines += [
-        # The lock is held as long as the server lives: a second one ends at once.
-        # Ray's agents, which end a node that they do not reach in 15 s of its start, come first.
+        # The server holds the lock while it lives, so a second server ends at once.
+        # nice: Ray's agents must start first, as a raylet ends if it does not reach them in 15 s.
         f"setsid nohup nice flock -n {HOST_FOLDER}/mlflow.lock \\",
         f"  mlflow server --workers 1 --host $HELIOSTAT_IP --port {mlflow.port}{application} \\",
         f'  --allowed-hosts "$HELIOSTAT_IP:{mlflow.port},127.0.0.1:*,localhost:*" \\',
@@ -298,37 +302,37 @@ def _pip(spec: ClusterSpec) -> str:
 
 
 def _host_programs(spec: ClusterSpec, provider: Provider, head: bool) -> list[ShellCommand]:
-    """What of ours runs beside Ray. Some end an older one of their kind, others let it go on."""
+    """Our programs beside Ray. A new one ends an older one of its kind, but for _ONE_AT_A_TIME."""
     programs = _head_programs(spec, provider) if head else {}
     if provider != "local":
-        programs["node.preemption_agent"] = provider  # hears the cloud's notices
-    said = []
-    for program, argument in programs.items():
-        name = program.rpartition(".")[2]
-        alone = name in ("host_reprovisioner", "job_supervisor")
-        lock = f"flock -n {HOST_FOLDER}/{name}.lock " if alone else ""
-        said.append(
+        programs["cluster.node.preemption_agent"] = provider  # reads the cloud's notices
+    commands = []
+    for module, argument in programs.items():
+        name = module.rpartition(".")[2]
+        lock = f"flock -n {HOST_FOLDER}/{name}.lock " if module in _ONE_AT_A_TIME else ""
+        commands.append(
             ShellCommand(
                 [
-                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token {_cluster_assignment(spec)};",
-                    f"setsid nohup {lock}python -m cluster.{program} {argument}".rstrip(),
+                    f"export PATH={spec.venv}/bin:$PATH RAY_AUTH_MODE=token "
+                    f"{_cluster_assignment(spec)};",
+                    f"setsid nohup {lock}python -m {module} {argument}".rstrip(),
                     f">>{HOST_FOLDER}/{name}.log 2>&1 </dev/null &",
                 ]
             )
         )
-    return said
+    return commands
 
 
 def _head_programs(spec: ClusterSpec, provider: Provider) -> dict[str, str]:
-    """Modules of ours with their argument."""
-    programs = {"jobs.job_supervisor": ""}  # starts jobs again whose driver was lost
-    spot = any(kind.spot for kind in spec.workers.values())
+    """Module -> argument of our programs on the head."""
+    programs = {"cluster.jobs.job_supervisor": ""}  # starts jobs again whose driver was lost
+    spot = any(node_type.spot for node_type in spec.workers.values())
     if provider == "local":
-        programs["node.host_reprovisioner"] = ""  # sets up hosts that come back as empty machines
+        # Sets up hosts that come back as empty machines.
+        programs["cluster.node.host_reprovisioner"] = ""
     elif spot and spec.fallback_after_s is not None:
-        programs["node.spot_fallback"] = (
-            f"{spec.fallback_after_s:g}"  # puts on demand in spot's place
-        )
+        # Lets on-demand nodes take over where spot nodes are unavailable.
+        programs["cluster.node.spot_fallback"] = f"{spec.fallback_after_s:g}"
     if spec.metrics:
-        programs["node.prometheus_server"] = ""  # starts Prometheus and Grafana
+        programs["cluster.node.prometheus_server"] = ""  # starts Prometheus and Grafana
     return programs

@@ -1,7 +1,7 @@
-"""What a cluster is: one small file, from which the files of all providers are rendered.
+"""The spec of a cluster: one small file from which the files of all providers are rendered.
 
-A kind of node is described once, with the instance that plays it at each provider. What an
-instance has (CPUs, devices, memory) is looked up in the catalogue unless the file says it.
+A node type is described once, with its instance type at each provider. The instance's CPUs, devices
+and memory come from the catalogue unless the spec gives them.
 """
 
 import ipaddress
@@ -15,36 +15,36 @@ from cluster.base.config import Spec, read_yaml, validate
 Provider: TypeAlias = Literal["aws", "gcp", "azure", "local", "kuberay"]
 Cloud: TypeAlias = Literal["aws", "gcp", "azure"]
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
-"""Lower case, digits and dashes: what all providers and Kubernetes allow in a name."""
+"""Lower case, digits and dashes, which all providers and Kubernetes allow in names."""
 Tag: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][-_a-z0-9]{0,62}$")]
-"""What AWS's tags, GCP's labels, Azure's tags and Kubernetes' labels allow all four."""
+"""Characters that AWS's tags, GCP's labels, Azure's tags and Kubernetes' labels all allow."""
 ShellWord: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\$`]+$")]
-"""A word that stands in a shell command as it is."""
+"""A word that needs no quoting in a shell command."""
 
 SHIPPED_SPEC = Path(__file__).parent / "launch" / "heliostat.yaml"
 
 
 class NodeType(Spec):
-    """One kind of node. Provider `local` takes its hosts as they are."""
+    """A node type. Provider `local` ignores it and detects what its hosts have."""
 
     instance: dict[Cloud, ShellWord] = {}
-    """The instance type at each cloud."""
+    """Cloud -> instance type."""
     cpus: int | None = Field(None, ge=0)
-    """CPUs that Ray hands out; those of the instance when not given."""
+    """CPUs that Ray schedules; those of the instance when not given."""
     gpus: int | None = Field(None, ge=0)
-    """Devices that Ray hands out; those of the instance when not given."""
+    """Devices that Ray schedules; those of the instance when not given."""
     disk_gb: int = Field(100, ge=10)
     labels: dict[str, str] = {}
-    """Ray labels, beside those of price and market that are always there."""
+    """More Ray labels, besides those for instance, price and market."""
 
 
 class WorkerType(NodeType):
-    """A kind of node that comes and goes with the work."""
+    """A node type that the autoscaler starts and ends."""
 
     min: int = Field(0, ge=0)
     max: int = Field(1, ge=1)
     spot: bool = False
-    """Spot instances, with an on-demand kind beside them where `fallback_after_s` is given."""
+    """Spot instances. With `fallback_after_s`, an on-demand type can take their place."""
 
     @model_validator(mode="after")
     def _bounds(self) -> "WorkerType":
@@ -56,22 +56,22 @@ class WorkerType(NodeType):
 class Ssh(Spec):
     user: ShellWord = "ubuntu"
     key: ShellWord | None = None
-    """Private key; when not given, a cloud's launcher makes one, and ssh's own is used on hosts."""
+    """Private key. When not given, Ray makes one in clouds, and `local` uses ssh's default."""
 
 
 class Aws(Spec):
     region: ShellWord = "us-east-1"
     zones: list[ShellWord] = Field(["us-east-1a", "us-east-1b"], min_length=1)
     ssh_from: list[str] = Field(min_length=1)
-    """Networks from which SSH is let in, such as 203.0.113.0/24."""
+    """Networks that may connect by SSH, such as 203.0.113.0/24."""
     image: ShellWord
-    """AMI of the head."""
+    """AMI of nodes without devices."""
     gpu_image: ShellWord | None = None
-    """AMI of nodes with devices; that of the head when not given."""
+    """AMI of nodes with devices; `image` when not given."""
     key_name: ShellWord | None = None
-    """The EC2 key pair that belongs to `ssh.key`."""
+    """The EC2 key pair of `ssh.key`."""
     worker_profile: ShellWord | None = None
-    """Instance profile of workers, so that they reach their storage; Ray gives them none."""
+    """Instance profile of workers, for access to storage; by default Ray gives them none."""
 
     @field_validator("ssh_from")
     @classmethod
@@ -88,36 +88,36 @@ class Gcp(Spec):
     image: ShellWord = "projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64"
     gpu_image: ShellWord | None = None
     worker_account: ShellWord | None = None
-    """Service account of workers, so that they reach their storage; Ray gives them none."""
+    """Service account of workers, for access to storage; by default Ray gives them none."""
 
 
 class Azure(Spec):
     location: ShellWord = "eastus"
     resource_group: ShellWord
     subscription: ShellWord | None = None
-    """The one of the Azure command line when not given."""
+    """When not given, the one that the Azure command line uses."""
     image: ShellWord = "Canonical:ubuntu-24_04-lts:server:latest"
     """publisher:offer:sku:version"""
     gpu_image: ShellWord | None = None
 
 
 class Local(Spec):
-    """Hosts of one's own, reached by SSH. Ray detects what they have."""
+    """The user's own hosts, reached by SSH. Ray detects their resources."""
 
     head: ShellWord
-    """Address of the head on the network that all hosts share."""
+    """The head's address on the network that all hosts share."""
     workers: list[ShellWord] = Field(min_length=1)
     min: int | None = Field(None, ge=0)
-    """How many of the workers are always in; all when not given."""
+    """Number of workers that are always in the cluster; all when not given."""
     head_resources: dict[str, int] = {"CPU": 0}
-    """What Ray hands out on the head, over what it detects; memory in bytes."""
+    """Resources of the head, in place of the detected ones; memory in bytes."""
     worker_resources: dict[str, int] = {}
     usd_per_hour: float | None = Field(None, ge=0)
-    """What one host costs, for `status` and budgets."""
+    """Price of one host, for `status` and budgets."""
 
 
 class Pod(Spec):
-    """What a pod asks Kubernetes for; a machine has a little less to give than it has."""
+    """Resources that a pod requests; Kubernetes reserves a part of each machine for itself."""
 
     cpus: int = Field(ge=1)
     gpus: int = Field(0, ge=0)
@@ -127,21 +127,21 @@ class Pod(Spec):
 class Kuberay(Spec):
     namespace: Name = "default"
     image: ShellWord
-    """With Ray and Heliostat in it."""
+    """Container image with Ray and Heliostat."""
     pods: dict[Name, Pod]
-    """Of the head and of each kind of worker."""
+    """Node type (`head`, or a worker type) -> its pod."""
     gpu_resource: ShellWord = "nvidia.com/gpu"
-    """What the cluster calls its devices; also the taint of their machines that pods tolerate."""
+    """Kubernetes' name of devices; also the taint of their machines, which pods tolerate."""
     spot_label: Annotated[str, StringConstraints(pattern=r"^[\w./-]+=[\w.-]+$")] | None = None
-    """How machines on spot are labelled, KEY=VALUE, for kinds with `spot`."""
+    """Label of spot machines, KEY=VALUE, for node types with `spot`."""
     token_secret: Name | None = None
-    """A secret with the key `auth_token`; KubeRay makes one of its own when not given."""
+    """A secret with the key `auth_token`; when not given, KubeRay makes one."""
     job: str = "heliostat train digits --set scale.workers=2"
-    """The command of the RayJob."""
+    """Command of the RayJob."""
 
 
 class Mlflow(Spec):
-    """The MLflow server on the head. Jobs reach it over the private network, people by SSH."""
+    """The MLflow server on the head. Jobs reach it over the private network, users through SSH."""
 
     port: int = Field(default=5000, ge=1, le=65535)
     database: str | None = None
@@ -149,7 +149,7 @@ class Mlflow(Spec):
     artifacts: ShellWord | None = None
     """Folder or URI; the head's disk when not given."""
     auth: bool = False
-    """MLflow's basic authentication, with a password derived from the cluster's token."""
+    """Use MLflow's basic authentication, with a password derived from the cluster's token."""
 
     @field_validator("database")
     @classmethod
@@ -162,24 +162,25 @@ class Mlflow(Spec):
 class ClusterSpec(Spec):
     name: Name
     python: ShellWord = "python3"
-    """The Python on the hosts from which the environment is made."""
+    """Python on the hosts, from which the virtual environment is made."""
     setup: Literal["install", "installed"] = "install"
-    """Whether hosts are to be set up, or have Heliostat in `venv` already."""
+    """install: set up each host. installed: the hosts have Heliostat in `venv`."""
     venv: ShellWord = "~/venv"
-    """The virtual environment on the hosts."""
+    """Virtual environment on the hosts."""
     ssh: Ssh = Ssh()
     idle_minutes: float = Field(10, gt=0)
     fallback_after_s: float | None = Field(300, ge=0)
-    """On-demand nodes take over where spot has been unavailable for so long; null for never."""
+    """On-demand nodes take over when spot nodes were unavailable for so long; null for never."""
     state: ShellWord | None = None
-    """Where Ray's state outlives the head: a folder on a disk that does, or redis://HOST:PORT."""
+    """Where Ray's state survives the loss of the head: a folder on a disk that outlives the head,
+    or redis://HOST:PORT."""
     storage: ShellWord | None = None
-    """Folder that all nodes share. There are the runs of jobs whose spec has a relative `storage`;
-    in the home folder of the head when not given."""
+    """Folder that all nodes share, for the runs of jobs whose spec has a relative `storage`. When
+    not given, these are in the home folder of the head."""
     metrics: bool = False
-    """Prometheus on the head, scraping every node."""
+    """Run Prometheus on the head, which scrapes every node."""
     tags: dict[Tag, Tag] = {}
-    """On every machine, for the bill."""
+    """Tags of every machine, for the cloud's bill."""
     head: NodeType
     workers: dict[Name, WorkerType] = Field(min_length=1)
     mlflow: Mlflow = Mlflow()
@@ -194,16 +195,16 @@ class ClusterSpec(Spec):
         if self.aws is not None and (self.ssh.key is None) != (self.aws.key_name is None):
             raise ValueError("ssh.key and aws.key_name: give both or neither")
         if "head" in self.workers:
-            raise ValueError("workers.head: the name is taken by the head")
+            raise ValueError("workers.head: this name is reserved for the head")
         if self.kuberay is not None:
             if self.kuberay.pods.keys() != {"head", *self.workers}:
                 kinds = ", ".join(["head", *self.workers])
-                raise ValueError(f"kuberay.pods: must be of {kinds}")
+                raise ValueError(f"kuberay.pods: must have exactly the keys {kinds}")
             if self.mlflow.auth and self.kuberay.token_secret is None:
                 raise ValueError("kuberay.token_secret: is required for mlflow.auth")
         return self
 
 
 def read_cluster_spec(path: Path) -> ClusterSpec:
-    """The spec in a file. Raises SpecError with one line per mistake."""
+    """Read the spec in a file. Raises SpecError with one line per mistake."""
     return validate(ClusterSpec, read_yaml(path))

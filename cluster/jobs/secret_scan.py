@@ -1,8 +1,7 @@
-"""What looks like a key and must not leave this machine: in files, and in words.
+"""Finds credentials that must not leave this machine, in files and in command-line arguments.
 
-Patterns are of the kind that hit hardly anything else: the marks that issuers put into their
-tokens, the armour of private keys, the files of cloud credentials. Random-looking strings alone
-are not taken for secrets.
+The patterns have hardly any false positives: prefixes that issuers put into their tokens, headers
+of private keys, names of cloud credential files. A random-looking string alone is not a finding.
 """
 
 import fnmatch
@@ -11,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MAX_SCANNED_BYTES = 4 << 20
-"""How much of a file is looked at, from its beginning; keys are small."""
+"""How much of a file is read, from its beginning; files with keys are small."""
 
 _CREDENTIAL_FILES = {
     "credentials of AWS": (".aws/credentials",),
@@ -55,12 +54,12 @@ _PLACEHOLDER = re.compile(rb"(?i)[<>${}*]|example|change|your|dummy|placeholder|
 
 
 def find_secrets(folder: Path, files: Iterable[Path]) -> list[str]:
-    """A line for each of the `files` below `folder` that looks like it holds a key."""
-    return [f"{path}: {what}" for path in files if (what := _secret_in_file(folder / path, path))]
+    """A line for each of the `files` below `folder` that seems to contain a credential."""
+    return [f"{path}: {kind}" for path in files if (kind := _secret_in_file(folder / path, path))]
 
 
 def secret_in_text(text: str) -> str | None:
-    """What kind of key a text such as a value on the command line holds; None for none."""
+    """The kind of credential in a text, such as a command-line argument, or None."""
     data = text.encode(errors="replace")
     found = _PASSWORD.search(data)
     if found and not _PLACEHOLDER.search(found["value"]):
@@ -69,13 +68,13 @@ def secret_in_text(text: str) -> str | None:
 
 
 def _secret_in_file(path: Path, name: Path) -> str | None:
-    for what, patterns in _CREDENTIAL_FILES.items():
+    for kind, patterns in _CREDENTIAL_FILES.items():
         if any(fnmatch.fnmatch(f"/{name.as_posix()}", f"*/{pattern}") for pattern in patterns):
-            return what
+            return kind
     try:
         with path.open("rb") as file:
             data = file.read(MAX_SCANNED_BYTES)
-    except OSError:  # cannot be read, so cannot be sent either
+    except OSError:  # it cannot be packaged either
         return None
     if re.fullmatch(r"\.env(\..+)?|.+\.env", name.name):
         for found in (*_SETTING.finditer(data), *_PASSWORD.finditer(data)):
@@ -85,10 +84,10 @@ def _secret_in_file(path: Path, name: Path) -> str | None:
 
 
 def _match_key_patterns(data: bytes, lines: bool = False) -> str | None:
-    for what, pattern in _KEY_PATTERNS.items():
+    for kind, pattern in _KEY_PATTERNS.items():
         for found in re.finditer(pattern, data):
             if b"EXAMPLE" not in found[0]:
-                return f"{what}, in line {_line_number(data, found)}" if lines else what
+                return f"{kind}, in line {_line_number(data, found)}" if lines else kind
     return None
 
 

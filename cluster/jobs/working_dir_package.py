@@ -1,7 +1,6 @@
-"""The working folder as a package that a cluster can run: what goes along, and what must not.
+"""The working folder as a package that Ray unpacks on the cluster.
 
-What git would ignore stays here, by git itself: all of its rules hold, in a folder that is no
-repository too.
+Git decides what is left out: its own ignore rules apply, also in a folder that is no repository.
 """
 
 import fnmatch
@@ -19,26 +18,31 @@ from cluster.base.errors import SpecError
 from cluster.jobs.secret_scan import find_secrets
 
 MAX_PACKAGE_BYTES = 256 << 20
-"""Ray takes packages of up to 512 MiB and keeps them in the memory of the head's GCS."""
+"""Ray accepts packages of up to 512 MiB and keeps them in the memory of the head's GCS."""
 
-ALWAYS_EXCLUDED = (".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
-         "mlflow.db", "mlartifacts", "node_modules", ".DS_Store")  # fmt: skip
-"""What is never code, whatever git says: environments, caches, and what runs write."""
+ALWAYS_EXCLUDED = (
+    *(".git", ".venv", "venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"),
+    *("mlflow.db", "mlartifacts", "node_modules", ".DS_Store"),
+)
+"""Environments, caches and files that runs write: never code, even if git tracks them."""
 
 HELIOSTAT_ROOT = Path(__file__).resolve().parents[2]
-"""Heliostat's own checkout or installation, of which the cluster has one of its own."""
+"""The folder of Heliostat's own packages."""
+
+HELIOSTAT_PACKAGES = ("cluster", "trainers", "tuning", "heliostat")
+"""They are left out of a package: the cluster has an installation of its own."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A folder's files as one zip, named by what is in it."""
+    """A folder's files as one zip, named by the hash of its content."""
 
     data: bytes
     files: tuple[Path, ...]
 
     @property
     def name(self) -> str:
-        """The same for the same files, so that it is sent once."""
+        """The same for the same files, so that they are uploaded once."""
         return f"_ray_pkg_{hashlib.sha256(self.data).hexdigest()[:40]}.zip"
 
     @property
@@ -49,10 +53,10 @@ class Package:
 def build_package(
     folder: Path, required_files: Iterable[Path] = (), exclude_patterns: Iterable[str] = ()
 ) -> Package:
-    """The files of `folder` that git does not ignore, and the `needed` ones that it does.
+    """Package the files of `folder` that git does not ignore, and all `required_files`.
 
-    `exclude` are patterns of paths or names that stay here. SpecError for files that look like
-    keys, and for a folder that is too large, with a line for each file.
+    Paths and names that match `exclude_patterns` are left out. Raises SpecError for files that
+    seem to contain credentials, and for a folder that is too large, with a line for each file.
     """
     files = list_packaged_files(folder, exclude_patterns)
     files = sorted({*files, *(path for path in required_files if (folder / path).is_file())})
@@ -68,9 +72,9 @@ def build_package(
         largest = sorted(files, key=lambda path: sizes[path], reverse=True)[:5]
         raise SpecError(
             "\n".join(f"{path}: {format_mebibytes(sizes[path])}" for path in largest)
-            + f"\nthe folder has {format_mebibytes(total)}, more than the {format_mebibytes(MAX_PACKAGE_BYTES)} that "
-            "are sent along; name large files in .gitignore, give --exclude, and keep data on "
-            "storage that the cluster can see"
+            + f"\nthe folder has {format_mebibytes(total)}, more than the "
+            f"{format_mebibytes(MAX_PACKAGE_BYTES)} that can be sent; name large files in "
+            ".gitignore, give --exclude, and keep data on storage that the cluster can see"
         )
     return Package(_zip_files(folder, files), tuple(files))
 
@@ -79,43 +83,41 @@ def list_packaged_files(folder: Path, exclude_patterns: Iterable[str] = ()) -> l
     """The files below `folder` that git does not ignore, relative to it, sorted."""
     excluded = (*ALWAYS_EXCLUDED, *exclude_patterns)
     own = {
-        name
-        for name in ("cluster", "trainers", "tuning")
-        if (folder / name).resolve() == HELIOSTAT_ROOT / name
+        name for name in HELIOSTAT_PACKAGES if (folder / name).resolve() == HELIOSTAT_ROOT / name
     }
     return sorted(
         path
         for path in map(Path, _git_files(folder))
         if path.parts[0] not in own
         and not any(_matches(path, pattern) for pattern in excluded)
-        and (folder / path).is_file()  # not deleted, and no link to a folder
+        and (folder / path).is_file()  # neither deleted nor a link to a folder
     )
 
 
 def _matches(path: Path, pattern: str) -> bool:
-    """Whether the path, one of its folders, or the name of one of these fits the pattern.
+    """Whether the path, one of its parent folders, or the name of one of them matches.
 
-    With a slash before it, a pattern is for the path alone.
+    A pattern that begins with a slash is matched with the path alone.
     """
-    wanted = pattern.strip("/").removeprefix("./")
+    bare = pattern.strip("/").removeprefix("./")
     folders = [path, *path.parents][:-1]
     return any(
-        fnmatch.fnmatch(part.as_posix(), wanted)
-        or (not pattern.startswith("/") and fnmatch.fnmatch(part.name, wanted))
+        fnmatch.fnmatch(part.as_posix(), bare)
+        or (not pattern.startswith("/") and fnmatch.fnmatch(part.name, bare))
         for part in folders
     )
 
 
 def _git_files(folder: Path) -> list[str]:
-    """What git sees in a folder, with a repository of its own where the folder has none."""
+    """The files that git does not ignore; a folder outside a repository gets a temporary one."""
     flags = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     inside = _git(["-C", str(folder), "rev-parse", "--is-inside-work-tree"])
     if inside is None or inside.strip() != "true":
         with tempfile.TemporaryDirectory() as empty:
             if _git(["init", "--quiet", "--bare", empty]) is None:
                 return _without_git(folder)
-            place = [f"--git-dir={empty}", f"--work-tree={folder}", "-c", "core.bare=false"]
-            names = _git(["-C", str(folder), *place, *flags]) or ""
+            options = [f"--git-dir={empty}", f"--work-tree={folder}", "-c", "core.bare=false"]
+            names = _git(["-C", str(folder), *options, *flags]) or ""
     else:
         names = _git(["-C", str(folder), *flags]) or ""
     return [name for name in names.split("\0") if name]
@@ -131,20 +133,20 @@ def _git(arguments: list[str]) -> str | None:
 
 def _without_git(folder: Path) -> list[str]:
     if any(folder.rglob(".gitignore")):
-        raise SpecError("git: is needed to tell what .gitignore names; install it")
+        raise SpecError("git: is needed to read .gitignore; install it")
     names = []
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in ALWAYS_EXCLUDED]
-        names += [str((Path(place) / name).relative_to(folder)) for name in files]
+        names += [str((Path(parent) / name).relative_to(folder)) for name in files]
     return names
 
 
 def _zip_files(folder: Path, files: Iterable[Path]) -> bytes:
-    """The same bytes for the same files, whenever they were written."""
+    """A zip whose bytes depend on the files' content and modes, not on their times."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as package:
         for path in files:
-            entry = zipfile.ZipInfo(path.as_posix())  # of 1980, as zip counts
+            entry = zipfile.ZipInfo(path.as_posix())  # dated 1980, the zip epoch
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = ((folder / path).stat().st_mode & 0o777) << 16
             package.writestr(entry, (folder / path).read_bytes())

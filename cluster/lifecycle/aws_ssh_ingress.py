@@ -1,9 +1,9 @@
-"""Shut what Ray's launcher opens: `python -m cluster.lifecycle.aws_ssh_ingress --group NAME --region REGION`.
+"""Close SSH to the internet: `python -m cluster.lifecycle.aws_ssh_ingress --group G --region R`.
 
-On AWS the launcher lets SSH in from everywhere into each security group that it makes, whatever
-the file says, and adds the file's own rules to that. This takes the rules for everybody away. The
-head runs it at its set-up, so it holds for plain `ray up` as well; until then sshd alone is
-reachable, and asks for a key.
+On AWS, Ray's launcher allows SSH from everywhere in each security group that it creates, in
+addition to the rules of the file. This program revokes the rules for everywhere. The head runs
+it during its set-up, so that it also takes effect after a plain `ray up`; until then only sshd
+is reachable, and it asks for a key.
 """
 
 import argparse
@@ -11,46 +11,45 @@ import sys
 from typing import Any
 
 ANYWHERE = ("0.0.0.0/0", "::/0")
+_RULE_KEYS = ("IpProtocol", "FromPort", "ToPort")
 
 
 def revoke_public_ingress(client: Any, group: str) -> list[str]:
-    """Revoke all rules that let everybody into the groups of this name; returns one line each.
+    """Revoke all rules that allow everybody in the groups of this name; a line for each change.
 
-    `client` is boto3's for EC2. A group without another rule for SSH is left as it is, since
-    nobody could enter any more.
+    `client` is a boto3 client for EC2. A group in which no other rule allows SSH is not changed,
+    because then no one could connect any more.
     """
     found = client.describe_security_groups(Filters=[{"Name": "group-name", "Values": [group]}])
-    said = []
+    lines = []
     for described in found["SecurityGroups"]:
         rules = described["IpPermissions"]
-        if not any(_select_ranges(rule, others=True) for rule in rules if _is_ssh(rule)):
-            said.append(f"{described['GroupId']}: SSH has no other way in, left as it is")
+        if not any(_select_ranges(rule, public=False) for rule in rules if _is_ssh(rule)):
+            lines.append(f"{described['GroupId']}: SSH has no other way in, left as it is")
             continue
         for rule in rules:
-            wide = _select_ranges(rule, others=False)
-            if wide:
-                which = {key: rule[key] for key in _RULE_KEYS if key in rule}
+            public = _select_ranges(rule, public=True)
+            if public:
+                ports = {key: rule[key] for key in _RULE_KEYS if key in rule}
                 client.revoke_security_group_ingress(
-                    GroupId=described["GroupId"], IpPermissions=[{**which, **wide}]
+                    GroupId=described["GroupId"], IpPermissions=[{**ports, **public}]
                 )
-                said.append(f"{described['GroupId']}: shut {rule.get('FromPort', 'all ports')}")
-    return said
-
-
-_RULE_KEYS = ("IpProtocol", "FromPort", "ToPort")
+                closed = rule.get("FromPort", "all ports")
+                lines.append(f"{described['GroupId']}: closed {closed} to the internet")
+    return lines
 
 
 def _is_ssh(rule: dict[str, Any]) -> bool:
     return bool(rule["IpProtocol"] == "tcp" and rule["FromPort"] <= 22 <= rule["ToPort"])
 
 
-def _select_ranges(rule: dict[str, Any], others: bool) -> dict[str, list[dict[str, str]]]:
-    """The rule's networks that are everybody, or the `others`, as the API wants them back."""
+def _select_ranges(rule: dict[str, Any], public: bool) -> dict[str, list[dict[str, str]]]:
+    """The rule's address ranges that are everywhere, or all others, in the API's own form."""
     found = {}
     for key, name in (("IpRanges", "CidrIp"), ("Ipv6Ranges", "CidrIpv6")):
-        fitting = [it for it in rule.get(key, []) if (it[name] in ANYWHERE) != others]
-        if fitting:
-            found[key] = [{name: it[name]} for it in fitting]
+        ranges = [each for each in rule.get(key, []) if (each[name] in ANYWHERE) == public]
+        if ranges:
+            found[key] = [{name: each[name]} for each in ranges]
     return found
 
 

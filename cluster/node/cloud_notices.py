@@ -1,8 +1,8 @@
-"""What a cloud tells a machine of its own that is about to be taken away.
+"""Preemption notices from the metadata services of AWS, Google Cloud and Azure.
 
-Each cloud has an address on the link for it, which only the machine itself can reach. Another one
-may be given in HELIOSTAT_METADATA_URL. Nothing but the standard library: this runs on every node,
-all the time.
+Each cloud serves them at a link-local address that only the machine itself can reach;
+HELIOSTAT_METADATA_URL replaces it. Standard library only, since this runs on every node all the
+time.
 """
 
 import calendar
@@ -18,41 +18,42 @@ from urllib.parse import urlsplit
 
 TIMEOUT_S = 2.0
 REBALANCE_VAR = "HELIOSTAT_REBALANCE_S"
-"""Seconds in which AWS's recommendation to rebalance empties the node; ignored where not set."""
+"""Environment variable: seconds after which a node is to be empty when AWS recommends to rebalance.
+Without it the recommendation is ignored."""
 TOKEN_LIFETIME_S = 6 * 3600
 GCP_PREEMPTION_NOTICE_S = 30
-"""What Google gives a preempted machine.
+"""Notice that Google gives before a preemption.
 https://docs.cloud.google.com/compute/docs/instances/spot"""
 GCP_MAINTENANCE_NOTICE_S = 60
-"""The least notice of maintenance that Google gives; machines with GPUs have an hour.
+"""Shortest notice that Google gives before maintenance; machines with GPUs get an hour.
 https://docs.cloud.google.com/compute/docs/metadata/getting-live-migration-notice"""
 AZURE_TERMINAL_EVENTS = ("Preempt", "Terminate", "Reboot", "Redeploy")
-"""Azure's scheduled events after which the processes of a machine are gone; `Freeze` is a pause.
+"""Azure's scheduled events that end the processes of a machine; `Freeze` only pauses them.
 https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events"""
 
 
 @dataclass(frozen=True)
 class Notice:
-    """That this machine will be taken away."""
+    """This machine will be taken away."""
 
     key: str
-    """The same for the same event, however often it is read."""
+    """Identifies the event, however often it is read."""
     description: str
-    """For people."""
+    """For the log."""
     deadline: float
-    """The Unix time until which the machine is sure to be there."""
+    """Unix time until which the machine is guaranteed."""
 
 
 class MetadataServiceError(Exception):
-    """The metadata service cannot be reached, or answers what it should not."""
+    """The metadata service cannot be reached, or its answer cannot be understood."""
 
 
 NoticeReader = Callable[[], Notice | None]
-"""Asks the cloud once; raises NoAnswerError."""
+"""Asks the metadata service once; raises MetadataServiceError."""
 
 
 def notice_reader(cloud: str, now: Callable[[], float] = time.time) -> NoticeReader:
-    """What asks `cloud` (aws, gcp or azure) for a notice to this machine."""
+    """A function that asks `cloud` (aws, gcp or azure) for a notice for this machine."""
     return {"aws": _Aws, "gcp": _Gcp, "azure": _Azure}[cloud](now).read_notice
 
 
@@ -79,7 +80,7 @@ class _Metadata:
             connection.close()
 
     def get(self, path: str, headers: Mapping[str, str]) -> str | None:
-        """The body, or None where there is nothing (404)."""
+        """The body of an answer, or None for status 404."""
         status, body = self.ask(path, headers)
         if status == 404:
             return None
@@ -100,25 +101,25 @@ class _Aws(_Metadata):
     _token = ""
 
     def read_notice(self) -> Notice | None:
-        told = self._get("/latest/meta-data/spot/instance-action")
-        if told is not None:
-            action, deadline = _parse(told, _parse_interruption)
+        answer = self._get("/latest/meta-data/spot/instance-action")
+        if answer is not None:
+            action, deadline = _parse(answer, _parse_interruption)
             return Notice(f"spot {deadline}", f"spot interruption ({action})", deadline)
         within_s = os.environ.get(REBALANCE_VAR)
         if not within_s:
             return None
-        told = self._get("/latest/meta-data/events/recommendations/rebalance")
-        if told is None:
+        answer = self._get("/latest/meta-data/events/recommendations/rebalance")
+        if answer is None:
             return None
-        noticed = _parse(told, lambda text: _parse_utc(json.loads(text)["noticeTime"]))
-        what = "a raised risk of spot interruption (rebalance recommendation)"
-        return Notice(f"rebalance {noticed}", what, noticed + float(within_s))
+        noticed_s = _parse(answer, lambda text: _parse_utc(json.loads(text)["noticeTime"]))
+        description = "a raised risk of spot interruption (rebalance recommendation)"
+        return Notice(f"rebalance {noticed_s}", description, noticed_s + float(within_s))
 
     def _get(self, path: str) -> str | None:
-        for _ in range(2):  # a token may have run out
+        for _ in range(2):  # the token may have expired
             if not self._token:
-                asked = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_LIFETIME_S)}
-                status, self._token = self.ask("/latest/api/token", asked, "PUT")
+                headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_LIFETIME_S)}
+                status, self._token = self.ask("/latest/api/token", headers, "PUT")
                 if status != 200:
                     self._token = ""
                     raise MetadataServiceError(f"/latest/api/token answers {status}")
@@ -134,20 +135,24 @@ class _Aws(_Metadata):
 
 
 class _Gcp(_Metadata):
+    """Preemptions and maintenance events of Compute Engine."""
+
     default = "http://metadata.google.internal"
 
     def read_notice(self) -> Notice | None:
-        headers, place = {"Metadata-Flavor": "Google"}, "/computeMetadata/v1/instance"
+        headers, instance = {"Metadata-Flavor": "Google"}, "/computeMetadata/v1/instance"
         now = self._now()
-        if self.get(f"{place}/preempted", headers) == "TRUE":
+        if self.get(f"{instance}/preempted", headers) == "TRUE":
             return Notice("preempted", "preemption", now + GCP_PREEMPTION_NOTICE_S)
-        if self.get(f"{place}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE":
-            what = "maintenance of its host, for which it is stopped"
-            return Notice("maintenance", what, now + GCP_MAINTENANCE_NOTICE_S)
+        if self.get(f"{instance}/maintenance-event", headers) == "TERMINATE_ON_HOST_MAINTENANCE":
+            description = "maintenance of its host, for which it is stopped"
+            return Notice("maintenance", description, now + GCP_MAINTENANCE_NOTICE_S)
         return None
 
 
 class _Azure(_Metadata):
+    """Scheduled events of Azure's instance metadata service."""
+
     _name: str | None = None
 
     def read_notice(self) -> Notice | None:
@@ -155,15 +160,15 @@ class _Azure(_Metadata):
         if self._name is None:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._name = self.get(path, headers)
-        told = self.get("/metadata/scheduledevents?api-version=2020-07-01", headers) or "{}"
-        for event in _parse(told, lambda text: json.loads(text).get("Events", [])):
-            # Machines of one set are told of one another's events.
+        answer = self.get("/metadata/scheduledevents?api-version=2020-07-01", headers) or "{}"
+        for event in _parse(answer, lambda text: json.loads(text).get("Events", [])):
+            # A machine also gets the events of the other machines in its availability set.
             if event["EventType"] in AZURE_TERMINAL_EVENTS and self._name in event["Resources"]:
                 return self._notice(event)
         return None
 
     def _notice(self, event: Mapping[str, Any]) -> Notice:
-        when = event.get("NotBefore")  # empty once it has begun
+        when = event.get("NotBefore")  # empty once the event has begun
         deadline = self._now()
         if when:
             deadline = _parse(when, lambda text: parsedate_to_datetime(text).timestamp())
@@ -171,8 +176,8 @@ class _Azure(_Metadata):
 
 
 def _parse_interruption(text: str) -> tuple[str, float]:
-    told = json.loads(text)
-    return told["action"], _parse_utc(told["time"])
+    interruption = json.loads(text)
+    return interruption["action"], _parse_utc(interruption["time"])
 
 
 def _parse_utc(text: str) -> float:

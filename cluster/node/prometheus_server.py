@@ -1,13 +1,15 @@
-"""Prometheus and Grafana on the head: what one line of the cluster's file (`metrics`) starts.
+"""Starts Prometheus and Grafana on the head, if the cluster's file has `metrics`.
 
     python -m cluster.node.prometheus_server
 
-Both listen on the head's loopback alone, since what Ray exports asks for no token. Prometheus takes
-its targets from the list of nodes that Ray keeps; where it is not installed its release is fetched.
-Grafana is started where it is installed, with Ray's settings, and finds our dashboard beside Ray's.
+Both listen on the head's loopback interface only, since Ray's metrics need no token. Prometheus
+reads its targets from the list of nodes that Ray writes; if it is not installed, its release is
+downloaded. Grafana is started if it is installed, with Ray's settings, and shows Heliostat's
+dashboard beside Ray's.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -18,25 +20,29 @@ import time
 import urllib.request
 from pathlib import Path
 
-from cluster.node.preemption_agent import PID_FILE, log_event, replace_running_instance
+from cluster.connection.ray_internals import SESSION_METRICS_FOLDER
+from cluster.node.host_program import HOST_FOLDER, log_to_stdout, replace_running_instance
 
 GRAFANA_DASHBOARD = Path(__file__).with_name("grafana.json")
-METRICS_FOLDER = Path("/tmp/ray/session_latest/metrics")
-"""Where Ray's head writes the configuration of Prometheus and Grafana."""
 PROMETHEUS_VERSION = "3.5.0"
-"""The release that is fetched, of Prometheus' long-term support."""
+"""The release that is downloaded, which has long-term support."""
 _RELEASES = "https://github.com/prometheus/prometheus/releases/download"
 
+logger = logging.getLogger(__name__)
 
-def install_dashboard(session: Path = METRICS_FOLDER) -> Path:
-    """Put our dashboard beside Ray's, where Grafana finds it; Ray has to be there."""
+
+def install_dashboard(session: Path = SESSION_METRICS_FOLDER) -> Path:
+    """Copy Heliostat's dashboard beside Ray's, where Grafana finds it; returns its path.
+
+    `session` is the folder in which Ray has written its configuration of Prometheus and Grafana.
+    """
     folder = session / "grafana" / "dashboards"
     folder.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copy(GRAFANA_DASHBOARD, folder / "heliostat_grafana_dashboard.json"))
 
 
-def prometheus_command(home: Path, session: Path = METRICS_FOLDER) -> list[str] | None:
-    """How Prometheus is started here; None where there is none and none can be fetched."""
+def prometheus_command(home: Path, session: Path = SESSION_METRICS_FOLDER) -> list[str] | None:
+    """The command that starts Prometheus; None if it is not installed and cannot be downloaded."""
     program = shutil.which("prometheus") or _download_prometheus(
         home / f"prometheus-{PROMETHEUS_VERSION}"
     )
@@ -50,8 +56,8 @@ def prometheus_command(home: Path, session: Path = METRICS_FOLDER) -> list[str] 
     ]
 
 
-def grafana_command(session: Path = METRICS_FOLDER) -> list[str] | None:
-    """How Grafana is started here, with Ray's settings; None where it is not installed."""
+def grafana_command(session: Path = SESSION_METRICS_FOLDER) -> list[str] | None:
+    """The command that starts Grafana with Ray's settings; None if it is not installed."""
     program = shutil.which("grafana")
     home = Path("/usr/share/grafana")
     if program is None or not home.exists():
@@ -60,46 +66,46 @@ def grafana_command(session: Path = METRICS_FOLDER) -> list[str] | None:
 
 
 def _download_prometheus(folder: Path) -> Path | None:
-    """The program in Prometheus' own release for this machine, fetched once."""
+    """Download Prometheus for this machine to `folder`, once; the program, or None."""
     program = folder / "prometheus"
     if program.exists():
         return program
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine)
     name = f"prometheus-{PROMETHEUS_VERSION}.linux-{machine}"
-    building = folder.with_name(f"{folder.name}.{os.getpid()}")
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         url = f"{_RELEASES}/v{PROMETHEUS_VERSION}/{name}.tar.gz"
         with (
             urllib.request.urlopen(url, timeout=60) as data,
             tarfile.open(fileobj=data, mode="r|gz") as archive,
         ):
-            archive.extractall(building, filter="data")
-        (building / name).rename(folder)
+            archive.extractall(staging, filter="data")
+        (staging / name).rename(folder)
     except OSError as error:
-        log_event(f"Prometheus {PROMETHEUS_VERSION} cannot be fetched: {error}")
+        logger.warning("Prometheus %s cannot be downloaded: %s", PROMETHEUS_VERSION, error)
         return None
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return program
 
 
 def main() -> None:
-    """Start what there is, and stay until all of it has ended."""
-    home = PID_FILE.expanduser().parent
+    """Start what is installed, and wait until all of it has ended."""
+    log_to_stdout()
+    home = HOST_FOLDER.expanduser()
     replace_running_instance(home / "metrics.pid")
-    while not (
-        METRICS_FOLDER / "prometheus" / "prometheus.yml"
-    ).exists():  # the dashboard writes it
+    # Ray's dashboard writes this file when it starts.
+    while not (SESSION_METRICS_FOLDER / "prometheus" / "prometheus.yml").exists():
         time.sleep(1)
-    log_event(f"dashboard: {install_dashboard()}")
+    logger.info("dashboard: %s", install_dashboard())
     programs = {"Prometheus": prometheus_command(home), "Grafana": grafana_command()}
     running = []
     environment = {**os.environ, "GF_SERVER_HTTP_ADDR": "127.0.0.1"}
     for name, command in programs.items():
         if command is None:
-            log_event(f"{name} is not here")
+            logger.info("%s is not installed", name)
             continue
-        log_event(f"{name}: {' '.join(command)}")
+        logger.info("%s: %s", name, " ".join(command))
         running.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
     try:
         for process in running:

@@ -18,13 +18,13 @@ def uniform(seed: int, positions: list[int] | torch.Tensor, *shape: int) -> torc
     return SampleRandom(seed, torch.as_tensor(positions)).uniform(*shape)
 
 
-class TestAFunctionOfThePosition:
+class TestSampleRandom:
     @settings(deadline=None)
     @given(seed=SEEDS, positions=POSITIONS, data=st.data())
-    def test_whoever_else_is_in_the_batch(
+    def test_a_sample_does_not_depend_on_its_batch(
         self, seed: int, positions: list[int], data: st.DataObject
     ) -> None:
-        """Any choice of samples, in any order and with repetitions, draws the same rows."""
+        """Any selection of samples, in any order and with repetitions, gets the same rows."""
         places = st.integers(0, len(positions) - 1)
         chosen = data.draw(st.lists(places, min_size=1, max_size=12))
         whole = SampleRandom(seed, torch.tensor(positions))
@@ -38,8 +38,8 @@ class TestAFunctionOfThePosition:
         assert torch.equal(wide.reshape(2, 24), uniform(3, [5, 6], 24))
         assert torch.equal(wide.reshape(2, 24)[:, :5], uniform(3, [5, 6], 5))
 
-    def test_a_change_to_the_formula_would_be_seen(self) -> None:
-        """Frozen values: every run that was ever recorded depends on them."""
+    def test_frozen_numbers(self) -> None:
+        """Every recorded run depends on the formula."""
         found = (uniform(42, [0, 1, 2**40], 2) * 2**24).to(torch.int64)
         assert found.tolist() == [[5244447, 10861296], [9130442, 2923083], [12185863, 8201067]]
 
@@ -97,7 +97,7 @@ class TestDistribution:
         assert abs(np.corrcoef(values[:, 0], values[:, 1])[0, 1]) < 0.015
 
 
-class TestMixSeed:
+class TestCombineSeeds:
     @pytest.mark.parametrize(
         ("parts", "seed"),
         [
@@ -117,13 +117,13 @@ class TestMixSeed:
         assert not pairs & singles
 
     @given(parts=st.lists(st.integers(0, 2**63), min_size=1, max_size=4))
-    def test_a_seed_that_every_generator_takes(self, parts: list[int]) -> None:
+    def test_every_generator_accepts_the_seed(self, parts: list[int]) -> None:
         seed = combine_seeds(*parts)
         assert 0 <= seed < 2**63
         torch.Generator().manual_seed(seed)
 
 
-def test_seed_device_decides_what_torch_draws() -> None:
+def test_seed_device_seeds_torch() -> None:
     drawn = []
     for _ in range(2):
         seed_device(Cpu(), 5)

@@ -1,4 +1,4 @@
-"""One device of each family: found, named, measured, seeded, and what it computes."""
+"""The device of each family: selection, name, memory, seed and supported precisions."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ PROC = Path("/proc/self/status")
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> type:
-    """A machine that has devices of one family alone."""
+    """Makes a machine with devices of one family only."""
 
     class Only:
         def __init__(self, family: type[Device] | None) -> None:
@@ -29,15 +29,15 @@ def only(monkeypatch: pytest.MonkeyPatch) -> type:
 
 class TestWhichDevice:
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_auto_takes_what_is_there(self, only: type, family: type[Device]) -> None:
+    def test_auto_takes_the_accelerator(self, only: type, family: type[Device]) -> None:
         only(family)
         assert type(local_device("auto")) is family
 
-    def test_auto_takes_the_cpu_where_nothing_else_is(self, only: type) -> None:
+    def test_auto_falls_back_to_the_cpu(self, only: type) -> None:
         only(None)
         assert type(local_device("auto")) is Cpu
 
-    def test_cpu_is_the_cpu_whatever_there_is(self, only: type) -> None:
+    def test_cpu_is_the_cpu_even_with_an_accelerator(self, only: type) -> None:
         only(Cuda)
         assert type(local_device("cpu")) is Cpu
 
@@ -54,7 +54,7 @@ class TestWhichDevice:
             ("aws-neuron-core", Neuron),
         ],
     )
-    def test_a_type_is_of_a_family(
+    def test_an_accelerator_type_selects_its_family(
         self, only: type, accelerator: str, family: type[Device]
     ) -> None:
         only(family)
@@ -63,14 +63,14 @@ class TestWhichDevice:
     @pytest.mark.parametrize(
         ("accelerator", "there"), [("gpu", None), ("H100", Tpu), ("TPU-V4", Cuda)]
     )
-    def test_a_missing_device_is_said_in_a_line(
+    def test_a_missing_device_is_reported_in_one_line(
         self, only: type, accelerator: str, there: type[Device] | None
     ) -> None:
         only(there)
         with pytest.raises(SpecError, match=rf"^scale.accelerator: .* no {accelerator} [^\n]*$"):
             local_device(accelerator)
 
-    def test_a_broken_driver_is_no_device(
+    def test_a_broken_driver_counts_as_no_device(
         self, only: type, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         only(None)
@@ -81,11 +81,11 @@ class TestWhichDevice:
         monkeypatch.setattr(Cuda, "is_available", staticmethod(broken))
         assert type(local_device("auto")) is Cpu
 
-    def test_nothing_is_imported_for_what_is_absent(self) -> None:
+    def test_nothing_is_imported_for_absent_families(self) -> None:
         assert not [family for family in (Hpu, Tpu, Neuron) if family.is_available()]
         assert not {"torch_xla", "habana_frameworks"} & sys.modules.keys()
 
-    def test_amd_is_not_taken_for_nvidia(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_amd_and_nvidia_are_told_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for hip, family in ((None, Cuda), ("7.2", Rocm)):
             monkeypatch.setattr(torch.version, "hip", hip)
@@ -98,27 +98,27 @@ class TestWhichDevice:
             assert torch.distributed.get_default_backend_for_device(family.type) == family.backend
 
 
-class TestTheCpu:
+class TestCpu:
     @pytest.mark.skipif(not PROC.exists(), reason="needs Linux's /proc")
-    def test_memory_is_what_the_kernel_counts(self) -> None:
+    def test_memory_is_that_of_the_kernel(self) -> None:
         status = dict(line.split(":", 1) for line in PROC.read_text().splitlines())
         memory = Cpu().memory()
         assert memory.peak == pytest.approx(1024 * int(status["VmHWM"].split()[0]), rel=0.05)
         assert 0 < memory.free < memory.total
         assert memory.peak < memory.total
 
-    def test_a_seed_and_a_state_repeat_what_is_drawn(self) -> None:
+    def test_a_seed_or_a_state_repeats_the_random_numbers(self) -> None:
         device = Cpu()
         device.seed(7)
         state = device.rng_state()
         first = torch.rand(3, device=device.device)
         device.seed(7)
         assert torch.equal(torch.rand(3, device=device.device), first)
-        device.set_random_state(state)
+        torch.set_rng_state(state)
         assert torch.equal(torch.rand(3, device=device.device), first)
         device.synchronize()
 
-    def test_is_in_no_catalogue(self) -> None:
+    def test_has_no_catalog_entry(self) -> None:
         assert Cpu().catalog_entry() is None
         assert Cpu().name
 

@@ -1,4 +1,4 @@
-"""A precision that a device lacks is said in a line; fp8 layers train."""
+"""An unsupported precision is reported in one line; fp8 layers train."""
 
 import pytest
 import torch
@@ -10,13 +10,17 @@ from trainers.devices import Cpu, Cuda
 from trainers.precision import check_precision, convert_to_fp8
 
 
-def test_what_a_device_cannot_is_said_with_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_precision_is_reported_with_the_supported_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     check_precision("fp16", Cuda())
     with pytest.raises(SpecError) as error:
         check_precision("bf16", Cuda())
-    assert str(error.value) == "train.precision: bf16 is not for Tesla T4, only fp32, fp64, fp16"
+    assert (
+        str(error.value) == "train.precision: Tesla T4 does not support bf16, only fp32, fp64, fp16"
+    )
 
 
 def test_fp8_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +31,7 @@ def test_fp8_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.half)])
-def test_a_cpu_computes_what_it_says(precision: str, dtype: torch.dtype) -> None:
+def test_a_cpu_computes_in_the_precisions_that_it_lists(precision: str, dtype: torch.dtype) -> None:
     check_precision(precision, Cpu())
     a = torch.randn(16, 16)
     with torch.autocast("cpu", dtype):

@@ -1,4 +1,4 @@
-"""What a spec means, how one is found, and what its writer is told about mistakes in it."""
+"""The fields of a spec, how a spec is found, and how mistakes in it are reported."""
 
 import importlib
 import sys
@@ -26,7 +26,7 @@ def message_of(data: dict[str, Any]) -> str:
 
 
 class TestDefaults:
-    def test_a_workload_is_all_that_a_spec_needs(self) -> None:
+    def test_only_the_workload_is_required(self) -> None:
         spec = validate(RunSpec, {"workload": "vision"})
         assert spec.optimizer.name == "adamw"
         assert spec.optimizer.lr == 1e-3
@@ -39,7 +39,7 @@ class TestDefaults:
         assert spec.storage == "runs"
         assert spec.sweep is None
 
-    def test_the_workload_is_needed(self) -> None:
+    def test_the_workload_is_required(self) -> None:
         with pytest.raises(SpecError, match=r"^workload: is required$"):
             validate(RunSpec, {})
 
@@ -76,7 +76,7 @@ class TestLength:
     @given(
         epochs=st.integers(1, 100), samples=st.integers(1, 10**6), global_batch=st.integers(1, 512)
     )
-    def test_steps_at_is_the_first_step_that_ends_the_epoch(
+    def test_steps_for_epochs_is_the_first_step_that_ends_the_epoch(
         self, epochs: int, samples: int, global_batch: int
     ) -> None:
         steps = TrainSpec(global_batch=global_batch).steps_for_epochs(float(epochs), samples)
@@ -90,7 +90,7 @@ class TestLength:
 
 class TestScale:
     @pytest.mark.parametrize("workers", [1, 2, 64, [1, 1], [2, 3], [1, 64]])
-    def test_workers_that_share_a_batch_of_64(self, workers: int | list[int]) -> None:
+    def test_worker_counts_that_divide_a_batch_of_64(self, workers: int | list[int]) -> None:
         spec = validate(RunSpec, {"workload": "vision", "scale": {"workers": workers}})
         assert spec.scale.max_workers == (workers if isinstance(workers, int) else workers[1])
 
@@ -99,27 +99,29 @@ class TestScale:
         [
             (3, 64, "train.global_batch 64 cannot be shared evenly by scale.workers 3"),
             (128, 64, "train.global_batch 64 cannot be shared evenly by scale.workers 128"),
-            ([1, 9], 8, "train.global_batch 8 gives some of scale.workers 9 no sample"),
+            ([1, 9], 8, "train.global_batch 8 is too small for scale.workers 9"),
         ],
     )
-    def test_workers_that_do_not(self, workers: int | list[int], batch: int, says: str) -> None:
+    def test_worker_counts_that_do_not_divide_the_batch(
+        self, workers: int | list[int], batch: int, says: str
+    ) -> None:
         data = {"train": {"global_batch": batch}, "scale": {"workers": workers}}
         assert message_of({"workload": "vision", **data}).startswith(says)
 
-    def test_min_and_max_are_in_order(self) -> None:
+    def test_min_must_not_exceed_max(self) -> None:
         with pytest.raises(SpecError) as caught:
             validate(ScaleSpec, {"workers": [4, 2]}, "scale.")
         assert str(caught.value) == "scale.workers: must be [min, max] with min <= max (got [4, 2])"
 
     @pytest.mark.parametrize("workers", [0, -1, [0, 2], [4], [1, 2, 3], "many", 1.5])
-    def test_anything_else_is_refused(self, workers: Any) -> None:
+    def test_other_values_of_workers_are_refused(self, workers: Any) -> None:
         with pytest.raises(SpecError, match=r"^scale\.workers"):
             validate(ScaleSpec, {"workers": workers}, "scale.")
 
     @pytest.mark.parametrize(
         ("scale", "says"),
         [
-            ({"group": 2}, "group: means nothing with parallel auto"),
+            ({"group": 2}, "group: only used with parallel hsdp and tensor, not auto"),
             ({"parallel": "tensor"}, "group: tensor needs the number of workers that split"),
             (
                 {"parallel": "tensor", "group": 2, "workers": 3},
@@ -131,12 +133,12 @@ class TestScale:
             ),
         ],
     )
-    def test_groups_that_mean_nothing(self, scale: dict[str, Any], says: str) -> None:
+    def test_invalid_groups(self, scale: dict[str, Any], says: str) -> None:
         message = message_of({"workload": "vision", "scale": scale})
         assert message.startswith("scale: ")
         assert says in message
 
-    def test_workers_that_split_layers_share_their_samples(self) -> None:
+    def test_tensor_parallel_workers_process_the_same_samples(self) -> None:
         scale = {"parallel": "tensor", "group": 4, "workers": 8}
         spec = validate(RunSpec, {"workload": "x", "train": {"global_batch": 2}, "scale": scale})
         assert spec.scale.data_parallel_size == 2
@@ -148,7 +150,7 @@ class TestFindSpec:
         path.write_text("workload: vision\n")
         assert find_spec(str(path)) == ("my.run", {"workload": "vision"})
 
-    def test_any_file_that_is_there_is_read(self, tmp_path: Path) -> None:
+    def test_any_existing_file_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "spec.txt"
         path.write_text("workload: vision\n")
         assert find_spec(str(path)) == ("spec", {"workload": "vision"})
@@ -177,13 +179,13 @@ class TestFindSpec:
         with pytest.raises(SpecError) as caught:
             find_spec(name)
         message = str(caught.value)
-        start = f"no spec {name!r}: neither a file, nor module:Class, nor shipped"
+        start = f"no spec {name!r}: neither a file, nor module:Class, nor a shipped spec"
         assert message.startswith(start)
         assert ending in message.removeprefix(start)
 
 
 class TestMistakes:
-    def test_those_of_all_sections_come_together(self, own_folder: Path) -> None:
+    def test_mistakes_of_all_sections_are_reported_together(self, own_folder: Path) -> None:
         data = {
             **OWN,
             "data": {"points": "x"},
@@ -198,7 +200,7 @@ class TestMistakes:
             "model.widht: unknown key; did you mean 'width'?",
         }
 
-    def test_each_is_told_once(self, own_folder: Path) -> None:
+    def test_each_mistake_is_reported_once(self, own_folder: Path) -> None:
         message = message_of({**OWN, "model": 3, "train": {"steps": 0}})
         assert sorted(message.splitlines()) == [
             "model: must be a mapping (got 3)",
@@ -230,16 +232,16 @@ class TestLoadWorkload:
                 "own:Own",
                 "own:Own does not define dataset, forward, loss",
             ),
-            ("import numpi", "own:Own", "own does not import: No module named 'numpi'"),
+            ("import numpi", "own:Own", "own cannot be imported: No module named 'numpi'"),
             (
                 "x = 1\ny = undefined",
                 "own:Own",
-                "own does not import: NameError: name 'undefined' is not defined "
+                "own cannot be imported: NameError: name 'undefined' is not defined "
                 "({folder}/own.py:2)",
             ),
         ],
     )
-    def test_what_is_wrong_with_it_is_one_line(
+    def test_an_unusable_workload_is_reported_in_one_line(
         self, own_folder: Path, source: str | None, name: str, message: str
     ) -> None:
         if source is not None:
@@ -258,16 +260,16 @@ class TestLoadWorkload:
             ("import torch\ntorch.zeros(2) @ torch.zeros(3)\n", 2, "RuntimeError"),
         ],
     )
-    def test_the_place_is_in_the_users_file(
+    def test_the_location_is_in_the_users_file(
         self, own_folder: Path, source: str, line: int, reason: str
     ) -> None:
-        """Also where the error is raised further down, in a library or by the compiler."""
+        """Even if a library or the compiler raises the error."""
         (own_folder / "own.py").write_text(source)
         importlib.invalidate_caches()
         with pytest.raises(SpecError) as caught:
             load_workload("own:Own")
         message = str(caught.value)
-        assert message.startswith(f"workload: own does not import: {reason}: ")
+        assert message.startswith(f"workload: own cannot be imported: {reason}: ")
         assert f"{own_folder}/own.py:{line}" in message
         assert "frozen" not in message
         assert "\n" not in message
@@ -295,10 +297,16 @@ BAD_SPECS = {
 }
 BAD_ARGUMENTS = {
     "missing file": (["absent.yaml"], "absent.yaml: No such file or directory"),
-    "unknown spec": (["digit"], "no spec 'digit': neither a file, nor module:Class, nor shipped; "),
+    "unknown spec": (
+        ["digit"],
+        "no spec 'digit': neither a file, nor module:Class, nor a shipped spec; ",
+    ),
     "unknown class": (["spirals:Spiral"], "workload: spirals has no class 'Spiral'; did you mean"),
     "unknown module": (["spiral:Spirals"], "workload: no module 'spiral' in "),
-    "does not import": (["broken:Own"], "workload: broken does not import: NameError: name 'nu' "),
+    "does not import": (
+        ["broken:Own"],
+        "workload: broken cannot be imported: NameError: name 'nu' ",
+    ),
     "unknown run": (["--resume", "absent"], "--resume absent: no such run in runs"),
     "nothing": ([], "train: needs a spec, or --resume RUN"),
     "name of a folder": (["spirals:Spirals", "--name", "taken"], "--name taken: "),

@@ -1,4 +1,4 @@
-"""What is committed is whole, in a folder and at a URI alike."""
+"""A committed folder is complete, in a local folder and at a URI."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
-from trainers.checkpoints.checkpoints import Checkpoints, load_model_weights
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import load_model_weights
 from trainers.spec import CheckpointSpec
 from trainers.stores import MANIFEST, LocalStore, RemoteStore, Store
 
@@ -20,7 +21,7 @@ Open = Callable[[], Store]
 def open_store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Open:
-    """Opens the same place anew, as another process would."""
+    """Opens the same store again, as another process would."""
     monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "cache")
     if request.param == "folder":
         return lambda: LocalStore(tmp_path / "place")
@@ -28,7 +29,7 @@ def open_store(
 
 
 def build(store: Store, name: str, **files: str) -> None:
-    """Everything up to the commit."""
+    """Write a folder, without the commit."""
     store.start_write(name)
     for file, text in files.items():
         (store.staging_dir(name) / file).write_text(text)
@@ -43,7 +44,7 @@ def content(store: Store, name: str) -> dict[str, str]:
     return files
 
 
-def test_what_is_committed_is_found_again(open_store: Open) -> None:
+def test_a_committed_folder_is_found_again(open_store: Open) -> None:
     store = open_store()
     build(store, "step-2", a="1", b="2")
     store.commit("step-2")
@@ -55,14 +56,14 @@ def test_what_is_committed_is_found_again(open_store: Open) -> None:
         assert content(each, "step-1") == {"a": "3"}
 
 
-def test_what_is_not_committed_is_not_there(open_store: Open) -> None:
+def test_an_uncommitted_folder_is_not_listed(open_store: Open) -> None:
     store = open_store()
     assert store.names() == []
     build(store, "step-1", a="half")
     assert open_store().names() == []
 
 
-def test_an_attempt_that_broke_off_leaves_nothing_in_the_next(open_store: Open) -> None:
+def test_an_interrupted_write_leaves_nothing_in_the_next_one(open_store: Open) -> None:
     build(open_store(), "step-1", left="over")
     store = open_store()
     build(store, "step-1", a="new")
@@ -70,15 +71,15 @@ def test_an_attempt_that_broke_off_leaves_nothing_in_the_next(open_store: Open) 
     assert content(open_store(), "step-1") == {"a": "new"}
 
 
-def test_what_is_abandoned_is_gone(open_store: Open, tmp_path: Path) -> None:
+def test_an_aborted_folder_is_deleted(open_store: Open, tmp_path: Path) -> None:
     store = open_store()
     build(store, "step-1", a="half")
     store.abort("step-1")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_what_is_committed_cannot_be_abandoned(open_store: Open) -> None:
-    """As when something goes wrong right after the commit."""
+def test_a_committed_folder_cannot_be_aborted(open_store: Open) -> None:
+    """As after an error right after the commit."""
     store = open_store()
     build(store, "step-1", a="whole")
     store.commit("step-1")
@@ -86,7 +87,7 @@ def test_what_is_committed_cannot_be_abandoned(open_store: Open) -> None:
     assert content(open_store(), "step-1") == {"a": "whole"}
 
 
-def test_a_commit_replaces_what_had_the_name(open_store: Open) -> None:
+def test_a_commit_replaces_an_older_folder(open_store: Open) -> None:
     store, other = open_store(), open_store()
     for text in ("old", "new"):
         build(store, "step-1", a=text)
@@ -94,7 +95,7 @@ def test_a_commit_replaces_what_had_the_name(open_store: Open) -> None:
         assert content(other, "step-1") == {"a": text}
 
 
-def test_what_is_removed_is_gone(open_store: Open, tmp_path: Path) -> None:
+def test_a_removed_folder_is_deleted(open_store: Open, tmp_path: Path) -> None:
     store = open_store()
     for name in ("step-1", "step-2"):
         build(store, name, a=name)
@@ -106,14 +107,14 @@ def test_what_is_removed_is_gone(open_store: Open, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["nonsense", "nosuch://bucket/x", "s3://"])
-def test_a_place_that_cannot_be_reached_is_told_in_a_line(uri: str) -> None:
+def test_an_unusable_uri_is_reported_in_one_line(uri: str) -> None:
     with pytest.raises(SpecError, match=r"^checkpoint\.uri: .* cannot be used: ") as caught:
         RemoteStore(uri, "run")
     assert "\n" not in str(caught.value)
 
 
 def test_checkpoints_at_a_uri_are_found_by_their_folder(tmp_path: Path) -> None:
-    """Who looks for a run's checkpoints knows its folder, and not its spec."""
+    """With the run's folder, without its spec."""
     folder, uri = tmp_path / "runs" / "mine" / "checkpoints", f"file://{tmp_path}/bucket"
     network = nn.Linear(2, 3)
     checkpoints = Checkpoints(folder, CheckpointSpec(uri=uri, keep=2))
@@ -131,7 +132,7 @@ def test_checkpoints_at_a_uri_are_found_by_their_folder(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_at_a_uri_is_passed_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = nn.Linear(2, 3)
     folder, uri = tmp_path / "checkpoints", f"file://{tmp_path}/bucket"
@@ -144,4 +145,4 @@ def test_a_damaged_one_at_a_uri_is_passed_over(
     newest = Checkpoints(folder).latest()
     assert newest is not None
     assert newest.name == "step-00000001"
-    assert "state-00000.safetensors is truncated; passed over" in capsys.readouterr().out
+    assert "state-00000.safetensors is truncated; passed over" in caplog.text

@@ -1,4 +1,4 @@
-"""A sweep in the terminal and in a log."""
+"""The progress of a sweep in the terminal and in a log."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from tuning.trials.trial import Sweep
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    """Of eight trials, one of which ended under an earlier command."""
+    """A sweep of eight trials, one of which ended before this command started."""
     parameters = {"optimizer.lr": {"uniform": (0, 1)}}
     spec = {"parameters": parameters, "metric": "val/accuracy", "mode": "max", "trials": 8}
     (tmp_path / "trials" / "0000").mkdir(parents=True)
@@ -22,7 +22,7 @@ def sweep(tmp_path: Path) -> Sweep:
     return Sweep({}, SweepSpec.model_validate(spec), tmp_path, tmp_path)
 
 
-def test_a_log_has_a_line_per_event_and_never_two_in_a_second(sweep: Sweep) -> None:
+def test_a_log_has_a_line_per_event_and_at_most_one_per_second(sweep: Sweep) -> None:
     now, written = 0.0, io.StringIO()
     console = Console(file=written, width=200)
     with SweepProgress(console, sweep, lambda: now) as progress:
@@ -66,8 +66,8 @@ def test_the_table_of_a_terminal(sweep: Sweep) -> None:
     ]
 
 
-def test_best_is_what_the_leaderboard_puts_first(sweep: Sweep) -> None:
-    """Which goes by the last evaluation of trials that did not fail."""
+def test_best_is_the_first_of_the_leaderboard(sweep: Sweep) -> None:
+    """The leaderboard compares the last evaluations of trials that did not fail."""
     progress = SweepProgress(Console(file=io.StringIO()), sweep)
 
     def after(event: str, trial: int, value: float) -> str:

@@ -1,11 +1,13 @@
 """Sweeps on the real Ray Tune: killed drivers, failed trials, several workers, exploitation."""
 
 import os
+import pickle
 import re
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -43,7 +45,7 @@ TINY: dict[str, Any] = {
 def run_sweep(
     tmp_path: Path, ray_cluster: str, mlflow_server: str
 ) -> Callable[..., tuple[Sweep, Leaderboard, dict[str, Any]]]:
-    """Runs the tiny sweep with some fields changed, to its end."""
+    """Runs the tiny sweep, with some fields changed, to its end."""
 
     def runner(*overrides: str) -> tuple[Sweep, Leaderboard, dict[str, Any]]:
         spec = tmp_path / "tiny.yaml"
@@ -72,14 +74,14 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     ]
     assert {run.info.status for run in found} == {"FINISHED"}
     stopped = {r.data.tags["mlflow.runName"] for r in found if "heliostat.stopped" in r.data.tags}
-    by_board = {f"{s.number:04d}" for s in board.standings if not s.complete}
+    by_board = {f"{s.number:04d}" for s in board.results if not s.complete}
     assert stopped == by_board
     assert stopped, "asha stopped none of eight trials"
     for run in found:
-        standing = next(s for s in board.standings if f"{s.number:04d}" == run.info.run_name)
-        assert float(run.data.params["optimizer.lr"]) == standing.parameters["optimizer.lr"]
-        assert run.data.metrics["val/loss"] == standing.value
-        assert f"| val/loss | {standing.value:.4g} |" in run.data.tags["mlflow.note.content"]
+        result = next(s for s in board.results if f"{s.number:04d}" == run.info.run_name)
+        assert float(run.data.params["optimizer.lr"]) == result.parameters["optimizer.lr"]
+        assert run.data.metrics["val/loss"] == result.value
+        assert f"| val/loss | {result.value:.4g} |" in run.data.tags["mlflow.note.content"]
     assert tracked["status"] == "FINISHED"
     assert tracked["metrics"]["best/val/loss"] == board.best.value
     parent = mlflow.MlflowClient(mlflow_server).get_run(tracked["run_id"])
@@ -105,12 +107,12 @@ def test_a_grid_tries_every_combination_once(run_sweep: Any) -> None:
         "{choice: [[1], [1, 1]]}}",
     )
     tried = sorted(
-        (s.parameters["optimizer.lr"], s.parameters["model.blocks"]) for s in board.standings
+        (s.parameters["optimizer.lr"], s.parameters["model.blocks"]) for s in board.results
     )
     assert tried == [(0.001, [1]), (0.001, [1, 1]), (0.01, [1]), (0.01, [1, 1])]
 
 
-def test_a_failed_trial_is_told_in_a_line_and_the_others_go_on(
+def test_a_failed_trial_has_its_reason_in_a_line_and_the_others_continue(
     run_sweep: Any, mlflow_server: str
 ) -> None:
     _, board, tracked = run_sweep(
@@ -123,7 +125,7 @@ def test_a_failed_trial_is_told_in_a_line_and_the_others_go_on(
     )
     assert list(board.failed) == [1]
     assert board.failed[1].startswith("the loss is nan at step 6 (the last finite one was ")
-    assert [s.number for s in board.standings] == [0]
+    assert [s.number for s in board.results] == [0]
     by_name = {r.info.run_name: r for r in children(mlflow_server, tracked["run_id"])}
     assert by_name["0001"].info.status == "FAILED"
     assert by_name["0001"].data.tags["heliostat.reason"] == board.failed[1]
@@ -133,13 +135,13 @@ def test_a_failed_trial_is_told_in_a_line_and_the_others_go_on(
 @pytest.mark.slow
 def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
     _, board, tracked = run_sweep("scale.workers=2", "sweep.trials=1", "sweep.scheduler.name=none")
-    assert [s.complete for s in board.standings] == [True]
+    assert [s.complete for s in board.results] == [True]
     for run in children(mlflow_server, tracked["run_id"]):
         assert run.data.params["scale.workers"] == "2"
         assert "train/loss" in run.data.metrics
 
 
-def test_pbt_goes_on_from_the_better_trials_weights(run_sweep: Any) -> None:
+def test_pbt_continues_from_the_better_trials_weights(run_sweep: Any) -> None:
     sweep, board, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 1}",
         "sweep.search=random",
@@ -148,13 +150,13 @@ def test_pbt_goes_on_from_the_better_trials_weights(run_sweep: Any) -> None:
         "train.epochs=6",
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
-    assert [s.complete for s in board.standings] == [True] * 4
+    assert [s.complete for s in board.results] == [True] * 4
     assert (sweep.folder / "tune").exists()
     policies = list((sweep.folder / "tune").glob("pbt_policy_*.txt"))
     assert policies, "no trial took over another one's weights"
 
 
-def test_a_sweep_whose_driver_was_killed_ends_with_the_trials_it_was_to_have(
+def test_a_sweep_whose_driver_was_killed_is_resumed_with_exactly_its_trials(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:
     (heliostat.folder / "spirals.py").write_text(spirals_source)
@@ -180,6 +182,8 @@ sweep:
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/checkpoints/*")}
     done = {path.parent.name for path in folder.glob(ended)}
+    # The searcher of the version before the rooms, in a module that is no longer there.
+    (folder / "tune" / "tuner.pkl").write_bytes(b"ctuning.search\nJournaledSearch\n.")
 
     output = heliostat("sweep", "--resume", "runs/cut")
     run_id = re.search(r"MLflow run: (\w+)", output)[1]
@@ -199,10 +203,10 @@ sweep:
     assert len(again) >= 3
 
 
-def test_ctrl_c_keeps_the_sweep_and_says_how_to_go_on(
+def test_ctrl_c_keeps_the_sweep_and_says_how_to_resume_it(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:
-    """Asked for by SIGTERM, which comes to Ray Tune as Ctrl-C does."""
+    """By SIGTERM, which has the same effect on Ray Tune as Ctrl-C."""
     (heliostat.folder / "spirals.py").write_text(spirals_source)
     (heliostat.folder / "s.yaml").write_text("""
 workload: spirals:Spirals
@@ -218,6 +222,13 @@ sweep: {parameters: {optimizer.lr: {loguniform: [1e-4, 1e-1]}}, trials: 2, concu
     assert "heliostat sweep --resume runs/cut" in output
     run_id = re.search(r"MLflow run: (\w+)", output)[1]
     assert mlflow.MlflowClient(mlflow_server).get_run(run_id).info.status == "KILLED"
+
+
+def test_tunes_state_of_earlier_sweeps_can_be_read() -> None:
+    """It has this function, by the module and name of the version before the rooms."""
+    folder_name = pickle.loads(b"ctuning.sweep\n_folder_name\n.")
+    trial = SimpleNamespace(config={"trial": 7}, trial_id="abc")
+    assert folder_name(trial) == "trial-0007-abc"
 
 
 def test_bad_sweeps_name_the_path(

@@ -1,9 +1,9 @@
-"""Trained models that others can load: weights as safetensors, beside what rebuilds the network.
+"""Trained models that others can load: weights as safetensors, and the spec of the network.
 
 An exported model is a folder with `model.safetensors`, `spec.yaml` (the spec's sections
 `workload`, `data` and `model`), `signature.json` (dtypes and shapes), `example.safetensors` (an
-input, and what the network makes of it) and, for a user's own workload, its source under `code/`.
-In MLflow it is a `pyfunc` model. There is no pickle in it, and none is read.
+input and its output) and, for a user's own workload, its source under `code/`. In MLflow it is a
+`pyfunc` model. It holds no pickle, and no pickle is ever read.
 """
 
 import contextlib
@@ -27,9 +27,10 @@ from torch import nn
 from cluster.base.config import read_yaml, validate, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
-from trainers.checkpoints.checkpoints import load_model_weights
+from trainers.checkpoints.state import load_model_weights
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
 from trainers.precision import weights_dtype
+from trainers.run_folder import MODEL
 from trainers.spec import RunSpec
 from trainers.workload import SHIPPED_WORKLOADS, Workload, load_workload, model_dtype
 
@@ -39,7 +40,7 @@ PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
 
 
 def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
-    """Write the model that a checkpoint holds to `folder`, in place of what was there.
+    """Export the model of a checkpoint to `folder`, replacing what was there.
 
     Raises CheckpointError if the checkpoint holds a pickle.
     """
@@ -51,7 +52,7 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     building.mkdir(parents=True)
     save_weights(network, str(building / WEIGHTS))
     sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
-    if spec.workload not in SHIPPED_WORKLOADS:  # where the class is, not where the spec found it
+    if spec.workload not in SHIPPED_WORKLOADS:  # the class, not the name that the spec has for it
         sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
     write_yaml(sections, building / SPEC)
     tensors = _example(workload, network)
@@ -65,7 +66,7 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
 
 
 def _example(workload: Workload, network: nn.Module) -> dict[str, torch.Tensor]:
-    """The workload's example as `input` and the network's `output`, where these are tensors."""
+    """The workload's example as `input`, and the network's `output` for it, if they are tensors."""
     example = workload.example()
     if not isinstance(example, torch.Tensor):
         return {}
@@ -78,7 +79,7 @@ def _example(workload: Workload, network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _signature(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """dtype and shape of input and output; -1 is the batch."""
+    """Dtype and shape of input and output; -1 is the batch dimension."""
     return {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "shape": [-1, *value.shape[1:]]}
         for name, value in tensors.items()
@@ -86,16 +87,16 @@ def _signature(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """CheckpointError if a file in `folder` is a pickle, by its name or its beginning.
+    """Raise CheckpointError if a file in `folder` is a pickle, by its suffix or its first bytes.
 
-    To load one is to run whatever code its author put there.
+    Loading a pickle runs any code that its author put there.
     """
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 start = file.read(9)
-            # Python's protocols 2 to 5, and the archives of torch.save. A safetensors file begins
-            # with the length of its header, which can look like the former, and then the header.
+            # Pickle protocols 2 to 5, and the archives of torch.save. A safetensors file begins
+            # with the length of its header, which can look like a protocol, and then the header.
             pickled = start[:1] == b"\x80" and start[1:2] in PICKLE_PROTOCOLS and start[8:] != b"{"
             if path.suffix in PICKLE_SUFFIXES or pickled or start.startswith(b"PK\x03\x04"):
                 raise CheckpointError(
@@ -104,7 +105,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def _copy_code(workload: type[Workload], folder: Path) -> None:
-    """The module that defines the workload, with the package around it if there is one."""
+    """Copy the module that defines the workload, with its package if it is in one."""
     source = inspect.getsourcefile(workload)
     if source is None:
         return
@@ -121,21 +122,18 @@ def _copy_code(workload: type[Workload], folder: Path) -> None:
 
 
 def load_model(source: str | Path) -> nn.Module:
-    """The trained network of a run, in evaluation mode, on the CPU.
+    """Load the trained network of a run, in evaluation mode, on the CPU.
 
-    `source` is an exported folder or MLflow's URI of the model, such as `models:/m-...`.
-    Nothing is unpickled, CheckpointError if there is a pickle; the code of a user's own workload is
-    imported.
+    `source` is the folder of a run or of an exported model, or MLflow's URI of the model, such as
+    `models:/m-...`. Imports the code of a user's own workload. Raises CheckpointError if the
+    folder holds a pickle or more than one model.
     """
     folder = Path(source)
     if not folder.is_dir():
         import mlflow
 
         folder = Path(mlflow.artifacts.download_artifacts(str(source)))
-    found = sorted(folder.rglob(WEIGHTS))
-    if not found:
-        raise FileNotFoundError(f"{source}: no {WEIGHTS} in it")
-    folder = found[0].parent
+    folder = _find_model(folder, str(source))
     refuse_pickles(folder)
     sections = read_yaml(folder / SPEC)
     with _importing_from(folder / CODE, sections["workload"].partition(":")[0]):
@@ -151,11 +149,32 @@ def load_model(source: str | Path) -> nn.Module:
     return network.eval()
 
 
+def _find_model(folder: Path, source: str) -> Path:
+    """The exported model in `folder`: the folder itself, a run's `model/`, else the only one below.
+
+    MLflow puts a model below other folders.
+    """
+    for place in (folder, folder / MODEL):
+        if (place / WEIGHTS).is_file():
+            return place
+    below = [path.parent.relative_to(folder) for path in folder.rglob(WEIGHTS)]
+    # A folder with a dot is an export that did not end.
+    found = sorted(path for path in below if not any(part[0] == "." for part in path.parts))
+    if not found:
+        raise FileNotFoundError(f"{source}: no {WEIGHTS} in it")
+    if len(found) > 1:
+        names = ", ".join(map(str, found[:3]))
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(f"{source}: holds {len(found)} models, name one: {names}{more}")
+    return folder / found[0]
+
+
 @contextlib.contextmanager
 def _importing_from(code: Path, module: str) -> Iterator[None]:
-    """In here `module` is the one under `code`, whatever else has its name; then it is forgotten.
+    """In here `module` is imported from `code`, even if another module of its name is loaded.
 
-    So a model is built by the code it was trained with, and two versions live in one process.
+    So a model is built by the code that it was trained with, and two versions of the code can be
+    used in one process. What was loaded before is back afterwards.
     """
     if not code.is_dir():
         yield
@@ -186,7 +205,7 @@ def _dtype(path: Path) -> torch.dtype:
 
 
 class _Predictor:
-    """The network as MLflow's pyfunc flavour wants it: arrays in, arrays out."""
+    """The network for MLflow's pyfunc flavour: arrays in, arrays out."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -198,5 +217,5 @@ class _Predictor:
 
 
 def _load_pyfunc(path: str) -> _Predictor:
-    """What MLflow calls to load the model."""
+    """Load the model; called by MLflow."""
     return _Predictor(load_model(path))

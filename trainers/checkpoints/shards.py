@@ -1,14 +1,13 @@
-"""Tensors to files and back, each worker writing what it holds and reading what it needs.
+"""Tensors to files and back: each worker writes the shards it holds and reads those it needs.
 
-PyTorch's distributed checkpointing plans who writes and reads what; so a state that was written
-by some number of workers in one parallel mode is read by any other number in any other. The
-files are safetensors with the place of each part in its tensor, as PyTorch's
-`HuggingFaceStorageReader` reads them: nothing is pickled.
+PyTorch's distributed checkpointing (DCP) plans which worker writes and reads which shard. So any
+number of workers, in any parallel mode, reads a state that another number wrote in another mode.
+The files are safetensors with the offsets of each shard in its tensor, as PyTorch's
+`HuggingFaceStorageReader` reads them; nothing is pickled.
 """
 
 import dataclasses
 import json
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -27,45 +26,47 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from trainers.torch_internals import SAVED_OFFSETS_KEY, SHARDING_INFO_KEY, quiet_checkpoint_log
+
 SUFFIX = ".safetensors"
 
-# One process that saves for itself is meant; and each tensor would be two lines of a log.
+# Saving from a single process is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
+quiet_checkpoint_log()
 
 
 def write(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write this worker's part of `state` into `folder`, in a file of its own; collective.
+    """Write this worker's shards of `state` to a file of its own in `folder`; collective.
 
-    Tensors must be in host memory. Each part is written once, by one of the workers that hold it.
+    Tensors must be in host memory. A shard that several workers hold is written by one of them.
     """
     writer = _SafetensorsWriter(folder)
     save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Fill the tensors of `state`, or this worker's parts of them, in place; collective.
+    """Fill the tensors of `state`, or this worker's shards of them, in place; collective.
 
-    Numbers are converted to the dtype of what they are read into.
+    Values are converted to the dtypes of the tensors in `state`.
     """
     reader = HuggingFaceStorageReader(str(folder))
     load(dict(state), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of each whole tensor in `folder`, by name."""
+    """The full shape of each tensor in `folder`, by name."""
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     entries = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
     return {name: list(entry.size) for name, entry in entries.items()}
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What of a tensor this process holds."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_file(rank: int) -> str:
-    """The name of a worker's file; there is none if it has nothing to write."""
+    """The name of a worker's file; a worker without shards writes none."""
     return f"state-{rank:05d}{SUFFIX}"
 
 
@@ -91,10 +92,10 @@ class _SafetensorsWriter(StorageWriter):
             seen.add(tensor.data_ptr())
             assert item.tensor_data is not None
             tensors[name] = tensor
-            offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            offsets[name] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
         if tensors:
             path = self._folder / shard_file(plan.storage_data)
-            save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+            save_file(tensors, path, metadata={SHARDING_INFO_KEY: json.dumps(offsets)})
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done
@@ -106,7 +107,7 @@ class _SafetensorsWriter(StorageWriter):
         return plan
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """What the files don't say is in the checkpoint's manifest."""
+        """Nothing to write: everything else is in the checkpoint's manifest."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass

@@ -1,11 +1,11 @@
-"""The verb `data`: a data set made before anybody trains on it, and looked through again."""
+"""The verb `data`: make a data set before training, or check one."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.jobs import Subparsers, run_options
-from trainers.cli.plan import as_job
+from cluster.cli.options import Subparsers, run_options
+from trainers.cli.options import SPEC_HELP, as_job
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,19 +18,20 @@ def add_verbs(verbs: Subparsers) -> None:
     data = verbs.add_parser(
         "data",
         parents=[run_options(named=False)],
-        help="make a data set, or check one that is made",
+        help="make a data set, or check an existing one",
         description="Make the data set of SPEC as Parquet files, its parts in parallel with Ray. "
-        "What was stopped goes on where it was; what is there is checked, file by file.",
+        "If it was interrupted, continue; if the data set exists, check each of its files.",
     )
-    data.add_argument("spec", help="a file, a shipped spec's name, or module:Class")
+    data.add_argument("spec", help=SPEC_HELP)
     data.set_defaults(command=data_command, plan=as_job)
 
 
 def data_command(args: argparse.Namespace) -> int:
     from cluster.base.config import apply_overrides
-    from trainers.data.dataset import MANIFEST, dataset_name
+    from trainers.data.dataset import dataset_name
     from trainers.runs.run import resolved_data
     from trainers.spec import RunSpec, find_spec, resolve
+    from trainers.stores import MANIFEST
 
     spec, _ = resolve(apply_overrides(find_spec(args.spec)[1], args.set), RunSpec)
     spec, workload = resolve(resolved_data(spec), RunSpec)
@@ -41,19 +42,19 @@ def data_command(args: argparse.Namespace) -> int:
 
 
 def _check(folder: Path) -> int:
-    """What is there is whole, or DataError with the first file that is not."""
+    """Compare all files with the manifest. Raises DataError with the first damaged file."""
     from rich.console import Console
 
     from cluster.base.errors import DataError
-    from trainers.data.dataset import read_dataset_manifest
-    from trainers.data.partitions import damaged_files
+    from trainers.data.partitioned_dataset import damaged_files
+    from trainers.data.splits import read_dataset_manifest
     from trainers.run_folder import display_path
 
-    wrong = damaged_files(folder, read_dataset_manifest(folder)["files"])
-    if wrong:
+    damaged = damaged_files(folder, read_dataset_manifest(folder)["files"])
+    if damaged:
         raise DataError(
-            f"{folder / wrong[0]}: is not what the manifest says; remove {display_path(folder)}, "
-            "and it is made again"
+            f"{folder / damaged[0]}: is not what the manifest says; remove {display_path(folder)} "
+            "to make the data set again"
         )
     _show(Console(highlight=False, soft_wrap=True), folder, "is there, every checksum is right")
     return 0
@@ -62,54 +63,42 @@ def _check(folder: Path) -> int:
 def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> int:
     import contextlib
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from cluster.base.files import cache_folder
     from cluster.base.terminal import JobProgress, redirect_output
     from cluster.connection.ray_connection import ray_session
+    from trainers.cli.progress import bar_of
     from trainers.data.dataset import prepare_dataset
+    from trainers.runs.session import shipped_code
     from trainers.workload import PartitionedWorkload
 
-    parted = isinstance(workload, PartitionedWorkload)
-    code = Path.cwd() if ":" in spec.workload else None
-    storage = Path(spec.storage)
-    exclude = (".git", ".venv", "mlflow.db", "mlartifacts", storage.name, "__pycache__")
+    partitioned = isinstance(workload, PartitionedWorkload)
+    ray = ray_session(args.address, *shipped_code(spec))
     with (
         redirect_output(cache_folder() / "data.log", args.verbose) as console,
-        ray_session(args.address, code, exclude) if parted else contextlib.nullcontext(),
-        Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            "parts",
-            TimeRemainingColumn(compact=True),
-            "left",
-            console=console,
-            disable=not console.is_terminal,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ) as bar,
+        ray if partitioned else contextlib.nullcontext(),
+        bar_of(console, "parts") as bar,
     ):
-        task, pulse, told = bar.add_task("", total=None), JobProgress(console), False
+        task, job_progress, started = bar.add_task("", total=None), JobProgress(console), False
 
-        def watch(done: int, parts: int) -> None:
-            nonlocal told
-            if not told:
-                there = f", {done} of them made before" if done else ""
-                console.print(f"{parts} parts{there}")
-            told = True
+        def on_progress(done: int, parts: int) -> None:
+            nonlocal started
+            if not started:
+                existing = f", {done} of them made before" if done else ""
+                console.print(f"{parts} parts{existing}")
+            started = True
             bar.update(task, completed=done, total=parts)
-            pulse.report(lambda: f"part {done}/{parts}")
+            job_progress.report(lambda: f"part {done}/{parts}")
 
-        folder = prepare_dataset(workload, storage, spec.datasets, watch)
+        folder = prepare_dataset(workload, Path(spec.storage), spec.datasets, on_progress)
         _show(console, folder, "is made")
     return 0
 
 
 def _show(console: "Console", folder: Path, state: str) -> None:
-    """The splits of a data set: samples, files, bytes."""
+    """Print the splits of a data set: samples, files, megabytes."""
     from rich.table import Table
 
-    from trainers.data.dataset import count_samples, read_dataset_manifest
+    from trainers.data.splits import count_samples, read_dataset_manifest
     from trainers.run_folder import display_path
 
     manifest = read_dataset_manifest(folder)

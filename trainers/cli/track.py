@@ -1,4 +1,4 @@
-"""The verbs of what is tracked: `track flush` and `model register`."""
+"""The verbs `track flush` and `model register`, on the MLflow run of a run or sweep."""
 
 import argparse
 import contextlib
@@ -6,29 +6,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.jobs import Subparsers
+from cluster.cli.options import Subparsers
 
 if TYPE_CHECKING:
     from trainers.spec import TrackingSpec
 
 
 def add_verbs(verbs: Subparsers) -> None:
-    track = verbs.add_parser("track", help="what MLflow has not been told yet")
+    track = verbs.add_parser("track", help="results that are not in MLflow yet")
     actions = track.add_subparsers(title="actions", metavar="ACTION", required=True)
     flush = actions.add_parser(
         "flush",
-        help="send what is left of a run or sweep",
-        description="Send MLflow what it has not been told of a run or sweep, "
-        "since it could not be reached.",
+        help="send the unsent results of a run or sweep",
+        description="Send MLflow the results of a run or sweep that it does not have yet, "
+        "because it could not be reached.",
     )
     flush.add_argument("run", metavar="RUN|SWEEP", help="its name, or its folder")
     flush.set_defaults(command=flush_command)
-    model = verbs.add_parser("model", help="trained models in MLflow's registry")
+    model = verbs.add_parser("model", help="trained models in MLflow's model registry")
     actions = model.add_subparsers(title="actions", metavar="ACTION", required=True)
     register = actions.add_parser(
         "register",
         help="register a run's model under a name",
-        description="Register the model of a finished run; doing it again changes nothing.",
+        description="Register the model of a finished run; a second time changes nothing.",
     )
     register.add_argument("run", metavar="RUN", help="its name, or its folder")
     register.add_argument("--name", required=True, help="name of the registered model")
@@ -79,9 +79,10 @@ def tracked_folder(name: str) -> Path:
 
 
 def upload_artifacts(folder: Path, part: str) -> str:
-    """Keep the files in `part` of a run's folder as artifacts of its MLflow run, at once.
+    """Upload the files in `part` of a run's folder as artifacts of its MLflow run.
 
-    Returns MLflow's name for the run. Raises a HeliostatError where MLflow cannot be told.
+    Blocks until they are there. Returns the id of the MLflow run. Raises a HeliostatError if
+    MLflow cannot be reached or has no such run.
     """
     import mlflow
 
@@ -92,7 +93,9 @@ def upload_artifacts(folder: Path, part: str) -> str:
     _, tracking = _folder_and_tracking(str(folder))
     run_id = mlflow_run_id(folder / TRACKING, folder.name)
     if run_id is None:
-        raise ClusterError(f"it has no run {folder.name} yet; heliostat track flush {folder.name}")
+        raise ClusterError(
+            f"MLflow has no run {folder.name} yet; heliostat track flush {folder.name}"
+        )
     with _mlflow_errors():
         mlflow.set_tracking_uri(str(tracking.uri))
         mlflow.MlflowClient().log_artifacts(run_id, str(folder / part), part)
@@ -100,7 +103,7 @@ def upload_artifacts(folder: Path, part: str) -> str:
 
 
 def _folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
-    """The folder of a run or sweep, and the MLflow of its spec, which answers now."""
+    """The folder and tracking spec of a run or sweep. Raises ClusterError without MLflow."""
     from cluster.base.config import read_yaml, validate
     from cluster.base.errors import ClusterError
     from trainers.run_folder import SPEC
@@ -109,15 +112,15 @@ def _folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
 
     folder = tracked_folder(name)
     tracking = validate(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")
-    away = check_access(str(tracking.uri), tracking.experiment)
-    if away:
-        raise ClusterError(away.partition(";")[0])
+    unreachable = check_access(str(tracking.uri), tracking.experiment)
+    if unreachable:
+        raise ClusterError(unreachable.partition(";")[0])
     return folder, tracking
 
 
 @contextlib.contextmanager
 def _mlflow_errors() -> Iterator[None]:
-    """What MLflow raises in here is told in a line."""
+    """Convert errors of MLflow to a ClusterError of one line."""
     from cluster.base.errors import ClusterError, HeliostatError
 
     try:

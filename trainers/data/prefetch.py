@@ -1,4 +1,4 @@
-"""From a stream of batches to the worker's device, ahead of time where that pays."""
+"""Moves a stream of batches to the worker's device, ahead of time where that helps."""
 
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainers.data.dataset import SampleStream, shard_bounds, to_device
+from trainers.data.sampling import SampleStream, shard_bounds, to_device
 from trainers.workload import Batch
 
 PREFETCHED_BATCHES = 2
-"""Micro-batches that are ready or under way while a GPU computes; each takes its memory there."""
+"""Micro-batches that are prepared while a GPU computes; each takes its memory there."""
 
 PlacedBatch = tuple[Tensor, Batch]
 """Positions in the run [B] and samples, on the worker's device."""
@@ -27,19 +27,20 @@ def prefetch_batches(
     accumulation_steps: int = 1,
     prefetch: int | None = None,
 ) -> Generator[PlacedBatch]:
-    """The worker's share of the steps [start, stop), each in `rounds` micro-batches, in order.
+    """The worker's share of the steps [start, stop), in `accumulation_steps` micro-batches each.
 
-    A share of fewer samples than rounds comes with its last sample several times; see `micro`.
-    The samples are those of `Batches.at`, floating-point columns in `dtype`. A thread prepares
-    the next `ahead` micro-batches: two for a GPU, from pinned memory and on a stream of its own;
-    none elsewhere, where the thread would take its time from the step. What goes wrong in the
-    thread is raised here. The thread ends with the last step or with `close`.
+    The samples are those of `SampleStream.batch`, with floating-point columns in `dtype`. A share
+    with fewer samples than micro-batches repeats its last sample, see `microbatch_slice`.
+
+    A thread prepares the next `prefetch` micro-batches: two for a GPU, in pinned memory and on a
+    CUDA stream of its own; none on other devices, where the thread would slow the step down. Its
+    errors are raised here. The thread ends after the last step or when the generator is closed.
     """
     if prefetch is None:
         prefetch = PREFETCHED_BATCHES if device.type == "cuda" else 0
-    parts = _microbatches(batches, start, stop, accumulation_steps)
+    microbatches = _microbatches(batches, start, stop, accumulation_steps)
     if not prefetch:
-        for positions, index in parts:
+        for positions, index in microbatches:
             yield positions.to(device), to_device(batches.gather(index), device, dtype)
         return
     stream = None
@@ -47,10 +48,10 @@ def prefetch_batches(
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def prepare() -> "_PendingBatch | None":
-        part = next(parts, None)  # parts are taken in the thread alone: a new epoch takes time
-        return part and _start_copy(batches, *part, device, dtype, stream)
+        microbatch = next(microbatches, None)  # in the thread, as a new epoch's order takes time
+        return microbatch and _start_copy(batches, *microbatch, device, dtype, stream)
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         coming = deque(pool.submit(prepare) for _ in range(prefetch))
         while (ready := coming.popleft().result()) is not None:
@@ -61,10 +62,10 @@ def prefetch_batches(
 
 
 def microbatch_slice(samples: int, number: int, accumulation_steps: int) -> tuple[slice, int]:
-    """Which of a share's `samples` are in a micro-batch, and how many of them count.
+    """The samples of a worker's share in micro-batch `number`, and how many of them count.
 
-    Workers whose shares differ by a sample go through a sharded model equally often; who has
-    nothing left takes a sample that does not count.
+    All ranks run the same number of collectives, though their shares may differ by a sample: a
+    worker with no samples left processes one sample with weight 0.
     """
     low, high = shard_bounds(samples, number, accumulation_steps)
     begin = min(low, samples - 1)
@@ -74,7 +75,7 @@ def microbatch_slice(samples: int, number: int, accumulation_steps: int) -> tupl
 def _microbatches(
     batches: SampleStream, start: int, stop: int, accumulation_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The positions of each micro-batch, and where in the split its samples lie."""
+    """Positions in the run and indices into the split of each micro-batch."""
     for step in range(start, stop):
         positions, index = batches.positions_and_indices(step)
         for number in range(accumulation_steps):
@@ -84,18 +85,18 @@ def _microbatches(
 
 @dataclass(frozen=True)
 class _PendingBatch:
-    """A micro-batch whose copy to the device may still be under way."""
+    """A micro-batch whose copy to the device may not be finished."""
 
     positions: Tensor
     batch: Batch
     copied: torch.cuda.Event | None
 
     def wait(self) -> PlacedBatch:
-        """The micro-batch for use on the current stream, which waits for the copy."""
+        """The micro-batch, once the current stream is told to wait for the copy."""
         if self.copied is not None:
             current = torch.cuda.current_stream(self.positions.device)
             current.wait_event(self.copied)
-            # Their memory belongs to the other stream, which must not reuse it too early.
+            # Their memory belongs to the copy stream, which must not reuse it too early.
             for values in (self.positions, *self.batch.values()):
                 values.record_stream(current)
         return self.positions, self.batch
@@ -115,5 +116,5 @@ def _start_copy(
         positions = positions.pin_memory().to(device, non_blocking=True)
         batch = batches.gather(index, pinned=True)
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-        # Not in the same call: it would convert on the CPU and wait for that.
+        # Converting in the same call would happen on the CPU, and the copy would block.
         return _PendingBatch(positions, to_device(batch, device, dtype), stream.record_event())

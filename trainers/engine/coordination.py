@@ -1,4 +1,4 @@
-"""Agreement of all workers on losses, saves and stops."""
+"""What all workers decide together between steps: the mean loss, saves and stops."""
 
 import math
 import time
@@ -16,45 +16,47 @@ from trainers.spec import CheckpointSpec
 from trainers.worker import Worker
 
 POLL_INTERVAL_S = 1.0
-"""How often several workers ask the first one what it has heard: to stop, to save, to hurry."""
-
-
+"""Seconds between two questions to rank 0 whether to stop or to save."""
 MAX_LOSSES_ON_DEVICE = 256
-"""How many losses may stay on a device, where reports are rare."""
-
-
+"""How many losses may stay on a device between two reports."""
 FIRST_SAVE_S = 30.0
-"""Seconds to the first save when its interval is chosen by what a save costs."""
+"""Seconds to the first save where `checkpoint.every_steps` is auto."""
 
 
 class LossWindow:
-    """The mean loss over the steps since it was last asked for, whatever was saved in between.
+    """The mean loss over the steps since the last report; saves in between change nothing.
 
-    Losses stay on the device until then, so that no step waits for them.
+    Losses stay on the device until they are asked for, so that no step waits for them.
     """
 
     def __init__(self, worker: Worker, state: Mapping[str, float]) -> None:
-        """`numbers` are those of the checkpoint that training goes on from."""
+        """`state` are the scalars of the checkpoint from which training goes on."""
         self._worker = worker
         self._sum, self._count = state.get("loss_sum", 0.0), int(state.get("losses", 0))
         self._last = math.nan
         self._unread: list[Tensor] = []
 
     def add(self, loss: Tensor, step: int) -> None:
-        """Take what `Stepper.take` gave for the step that ends the first `step`; see `mean`."""
+        """Add the result of `TrainStep.run` after `step` steps; may raise as `mean` does."""
         self._unread.append(loss)
         if len(self._unread) == MAX_LOSSES_ON_DEVICE:
             self._fetch(step)
 
     def mean(self, step: int) -> float:
-        """Collective. Raises TrainingError where the loss has ceased to be a number."""
+        """The mean loss, which begins a new window. Collective.
+
+        Raises TrainingError if a loss is not finite.
+        """
         self._fetch(step)
         mean = self._sum / self._count
         self._sum, self._count = 0.0, 0
         return mean
 
     def state_dict(self, step: int) -> dict[str, float]:
-        """What a checkpoint keeps, so that no window of the mean begins at a restart; likewise."""
+        """The sum and count of the window, so that a restart begins no new one. Collective.
+
+        Raises TrainingError if a loss is not finite.
+        """
         self._fetch(step)
         return {"loss_sum": self._sum, "losses": self._count}
 
@@ -74,7 +76,7 @@ class LossWindow:
 
 
 class SaveSchedule:
-    """When the state is saved."""
+    """Decides when the state is saved."""
 
     def __init__(
         self, spec: CheckpointSpec, total: int, evaluations: set[int], worker: Worker
@@ -86,26 +88,26 @@ class SaveSchedule:
         self._noted_s = 0.0
 
     def is_scheduled(self, step: int) -> bool:
-        """Whether the spec says that the state is saved after `step` steps."""
+        """Whether the spec asks for a save after `step` steps."""
         every = self._spec.every_steps
         if every != "auto" and step % every == 0:
             return True
         return step == self._total or step in self._evaluations
 
     def is_due(self) -> bool:
-        """Whether it is time to save, if the spec leaves this open."""
+        """Whether the interval of `checkpoint.every_steps: auto` has passed."""
         return self._spec.every_steps == "auto" and time.monotonic() >= self._next
 
-    def record_save(self, step: int, stopped_s: float, reporter: Reporter) -> None:
-        """Take note of a save after `step` steps, for which training stopped for `stopped_s`."""
-        every = save_interval_s(stopped_s, self._failure_s)
+    def record_save(self, step: int, blocked_s: float, reporter: Reporter) -> None:
+        """Choose the interval to the next save from `blocked_s`, the time that training waited."""
+        every = save_interval_s(blocked_s, self._failure_s)
         self._next = time.monotonic() + every
         goes_on = step < self._total
         if goes_on and self._spec.every_steps == "auto" and not 0.5 < self._noted_s / every < 2:
             self._noted_s = every
             reporter.log_note(
                 "checkpoint interval",
-                f"{every:.0f} s: a save stops training for {stopped_s * 1e3:.0f} ms, a failure is "
+                f"{every:.0f} s: a save stops training for {blocked_s * 1e3:.0f} ms, a failure is "
                 f"expected every {self._failure_s / 3600:.3g} h",
             )
 
@@ -117,11 +119,16 @@ class StepDecision:
     stop: bool = False
     save: bool = False
     save_every_step: bool = False
-    """A machine is about to go: save after every step from now on."""
+    """A machine is about to be preempted: save after every step from now on."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether the state is saved after this step, whatever the spec says."""
+        return self.save or self.stop or self.save_every_step
 
 
 class StepCoordinator:
-    """What the first worker decides, taken up by all workers after the same step."""
+    """Has all workers follow the decisions of rank 0 after the same step."""
 
     def __init__(self, worker: Worker, reporter: Reporter, step: int) -> None:
         self._worker, self._reporter = worker, reporter
@@ -130,22 +137,24 @@ class StepCoordinator:
         self._save_every_step = False
 
     def decide(self, step: int, save_is_due: Callable[[], bool]) -> StepDecision:
-        """Collective from time to time: the first worker decides, and when to ask next."""
+        """The decision after `step` steps. Every few steps a collective, in which rank 0 also says
+        after how many steps to ask again.
+        """
         if self._worker.world_size == 1:
             return self._poll_reporter(save_is_due)
         if step < self._next_poll_step:
             return StepDecision(save_every_step=self._save_every_step)
         now = time.monotonic()
         steps = step - self._last_poll_step
-        # The first steps are slow; a gap that grows by degrees never becomes a long silence.
+        # The first steps are slow: a gap taken from them grows by degrees, or it would be too long.
         gap = min(4 * steps, round(POLL_INTERVAL_S * steps / max(1e-6, now - self._last_poll_s)))
         decided = self._worker.broadcast_from_rank_zero(
             (self._poll_reporter(save_is_due), max(1, gap))
         )
-        wishes, gap = cast(tuple[StepDecision, int], decided)
+        decision, gap = cast(tuple[StepDecision, int], decided)
         self._last_poll_step, self._last_poll_s, self._next_poll_step = step, now, step + gap
-        self._save_every_step = wishes.save_every_step
-        return wishes
+        self._save_every_step = decision.save_every_step
+        return decision
 
     def _poll_reporter(self, save_is_due: Callable[[], bool]) -> StepDecision:
         reporter = self._reporter

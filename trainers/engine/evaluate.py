@@ -6,19 +6,57 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainers.data.dataset import shard_bounds, to_device
+from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
-from trainers.engine.step import check_per_sample
+from trainers.engine.reporter import Reporter
+from trainers.engine.step import TrainStep, check_per_sample
+from trainers.modeling.strategy import broadcast_buffers
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 
+class Evaluator:
+    """Evaluates the model of a run on the splits that are due after a step."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        workload: Workload,
+        splits: Mapping[str, Batch],
+        trained: TrainStep,
+        reporter: Reporter,
+    ) -> None:
+        self._spec, self._workload, self._splits = spec, workload, splits
+        self._trained, self._reporter = trained, reporter
+        samples = len(next(iter(splits["train"].values())))
+        self._total = spec.train.total_steps(samples)
+        self.steps = spec.train.evaluation_steps(samples)
+        """The steps after which there is an evaluation."""
+        self.latest: dict[str, float] = {}
+        """The latest value of each metric: `val/...`, at the end `test/...`."""
+
+    def run(self, done: int) -> dict[str, float]:
+        """The metrics after `done` steps, logged; empty if no split is due. Collective."""
+        trained = self._trained
+        metrics: dict[str, float] = {}
+        for split in splits_due(done, self._total, self.steps, self._splits):
+            broadcast_buffers(trained.network, trained.strategy)
+            samples = self._splits[split]
+            means = evaluate(self._spec, self._workload, trained.network, samples, trained.worker)
+            metrics |= {f"{split}/{name}": mean for name, mean in means.items()}
+            trained.meter.mark("evaluation")
+        if metrics:
+            self.latest |= metrics
+            self._reporter.log_metrics(metrics, done)
+        return metrics
+
+
 def splits_due(
     done: int, total: int, evaluations: set[int], splits: Mapping[str, Batch]
 ) -> list[str]:
-    """The splits to evaluate on after `done` steps: the test split only at the very end."""
+    """The splits to evaluate after `done` steps; the test split only after the last step."""
     due = ["val"] if done in evaluations else []
     return [*due, "test"] if done == total and "test" in splits else due
 
@@ -32,12 +70,12 @@ def evaluate(
 ) -> dict[str, float]:
     """The loss and the workload's metrics over a split, by name; collective.
 
-    Each worker takes a contiguous share; sums are kept in float64, so that the number of workers
-    does not matter beyond rounding.
+    Each worker takes a contiguous share. Sums are kept in float64, so that the number of workers
+    makes no difference but rounding.
     """
     count = len(next(iter(samples.values())))
     start, stop = shard_bounds(count, worker.data_rank, worker.data_world_size)
-    # Workers of a sharded model go through it equally often, if need be with nothing to count.
+    # All ranks of a sharded model need the same number of forward passes, some for nothing.
     rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
     network.eval()

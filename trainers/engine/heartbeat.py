@@ -1,9 +1,9 @@
-"""Workers that hang: ended with their stacks on disk, told of in a line, started again.
+"""The watchdog of a worker: a process that hangs is ended, with the stacks of its threads on disk.
 
-A worker says before each step that it is alive. When it has not for `train.stall_timeout_s`,
-Python's faulthandler writes down where all its threads are and ends the process, from a thread
-of its own in C, which runs also while something else holds the interpreter. Ray Train takes it
-from there: a dead worker is replaced.
+A worker calls `heartbeat` before each step. When it has not for `train.stall_timeout_s`, Python's
+faulthandler dumps the stacks and ends the process. It does so from a C thread of its own, which
+runs even while another thread holds the interpreter's lock. Ray Train then replaces the dead
+worker.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from trainers.engine.stall_files import (
 
 
 class _Watchdog:
-    """Ends this process, its stack on disk, unless `alive` is called often enough."""
+    """Ends this process, with its stacks on disk, unless `heartbeat` is called often enough."""
 
     def __init__(self, folder: Path, rank: int, world: int, timeout_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = next_stall_path(folder, rank)
         self._file = self._path.open("w+b", buffering=0)
-        self._file.write(b" " * HEADER_BYTES)  # the stack goes behind it
+        self._file.write(b" " * HEADER_BYTES)  # the stacks follow it
         self._page = mmap.mmap(self._file.fileno(), HEADER_BYTES)
         self._who = f"worker {rank} of {world}, process {os.getpid()} on {platform.node()}"
         self._timeout_s = timeout_s
@@ -50,10 +50,10 @@ class _Watchdog:
             self._rearm(now)
 
     def _rearm(self, now: float) -> None:
-        """Write down the time, and set the alarm anew when it is due.
+        """Write the time into the file, and reset faulthandler's timer when that is due.
 
-        Alarms ring at whole tenths of the time-out on everybody's clock, so that workers which
-        wait for one another end together, each with its stack written.
+        Timers expire at whole tenths of the time-out on the clock of every machine. So workers
+        that wait for one another end together, each with its stacks written.
         """
         tenth = self._timeout_s / 10
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now))
@@ -76,14 +76,14 @@ class _Watchdog:
 
 
 _watchdog: _Watchdog | None = None
-"""One for the process, as faulthandler has one alarm."""
+"""One per process, as faulthandler has one timer."""
 
 
 @contextlib.contextmanager
 def stall_watchdog(folder: Path, rank: int, world: int, timeout_s: float) -> Iterator[None]:
-    """End this process when the code in here has not called `alive` for `timeout_s` seconds.
+    """End this process when the code in here has not called `heartbeat` for `timeout_s` seconds.
 
-    The stacks of its threads are then in `folder`, under the worker's rank.
+    The stacks of its threads are then in a file in `folder`, named after the rank.
     """
     global _watchdog
     _watchdog = _Watchdog(folder, rank, world, timeout_s)
@@ -95,6 +95,6 @@ def stall_watchdog(folder: Path, rank: int, world: int, timeout_s: float) -> Ite
 
 
 def heartbeat(step: int | None = None) -> None:
-    """A sign of life, before step `step` or within an evaluation; nothing where none is awaited."""
+    """Reset the watchdog, if there is one; `step` is the step that begins, None elsewhere."""
     if _watchdog is not None:
         _watchdog.heartbeat(step)

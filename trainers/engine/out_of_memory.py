@@ -1,4 +1,4 @@
-"""Batches that do not fit into memory: what would, found by trying."""
+"""Micro-batches that do not fit into memory, and the size that would, found by trying."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch could not allocate a tensor, on whatever device."""
+    """Whether PyTorch could not allocate a tensor, on any device."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     signs = ("can't allocate memory", "not enough memory")
@@ -14,7 +14,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fits(attempt: Callable[[], None]) -> bool:
-    """Whether `attempt` goes through without running out of memory; what it held is free after."""
+    """Whether `attempt` ends without running out of memory; its memory is free afterwards."""
     try:
         attempt()
     except RuntimeError as error:
@@ -27,7 +27,7 @@ def fits(attempt: Callable[[], None]) -> bool:
 
 
 def largest_that_fits(fits: Callable[[int], bool], failing: int) -> int:
-    """The largest number below `failing` that `fits`, by halving and bisection; 0 if none does."""
+    """The largest number below `failing` that `fits`, by bisection; 0 if none does."""
     low, high = failing // 2, failing
     while low and not fits(low):
         low, high = low // 2, low
@@ -40,10 +40,10 @@ def largest_that_fits(fits: Callable[[int], bool], failing: int) -> int:
 def memory_advice(
     device: torch.device, micro_batch: int, local_batch: int, fits: Callable[[int], bool] | None
 ) -> str:
-    """One line for a micro-batch that did not fit: what would, and the line of the spec.
+    """A line about a micro-batch that did not fit: the size that would, and the spec's field.
 
-    `share` is the worker's part of the global batch in samples, which the proposal divides.
-    `fits` tries a number of samples; where it cannot be tried, half of it is proposed.
+    `local_batch` is the worker's share of the global batch in samples; the proposal divides it.
+    `fits` tries a number of samples; without it, half of the micro-batch is proposed.
     """
     where = f"out of memory on {device}"
     largest = largest_that_fits(fits, micro_batch) if fits else micro_batch // 2

@@ -1,26 +1,29 @@
-"""What the training loop reports, without ever waiting for it."""
+"""The interface by which the training loop reports its progress and hears of requests."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainers.checkpoints.checkpoints import Checkpoints
 
 
-class Reporter(Protocol):
-    """What the training loop says about itself. Nothing but `flush` ever waits."""
+class Reporter:
+    """Receives the reports of the training loop. No method but `flush` may block.
+
+    Each method does nothing here; a reporter overrides the events that it needs.
+    """
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take metrics measured after `step` steps."""
+        """Record metrics measured after `step` steps."""
 
     def log_note(self, name: str, text: str) -> None:
-        """Take a fact about the run that is no series of numbers, such as what `auto` chose."""
+        """Record a fact about the run in words, such as the choice that `auto` made."""
 
     def on_step_end(self, step: int) -> None:
         """Called after every step."""
 
     def flush(self) -> None:
-        """Return when all that was logged is on a disk."""
+        """Return when everything that was logged is on a disk."""
 
     def on_evaluation_end(
         self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
@@ -28,34 +31,13 @@ class Reporter(Protocol):
         """Called after the metrics of an evaluation were logged, and the state saved if due."""
 
     def should_stop(self) -> bool:
-        """Whether somebody wants the run to stop; it may take a second to be heard."""
+        """Whether a stop of the run was requested; a request may take a second to arrive."""
+        return False
 
     def preemption_pending(self) -> bool:
         """Whether the machine of some worker is about to be taken away."""
-
-
-class NullReporter:
-    """The reporter of all workers but the first."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-    def log_note(self, name: str, text: str) -> None:
-        pass
-
-    def on_step_end(self, step: int) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def on_evaluation_end(
-        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
-    ) -> None:
-        pass
-
-    def should_stop(self) -> bool:
         return False
 
-    def preemption_pending(self) -> bool:
-        return False
+
+class NullReporter(Reporter):
+    """Reports nothing: for ranks other than 0."""

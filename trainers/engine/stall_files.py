@@ -1,42 +1,36 @@
-"""Files that a worker which hangs leaves behind: when, where, and the stacks of its threads."""
+"""The files of workers that hung: the step, the time, and the stacks of all threads."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 STALLS = "stalls"
-
-
+"""The folder of these files in the folder of a run."""
 START_TIMEOUT_FACTOR = 3
 """How many times `train.stall_timeout_s` a start may take up to the end of its first step: it
 builds the model, reads the checkpoint and compiles."""
-
-
 HEADER_BYTES = 256
-
-
 STEP_FIELD = slice(5, 15)
-"""Where the head of the file has the step."""
-
-
+"""The bytes of the header that hold the step."""
 WAITING_FILES = (
     *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py"),
     *("trainers/engine/loop.py", "trainers/engine/evaluate.py", "trainers/engine/coordination.py"),
-    *("trainers/engine/step.py", "trainers/engine/strategy.py"),
+    *("trainers/engine/step.py", "trainers/modeling/strategy.py"),
+    "trainers/modeling/weight_update.py",
 )
-"""Where a worker's innermost call is while it waits for the others, or for its device."""
+"""The file of the innermost call of a worker that waits for its peers or for its device."""
 
 
 @dataclass(frozen=True)
 class Stall:
-    """A worker that hung, as its file tells it."""
+    """A worker that hung, as read from its file."""
 
     rank: int
     step: int
     """The step that hung, counted from 1; 0 before the first one."""
     timeout_s: float
     waiting: bool
-    """Whether it waited for another worker, or for its device."""
+    """Whether it waited for another worker or for its device."""
     path: Path
 
     def __str__(self) -> str:
@@ -48,28 +42,29 @@ class Stall:
 
 
 def read_stalls(folder: Path) -> list[Stall]:
-    """All stalls of the run that keeps them in `folder`, the newest of each worker last."""
+    """All stalls in `folder`, by worker, the latest of each worker last."""
     return [stall for path in stall_paths(folder) if (stall := read_stall(path)) is not None]
 
 
 def stall_paths(folder: Path) -> list[Path]:
+    """The files of all workers, with or without stacks in them."""
     return sorted(folder.glob("worker-*-*.txt"), key=rank_and_count)
 
 
 def rank_and_count(path: Path) -> tuple[int, int]:
-    """The rank and the count in a name."""
+    """The rank of the worker, and the count of its file, from the file's name."""
     _, rank, count = path.stem.split("-")
     return int(rank), int(count)
 
 
 def next_stall_path(folder: Path, rank: int) -> Path:
-    """The worker's next file: a count above those of its stalls."""
+    """The path of the worker's next file: the count is one above those of its stalls."""
     counts = [rank_and_count(stall.path)[1] for stall in read_stalls(folder) if stall.rank == rank]
     return folder / f"worker-{rank}-{max(counts, default=0) + 1}.txt"
 
 
 def read_stall(path: Path) -> Stall | None:
-    """What a file tells; None when there is no stack in it."""
+    """The stall in a file; None if the file has no stacks."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

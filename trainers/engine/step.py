@@ -1,12 +1,13 @@
-"""One optimizer step: micro-batches forward and backward, precision, clipping, the update.
+"""One optimizer step: micro-batches forward and backward, then the update of the weights.
 
-What a step does is a function of (spec, step, state): its samples, their augmentation and its
-learning rate are, and so are the masks of its dropout modules. What else a model draws comes
-from the device's generator, seeded from (seed, step, rank, micro-batch).
+A step is a function of (spec, step, state): its samples, their augmentation, its learning rate
+and the masks of its dropout modules are. Other random numbers that a model draws come from the
+device's generator, seeded from (seed, step, rank, micro-batch).
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +17,21 @@ from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.shards import local_tensor
 from trainers.counter_rng import SampleRandom, combine_seeds, device_rng_state, seed_device
-from trainers.data.dataset import SampleStream, to_device
-from trainers.data.prefetch import PlacedBatch, microbatch_slice, prefetch_batches
-from trainers.devices import Cpu
-from trainers.engine.activation_checkpointing import checkpoint_activations
-from trainers.engine.dropout import key_dropout_by_sample
-from trainers.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
+from trainers.engine.micro_batches import MicroBatches
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
-from trainers.engine.strategy import (
-    choose_strategy,
-    clip_gradients,
-    compile_model,
-    gradient_norm,
-    memory_per_worker,
-    parallelize,
-    sync_gradients_if,
-)
-from trainers.engine.throughput import ThroughputMeter, count_flops, measure_communication
-from trainers.precision import check_precision, compute_precision, convert_to_fp8, weights_dtype
-from trainers.spec import RunSpec, TrainSpec
+from trainers.engine.throughput import ThroughputMeter, measure_communication
+from trainers.modeling.build import build_model
+from trainers.modeling.strategy import ParallelStrategy, sync_gradients_if
+from trainers.modeling.weight_update import WeightUpdate
+from trainers.precision import compute_precision
+from trainers.spec import RunSpec
+from trainers.torch_internals import is_unfinished_reduction
 from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 
-def build_network(train: TrainSpec, workload: Workload) -> nn.Module:
-    """The workload's network anew, on the CPU, the same for the same seed; not collective."""
-    seed_device(Cpu(), combine_seeds(train.seed))
-    network = workload.build().to(weights_dtype(train))
-    if train.channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
-
-
 class TrainStep:
-    """What steps change: the network and the optimizer's state; and how they change it."""
+    """The model that one worker trains, and the steps that change it."""
 
     def __init__(
         self,
@@ -60,52 +42,43 @@ class TrainStep:
         total_steps: int,
         started: float | None = None,
     ) -> None:
-        """Builds the network anew, the same on every worker, and spreads it; collective.
+        """Build the model, the same on every worker, and spread it over them; collective.
 
-        `samples` is the whole training split, `started` when the command was given (Unix time).
-        Raises SpecError where the worker's hardware cannot do what the spec asks for.
+        `samples` is the whole training split, `started` the time of the command (Unix time).
+        Raises SpecError where the worker's device cannot do what the spec asks for.
         """
-        check_precision(spec.train.precision, worker.hardware)
-        self._spec, self._workload, self._total_steps = spec, workload, total_steps
-        self._dtype = weights_dtype(spec.train)
-        self.network = build_network(spec.train, workload)
-        self._dropout_rng = key_dropout_by_sample(self.network)
+        self._spec, self._workload = spec, workload
         self.meter = ThroughputMeter(
             spec.train.global_batch,
             tokens=workload.tokens_per_sample,
-            flops=count_flops(workload, self.network, _first_samples(samples)),
             device=worker.hardware,
             world=worker.world_size,
             started=started,
         )
-        if spec.train.precision == "fp8":
-            self.network = convert_to_fp8(self.network)
-        blocks = workload.blocks(self.network)
-        if spec.train.activation_checkpointing:
-            checkpoint_activations(blocks, self._dropout_rng, compiled=spec.train.compile != "off")
-        self.strategy = choose_strategy(
-            spec, workload, self.network, worker, memory_per_worker(worker)
-        )
-        self.worker = worker = self.strategy.applied_to(worker)
-        self._parallel_model = parallelize(self.network, spec, workload, self.strategy, worker)
-        if isinstance(self._parallel_model, DistributedDataParallel):
-            measure_communication(self._parallel_model, self.meter)
-        self._model = compile_model(self._parallel_model, spec.train, blocks)
-        self.optimizer = build_optimizer(spec.optimizer, self.network)
-        self.scaler = torch.amp.GradScaler(
-            worker.device.type, enabled=spec.train.precision == "fp16"
-        )
-        batch, shares = spec.train.global_batch, worker.data_world_size
-        self._stream = SampleStream(samples, spec.train.seed, batch, worker.data_rank, shares)
-        self._local_batch = len(self._stream.positions_and_indices(0)[0])
-        largest = math.ceil(batch / shares)
-        self._accumulation_steps = math.ceil(largest / (spec.train.micro_batch or largest))
-        self._prefetched_step = -1
-        self.skipped_steps = 0
-        """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
+        self._model = build_model(spec, workload, samples, worker)
+        self.meter.flops = self._model.flops_per_sample
+        if isinstance(self._model.parallel, DistributedDataParallel):
+            measure_communication(self._model.parallel, self.meter)
+        self.worker = worker = self._model.worker
+        self._update = WeightUpdate(spec, self.network, worker.device, total_steps)
+        self._micro_batches = MicroBatches(samples, spec.train, worker, total_steps)
         self.uses_native_rng: bool | None = None
         """Whether the model drew from the device's generator; None before the first step."""
         self._last_finite_loss = math.nan
+
+    @property
+    def network(self) -> nn.Module:
+        """The workload's network; its weights are this worker's part of them."""
+        return self._model.network
+
+    @property
+    def strategy(self) -> ParallelStrategy:
+        return self._model.strategy
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
+        return self._update.skipped_steps
 
     def run(self, step: int) -> Tensor:
         """Do step `step`, counted from 0; collective.
@@ -120,29 +93,20 @@ class TrainStep:
             self.meter.count_step()
             return loss
         except RuntimeError as error:
+            if is_unfinished_reduction(error):
+                raise TrainingError(_unused("a parameter", step - 1)) from error
             if not is_out_of_memory(error):
                 raise
         # Out here the error is gone, and with it the tensors that its frames hold.
         raise TrainingError(self._memory_advice(step))
 
     def _run(self, step: int) -> Tensor:
-        train = self._spec.train
         loss = self._forward_backward(step)
-        set_learning_rate(
-            self.optimizer, learning_rate(self._spec.optimizer, step, self._total_steps)
-        )
-        if train.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            clip_gradients(self.network, train.clip_norm)
-        if train.on_nonfinite == "skip" and not self._gradients_finite():
-            self.skipped_steps += 1
-            self.optimizer.zero_grad(set_to_none=True)
+        if not self._update.prepare(step):
             return torch.zeros_like(loss)
         if loss.device.type == "cpu":  # elsewhere it would wait for the device
             self._check_finite(loss.item(), step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._update.apply()
         return loss
 
     def save(
@@ -152,49 +116,56 @@ class TrainStep:
         scalars: Mapping[str, float],
         metrics: Mapping[str, float],
         before_commit: Callable[[], None],
-    ) -> None:
-        """Save the state after `done` steps; see `Checkpoints.save`. Collective."""
-        scalars = {**self.scaler.state_dict(), **scalars}
-        checkpoints.save(done, self.network, self.optimizer, scalars, metrics, before_commit)
+    ) -> float:
+        """Save the state after `done` steps, see `Checkpoints.save`; returns the seconds that
+        training was blocked. Collective.
+        """
+        began = time.monotonic()
+        scalars = {**self._update.scalars(), **scalars}
+        optimizer = self._update.optimizer
+        checkpoints.save(done, self.network, optimizer, scalars, metrics, before_commit)
         self.meter.mark("checkpoint")
+        return time.monotonic() - began
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        return self._update.learning_rate(step)
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, dict[str, float]]:
-        """Go on from the newest checkpoint; the steps it has done, and its numbers. Collective."""
-        done, numbers = checkpoints.resume(self.network, self.optimizer)
-        if self.scaler.is_enabled() and numbers:
-            self.scaler.load_state_dict({k: numbers[k] for k in self.scaler.state_dict()})
-        self.meter.load_state_dict(numbers)
-        return done, numbers
+        """Load the latest checkpoint; returns its steps and its scalars. Collective."""
+        done, scalars = checkpoints.resume(self.network, self._update.optimizer)
+        self._update.load_scalars(scalars)
+        self.meter.load_state_dict(scalars)
+        self.meter.mark("start")
+        return done, scalars
 
     def _forward_backward(self, step: int) -> Tensor:
         """Backward through all micro-batches of this worker's share; the loss, detached."""
-        if step != self._prefetched_step:  # the first one, or one out of turn
-            self._prefetched = self._prefetch_from(step)
-        self._prefetched_step = step + 1
+        seed, hardware = self._spec.train.seed, self.worker.hardware
+        first = self.uses_native_rng is None
+        batches, count = self._micro_batches.of_step(step), self._micro_batches.accumulation_steps
         losses = []
-        for number in range(self._accumulation_steps):
-            positions, batch = next(self._prefetched)
+        for number in range(count):
+            positions, batch = next(batches)
             self.meter.mark("data")
-            _, counted = microbatch_slice(self._local_batch, number, self._accumulation_steps)
-            random = SampleRandom(self._spec.train.seed, positions)
-            part = (step, self.worker.data_rank, number)
-            seed_device(self.worker.hardware, combine_seeds(self._spec.train.seed, *part))
-            state = device_rng_state(self.worker.hardware) if self.uses_native_rng is None else None
-            last = number == self._accumulation_steps - 1
-            with self._dropout_rng.seeded_by(random), sync_gradients_if(self._parallel_model, last):
-                loss = self._loss(self._model, self._workload.augment(batch, random), counted)
-                torch.autograd.backward(self.scaler.scale(loss))
+            random = SampleRandom(seed, positions)
+            seed_device(hardware, combine_seeds(seed, step, self.worker.data_rank, number))
+            state = device_rng_state(hardware) if self.uses_native_rng is None else None
+            with (
+                self._model.dropout_rng.seeded_by(random),
+                sync_gradients_if(self._model.parallel, number == count - 1),
+            ):
+                batch = self._workload.augment(batch, random)
+                counted = self._micro_batches.counted(number)
+                loss = self._loss(self._model.compiled, batch, counted)
+                torch.autograd.backward(self._update.scaler.scale(loss))
             if state is not None:
-                self.uses_native_rng = not state.equal(device_rng_state(self.worker.hardware))
+                self.uses_native_rng = not state.equal(device_rng_state(hardware))
             losses.append(loss.detach())
             self.meter.mark("compute")
+        if first and self._model.every_parameter_used:
+            self._check_gradients(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-    def _prefetch_from(self, step: int) -> Generator[PlacedBatch]:
-        device, dtype = self.worker.device, self._dtype
-        return prefetch_batches(
-            self._stream, device, dtype, step, self._total_steps, self._accumulation_steps
-        )
 
     def _loss(self, model: nn.Module, batch: Batch, counted: int) -> Tensor:
         """The mean over the global batch of the first `counted` samples' losses, times the shares.
@@ -211,42 +182,50 @@ class TrainStep:
 
     def _memory_advice(self, step: int) -> str:
         """Why step `step` ran out of memory, and what to change; the state is of no use after."""
-        size = math.ceil(self._local_batch / self._accumulation_steps)
+        optimizer = self._update.optimizer
         sharded = self.strategy.mode not in ("single", "ddp")
 
         def these_fit(samples: int) -> bool:
-            stateless = not self.optimizer.state
+            stateless = not optimizer.state
             try:
                 return fits(lambda: self._try_micro_batch(step, samples))
             finally:
-                self.optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
                 if stateless:
-                    self.optimizer.state.clear()
+                    optimizer.state.clear()
 
-        these = None if sharded else these_fit
-        self.optimizer.zero_grad(set_to_none=True)
-        return memory_advice(self.worker.device, size, self._local_batch, these)
+        batches = self._micro_batches
+        optimizer.zero_grad(set_to_none=True)
+        return memory_advice(
+            self.worker.device,
+            batches.largest,
+            batches.local_batch,
+            None if sharded else these_fit,
+        )
 
     def _try_micro_batch(self, step: int, samples: int) -> None:
-        """What a step does with a micro-batch of `samples`, on this worker alone.
+        """Do what a step does with a micro-batch of `samples`, on this worker alone.
 
         Done twice: what counts is the second time, beside the gradients and the optimizer's state.
         """
-        device = self.worker.device
-        positions, index = (values[:samples] for values in self._stream.positions_and_indices(step))
-        batch = to_device(self._stream.gather(index), device, self._dtype)
-        random = SampleRandom(self._spec.train.seed, positions.to(device))
+        positions, batch = self._micro_batches.first_of(step, samples)
+        random = SampleRandom(self._spec.train.seed, positions)
         for _ in range(2):
             loss = self._loss(self.network, self._workload.augment(dict(batch), random), samples)
             torch.autograd.backward(loss)
-            self.optimizer.step()
+            self._update.optimizer.step()
 
-    def _gradients_finite(self) -> bool:
-        """Whether all gradients are finite; they are the same on every worker, so is the answer."""
-        return bool(torch.isfinite(gradient_norm(self.network)).item())
+    def _check_gradients(self, step: int) -> None:
+        """Raise a TrainingError if DDP waits for gradients that this step did not give.
+
+        It would tell in the next step, after an update with gradients that were not averaged.
+        """
+        missing = self._model.missing_gradients()
+        if missing:
+            raise TrainingError(_unused(_listed(missing), step))
 
     def _check_finite(self, loss: float, step: int) -> None:
-        """Raise a TrainingError that says where a loss that is no number comes from."""
+        """Raise a TrainingError that says where a loss that is not finite comes from."""
         if math.isfinite(loss):
             self._last_finite_loss = loss
             return
@@ -255,17 +234,25 @@ class TrainStep:
             for name, p in self.network.named_parameters()
             if p.grad is not None and not torch.isfinite(local_tensor(p.grad)).all()
         ]
-        where = f"; not finite: the gradients of {', '.join(bad[:3])}" if bad else ""
-        where += f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        where = f"; not finite: the gradients of {_listed(bad)}" if bad else ""
         raise TrainingError(
             f"the loss is {loss} at step {step + 1} (the last finite one was "
             f"{self._last_finite_loss:.6g}){where}"
         )
 
 
-def _first_samples(samples: Batch) -> Batch:
-    """Enough of a split to run a model on, also where samples are normalised together."""
-    return {name: values[:2] for name, values in samples.items()}
+def _listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _unused(names: str, step: int) -> str:
+    return (
+        f"{names} got no gradient at step {step + 1} on this worker, though the model used all "
+        "parameters when it was tried alone; with scale.parallel: ddp, only the values of the "
+        "batch may decide which parts of a model are used"
+    )
 
 
 def check_per_sample(name: str, values: Tensor, samples: int) -> None:

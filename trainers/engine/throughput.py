@@ -1,38 +1,34 @@
-"""How fast a run goes, where its time goes, and how much of it was of use."""
+"""How fast a run goes, where its time goes, and its goodput."""
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
-from torch.autograd import Variable
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.devices import Device
-from trainers.workload import Batch, Workload, model_dtype
 
 Phase = Literal["start", "data", "compute", "communication", "checkpoint", "other", "evaluation"]
 STEP_PHASES: tuple[Phase, ...] = ("data", "compute", "communication", "checkpoint", "other")
-"""What a step's time is made of; starting and evaluating are kept apart."""
+"""The phases of a step; starting and evaluating are counted apart."""
 USEFUL_PHASES: tuple[Phase, ...] = ("data", "compute", "communication")
-"""What brings a run forward; saving guards against losses, and is one of the costs of them."""
+"""The phases that count as goodput; saving is a cost of possible failures."""
 
 _USEFUL_S, _WALL_S = "goodput.useful_s", "goodput.wall_s"
 _SAVED_S, _STOPPED = "goodput.saved_unix_s", "goodput.stopped"
 
 
 class ThroughputMeter:
-    """Laps of the steps of one worker, and what follows from them.
+    """Measures the phases of one worker's steps; rates, MFU and goodput follow from them.
 
-    Times are the host's. A GPU computes behind the host's back, so that what the host waits for
-    shows where it waits: mark `data` before a batch is copied to the device, and `compute` after
-    the loss has been read, where a report waits for the device anyway. Nothing else waits: over
-    the steps between two reports the shares are right, within one step they are not.
+    Times are the host's. A GPU computes asynchronously, so its time shows where the host waits for
+    it: mark `data` before a batch is copied to the device, and `compute` after the loss has been
+    read, where a report waits for the device anyway. Nothing else waits: the shares are right over
+    the steps between two reports, not within one step.
     """
 
     def __init__(
@@ -47,69 +43,83 @@ class ThroughputMeter:
         clock: Callable[[], float] = time.perf_counter,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """The first lap begins.
+        """Begin the first lap.
 
-        `samples` of `tokens` each are in a step, over all `world` workers together; `flops` are
-        those of one sample, as `count_flops` gives them. `started` is the Unix time at which the
-        command that trains was given, this moment when None.
+        A step has `samples` of `tokens` each, over all `world` workers together. `flops` are those
+        of one sample, as `count_flops` gives them. `started` is the Unix time of the user's
+        command, now when None. `clock` is monotonic, `now` is Unix time; both in seconds.
         """
         self._samples, self._tokens, self.flops = samples, tokens, flops
         self._device, self._world = device, world
         self.catalogued = device.catalog_entry() if device else None
-        """The device as the catalogue has it; MFU is the share of its peak, with its source."""
+        """The device's entry in the catalogue, if any; MFU is relative to its peak FLOP/s."""
         self._clock, self._now = clock, now
         self._started = now() if started is None else started
+        # Wall time is counted on the monotonic clock: Unix time may be set back meanwhile.
+        self._wall_origin = clock() - max(0.0, now() - self._started)
         self._useful_s = self._wall_s = 0.0  # of the run before this start
         self._total_s: dict[Phase, float] = dict.fromkeys(
             ("start", *STEP_PHASES, "evaluation"), 0.0
         )
         self._steps = 0
         self._read_s, self._read_steps = dict(self._total_s), 0
+        self._exchanging = False
         self._last = clock()
 
     def mark(self, phase: Phase) -> None:
-        """Charge the time since the last mark to a part; 0.2 us."""
+        """Charge the time since the last mark to `phase`; takes 0.2 us."""
         now = self._clock()
+        if self._exchanging:
+            phase, self._exchanging = "communication", False
         self._total_s[phase] += now - self._last
         self._last = now
 
+    def begin_exchange(self) -> None:
+        """Charge the time until now to `compute`, and that until the next mark to `communication`.
+
+        So the mark after a backward pass counts the exchange of gradients at its end.
+        """
+        self.mark("compute")
+        self._exchanging = True
+
     def count_step(self) -> None:
-        """A step is done."""
+        """Count one more step."""
         self._steps += 1
 
     def unreported_s(self) -> float:
         """Seconds of steps since the last read."""
-        return sum(self._total_s[part] - self._read_s[part] for part in STEP_PHASES)
+        return sum(self._total_s[phase] - self._read_s[phase] for phase in STEP_PHASES)
 
     def samples_per_s(self) -> float:
         """Samples per second over all workers, since this start, evaluation left out."""
-        return _rate(self._steps * self._samples, sum(self._total_s[part] for part in STEP_PHASES))
+        return _rate(
+            self._steps * self._samples, sum(self._total_s[phase] for phase in STEP_PHASES)
+        )
 
     def goodput(self) -> float:
-        """Share of the time since the run first started in which steps were done that count.
+        """The share of the run's wall time that was spent on steps that were not lost.
 
-        Against it count starting, evaluating, saving, and after a crash the steps that are done
-        again and all the time since the save from which the run went on; not a pause that was
-        wanted.
+        Starting, evaluating and saving lower it. After a crash, so does all the time since the
+        checkpoint from which the run goes on. A wanted pause is not wall time.
         """
         return _rate(self._useful_now(), self._wall_now())
 
     def read(self) -> dict[str, float]:
-        """Means over the steps since the last read, as `perf/...`; empty when there are none.
+        """Means over the steps since the last read, as `perf/...`; empty without new steps.
 
-        Seconds are of a step; shares are of its time; memory and goodput are those of now.
+        Seconds are per step, shares are of its time; memory and goodput are those of now.
         """
         steps = self._steps - self._read_steps
         if not steps:
             return {}
-        spent_s = {part: self._total_s[part] - self._read_s[part] for part in STEP_PHASES}
+        spent_s = {phase: self._total_s[phase] - self._read_s[phase] for phase in STEP_PHASES}
         self._read_s, self._read_steps = dict(self._total_s), self._steps
         step_s = sum(spent_s.values()) / steps
         found = {"step_s": step_s, "samples_per_s": _rate(self._samples, step_s)}
-        for part, part_s in spent_s.items():
-            if self._total_s[part]:  # nobody looks at what was never marked
-                found[f"{part}_s"] = part_s / steps
-                found[f"{part}_share"] = _rate(part_s / steps, step_s)
+        for phase, phase_s in spent_s.items():
+            if self._total_s[phase]:  # a phase that was never marked is of no interest
+                found[f"{phase}_s"] = phase_s / steps
+                found[f"{phase}_share"] = _rate(phase_s / steps, step_s)
         if self._tokens is not None:
             found["tokens_per_s"] = found["samples_per_s"] * self._tokens
         if self.flops is not None:
@@ -122,9 +132,9 @@ class ThroughputMeter:
         return {f"perf/{name}": value for name, value in found.items()}
 
     def state_dict(self, stopped: bool) -> dict[str, float]:
-        """What goodput needs of this run when it goes on from here; kept with a checkpoint.
+        """The counters of goodput, for a checkpoint.
 
-        `stopped` says that the run ends here because somebody wanted it to.
+        `stopped` says that the run ends here on request, not at its last step.
         """
         return {
             _USEFUL_S: self._useful_now(),
@@ -134,21 +144,21 @@ class ThroughputMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a save; one without what `state` gives changes nothing."""
+        """Go on from a checkpoint; one without these counters changes nothing."""
         if not state.keys() >= {_USEFUL_S, _WALL_S, _SAVED_S, _STOPPED}:
             return
         self._useful_s, self._wall_s = state[_USEFUL_S], state[_WALL_S]
-        saved_s, now_s = state[_SAVED_S], self._now()
-        if not state[_STOPPED]:  # all that came after the save was lost
-            self._started = min(saved_s, now_s)
-        elif self._started < saved_s:  # paused under the command that goes on with it
-            self._started = now_s
+        saved_s = state[_SAVED_S]
+        if not state[_STOPPED]:  # everything after the save was lost
+            self._wall_origin = self._clock() - max(0.0, self._now() - saved_s)
+        elif self._started < saved_s:  # paused and resumed under one command
+            self._wall_origin = self._clock()
 
     def _useful_now(self) -> float:
-        return self._useful_s + sum(self._total_s[part] for part in USEFUL_PHASES)
+        return self._useful_s + sum(self._total_s[phase] for phase in USEFUL_PHASES)
 
     def _wall_now(self) -> float:
-        return self._wall_s + self._now() - self._started
+        return self._wall_s + self._clock() - self._wall_origin
 
 
 def _rate(amount: float, of: float) -> float:
@@ -158,71 +168,20 @@ def _rate(amount: float, of: float) -> float:
 def measure_communication(model: DistributedDataParallel, meter: ThroughputMeter) -> None:
     """Have the meter charge the exposed part of the gradient exchange to `communication`.
 
-    That is what a backward pass takes after its last bucket was handed over: what could not be
-    hidden behind computing, and waiting for slower workers. On CPUs only: a GPU's host does not
-    wait there, and its exchange stays within `compute`, as does that of sharded models.
+    That is the rest of a backward pass after its last bucket was handed over: the exchange that
+    could not be hidden behind computation, and waiting for slower workers. On CPUs only: a GPU's
+    host does not wait there, and its exchange counts as `compute`, as that of sharded models does.
     """
     if next(model.parameters()).device.type != "cpu":
         return
-    engine = Variable._execution_engine
 
-    def hook(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(
+        group: Any,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         future = allreduce_hook(group, bucket)
         if bucket.is_last():
-            meter.mark("compute")
-            # DDP waits for the buckets in such a callback too, which it queues after this hook.
-            engine.queue_callback(
-                lambda: engine.queue_callback(lambda: meter.mark("communication"))
-            )
+            meter.begin_exchange()
         return future
 
     model.register_comm_hook(None, hook)
-
-
-def count_flops(workload: Workload, network: nn.Module, batch: Batch) -> float | None:
-    """Floating-point operations of one sample, forward and backward, by the model's formulas.
-
-    Products and convolutions count, at two for a multiplication with its addition; recomputing
-    does not, so give the network before it is wrapped in anything. `batch` [B, ...] is best
-    small, and of 2 or more where samples are normalised together. Nothing is computed: shapes
-    are passed through a copy without memory, and network, batch and random state stay as they
-    are. None when the model cannot be run so, as when it asks for a value.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    try:
-        # Fused attention has no formula on a CPU; its plain form has the same products.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), fake:
-            model = _fake_copy(network).train()
-            dtype = model_dtype(model)
-            columns = {
-                name: _empty(values, dtype if values.is_floating_point() else values.dtype)
-                for name, values in batch.items()
-            }
-            with counter:
-                loss_B = workload.loss(workload.forward(model, columns), columns)
-                torch.autograd.backward(loss_B.sum())
-    except Exception:  # a user's model may do anything
-        return None
-    return counter.get_total_flops() / len(next(iter(batch.values())))
-
-
-def _fake_copy(network: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU, to be made where tensors are fake."""
-    copies: dict[int, Any] = {}
-    for module in network.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for tensor in held.values():
-                if isinstance(tensor, nn.Parameter):
-                    bare = _empty(tensor, tensor.dtype)
-                    copies[id(tensor)] = nn.Parameter(bare, tensor.requires_grad)
-                elif isinstance(tensor, Tensor):
-                    copies[id(tensor)] = _empty(tensor, tensor.dtype)
-    return copy.deepcopy(network, copies)
-
-
-def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tensor.shape, dtype=dtype)

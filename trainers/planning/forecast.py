@@ -1,10 +1,11 @@
-"""How long a run will take, with an interval; what it did take; and what is learnt from that.
+"""Forecasts of a run's wall time, with an interval, and their calibration by earlier runs.
 
-A forecast is what the probe saw (start, evaluation, save, end) and the steps, predicted by the
-scaling model. Its interval is to hold the truth 9 times out of 10. Until a project has runs of
-its own, that rests on shipped error bars; each run that ends is compared with its forecast. What
-the differences have in common moves what comes next, and what is left of them widens or narrows
-it (split conformal prediction: Vovk et al., "Algorithmic Learning in a Random World", 2005).
+A forecast adds the steps, predicted by the step-time model, and the times that a probe measured
+(start, evaluation, save, end). Its interval should hold the truth 9 times out of 10. Until a
+project has runs of its own, the interval rests on shipped error bars. Each run that ends is
+compared with its forecast. What these differences have in common moves later forecasts, and their
+spread widens or narrows the intervals (split conformal prediction: Vovk et al., "Algorithmic
+Learning in a Random World", 2005).
 """
 
 import hashlib
@@ -17,31 +18,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.engine.loop import evaluation_steps
 from trainers.planning.pools import ProbedPool, ProbeResult
 from trainers.planning.step_time import Unknown
 from trainers.spec import RunSpec
 
 HISTORY_FILE = "forecasts.jsonl"
-"""In the folder of the runs: forecasts and what became of them, a line each."""
+"""File in the storage folder: forecasts and actual times, a line each."""
 IRRELEVANT_SECTIONS = ("storage", "sweep", "budget", "cost")
-"""Sections of a spec that say nothing about how long its run takes."""
+"""Sections of a spec that do not change how long its run takes."""
 COVERAGE = 0.9
-"""How often the truth is to lie within the interval."""
+"""Share of runs whose actual time should lie within the interval."""
 OVERHEAD_ERROR = 0.4
-"""Relative error of what is not steps: starting workers, evaluating, saving, ending."""
+"""Relative error of the time outside steps: starting workers, evaluating, saving, ending."""
 SHIPPED_RUNS = 10
-"""How many runs the shipped error bars count for; a project's own take their place one by one."""
+"""Number of runs that the shipped error bars count as; a project's own replace them one by one."""
 MAX_RUNS = 100
-"""How many of the newest runs count."""
+"""Number of the newest runs that count."""
 SHRINKAGE_RUNS = 2
-"""How many runs that were just as forecast stand against what a project's own have in common."""
+"""Number of assumed runs without any error, which shrink the shift of a project's own runs."""
 MIN_WIDENING = 0.25
-"""Of the shipped interval: a lucky series does not make anything certain."""
+"""The least width, relative to the shipped interval: a lucky series is no certainty."""
 
 
 class Interval(NamedTuple):
-    """A number that is not known exactly: 9 of 10 such intervals hold the truth."""
+    """An uncertain number: 9 of 10 such intervals hold the truth."""
 
     low: float
     middle: float
@@ -49,11 +49,11 @@ class Interval(NamedTuple):
 
     @classmethod
     def around(cls, middle: float, error: float) -> "Interval":
-        """From `middle` divided to `middle` multiplied by 1 + `error`."""
+        """From `middle` / (1 + `error`) to `middle` * (1 + `error`)."""
         return cls(middle / (1 + error), middle, middle * (1 + error))
 
     def times(self, other: "Interval | float") -> "Interval":
-        """The product; of two intervals that are wrong independently of each other."""
+        """The product; errors of two intervals are taken as independent."""
         if not isinstance(other, Interval):
             return Interval(*(bound * other for bound in self))
         middle = self.middle * other.middle
@@ -64,25 +64,26 @@ class Interval(NamedTuple):
         return Interval(middle * math.exp(-down), middle, middle * math.exp(up))
 
     def calibrated(self, by: "Calibration") -> "Interval":
-        """Moved, and its logarithmic width times `by.widening`."""
+        """The interval moved by `by.shift`, with its logarithmic width times `by.widening`."""
         down, up = self.middle / self.low, self.high / self.middle
         middle = self.middle * (up if by.shift > 0 else down) ** by.shift
         return Interval(middle / down**by.widening, middle, middle * up**by.widening)
 
 
 class Calibration(NamedTuple):
-    """What a project's own runs do to the shipped error bars."""
+    """The correction of the shipped intervals by a project's own runs."""
 
     shift: float = 0.0
-    """By how many of its half widths an interval is moved; negative when runs take less."""
+    """Shift of an interval, in its half widths; negative if runs take less than forecast."""
     widening: float = 1.0
+    """Factor of the width; below 1 it narrows."""
 
 
 AS_SHIPPED = Calibration()
 
 
 def sum_independent(parts: Iterable[Interval]) -> Interval:
-    """The sum of what is wrong independently of each other."""
+    """Sum of intervals with independent errors."""
     parts = list(parts)
     middle = sum(part.middle for part in parts)
     low = math.hypot(*(part.middle - part.low for part in parts))
@@ -91,19 +92,19 @@ def sum_independent(parts: Iterable[Interval]) -> Interval:
 
 
 class RunLength(NamedTuple):
-    """How much a run does, on any number of workers."""
+    """The work of a run, on any number of workers."""
 
     steps: int
     evaluations: int
     tests: int
     saves: int
-    """At the least: those that `auto` adds take less than 1 % of the time."""
+    """The least number: those that `auto` adds take less than 1 % of the time."""
 
 
 def run_length(spec: RunSpec, samples: int, has_test: bool) -> RunLength:
-    """What the run over `samples` of training does."""
+    """Count the work of a run with `samples` in its training split."""
     total = spec.train.total_steps(samples)
-    evaluated = evaluation_steps(spec.train.evaluate_every_epochs, spec, samples)
+    evaluated = spec.train.evaluation_steps(samples)
     every = spec.checkpoint.every_steps
     saved = {total} | (evaluated if spec.checkpoint.keep_best else set())
     if every != "auto":
@@ -113,13 +114,13 @@ def run_length(spec: RunSpec, samples: int, has_test: bool) -> RunLength:
 
 @dataclass(frozen=True)
 class Forecast:
-    """How long a run takes, from asking for its workers until they are gone."""
+    """The time of a run from the request for workers until they have ended."""
 
     wall_s: Interval
     step_s: Interval
     basis: str
     shipped_s: Interval
-    """`wall_s` by the shipped error bars, before a project's own runs have moved and widened it."""
+    """`wall_s` by the shipped error bars, before the calibration by a project's own runs."""
     at: float = 0.0
     """When it was made, in Unix time."""
 
@@ -130,7 +131,7 @@ class Forecast:
 def forecast(
     probed: ProbedPool, workers: int, run: RunLength, by: Calibration = AS_SHIPPED
 ) -> Forecast | Unknown:
-    """The run on so many workers of the pool."""
+    """Forecast the run on `workers` of the pool."""
     found = probed.predict(workers)
     if isinstance(found, Unknown):
         return found
@@ -139,32 +140,31 @@ def forecast(
 
 
 def from_probe(
-    step_s: Interval, seen: ProbeResult, run: RunLength, basis: str, by: Calibration
+    step_s: Interval, probe: ProbeResult, run: RunLength, basis: str, by: Calibration
 ) -> Forecast:
-    """A run of such steps; all else takes what it took the probe."""
-    around_s = (
-        seen.start_s
-        + run.evaluations * seen.evaluation_s
-        + run.tests * seen.test_s
-        + run.saves * seen.save_s
-        + seen.end_s
+    """Forecast a run with steps of `step_s`; all other times are those of the probe."""
+    overhead_s = (
+        probe.start_s
+        + run.evaluations * probe.evaluation_s
+        + run.tests * probe.test_s
+        + run.saves * probe.save_s
+        + probe.end_s
     )
-    parts = [step_s.times(run.steps - 1), Interval.around(around_s, OVERHEAD_ERROR)]
+    parts = [step_s.times(run.steps - 1), Interval.around(overhead_s, OVERHEAD_ERROR)]
     shipped_s = sum_independent(parts)
     wall_s, step_s = shipped_s.calibrated(by), step_s.calibrated(by)
     return Forecast(wall_s, step_s, basis, shipped_s, time.time())
 
 
 def calibrate(scores: Sequence[float]) -> Calibration:
-    """How the shipped intervals are to be moved, and widened (or, below 1, narrowed).
+    """The shift and widening of the shipped intervals that the project's runs suggest.
 
-    `scores` are those of the project's runs, the newest last: how far off each was, in units of
-    the half of its shipped interval on that side. With few, the shipped error bars count as
-    further runs, spread as those of normally distributed errors.
+    `scores` are the results of `score` for these runs, the newest last. If there are few, the
+    shipped error bars count as further runs with normally distributed errors.
     """
     newest = scores[-MAX_RUNS:]
-    common = statistics.median(newest) if newest else 0.0
-    shift = common * len(newest) / (len(newest) + SHRINKAGE_RUNS)
+    median = statistics.median(newest) if newest else 0.0
+    shift = median * len(newest) / (len(newest) + SHRINKAGE_RUNS)
     own = [abs(score - shift) for score in newest]
     missing = max(0, SHIPPED_RUNS - len(own))
     normal = statistics.NormalDist()
@@ -173,49 +173,52 @@ def calibrate(scores: Sequence[float]) -> Calibration:
     step = SHIPPED_RUNS / missing if missing else 1.0
     shipped = [bars[SHIPPED_RUNS - 1 - int(k * step)] / bars[-1] for k in range(missing)]
     ranked = sorted([*own, *shipped])
-    place = min(len(ranked), math.ceil((len(ranked) + 1) * COVERAGE))
-    return Calibration(shift, max(MIN_WIDENING, ranked[place - 1]))
+    rank = min(len(ranked), math.ceil((len(ranked) + 1) * COVERAGE))
+    return Calibration(shift, max(MIN_WIDENING, ranked[rank - 1]))
 
 
-def score(expected: Forecast, wall_s: float) -> float:
-    """How far off a forecast was, in units of half the shipped interval; negative when too long."""
-    low, middle, high = expected.shipped_s
-    off = math.log(wall_s / middle)
-    return off / math.log(high / middle) if off > 0 else off / math.log(middle / low)
+def score(forecast: Forecast, wall_s: float) -> float:
+    """The error of a forecast, in logarithmic half widths of the shipped interval on that side.
+
+    Negative if the run took less than forecast.
+    """
+    low, middle, high = forecast.shipped_s
+    error = math.log(wall_s / middle)
+    return error / math.log(high / middle) if error > 0 else error / math.log(middle / low)
 
 
 class ForecastHistory:
-    """Forecasts and what became of them, in the folder of the runs."""
+    """Forecasts and actual times of runs, in their storage folder."""
 
     def __init__(self, storage: Path) -> None:
         self._path = storage / HISTORY_FILE
 
-    def record_forecast(self, key: str, expected: Forecast) -> None:
-        """Keep what was forecast for the runs of this key."""
-        self._append({"kind": "forecast", "key": key, **asdict(expected)})
+    def record_forecast(self, key: str, forecast: Forecast) -> None:
+        """Record the forecast for runs with this key (`forecast_key`)."""
+        self._append({"kind": "forecast", "key": key, **asdict(forecast)})
 
     def latest_for(self, keys: Iterable[str]) -> Forecast | None:
         """The newest forecast for any of the keys."""
-        wanted, found = set(keys), None
+        wanted, latest = set(keys), None
         for line in self._lines("forecast"):
             if line["key"] in wanted:
-                found = Forecast(
+                latest = Forecast(
                     Interval(*line["wall_s"]),
                     Interval(*line["step_s"]),
                     line["basis"],
                     Interval(*line["shipped_s"]),
                     line["at"],
                 )
-        return found
+        return latest
 
-    def record_actual(self, run: str, expected: Forecast, wall_s: float) -> None:
-        """Keep how long a run took that was forecast."""
-        found = {"run": run, "wall_s": wall_s, "score": score(expected, wall_s)}
-        what = {"expected_s": expected.wall_s, "basis": expected.basis, "at": time.time()}
-        self._append({"kind": "actual", **found, **what})
+    def record_actual(self, run: str, forecast: Forecast, wall_s: float) -> None:
+        """Record the actual time of a run that had a forecast."""
+        actual = {"run": run, "wall_s": wall_s, "score": score(forecast, wall_s)}
+        expected = {"expected_s": forecast.wall_s, "basis": forecast.basis, "at": time.time()}
+        self._append({"kind": "actual", **actual, **expected})
 
     def scores(self) -> list[float]:
-        """How far off the forecasts were, the oldest first."""
+        """The scores of all recorded runs, the oldest first."""
         return [float(line["score"]) for line in self._lines("actual")]
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -236,9 +239,9 @@ class ForecastHistory:
 
 
 def forecast_key(spec_data: Mapping[str, Any], accelerator: str) -> str:
-    """One name for all runs that do the same on the same number of such workers.
+    """A key that is equal for runs with the same work on the same number of such workers.
 
-    `data` is the run's spec as plain data, with its number of workers.
+    `spec_data` is the run's spec as plain data, with its number of workers.
     """
     kept = {name: part for name, part in spec_data.items() if name not in IRRELEVANT_SECTIONS}
     kept["tracking"] = {"every_steps": spec_data["tracking"]["every_steps"]}
@@ -248,26 +251,26 @@ def forecast_key(spec_data: Mapping[str, Any], accelerator: str) -> str:
 
 
 def forecast_keys(spec_data: Mapping[str, Any], with_gpus: bool) -> list[str]:
-    """The keys under which a run about to start may have been forecast."""
-    asked = str(spec_data["scale"]["accelerator"])
-    if asked == "auto":
-        return [forecast_key(spec_data, "gpu" if with_gpus else "cpu")]
-    return [forecast_key(spec_data, asked)]
+    """The keys under which the history may have a forecast for a run."""
+    accelerator = str(spec_data["scale"]["accelerator"])
+    if accelerator == "auto":
+        accelerator = "gpu" if with_gpus else "cpu"
+    return [forecast_key(spec_data, accelerator)]
 
 
-def describe_outcome(expected: Forecast, wall_s: float) -> str:
-    """What became of a forecast, for people."""
-    low, middle, high = expected.wall_s
-    off = wall_s / middle - 1
+def describe_outcome(forecast: Forecast, wall_s: float) -> str:
+    """One line that compares a forecast with the actual time."""
+    low, middle, high = forecast.wall_s
+    difference = wall_s / middle - 1
     where = "within" if low <= wall_s <= high else "outside"
     return (
-        f"{format_duration(middle)} forecast ({expected.basis}), {format_duration(wall_s)} taken: {off:+.0%}, "
-        f"{where} {format_range(expected.wall_s)}"
+        f"{format_duration(middle)} forecast ({forecast.basis}), {format_duration(wall_s)} taken: "
+        f"{difference:+.0%}, {where} {format_range(forecast.wall_s)}"
     )
 
 
 def format_duration(seconds: float) -> str:
-    """A time for people."""
+    """A time with its unit, s, min or h, in three digits."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     if seconds < 6000:

@@ -1,7 +1,7 @@
-"""Where a run belongs: what it would take and cost on each of the places that there are.
+"""Plans: the time and cost of a run for each number of workers here and on other machines.
 
-Everything here is reckoned from probes that are handed in, so that a plan can be made again from
-recorded ones, and tested without the hardware.
+A plan is computed from probes that are passed in, so that it can be made again from recorded
+probes, and tested without the hardware.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,6 @@ from cluster.base.labels import MARKET
 from cluster.cost.catalog import Instance
 from cluster.cost.node_rates import CostSpec
 from cluster.cost.user_prices import UserPrices
-from trainers.planning import datasheet
 from trainers.planning.forecast import (
     AS_SHIPPED,
     Calibration,
@@ -24,6 +23,7 @@ from trainers.planning.forecast import (
 from trainers.planning.machines import (
     Machine,
     RunCost,
+    datasheet_step_s,
     device_of_instance,
     local_machine,
     rented_machine,
@@ -33,29 +33,28 @@ from trainers.planning.pools import ProbedPool
 from trainers.planning.step_time import Unknown, knee
 
 LAUNCH_BOUND_MFU = 0.1
-"""MFU below which a device is idle between one operation and the next."""
+"""MFU below which a device idles between operations."""
 DATA_BOUND_SHARE = 0.5
-"""Share of a step spent waiting for data, above which nothing but that matters."""
+"""Share of a step spent waiting for data, above which data is the bottleneck."""
 FIXED_COST_BOUND_SHARE = 0.8
-"""Half the batch in more than this of the time: what a step does one after the other decides."""
+"""If half the batch takes more than this share of the time, the batch is not the bottleneck."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked: the run, and how much is known about its forecasts."""
+    """The run to plan, the calibration of its forecasts, and the prices."""
 
     length: RunLength
     calibration: Calibration = AS_SHIPPED
-    """By earlier runs."""
     user_prices: UserPrices = field(default_factory=UserPrices)
     cost: CostSpec = field(default_factory=CostSpec)
     instances: tuple[Instance, ...] | None = None
-    """The catalogue's machines at today's prices; None for the snapshot's."""
+    """Machines of the catalogue at today's prices; None: at those of the snapshot."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to do the run."""
+    """One choice of machines for the run."""
 
     where: str
     """`here`, or the machine's name in the catalogue."""
@@ -63,12 +62,13 @@ class Option:
     workers: int
     nodes: int
     market: str
-    """on demand, spot, or nothing where there is no market."""
+    """on demand, spot, or empty for machines without a market."""
     forecast: Forecast | Unknown
     machine: Machine
     cost: RunCost | None
-    """None where the time is not known."""
+    """None if the time is unknown."""
     marks: tuple[str, ...] = ()
+    """cheapest, fastest, greenest, knee."""
 
     @property
     def usd(self) -> Interval | None:
@@ -83,21 +83,21 @@ class Option:
         return self.cost.kg_co2e if self.cost else None
 
 
-def local_options(probed: ProbedPool, question: PlanRequest, most: int = 8) -> list[Option]:
-    """The numbers of workers of a pool that is there: those probed, and `most` in all."""
+def local_options(probed: ProbedPool, request: PlanRequest, max_options: int = 8) -> list[Option]:
+    """Options on a pool of the cluster: all probed numbers of workers, and powers of two.
+
+    At most `max_options`, unless more were probed.
+    """
     counts = probed.pool.worker_counts(probed.batch)
     probed_counts = {each.place.workers for each in probed.probes}
     doubled = {count for count in counts if count & (count - 1) == 0 or count == counts[-1]}
-    others = sorted(doubled - probed_counts)[: max(0, most - len(probed_counts))]
-    chosen = sorted(probed_counts.union(others))
+    others = sorted(doubled - probed_counts)[: max(0, max_options - len(probed_counts))]
     options = []
-    for workers in chosen:
+    for workers in sorted(probed_counts.union(others)):
         nodes = probed.pool.nodes_for(workers)
         if nodes is not None:
-            machine = local_machine(
-                probed, -(-workers // nodes), question.user_prices, question.cost
-            )
-            found = forecast(probed, workers, question.length, question.calibration)
+            machine = local_machine(probed, -(-workers // nodes), request.user_prices, request.cost)
+            found = forecast(probed, workers, request.length, request.calibration)
             market = probed.pool.labels.get(MARKET, "")
             kind = probed.pool.accelerator
             option = Option("here", kind, workers, nodes, market, found, machine, None)
@@ -106,25 +106,25 @@ def local_options(probed: ProbedPool, question: PlanRequest, most: int = 8) -> l
 
 
 def rented_options(
-    instances: Iterable[Instance], probed: Sequence[ProbedPool], question: PlanRequest
+    instances: Iterable[Instance], probed: Sequence[ProbedPool], request: PlanRequest
 ) -> list[Option]:
-    """One and two machines of each kind, on demand and, where it has a price, on spot."""
+    """Options of one and two machines of each type, on demand and, if it has a price, on spot."""
     options = []
     for instance in instances:
         for nodes in (1, 2):
             workers = nodes * max(1, instance.accelerators)
             if any(pool.batch % workers for pool in probed):
                 continue
-            found = _rented_forecast(instance, workers, nodes, probed, question)
+            found = _rented_forecast(instance, workers, nodes, probed, request)
             markets = [False, True] if instance.spot_usd_per_h is not None else [False]
             for spot in markets:
-                machine = rented_machine(instance, spot, question.user_prices, question.instances)
+                machine = rented_machine(instance, spot, request.user_prices, request.instances)
                 name = "spot" if spot else "on demand"
                 kind = instance.accelerator or "cpu"
                 option = Option(instance.key, kind, workers, nodes, name, found, machine, None)
                 options.append(_with_cost(option))
             if isinstance(found, Unknown):
-                break  # two machines are no better known than one
+                break  # if one machine is unknown, so are two
     return options
 
 
@@ -139,65 +139,66 @@ def _rented_forecast(
     workers: int,
     nodes: int,
     probed: Sequence[ProbedPool],
-    question: PlanRequest,
+    request: PlanRequest,
 ) -> Forecast | Unknown:
-    """By the probes of the same device, where there are any, else from data sheets."""
+    """From probes of the same device if there are any, otherwise from its data sheet."""
     if not instance.accelerators:
         return Unknown("another processor than the one that was probed")
     device = device_of_instance(instance)
     if device is None:
-        return Unknown(f"the catalogue has not one {instance.accelerator}")
+        return Unknown(f"the catalogue does not say which {instance.accelerator}")
     for pool in probed:
         if pool.single_worker.device == device.name:
             slots = (instance.accelerators,) * nodes
-            there = replace(pool, pool=replace(pool.pool, slots=slots))
-            return forecast(there, workers, question.length, question.calibration)
-    step_s = datasheet.datasheet_step_s(probed[0], device.peak_flop_per_s, workers, nodes)
+            rented = replace(pool, pool=replace(pool.pool, slots=slots))
+            return forecast(rented, workers, request.length, request.calibration)
+    step_s = datasheet_step_s(probed[0], device.peak_flop_per_s, workers, nodes)
     if isinstance(step_s, Unknown):
         return step_s
-    lone = probed[0].single_worker  # evaluations are as much faster there as steps are
-    faster = min(1.0, step_s.middle / lone.step_s)
-    seen = replace(lone, evaluation_s=lone.evaluation_s * faster, test_s=lone.test_s * faster)
-    return from_probe(step_s, seen, question.length, "data sheet", AS_SHIPPED)
+    probe = probed[0].single_worker  # evaluations are assumed to speed up as steps do
+    factor = min(1.0, step_s.middle / probe.step_s)
+    scaled = replace(probe, evaluation_s=probe.evaluation_s * factor, test_s=probe.test_s * factor)
+    return from_probe(step_s, scaled, request.length, "data sheet", AS_SHIPPED)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The options in the order of their time, and what is to be said about them."""
+    """The options, the fastest first, and notes on them."""
 
     options: tuple[Option, ...]
     notes: tuple[str, ...]
     left_out: int
-    """Options that may take longer, or cost more, than what was asked for."""
+    """Number of options that may take longer, or cost more, than the limits."""
 
 
 def plan(
     probed: Sequence[ProbedPool],
     instances: Iterable[Instance],
-    question: PlanRequest,
+    request: PlanRequest,
     deadline_s: float | None = None,
     budget_usd: float | None = None,
 ) -> Plan:
-    """All options with their marks. With a limit, those whose whole interval is below it."""
-    every = [option for pool in probed for option in local_options(pool, question)]
-    every += rented_options(instances, probed, question)
+    """All options with their marks; with a limit, those whose whole interval is below it."""
+    options = [option for pool in probed for option in local_options(pool, request)]
+    options += rented_options(instances, probed, request)
     kept = [
         option
-        for option in every
+        for option in options
         if _is_within(option.wall_s, deadline_s) and _is_within(option.usd, budget_usd)
     ]
     kept.sort(key=lambda option: option.wall_s.middle if option.wall_s else float("inf"))
     notes = [scaling_advice(pool) for pool in probed]
     notes += cpu_advice(probed)
     notes += _provenance(kept)
-    return Plan(_with_marks(kept, probed), tuple(notes), len(every) - len(kept))
+    return Plan(_with_marks(kept, probed), tuple(notes), len(options) - len(kept))
 
 
-def _is_within(found: Interval | None, limit: float | None) -> bool:
-    return limit is None or (found is not None and found.high <= limit)
+def _is_within(amount: Interval | None, limit: float | None) -> bool:
+    return limit is None or (amount is not None and amount.high <= limit)
 
 
 def _with_marks(options: list[Option], probed: Sequence[ProbedPool]) -> tuple[Option, ...]:
+    """The options with the best of each measure marked, and with the knee of each pool."""
     measures: dict[str, Callable[[Option], Interval | None]] = {
         "cheapest": lambda option: option.usd,
         "fastest": lambda option: option.wall_s,
@@ -216,7 +217,7 @@ def _with_marks(options: list[Option], probed: Sequence[ProbedPool]) -> tuple[Op
 
 
 def knee_of(probed: ProbedPool) -> int:
-    """The number of workers of the pool after which another one does not pay."""
+    """The number of workers of the pool after which another one does not pay; see `knee`."""
     speeds = {}
     for workers in probed.pool.worker_counts(probed.batch):
         found = probed.predict(workers)
@@ -226,17 +227,17 @@ def knee_of(probed: ProbedPool) -> int:
 
 
 def scaling_advice(probed: ProbedPool) -> str:
-    """Up to how many workers another one pays, in a line."""
+    """One line on the number of workers up to which another one pays."""
     best, pool = knee_of(probed), probed.pool
     if pool.total == 1:
         return f"{pool.accelerator}: there is room for one worker"
     if best == pool.total:
-        return f"{pool.accelerator}: every worker pays, up to the {best} that there are"
+        return f"{pool.accelerator}: every worker pays, up to all {best}"
     return f"{pool.accelerator}: past {best} worker{'s' * (best > 1)} another one does not pay"
 
 
 def cpu_advice(probed: Sequence[ProbedPool]) -> list[str]:
-    """That the CPUs are the better place, and why, where one was probed against an accelerator."""
+    """A line for each accelerator that is slower than the CPUs, with its bottleneck."""
     cpus = [each for each in probed if each.pool.on_cpus]
     lines = []
     for pool in probed:
@@ -254,36 +255,36 @@ def cpu_advice(probed: Sequence[ProbedPool]) -> list[str]:
 
 
 def bottleneck(pool: ProbedPool, cpus: ProbedPool) -> str:
-    """What keeps an accelerator from being of use, as far as the probes show it."""
-    lone = pool.single_worker
-    waiting = lone.shares.get("data", 0.0)
+    """Why an accelerator is slower than the CPUs, as far as the probes show it."""
+    single = pool.single_worker
+    waiting = single.shares.get("data", 0.0)
     if waiting > DATA_BOUND_SHARE:
-        return f"transfer-bound: {waiting:.0%} of its steps are waiting for data"
-    whatever, on_cpu = _fixed_cost_share(pool), _fixed_cost_share(cpus)
-    if whatever is not None and whatever > FIXED_COST_BOUND_SHARE:
+        return f"transfer-bound: its steps wait for data {waiting:.0%} of the time"
+    fixed, on_cpu = _fixed_cost_share(pool), _fixed_cost_share(cpus)
+    if fixed is not None and fixed > FIXED_COST_BOUND_SHARE:
         if on_cpu is not None and on_cpu > FIXED_COST_BOUND_SHARE:
             return (
-                f"sequential: half the batch takes {whatever:.0%} of the time there and "
-                f"{on_cpu:.0%} on the CPU, so what a step does one after the other decides"
+                f"sequential: half the batch takes {fixed:.0%} of the time there and "
+                f"{on_cpu:.0%} on the CPU, so the step is a sequence of small operations"
             )
         return (
-            f"launch-bound: half the batch takes {whatever:.0%} of the time, so starting "
+            f"launch-bound: half the batch takes {fixed:.0%} of the time, so starting "
             "operations takes longer than computing them"
         )
-    if lone.mfu is not None and lone.mfu < LAUNCH_BOUND_MFU:
-        return f"launch-bound: the device computes at {lone.mfu:.1%} of its peak"
+    if single.mfu is not None and single.mfu < LAUNCH_BOUND_MFU:
+        return f"launch-bound: the device computes at {single.mfu:.1%} of its peak"
     return "the probes do not show why"
 
 
 def _fixed_cost_share(probed: ProbedPool) -> float | None:
-    """Time of a step over half the batch, as a share of one over all of it, on one worker."""
-    lone = probed.single_worker
-    half = [p for p in probed.probes if p.place.workers == 1 and 2 * p.batch == lone.batch]
-    return half[0].step_s / lone.step_s if half else None
+    """The step time at half the batch over the one at the whole batch, on one worker."""
+    single = probed.single_worker
+    half = [p for p in probed.probes if p.place.workers == 1 and 2 * p.batch == single.batch]
+    return half[0].step_s / single.step_s if half else None
 
 
 def _provenance(options: Sequence[Option]) -> list[str]:
-    """Where the prices and the carbon are from, each once; and what the energy is that of."""
+    """The sources of prices and carbon intensities, each once, and what the energy includes."""
     known = [option for option in options if option.cost]
     lines = list(dict.fromkeys(option.machine.rate.price_source for option in known))
     lines += list(dict.fromkeys(option.machine.rate.carbon_source for option in known))
@@ -291,5 +292,5 @@ def _provenance(options: Sequence[Option]) -> list[str]:
     if covered:
         lines.append(f"kWh are estimates by design power, of: {', '.join(sorted(covered))}")
     if any(option.market == "spot" for option in known):
-        lines.append("spot: without the work that a reclaimed machine takes with it")
+        lines.append("spot: the work that is lost with a reclaimed machine is not included")
     return lines

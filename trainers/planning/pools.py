@@ -1,4 +1,4 @@
-"""What a cluster has for a run: nodes of one kind, and the numbers of workers that fit there."""
+"""Pools: the nodes of a cluster by kind, the workers that fit there, and probes of them."""
 
 import itertools
 from collections import defaultdict
@@ -24,7 +24,7 @@ class Pool:
     """Nodes of one kind: workers computing on their CPUs, or on one kind of accelerator."""
 
     accelerator: str
-    """What `scale.accelerator` has to be: cpu, or Ray's name for the type."""
+    """The value of `scale.accelerator` that selects the pool: cpu, or Ray's name of the type."""
     slots: tuple[int, ...]
     """Workers that fit on each node, the largest node first."""
     cores: float
@@ -32,7 +32,7 @@ class Pool:
     host: str = ""
     """The name of one of the nodes."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Ray's labels that all nodes share, by which their price is known."""
+    """Ray's labels that all nodes share; they tell the price."""
 
     @property
     def total(self) -> int:
@@ -43,23 +43,23 @@ class Pool:
         return self.accelerator == "cpu"
 
     def nodes_for(self, workers: int) -> int | None:
-        """On how many nodes Ray puts them, which fills nodes; None where they do not fit."""
-        together = enumerate(itertools.accumulate(self.slots), start=1)
-        return next((nodes for nodes, room in together if room >= workers), None)
+        """The number of nodes that the workers take; Ray fills nodes. None if they do not fit."""
+        capacities = enumerate(itertools.accumulate(self.slots), start=1)
+        return next((nodes for nodes, capacity in capacities if capacity >= workers), None)
 
     def placement(self, workers: int, batch: int) -> Placement | None:
-        """Where a step over `batch` samples would be done; None where the workers do not fit."""
+        """The placement of a step over `batch` samples; None if the workers do not fit."""
         nodes = self.nodes_for(workers)
         if nodes is None:
             return None
         return Placement(workers, nodes, batch / workers, self.cores if self.on_cpus else None)
 
     def worker_counts(self, batch: int) -> list[int]:
-        """The numbers of workers that can be had and that share `batch` evenly."""
+        """The numbers of workers that fit and that divide `batch` evenly."""
         return [count for count in range(1, self.total + 1) if batch % count == 0]
 
     def counts_to_probe(self, batch: int) -> list[int]:
-        """One worker, two, a full node, two nodes, four, and all: what the model is fitted to."""
+        """Numbers of workers for the model: one, two, a full node, two and four nodes, and all."""
         full = [sum(self.slots[:nodes]) for nodes in (1, 2, 4, len(self.slots))]
         wanted = {1, 2, *full} if self.total > 1 else {1}
         possible = self.worker_counts(batch)
@@ -69,32 +69,32 @@ class Pool:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a few seconds of the ordinary loop took, on one number of workers."""
+    """Measurements of a few seconds of the ordinary loop, on one number of workers."""
 
     place: Placement
     batch: int
-    """Global."""
+    """The global batch."""
     step_s: float
     spread: float
-    """Relative; see `Point`."""
+    """Relative; see `Measurement`."""
     start_s: float
-    """From asking for the workers to the end of the first step."""
+    """Seconds from the request for workers to the end of the first step."""
     evaluation_s: float
-    """One pass over the validation split."""
+    """Seconds of one pass over the validation split."""
     test_s: float
-    """One over the test split; 0 where there is none."""
+    """Seconds of one pass over the test split; 0 if there is none."""
     save_s: float
-    """For which a save stops training."""
+    """Seconds that one checkpoint blocks training."""
     end_s: float
-    """From the end of the loop until the workers are gone, the model exported."""
+    """Seconds from the end of the loop until the model is exported and the workers have ended."""
     shares: Mapping[str, float]
-    """Of a step's time: data, compute, communication, other."""
+    """Shares of a step's time: data, compute, communication, other."""
     flops: float | None
-    """Model operations of one sample; None where they cannot be counted."""
+    """Model operations of one sample; None if they cannot be counted."""
     device: str
-    """The device as the catalogue has it, else as the driver calls it."""
+    """The device's name in the catalogue, otherwise its driver's name for it."""
     mfu: float | None
-    """Share of the device's peak; None where that is not known."""
+    """Share of the device's peak; None if the peak is unknown."""
     peak_memory_bytes: float | None = None
 
     @property
@@ -104,26 +104,26 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class ProbedPool:
-    """A pool, what was measured on it, and what follows for more workers."""
+    """A pool and its probes, from which step times of other numbers of workers are predicted."""
 
     pool: Pool
     probes: tuple[ProbeResult, ...]
     batch: int
-    """The global batch of the run that was asked about."""
+    """The global batch of the run in question."""
 
     @cached_property
     def step_time_model(self) -> StepTimeModel:
         return fit([Measurement(each.place, each.step_s, each.spread) for each in self.probes])
 
     def predict(self, workers: int) -> Prediction | Unknown:
-        """A step of the run on so many workers."""
+        """The run's step time on `workers`."""
         place = self.pool.placement(workers, self.batch)
         if place is None:
             return Unknown(f"the cluster has no room for {workers} workers")
         return self.step_time_model.predict(place)
 
     def nearest(self, workers: int) -> ProbeResult:
-        """The probe of the run's own batch on the number of workers that is most like this."""
+        """The probe at the run's own batch whose number of workers is nearest to `workers`."""
         own = [each for each in self.probes if each.batch == self.batch]
         return min(own, key=lambda each: abs(each.place.workers - workers))
 
@@ -133,15 +133,15 @@ class ProbedPool:
 
 
 def probed_pool(pool: Pool, probes: Sequence[ProbeResult], batch: int) -> ProbedPool:
-    """The pool with its probes; how many cores its nodes have is taken from what they saw."""
+    """The pool with its probes, and with the number of cores that the probes saw."""
     cores = [each.place.cores for each in probes if each.place.cores is not None]
     return ProbedPool(replace(pool, cores=min(cores, default=pool.cores)), tuple(probes), batch)
 
 
 def find_pools(nodes: Iterable[Mapping[str, Any]], spec: RunSpec) -> list[Pool]:
-    """What is there for the spec's workers, from what `ray.nodes()` gives; accelerators last.
+    """The pools that fit the spec's workers, from `ray.nodes()`; accelerators come last.
 
-    A node with accelerators counts for its CPUs too: a run may be better off there.
+    A node with accelerators also counts for its CPUs, where a run may be faster.
     `scale.accelerator` narrows the choice down.
     """
     scale, found = spec.scale, defaultdict(list)

@@ -1,4 +1,4 @@
-"""What a run or sweep has told MLflow, read from its folder: no server is asked."""
+"""The history of a run or sweep, read from its operation log and ledger; no server is asked."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import LedgerEntry, read_entries
-from trainers.run_folder import TRACKING
-from trainers.runs.metering import LEDGER
+from trainers.run_folder import LEDGER, TRACKING
 from trainers.tracking.operation_log import OPERATION_LOG_FILE, read_operations
 
 
 @dataclass
 class Series:
-    """A metric of a run, in the order in which it was told."""
+    """The points of a metric, in the order in which they were logged."""
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -23,21 +22,21 @@ class Series:
 
 @dataclass
 class RunHistory:
-    """A run as MLflow has it, or will have it when all is sent."""
+    """A run as MLflow has it, or will have it when everything is sent."""
 
     key: str
     params: Mapping[str, Any]
     tags: dict[str, str]
     started_ms: int
     last_update_ms: int
-    """Time stamp of what was told last."""
+    """Timestamp of the newest metric, or of the end."""
     status: str = "RUNNING"
     run_id: str | None = None
-    """MLflow's name for it, once it has made it."""
+    """MLflow's id of the run; None before it exists there."""
     series: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
 
     def latest(self, name: str) -> float | None:
-        """The newest value of a metric; None if there is none."""
+        """The newest value of a metric; None if it was never logged."""
         return self.series[name].values[-1] if name in self.series else None
 
     @property
@@ -46,102 +45,101 @@ class RunHistory:
 
 
 def read_histories(folder: Path) -> dict[str, RunHistory]:
-    """The run or sweep in `folder`, first, and its trials, by key.
+    """Key -> history: first the run or sweep in `folder`, then the trials.
 
-    Raises SpecError where nothing was tracked yet. Others may be writing to the folder.
+    Raises SpecError where nothing was tracked yet. Another process may be writing to the folder.
     """
     if not (folder / TRACKING / OPERATION_LOG_FILE).exists():
         raise SpecError(f"{folder.name}: nothing was tracked yet")
-    found: dict[str, RunHistory] = {}
-    for said in read_operations(folder / TRACKING):
-        if said["do"] == "start":
-            tags, at = dict(said["tags"]), said["at"]
-            found[said["key"]] = RunHistory(said["key"], said["params"], tags, at, at)
+    histories: dict[str, RunHistory] = {}
+    for operation in read_operations(folder / TRACKING):
+        if operation["do"] == "start":
+            key, tags, at = operation["key"], dict(operation["tags"]), operation["at"]
+            histories[key] = RunHistory(key, operation["params"], tags, at, at)
             continue
-        record = found.get(said.get("run", said.get("key", "")))
-        if record is None:
-            continue
-        record.tags |= said.get("tags", {})
-        if said["do"] == "log":
-            for name, value, step, at in said["rows"]:
-                series = record.series[name]
-                series.steps.append(step)
-                series.values.append(value)
-                record.last_update_ms = max(record.last_update_ms, at)
-        elif said["do"] == "made":
-            record.run_id = said["id"]
-        elif said["do"] == "resume":
-            record.status = "RUNNING"
-        elif said["do"] == "finish":
-            record.status, record.last_update_ms = (
-                said["status"],
-                max(record.last_update_ms, said["at"]),
-            )
-    if folder.name not in found:
+        run = histories.get(operation.get("run", operation.get("key", "")))
+        if run is not None:
+            _apply(operation, run)
+    if folder.name not in histories:
         raise SpecError(f"{folder.name}: nothing was tracked yet")
-    return found
+    return histories
+
+
+def _apply(operation: Mapping[str, Any], run: RunHistory) -> None:
+    run.tags |= operation.get("tags", {})
+    if operation["do"] == "log":
+        for name, value, step, timestamp_ms in operation["rows"]:
+            series = run.series[name]
+            series.steps.append(step)
+            series.values.append(value)
+            run.last_update_ms = max(run.last_update_ms, timestamp_ms)
+    elif operation["do"] == "made":
+        run.run_id = operation["id"]
+    elif operation["do"] == "resume":
+        run.status = "RUNNING"
+    elif operation["do"] == "finish":
+        run.status = operation["status"]
+        run.last_update_ms = max(run.last_update_ms, operation["at"])
 
 
 class Span(NamedTuple):
-    """A time in which a device worked for a run or trial."""
+    """A period in which a device worked on a run or trial."""
 
     lane: str
-    """The device, or one of the lanes of a device on which several worked at once."""
+    """The device; or one of its lanes, where it worked on several at once."""
     key: str
     begin: float
     end: float
     """Unix time."""
 
 
-def busy_spans(folder: Path, found: Mapping[str, RunHistory]) -> list[Span]:
-    """What worked where and when; by place, then in time.
+def busy_spans(folder: Path, histories: Mapping[str, RunHistory]) -> list[Span]:
+    """When each device worked on which run or trial, sorted by lane, then by time.
 
-    By the meters, which say the device. Runs that had none, as trials that share one, are there
-    from their start to what they told last.
+    The devices and times are those of the meters. Trials without a meter, which share a device,
+    are assumed to run from their start to their last update.
     """
     path = folder / LEDGER
     metered = _metered_spans(read_entries(path)) if path.exists() else {}
     busy = defaultdict(list)
-    for (_, key), (where, begin, end) in metered.items():
-        if key in found:
-            busy[where].append((begin, end, key))
-    seen = {key for _, key in metered}
-    shared = [record for record in found.values() if record.key not in seen]
-    for record in shared:
-        if "/" in record.key:
-            times = (record.started_ms / 1000, record.last_update_ms / 1000)
-            busy["slot"].append((*times, record.key))
-    return [span for where, own in sorted(busy.items()) for span in _assign_lanes(where, own)]
+    for (_, key), (device, begin, end) in metered.items():
+        if key in histories:
+            busy[device].append((begin, end, key))
+    with_meter = {key for _, key in metered}
+    for run in histories.values():
+        if run.key not in with_meter and "/" in run.key:
+            busy["slot"].append((run.started_ms / 1000, run.last_update_ms / 1000, run.key))
+    return [span for device, own in sorted(busy.items()) for span in _assign_lanes(device, own)]
 
 
 def _metered_spans(
     entries: Iterable[LedgerEntry],
 ) -> dict[tuple[str, str], tuple[str, float, float]]:
-    """Session of a meter and who pays -> node and device, begin and end."""
+    """(Session of a meter, key of the run) -> node and device, begin, end."""
     found: dict[tuple[str, str], tuple[str, float, float]] = {}
     for entry in entries:
         if entry.kind != "energy":
             continue
-        name = entry.id.partition("/")[0], entry.run
-        place = f"{entry.node} cpu"
+        session_and_key = entry.id.partition("/")[0], entry.run
+        device = f"{entry.node} cpu"
         if (entry.usage or {}).get("covers") == "gpu":
-            place = f"{entry.node} {entry.device.removeprefix(f'{entry.node}/')}"
-        elif name in found:
-            place = found[name][0]  # a GPU, whose host's CPUs the same meter looks after
-        found[name] = (place, entry.begin, entry.begin + entry.seconds)
+            device = f"{entry.node} {entry.device.removeprefix(f'{entry.node}/')}"
+        elif session_and_key in found:
+            device = found[session_and_key][0]  # a GPU; the same meter also covers its host's CPUs
+        found[session_and_key] = (device, entry.begin, entry.begin + entry.seconds)
     return found
 
 
-def _assign_lanes(where: str, own: Sequence[tuple[float, float, str]]) -> list[Span]:
-    """As few lanes as hold all that overlaps, each in time."""
+def _assign_lanes(device: str, busy: Sequence[tuple[float, float, str]]) -> list[Span]:
+    """The fewest lanes in which no two periods overlap; sorted by time in each lane."""
     ends: list[float] = []
     found = []
-    for begin, end, key in sorted(own):
+    for begin, end, key in sorted(busy):
         lane = next((n for n, last in enumerate(ends) if last <= begin), len(ends))
         ends[lane : lane + 1] = [end]
         found.append((lane, key, begin, end))
-    many = len(ends) > 1
+    several = len(ends) > 1
     return [
-        Span(f"{where}, {lane + 1}" if many else where, key, begin, end)
+        Span(f"{device}, {lane + 1}" if several else device, key, begin, end)
         for lane, key, begin, end in sorted(found, key=lambda each: (each[0], each[2]))
     ]

@@ -1,4 +1,7 @@
-"""The driver's side of workers that hang: which one is to blame, and news of it."""
+"""The driver's side of workers that hang: notices stalls, and says which worker caused them.
+
+`trainers.engine.heartbeat` is the worker's side.
+"""
 
 import contextlib
 import time
@@ -9,48 +12,49 @@ from trainers.engine.stall_files import Stall, rank_and_count, read_stall, read_
 
 
 def last_stall(folder: Path, workers: Collection[int] | None = None) -> Stall | None:
-    """The stall that ended the last start of one of `workers`, if it was one.
+    """The stall that ended the newest start of one of `workers`; None if a stall did not end it.
 
-    Of workers that waited for one another it is the one that all others waited for.
+    Where workers waited for one another, it is the stall of the one that all others waited for.
     """
-    newest = {rank_and_count(path)[0]: path for path in stall_paths(folder)}
-    found = [stall for path in newest.values() if (stall := read_stall(path)) is not None]
+    latest = {rank_and_count(path)[0]: path for path in stall_paths(folder)}
+    found = [stall for path in latest.values() if (stall := read_stall(path)) is not None]
     if workers is not None and not any(stall.rank in workers for stall in found):
         return None
     return likely_culprit(found)
 
 
-def likely_culprit(found: list[Stall]) -> Stall | None:
-    """The one among workers that hung together which the others waited for."""
-    return min(found, key=lambda stall: (stall.waiting, stall.rank), default=None)
+def likely_culprit(stalls: list[Stall]) -> Stall | None:
+    """Of workers that hung together, the one that the others waited for."""
+    return min(stalls, key=lambda stall: (stall.waiting, stall.rank), default=None)
 
 
 class StallWatch:
-    """Tells of stalls as they appear in a run's folder; for who started the workers."""
+    """Reports new stalls of a run to the driver."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._reported = {stall.path for stall in read_stalls(folder)}
-        self._waiting: set[Path] = set()
-        self._next = 0.0
+        self._incomplete: set[Path] = set()
+        """New stalls at the last poll: workers may still be writing their stacks."""
+        self._next_poll_s = 0.0
 
     def poll(self) -> Stall | None:
-        """A new stall, once a second at most and when all workers have written their stacks."""
-        now = time.monotonic()
-        if now < self._next:
+        """A new stall, at most once a second, after all workers have written their stacks."""
+        now_s = time.monotonic()
+        if now_s < self._next_poll_s:
             return None
-        self._next = now + 1
+        self._next_poll_s = now_s + 1
         found = [stall for stall in read_stalls(self._folder) if stall.path not in self._reported]
         paths = {stall.path for stall in found}
-        if paths != self._waiting:
-            self._waiting = paths
+        if paths != self._incomplete:
+            self._incomplete = paths
             return None
         self._reported |= paths
-        self._waiting = set()
+        self._incomplete = set()
         return likely_culprit(found)
 
     def remove_empty(self) -> None:
-        """Remove what workers left that did not hang but were ended in another way."""
+        """Delete the heartbeat files of workers that ended for another reason than a stall."""
         for path in stall_paths(self._folder):
             if read_stall(path) is None:
                 path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""What a run on several machines needs to see from each of them.
+"""Checks that all machines of a run can see its storage.
 
 Workers read the data set and write checkpoints, each on its own machine. Both may be in a folder
 that all machines share (`storage`), or at URIs (`datasets`, `checkpoint.uri`), which pyarrow's
-file systems reach from everywhere. A folder that only the driver's machine has is refused, before
-training where the machines are there already, else by the first worker that misses it.
+file systems reach from everywhere. A folder that only the driver's machine has is refused: before
+training if the machines are in the cluster already, otherwise by the first worker that misses it.
 """
 
 import os
@@ -15,34 +15,34 @@ from trainers.run_folder import SPEC, TRIALS
 from trainers.spec import RunSpec
 
 ANSWER_TIMEOUT_S = 60
-"""How long a machine may take to say what it sees; then nothing is said about it."""
+"""How long to wait for a machine's answer; a machine that does not answer is not refused."""
 
 
 def needs_shared_folder(spec: RunSpec) -> bool:
-    """Whether workers on other machines must see `storage`; trials of a sweep always must."""
+    """Whether workers on other machines must see `storage`; always true for trials of a sweep."""
     return spec.sweep is not None or spec.datasets is None or spec.checkpoint.uri is None
 
 
 def can_see_run(folder: Path) -> bool:
-    """Whether the folder of a run, or of a trial within its sweep's, is seen by this machine."""
-    whole = folder.parents[1] if folder.parent.name == TRIALS else folder
-    return (whole / SPEC).is_file()
+    """Whether this machine sees the folder of a run, or of a trial in its sweep's folder."""
+    run_folder = folder.parents[1] if folder.parent.name == TRIALS else folder
+    return (run_folder / SPEC).is_file()
 
 
 def require_run_visible(folder: Path, spec: RunSpec) -> None:
-    """SpecError if this machine is to work on a run whose folder it must see, and does not."""
+    """Raise SpecError if this machine does not see a run's folder, and must."""
     if needs_shared_folder(spec) and not can_see_run(folder):
         raise _not_visible_error(folder, [_address()], trials=spec.sweep is not None)
 
 
 def require_sweep_visible(folder: Path) -> None:
-    """SpecError if this machine is to do a trial of a sweep whose folder it does not see."""
+    """Raise SpecError if this machine, which trains a trial, does not see its sweep's folder."""
     if not can_see_run(folder):
         raise _not_visible_error(folder, [_address()], trials=True)
 
 
 def require_visible_everywhere(folder: Path, spec: RunSpec) -> None:
-    """SpecError if a machine that is in the cluster now must see the run's folder, and does not.
+    """Raise SpecError if a machine of the cluster does not see the run's folder, and must.
 
     Machines without CPUs for workers, such as the head, are not asked.
     """
@@ -57,10 +57,10 @@ def require_visible_everywhere(folder: Path, spec: RunSpec) -> None:
     ]
     if not needs_shared_folder(spec) or not others:
         return
-    # Python's own function, for which no machine imports this module, and with it torch.
-    look = ray.remote(num_cpus=0, max_retries=0)(os.path.isfile)
+    # A function of the standard library, so that no machine imports this module and torch.
+    is_file = ray.remote(num_cpus=0, max_retries=0)(os.path.isfile)
     asked = {
-        look.options(
+        is_file.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(str(folder / SPEC)): node["NodeManagerAddress"]
         for node in others
@@ -72,7 +72,7 @@ def require_visible_everywhere(folder: Path, spec: RunSpec) -> None:
 
 
 def _answer(reference: Any) -> bool | None:
-    """None from a machine that went away in between."""
+    """The answer; None if the machine was lost before it gave one."""
     import ray
 
     try:
@@ -88,7 +88,7 @@ def _address() -> str:
 
 
 def _not_visible_error(folder: Path, blind: list[str], trials: bool) -> SpecError:
-    """What is told of machines that must see a run's folder, and do not."""
+    """The error for machines, by address, that do not see a run's folder."""
     ways = "a folder that all machines share (NFS)"
     if not trials:
         ways += ", or datasets and checkpoint.uri at URIs such as s3://bucket/path"

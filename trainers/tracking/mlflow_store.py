@@ -1,24 +1,31 @@
-"""What is tracked, said to MLflow: every operation may be said twice and counts once."""
+"""The operation log's operations as calls of MLflow. Each may be sent twice and counts once."""
 
-import json
 import math
 import os
-import posixpath
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from cluster.base.files import cache_folder
+from trainers.tracking.mlflow_internals import EXPERIMENT_KIND_TAGS, create_sqlite_tables
+from trainers.tracking.mlflow_limits import (
+    MAX_LENGTH,
+    AllowedNames,
+    NumberOutOfRangeError,
+    as_text,
+    check_range,
+    excerpt,
+)
+from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import deleted_experiment_message, mask_password, sqlite_file
 from trainers.tracking.registry import log_model, logged_models
 
 RUN_TAG = "heliostat.run"
-MAX_LENGTH = {"parameters": 6000, "tags": 5000}
-"""Characters; MLflow cuts longer parameters without a word, and refuses longer tags."""
 REQUEST_TIMEOUT_S = 20
 
 
@@ -27,76 +34,81 @@ class UnknownRunError(Exception):
 
 
 class MissingFileError(Exception):
-    """What was to be kept with a run is not there any more."""
+    """A file or folder that should be kept with a run is gone."""
 
 
 class MlflowStore:
-    """The operations of the spool, said to MLflow. Each may be said twice."""
+    """Sends operations to MLflow. Two threads may use it: one that sends, one that reads."""
 
     def __init__(self, uri: str, experiment: str) -> None:
-        # MLflow would block for minutes. And it would repeat a request whose answer was lost,
-        # also one that makes a run; we look first whether it did.
+        # With its own retries MLflow would block for minutes. And it would repeat a request whose
+        # response was lost, also the one that creates a run; we search for the run first.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT_S))
         self._uri, self._experiment = uri, experiment
         self.run_tags: dict[str, str] = {}
-        """Our own name for each run, by key: what finds a run again that MLflow made for us."""
+        """Unique value of each run's `heliostat.run` tag, by key. By it the run is found again in
+        MLflow after a response was lost."""
         self.new_runs: set[str] = set()
-        """Keys of runs that nobody has tried to make; all others are looked for first."""
+        """Keys of runs that were never requested. All others are searched for before they are
+        created."""
         self.run_ids: dict[str, str] = {}
-        """MLflow's names of the runs that are known to be there, by key."""
+        """MLflow's ids of the runs that are known to exist there, by key."""
         self.on_run_created: Callable[[str, str], None] = lambda key, run_id: None
-        """Told of each run that MLflow has, once: its key, and MLflow's name for it."""
+        """Called with the key and MLflow's id of each run when it is known to exist there."""
         self._created_once: set[str] = set()
-        """Keys of runs that MLflow made when it was first asked; of others it may have made two."""
+        """Keys of runs whose create request succeeded at the first attempt, so that no duplicate
+        can exist."""
+        self._names = AllowedNames()
         self._tags_set_once: set[tuple[str, str]] = set()
+        self._lock = threading.RLock()
+        """Held while the connection is made and while a run is looked up."""
         self._connection: Any = None
         self._experiment_id = ""
 
     def _client(self) -> Any:
-        if self._connection is None:
-            import mlflow
+        with self._lock:
+            if self._connection is None:
+                self._connection = self._connect()
+            return self._connection
 
-            mlflow.set_tracking_uri(self._uri)
-            file = sqlite_file(self._uri)
-            create_database(self._uri)
-            # Processes that make a database's tables together break each other's migrations.
-            with FileLock(f"{file}.lock" if file else cache_folder() / "mlflow.lock"):
-                client = mlflow.MlflowClient()
-                found = client.get_experiment_by_name(self._experiment)
-                self._experiment_id = (
-                    found.experiment_id if found else self._create_experiment(client)
-                )
-            if found is not None and found.lifecycle_stage == "deleted":
-                raise RuntimeError(
-                    deleted_experiment_message(self._experiment, found.experiment_id)
-                )
-            self._connection = client
-        return self._connection
+    def _connect(self) -> Any:
+        import mlflow
+
+        mlflow.set_tracking_uri(self._uri)
+        file = sqlite_file(self._uri)
+        create_database(self._uri)
+        # Processes that create a database's tables together break each other's migrations.
+        with FileLock(f"{file}.lock" if file else cache_folder() / "mlflow.lock"):
+            client = mlflow.MlflowClient()
+            found = client.get_experiment_by_name(self._experiment)
+            self._experiment_id = found.experiment_id if found else self._create_experiment(client)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise RuntimeError(deleted_experiment_message(self._experiment, found.experiment_id))
+        return client
 
     def _create_experiment(self, client: Any) -> str:
         file = sqlite_file(self._uri)
         location = (file.parent / "mlartifacts").as_uri() if file else None
-        # Without it MLflow's pages open on its tools for language-model traces.
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        return str(client.create_experiment(self._experiment, location, kind))
+        return str(client.create_experiment(self._experiment, location, EXPERIMENT_KIND_TAGS))
 
     def _run_id(self, key: str) -> str:
-        """MLflow's name of a run; looked up by our tag, since making a run is not idempotent."""
-        if key not in self.run_ids:
-            self._client()
-            found = self._find_runs(key)
-            if not found:
-                raise UnknownRunError(f"MLflow has no run {key}")
-            self._remember(key, found[0].info.run_id)
-        return self.run_ids[key]
+        """MLflow's id of a run; found by our tag, since creating a run is not idempotent."""
+        with self._lock:
+            if key not in self.run_ids:
+                self._client()
+                found = self._find_runs(key)
+                if not found:
+                    raise UnknownRunError(f"MLflow has no run {key}")
+                self._remember(key, found[0].info.run_id)
+            return self.run_ids[key]
 
     def _remember(self, key: str, run_id: str) -> None:
         self.run_ids[key] = run_id
         self.on_run_created(key, run_id)
 
     def _find_runs(self, key: str) -> list[Any]:
-        """The runs that were made for `key`, one if all went well; deleted ones too."""
+        """The runs created for `key`, deleted ones too; one if no response was lost."""
         from mlflow.entities import ViewType
 
         if key not in self.run_tags:
@@ -123,9 +135,9 @@ class MlflowStore:
                 run_id = self._run_id(key)
             except UnknownRunError:
                 run_id = self._create_run(operation)
-        params = {k: mask_password(_as_text(value)) for k, value in operation["params"].items()}
+        params = {k: mask_password(as_text(value)) for k, value in operation["params"].items()}
         short = self._shortened(run_id, "parameters", params)
-        entities = [Param(self._allowed_name(run_id, k), value) for k, value in short.items()]
+        entities = [Param(self._allowed_name(key, "param", k), v) for k, v in short.items()]
         tags = self._shortened(run_id, "tags", operation["tags"])
         client.log_batch(run_id, (), entities, [RunTag(*tag) for tag in tags.items()])
 
@@ -137,14 +149,14 @@ class MlflowStore:
         try:
             name = key.rpartition("/")[2]
             run = client.create_run(self._experiment_id, operation["at"], tags, name)
-        except Exception as error:  # without its run nothing else can be sent: never given up
+        except Exception as error:  # never dropped: without its run nothing else can be sent
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         run_id = str(run.info.run_id)
         self._remember(key, run_id)
         return run_id
 
     def _send_made(self, operation: dict[str, Any]) -> None:
-        """Our own record of what MLflow answered."""
+        """Our own record of the run's id; not for MLflow."""
 
     def _send_resume(self, operation: dict[str, Any]) -> None:
         self._client().update_run(self._run_id(operation["run"]), status="RUNNING")
@@ -159,25 +171,29 @@ class MlflowStore:
             self._connection.set_tag(run_id, name, value)
 
     def _shortened(self, run_id: str, kind: str, texts: Mapping[str, str]) -> dict[str, str]:
-        """The texts as MLflow takes them; what is too long for it is kept whole as an artifact."""
+        """The texts, with excerpts of those too long for MLflow, which are kept as artifacts."""
         short = dict(texts)
         for name, text in texts.items():
             if len(text) > MAX_LENGTH[kind]:
-                place = f"{kind}/{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt"
-                self._connection.log_text(run_id, text, place)
-                short[name] = f"{text[:200]}... ({len(text)} characters, whole in {place})"
+                file = f"{kind}/{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt"
+                self._connection.log_text(run_id, text, file)
+                short[name] = excerpt(text, file)
         return short
 
-    def _allowed_name(self, run_id: str, name: str) -> str:
-        """A name that MLflow takes; a run that has another one says so in a tag."""
-        allowed = re.sub(r"[^/\w.\- :]", "_", name)
-        allowed = posixpath.normpath(allowed).lstrip("./")[:200] or "_"
+    def claim_names(self, key: str, points: Iterable[MetricPoint]) -> None:
+        """Give metrics that were sent before the names that they have in MLflow."""
+        for point in points:
+            self._names.get(key, "metric", point.name)
+
+    def _allowed_name(self, key: str, kind: str, name: str) -> str:
+        """A name that MLflow accepts; a tag of the run has the original if it is another one."""
+        allowed = self._names.get(key, kind, name)
         if allowed != name:
-            self._set_tag_once(run_id, f"heliostat.renamed.{allowed}", name)
+            self._set_tag_once(self._run_id(key), f"heliostat.renamed.{allowed}", name)
         return allowed
 
     def _set_tag_once(self, run_id: str, tag: str, text: str) -> None:
-        """Say something about a run that stays as it is."""
+        """Set a tag that does not change; only the first call is a request."""
         if (run_id, tag) not in self._tags_set_once:
             self._connection.set_tag(run_id, tag, text)
             self._tags_set_once.add((run_id, tag))
@@ -185,15 +201,18 @@ class MlflowStore:
     def _send_log(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        client, run_id = self._client(), self._run_id(operation["run"])
+        client, key = self._client(), operation["run"]
+        run_id, points = self._run_id(key), operation["rows"]
+        self.claim_names(key, points)  # in the log's order, also where a point is refused below
+        check_range(points)
         metrics = [
-            Metric(self._allowed_name(run_id, name), value, at, step)
-            for name, value, step, at in operation["rows"]
+            Metric(self._allowed_name(key, "metric", name), value, timestamp_ms, step)
+            for name, value, step, timestamp_ms in points
         ]
         client.log_batch(run_id, metrics=metrics)
-        infinite = {row[0] for row in operation["rows"] if math.isinf(row[1])}
+        infinite = {point.name for point in points if math.isinf(point.value)}
         for name in sorted(infinite):
-            tag = f"heliostat.infinite.{self._allowed_name(run_id, name)}"
+            tag = f"heliostat.infinite.{self._allowed_name(key, 'metric', name)}"
             self._set_tag_once(run_id, tag, "infinite at some steps, where MLflow has 1.797e308")
 
     def _send_finish(self, operation: dict[str, Any]) -> None:
@@ -201,7 +220,7 @@ class MlflowStore:
         key, run_id = operation["run"], self._run_id(operation["run"])
         self._client().set_terminated(run_id, operation["status"], operation["at"])
         if key not in self._created_once:
-            for run in self._find_runs(key):  # made by requests whose answer was lost; empty
+            for run in self._find_runs(key):  # empty duplicates: their response was lost
                 if run.info.run_id != run_id and run.info.lifecycle_stage == "active":
                     self._client().delete_run(run.info.run_id)
 
@@ -222,6 +241,7 @@ class MlflowStore:
         log_model(client, self._run_id(operation["run"]), folder)
 
     def read_run(self, key: str) -> dict[str, Any]:
+        """`run_id`, `experiment_id`, `status`, newest `metrics` and `model_uri` of a run."""
         client, run_id = self._client(), self._run_id(key)
         run = client.get_run(run_id)
         models = logged_models(client, run)
@@ -234,26 +254,22 @@ class MlflowStore:
         }
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def is_permanent_error(error: Exception) -> bool:
-    """Whether MLflow would refuse the same operation again, however often it is asked."""
-    final = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
-    if getattr(error, "error_code", None) in final:
+    """Whether MLflow would refuse the same operation again, however often it is sent.
+
+    A plain ValueError is none: MLflow also raises it for an environment variable that it cannot
+    read, and nothing may be left out for that.
+    """
+    if getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
         return True
-    # The last two are of numbers that do not fit in a request; broken answers are subclasses.
-    return isinstance(error, (UnknownRunError, MissingFileError, OverflowError)) or (
-        type(error) is ValueError
-    )
+    return isinstance(error, (UnknownRunError, MissingFileError, NumberOutOfRangeError))
 
 
 def create_database(uri: str) -> None:
-    """Make the SQLite store at `uri` if it is not there. It appears with all its tables.
+    """Create the SQLite store at `uri` if it is not there. It appears with all its tables.
 
-    MLflow makes them one by one, and another process that opens the file meanwhile does so too;
-    of eight, seven failed, and so did one of two.
+    MLflow creates them one by one, and another process that opens the file meanwhile does so too;
+    of eight processes, seven failed, and so did one of two.
     """
     file = sqlite_file(uri)
     if file is None or file.exists():
@@ -264,9 +280,6 @@ def create_database(uri: str) -> None:
     ):
         if file.exists():
             return
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-        building = Path(folder) / file.name
-        store = SqlAlchemyStore(f"sqlite:///{building}", (file.parent / "mlartifacts").as_uri())
-        store.engine.dispose()
-        building.rename(file)
+        staging = Path(folder) / file.name
+        create_sqlite_tables(staging, file.parent / "mlartifacts")
+        staging.rename(file)

@@ -1,35 +1,44 @@
-"""An append-only file of what MLflow is to be told, and how much of it has been told.
+"""The operation log: an append-only file of operations for MLflow, and how much of it was sent.
 
 A line is with the operating system before `append` returns, so it survives the death of the
-process; `sync` brings it to the disk, which the tracker does every second and before each
-checkpoint of a run is given its name. So a machine that loses its power loses the metrics of its
-last second, of steps that are done again. A disk that is full loses nothing while the process
-lives: lines wait in memory.
+process. `write_and_sync` brings it to the disk; the tracker does so every second, and before each
+checkpoint of a run is given its name. A machine that loses its power therefore loses the metrics
+of its last second, whose steps are done again. A full disk loses nothing while the process lives:
+lines wait in memory.
 """
 
 import errno
 import json
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from cluster.base.errors import SpecError
 from cluster.base.files import truncate_partial_line, write_atomic
 
-MetricPoint = tuple[str, float, int, int]
-"""A metric: name, value, step, time stamp in ms since the epoch."""
+logger = logging.getLogger(__name__)
 
 OPERATION_LOG_FILE = "spool.jsonl"
 MAX_METRICS_PER_BATCH = 1000
-"""MLflow takes at most this many metrics at once."""
+"""MLflow takes at most this many metrics in one request."""
 MAX_OPERATIONS_PER_BATCH = 100
-"""The most operations in a group."""
+
+
+class MetricPoint(NamedTuple):
+    """One value of a metric. In the log, and between processes, it is a plain sequence of four."""
+
+    name: str
+    value: float
+    step: int
+    timestamp_ms: int
+    """Milliseconds since the epoch."""
 
 
 def now_ms() -> int:
@@ -47,7 +56,7 @@ class OperationLog:
         self._synced_offset = 0
         self._lock = threading.Lock()
         self.write_error: str | None = None
-        """Why lines wait in memory, if any do."""
+        """Why lines wait in memory; None when none do."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer_lock = FileLock(folder / ".lock", timeout=wait_s)
@@ -55,27 +64,31 @@ class OperationLog:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             sent = int(self._sent_path.read_text()) if self._sent_path.exists() else 0
         except Timeout:
-            raise SpecError(f"{folder}: another process is writing what is tracked there") from None
+            raise SpecError(f"{folder}: another process is writing to this operation log") from None
         except OSError as error:
-            raise SpecError(f"{folder}: cannot keep what is tracked: {error.strerror}") from None
+            raise SpecError(f"{folder}: cannot write the operation log: {error.strerror}") from None
         self._end_offset = truncate_partial_line(self._file)
-        # A machine that lost its power can know of more that was sent than it still has.
+        # A machine that lost its power may have kept the offset, and not the end of the log.
         self.sent_offset = min(sent, self._end_offset)
 
     def append(self, operation: Mapping[str, Any]) -> None:
-        """Returns when the operation would survive the death of this process; see `trouble`."""
+        """Returns when the operation would survive this process; but see `write_error`."""
         line = json.dumps(operation, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             self._unwritten.append(line)
             self._write()
 
-    def write(self) -> None:
-        """Write the lines that wait, if there is room for them by now."""
+    def write_and_sync(self) -> None:
+        """Write the lines that wait, if there is room now; then bring everything to the disk."""
         with self._lock:
             self._write()
+        end = self._end_offset
+        if end > self._synced_offset:
+            os.fsync(self._file)
+            self._synced_offset = end
 
     def _write(self) -> None:
-        """What was written of a line that did not fit is taken back."""
+        """A partially written line is truncated."""
         while self._unwritten:
             line = self._unwritten[0]
             try:
@@ -89,19 +102,12 @@ class OperationLog:
             self._unwritten.popleft()
         self.write_error = None
 
-    def sync(self) -> None:
-        """Returns when all that was written would survive the death of this machine."""
-        end = self._end_offset
-        if end > self._synced_offset:
-            os.fsync(self._file)
-            self._synced_offset = end
-
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """The operations from byte `start` on, each with the byte after it."""
+        """The operations from byte `start` on, each with the offset of its end."""
         return _read(self._path, start)
 
     def commit(self, offset: int) -> None:
-        """Record that all before byte `offset` has been sent."""
+        """Record that everything before byte `offset` has been sent."""
         write_atomic(self._sent_path, str(offset))
         self.sent_offset = offset
 
@@ -110,25 +116,25 @@ class OperationLog:
         return self._end_offset - self.sent_offset + sum(map(len, self._unwritten))
 
     def close(self) -> None:
-        """Let another writer go on."""
+        """Let another writer take over."""
         os.close(self._file)
         self._writer_lock.release()
 
 
 def read_operations(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every operation in the spool in `folder`, sent or not; others may be writing to it."""
+    """Every operation in the log in `folder`, sent or not; another process may be writing."""
     return (operation for operation, _ in _read(folder / OPERATION_LOG_FILE, 0))
 
 
 def read_metrics(folder: Path, run: str) -> Iterator[MetricPoint]:
-    """Every metric of a run that is in the spool in `folder`, which others may be writing to."""
+    """Every metric of a run in the log in `folder`; another process may be writing."""
     for operation in read_operations(folder):
         if operation["do"] == "log" and operation["run"] == run:
-            yield from (tuple(row) for row in operation["rows"])
+            yield from (MetricPoint(*row) for row in operation["rows"])
 
 
 def mlflow_run_id(folder: Path, run: str) -> str | None:
-    """MLflow's name for a run whose spool is in `folder`; None before it has made the run."""
+    """MLflow's id of a run whose log is in `folder`; None before the run exists there."""
     found = None
     for operation in read_operations(folder):
         if operation["do"] == "made" and operation["key"] == run:
@@ -146,15 +152,15 @@ def _read(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 yield json.loads(line), start
             except ValueError:
-                print(f"{path}: the line before byte {start} is damaged; left out", flush=True)
+                logger.warning("%s: skipped a damaged line that ends at byte %d", path, start)
 
 
 def group_operations(
     operations: Iterator[tuple[dict[str, Any], int]],
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Operations in groups, each with the byte after it; a run's metrics in a group as one.
+    """Operations in groups, each with the offset of its end; a run's metrics in a group are one.
 
-    The operations of one run stay in order. What is sent again after a crash is at most a group.
+    The operations of one run stay in order. At most one group is sent again after a crash.
     """
     group: list[dict[str, Any]] = []
     open_logs: dict[str, list[MetricPoint]] = {}

@@ -1,9 +1,8 @@
-"""Whether MLflow is there and lets us in: asked first, without loading MLflow."""
+"""Whether MLflow answers and grants access: asked before a run, without importing MLflow."""
 
 import base64
 import configparser
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -16,21 +15,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.base.errors import SpecError
+from trainers.tracking.mlflow_internals import schema_heads
 
 TIMEOUT_S = 5.0
+REVISIONS = "SELECT version_num FROM alembic_version"
 TRAINING_GOES_ON = "training begins, and MLflow is told when it answers"
 
 
 def mask_password(text: str) -> str:
-    """Without the password of an address."""
+    """The text with the password of each URL in it replaced by ***."""
     return re.sub(r"(://[^:/@\s]*):[^@/\s]+@", r"\1:***@", text)
 
 
 def check_access(uri: str, experiment: str) -> str | None:
-    """None when MLflow answers and lets us in; one line when it cannot be reached now.
+    """None when MLflow answers and grants access; one line when it cannot be reached now.
 
-    Raises SpecError where trying again would not help: wrong credentials, a database that has to
-    be upgraded first, a folder that cannot be written.
+    Raises SpecError where trying again would not help: wrong credentials, a database that must be
+    upgraded first, a folder that cannot be written.
     """
     scheme = uri.partition(":")[0]
     if scheme in ("http", "https"):
@@ -46,7 +47,7 @@ def check_access(uri: str, experiment: str) -> str | None:
 
 def _check_server(uri: str, experiment: str) -> str | None:
     if {"MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_AUTH"} & os.environ.keys():
-        return None  # MLflow's own ways to sign a request
+        return None  # requests are signed by MLflow's plug-ins
     query = urllib.parse.urlencode({"experiment_name": experiment})
     address = f"{uri}/api/2.0/mlflow/experiments/get-by-name?{query}"
     request = urllib.request.Request(address, headers=auth_headers(os.environ))
@@ -60,7 +61,7 @@ def _check_server(uri: str, experiment: str) -> str | None:
         body = error.read(2000).decode(errors="replace")
         if error.code in (401, 403):
             raise SpecError(
-                f"tracking.uri: {shown} refuses us ({error.code}: {_first_line(body)}); see "
+                f"tracking.uri: {shown} refuses access ({error.code}: {_first_line(body)}); see "
                 "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD and MLFLOW_TRACKING_TOKEN"
             ) from None
         if "RESOURCE_DOES_NOT_EXIST" in body:
@@ -77,7 +78,7 @@ def _check_server(uri: str, experiment: str) -> str | None:
 
 
 def deleted_experiment_message(experiment: str, experiment_id: str) -> str:
-    """What to do about an experiment that somebody has deleted."""
+    """The error message for an experiment that was deleted in MLflow."""
     return (
         f"tracking.experiment: {experiment!r} was deleted; choose another, or "
         f"mlflow experiments restore --experiment-id {experiment_id}"
@@ -85,7 +86,7 @@ def deleted_experiment_message(experiment: str, experiment_id: str) -> str:
 
 
 def auth_headers(environment: Mapping[str, str]) -> dict[str, str]:
-    """The header that MLflow would send: by environment variables, else ~/.mlflow/credentials."""
+    """The header that MLflow would send, by environment variables or ~/.mlflow/credentials."""
     file = configparser.ConfigParser(interpolation=None)
     file.read(Path.home() / ".mlflow" / "credentials")
     kept = file["mlflow"] if file.has_section("mlflow") else {}
@@ -108,38 +109,38 @@ def _tls_context(uri: str) -> ssl.SSLContext | None:
 
 
 def _check_database(uri: str) -> str | None:
-    file = sqlite_file(uri)
+    file, shown = sqlite_file(uri), mask_password(uri)
     try:
-        version = _schema_revision_of_file(file) if file else _schema_revision_of_server(uri)
+        revisions = _revisions_of_file(file) if file else _revisions_of_server(uri)
     except ConnectionError as error:
-        return f"MLflow's database {mask_password(uri)} cannot be reached ({error}); {TRAINING_GOES_ON}"
-    if version is not None and version != latest_schema_revision():
+        return f"MLflow's database {shown} cannot be reached ({error}); {TRAINING_GOES_ON}"
+    if revisions and revisions != schema_heads():
         raise SpecError(
-            f"tracking.uri: {mask_password(uri)} was made by another version of MLflow; keep a copy of "
-            f"it, then run: mlflow db upgrade '{mask_password(uri)}'"
+            f"tracking.uri: {shown} was made by another version of MLflow; keep a copy of "
+            f"it, then run: mlflow db upgrade '{shown}'"
         )
     return None
 
 
-def _schema_revision_of_file(file: Path) -> str | None:
-    """The revision of a SQLite store; None where there is none yet."""
+def _revisions_of_file(file: Path) -> frozenset[str]:
+    """The schema revisions of a SQLite store; empty where there is no store yet."""
     place = file if file.exists() else file.parent
     if not os.access(place, os.W_OK):
         raise SpecError(f"tracking.uri: {place} cannot be written")
     if not file.exists():
-        return None
+        return frozenset()
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
-            found = database.execute("SELECT version_num FROM alembic_version").fetchone()
+            found = database.execute(REVISIONS).fetchall()
     except sqlite3.OperationalError:  # no such table
-        return None
+        return frozenset()
     except sqlite3.DatabaseError as error:
         raise SpecError(f"tracking.uri: {file}: {error}") from None
-    return str(found[0]) if found else None
+    return frozenset(str(row[0]) for row in found)
 
 
-def _schema_revision_of_server(uri: str) -> str | None:
-    """The revision of another database; ConnectionError when it does not answer."""
+def _revisions_of_server(uri: str) -> frozenset[str]:
+    """The schema revisions of another database; ConnectionError when it does not answer."""
     import sqlalchemy
 
     options = {"connect_timeout": int(TIMEOUT_S)} if uri.startswith("postgres") else {}
@@ -147,20 +148,18 @@ def _schema_revision_of_server(uri: str) -> str | None:
         engine = sqlalchemy.create_engine(uri, connect_args=options)
         with engine.connect() as connection:
             if not sqlalchemy.inspect(connection).has_table("alembic_version"):
-                return None
-            query = sqlalchemy.text("SELECT version_num FROM alembic_version")
-            return str(connection.execute(query).scalar() or "") or None
+                return frozenset()
+            return frozenset(map(str, connection.execute(sqlalchemy.text(REVISIONS)).scalars()))
     except ModuleNotFoundError as error:
-        raise SpecError(
-            f"tracking.uri: {mask_password(uri)} needs the package {error.name}"
-        ) from None
+        shown = mask_password(uri)
+        raise SpecError(f"tracking.uri: {shown} needs the package {error.name}") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         reason = _first_line(str(getattr(error, "orig", error)))
-        # FATAL is what a server of Postgres says itself, also while it starts.
+        # A Postgres server's own answers begin with FATAL, also while it starts.
         refused = "FATAL" in reason and "starting up" not in reason
         if isinstance(error, sqlalchemy.exc.OperationalError) and not refused:
             raise ConnectionError(reason) from None
-        raise SpecError(f"tracking.uri: {mask_password(uri)} refuses us: {reason}") from None
+        raise SpecError(f"tracking.uri: {mask_password(uri)} refuses access: {reason}") from None
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -171,23 +170,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute()
 
 
-def latest_schema_revision() -> str:
-    """The revision of a database that the installed MLflow works with.
-
-    Alembic's migrations name the one that they follow; the newest is followed by none.
-    """
-    mlflow = importlib.util.find_spec("mlflow")
-    assert mlflow is not None
-    assert mlflow.origin is not None
-    versions = Path(mlflow.origin).parent / "store" / "db_migrations" / "versions"
-    text = "\n".join(path.read_text() for path in versions.glob("*.py"))
-    made = set(re.findall(r"^revision\b.*=\s*[\"'](\w+)[\"']", text, re.MULTILINE))
-    followed = set(re.findall(r"^down_revision\b.*=\s*[\"'](\w+)[\"']", text, re.MULTILINE))
-    (newest,) = made - followed
-    return str(newest)
-
-
 def _first_line(text: str) -> str:
-    """The first line of what somebody else said, shortened."""
+    """The first line of another program's message, shortened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else "no reason given"

@@ -1,7 +1,7 @@
-"""Exported models in MLflow: kept with their run, and registered under a name.
+"""Exported models in MLflow: logged with their run, and registered under a name.
 
-Nothing in them is a pickle. They bring the code that builds them, so that whoever loads them with
-`mlflow.pyfunc.load_model` or `mlflow models serve` need not have Heliostat.
+Nothing in them is a pickle. They contain the code that builds them, so that Heliostat need not be
+installed for `mlflow.pyfunc.load_model` and `mlflow models serve`.
 """
 
 import ast
@@ -23,38 +23,39 @@ REQUIRED_PACKAGES = (
     "pyarrow",
     "filelock",
 )
-PACKAGE = Path(__file__).parents[1]
+"""What every model needs; packages that the user's code imports are added to it."""
+TRAINERS = Path(__file__).parents[1]
 
 
 def logged_models(client: Any, run: Any) -> dict[str, bool]:
-    """The URIs of a run's logged models, newest first, and whether each is whole."""
+    """The URIs of a run's logged models, newest first, and whether each is complete."""
     query = f"source_run_id = '{run.info.run_id}'"
     found = client.search_logged_models([run.info.experiment_id], filter_string=query)
     return {f"models:/{model.model_id}": str(model.status) == "READY" for model in found}
 
 
 def log_model(client: Any, run_id: str, folder: Path) -> None:
-    """Keep an exported model with an MLflow run, as a model of its own. Does it once."""
+    """Log an exported model with an MLflow run. Does nothing if the run has one already."""
     run = client.get_run(run_id)
-    begun = logged_models(client, run)
-    if any(begun.values()):
+    started = logged_models(client, run)
+    if any(started.values()):
         return
-    if begun:  # by a writer that was killed
-        model_id = next(iter(begun)).removeprefix("models:/")
+    if started:  # by a writer that was killed before the model was complete
+        model_id = next(iter(started)).removeprefix("models:/")
     else:
-        code = {k: v for k, v in run.data.tags.items() if ".git." in k}  # the user's version of it
+        code = {k: v for k, v in run.data.tags.items() if ".git." in k}  # the user's commit
         tags = {**code, "heliostat.version": version("heliostat")}
         experiment, params = run.info.experiment_id, dict(run.data.params)
         model_id = client.create_logged_model(experiment, "model", run_id, tags, params).model_id
-    with tempfile.TemporaryDirectory() as building:
-        files = Path(building) / "model"
+    with tempfile.TemporaryDirectory() as staging:
+        files = Path(staging) / "model"
         _save_pyfunc(folder, files, run_id, model_id)
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
 
 
 def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
-    """An exported model as a folder of MLflow's flavour pyfunc."""
+    """Write an exported model as a folder of MLflow's pyfunc flavour."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import Model, ModelSignature
@@ -71,7 +72,7 @@ def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
         path=str(files),
         loader_module="trainers.checkpoints.export",
         data_path=str(folder),
-        code_paths=[str(PACKAGE.parent / "cluster"), str(PACKAGE)],
+        code_paths=[str(TRAINERS.parent / "cluster"), str(TRAINERS)],
         signature=ModelSignature(schemas["input"], schemas.get("output")) if schemas else None,
         input_example=example,
         pip_requirements=pip_requirements(folder / CODE),
@@ -80,7 +81,10 @@ def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
 
 
 def pip_requirements(code: Path) -> list[str]:
-    """What a model needs installed, at the versions here, with what the user's code imports."""
+    """The packages that a model needs, pinned to the versions installed here.
+
+    They include the packages that the user's code in `code` imports.
+    """
     imported = set()
     for path in code.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -95,19 +99,21 @@ def pip_requirements(code: Path) -> list[str]:
 
 
 def _pinned_requirement(name: str) -> str:
-    """Without the local part, such as +cpu, which package indexes do not have."""
+    """Without the local part of the version, such as +cpu, which package indexes do not have."""
     try:
         return f"{name}=={version(name).partition('+')[0]}"
-    except PackageNotFoundError:  # loaded where the distribution is not known by this name
+    except PackageNotFoundError:  # a model loaded where the distribution has another name
         return name
 
 
 def register_model(client: Any, run_id: str, name: str, alias: str | None) -> int:
-    """Register a run's model under `name`, once; returns its version. `alias` then points to it."""
+    """Register a run's model under `name`, once, and point `alias` to it; returns its version."""
     from mlflow.exceptions import MlflowException
 
-    whole = [uri for uri, ready in logged_models(client, client.get_run(run_id)).items() if ready]
-    if not whole:
+    ready_uris = [
+        uri for uri, ready in logged_models(client, client.get_run(run_id)).items() if ready
+    ]
+    if not ready_uris:
         raise HeliostatError(f"the run {run_id} has no model in MLflow; only a finished run has")
     try:
         client.create_registered_model(name)
@@ -115,11 +121,11 @@ def register_model(client: Any, run_id: str, name: str, alias: str | None) -> in
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    model_id = whole[0].removeprefix("models:/")
+    model_id = ready_uris[0].removeprefix("models:/")
     found = (
         known[0]
         if known
-        else client.create_model_version(name, whole[0], run_id, model_id=model_id)
+        else client.create_model_version(name, ready_uris[0], run_id, model_id=model_id)
     )
     if alias:
         client.set_registered_model_alias(name, alias, str(found.version))

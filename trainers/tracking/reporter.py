@@ -1,20 +1,19 @@
-"""What the training loop tells the world about itself, without ever waiting for it."""
+"""The reporter of the first worker: sends metrics to the tracker without waiting for it."""
 
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainers.engine.reporter import NullReporter
 from trainers.tracking.operation_log import MetricPoint, now_ms
 
-if TYPE_CHECKING:
-    from trainers.checkpoints.checkpoints import Checkpoints
 
+class TrackerReporter(NullReporter):
+    """Sends to a tracker actor at most twice a second, and not before its last answer came.
 
-class TrackerReporter:
-    """A reporter that sends to a tracker actor twice a second at most.
-
-    `leaving` says in a phrase which machine is about to be taken away, or None.
+    While the tracker is away, metrics wait in memory and are sent in one call when it is back.
+    `preemption_notice` returns a phrase such as "node a is about to be preempted", or None.
     """
 
     def __init__(
@@ -36,49 +35,53 @@ class TrackerReporter:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = now_ms()
-        rows = [(name, float(value), step, now) for name, value in metrics.items()]
+        points = [MetricPoint(name, float(value), step, now) for name, value in metrics.items()]
         with self._lock:
-            self._unsent_points += rows
+            self._unsent_points += points
 
     def log_note(self, name: str, text: str) -> None:
         with self._lock:
-            self._in_flight.append(self._tracker.note.remote(self._run, name, text))
+            self._in_flight.append(self._tracker.log_note.remote(self._run, name, text))
 
     def on_step_end(self, step: int) -> None:
         self._step = step
         now = time.monotonic()
         if now >= self._next_send:
             self._next_send = now + self._interval_s
-            self._collect(self._send(), timeout_s=0)
+            self._collect(timeout_s=0)
+            # Calls to an actor that is away are queued without limit, and each `ray.wait` would
+            # look at all of them.
+            if not self._in_flight:
+                self._send()
 
-    def _send(self, sync: bool = False) -> list[Any]:
+    def _send(self, sync: bool = False) -> None:
         with self._lock:
-            rows, self._unsent_points = self._unsent_points, []
-            self._in_flight.append(self._tracker.log.remote(self._run, rows, self._step, sync))
-            return list(self._in_flight)
+            points, self._unsent_points = self._unsent_points, []
+            self._in_flight.append(self._tracker.log.remote(self._run, points, self._step, sync))
 
-    def _collect(self, sent: list[Any], timeout_s: float | None) -> None:
+    def _collect(self, timeout_s: float | None) -> None:
+        """Take the answers of the calls in flight; with None, wait for all of them."""
         import ray
 
-        done, _ = ray.wait(sent, num_returns=len(sent), timeout=timeout_s)
+        with self._lock:
+            in_flight = list(self._in_flight)
+        if not in_flight:
+            return
+        done, _ = ray.wait(in_flight, num_returns=len(in_flight), timeout=timeout_s)
         stop = any(ray.get(done))
         with self._lock:
             self._stop |= stop
             self._in_flight = [ref for ref in self._in_flight if ref not in done]
 
     def flush(self) -> None:
-        self._collect(self._send(sync=True), timeout_s=None)
-
-    def on_evaluation_end(
-        self, metrics: Mapping[str, float], step: int, checkpoints: "Checkpoints"
-    ) -> None:
-        pass
+        self._send(sync=True)
+        self._collect(timeout_s=None)
 
     def should_stop(self) -> bool:
         return self._stop
 
     def preemption_pending(self) -> bool:
-        if not self._preempted and (leaving := self._preemption_notice()):
+        if not self._preempted and (notice := self._preemption_notice()):
             self._preempted = True
-            self._tracker.tell.remote(self._run, f"{leaving}; saving after every step")
+            self._tracker.post_message.remote(self._run, f"{notice}; saving after every step")
         return self._preempted

@@ -16,8 +16,7 @@ from uuid import uuid4
 from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples
-from trainers.engine.loop import evaluation_steps
+from trainers.data.splits import count_samples
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
@@ -115,7 +114,7 @@ class Engine:
             lease,
             Variant(spec, workload, spec.train.total_steps(self._samples)),
             folder,
-            evaluation_steps(spec.train.evaluate_every_epochs, spec, self._samples),
+            spec.train.evaluation_steps(self._samples),
             TuneReporter(self._sweep, spec, folder),
             TrackerReporter(self._tracker, self._sweep.trial_key(number), REPORT_S),
             Checkpoints(folder / CHECKPOINTS, spec.checkpoint),

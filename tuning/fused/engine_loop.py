@@ -21,15 +21,15 @@ from typing import TypeVar
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples, open_splits
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_splits
 from trainers.devices import local_device
 from trainers.engine.evaluate import evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
-from trainers.engine.optimizer import learning_rate
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
-from trainers.runs.ray_train import format_error
+from trainers.modeling.optimizer import learning_rate
+from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistry

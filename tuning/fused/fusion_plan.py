@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from cluster.base.files import write_atomic
-from trainers.data.dataset import count_samples, open_split
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples, open_split
 from trainers.devices import Device, local_device
 from trainers.engine.step import TrainStep
 from trainers.precision import weights_dtype
-from trainers.runs.ray_train import format_error
+from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from trainers.workload import Batch

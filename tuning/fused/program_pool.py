@@ -10,8 +10,8 @@ from torch import nn
 
 from cluster.connection.run_gauges import set_gauge
 from trainers.devices import Device
-from trainers.engine.optimizer import build_optimizer
-from trainers.engine.step import build_network
+from trainers.modeling.build import build_network
+from trainers.modeling.optimizer import build_optimizer
 from trainers.workload import Batch
 from tuning.fused.engine_trial import EngineTrial
 from tuning.fused.sweep_variants import reference_variant, varied_floats

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainers.data.dataset import count_samples
+from trainers.data.splits import count_samples
 from trainers.spec import RunSpec, resolve
 from tuning.programs.program_signature import Variant, program_key
 from tuning.trials.trial import Sweep

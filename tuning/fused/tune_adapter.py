@@ -23,7 +23,7 @@ import ray
 from ray import tune
 
 from trainers.devices import local_device
-from trainers.runs.metering import WorkerMeter
+from trainers.runs.worker_meter import WorkerMeter
 from tuning.fused.engine import Engine
 from tuning.fused.fusion_plan import FusionPlan, planned_slots, try_plan
 from tuning.fused.tune_internals import (

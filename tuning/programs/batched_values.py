@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from trainers.engine.dropout import DropoutRate, DropoutRng
+from trainers.modeling.dropout import DropoutRate, DropoutRng
 from trainers.workload import Workload
 from tuning.programs.program_signature import (
     Variant,

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from trainers.counter_rng import seed_key
-from trainers.data.dataset import SampleStream, to_device
+from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Device
-from trainers.engine.dropout import DropoutRng, key_dropout_by_sample
-from trainers.engine.optimizer import build_optimizer, learning_rate
-from trainers.engine.step import build_network
+from trainers.modeling.build import build_network
+from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample
+from trainers.modeling.optimizer import build_optimizer, learning_rate
 from trainers.precision import weights_dtype
 from trainers.workload import Batch
 from tuning.programs.batched_optimizers import BATCHED_OPTIMIZERS, FloatArray

@@ -17,9 +17,9 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import SampleStream, to_device
-from trainers.engine.dropout import DropoutRng
+from trainers.data.sampling import SampleStream, to_device
 from trainers.engine.step import check_per_sample
+from trainers.modeling.dropout import DropoutRng
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.workload import Batch, Workload

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers.engine.optimizer import has_weight_decay
+from trainers.modeling.optimizer import has_weight_decay
 from tuning.programs.vmap_rewrites import ValuePath
 
 

@@ -1,4 +1,4 @@
-"""The report of a sweep, from its folder, whether it is finished or not."""
+"""The report of a sweep, finished or not, from its folder."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,181 +7,198 @@ from pathlib import Path
 
 from cluster.base.config import read_yaml, validate
 from trainers.reports import charts, run_report
-from trainers.reports.charts import Chart
 from trainers.reports.history import RunHistory, busy_spans, read_histories
 from trainers.reports.page import DataTable, Page, Section, StatCard, format_number
 from trainers.reports.run_report import cost_cards, downsample, end_status, wall_time_card
+from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
-from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard
-from tuning.trials.space import SweepSpec
+from tuning.reports.parallel_coordinates import parallel_coordinates
+from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard, with_importances
+from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import Sweep
 
 MAX_POINTS = 30_000
-"""Of the curves of the sweep's metric: Vega took 8 s to draw 100,000 on two busy cores."""
+"""Points of all curves of the sweep's metric: Vega took 8 s for 100,000 on two busy cores."""
 MAX_OTHER_POINTS = 20_000
-"""Of the curves of all other metrics together."""
+"""Points of the curves of all other metrics together."""
 MAX_OTHER_METRICS = 5
-"""How many others are drawn: those of validation, then of training."""
+"""How many other metrics are drawn: validation metrics first, then those of training."""
 MAX_STEP_TIME_TRIALS = 20
-"""The best so many trials whose steps are shown by their parts."""
+"""How many of the best trials the chart of step times has."""
 
 
 def sweep_page(folder: Path) -> Page:
     """The report of the sweep in `folder`. Raises SpecError where nothing was tracked yet."""
-    found = read_histories(folder)
+    histories = read_histories(folder)
     data = read_yaml(folder / SPEC)
     spec = validate(SweepSpec, data["sweep"], "sweep.")
-    sweep = Sweep(data, spec, folder, folder)  # its data set is not looked at
-    board = read_leaderboard(sweep)
+    sweep = Sweep(data, spec, folder, folder)  # the report does not read the data set
+    board = with_importances(sweep, read_leaderboard(sweep))
+    history = histories[folder.name]
     trials = {
-        int(key.rpartition("/")[2]): record
-        for key, record in sorted(found.items())
+        int(key.rpartition("/")[2]): trial
+        for key, trial in sorted(histories.items())
         if key != folder.name
     }
-    record = found[folder.name]
-    kinds = {number: end_status(each) for number, each in trials.items()}
-    best = [trials[s.number] for s in board.results[:MAX_STEP_TIME_TRIALS]]
-    timeline = busy_spans(folder, found)
-    time_charts = list(run_report.step_time_charts(best, "trial")) if len(best) > 1 else []
-    if timeline:
-        named = {each.key: end_status(each) for each in found.values()}
-        time_charts.insert(0, charts.timeline_chart(timeline, named))
+    statuses = {number: end_status(trial) for number, trial in trials.items()}
     sections = [
-        Section("Summary", [_summary_cards(spec, record, board, kinds)]),
-        Section("Learning curves", list(_learning_curves(spec, board, trials, kinds))),
-        Section("Leaderboard", list(_leaderboard(spec, board, trials, kinds))),
-        Section("What the parameters did", list(_parameter_charts(spec, board, kinds))),
-        Section("Pareto fronts", list(_pareto_charts(spec, board, trials, kinds))),
-        Section("Where the time goes", time_charts),
-        Section("Energy and cost", list(run_report.costs_table(record))),
-        Section("How it was made", list(run_report.provenance(record))),
+        Section("Summary", [_summary_cards(spec, history, board, statuses)]),
+        Section("Learning curves", list(_learning_curves(spec, board, trials, statuses))),
+        Section("Leaderboard", list(_leaderboard(spec, board, trials, statuses))),
+        Section("Effect of the parameters", list(_parameter_charts(spec, board, statuses))),
+        Section("Pareto fronts", list(_pareto_charts(spec, board, trials, statuses))),
+        Section("Where the time goes", list(_time_charts(folder, histories, board, trials))),
+        Section("Energy and cost", list(run_report.costs_table(history))),
+        Section("How it was made", list(run_report.provenance(history))),
     ]
-    return Page(record.key, run_report.subtitle(record), [each for each in sections if each.blocks])
+    shown = [section for section in sections if section.blocks]
+    return Page(history.key, run_report.subtitle(history), shown)
 
 
 def _summary_cards(
-    spec: SweepSpec, record: RunHistory, board: Leaderboard, kinds: Mapping[int, str]
+    spec: SweepSpec, history: RunHistory, board: Leaderboard, statuses: Mapping[int, str]
 ) -> list[StatCard]:
-    ends = list(kinds.values())
-    parts = ", ".join(
-        f"{ends.count(kind)} {kind}"
-        for kind in ("complete", "stopped", "failed", "running")
-        if kind in ends
+    ends = list(statuses.values())
+    counts = ", ".join(
+        f"{ends.count(status)} {status}"
+        for status in ("complete", "stopped", "failed", "running")
+        if status in ends
     )
-    tiles = [StatCard("trials", f"{len(ends)} of {spec.total_trials}", parts)]
+    cards = [StatCard("trials", f"{len(ends)} of {spec.total_trials}", counts)]
     if board.best:
-        best = StatCard(
-            f"best {spec.metric}", format_number(board.best.value), f"trial {board.best.number:04d}"
-        )
-        tiles.insert(0, best)
-    return [*tiles, wall_time_card(record), *cost_cards(record)]
+        value, trial = format_number(board.best.value), f"trial {board.best.number:04d}"
+        cards.insert(0, StatCard(f"best {spec.metric}", value, trial))
+    return [*cards, wall_time_card(history), *cost_cards(history)]
 
 
 def _learning_curves(
-    spec: SweepSpec, board: Leaderboard, trials: Mapping[int, RunHistory], kinds: Mapping[int, str]
+    spec: SweepSpec,
+    board: Leaderboard,
+    trials: Mapping[int, RunHistory],
+    statuses: Mapping[int, str],
 ) -> Iterator[Chart | str]:
-    if not board.results:
+    """The curves of the sweep's metric and of a few others, downsampled where they are long."""
+    if board.best is None:
         yield "No trial was evaluated yet."
         return
-    epochs = {s.number: s.epoch / s.step for s in board.results if s.step}
-    names = dict.fromkeys(name for number in epochs for name in trials[number].series)
-    others = sorted(
-        (
-            name
-            for name in names
-            if name.startswith(("val/", "train/")) and name not in (spec.metric, "train/epoch")
-        ),
-        key=lambda name: (name.startswith("train/"), name),
-    )[:MAX_OTHER_METRICS]
+    epochs_per_step = {r.number: r.epoch / r.step for r in board.results if r.step}
+    others = _other_metrics(spec, [trials[number] for number in epochs_per_step])
     for metric in (spec.metric, *others):
-        whole = {n: trials[n].series[metric] for n in epochs if metric in trials[n].series}
-        points = MAX_POINTS if metric == spec.metric else MAX_OTHER_POINTS // len(others)
-        each = max(2, points // max(1, len(whole)))
-        drawn = {n: (downsample(series, each), epochs[n]) for n, series in whole.items()}
-        chart = sweep_charts.learning_curves(metric, drawn, kinds, board.results[0].number)
-        thinned = any(len(series.steps) > each for series in whole.values())
-        yield (
-            _with_remark(chart, f" An even grid of {each} points of each is drawn.")
-            if thinned
-            else chart
-        )
+        series = {
+            n: trials[n].series[metric] for n in epochs_per_step if metric in trials[n].series
+        }
+        total = MAX_POINTS if metric == spec.metric else MAX_OTHER_POINTS // len(others)
+        points = max(2, total // max(1, len(series)))
+        drawn = {n: (downsample(own, points), epochs_per_step[n]) for n, own in series.items()}
+        chart = sweep_charts.learning_curves(metric, drawn, statuses, board.best.number)
+        if any(len(own.steps) > points for own in series.values()):
+            remark = f" An even grid of {points} points of each trial is drawn."
+            chart = replace(chart, description=chart.description + remark)
+        yield chart
 
 
-def _with_remark(chart: Chart, more: str) -> Chart:
-    return replace(chart, description=chart.description + more)
+def _other_metrics(spec: SweepSpec, trials: list[RunHistory]) -> list[str]:
+    names = dict.fromkeys(name for trial in trials for name in trial.series)
+    others = [
+        name
+        for name in names
+        if name.startswith(("val/", "train/")) and name not in (spec.metric, "train/epoch")
+    ]
+    return sorted(others, key=lambda name: (name.startswith("train/"), name))[:MAX_OTHER_METRICS]
 
 
 def _leaderboard(
-    spec: SweepSpec, board: Leaderboard, trials: Mapping[int, RunHistory], kinds: Mapping[int, str]
+    spec: SweepSpec,
+    board: Leaderboard,
+    trials: Mapping[int, RunHistory],
+    statuses: Mapping[int, str],
 ) -> Iterator[DataTable | str]:
-    """Numbers are those that MLflow is told: the metric of the last evaluation, costs."""
+    """All evaluated trials with the numbers that MLflow has, and the errors of failed trials."""
     objectives = [objective.partition(" ")[0] for objective in spec.objective[1:]]
     costs = [
         name
-        for name in ("cost_usd", "energy_j", "kg_co2e")
-        if name not in objectives and any(name in record.series for record in trials.values())
+        for name in COST_METRICS
+        if name not in objectives and any(name in trial.series for trial in trials.values())
     ]
     rows = [
         (
-            standing.number,
-            standing.value,
-            *(trials[standing.number].latest(name) for name in (*objectives, *costs)),
-            standing.epoch,
-            kinds[standing.number],
-            *(_cell(standing.parameters[path]) for path in spec.parameters),
+            result.number,
+            result.value,
+            *(trials[result.number].latest(name) for name in (*objectives, *costs)),
+            result.epoch,
+            statuses[result.number],
+            *(_cell(result.parameters[path]) for path in spec.parameters),
         )
-        for standing in board.results
+        for result in board.results
     ]
     columns = ("trial", spec.metric, *objectives, *costs, "epochs", "ended", *spec.parameters)
-    titled = [charts.with_unit(name) for name in columns]
-    goal = "least" if spec.mode == "min" else "greatest"
+    first = "lowest" if spec.mode == "min" else "highest"
     caption = (
-        f"All trials that were evaluated, the {goal} {spec.metric} first. A column's name sorts by "
-        "it; a trial's number brings it out in the charts."
+        f"All trials that were evaluated, the {first} {spec.metric} first. Select a column to sort "
+        "by it, or the number of a trial to highlight it in the charts."
     )
-    yield DataTable("leaderboard", caption, titled, rows, selects_trial=True)
+    titles = [with_unit(name) for name in columns]
+    yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
     for number, reason in board.failed.items():
         yield f"Trial {number:04d} failed: {reason}"
 
 
 def _cell(value: object) -> object:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if plain else str(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number else str(value)
 
 
 def _parameter_charts(
-    spec: SweepSpec, board: Leaderboard, kinds: Mapping[int, str]
-) -> Iterator[Chart | str]:
-    standings = [s for s in board.results if math.isfinite(s.value)]
-    if len(standings) < 2:
+    spec: SweepSpec, board: Leaderboard, statuses: Mapping[int, str]
+) -> Iterator[Chart]:
+    results = [r for r in board.results if math.isfinite(r.value)]
+    if len(results) < 2:
         return
-    yield sweep_charts.parallel_coordinates(standings, spec.parameters, spec.metric, spec.mode)
+    yield parallel_coordinates(results, spec.parameters, spec.metric, spec.mode)
     if board.importances:
         yield sweep_charts.importance_chart(board.importances, spec.metric)
     for path, space in spec.parameters.items():
-        yield sweep_charts.slice_chart(path, standings, space, spec.metric, kinds)
+        yield sweep_charts.slice_chart(path, results, space, spec.metric, statuses)
 
 
 def _pareto_charts(
-    spec: SweepSpec, board: Leaderboard, trials: Mapping[int, RunHistory], kinds: Mapping[int, str]
+    spec: SweepSpec,
+    board: Leaderboard,
+    trials: Mapping[int, RunHistory],
+    statuses: Mapping[int, str],
 ) -> Iterator[Chart | str]:
-    """The metric against each other objective, dollars and joules, where these are known."""
+    """The metric over each other objective, and over dollars and joules where they are known."""
     objectives = dict(objective.split(" ") for objective in spec.objective)
     modes = {"cost_usd": "min", "energy_j": "min"} | objectives
     for other, mode in modes.items():
         points = {
-            s.number: (cost, s.value)
-            for s in board.results
-            if (cost := trials[s.number].latest(other)) is not None
+            r.number: (cost, r.value)
+            for r in board.results
+            if (cost := trials[r.number].latest(other)) is not None
             and math.isfinite(cost)
-            and math.isfinite(s.value)
+            and math.isfinite(r.value)
         }
         if other == spec.metric or len(points) < 2:
             continue
-        figures = {n: {other: cost, spec.metric: value} for n, (cost, value) in points.items()}
-        best = pareto_front(figures, {spec.metric: spec.mode, other: mode})
-        yield sweep_charts.pareto_chart(other, spec.metric, points, best, kinds)
+        values = {n: {other: cost, spec.metric: value} for n, (cost, value) in points.items()}
+        front = pareto_front(values, {spec.metric: spec.mode, other: mode})
+        yield sweep_charts.pareto_chart(other, spec.metric, points, front, statuses)
     if len(objectives) > 2:
         names = ", ".join(f"{number:04d}" for number in board.pareto_trials)
         yield f"Front of {', '.join(spec.objective)} together: {names or 'unknown'}."
+
+
+def _time_charts(
+    folder: Path,
+    histories: Mapping[str, RunHistory],
+    board: Leaderboard,
+    trials: Mapping[int, RunHistory],
+) -> Iterator[Chart | str]:
+    timeline = busy_spans(folder, histories)
+    if timeline:
+        statuses = {history.key: end_status(history) for history in histories.values()}
+        yield charts.timeline_chart(timeline, statuses)
+    best = [trials[r.number] for r in board.results[:MAX_STEP_TIME_TRIALS]]
+    if len(best) > 1:
+        yield from run_report.step_time_charts(best, "trial")

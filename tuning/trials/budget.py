@@ -1,8 +1,8 @@
-"""What a sweep may spend, while it is spent: who pays what, and which trials can still be paid.
+"""Tracks the cost of a running sweep and decides whether another trial fits its budget.
 
-The bill is written by a thread beside Ray Tune. Trials in processes have meters of their own.
-Trials that share an engine share what it costs, in proportion to the device time that each of
-them took. What nodes cost while no trial works on them is the sweep's.
+A thread beside Ray Tune does the billing. Each trial in a process has its own meter. The trials in
+the slots of an engine share its cost in proportion to the device time of each. The cost of nodes
+while no trial runs on them is the sweep's alone.
 """
 
 import contextlib
@@ -19,30 +19,32 @@ from cluster.base.errors import SpecError
 from cluster.cost.billing import BILLING_INTERVAL_S
 from cluster.cost.budget import BudgetSpec, limit_usage
 from cluster.cost.ledger import CostTotals, read_entries, total_costs_by_run
-from trainers.runs.metering import LEDGER, DriverMeter, account_metrics
+from trainers.run_folder import LEDGER
+from trainers.runs.driver_meter import DriverMeter, account_metrics
 from tuning.trials.schedulers import first_rung_epochs
 from tuning.trials.space import SweepRunSpec
 from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 
 ENGINE_ACCOUNT = "engine"
-"""Who pays, in the ledger, for the nodes and devices of engines: `SWEEP/engine`."""
+"""The ledger's account of the nodes and devices of engines is `SWEEP/engine`."""
 COST_OF_RESOURCE = {"usd": "cost_usd", "joule": "energy_j"}
-"""What `scheduler.resource` compares trials after, as MLflow has it."""
+"""`scheduler.resource` -> the MLflow metric of that cost."""
 SHARED_METRICS = ("cost_usd", "energy_j", "energy_low_j", "energy_high_j", "kg_co2e")
+"""Metrics of an engine's costs that are divided among its trials."""
 
 _open_budgets: dict[str, "SweepBudget"] = {}
-"""By sweep: Tune pickles its searcher and its callbacks, and a purse lives in one process."""
+"""Sweep key -> budget. Tune pickles its searcher and callbacks, and a budget cannot be pickled."""
 
 
 @dataclass
 class _TrialProgress:
-    """How far a trial was when it was last heard of."""
+    """The last known progress of a trial."""
 
     epoch: float = 0.0
     device_s: float = 0.0
-    """Seconds of its device that it has taken."""
+    """Seconds of device time so far."""
     running_since_s: float | None = None
-    """When that was, by `time.monotonic`; None where it does not run."""
+    """Time of the last event, by `time.monotonic`; None while the trial does not run."""
 
 
 class SweepBudget:
@@ -51,13 +53,13 @@ class SweepBudget:
     def __init__(
         self, sweep: Sweep, spec: SweepRunSpec, metering: DriverMeter, epochs_per_trial: float
     ) -> None:
-        """`epochs` are those of a whole trial."""
+        """`epochs_per_trial` are the epochs of a trial that no scheduler stops."""
         self._sweep, self._budget, self.metering = sweep, spec.budget, metering
         self._cost_metric = COST_OF_RESOURCE.get(spec.sweep.scheduler.resource)
         for rate in metering.rates.all_used():
             if self._cost_metric == "cost_usd" and rate.usd_per_h is None:
                 raise SpecError(
-                    f"sweep.scheduler.resource: {rate.price_source}; say cost.usd_per_h"
+                    f"sweep.scheduler.resource: {rate.price_source}; set cost.usd_per_h"
                 )
         self._first_rung_epochs = first_rung_epochs(spec.sweep.scheduler, epochs_per_trial)
         self._lock = threading.Lock()
@@ -68,10 +70,10 @@ class SweepBudget:
         self._cost_per_device_s: dict[int, float] = {}
         self._stop_requested = False
         self.reason: str | None = metering.limit_reached
-        """Why the sweep ends, or starts no more trials, in a line."""
+        """One line on why the sweep ends, or starts no more trials."""
 
     def tick(self) -> None:
-        """Charge the time since the last one; by the purse's own thread."""
+        """Charge the time since the last call; called by the billing thread."""
         reason = self.metering.tick()
         with self._lock:
             self._totals = self.metering.ledger.totals()
@@ -80,87 +82,88 @@ class SweepBudget:
                 self._cost_per_device_s = self._compute_cost_per_device_s(self._cost_metric)
 
     def on_trial_event(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
-        """Take note of how far trials are; events as `tuning.sweep.TrialCallback` is told them."""
+        """Record the progress of a trial; a `tuning.tuner.TrialCallback`."""
         with self._lock:
-            known = self._trials[trial]
-            known.epoch = max(known.epoch, result.get("epoch", 0.0))
-            known.device_s = max(known.device_s, result.get("device_s", 0.0))
-            known.running_since_s = time.monotonic() if event in ("start", "result") else None
+            progress = self._trials[trial]
+            progress.epoch = max(progress.epoch, result.get("epoch", 0.0))
+            progress.device_s = max(progress.device_s, result.get("device_s", 0.0))
+            progress.running_since_s = time.monotonic() if event in ("start", "result") else None
 
     def cost_per_epoch(self, trial: int, result: Mapping[str, Any]) -> float:
-        """What an epoch of the trial costs, over an average one of the sweep's; 1 if unknown."""
+        """Cost of the trial per epoch, divided by the sweep's average; 1 if unknown."""
         with self._lock:
             charged = [
                 (rate, self._trials[number]) for number, rate in self._cost_per_device_s.items()
             ]
-            cost = sum(rate * known.device_s for rate, known in charged)
-            seconds = sum(known.device_s for _, known in charged)
-            epochs = sum(known.epoch for _, known in charged)
+            cost = sum(rate * progress.device_s for rate, progress in charged)
+            seconds = sum(progress.device_s for _, progress in charged)
+            epochs = sum(progress.epoch for _, progress in charged)
             if not (cost and epochs and result["epoch"]):
                 return 1.0
-            # As dear a second as of the others, while nothing has been charged for this trial.
+            # Until this trial has been charged, assume the average price per second.
             rate = self._cost_per_device_s.get(trial, cost / seconds)
             return float(rate * result["device_s"] / result["epoch"] / (cost / epochs))
 
     @property
     def totals(self) -> CostTotals:
-        """What was spent so far."""
+        """Costs so far."""
         with self._lock:
             return self._totals
 
     def can_start_trial(self) -> bool:
-        """Whether one more trial can be paid to its first rung, beside those under way."""
+        """Whether the budget covers the first rung of one more trial, besides the running ones."""
         with self._lock:
-            owed = sum(
-                max(0.0, self._first_rung_epochs - known.epoch)
-                for known in self._trials.values()
-                if known.running_since_s is not None
+            committed = sum(
+                max(0.0, self._first_rung_epochs - progress.epoch)
+                for progress in self._trials.values()
+                if progress.running_since_s is not None
             )
-            done = sum(known.epoch for known in self._trials.values())
-            short = budget_shortfall(
-                self._budget, self._totals, done, owed, self._first_rung_epochs
+            done = sum(progress.epoch for progress in self._trials.values())
+            shortfall = budget_shortfall(
+                self._budget, self._totals, done, committed, self._first_rung_epochs
             )
-            self.reason = self.reason or short
+            self.reason = self.reason or shortfall
             return self.reason is None
 
     def stop_when_spent(self, trials_left: bool) -> None:
-        """Have Ray Tune end as Ctrl-C has it end, once; from its own thread."""
+        """End Ray Tune as Ctrl-C does, at most once; called in Tune's thread."""
         with self._lock:
-            reached = self.metering.limit_reached is not None
-            if not self._stop_requested and (
-                reached or (self.reason is not None and not trials_left)
-            ):
+            limit_reached = self.metering.limit_reached is not None
+            ends = limit_reached or (self.reason is not None and not trials_left)
+            if ends and not self._stop_requested:
                 self._stop_requested = True
                 signal.raise_signal(signal.SIGINT)
 
-    def _compute_cost_per_device_s(self, cost: str) -> dict[int, float]:
-        """Number of each trial -> what a second of its device costs, where that is known."""
+    def _compute_cost_per_device_s(self, metric: str) -> dict[int, float]:
+        """Number of each trial -> cost of a second of its device, where that is known."""
         now = time.monotonic()
         costs = {
-            key: account_metrics(own) for key, own in self.metering.ledger.totals_by_run().items()
+            key: account_metrics(totals)
+            for key, totals in self.metering.ledger.totals_by_run().items()
         }
-        shared = costs.get(f"{self._sweep.key}/{ENGINE_ACCOUNT}", {}).get(cost)
-        total_s = sum(known.device_s for known in self._trials.values())
-        found = {}
-        for number, known in self._trials.items():
-            own = costs.get(self._sweep.trial_key(number), {}).get(cost)
-            since_s = 0.0 if known.running_since_s is None else now - known.running_since_s
-            if shared is not None and total_s:
-                found[number] = shared / total_s
-            elif own and known.device_s:
-                found[number] = own / (known.device_s + since_s)
-        return found
+        of_engines = costs.get(f"{self._sweep.key}/{ENGINE_ACCOUNT}", {}).get(metric)
+        total_s = sum(progress.device_s for progress in self._trials.values())
+        result = {}
+        for number, progress in self._trials.items():
+            own = costs.get(self._sweep.trial_key(number), {}).get(metric)
+            since = progress.running_since_s
+            since_s = 0.0 if since is None else now - since
+            if of_engines is not None and total_s:
+                result[number] = of_engines / total_s
+            elif own and progress.device_s:
+                result[number] = own / (progress.device_s + since_s)
+        return result
 
 
 @dataclass(frozen=True)
 class SweepCostPerEpoch:
-    """A `tuning.trials.schedulers.CostPerEpoch` that can be pickled: of the sweep `key`."""
+    """The `tuning.trials.schedulers.CostPerEpoch` of the sweep `key`; it can be pickled."""
 
     key: str
 
     def __call__(self, trial: int, result: Mapping[str, Any]) -> float:
-        purse = find_open_budget(self.key)
-        return purse.cost_per_epoch(trial, result) if purse is not None else 1.0
+        budget = find_open_budget(self.key)
+        return budget.cost_per_epoch(trial, result) if budget is not None else 1.0
 
 
 def budget_shortfall(
@@ -170,18 +173,18 @@ def budget_shortfall(
     committed_epochs: float,
     first_rung: float,
 ) -> str | None:
-    """Which limit one more trial's first rung would exceed, in a line; None if there is none.
+    """One line on the limit that the first rung of another trial would exceed, None if it fits.
 
-    An epoch costs what the `done` epochs of all trials cost on average, idle time included;
-    `owed` epochs are to be paid first, and `rung` epochs are asked for. As long as none is done
-    nothing is known.
+    The cost of an epoch is the average over the `epochs_done` of all trials, idle time included.
+    `committed_epochs` of running trials come first; the new trial needs `first_rung` epochs. While
+    no epoch is done the cost is unknown, and the trial fits.
     """
     if epochs_done <= 0:
         return None
     for name, amount, limit, words in limit_usage(budget, totals):
-        epoch = amount / epochs_done
-        if amount + epoch * (committed_epochs + first_rung) > limit:
-            share = epoch * first_rung / limit
+        per_epoch = amount / epochs_done
+        if amount + per_epoch * (committed_epochs + first_rung) > limit:
+            share = per_epoch * first_rung / limit
             return (
                 f"budget.{name}: {words} spent; a trial's first rung takes about {share:.1%} of it"
             )
@@ -189,7 +192,7 @@ def budget_shortfall(
 
 
 def find_open_budget(key: str) -> SweepBudget | None:
-    """The purse of the sweep `key`, if it runs in this process."""
+    """The budget of the sweep `key`, if it runs in this process."""
     return _open_budgets.get(key)
 
 
@@ -197,22 +200,22 @@ def find_open_budget(key: str) -> SweepBudget | None:
 def open_budget(
     sweep: Sweep, spec: SweepRunSpec, tracker: Any, epochs_per_trial: float
 ) -> Iterator[SweepBudget]:
-    """The purse of a sweep while it runs; at the end, MLflow has what each trial cost.
+    """The budget of a sweep while it runs, with the thread that does the billing.
 
-    Raises SpecError where the budget cannot be kept or is spent.
+    Raises SpecError if the budget cannot be enforced or is spent.
     """
     metering = DriverMeter(sweep.folder, spec, tracker)
-    purse = _open_budgets[sweep.key] = SweepBudget(sweep, spec, metering, epochs_per_trial)
+    budget = _open_budgets[sweep.key] = SweepBudget(sweep, spec, metering, epochs_per_trial)
     done = threading.Event()
 
-    def work() -> None:
+    def bill() -> None:
         while not done.wait(BILLING_INTERVAL_S):
-            purse.tick()
+            budget.tick()
 
-    thread = threading.Thread(target=work, daemon=True, name="purse")
+    thread = threading.Thread(target=bill, daemon=True, name="sweep-budget")
     thread.start()
     try:
-        yield purse
+        yield budget
     finally:
         done.set()
         thread.join()
@@ -222,36 +225,40 @@ def open_budget(
 def settle(
     sweep: Sweep, budget: SweepBudget, tracker: Any
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Charge the rest, and tell MLflow; the account as lines, and as tags of the sweep's run."""
+    """Charge the time since the last billing, and log the cost of each trial to MLflow.
+
+    Returns the costs as lines, and as tags of the sweep's run.
+    """
     total, tags = budget.metering.finish()
-    for number, found in trial_costs(sweep).items():
-        budget.metering.log_metrics(sweep.trial_key(number), found)
+    for number, costs in trial_costs(sweep).items():
+        budget.metering.log_metrics(sweep.trial_key(number), costs)
     return budget.metering.summary_lines(total), tags
 
 
 def trial_costs(sweep: Sweep) -> dict[int, dict[str, float]]:
-    """Number of a trial -> its `cost_usd`, `energy_j`, `kg_co2e` and what belongs to these."""
+    """Number of a trial -> its `cost_usd`, `energy_j`, `kg_co2e` and the bounds of these."""
     path = sweep.folder / LEDGER
     if not path.exists():
         return {}
-    paid = {
-        key: account_metrics(own) for key, own in total_costs_by_run(read_entries(path)).items()
+    costs = {
+        key: account_metrics(totals)
+        for key, totals in total_costs_by_run(read_entries(path)).items()
     }
-    shared = paid.get(f"{sweep.key}/{ENGINE_ACCOUNT}", {})
-    lasts = _last_results(sweep)
-    total_s = sum(last["device_s"] for last in lasts.values())
+    of_engines = costs.get(f"{sweep.key}/{ENGINE_ACCOUNT}", {})
+    results = _last_results(sweep)
+    total_s = sum(last["device_s"] for last in results.values())
     found: dict[int, dict[str, float]] = {}
-    for number, last in lasts.items():
-        costs = found[number] = dict(paid.get(sweep.trial_key(number), {}))
-        part = last["device_s"] / total_s if total_s else 0.0
+    for number, last in results.items():
+        own = found[number] = dict(costs.get(sweep.trial_key(number), {}))
+        share = last["device_s"] / total_s if total_s else 0.0
         for name in SHARED_METRICS:
-            if part and name in shared:
-                costs[name] = costs.get(name, 0.0) + part * shared[name]
+            if share and name in of_engines:
+                own[name] = own.get(name, 0.0) + share * of_engines[name]
     return found
 
 
 def _last_results(sweep: Sweep) -> dict[int, dict[str, float]]:
-    """Number of each trial that was evaluated -> the result of its last evaluation."""
-    unknown = {"device_s": 0.0}  # sweeps of earlier versions say it of fused trials alone
+    """Number of each evaluated trial -> the result of its last evaluation."""
+    unknown = {"device_s": 0.0}  # sweeps of earlier versions have it for fused trials only
     paths = sweep.folder.glob(f"trials/*/{LAST_RESULT_FILE}")
     return {int(path.parent.name): unknown | json.loads(path.read_text()) for path in paths}

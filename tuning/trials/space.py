@@ -1,4 +1,4 @@
-"""What a sweep is: which fields it varies and how, for which metric, with how many trials."""
+"""The spec of a sweep: the fields that it varies, its metric, its search and its scheduler."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 COST_METRICS = ("cost_usd", "energy_j", "kg_co2e")
-"""What a trial costs, by the names that MLflow has them under."""
+"""MLflow metrics of the costs of a trial."""
 
 
 class Distribution(Spec):
-    """Where the values of one field come from: exactly one of these."""
+    """The values of one field; exactly one of these is given."""
 
     uniform: tuple[float, float] | None = None
     """[low, high], both included."""
@@ -30,7 +30,7 @@ class Distribution(Spec):
     log_integer: tuple[int, int] | None = None
     """[low, high] with low >= 1, uniform in the logarithm."""
     choice: Annotated[list[Any], Field(min_length=1)] | None = None
-    """The values themselves, of any kind that the field takes."""
+    """A list of values of any type that the field accepts."""
 
     @model_validator(mode="after")
     def _check_kind_and_order(self) -> "Distribution":
@@ -56,72 +56,74 @@ class Distribution(Spec):
         return self.uniform or self.loguniform or self.integer or self.log_integer
 
     def boundary_values(self) -> list[Any]:
-        """The values that every other one lies between; for a choice, all of them."""
+        """The lowest and the highest value; for a choice, all values."""
         return list(self.bounds or self.choice or ())
 
 
 class SchedulerSpec(Spec):
-    """Which trials go on and which are stopped."""
+    """How it is decided which trials continue and which are stopped early."""
 
     renamed_fields = {"per": "resource"}
 
     name: Literal["asha", "median", "pbt", "none"] = "asha"
-    """asha and median stop the worse trials, pbt lets them go on from the better ones' weights."""
+    """asha and median stop the worse trials early; pbt continues them with the weights of better
+    ones; none lets every trial finish."""
     grace_epochs: Annotated[float, Field(gt=0)] = 1
-    """Epochs that every trial may do before it can be stopped (asha, median)."""
+    """Epochs of a trial before it can be stopped (asha, median)."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """asha goes on with one in so many trials at each rung."""
+    """At each rung, asha continues the best one of so many trials."""
     every_epochs: Annotated[float, Field(gt=0)] = 2
-    """Epochs between pbt's exploitations."""
+    """Epochs between the exploitations of pbt."""
     resource: Literal["epoch", "usd", "joule"] = "epoch"
     """The resource that asha and median use to compare trials: epochs, dollars or joules. With usd
-    or joule, the epochs of `grace_epochs` are those of a trial at the sweep's average cost: a trial
-    that costs twice as much for an epoch is judged after half as many."""
+    or joule, `grace_epochs` are epochs of a trial of average cost: a trial whose epochs cost twice
+    as much can be stopped after half as many."""
 
     @model_validator(mode="after")
     def _check_resource(self) -> "SchedulerSpec":
         if self.resource != "epoch" and self.name not in ("asha", "median"):
             raise ValueError(
-                f"resource {self.resource}: {self.name} does not compare trials on their way"
+                f"resource {self.resource}: {self.name} does not compare running trials"
             )
         return self
 
 
 class ResourcesSpec(Spec):
-    """What Ray reserves for a trial of one worker, or for a device of fused trials."""
+    """Resources that Ray reserves for a trial of one worker, or for a device with fused trials."""
 
     cpu: Annotated[float, Field(gt=0)] = 1
-    """CPUs, and threads on them."""
+    """CPUs; also the number of PyTorch's threads."""
     gpu: Annotated[float, Field(ge=0)] = 0
-    """GPUs; a fraction lets several trials share one."""
+    """GPUs; with a fraction, several trials share one."""
 
 
 class SweepSpec(Spec):
-    """What `heliostat sweep` varies, and how it judges."""
+    """The parameters that `heliostat sweep` varies, and how it compares trials."""
 
     parameters: Annotated[dict[str, Distribution], Field(min_length=1)]
-    """Dotted path of a field of this file -> where its values come from."""
+    """Dotted path of a field of this file -> its values."""
     metric: str = "val/loss"
-    """Metric of evaluation that trials are compared by."""
+    """The validation metric by which trials are compared."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger value is better."""
     objective: list[str] = []
-    """Instead of `metric` and `mode`: several, each as in `val/accuracy max` or `cost_usd min`. The
-    first leads the search; of all of them the report has the Pareto front. Besides metrics of
-    validation: cost_usd, energy_j, kg_co2e."""
+    """Several objectives in place of `metric` and `mode`, such as `val/accuracy max` or
+    `cost_usd min`. The search optimizes the first one; the report shows the Pareto front of all.
+    They may be validation metrics, cost_usd, energy_j and kg_co2e."""
     search: Literal["random", "grid", "tpe", "cmaes"] = "tpe"
-    """How values are chosen: at random, all of them, or by Optuna's TPE or CMA-ES."""
+    """How values are chosen: at random, every combination once, or by Optuna's TPE or CMA-ES."""
     scheduler: SchedulerSpec = SchedulerSpec()
     trials: PositiveInt = 16
-    """How many; grid ignores it and tries every combination once."""
+    """Number of trials; grid ignores it and tries every combination once."""
     concurrency: PositiveInt | None = None
-    """Trials at a time; as many as the cluster holds when not given."""
+    """Number of trials at a time; as many as fit into the cluster when not given."""
     fuse: PositiveInt | Literal["auto", "off"] = "auto"
-    """How many trials are trained as one program on a device; auto finds out whether that pays,
-    and how many, off gives each trial a process. Trials that cannot be fused get one anyway."""
+    """Batched trials: how many are trained as one program on a device. auto measures whether that
+    is faster, and with how many; off runs each trial in a process of its own, as trials that cannot
+    be fused always are."""
     resources: ResourcesSpec = ResourcesSpec()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of the search; the trials' own seed is train.seed."""
+    """Seed of the search; the seed of the trials is train.seed."""
 
     @field_validator("objective")
     @classmethod
@@ -136,7 +138,7 @@ class SweepSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _metric_from_objective(cls, data: Any) -> Any:
-        """`metric` and `mode` are those of the first objective."""
+        """Take `metric` and `mode` from the first objective."""
         if not (isinstance(data, dict) and isinstance(data.get("objective"), list)):
             return data
         if not data["objective"]:
@@ -168,24 +170,24 @@ class SweepSpec(Spec):
 
 
 class SweepRunSpec(RunSpec):
-    """A spec with a sweep in it."""
+    """A run's spec with a section `sweep`."""
 
     sweep: SweepSpec  # type: ignore[assignment]
 
 
 def read_sweep_spec(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]:
-    """The short name and the checked spec of the sweep that `name` with overrides describes."""
+    """The short name and the validated spec of the sweep `name` with overrides."""
     stem, data = find_spec(name)
     data = apply_overrides(data, overrides)
     if not data.get("sweep"):
-        raise SpecError(f"sweep: {name} has no such section; it says what to vary")
+        raise SpecError(f"sweep: {name} has no such section; it lists the parameters to vary")
     spec, _ = resolve(data, SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
     return stem, spec
 
 
 def check_parameters(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
-    """Raise a SpecError if a value that the sweep may choose is not one that its field takes."""
+    """Raise a SpecError if the sweep may choose a value that its field does not accept."""
     for path, distribution in sweep.parameters.items():
         if path.partition(".")[0] in ("sweep", "storage", "tracking", "workload", "data"):
             raise SpecError(f"sweep.parameters.{path}: cannot be varied within a sweep")
@@ -197,9 +199,9 @@ def check_parameters(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
 
 
 def trial_spec_data(spec_data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain spec of one trial: the sweep's with the trial's values, and no sweep.
+    """The spec of one trial as plain data: the sweep's, with the trial's parameters.
 
-    A budget is the sweep's, and not each trial's.
+    Without the section `sweep`, and without the budget, which is for the sweep as a whole.
     """
     result = {key: value for key, value in spec_data.items() if key not in ("sweep", "budget")}
     for path, value in parameters.items():
@@ -208,7 +210,7 @@ def trial_spec_data(spec_data: Mapping[str, Any], parameters: Mapping[str, Any])
 
 
 def file_schema(workload: "type[Workload] | None") -> dict[str, Any]:
-    """The JSON schema of a spec file, with the fields of `workload` where one is given."""
+    """The JSON schema of a spec file, with the workload's fields if one is given."""
     schema = RunSpec.model_json_schema()
     parts: dict[str, type[Spec]] = {"sweep": SweepSpec}
     if workload is not None:

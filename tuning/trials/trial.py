@@ -1,11 +1,12 @@
-"""One trial, as Ray Tune runs it: the training loop in Tune's own worker, or Ray Train inside.
+"""One trial under Ray Tune: the training loop in Tune's own worker, or Ray Train started there.
 
-A trial's identity is its number in the sweep's journal, and all that it does is in a folder of
-that number. So it does not matter whether Tune remembers it: a trial that starts again goes on
-from its newest checkpoint, and one that had ended says so again.
+A trial is identified by its number in the sweep's journal, and all its files are in a folder of
+that number. So Tune may forget it: a trial that is started again continues from its newest
+checkpoint, and an ended one reports its last result again.
 """
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -18,16 +19,17 @@ from typing import Any
 from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples
 from trainers.data.remote import local_dataset
+from trainers.data.splits import count_samples
 from trainers.devices import local_device
 from trainers.engine.heartbeat import stall_watchdog
 from trainers.engine.loop import train
 from trainers.engine.stall_files import STALLS
 from trainers.run_folder import CHECKPOINTS, TRIALS
-from trainers.runs.metering import POWER_TRACE_ENV_VAR, WorkerMeter
-from trainers.runs.ray_train import WorkerConfig, format_error, run_workers
+from trainers.runs.failure_policy import format_error
+from trainers.runs.ray_train import WorkerConfig, run_workers
 from trainers.runs.visibility import require_sweep_visible
+from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
@@ -36,11 +38,14 @@ from tuning.trials.space import SweepSpec, trial_spec_data
 
 JOURNAL_FILE = "journal.jsonl"
 LAST_RESULT_FILE, ENDED_FILE, FAILED_FILE = "last.json", "ended.json", "failed.json"
+"""In a trial's folder: the result of its last evaluation, how it ended, the error if it failed."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all trials of a sweep share."""
+    """A sweep: its spec, data set and folder, the same for all its trials."""
 
     spec_data: Mapping[str, Any]
     """The sweep's whole spec as plain data."""
@@ -48,7 +53,7 @@ class Sweep:
     dataset: Path
     folder: Path
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
-    """A recorded trace of power in place of what the trials' devices say."""
+    """Path of a recorded power trace that replaces the readings of the trials' devices."""
 
     @property
     def key(self) -> str:
@@ -61,41 +66,40 @@ class Sweep:
         return f"{self.key}/{number:04d}"
 
     def trial_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain spec of the trial with these values."""
+        """The spec, as plain data, of the trial with these parameters."""
         return trial_spec_data(
             self.spec_data, {path: parameters[path] for path in self.spec.parameters}
         )
 
     def executed_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """As it is run: saved at each evaluation.
+        """The same spec with a checkpoint at each evaluation, as the trial is run.
 
-        So what was reported can be had as a checkpoint wherever Tune ends the trial.
+        So there is a checkpoint of the reported metrics wherever Tune ends the trial.
         """
         data = self.trial_spec_data(parameters)
-        saves = data["checkpoint"]
-        best = {"keep_best": max(1, saves["keep_best"]), "metric": self.spec.metric}
-        return {**data, "checkpoint": {**saves, **best, "mode": self.spec.mode}}
+        checkpoint = data["checkpoint"]
+        best = {"keep_best": max(1, checkpoint["keep_best"]), "metric": self.spec.metric}
+        return {**data, "checkpoint": {**checkpoint, **best, "mode": self.spec.mode}}
 
 
 def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
-    """Ray Tune's trainable. Reports every evaluation; Tune may end it at any report."""
+    """Ray Tune's trainable. Reports every evaluation; Tune may end it at any report.
+
+    Tune stores the function's name in its state, and resumes a sweep under that name only.
+    """
     from ray import tune
 
     number = config["trial"]
     folder = sweep.trial_folder(number)
     require_sweep_visible(sweep.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / FAILED_FILE).exists():  # Ray tries again what a second attempt would not change
+    if (folder / FAILED_FILE).exists():  # Ray retries, though the error would be the same
         raise TrainingError((folder / FAILED_FILE).read_text())
-    last = (
-        json.loads((folder / LAST_RESULT_FILE).read_text())
-        if (folder / LAST_RESULT_FILE).exists()
-        else {}
-    )
+    last = last_result(folder)
     exploited = tune.get_checkpoint()
     if exploited is not None:
         with exploited.as_directory() as source:
-            _import_checkpoint(Path(source), folder / CHECKPOINTS)
+            _replace_checkpoints(Path(source), folder / CHECKPOINTS)
     elif last and ((folder / ENDED_FILE).exists() or last["complete"]):
         tune.report(last)
         return
@@ -103,15 +107,15 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     try:
         spec, workload = resolve(data, RunSpec)
         dataset = local_dataset(sweep.dataset, spec)
-        progress = TuneReporter(sweep, spec, folder)
+        key = sweep.trial_key(number)
+        tune_reporter = TuneReporter(sweep, spec, folder)
         if spec.scale.max_workers > 1:
-            job = WorkerConfig(data, sweep.dataset, folder, sweep.trial_key(number), threads=1)
-            run_workers(job, tracker, progress.on_progress, threading.Event())
+            workers = WorkerConfig(data, sweep.dataset, folder, key, threads=1)
+            run_workers(workers, tracker, tune_reporter.on_progress, threading.Event())
         else:
             set_threads(sweep)
             worker = Worker(hardware=local_device(spec.scale.accelerator))
-            reporter = _TrackerAndTuneReporter(tracker, sweep.trial_key(number), progress)
-            key = sweep.trial_key(number)
+            reporter = _TrackerAndTuneReporter(tracker, key, tune_reporter)
             with (
                 WorkerMeter(tracker, key, worker.hardware, trace=sweep.power_trace),
                 stall_watchdog(folder / STALLS, 0, 1, spec.train.stall_timeout_s),
@@ -123,20 +127,27 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
 
 
 def set_threads(sweep: Sweep) -> None:
-    """Have PyTorch use as many threads as the sweep's trials have CPUs."""
+    """Let PyTorch use as many threads as a trial has CPUs."""
     import torch
 
     torch.set_num_threads(max(1, int(sweep.spec.resources.cpu)))
 
 
-def _import_checkpoint(source: Path, checkpoints: Path) -> None:
+def last_result(folder: Path) -> dict[str, Any]:
+    """The result of the last evaluation of the trial in `folder`; {} before the first one."""
+    path = folder / LAST_RESULT_FILE
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return result
+
+
+def _replace_checkpoints(source: Path, checkpoints: Path) -> None:
     """Make another trial's checkpoint the only one of this trial."""
     shutil.rmtree(checkpoints, ignore_errors=True)
     Checkpoints(checkpoints).import_from(source)
 
 
 class TuneReporter:
-    """What Ray Tune is told of a trial's evaluations."""
+    """Reports a trial's evaluations to Ray Tune."""
 
     def __init__(self, sweep: Sweep, spec: RunSpec, folder: Path) -> None:
         samples = count_samples(sweep.dataset, "train")
@@ -145,15 +156,11 @@ class TuneReporter:
         self._metric = sweep.spec.metric
         self._folder, self._attaches_checkpoints = folder, sweep.spec.scheduler.name == "pbt"
         self._unreported: dict[int, dict[str, float]] = {}
-        last = (
-            json.loads((folder / LAST_RESULT_FILE).read_text())
-            if (folder / LAST_RESULT_FILE).exists()
-            else {}
-        )
-        self._earlier_device_s, self._start_s = last.get("device_s", 0.0), time.monotonic()
+        self._earlier_device_s = last_result(folder).get("device_s", 0.0)
+        self._start_s = time.monotonic()
 
     def result(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
-        """An evaluation after `step` steps, as Tune and the leaderboard take it."""
+        """An evaluation after `step` steps as a result for Tune and the leaderboard."""
         if self._metric not in metrics:
             raise TrainingError(
                 f"sweep.metric: the workload has no {self._metric} (it has {', '.join(metrics)})"
@@ -167,20 +174,20 @@ class TuneReporter:
         }
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
-        """Blocks until Tune has decided; SystemExit is Tune's way to end a trial."""
+        """Blocks until Tune has decided. To end the trial, Tune raises SystemExit here."""
         from ray import tune
 
         result = self.result(metrics, step)
         write_atomic(self._folder / LAST_RESULT_FILE, json.dumps(result))
         newest = None
-        if self._attaches_checkpoints:  # looking for it reads all of it
+        if self._attaches_checkpoints:  # only where needed: finding it reads the whole checkpoint
             newest = Checkpoints(self._folder / CHECKPOINTS).latest()
         tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
 
     def on_progress(self, step: int, points: list[MetricPoint], lines: list[str]) -> None:
-        """Report the evaluations among the metrics that the workers sent; log their lines."""
+        """Report the evaluations among the workers' metrics, and log the workers' messages."""
         for line in lines:
-            print(line, flush=True)
+            logger.warning("%s", line)  # Ray shows no lower level of a Tune worker
         for name, value, row_step, _ in points:
             if name.startswith("val/"):
                 self._unreported.setdefault(row_step, {})[name] = value
@@ -189,7 +196,7 @@ class TuneReporter:
 
 
 class _TrackerAndTuneReporter(TrackerReporter):
-    """Tells the tracker everything, and Ray Tune of each evaluation."""
+    """Reports everything to the tracker, and each evaluation to Ray Tune as well."""
 
     def __init__(self, tracker: Any, run: str, tune_reporter: TuneReporter) -> None:
         super().__init__(tracker, run)

@@ -1,4 +1,4 @@
-"""Specs as files, as overrides, as models; and the exact words for every mistake in them."""
+"""Specs as files, overrides and models, and the exact message for every mistake in them."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -101,7 +101,7 @@ class TestReadYaml:
             ("just words\n", ": must be a mapping of sections (got 'just words')"),
         ],
     )
-    def test_what_is_not_a_spec_is_one_line_with_the_place(
+    def test_a_file_that_is_no_spec_gives_one_line_with_its_position(
         self, tmp_path: Path, text: str, place: str
     ) -> None:
         path = text_file(tmp_path, text)
@@ -111,7 +111,7 @@ class TestReadYaml:
         assert message.startswith(str(path) + place)
         assert "\n" not in message
 
-    def test_a_file_that_cannot_be_read(self, tmp_path: Path) -> None:
+    def test_an_unreadable_file_gives_one_line(self, tmp_path: Path) -> None:
         latin = tmp_path / "latin.yaml"
         latin.write_bytes(b"name: caf\xe9\n")
         for path, reason in (
@@ -140,7 +140,7 @@ VALUES = st.recursive(
 @given(data=st.dictionaries(WORDS, VALUES, max_size=4))
 @example(data={word: [word, {word: word}] for word in AWKWARD})
 @example(data={"tiny": 1e-07, "huge": 1e22, "whole": 3.0, "inf": float("inf"), "zero": -0.0})
-def test_what_is_written_is_read_back(
+def test_written_data_is_read_back_unchanged(
     tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
@@ -150,7 +150,7 @@ def test_what_is_written_is_read_back(
 
 
 class TestOverride:
-    def test_values_are_yaml_and_paths_are_made(self) -> None:
+    def test_values_are_parsed_as_yaml_and_sections_created(self) -> None:
         data = {"train": {"steps": 10, "seed": 1}}
         assignments = ["train.steps=2e1", "a.b.c=[1, x]", "note=no", "train.clip=", "n=x=y"]
         changed = apply_overrides(data, assignments)
@@ -162,7 +162,7 @@ class TestOverride:
         }
         assert data == {"train": {"steps": 10, "seed": 1}}
 
-    def test_the_last_one_wins(self) -> None:
+    def test_the_last_override_of_a_path_wins(self) -> None:
         assert apply_overrides({}, ["a=1", "a=2"]) == {"a": 2}
 
     @pytest.mark.parametrize(
@@ -277,9 +277,7 @@ class TestCheck:
             ({1: 2}, "1"),
         ],
     )
-    def test_a_list_of_the_wrong_length_and_its_like_name_the_field(
-        self, data: dict[str, Any], path: str
-    ) -> None:
+    def test_pydantics_other_errors_name_the_field(self, data: dict[str, Any], path: str) -> None:
         with pytest.raises(SpecError) as caught:
             validate(Plant, {"name": "n", **data})
         for line in str(caught.value).splitlines():
@@ -287,7 +285,7 @@ class TestCheck:
             assert "function-" not in line
             assert "tuple[" not in line
 
-    def test_all_mistakes_at_once_each_on_its_line(self) -> None:
+    def test_all_mistakes_are_reported_one_per_line(self) -> None:
         data = {"count": 1, "mirror": {"width": 0, "hape": 1}, "spare": {"shape": "x"}}
         with pytest.raises(SpecError) as caught:
             validate(Plant, data)
@@ -298,7 +296,7 @@ class TestCheck:
             "spare.shape: must be 'flat' or 'curved' (got 'x')",
         }
 
-    def test_a_rule_of_several_fields_says_what_it_says(self) -> None:
+    def test_a_models_own_message_is_kept(self) -> None:
         with pytest.raises(SpecError, match=r"^count and luck exclude each other"):
             validate(Plant, {"name": "n", "count": 13})
 
@@ -311,7 +309,7 @@ class TestCheck:
             (None, "model: must be a mapping (got None)"),
         ],
     )
-    def test_the_prefix_stands_before_each_path(self, data: Any, message: str) -> None:
+    def test_each_path_begins_with_the_prefix(self, data: Any, message: str) -> None:
         with pytest.raises(SpecError) as caught:
             validate(Mirror, data, "model.")
         assert str(caught.value) == message

@@ -1,4 +1,4 @@
-"""While a run is on, the terminal shows what we say and a log keeps what everybody else says.
+"""During a run, the terminal shows our output, and a log gets the output of everybody else.
 
 File descriptors 1 and 2 belong to the whole process, so each test has a process of its own.
 """
@@ -24,7 +24,7 @@ log = Path("log")
 
 
 def run(folder: Path, code: str) -> tuple[list[str], list[str], list[str]]:
-    """The sorted lines on the output, on the error output and in the log."""
+    """The sorted lines of standard output, standard error and the log."""
     done = subprocess.run(
         [sys.executable, "-c", EVERYBODY + code], cwd=folder, capture_output=True, text=True
     )
@@ -39,7 +39,7 @@ def said(word: str, suffix: str) -> list[str]:
     return [f"{word} {who}{suffix}" for who in ("child", "print", "write")]
 
 
-def test_quiet_sends_all_but_the_console_to_the_log(tmp_path: Path) -> None:
+def test_all_output_but_the_consoles_goes_to_the_log(tmp_path: Path) -> None:
     out, err, log = run(
         tmp_path,
         """
@@ -55,7 +55,7 @@ everybody("after")
     assert log == sorted([*said("within", ""), *said("within", "-err")])
 
 
-def test_an_exception_gives_the_terminal_back(tmp_path: Path) -> None:
+def test_an_exception_restores_the_terminal(tmp_path: Path) -> None:
     out, err, log = run(
         tmp_path,
         """

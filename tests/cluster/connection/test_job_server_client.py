@@ -1,4 +1,4 @@
-"""Ray's job server as it answers, and fails to; the real one is asked in tests/rack."""
+"""Answers and failures of a job server; tests/rack asks a real one."""
 
 import http.server
 import threading
@@ -17,7 +17,7 @@ from cluster.connection.job_server_client import (
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
-    """The path is what it answers: a status and a text."""
+    """A server that answers with the status and the text that the path contains."""
 
     def do_GET(self) -> None:
         code, _, text = self.path.strip("/").partition("/")
@@ -62,16 +62,18 @@ def test_a_failure_says_what_to_do(
     assert type(raised.value) is kind
 
 
-def test_an_answer_is_data_where_it_is_json(server: str) -> None:
+def test_a_json_answer_is_parsed(server: str) -> None:
     assert call_api(server, "GET", "/200/[1]") == [1]
 
 
-def test_nobody_there() -> None:
+def test_a_server_that_is_not_there_is_busy() -> None:
     with pytest.raises(ServerBusyError, match=r"at http://127\.0\.0\.1:9: "):
         call_api("http://127.0.0.1:9", "GET", "/")
 
 
-def test_the_dashboard_is_an_option_a_variable_or_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dashboard_comes_from_an_option_a_variable_or_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert dashboard_url(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")

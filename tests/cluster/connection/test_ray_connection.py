@@ -1,4 +1,4 @@
-"""Which Ray is used when none is named, and what a submitted job finds there."""
+"""Which Ray is used without an address, and what a submitted job does when it connects."""
 
 import ast
 import json
@@ -14,19 +14,19 @@ from cluster.connection.ray_connection import base_folder, local_ray_answers, su
 
 
 @pytest.mark.parametrize("text", [None, "", "nonsense", "127.0.0.1:x"])
-def test_no_ray_is_none(tmp_path: Path, text: str | None) -> None:
-    note = tmp_path / "note"
+def test_without_a_valid_address_no_ray_answers(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "ray_current_cluster"
     if text is not None:
-        note.write_text(text)
-    assert not local_ray_answers(note)
+        file.write_text(text)
+    assert not local_ray_answers(file)
 
 
-def test_one_that_was_killed_leaves_its_address_behind(tmp_path: Path) -> None:
-    note = tmp_path / "note"
+def test_a_killed_ray_does_not_answer_at_the_address_it_left(tmp_path: Path) -> None:
+    file = tmp_path / "ray_current_cluster"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        note.write_text(f"127.0.0.1:{server.getsockname()[1]}")
-        assert local_ray_answers(note)
-    assert not local_ray_answers(note)
+        file.write_text(f"127.0.0.1:{server.getsockname()[1]}")
+        assert local_ray_answers(file)
+    assert not local_ray_answers(file)
 
 
 HOLDS = """
@@ -48,8 +48,8 @@ with ray_session():
 """
 
 
-def test_a_start_frees_what_earlier_starts_of_its_job_still_hold(ray_cluster: str) -> None:
-    """And nothing of another job's. The earlier one lives on: Ray has not heard of its end."""
+def test_an_attempt_removes_placement_groups_of_earlier_attempts(ray_cluster: str) -> None:
+    """Not those of other jobs. The earlier driver still runs, as for a Ray that missed its end."""
 
     def driver(code: str, name: str) -> subprocess.Popen[str]:
         metadata = {"metadata": {"heliostat.name": name}}
@@ -75,7 +75,7 @@ def test_a_start_frees_what_earlier_starts_of_its_job_still_hold(ray_cluster: st
             holder.communicate()
 
 
-def test_relative_places_of_a_job_do_not_go_with_it(
+def test_relative_paths_of_a_job_refer_to_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

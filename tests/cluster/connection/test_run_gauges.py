@@ -6,7 +6,6 @@ import re
 import signal
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ import pytest
 from cluster.base.config import write_yaml
 from cluster.connection import run_gauges
 from cluster.connection.run_gauges import GAUGES, RunGauges
-from cluster.node.prometheus_server import GRAFANA_DASHBOARD, install_dashboard, prometheus_command
+from cluster.node.prometheus_server import GRAFANA_DASHBOARD
 
-AT_WORK = {
+DURING_A_RUN = {
     "heliostat_step_seconds",
     "heliostat_samples_per_second",
     "heliostat_goodput_ratio",
@@ -25,7 +24,7 @@ AT_WORK = {
 
 
 def scrape() -> str:
-    """What Prometheus is told by all nodes of the shared Ray."""
+    """The metrics that all nodes of the shared Ray export."""
     import ray
 
     texts = []
@@ -37,15 +36,15 @@ def scrape() -> str:
 
 
 def values(text: str, run: str) -> dict[str, float]:
-    """Our gauges of a run."""
+    """Gauge -> value of a run."""
     found = re.finditer(r'^ray_(heliostat_\w+)\{.*\brun="(.*?)".*\} (\S+)$', text, re.MULTILINE)
     return {match[1]: float(match[3]) for match in found if match[2] == run}
 
 
-def test_a_run_and_what_its_dashboard_asks_for(
+def test_a_run_exports_what_the_dashboard_shows(
     heliostat: Any, spirals_source: str, wait_until: Callable[..., None]
 ) -> None:
-    """The run goes on until it has been seen."""
+    """The run goes on until its metrics have been exported."""
     (heliostat.folder / "spirals.py").write_text(spirals_source)
     spec = {
         "workload": "spirals:Spirals",
@@ -54,7 +53,7 @@ def test_a_run_and_what_its_dashboard_asks_for(
     write_yaml(spec, heliostat.folder / "s.yaml")
     process = heliostat.start("train", "s.yaml", "--name", "seen")
     try:
-        wait_until(lambda: values(scrape(), "seen").keys() >= AT_WORK)
+        wait_until(lambda: values(scrape(), "seen").keys() >= DURING_A_RUN)
         text = scrape()
     finally:
         os.killpg(process.pid, signal.SIGINT)
@@ -65,18 +64,18 @@ def test_a_run_and_what_its_dashboard_asks_for(
     assert seen["heliostat_trials"] == 1
     rate = 20 / seen["heliostat_step_seconds"]
     assert seen["heliostat_samples_per_second"] == pytest.approx(rate, rel=0.01)
-    exported = set(re.findall(r"^(ray_\w+)[{ ]", text, re.MULTILINE))
-    unknown = asked_for() - {f"ray_{name}" for name in GAUGES} - exported
-    assert not unknown, "the dashboard asks for what nobody exports"
+    in_text = set(re.findall(r"^(ray_\w+)[{ ]", text, re.MULTILINE))
+    unknown = queried_metrics() - {f"ray_{name}" for name in GAUGES} - in_text
+    assert not unknown, "the dashboard shows metrics that are not exported"
 
 
-def asked_for() -> set[str]:
-    """The names of metrics in the dashboard's queries."""
+def queried_metrics() -> set[str]:
+    """The metrics in the dashboard's queries."""
     return set(re.findall(r"\bray_\w+", GRAFANA_DASHBOARD.read_text()))
 
 
-def test_the_dashboard_shows_all_that_is_ours() -> None:
-    assert asked_for() >= {f"ray_{name}" for name in GAUGES}
+def test_the_dashboard_shows_every_gauge() -> None:
+    assert queried_metrics() >= {f"ray_{name}" for name in GAUGES}
     board = json.loads(GRAFANA_DASHBOARD.read_text())
     places = [tuple(panel["gridPos"].values()) for panel in board["panels"]]
     assert len(set(places)) == len(places)
@@ -84,8 +83,8 @@ def test_the_dashboard_shows_all_that_is_ours() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What is exported of the only run."""
+def exported(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Gauge -> value, as set for the only run."""
     found: dict[str, float] = {}
 
     def set_gauge(name: str, value: float, run: str) -> None:
@@ -97,40 +96,26 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return found
 
 
-def test_trials_are_added_up_while_they_last(told: dict[str, float]) -> None:
+def test_rates_of_running_trials_are_summed(exported: dict[str, float]) -> None:
     gauges = RunGauges()
     for trial, rate in (("0000", 100.0), ("0001", 300.0)):
         rows = [("perf/samples_per_s", rate, 1, 0), ("perf/step_s", 10 / rate, 1, 0)]
         gauges.record(f"sweep/{trial}", rows)
-    assert told["heliostat_trials"] == 2
-    assert told["heliostat_samples_per_second"] == 400
-    assert told["heliostat_step_seconds"] == pytest.approx((0.1 + 0.1 / 3) / 2)
+    assert exported["heliostat_trials"] == 2
+    assert exported["heliostat_samples_per_second"] == 400
+    assert exported["heliostat_step_seconds"] == pytest.approx((0.1 + 0.1 / 3) / 2)
     gauges.finish("sweep/0000")
-    assert (told["heliostat_trials"], told["heliostat_samples_per_second"]) == (1, 300)
+    assert (exported["heliostat_trials"], exported["heliostat_samples_per_second"]) == (1, 300)
     gauges.finish("sweep/0001")
-    assert (told["heliostat_trials"], told["heliostat_samples_per_second"]) == (0, 0)
+    assert (exported["heliostat_trials"], exported["heliostat_samples_per_second"]) == (0, 0)
 
 
-def test_watts_and_dollars_per_hour_are_the_growth_of_totals(told: dict[str, float]) -> None:
+def test_watts_and_dollars_per_hour_are_rates_of_totals(exported: dict[str, float]) -> None:
     gauges = RunGauges()
     gauges.record("sweep", [("energy_j", 1000.0, 30, 30_000), ("cost_usd", 0.10, 30, 30_000)])
-    assert "heliostat_watts" not in told  # one point has no growth
-    gauges.record("sweep/0000", [("energy_j", 7.0, 40, 40_000)])  # a part of it
+    assert "heliostat_watts" not in exported  # one point has no growth
+    gauges.record("sweep/0000", [("energy_j", 7.0, 40, 40_000)])  # included in the sweep's total
     gauges.record("sweep", [("energy_j", 4000.0, 60, 60_000), ("cost_usd", 0.13, 60, 60_000)])
-    assert told["heliostat_watts"] == pytest.approx(100)
-    assert told["heliostat_usd_per_hour"] == pytest.approx(3.6)
-    assert told["heliostat_usd"] == pytest.approx(0.13)
-
-
-def test_prometheus_is_reached_from_the_head_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "bin" / "prometheus"
-    program.parent.mkdir()
-    program.touch(0o755)
-    monkeypatch.setenv("PATH", str(program.parent))
-    command = prometheus_command(tmp_path, tmp_path / "session")
-    assert command is not None
-    assert command[0] == str(program)
-    assert "--web.listen-address=127.0.0.1:9090" in command
-    assert json.loads(install_dashboard(tmp_path / "session").read_text())["uid"] == "heliostat"
+    assert exported["heliostat_watts"] == pytest.approx(100)
+    assert exported["heliostat_usd_per_hour"] == pytest.approx(3.6)
+    assert exported["heliostat_usd"] == pytest.approx(0.13)

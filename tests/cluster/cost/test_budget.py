@@ -1,4 +1,4 @@
-"""What a run holds and pays for, and the budget that stops it, with a clock that the test moves."""
+"""Billing of runs, and budgets that stop them, with a clock that the test moves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from cluster.cost.power_sources import TraceReplay
 from cluster.cost.user_prices import UserPrices
 
 RATE = NodeRate(36.0, "$36/h", 500.0, "500 g", 1.2)
-"""A cent a second."""
+"""One cent per second."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class World:
         self.start()
 
     def start(self) -> None:
-        """A new process goes on with the same ledger."""
+        """A new process continues the same ledger."""
         self.ledger = Ledger(self.path)
         clock = self.clock
         self.bill = Biller("run", self.ledger, self.rate, "head", clock, lambda: clock() + 1e9)
@@ -52,13 +52,13 @@ class World:
         return self.now
 
     def node(self, name: str, used: float = 0.0, ours: float = 0.0) -> None:
-        """`used` of its CPUs are reserved, `ours` of these by the run."""
+        """Sets a node on which `used` CPUs are reserved, `ours` of them by the run."""
         self.nodes[name] = NodeAllocation(
             name, name, {}, {"CPU": 4.0}, {"CPU": used}, {"CPU": ours}
         )
 
     def work(self, name: str, cpus: float, run: str = "run", **more: Any) -> None:
-        """A meter on a node says something new."""
+        """A meter on a node sends a report."""
         session = f"{run}@{name}"
         number = self.posts[session].number + 1 if session in self.posts else 0
         more = {"seconds": 0.0, "usages": [], **more}
@@ -75,7 +75,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path / "ledger.jsonl")
 
 
-def test_alone_on_a_node_one_pays_all_of_it(world: World) -> None:
+def test_the_only_user_of_a_node_pays_all_of_it(world: World) -> None:
     world.node("head", used=1)
     world.work("head", 1)
     found = world.tick(100)
@@ -84,14 +84,14 @@ def test_alone_on_a_node_one_pays_all_of_it(world: World) -> None:
     assert found.idle_usd == pytest.approx(0.75)
 
 
-def test_beside_others_one_pays_ones_share(world: World) -> None:
+def test_users_of_a_node_share_its_price(world: World) -> None:
     world.node("head", used=2)  # one of them somebody else's
     world.work("head", 1)
     found = world.tick(100)
     assert (found.busy_s, found.idle_s) == (25, 25)
 
 
-def test_workers_that_start_are_idle_until_their_meters_speak(world: World) -> None:
+def test_starting_workers_are_idle_until_their_meters_report(world: World) -> None:
     world.node("gpu", used=4, ours=2)  # beside somebody else's
     found = world.tick(10)
     assert (found.busy_s, found.idle_s) == (0, 10 + 5)
@@ -100,7 +100,7 @@ def test_workers_that_start_are_idle_until_their_meters_speak(world: World) -> N
     assert (found.busy_s, found.idle_s) == (5, 20 + 5)
 
 
-def test_a_node_is_held_from_when_it_came_up_until_it_goes(world: World) -> None:
+def test_a_node_is_charged_from_its_start_until_it_is_gone(world: World) -> None:
     world.tick(10)
     world.node("gpu")  # comes up at 10 s, is used at 40 s, its worker is gone at 60 s
     world.tick(10)
@@ -120,7 +120,7 @@ def test_a_node_is_held_from_when_it_came_up_until_it_goes(world: World) -> None
     assert world.tick(10).idle_s == found.idle_s + 20
 
 
-def test_restarts_add_up(world: World) -> None:
+def test_the_cost_of_restarts_adds_up(world: World) -> None:
     world.node("head", used=4)
     for _ in range(5):
         world.work("head", 4)
@@ -133,7 +133,7 @@ def test_restarts_add_up(world: World) -> None:
     assert found.usd == pytest.approx(0.35)
 
 
-def test_trials_pay_their_parts_and_the_sweep_the_rest(world: World) -> None:
+def test_trials_pay_for_their_parts_and_the_sweep_for_the_rest(world: World) -> None:
     world.node("head", used=3)
     world.work("head", 1, run="run/0000")
     world.work("head", 2, run="run/0001")
@@ -143,7 +143,7 @@ def test_trials_pay_their_parts_and_the_sweep_the_rest(world: World) -> None:
     assert costs == pytest.approx({"run/0000": 0.25, "run/0001": 0.50, "run": 0.25})
 
 
-def test_what_ends_between_two_ticks_is_paid_for_its_own_seconds(world: World) -> None:
+def test_a_run_that_ends_between_ticks_pays_only_for_its_seconds(world: World) -> None:
     world.work("head", 2, run="run/0000", seconds=1.5, ended=True)
     world.work("head", 4, run="run/0001", seconds=0.0)
     world.tick(2)
@@ -157,8 +157,10 @@ def test_what_ends_between_two_ticks_is_paid_for_its_own_seconds(world: World) -
 
 
 @pytest.mark.parametrize("limit", ["usd", "kwh", "kg_co2e", "wall"])
-def test_a_budget_stops_within_one_period(world: World, tmp_path: Path, limit: str) -> None:
-    """By a recorded trace of 1800 W; a limit that is reached after 600 s."""
+def test_a_budget_stops_the_run_within_one_interval(
+    world: World, tmp_path: Path, limit: str
+) -> None:
+    """With a recorded trace of 1800 W, and limits that are reached after 600 s."""
     trace = tmp_path / "trace.csv"
     trace.write_text(
         "t_s,device,covers,method,counter_j,power_w\n0,GPU-a,gpu,power_integrated,,1800\n"
@@ -187,21 +189,21 @@ def test_a_budget_stops_within_one_period(world: World, tmp_path: Path, limit: s
     check_budget(BudgetSpec(usd=60), found, {"head": RATE})
 
 
-def test_a_budget_that_cannot_be_kept_is_refused() -> None:
+def test_a_budget_that_cannot_be_measured_is_refused() -> None:
     nothing = total_costs([])
     laptop = node_rate("laptop", {}, CostSpec(), UserPrices())
     with pytest.raises(SpecError) as caught:
         check_budget(BudgetSpec(usd=5), nothing, {"laptop": laptop})
     assert str(caught.value) == (
         "budget.usd: price of laptop unknown: no label, no row in your price file; "
-        "say cost.usd_per_h"
+        "set cost.usd_per_h"
     )
-    with pytest.raises(SpecError, match=r"budget.kg_co2e: .* say cost.g_co2e_per_kwh"):
+    with pytest.raises(SpecError, match=r"budget.kg_co2e: .* set cost.g_co2e_per_kwh"):
         check_budget(BudgetSpec(kg_co2e=5), nothing, {"laptop": laptop})
     check_budget(BudgetSpec(kwh=5, wall=5), nothing, {"laptop": laptop})
 
 
-def test_what_becomes_unknown_stops_a_budget_that_needs_it(world: World) -> None:
+def test_a_budget_whose_amount_becomes_unknown_stops_the_run(world: World) -> None:
     world.rate = lambda node: replace(RATE, usd_per_h=None, g_co2e_per_kwh=None)
     world.start()
     blind = EnergyUsage("GPU-a", "gpu", seconds=10, unknown_s=10)
@@ -220,7 +222,7 @@ def test_what_becomes_unknown_stops_a_budget_that_needs_it(world: World) -> None
     ("text", "seconds"),
     [(90, 90), ("90m", 5400), ("1h 30m", 5400), ("2d", 172_800), ("1.5h", 5400)],
 )
-def test_wall_in_the_users_units(text: object, seconds: float) -> None:
+def test_wall_accepts_the_users_units(text: object, seconds: float) -> None:
     assert validate(BudgetSpec, {"wall": text}).wall == seconds
 
 
@@ -228,7 +230,10 @@ def test_wall_in_the_users_units(text: object, seconds: float) -> None:
     ("budget", "problem"),
     [
         ({"usd": -5}, "budget.usd: must be greater than 0 (got -5)"),
-        ({"wall": "soon"}, "budget.wall: must be seconds, or as in 90m, 1h30m, 2d (got 'soon')"),
+        (
+            {"wall": "soon"},
+            "budget.wall: must be seconds, or text such as 90m, 1h30m or 2d (got 'soon')",
+        ),
         ({"eur": 5}, "budget.eur: unknown key (known: usd, kwh, kg_co2e, wall)"),
     ],
 )
@@ -238,7 +243,7 @@ def test_mistakes(budget: dict[str, Any], problem: str) -> None:
     assert str(caught.value) == problem
 
 
-def test_amounts_for_people() -> None:
+def test_amounts_as_text() -> None:
     assert [usd_text(usd) for usd in (0, 0.00123, 50, 1234.5)] == [
         "$0.00",
         "$0.0012",

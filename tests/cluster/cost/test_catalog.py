@@ -1,4 +1,4 @@
-"""Which device is this, by the name and the memory that its driver reports."""
+"""Devices by the name and memory that their driver reports, and instances with their prices."""
 
 import csv
 import tomllib
@@ -16,6 +16,7 @@ from cluster.cost.catalog import (
     find_accelerator,
     find_instance,
     instances,
+    is_in_region,
     ray_resource,
 )
 
@@ -38,7 +39,9 @@ GIB = 2**30
         ("AMD Instinct MI250X", 64 * GIB, "MI250X"),
     ],
 )
-def test_a_device_by_its_full_name(name: str, memory_bytes: int, found: str) -> None:
+def test_a_device_is_found_by_full_name_and_memory(
+    name: str, memory_bytes: int, found: str
+) -> None:
     device = find_accelerator(name, memory_bytes)
     assert device is not None
     assert device.name == found
@@ -60,7 +63,7 @@ def test_an_unknown_device_is_not_guessed(name: str, memory_bytes: int | None) -
     assert find_accelerator(name, memory_bytes) is None
 
 
-def test_figures_are_of_one_device_in_plain_units() -> None:
+def test_figures_are_per_device_in_base_units() -> None:
     h100 = find_accelerator("NVIDIA H100 80GB HBM3", 80 * GIB)
     assert h100 is not None
     assert h100.peak_flop_per_s == 989e12
@@ -72,7 +75,7 @@ def test_figures_are_of_one_device_in_plain_units() -> None:
     assert (half.power_w, half.devices_per_chip) == (280, 2)
 
 
-def test_every_row_says_where_it_is_from() -> None:
+def test_every_device_has_a_source() -> None:
     assert len(accelerators()) > 50
     for device in accelerators():
         assert device.source
@@ -82,15 +85,15 @@ def test_every_row_says_where_it_is_from() -> None:
         assert device.power_w is None or 50 <= device.power_w <= 2000
 
 
-def test_a_name_and_a_memory_mean_one_device() -> None:
+def test_no_two_devices_share_name_and_memory() -> None:
     named = [device for device in accelerators() if device.driver_name]
     assert len(named) > 40
     for device in named:
         assert find_accelerator(device.driver_name, device.memory_bytes) == device
 
 
-def test_the_types_are_those_that_ray_finds() -> None:
-    """Ray makes them of the driver's name for NVIDIA, and has a list for the others."""
+def test_accelerator_types_are_rays() -> None:
+    """Ray derives NVIDIA's types from the driver's name, and has a list of the others."""
     listed = {value for value in vars(ray_accelerators).values() if isinstance(value, str)}
     made = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type
     for device in accelerators():
@@ -121,11 +124,11 @@ def test_tables_and_launch_files_are_installed_with_the_package() -> None:
         ("P100", "GPU"),
     ],
 )
-def test_the_resource_that_ray_counts(accelerator_type: str, resource: str) -> None:
+def test_ray_resource_of_a_type(accelerator_type: str, resource: str) -> None:
     assert ray_resource(accelerator_type) == resource
 
 
-def test_every_price_says_where_it_is_from() -> None:
+def test_every_price_has_a_source() -> None:
     assert len(instances()) > 100
     assert {each.provider for each in instances()} >= {"aws", "gcp", "azure", "lambda", "nebius"}
     for each in instances():
@@ -136,7 +139,7 @@ def test_every_price_says_where_it_is_from() -> None:
             assert each.spot_min_usd_per_h <= each.spot_usd_per_h < each.usd_per_h
 
 
-def test_an_instance_in_plain_units() -> None:
+def test_an_instance_is_in_base_units() -> None:
     p5 = find_instance("aws", "p5.48xlarge", "us-east-1")
     assert p5 is not None
     assert (p5.usd(spot=False), p5.usd(spot=True), p5.spot_min_usd_per_h) == (
@@ -162,7 +165,7 @@ def test_an_instance_in_plain_units() -> None:
         ("snapshot_date", "2026", "snapshot_date cannot be '2026'"),
     ],
 )
-def test_a_wrong_price_is_named_by_file_and_row(
+def test_a_wrong_price_is_reported_with_file_and_row(
     tmp_path: Path, column: str, value: str, problem: str
 ) -> None:
     with PRICES_CSV.open(newline="") as file:
@@ -176,3 +179,25 @@ def test_a_wrong_price_is_named_by_file_and_row(
     with pytest.raises(SpecError) as caught:
         instances(path)
     assert str(caught.value) == f"{path}:5: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("zone", "region"),
+    [
+        ("us-east-1", "us-east-1"),
+        ("us-east-1a", "us-east-1"),
+        ("us-west-2-lax-1a", "us-west-2"),
+        ("us-east4-c", "us-east4"),
+        ("US-KS-2", "US"),
+    ],
+)
+def test_a_zone_is_in_its_region(zone: str, region: str) -> None:
+    assert is_in_region(zone, region)
+
+
+@pytest.mark.parametrize(
+    ("zone", "region"),
+    [("eastus2", "eastus"), ("europe-west12-b", "europe-west1"), ("us-east-1", "us-east-1a")],
+)
+def test_a_region_is_not_in_another_whose_name_it_begins_with(zone: str, region: str) -> None:
+    assert not is_in_region(zone, region)

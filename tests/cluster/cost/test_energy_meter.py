@@ -1,4 +1,4 @@
-"""Joules from recorded counters and powers, with a clock that the test moves."""
+"""Energy from recorded counters and powers, with a clock that the test moves."""
 
 import csv
 from pathlib import Path
@@ -32,7 +32,7 @@ class Clock:
 
 
 class Told:
-    """A source that says what the test tells it."""
+    """A source whose readings the test sets."""
 
     def __init__(self, *readings: Reading) -> None:
         self.readings: list[Reading] | None = list(readings)
@@ -52,8 +52,8 @@ def only(meter: EnergyMeter) -> EnergyUsage:
     return usage
 
 
-def test_two_ranks_on_one_device_are_one_device() -> None:
-    """Whether one source shows it twice, or two sources do."""
+def test_a_device_shared_by_two_ranks_counts_once() -> None:
+    """Both when one source reads it twice, and when two sources read it."""
     clock, first, second = Clock(), Told(counter(100), counter(100)), Told(counter(100))
     meter = EnergyMeter([first, second], clock)
     clock.now += 2
@@ -66,8 +66,8 @@ def test_two_ranks_on_one_device_are_one_device() -> None:
     assert not found.estimated
 
 
-def test_nvml_disappears_in_mid_run_and_comes_back() -> None:
-    """The time without it is an estimate with its interval, and is not counted twice."""
+def test_nvml_fails_during_a_run_and_recovers() -> None:
+    """The time without readings is estimated, with bounds, and is not counted twice."""
     clock, source = Clock(), Told(counter(0, limit_w=400))
     meter = EnergyMeter([source], clock)
     clock.now += 10
@@ -93,7 +93,7 @@ def test_nvml_disappears_in_mid_run_and_comes_back() -> None:
     assert only(meter).joules == pytest.approx(5200 + 500)
 
 
-def test_unknown_is_unknown_and_not_zero() -> None:
+def test_time_without_a_reading_is_unknown_and_not_zero_joules() -> None:
     clock, source = Clock(), Told(counter(0))
     meter = EnergyMeter([source], clock)
     source.readings = None  # and no limit is known from which to estimate
@@ -106,7 +106,7 @@ def test_unknown_is_unknown_and_not_zero() -> None:
     assert total_energy([]).method == "unknown"
 
 
-def test_a_device_without_a_driver_is_estimated_by_the_catalogue_or_unknown() -> None:
+def test_a_device_without_a_driver_is_estimated_from_its_limit_or_unknown() -> None:
     clock, silent = Clock(), Told()
     silent.readings = None
     expected = [
@@ -121,7 +121,7 @@ def test_a_device_without_a_driver_is_estimated_by_the_catalogue_or_unknown() ->
     assert (found.unknown_share, found.measured_share) == (0.5, 0)
 
 
-def test_a_clock_that_jumps_makes_no_energy() -> None:
+def test_a_clock_that_jumps_adds_no_energy() -> None:
     clock, source = Clock(), Told(Reading("GPU-a", "gpu", "power_integrated", power_w=200))
     meter = EnergyMeter([source], clock)
     clock.now += 10
@@ -138,7 +138,7 @@ def test_a_clock_that_jumps_makes_no_energy() -> None:
     assert (only(meter).joules, only(meter).unknown_s) == (4000, 86_400)
 
 
-def test_power_is_integrated_between_its_readings() -> None:
+def test_power_is_integrated_between_readings() -> None:
     clock, source = Clock(), Told(Reading("GPU-a", "gpu", "power_integrated", power_w=100))
     meter = EnergyMeter([source], clock)
     clock.now += 4
@@ -147,8 +147,8 @@ def test_power_is_integrated_between_its_readings() -> None:
     assert (only(meter).low_j, only(meter).joules, only(meter).high_j) == (400, 800, 1200)
 
 
-def test_a_counter_that_begins_again() -> None:
-    """RAPL's goes round; NVML's begins at 0 with a new driver, and what was used is not known."""
+def test_a_counter_that_starts_again() -> None:
+    """RAPL's wraps around. NVML's starts at 0 with a new driver, so the energy used is unknown."""
     clock, source = (
         Clock(),
         Told(Reading("h/rapl", "cpu", "rapl", 60, wraparound_j=64, run_share=0.25)),
@@ -165,8 +165,8 @@ def test_a_counter_that_begins_again() -> None:
     assert usages_from_data(usages_to_data(meter.usages)) == meter.usages
 
 
-def test_rapl_as_linux_shows_it(tmp_path: Path) -> None:
-    """Packages and their memory count; parts of a package are not counted again."""
+def test_rapl_files_of_linux(tmp_path: Path) -> None:
+    """Packages and their memory count; parts of a package do not count again."""
     for zone, name in {
         "intel-rapl:0": "package-0",
         "intel-rapl:0:0": "core",
@@ -189,7 +189,7 @@ def test_rapl_as_linux_shows_it(tmp_path: Path) -> None:
     assert Rapl("node", 0.5, tmp_path / "none").read() == []
 
 
-def test_a_cpu_by_the_time_that_it_computes() -> None:
+def test_a_cpu_is_estimated_from_its_cpu_time() -> None:
     clock, spent = Clock(), [0.0]
     source = CpuEstimate("node", 4, clock, lambda: spent[0])
     meter = EnergyMeter([source], clock)
@@ -204,7 +204,7 @@ def test_a_cpu_by_the_time_that_it_computes() -> None:
     assert (found.method, found.coverage) == ("tdp_util_estimate", "cpu")
 
 
-def test_a_recorded_trace_in_place_of_devices(tmp_path: Path) -> None:
+def test_a_recorded_trace_replaces_devices(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -225,8 +225,8 @@ def test_a_recorded_trace_in_place_of_devices(tmp_path: Path) -> None:
     assert found.low_j < (found.joules or 0) < found.high_j
 
 
-def test_nvml_without_a_driver_is_a_problem_and_no_more() -> None:
-    """The real library, on a machine that may have no GPU; such a UUID exists nowhere."""
+def test_nvml_without_a_driver_is_reported_as_a_problem() -> None:
+    """With the real library, on a machine that may have no GPU; no device has this UUID."""
     meter = EnergyMeter([Nvml(["GPU-00000000-0000-0000-0000-000000000000"])], Clock())
     assert meter.usages == []
     assert "NVML" in meter.problems["Nvml"]

@@ -1,4 +1,4 @@
-"""A ledger adds up, whoever was killed, however often, and in whatever order it was told."""
+"""Totals are right after kills and restarts, and for entries in any order."""
 
 import os
 import signal
@@ -32,8 +32,8 @@ STEPS = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(STEPS)
-def test_it_adds_up_however_often_processes_restart(steps: list[tuple[str, int, int]]) -> None:
-    """A process works for a while, says old things again, and is replaced, perhaps in mid-line."""
+def test_totals_are_right_after_any_number_of_restarts(steps: list[tuple[str, int, int]]) -> None:
+    """A process works, repeats old entries, and is replaced, perhaps within a line."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger.jsonl"
         ledger, process, busy_s = Ledger(path), 0, 0
@@ -83,7 +83,7 @@ for seconds in range(1, 10**9):
 """
 
 
-def test_kill_9_between_two_writes_loses_nothing_that_was_written(tmp_path: Path) -> None:
+def test_kill_9_loses_no_complete_entry(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     home = Path(__file__).parents[3]
     writer = subprocess.Popen(
@@ -104,7 +104,7 @@ def test_kill_9_between_two_writes_loses_nothing_that_was_written(tmp_path: Path
     assert found.usd == found.busy_s / 2
 
 
-def test_idle_time_is_shown_apart_and_an_unknown_price_is_not_zero() -> None:
+def test_idle_time_is_separate_and_an_unknown_price_is_not_zero() -> None:
     found = total_costs(
         [
             entry("a", 3600, usd=2.0),
@@ -119,7 +119,7 @@ def test_idle_time_is_shown_apart_and_an_unknown_price_is_not_zero() -> None:
     assert total_costs([]).energy.joules is None
 
 
-def test_damage_is_named_by_line(tmp_path: Path) -> None:
+def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     ledger.append([entry("a", 1), entry("b", 2)])

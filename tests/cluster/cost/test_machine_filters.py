@@ -1,4 +1,4 @@
-"""Conditions on machines: what they leave, and what is said where nothing is left."""
+"""Filters for machines, and the error when no machine matches."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from cluster.cost.machine_filters import select_machines
         "spot_usd<20 memory_gib>500",
     ],
 )
-def test_all_conditions_hold_for_what_is_left(text: str) -> None:
+def test_the_selected_machines_match_all_conditions(text: str) -> None:
     left = select_machines(text, instances())
     assert 0 < len(left) < len(instances())
     fields = {
@@ -43,13 +43,13 @@ def test_all_conditions_hold_for_what_is_left(text: str) -> None:
         ("aws", "must look like provider=aws"),
         ("providor=aws", "did you mean 'provider'?"),
         ("usd=cheap", "usd is a number (got 'cheap')"),
-        ("provider<aws", "provider is a word"),
+        ("provider<aws", "provider is text"),
         ("provider=awz", "provider: aws, azure, gcp, lambda, nebius, runpod"),
-        ("provider=lambda accelerator=T4", "no machine with provider=lambda has that; acc"),
+        ("provider=lambda accelerator=T4", "no machine with provider=lambda matches; acc"),
         ("usd<0.001", "usd: 0."),
     ],
 )
-def test_what_matches_nothing_is_told_with_what_would(text: str, said: str) -> None:
+def test_an_error_names_the_values_that_would_match(text: str, said: str) -> None:
     with pytest.raises(SpecError) as error:
         select_machines(text, instances())
     assert said in str(error.value)

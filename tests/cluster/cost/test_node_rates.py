@@ -1,4 +1,4 @@
-"""What a node costs: whose price counts, how old it is, and what its electricity emits."""
+"""A node's price: precedence and age of prices, and the emissions of its electricity."""
 
 import datetime
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.errors import SpecError
+from cluster.cost import live_prices
 from cluster.cost.carbon import carbon_intensity
 from cluster.cost.catalog import find_instance, instances
 from cluster.cost.live_prices import with_live_prices
@@ -46,7 +47,7 @@ def own(tmp_path: Path) -> UserPrices:
     return read_user_prices(path)
 
 
-def test_every_dollar_has_its_age_and_source() -> None:
+def test_every_price_has_its_age_and_source() -> None:
     rate = node_rate("ip-10-0-0-1", P5, CostSpec(), UserPrices(), today=TODAY)
     assert rate.usd_per_h == 16.8795
     assert rate.price_source.startswith("aws/us-east-1/p5.48xlarge spot: $16.88/h (aws/karpenter")
@@ -57,7 +58,7 @@ def test_every_dollar_has_its_age_and_source() -> None:
     assert "price unknown" in price_text(undated, True, TODAY)
 
 
-def test_a_price_of_another_region_says_so() -> None:
+def test_a_price_from_another_region_is_marked() -> None:
     rate = node_rate(
         "a", {**P5, "heliostat.io/region": "eu-west-1"}, CostSpec(), UserPrices(), today=TODAY
     )
@@ -65,8 +66,8 @@ def test_a_price_of_another_region_says_so() -> None:
     assert rate.price_source.endswith(", taken for eu-west-1")
 
 
-def test_whose_price_counts(own: UserPrices) -> None:
-    """The spec's own figure before the node's label, before the user's file, before the list."""
+def test_precedence_of_prices(own: UserPrices) -> None:
+    """First the spec's own figure, then the node's label, the user's file, and the list."""
     machine = node_rate("lab-7", P5, CostSpec(), own, today=TODAY)
     assert machine.usd_per_h == pytest.approx(2.0 + 1.5 * 1.2 * 0.2)
     assert machine.price_source.startswith("lab: $")
@@ -105,7 +106,7 @@ def test_an_unknown_price_is_none_and_says_why() -> None:
         ("machines: {lab: {hosts: [a], price: 1}}", "machines.lab.price: unknown key"),
     ],
 )
-def test_a_mistake_in_the_users_file_names_file_and_row(
+def test_a_mistake_in_the_users_file_names_file_and_path(
     tmp_path: Path, text: str, problem: str
 ) -> None:
     path = tmp_path / "prices.yaml"
@@ -116,7 +117,7 @@ def test_a_mistake_in_the_users_file_names_file_and_row(
     assert problem in str(caught.value)
 
 
-def test_carbon_is_that_of_the_place_and_never_guessed() -> None:
+def test_carbon_intensity_is_that_of_the_region_and_never_guessed() -> None:
     virginia = carbon_intensity("aws", "us-east-1")
     assert virginia is not None
     # eGRID2023's Virginia: 539.599 lb/MWh.
@@ -132,8 +133,8 @@ def test_carbon_is_that_of_the_place_and_never_guessed() -> None:
     assert given.kg_co2e(3.6e6) == pytest.approx(0.15)
 
 
-def test_todays_prices_by_gpuhunt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real library, on a folder of its own price lists."""
+def test_todays_prices_from_gpuhunt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real library, and a folder of price lists."""
     pytest.importorskip("gpuhunt", reason="heliostat[prices] is not installed")
     header = "instance_name,location,price,cpu,memory,gpu_count,gpu_name,gpu_memory,spot,disk_size"
     rows = [
@@ -155,6 +156,20 @@ def test_todays_prices_by_gpuhunt(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again == instances()
     assert problem is not None
     assert problem.startswith("gpuhunt: ")
+
+
+def test_todays_price_is_of_the_same_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Azure's eastus2 begins with eastus, but is another region."""
+    gpuhunt_prices = {
+        ("azure", "Standard_NC4as_T4_v3", False): {"eastus": 0.6, "eastus2": 0.1},
+        ("azure", "Standard_NC4as_T4_v3", True): {"eastus": 0.3, "eastus2": 0.05},
+    }
+    monkeypatch.setattr(live_prices, "_fetch_offers", lambda providers: gpuhunt_prices)
+    monkeypatch.setattr(live_prices.importlib.metadata, "version", lambda name: "1.0")
+    known = [each for each in instances() if each.key == "azure/eastus/Standard_NC4as_T4_v3"]
+    (live,), problem = with_live_prices(known, ("azure",), TODAY)
+    assert problem is None
+    assert (live.usd_per_h, live.spot_usd_per_h, live.spot_min_usd_per_h) == (0.6, 0.3, 0.3)
 
 
 def test_without_gpuhunt_the_snapshot_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What `heliostat cluster check` finds: each kind of mistake in a line, with its place."""
+"""Findings of `heliostat cluster check`: one line per mistake, with its dotted path."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ GPU = "available_node_types.gpu"
 
 @pytest.fixture(autouse=True)
 def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the checkout, with credentials that are nobody's, and no AWS to ask."""
+    """Run in the checkout, without credentials and without AWS."""
     monkeypatch.chdir(HOME)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -30,7 +30,7 @@ def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rendered(provider: Provider = "aws") -> dict[str, Any]:
-    """A file in which all that is marked EDIT has been edited."""
+    """A rendered file in which every value marked EDIT has been changed."""
     data = copy.deepcopy(read_yaml(SHIPPED_SPEC))
     data["aws"] |= {"ssh_from": ["8.8.8.0/24"], "image": "ami-1", "gpu_image": "ami-2"}
     data["gcp"] |= {"project": "ours"}
@@ -57,7 +57,7 @@ def put(config: dict[str, Any], place: str, value: Any) -> None:
     inner[int(last) if isinstance(inner, list) else last] = value
 
 
-def test_the_shipped_file_lacks_what_is_marked_edit_and_credentials() -> None:
+def test_the_shipped_file_lacks_only_edits_and_credentials() -> None:
     report = check_file(HOME / "cluster.yaml")
     assert all("still the example's" in line for line in report.findings[:-1]), report.findings
     assert report.findings[-1].startswith("provider: no credentials for AWS")
@@ -65,7 +65,7 @@ def test_the_shipped_file_lacks_what_is_marked_edit_and_credentials() -> None:
 
 
 @pytest.mark.parametrize("provider", ["aws", "gcp", "azure", "local"])
-def test_an_edited_file_lacks_credentials_alone(
+def test_an_edited_file_lacks_only_credentials(
     provider: Provider, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     findings = examined(rendered(provider)).findings
@@ -102,6 +102,11 @@ MISTAKES: list[tuple[str, Any, str]] = [
         f"{GPU}.labels.heliostat.io/region: us-east-1, but us-west-2 is asked for",
     ),
     ("provider.region", "us-west-2", "provider.availability_zone: us-east-1a is not in us-west-2"),
+    (
+        "provider.availability_zone",
+        "us-east-12a",
+        "provider.availability_zone: us-east-12a is not in us-east-1",
+    ),
     ("provider.region", "us-easy-1", "provider.region: AWS has no region 'us-easy-1'"),
     (
         f"{GPU}.node_config.BlockDeviceMappings.0.Ebs.VolumeSize",
@@ -117,6 +122,11 @@ MISTAKES: list[tuple[str, Any, str]] = [
         "setup_commands.0",
         "pip install 'ray[default]==2.40.0'",
         "setup_commands.0: ray 2.40.0 there, but ",
+    ),
+    (
+        "head_setup_commands.0",
+        "python -m cluster.doors --group ours",
+        "head_setup_commands.0: there is no module cluster.doors in this version; render the ",
     ),
     ("setup_commands.0", "pip install -c ~/pins.txt ray", "setup_commands.0: ~/pins.txt is not am"),
     (
@@ -143,7 +153,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("place", "value", "line"), MISTAKES, ids=lambda it: str(it)[:40])
-def test_a_mistake_is_a_line(
+def test_a_mistake_gives_a_line(
     place: str, value: Any, line: str, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     config = rendered()
@@ -152,7 +162,9 @@ def test_a_mistake_is_a_line(
     assert [found for found in findings if found.startswith(line)], findings
 
 
-def test_rays_default_commands_are_found(examined: Callable[[dict[str, Any]], CheckReport]) -> None:
+def test_rays_default_commands_are_reported(
+    examined: Callable[[dict[str, Any]], CheckReport],
+) -> None:
     config = rendered()
     for key in ("setup_commands", "head_start_ray_commands"):
         del config[key]
@@ -161,7 +173,7 @@ def test_rays_default_commands_are_found(examined: Callable[[dict[str, Any]], Ch
     assert "--dashboard-host 0.0.0.0 listens to the world" in findings
 
 
-def test_pins_that_differ_from_what_is_installed_here(
+def test_pins_that_differ_from_the_installed_versions(
     tmp_path: Path, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     (tmp_path / "project").mkdir()
@@ -173,10 +185,10 @@ def test_pins_that_differ_from_what_is_installed_here(
     assert re.search(r"constraints\.txt: pydantic 1\.0 there, but [\d.]+ here", wrong[0])
 
 
-def test_a_region_without_the_type(
+def test_a_region_without_the_instance_type(
     monkeypatch: pytest.MonkeyPatch, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
-    """AWS itself is asked where there are credentials; here moto answers."""
+    """With credentials, AWS is asked; here moto answers."""
     moto = pytest.importorskip("moto")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
@@ -190,7 +202,7 @@ def test_a_region_without_the_type(
     assert not [line for line in findings if "m7i.xlarge" in line or "credentials" in line]
 
 
-def test_a_key_that_others_may_read(
+def test_a_private_key_that_others_may_read(
     tmp_path: Path, examined: Callable[[dict[str, Any]], CheckReport]
 ) -> None:
     (tmp_path / "key.pem").touch(mode=0o644)
@@ -201,7 +213,7 @@ def test_a_key_that_others_may_read(
     assert "key.pem" not in str(examined(config).findings)
 
 
-def test_the_price_at_rest_and_at_most_with_date_and_source(
+def test_the_lowest_and_highest_price_with_date_and_source(
     examined: Callable[[dict[str, Any]], CheckReport],
 ) -> None:
     config = rendered("gcp")
@@ -214,11 +226,11 @@ def test_the_price_at_rest_and_at_most_with_date_and_source(
     config["max_workers"] = 2
     assert "$1.54 at most" in examined(config).prices[0]
     config["available_node_types"]["gpu"]["node_config"]["machineType"] = "x9-mega"
-    assert examined(config).prices == ["price: unknown, there is none of x9-mega"]
+    assert examined(config).prices == ["price: unknown for x9-mega"]
     assert "unknown" in examined(rendered("local")).prices[0]
 
 
-def test_other_files_are_told_apart(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="for Kubernetes"):
         check_file(HOME / "cluster" / "definition" / "launch" / "kuberay.yaml")
     with pytest.raises(SpecError, match="not a file for Ray's launcher"):

@@ -1,4 +1,4 @@
-"""YAML for people is read back as it was meant, by YAML 1.1 as Ray has it and by 1.2."""
+"""Commented YAML is read back unchanged, by YAML 1.1, which Ray uses, and by YAML 1.2."""
 
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ DATA = st.dictionaries(
 
 @settings(deadline=None)
 @given(DATA)
-def test_it_is_read_back(data: dict[str, Any]) -> None:
+def test_dumped_data_is_read_back_unchanged(data: dict[str, Any]) -> None:
     assert yaml.safe_load(dump_commented(data, "of a test")) == data
 
 
-def test_comments_and_commands_stand_where_they_should(tmp_path: Path) -> None:
+def test_comments_are_at_line_ends_and_commands_keep_their_text(tmp_path: Path) -> None:
     data = {
         "kind": Commented("spot", "EDIT"),
         "nodes": [{"image": Commented("ami-0", "EDIT: yours"), "size": 3}],

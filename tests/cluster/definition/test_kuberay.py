@@ -1,4 +1,4 @@
-"""Manifests for KubeRay: its resource definitions, strictly, and the operator's documented rules.
+"""Manifests match KubeRay's resource definitions strictly, and the operator's documented rules.
 
 The definitions are not part of this project: KUBERAY_CRDS names a folder with them, or they are in
 `shared/data/kuberay` beside the checkout.
@@ -30,7 +30,7 @@ def definitions() -> Path | None:
 
 @cache
 def validator(kind: str) -> Draft202012Validator:
-    """For one kind of `ray.io/v1`."""
+    """A validator for one kind of `ray.io/v1`."""
     folder = definitions()
     assert folder is not None
     for path in folder.glob("*.yaml"):
@@ -44,7 +44,7 @@ def validator(kind: str) -> Draft202012Validator:
 
 
 def strict(schema: Any) -> Any:
-    """Kubernetes' kind of schema as JSON Schema, with unknown fields refused."""
+    """A Kubernetes schema as JSON Schema that refuses unknown fields."""
     if isinstance(schema, list):
         return [strict(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -67,7 +67,7 @@ def strict(schema: Any) -> Any:
 
 
 def documents(job: bool, **changes: Any) -> dict[str, dict[str, Any]]:
-    """The manifests by kind; `changes` are of the spec's sections."""
+    """The manifests by kind, after `changes` to the spec's sections."""
     data = read_yaml(SHIPPED_SPEC)
     for section, change in changes.items():
         data[section] = {**data[section], **change} if isinstance(change, dict) else change
@@ -89,7 +89,7 @@ FULL = {
     reason="no resource definitions: KUBERAY_CRDS can name a folder with KubeRay's",
 )
 @pytest.mark.parametrize("changes", [{}, FULL, {"state": "/ray"}], ids=["shipped", "full", "disk"])
-def test_they_pass_kuberays_definitions(changes: dict[str, Any]) -> None:
+def test_manifests_match_kuberays_definitions(changes: dict[str, Any]) -> None:
     cluster = documents(job=False, **changes)["RayCluster"]
     job = documents(job=True, **changes)["RayJob"]
     for manifest in (cluster, job):
@@ -101,8 +101,8 @@ def test_they_pass_kuberays_definitions(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("job", [False, True], ids=["cluster", "job"])
-def test_they_keep_the_operators_rules(job: bool) -> None:
-    """Those of the operator's own validation that a schema cannot say."""
+def test_manifests_keep_the_operators_rules(job: bool) -> None:
+    """Rules that the operator validates and a schema cannot express."""
     every = documents(job, **FULL)
     manifest = every["RayJob" if job else "RayCluster"]
     spec = manifest["spec"]["rayClusterSpec"] if job else manifest["spec"]
@@ -123,7 +123,7 @@ def test_they_keep_the_operators_rules(job: bool) -> None:
     assert not (job and manifest["spec"]["ttlSecondsAfterFinished"] < 0)
 
 
-def test_devices_are_asked_for_and_their_taint_tolerated() -> None:
+def test_devices_are_requested_and_their_taint_tolerated() -> None:
     group = documents(job=False, **FULL)["RayCluster"]["spec"]["workerGroupSpecs"][0]
     pod = group["template"]["spec"]
     asked = pod["containers"][0]["resources"]
@@ -137,7 +137,7 @@ def test_devices_are_asked_for_and_their_taint_tolerated() -> None:
     assert "requiredDuringSchedulingIgnoredDuringExecution" in affinity
 
 
-def test_mlflow_is_for_this_clusters_pods_alone() -> None:
+def test_only_this_clusters_pods_reach_mlflow() -> None:
     every = documents(job=True, **FULL)
     name = every["Service"]["metadata"]["name"]
     chosen = every["NetworkPolicy"]["spec"]

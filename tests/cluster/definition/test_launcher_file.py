@@ -1,4 +1,4 @@
-"""One spec, all providers: what is committed, what Ray and the clouds accept, what is honoured."""
+"""Files of all providers: up to date, accepted by Ray and the clouds, and no field ignored."""
 
 import copy
 import json
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import ray.autoscaler
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.base.config import Spec, read_yaml, validate
 from cluster.base.errors import SpecError
 from cluster.base.labels import FALLBACK_FOR
+from cluster.connection.ray_internals import prepare_launcher_file, validate_launcher_file
 from cluster.definition.commented_yaml import plain_data
-from cluster.definition.launcher_file import launcher_config, render
+from cluster.definition.launcher_file import commented_config, render
 from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, Provider, read_cluster_spec
 
 HOME = Path(__file__).parents[3]
@@ -32,7 +32,7 @@ LAUNCHED: tuple[Provider, ...] = ("aws", "gcp", "azure", "local")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_the_committed_file_is_what_the_renderer_gives(path: Path) -> None:
+def test_the_committed_file_is_up_to_date(path: Path) -> None:
     provider, job = FILES[path]
     command = f"heliostat cluster render --provider {provider}{' --job' * job}"
     given = render(read_cluster_spec(SHIPPED_SPEC), provider, job)
@@ -40,22 +40,22 @@ def test_the_committed_file_is_what_the_renderer_gives(path: Path) -> None:
 
 
 @pytest.mark.parametrize("provider", LAUNCHED)
-def test_ray_accepts_it_and_adds_no_command_of_its_own(provider: Provider) -> None:
-    """Ray's defaults install a nightly, and open the dashboard to the network."""
+def test_ray_accepts_the_file_and_adds_no_commands(provider: Provider) -> None:
+    """Ray's defaults would install a nightly build and open the dashboard to the network."""
     config = yaml.safe_load(render(read_cluster_spec(SHIPPED_SPEC), provider))
-    prepared = prepare_config(config)
-    validate_config(prepared)
+    prepared = prepare_launcher_file(config)
+    validate_launcher_file(prepared)
     for key in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         assert prepared[key] == config[key]
     assert "dev0" not in str(prepared)
     assert prepared["worker_setup_commands"] == config["setup_commands"]
     config["max_worker"] = 1
     with pytest.raises(Exception, match="max_worker"):
-        validate_config(prepare_config(config))
+        validate_launcher_file(prepare_launcher_file(config))
 
 
 @pytest.mark.parametrize("provider", [*LAUNCHED, "kuberay"])
-def test_what_a_user_must_edit_is_marked(provider: Provider) -> None:
+def test_values_that_users_must_edit_are_marked(provider: Provider) -> None:
     lines = render(read_cluster_spec(SHIPPED_SPEC), provider).splitlines()
     marked = [line for line in lines if "# EDIT" in line]
     examples = ("ami-0000", "203.0.113.", "my-project", "192.0.2.", "registry.example.com")
@@ -68,7 +68,7 @@ def test_what_a_user_must_edit_is_marked(provider: Provider) -> None:
 
 
 def rendered(data: Mapping[str, Any], provider: Provider) -> str:
-    """What is said to the machines, without the comments; on Kubernetes with a job."""
+    """The content of the file without comments; for Kubernetes, that of a RayJob."""
     spec = validate(ClusterSpec, data)
     texts = [render(spec, provider, job) for job in {False, provider == "kuberay"}]
     return str([list(yaml.safe_load_all(text)) for text in texts])
@@ -142,16 +142,16 @@ CHANGES: dict[str, Any] = {
     "kuberay.job": "heliostat sweep digits",
 }
 HOSTS = {"python", "setup", "venv", "ssh.user", "ssh.key"}
-"""A pod is no host: it comes with its image and is not entered by SSH."""
+"""Fields that pods cannot use: a pod has a container image and no SSH."""
 OTHERS = {
     "local": {"fallback_after_s", "tags"},  # nothing is rented
     "kuberay": HOSTS,
 }
-"""What a provider cannot honour: hosts of one's own have no node types either."""
+"""Fields that a provider cannot use; own hosts have no node types either."""
 
 
 def leaves(model: Any, place: str = "") -> set[str]:
-    """All fields of the spec, the kinds of workers and pods by the shipped one's names."""
+    """All dotted paths of the spec, with the shipped names of workers and pods."""
     found = set()
     for name, value in model:
         at = f"{place}{name}"
@@ -165,7 +165,7 @@ def leaves(model: Any, place: str = "") -> set[str]:
     return found
 
 
-def test_every_field_has_a_change_below() -> None:
+def test_every_field_is_in_the_table_of_changes() -> None:
     assert leaves(read_cluster_spec(SHIPPED_SPEC)) == set(CHANGES)
 
 
@@ -206,21 +206,21 @@ def with_field(data: Mapping[str, Any], place: str, value: Any) -> dict[str, Any
     return result
 
 
-def test_a_key_of_ones_own_needs_its_name_on_aws() -> None:
+def test_an_ssh_key_needs_its_key_pairs_name_on_aws() -> None:
     data = with_field(read_yaml(SHIPPED_SPEC), "ssh.key", "~/.ssh/mine")
     config = plain_data(
-        launcher_config(validate(ClusterSpec, with_field(data, "aws.key_name", "mine")), "aws")
+        commented_config(validate(ClusterSpec, with_field(data, "aws.key_name", "mine")), "aws")
     )
     assert config["auth"]["ssh_private_key"] == "~/.ssh/mine"
     kinds = config["available_node_types"].values()
     assert all(kind["node_config"]["KeyName"] == "mine" for kind in kinds)
     del data["aws"]
-    azure = plain_data(launcher_config(validate(ClusterSpec, data), "azure"))
+    azure = plain_data(commented_config(validate(ClusterSpec, data), "azure"))
     assert azure["auth"]["ssh_public_key"] == "~/.ssh/mine.pub"
 
 
-def test_on_demand_stands_beside_spot_and_waits() -> None:
-    kinds = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "aws"))[
+def test_a_spot_type_has_an_on_demand_type_with_no_nodes_beside_it() -> None:
+    kinds = plain_data(commented_config(read_cluster_spec(SHIPPED_SPEC), "aws"))[
         "available_node_types"
     ]
     spot, twin = kinds["gpu"], kinds["gpu-on-demand"]
@@ -233,21 +233,21 @@ def test_on_demand_stands_beside_spot_and_waits() -> None:
     assert "InstanceMarketOptions" not in twin["node_config"]
 
 
-def test_gcps_machines_are_what_its_api_takes() -> None:
-    """Against the description of the API that Google's client brings."""
+def test_gcps_node_configs_match_its_api() -> None:
+    """Against the API description in Google's client library."""
     pytest.importorskip("googleapiclient", reason="google-api-python-client is not installed")
     from googleapiclient import discovery_cache
 
     folder = Path(discovery_cache.__file__).parent / "documents" / "compute.v1.json"
     schemas = json.loads(folder.read_text())["schemas"]
-    config = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "gcp"))
+    config = plain_data(commented_config(read_cluster_spec(SHIPPED_SPEC), "gcp"))
     for kind in config["available_node_types"].values():
         assert list(unknown(kind["node_config"], schemas["Instance"], schemas)) == []
     assert list(unknown({"scheduling": [{}]}, schemas["Instance"], schemas)) == [": not a mapping"]
 
 
 def unknown(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
-    """What a value has that its schema (of Google's kind) does not, with its place."""
+    """Dotted paths in a value that its schema, in Google's format, does not have."""
     schema = schemas[schema["$ref"]] if "$ref" in schema else schema
     kind = schema.get("type")
     if kind == "object" and not isinstance(value, dict):
@@ -266,10 +266,10 @@ def unknown(value: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
         yield f": {value} is none of {schema['enum']}"
 
 
-def test_azures_machines_are_what_rays_template_takes() -> None:
+def test_azures_node_configs_match_rays_template() -> None:
     folder = Path(ray.autoscaler.__file__).parent / "_private" / "_azure"
     parameters = json.loads((folder / "azure-vm-template.json").read_text())["parameters"]
-    config = plain_data(launcher_config(read_cluster_spec(SHIPPED_SPEC), "azure"))
+    config = plain_data(commented_config(read_cluster_spec(SHIPPED_SPEC), "azure"))
     for kind in config["available_node_types"].values():
         asked = kind["node_config"]["azure_arm_parameters"]
         assert asked.keys() <= parameters.keys()
@@ -277,7 +277,7 @@ def test_azures_machines_are_what_rays_template_takes() -> None:
             assert isinstance(value, {"string": str, "int": int}[parameters[key]["type"]])
 
 
-def test_what_a_provider_needs_is_asked_for() -> None:
+def test_missing_sections_and_fields_are_reported() -> None:
     data = read_yaml(SHIPPED_SPEC)
     with pytest.raises(SpecError, match=r"^gcp: this section is needed"):
         render(validate(ClusterSpec, {**data, "gcp": None}), "gcp")

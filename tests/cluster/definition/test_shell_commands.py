@@ -1,4 +1,4 @@
-"""The shell lines of hosts, run by bash with programs that only note what they were asked."""
+"""The hosts' shell commands, run by bash with fake programs that log how they were called."""
 
 import copy
 import hashlib
@@ -32,7 +32,7 @@ MLFLOW = NOTE.replace("\n", "\necho $$ > ~/server.pid\n", 1) + "exec sleep 120\n
 
 
 class Host:
-    """A home folder in which the commands of a host are run as Ray's launcher would."""
+    """A home folder in which commands run as Ray's launcher would run them on a host."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -51,7 +51,7 @@ class Host:
         }
 
     def run(self, lines: list[ShellCommand], **environment: str) -> int:
-        """The exit code of the first line that fails, or 0."""
+        """The exit code of the first command that fails, or 0."""
         for line in lines:
             done = subprocess.run(
                 ["bash", "-c", f"({line})"],
@@ -68,7 +68,7 @@ class Host:
         return 0
 
     def said(self, word: str) -> list[str]:
-        """What the programs noted that has this word in it."""
+        """The log lines of the fake programs that contain this word."""
         path = self.home / "said"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if word in line]
@@ -94,10 +94,10 @@ PROVIDERS: tuple[Provider, ...] = ("aws", "gcp", "azure", "local")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_what_runs_is_neither_started_twice_nor_stopped(
+def test_running_programs_are_neither_started_twice_nor_stopped(
     host: Host, provider: Provider, wait_until: Callable[..., None]
 ) -> None:
-    """Another `up`, or a new head that starts Ray on its hosts, finds live nodes."""
+    """As when another `up`, or a new head, runs the commands on live nodes."""
     head = shell_commands.head_start_commands(spec(metrics=True), provider)
     (host.home / ".heliostat").mkdir()
     for _ in range(2):
@@ -111,7 +111,7 @@ def test_what_runs_is_neither_started_twice_nor_stopped(
     assert len(host.said("mlflow server")) == 1
 
 
-def test_what_a_dead_head_has_left_is_stopped_first(host: Host) -> None:
+def test_the_rest_of_a_dead_head_is_stopped_first(host: Host) -> None:
     (host.home / ".heliostat").mkdir()
     (host.home / "runs.raylet").touch()
     assert host.run(shell_commands.head_start_commands(spec(), "aws")[:1]) == 0
@@ -119,7 +119,9 @@ def test_what_a_dead_head_has_left_is_stopped_first(host: Host) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_ray_asks_for_the_token_and_tells_jobs_of_mlflow(host: Host, provider: Provider) -> None:
+def test_ray_asks_for_the_token_and_jobs_get_mlflows_address(
+    host: Host, provider: Provider
+) -> None:
     assert host.run(shell_commands.head_start_commands(spec(), provider)[:1]) == 0
     (host.home / "runs.raylet").unlink()
     assert host.run(shell_commands.worker_start_commands(spec(), provider)[:1]) == 0
@@ -136,14 +138,14 @@ def test_ray_asks_for_the_token_and_tells_jobs_of_mlflow(host: Host, provider: P
         assert "AUTOSCALER_HEARTBEAT_TIMEOUT_S=10" in head
 
 
-def test_a_host_of_ones_own_may_fail_a_rented_one_must_tell(host: Host) -> None:
-    """Ray's autoscaler never comes back to an own host whose start has failed once."""
+def test_a_failed_start_is_hidden_on_own_hosts_and_reported_on_rented_ones(host: Host) -> None:
+    """Ray's autoscaler never tries an own host again after a failed start."""
     assert host.run(shell_commands.worker_start_commands(spec(), "local"), RAY_FAILS="1") == 0
     (host.home / "runs.raylet").unlink()
     assert host.run(shell_commands.worker_start_commands(spec(), "aws")[:1], RAY_FAILS="1") == 1
 
 
-def test_state_outlives_the_head_on_a_disk_or_in_redis(host: Host) -> None:
+def test_state_survives_the_head_on_a_disk_or_in_redis(host: Host) -> None:
     folder = host.home / "disk" / "state"
     assert host.run(shell_commands.head_start_commands(spec(state=str(folder)), "aws")[:1]) == 0
     assert folder.is_dir()
@@ -156,7 +158,7 @@ def test_state_outlives_the_head_on_a_disk_or_in_redis(host: Host) -> None:
     assert "mkdir" not in redis
 
 
-def test_mlflows_password_follows_from_the_token(
+def test_mlflows_password_is_derived_from_the_token(
     host: Host, wait_until: Callable[..., None]
 ) -> None:
     (host.home / ".heliostat").mkdir()

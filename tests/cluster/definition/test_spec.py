@@ -1,4 +1,4 @@
-"""The spec of a cluster: what ships can be read, and each mistake is a line with its place."""
+"""The cluster's spec: the shipped one is valid, and each mistake is one line with its path."""
 
 import copy
 from typing import Any
@@ -25,17 +25,17 @@ def test_the_shipped_spec_has_all_providers() -> None:
     [
         ("workers.gpu.min", 9, "workers.gpu: min is 9 but max is 4 (got"),
         ("workers.gpu.spots", True, "workers.gpu.spots: unknown key; did you mean 'spot'?"),
-        ("workers.head", {"max": 1}, "workers.head: the name is taken by the head"),
+        ("workers.head", {"max": 1}, "workers.head: this name is reserved for the head"),
         ("aws.ssh_from", ["203.0.113.7/24"], "aws.ssh_from: 203.0.113.7/24 has host bits set"),
         ("aws.key_name", "mine", "ssh.key and aws.key_name: give both or neither"),
         ("name", "Helio Stat", "name: "),
         ("venv", "/opt/$(reboot)", "venv: "),
         ("mlflow.database", "postgresql://me:secret@db/mlflow", "mlflow.database: keep the pass"),
-        ("kuberay.pods", {}, "kuberay.pods: must be of head, gpu"),
+        ("kuberay.pods", {}, "kuberay.pods: must have exactly the keys head, gpu"),
         ("mlflow.auth", True, "kuberay.token_secret: is required for mlflow.auth"),
     ],
 )
-def test_a_mistake_is_a_line(data: dict[str, Any], place: str, value: Any, line: str) -> None:
+def test_a_mistake_gives_a_line(data: dict[str, Any], place: str, value: Any, line: str) -> None:
     *outer, last = place.split(".")
     inner = data
     for key in outer:

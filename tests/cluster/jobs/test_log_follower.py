@@ -1,4 +1,4 @@
-"""A log on a terminal and elsewhere."""
+"""A job's log on a terminal and elsewhere."""
 
 import io
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_stays_in_its_place_on_a_terminal() -> None:
+def test_progress_lines_overwrite_one_another_on_a_terminal() -> None:
     terminal = Terminal()
     printer = LogPrinter(terminal)
     printer.write(LOG)
@@ -26,7 +26,7 @@ def test_progress_stays_in_its_place_on_a_terminal() -> None:
     assert terminal.getvalue() == shown
 
 
-def test_elsewhere_it_is_left_out_however_the_log_comes_in_parts() -> None:
+def test_elsewhere_they_are_left_out_however_the_log_is_split() -> None:
     for size in range(1, len(LOG)):
         file = io.StringIO()
         printer = LogPrinter(file)
@@ -36,7 +36,7 @@ def test_elsewhere_it_is_left_out_however_the_log_comes_in_parts() -> None:
         assert file.getvalue() == "begun\nevaluated\n"
 
 
-def test_an_unfinished_line_is_not_lost() -> None:
+def test_an_unfinished_line_is_written_at_the_end() -> None:
     file = io.StringIO()
     printer = LogPrinter(file)
     printer.write("begun\nKill")

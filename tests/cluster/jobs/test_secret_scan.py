@@ -1,4 +1,4 @@
-"""What looks like a key is found, and what only resembles one is left alone."""
+"""Credentials are found, and text that only resembles them is not."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from cluster.jobs.secret_scan import find_secrets, secret_in_text
 
-# Put together here, so that nobody takes this file for one with keys in it.
+# Assembled here, so that scanners do not find keys in this file.
 AWS = "AKIA" + "ABCDEFGHIJKLMNOP"
 GITHUB = "ghp" + "_" + "a1B2" * 9
 ARMOUR = "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nb3BlbnNzaC1rZXk=\n"
@@ -46,12 +46,12 @@ def test_keys_are_found(tmp_path: Path, name: str, text: str, what: str) -> None
         ("link.md", "https://user:<password>@host/ and http://127.0.0.1:8265\n"),
     ],
 )
-def test_what_only_resembles_a_key_is_left_alone(tmp_path: Path, name: str, text: str) -> None:
+def test_text_that_resembles_a_key_is_not_found(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     assert find_secrets(tmp_path, [Path(name)]) == []
 
 
-def test_words_of_a_command() -> None:
+def test_arguments_of_a_command() -> None:
     assert (
         secret_in_text("tracking.uri=https://me:secretword@mlflow.internal")
         == "a password in a URL"
@@ -61,7 +61,7 @@ def test_words_of_a_command() -> None:
     assert secret_in_text("tracking.uri=http://10.0.0.1:5000") is None
 
 
-def test_this_checkout_holds_no_keys() -> None:
+def test_this_checkout_contains_no_keys() -> None:
     home = Path(__file__).parents[3]
     files = [path.relative_to(home) for path in (home / "cluster").rglob("*") if path.is_file()]
     files += [path.relative_to(home) for path in (home / "tests").rglob("*.py")]

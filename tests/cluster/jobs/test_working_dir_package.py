@@ -1,4 +1,4 @@
-"""What of a working folder is sent to a cluster."""
+"""Which files of a working folder are sent to a cluster."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from cluster.jobs.working_dir_package import build_package, list_packaged_files
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A project with rules of its own in two places."""
+    """A project with ignore rules in two folders."""
     for name in ("train.py", "lib/net.py", "lib/big.bin", "runs/a/best.yaml", "notes.txt", ".env"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -32,30 +32,32 @@ def names(paths: list[Path]) -> set[str]:
 
 
 @pytest.mark.parametrize("repository", [False, True])
-def test_what_git_ignores_stays_here(folder: Path, repository: bool) -> None:
-    """In a repository, and in a folder that is none."""
+def test_files_that_git_ignores_are_left_out(folder: Path, repository: bool) -> None:
+    """In a repository, and in a folder outside of any."""
     if repository:
         subprocess.run(["git", "init", "-q", folder], check=True)
         subprocess.run(["git", "-C", folder, "add", "-f", "lib/big.bin"], check=True)
-    # What was added to the repository in spite of a rule is the repository's.
+    # A file that was added in spite of a rule is tracked.
     tracked = {"lib/big.bin"} if repository else set()
     assert names(list_packaged_files(folder)) == {"train.py", "lib/net.py", "notes.txt"} | tracked
     assert names(list_packaged_files(folder, ["*.txt", "lib"])) == {"train.py"}
 
 
-def test_a_part_of_a_repository_has_the_rules_of_the_whole(folder: Path) -> None:
+def test_a_subfolder_obeys_the_rules_of_its_repository(folder: Path) -> None:
     subprocess.run(["git", "init", "-q", folder], check=True)
     (folder / ".gitignore").write_text("net.py\n")
     assert names(list_packaged_files(folder / "lib")) == set()
 
 
-def test_a_storage_at_the_top_is_not_a_module_of_that_name(folder: Path) -> None:
+def test_a_pattern_with_a_slash_matches_the_top_folder_only(folder: Path) -> None:
     (folder / "lib" / "notes.txt").touch()
     assert names(list_packaged_files(folder, ["/notes.txt"])) >= {"lib/notes.txt"}
     assert "notes.txt" not in names(list_packaged_files(folder, ["/notes.txt"]))
 
 
-def test_without_git_rules_cannot_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_ignore_rules_are_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SpecError, match=r"git: is needed"):
         list_packaged_files(folder)
@@ -64,7 +66,7 @@ def test_without_git_rules_cannot_be_told(folder: Path, monkeypatch: pytest.Monk
     assert "lib/big.bin" in names(list_packaged_files(folder))
 
 
-def test_a_package_is_named_by_what_is_in_it(folder: Path) -> None:
+def test_a_package_is_named_by_its_content(folder: Path) -> None:
     spec = Path("runs/a/best.yaml")
     package = build_package(folder, required_files=[spec])
     with zipfile.ZipFile(io.BytesIO(package.data)) as archive:
@@ -76,7 +78,7 @@ def test_a_package_is_named_by_what_is_in_it(folder: Path) -> None:
     assert build_package(folder, required_files=[spec]).uri != package.uri
 
 
-def test_keys_are_not_sent(folder: Path) -> None:
+def test_files_with_keys_are_refused(folder: Path) -> None:
     (folder / ".gitignore").write_text("/runs\n")
     (folder / ".env").write_text("API_TOKEN=0123456789abcdef\n")
     with pytest.raises(SpecError, match=r"^\.env: a secret, in line 1\nnothing was sent"):
@@ -84,7 +86,7 @@ def test_keys_are_not_sent(folder: Path) -> None:
     assert ".env" not in names(list(build_package(folder, exclude_patterns=[".env"]).files))
 
 
-def test_a_folder_that_is_too_large_names_its_largest_files(
+def test_for_a_folder_that_is_too_large_the_largest_files_are_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(working_dir_package, "MAX_PACKAGE_BYTES", 3 << 20)
@@ -97,8 +99,8 @@ def test_a_folder_that_is_too_large_names_its_largest_files(
     assert "6.0 MiB, more than the 3.0 MiB" in lines[-1]
 
 
-def test_our_own_packages_are_the_clusters() -> None:
-    """Sent from Heliostat's own checkout they would hide what is installed there."""
+def test_heliostats_own_packages_are_left_out() -> None:
+    """Sent from Heliostat's checkout, they would hide those that the cluster has installed."""
     files = list_packaged_files(working_dir_package.HELIOSTAT_ROOT)
-    assert not {path.parts[0] for path in files} & {"cluster", "trainers", "tuning"}
+    assert not {path.parts[0] for path in files} & {"cluster", "trainers", "tuning", "heliostat"}
     assert Path("README.md") in files

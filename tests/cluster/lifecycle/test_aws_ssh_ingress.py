@@ -1,4 +1,4 @@
-"""What Ray's launcher opens on AWS is shut, against moto's EC2 in this process."""
+"""Rules for everybody are revoked, on moto's EC2 in this process."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def group(ec2: Any, *networks: str) -> str:
-    """A group as Ray's launcher makes it: the file's networks beside everybody."""
+    """A security group as Ray's launcher creates it: everybody, and the networks of the file."""
     made = ec2.create_security_group(GroupName="heliostat", Description="Ray's")["GroupId"]
     ranges = [{"CidrIp": network} for network in networks]
     inside = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": made}]}
@@ -34,7 +34,7 @@ def rules_of(ec2: Any, made: str) -> list[dict[str, Any]]:
     return list(ec2.describe_security_groups(GroupIds=[made])["SecurityGroups"][0]["IpPermissions"])
 
 
-def test_everybody_is_shut_out_and_nobody_else(ec2: Any) -> None:
+def test_only_rules_for_everybody_are_revoked(ec2: Any) -> None:
     made = group(ec2, "0.0.0.0/0", "203.0.113.0/24")
     assert len(revoke_public_ingress(ec2, "heliostat")) == 1
     ranges = [it["CidrIp"] for rule in rules_of(ec2, made) for it in rule["IpRanges"]]
@@ -44,7 +44,7 @@ def test_everybody_is_shut_out_and_nobody_else(ec2: Any) -> None:
     assert revoke_public_ingress(ec2, "heliostat") == []
 
 
-def test_the_last_way_in_is_left(ec2: Any) -> None:
+def test_the_only_rule_for_ssh_is_kept(ec2: Any) -> None:
     made = group(ec2, "0.0.0.0/0")
     assert "left as it is" in revoke_public_ingress(ec2, "heliostat")[0]
     assert any(rule["IpRanges"] for rule in rules_of(ec2, made))

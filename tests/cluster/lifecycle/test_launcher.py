@@ -1,42 +1,32 @@
-"""What the launcher makes of a file and of Ray's words; tests/rack has it on hosts."""
+"""Checks of a cluster's file before it is launched; tests/rack runs the launcher on hosts."""
+
+from pathlib import Path
 
 import pytest
 
-from cluster.lifecycle.launcher import error_line, minimum_node_count
+from cluster.base.errors import SpecError
+from cluster.lifecycle.launcher import minimum_node_count, up
+
+HOME = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(
-    ("output", "reason"),
-    [
-        (
-            "2026-01-01 00:00:00,000\tVINFO command_runner.py:399 -- Running `RAY_timeout_ms=3 x`\n"
-            "jsonschema.exceptions.ValidationError: Additional properties ('idle' was unexpected)\n"
-            "On instance:\n    {'x': 'RAY_error=1'}\n",
-            "jsonschema.exceptions.ValidationError: Additional properties ('idle' was unexpected)",
-        ),
-        (
-            "ubuntu@1.2.3.4: Permission denied (publickey).\r\n"
-            "\x1b[31m!!!\x1b[39m\nSSH command failed.\nError: Failed to setup head node.\n",
-            "ubuntu@1.2.3.4: Permission denied (publickey).",
-        ),
-        (
-            "\x1b[31m│\x1b[0m   ERROR: No matching distribution found for setuptools>=77\n"
-            "note: This error originates from a subprocess, and is no problem with pip.\n"
-            "Shared connection to 1.2.3.4 closed.\nclick.exceptions.ClickException: SSH command "
-            "failed.\nERR updater.py:194 -- !!!\nPANIC commands.py:925 -- Failed to setup\n",
-            "ERROR: No matching distribution found for setuptools>=77",
-        ),
-        ("", "ended without a word"),
-    ],
-)
-def test_the_line_that_says_why(output: str, reason: str) -> None:
-    assert error_line(output) == reason
-
-
-def test_minimum_nodes_count_the_head() -> None:
+def test_the_head_is_one_of_the_minimum_nodes() -> None:
     local = {"provider": {"type": "local", "worker_ips": ["1.1.1.1", "1.1.1.2"]}}
     assert minimum_node_count(local) == 3
     assert minimum_node_count({**local, "min_workers": 1}) == 2
     kinds = {"head": {}, "spot": {"min_workers": 2}, "dear": {"min_workers": 1}}
     cloud = {"provider": {"type": "aws"}, "head_node_type": "head", "available_node_types": kinds}
     assert minimum_node_count(cloud) == 4
+
+
+def test_a_file_of_another_version_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (HOME / "cluster.yaml").read_text()
+    older = text.replace("cluster.lifecycle.aws_ssh_ingress", "cluster.doors")
+    (tmp_path / "cluster.yaml").write_text(older)
+    place = r"head_setup_commands\.0: there is no module cluster\.doors in this version; render"
+    with pytest.raises(SpecError, match=place):
+        up(tmp_path / "cluster.yaml", print)
+    assert not (tmp_path / ".ray").exists()

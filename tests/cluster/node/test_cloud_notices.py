@@ -1,4 +1,4 @@
-"""Notices as the clouds give them, from a metadata service on the loopback."""
+"""Preemption notices of each cloud, from a metadata service on the loopback interface."""
 
 import http.server
 import json
@@ -21,7 +21,7 @@ EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 
 
 class Metadata(http.server.ThreadingHTTPServer):
-    """Answers with `pages`; like the real ones, to nobody who does not ask as they want it."""
+    """Serves `pages`; like the real services, it refuses requests without the right headers."""
 
     pages: dict[str, str]
     token = 1
@@ -82,83 +82,83 @@ def spot(when: float) -> str:
     return json.dumps({"action": "terminate", "time": at(when, "%Y-%m-%dT%H:%M:%SZ")})
 
 
-def test_aws_tells_of_an_interruption(metadata: Metadata) -> None:
-    look = notice_reader("aws")
-    assert look() is None
-    metadata.token += 1  # the old one has run out
+def test_aws_announces_an_interruption(metadata: Metadata) -> None:
+    read_notice = notice_reader("aws")
+    assert read_notice() is None
+    metadata.token += 1  # the old one has expired
     metadata.pages[SPOT] = spot(NOW + 120)
-    notice = look()
+    notice = read_notice()
     assert notice is not None
     assert notice.description == "spot interruption (terminate)"
     assert notice.deadline == NOW + 120
-    assert look() == notice
+    assert read_notice() == notice
 
 
-def test_aws_recommends_and_is_heard_where_that_is_wanted(
+def test_a_recommendation_of_aws_counts_if_that_is_configured(
     metadata: Metadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = notice_reader("aws")
+    read_notice = notice_reader("aws")
     metadata.pages[REBALANCE] = json.dumps({"noticeTime": at(NOW, "%Y-%m-%dT%H:%M:%SZ")})
-    assert look() is None
+    assert read_notice() is None
     monkeypatch.setenv("HELIOSTAT_REBALANCE_S", "600")
-    recommended = look()
+    recommended = read_notice()
     assert recommended is not None
     assert recommended.deadline == NOW + 600
-    metadata.pages[SPOT] = spot(NOW + 120)  # it has become certain
-    certain = look()
+    metadata.pages[SPOT] = spot(NOW + 120)  # now the interruption is certain
+    certain = read_notice()
     assert certain is not None
     assert certain.key != recommended.key
     assert certain.deadline == NOW + 120
 
 
 @pytest.mark.parametrize(
-    ("page", "answer", "given_s"),
+    ("page", "answer", "notice_s"),
     [
         (PREEMPTED, "TRUE", 30),
         (MAINTENANCE, "TERMINATE_ON_HOST_MAINTENANCE", 60),
         (MAINTENANCE, "MIGRATE_ON_HOST_MAINTENANCE", None),
     ],
 )
-def test_google_tells_of_preemption_and_maintenance(
-    metadata: Metadata, page: str, answer: str, given_s: float | None
+def test_google_announces_preemption_and_maintenance(
+    metadata: Metadata, page: str, answer: str, notice_s: float | None
 ) -> None:
-    look = notice_reader("gcp", lambda: NOW)
+    read_notice = notice_reader("gcp", lambda: NOW)
     metadata.pages |= {PREEMPTED: "FALSE", MAINTENANCE: "NONE"}
-    assert look() is None
+    assert read_notice() is None
     metadata.pages[page] = answer
-    notice = look()
-    assert (notice and notice.deadline - NOW) == given_s
+    notice = read_notice()
+    assert (notice and notice.deadline - NOW) == notice_s
 
 
 @pytest.mark.parametrize(
-    ("event", "given_s"),
+    ("event", "notice_s"),
     [
         ({"EventType": "Preempt"}, 30),
-        ({"EventType": "Preempt", "NotBefore": ""}, 0),  # it has begun
+        ({"EventType": "Preempt", "NotBefore": ""}, 0),  # the event has begun
         ({"EventType": "Reboot"}, 30),
         ({"EventType": "Freeze"}, None),
         ({"EventType": "Preempt", "Resources": ["worker-2"]}, None),
     ],
 )
-def test_azure_tells_of_scheduled_events(
-    metadata: Metadata, event: dict[str, Any], given_s: float | None
+def test_azure_announces_scheduled_events(
+    metadata: Metadata, event: dict[str, Any], notice_s: float | None
 ) -> None:
-    look = notice_reader("azure", lambda: NOW)
+    read_notice = notice_reader("azure", lambda: NOW)
     metadata.pages |= {NAME: "worker-1", EVENTS: json.dumps({"Events": []})}
-    assert look() is None
-    whole = {
+    assert read_notice() is None
+    full_event = {
         "EventId": "A",
         "Resources": ["worker-1", "worker-3"],
         "NotBefore": at(NOW + 30, "%a, %d %b %Y %H:%M:%S GMT"),
         **event,
     }
-    metadata.pages[EVENTS] = json.dumps({"Events": [whole]})
-    notice = look()
-    assert (notice and notice.deadline - NOW) == given_s
+    metadata.pages[EVENTS] = json.dumps({"Events": [full_event]})
+    notice = read_notice()
+    assert (notice and notice.deadline - NOW) == notice_s
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
-def test_a_service_that_is_away_or_talks_nonsense_is_no_notice(
+def test_a_service_that_fails_raises_and_gives_no_notice(
     metadata: Metadata, monkeypatch: pytest.MonkeyPatch, free_port: int, cloud: str
 ) -> None:
     metadata.pages |= {SPOT: "{", NAME: "worker-1", EVENTS: "<html>"}

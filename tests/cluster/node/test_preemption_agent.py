@@ -1,6 +1,7 @@
-"""The agent of a node: small, hard to stop, and what it hears reaches Ray."""
+"""The preemption agent is small, keeps running, and passes notices on to Ray."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 from cluster.node import preemption_agent
 from cluster.node.cloud_notices import MetadataServiceError, Notice
-from cluster.node.preemption_agent import PreemptionAgent, local_raylets
+from cluster.node.preemption_agent import PreemptionAgent
+from cluster.node.raylets import NODE_IP_VAR, Raylet, local_raylets
 
 HOST = "127.0.0.7"
 PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
-"""A raylet ends whose agents are not there in 30 s, which a busy machine may need."""
+"""A raylet ends if its agents have not started after 30 s, which a busy machine may exceed."""
 NODES = f"""\
 import json
 import sys
@@ -28,7 +30,7 @@ import ray
 import ray._private.utils
 from ray.cluster_utils import Cluster
 
-# Whoever starts a Ray on this machine would otherwise land on this one.
+# Otherwise every other driver on this machine would connect to this Ray.
 ray._private.utils.write_ray_address = lambda address: None
 cluster = Cluster(initialize_head=True, head_node_args={{"include_dashboard": False}})
 print("head", flush=True)
@@ -53,7 +55,7 @@ cluster.shutdown()
 
 @dataclass
 class Cluster:
-    """A Ray whose head is there, and a second node, with work on it, that comes when asked for."""
+    """A Ray with a head, and a second node with an actor, which `add` starts."""
 
     process: subprocess.Popen[str]
     address: str = ""
@@ -70,7 +72,7 @@ class Cluster:
         self.address, self.node = about["address"], about["node"]
 
     def status(self) -> str:
-        """What Ray says of the second node."""
+        """The status of the second node in Ray."""
         from ray._raylet import GcsClient
         from ray.autoscaler.v2.sdk import get_cluster_resource_state
         from ray.core.generated.autoscaler_pb2 import NodeStatus
@@ -97,30 +99,32 @@ def cluster() -> Iterator[Cluster]:
     assert process.wait(600) == 0
 
 
-def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
+def test_a_notice_drains_the_node_and_ray_is_stopped_if_the_machine_stays(
     cluster: Cluster,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     wait_until: Callable[..., None],
 ) -> None:
-    monkeypatch.setenv(preemption_agent.NODE_IP_VAR, HOST)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv(NODE_IP_VAR, HOST)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     answer: list[Notice | MetadataServiceError | None] = [MetadataServiceError("refused")]
-    said: list[str] = []
+    lines: list[str] = []
 
-    def look() -> Notice | None:
+    def read_notice() -> Notice | None:
         if isinstance(answer[0], MetadataServiceError):
             raise answer[0]
         return answer[0]
 
-    watch = PreemptionAgent(look)
+    agent = PreemptionAgent(read_notice)
 
     def step() -> None:
-        watch.poll_once()
-        said.extend(capsys.readouterr().out.splitlines())
+        agent.poll_once()
+        lines.extend(caplog.messages)
+        caplog.clear()
 
     def times(words: str) -> int:
-        return sum(words in line for line in said)
+        return sum(words in line for line in lines)
 
     def after_a_step(true: Callable[[], bool]) -> bool:
         step()
@@ -137,27 +141,28 @@ def test_a_notice_drains_the_node_and_a_machine_that_stays_is_given_back(
     assert times("no Ray on this machine yet") == 1
 
     cluster.add()
-    wait_until(lambda: after_a_step(lambda: times("is drained") == 1), lambda: str(said))
+    wait_until(lambda: after_a_step(lambda: times("is drained") == 1), lambda: str(lines))
     wait_until(lambda: cluster.status() == "DRAINING")
     step()
     assert times("is drained") == 1
 
-    monkeypatch.setattr(preemption_agent, "GRACE_S", -600.0)  # as if the time had passed
-    wait_until(lambda: after_a_step(lambda: not list(local_raylets())), lambda: str(said))
+    monkeypatch.setattr(preemption_agent, "GRACE_S", -600.0)  # as if that time had passed
+    wait_until(lambda: after_a_step(lambda: not list(local_raylets())), lambda: str(lines))
     assert times("this machine is still there; stopping Ray's node") == 1
     wait_until(lambda: cluster.status() == "DEAD")
 
 
-def test_a_head_that_is_gone_takes_nothing_with_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_port: int
+def test_a_lost_head_does_not_stop_the_agent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free_port: int
 ) -> None:
-    lost = preemption_agent.Raylet(0, "ab" * 28, HOST, f"127.0.0.1:{free_port}")
+    caplog.set_level(logging.INFO)
+    lost = Raylet(0, "ab" * 28, HOST, f"127.0.0.1:{free_port}")
     monkeypatch.setattr(preemption_agent, "local_raylets", lambda: [lost])
     monkeypatch.setattr(preemption_agent, "DRAIN_TIMEOUT_S", 2.0)
-    watch = PreemptionAgent(lambda: Notice("a", "spot interruption (terminate)", time.time() + 600))
-    watch.poll_once()
-    watch.poll_once()
-    assert capsys.readouterr().out.count("Ray could not be told (no answer from the head") == 1
+    agent = PreemptionAgent(lambda: Notice("a", "spot interruption (terminate)", time.time() + 600))
+    agent.poll_once()
+    agent.poll_once()
+    assert caplog.text.count("Ray could not be told (no answer from the head") == 1
 
 
 def start(home: Path, **environment: str) -> subprocess.Popen[str]:
@@ -170,7 +175,7 @@ def start(home: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def test_it_is_small_and_the_newest_one_counts(
+def test_it_is_small_and_a_new_instance_replaces_the_old_one(
     tmp_path: Path, free_port: int, wait_until: Callable[..., None]
 ) -> None:
     nowhere = {"HELIOSTAT_METADATA_URL": f"http://127.0.0.1:{free_port}"}
@@ -193,7 +198,7 @@ def test_it_is_small_and_the_newest_one_counts(
         second.wait()
 
 
-def test_it_needs_nothing_but_the_standard_library() -> None:
+def test_it_imports_the_standard_library_only() -> None:
     show = "import cluster.node.preemption_agent, sys, json; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     loaded: list[Any] = [name.partition(".")[0] for name in json.loads(done.stdout)]
@@ -201,7 +206,7 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
 
 
 def _hooks(loaded: list[str]) -> set[str]:
-    """What an editable installation loads into every Python."""
+    """Modules that an editable installation loads into every Python."""
     return {
         name for name in loaded if name.startswith(("__editable__", "_distutils", "sphinxcont"))
     }

@@ -21,12 +21,12 @@ from cluster.base.config import read_yaml
 from cluster.base.errors import CheckpointError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, load_model
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.precision import weights_dtype
 from trainers.spec import RunSpec, resolve
 
 Exported = tuple[Path, nn.Module]
-"""The folder of an exported model, and the network that it is to be."""
+"""The folder of an exported model, and the network that was exported."""
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def export(tmp_path: Path) -> Callable[..., Exported]:
                 weight += 0.1 * torch.randn_like(weight)
         checkpoints = Checkpoints(Path(tempfile.mkdtemp(dir=tmp_path)))
         checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-        checkpoint = checkpoints.wait_for_latest()
+        checkpoints.wait()
+        checkpoint = checkpoints.latest()
         assert checkpoint is not None
         folder = tmp_path / "exported" / to
         export_model(folder, spec, workload, checkpoint)
@@ -137,7 +138,7 @@ print(json.dumps(found))
 """
 
 
-def test_it_needs_nothing_but_its_folder(
+def test_an_exported_model_needs_nothing_but_its_folder(
     own_folder: Path, tmp_path: Path, export: Callable[..., Exported]
 ) -> None:
     """In another process, from another folder, after the user's own is gone."""
@@ -168,7 +169,7 @@ def changed(own_folder: Path) -> None:
     forget_spirals()
 
 
-def test_it_is_what_was_trained_though_the_users_code_has_changed_since(
+def test_later_changes_of_the_users_code_do_not_matter(
     own_folder: Path, export: Callable[..., Exported]
 ) -> None:
     folder, network = export("own", "spirals:Spirals")
@@ -222,7 +223,7 @@ def test_nothing_in_it_is_a_pickle(own_folder: Path, export: Callable[..., Expor
 def test_pickled_code_is_refused(
     own_folder: Path, export: Callable[..., Exported], tmp_path: Path, name: str
 ) -> None:
-    """Under any name, in what is exported as in what is loaded."""
+    """Under any name, at export and at load."""
     folder, network = export("own", "spirals:Spirals")
     if name == "plain":
         (folder / name).write_bytes(pickle.dumps(network.state_dict()))
@@ -240,3 +241,34 @@ def test_missing_weights_are_named(own_folder: Path, export: Callable[..., Expor
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=rf"^{folder}: no model\.safetensors in it$"):
         load_model(folder)
+
+
+def test_a_folder_with_several_models_is_refused(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    """Which one to load would be a guess, unless one is the run's own or the only one."""
+    folder, network = export("runs/first/model", "spirals:Spirals")
+    points = torch.randn(5, 2)
+    assert torch.equal(load_model(folder.parents[1])(points), network(points))
+    (folder.parents[1] / ".half" / "model").mkdir(parents=True)
+    (folder.parents[1] / ".half" / "model" / "model.safetensors").touch()
+    assert torch.equal(load_model(folder.parents[1])(points), network(points))
+    second, other = export("runs/second/model", "spirals:Spirals", model={"width": 4})
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder.parents[1])
+    assert str(caught.value) == (
+        f"{folder.parents[1]}: holds 2 models, name one: first/model, second/model"
+    )
+    export("runs/second/trials/0001/model", "spirals:Spirals")
+    assert torch.equal(load_model(second.parent)(points), other(points))
+
+
+def test_the_loader_that_earlier_releases_registered_is_there(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    folder, network = export("own", "spirals:Spirals")
+    points = torch.randn(5, 2)
+    loader = importlib.import_module("trainers.export")
+    assert (
+        loader._load_pyfunc(str(folder)).predict(points.numpy()) == network(points).detach().numpy()
+    ).all()

@@ -25,7 +25,7 @@ def folder(
 
 
 @pytest.mark.slow
-def test_a_plan_a_run_that_was_planned_and_a_study(
+def test_a_plan_the_planned_run_and_a_scaling_study(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     on = ["--on", "provider=aws name=p4d.24xlarge"]
@@ -90,7 +90,7 @@ def history(run: str, name: str) -> dict[int, float]:
         (["scaling", "digits", "--workers", "1,64"], "the cluster has room for 4 on cpu"),
     ],
 )
-def test_mistakes_are_told_in_a_line(
+def test_mistakes_are_errors_of_one_line(
     arguments: list[str], said: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

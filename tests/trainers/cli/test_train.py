@@ -52,7 +52,7 @@ def train_here(heliostat: Any, spirals_source: str, monkeypatch: pytest.MonkeyPa
     return train_in
 
 
-def test_interrupted_and_resumed_is_as_if_nothing_had_been(
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
     heliostat: Any, client: mlflow.MlflowClient, train_here: Any, spirals_source: str
 ) -> None:
     noisy = re.sub(
@@ -96,7 +96,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-def test_a_new_run_starts_from_anothers_checkpoint(
+def test_a_new_run_starts_from_the_checkpoint_of_another(
     heliostat: Any, client: mlflow.MlflowClient, train_here: Any
 ) -> None:
     short = {"workload": "spirals:Spirals", "train": {"steps": 20}}
@@ -110,4 +110,4 @@ def test_a_new_run_starts_from_anothers_checkpoint(
     assert steps == list(range(21, 41))
     again = heliostat("train", "spirals:Spirals", "--name", "long", code=2)
     assert "--name long: " in again
-    assert "is there already" in again
+    assert "already exists" in again

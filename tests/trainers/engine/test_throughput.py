@@ -1,4 +1,4 @@
-"""Where a run's time goes, what a model costs, and how much of a run was of use."""
+"""The phases of a step, the rates that follow, MFU and goodput."""
 
 import json
 import subprocess
@@ -7,21 +7,16 @@ import timeit
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from trainers import Batch, Workload, table
 from trainers.devices import Cpu, Cuda, DeviceMemory
-from trainers.engine.throughput import STEP_PHASES, ThroughputMeter, count_flops
+from trainers.engine.throughput import STEP_PHASES, ThroughputMeter
 
 
 class Clock:
-    """A clock that goes on when told to, used for laps and for Unix time."""
+    """A clock that is moved by hand, used as monotonic clock and as Unix time."""
 
     def __init__(self) -> None:
         self.s = 1_700_000_000.0
@@ -102,6 +97,18 @@ class TestLaps:
         it = ThroughputMeter(1)
         assert min(timeit.repeat(lambda: it.mark("data"), number=2000, repeat=20)) < 2000 * 2e-6
 
+    def test_the_exchange_of_gradients_ends_with_the_next_mark(self) -> None:
+        clock = Clock()
+        it = meter(clock)
+        clock.s += 1
+        it.begin_exchange()
+        spend(it, clock, "compute", 3)
+        spend(it, clock, "compute", 4)
+        it.count_step()
+        found = it.read()
+        assert found["perf/compute_s"] == pytest.approx(5)
+        assert found["perf/communication_s"] == pytest.approx(3)
+
 
 class TestTheDevice:
     def test_mfu_is_the_share_of_the_peak_of_all_devices(
@@ -136,10 +143,10 @@ EVENTS = st.lists(
 
 class TestGoodput:
     @given(EVENTS)
-    def test_is_the_time_of_steps_that_count_over_all_time_but_pauses(
+    def test_is_the_time_of_steps_that_were_not_lost_over_all_time_but_pauses(
         self, events: list[tuple[str, float]]
     ) -> None:
-        """Any history of a run, against a count of its own."""
+        """Any history of a run, against a count kept by the test."""
         clock = Clock()
         begin = clock()
         it, saved = meter(clock), None
@@ -196,6 +203,25 @@ class TestGoodput:
         spend(second, clock, "compute", 10)
         assert second.goodput() == pytest.approx(20 / 30)
 
+    @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(-1000, 1000)), min_size=1))
+    def test_a_clock_that_is_set_back_or_forward_does_not_matter(
+        self, laps: list[tuple[float, float]]
+    ) -> None:
+        """Not within a start; between two, goodput stays below 1."""
+        clock, unix = Clock(), Clock()
+        it = ThroughputMeter(32, clock=clock, now=unix)
+        for seconds, jump_s in laps:
+            unix.s += jump_s
+            spend(it, clock, "compute", seconds)
+            spend(it, clock, "checkpoint", seconds)
+            assert it.goodput() == pytest.approx(0.5)
+        state = it.state_dict(stopped=False)
+        unix.s += laps[0][1]
+        again = ThroughputMeter(32, clock=clock, now=unix)
+        again.load_state_dict(state)
+        spend(again, clock, "compute", 1)
+        assert 0 < again.goodput() < 1
+
     def test_the_state_survives_json_beside_other_numbers(self) -> None:
         clock = Clock()
         it = meter(clock)
@@ -206,137 +232,6 @@ class TestGoodput:
         assert again.goodput() == it.goodput() == 1
         again.load_state_dict({"scale": 65536.0})  # from before there was a meter
         assert again.goodput() == 1
-
-
-class Model(Workload):
-    """Any network, with the loss of a regression or of the next token."""
-
-    network: nn.Module
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(None, None)
-        self.network = network
-
-    def dataset(self) -> dict[str, pa.Table]:
-        return {"train": table(), "val": table()}
-
-    def build(self) -> nn.Module:
-        return self.network
-
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
-        return model(batch["x"])
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        return output.flatten(1).square().mean(1)
-
-
-def flops(network: nn.Module, *shape: int) -> float | None:
-    return count_flops(Model(network), network, {"x": torch.randn(2, *shape)})
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        b, t, c = x_BTC.shape
-        qkv = self.mix(x_BTC).view(b, t, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x_BTC + self.out(y.transpose(1, 2).reshape(b, t, c))
-
-
-class Gpt(nn.Module):
-    """Blocks of 12 C^2 weights each, and a head tied to the embedding."""
-
-    def __init__(self, vocabulary: int, width: int, layers: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.embed.weight
-        self.scale = torch.ones(width)  # neither weight nor buffer
-        mlp = [nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
-        block = [Attention(width, 4), nn.LayerNorm(width), *mlp, nn.Dropout(0.1)]
-        self.blocks = nn.ModuleList(nn.Sequential(*block) for _ in range(layers))
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTC = self.embed(tokens_BT) * self.scale + torch.zeros(tokens_BT.shape[1], 1)
-        for block in self.blocks:
-            x_BTC = block(x_BTC)
-        return self.head(x_BTC)
-
-
-class TestFlops:
-    @pytest.mark.parametrize(("context", "width", "layers"), [(64, 32, 2), (16, 64, 3)])
-    def test_of_a_gpt_are_six_for_a_weight_and_token_and_twelve_for_attention(
-        self, context: int, width: int, layers: int
-    ) -> None:
-        """6 N + 12 L T C a token (Chowdhery et al., PaLM, 2022, appendix B)."""
-        network = Gpt(256, width, layers)
-        batch = {"x": torch.zeros(2, context, dtype=torch.int64)}
-        weights = 12 * width**2 * layers + 256 * width
-        expected = context * (6 * weights + 12 * layers * context * width)
-        assert count_flops(Model(network), network, batch) == expected
-
-    def test_of_a_convolutional_network(self) -> None:
-        """Two a weight and place forward, and four backward but where no gradient is needed."""
-        first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1, stride=2)
-        network = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.Flatten())
-        expected = 4 * (3 * 8 * 9) * 32**2 + 6 * (8 * 16 * 9) * 16**2
-        assert flops(network, 3, 32, 32) == expected
-
-    def test_frozen_weights_need_no_gradient(self) -> None:
-        network = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
-        network[0].weight.requires_grad_(False)
-        assert flops(network, 8) == 2 * 64 + 4 * 64
-
-    def test_nothing_of_the_run_is_disturbed(self) -> None:
-        network = nn.Sequential(
-            *(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-        ).eval()
-        network[0].weight.grad = torch.ones(8, 8)
-        batch = {"x": torch.randn(4, 8)}
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        x, random = batch["x"].clone(), torch.get_rng_state()
-        assert count_flops(Model(network), network, batch)
-        after = network.state_dict()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert torch.equal(batch["x"], x)
-        assert torch.equal(torch.get_rng_state(), random)
-        assert torch.equal(network[0].weight.grad, torch.ones(8, 8))
-        assert network[3].weight.grad is None
-        assert not network.training
-
-    def test_no_memory_is_needed(self) -> None:
-        """Forty gigabytes of weights."""
-        with torch.device("meta"):
-            network = nn.Linear(100_000, 100_000, bias=False)
-        before = Cpu().memory().peak
-        assert flops(network, 100_000) == 4e10
-        assert Cpu().memory().peak < before + 200_000_000
-
-    def test_in_double_precision(self) -> None:
-        assert flops(nn.Linear(8, 8, bias=False).double(), 8) == 4 * 64
-
-    def test_as_in_training_whatever_mode_the_network_is_in(self) -> None:
-        class Twice(nn.Linear):
-            def forward(self, x: Tensor) -> Tensor:
-                x = super().forward(x)
-                return super().forward(x) if self.training else x
-
-        assert flops(Twice(8, 8, bias=False).eval(), 8) == (2 + 4 + 4) * 64
-
-    def test_none_where_the_way_depends_on_the_data(self) -> None:
-        class Branch(nn.Linear):
-            def forward(self, x: Tensor) -> Tensor:
-                return super().forward(x) if x.mean() > 0 else x
-
-        assert flops(Branch(8, 8), 8) is None
-
-    def test_none_where_the_model_is_wrong(self) -> None:
-        assert flops(nn.Linear(8, 8), 9) is None
 
 
 WORKER = """
@@ -381,7 +276,7 @@ print(json.dumps({"same": same, **meter.read()}))
 """
 
 
-def test_communication_is_what_could_not_be_hidden(tmp_path: Path) -> None:
+def test_communication_is_the_exposed_part_of_the_exchange(tmp_path: Path) -> None:
     """Of two processes one is 0.3 s late each step: the other's wait is communication."""
     processes = [
         subprocess.Popen(

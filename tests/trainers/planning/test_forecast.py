@@ -1,4 +1,4 @@
-"""Forecasts: what they add up, what is remembered, what residuals do to the next intervals."""
+"""Forecasts: their sums, their history, and their calibration by earlier runs."""
 
 import random
 from pathlib import Path
@@ -31,7 +31,7 @@ NUMBERS = st.floats(1e-3, 1e6)
 
 
 @given(NUMBERS, st.floats(0.01, 3), NUMBERS, st.floats(0.01, 3))
-def test_intervals_hold_their_middle(a: float, error: float, b: float, other: float) -> None:
+def test_intervals_contain_their_middle(a: float, error: float, b: float, other: float) -> None:
     x, y = Interval.around(a, error), Interval.around(b, other)
     moved = [Calibration(shift, width) for shift in (-1.5, 0, 1.5) for width in (0.5, 2)]
     for found in (
@@ -50,7 +50,7 @@ def a_probe(workers: int, batch: int, step_s: float) -> ProbeResult:
     return ProbeResult(place, batch, step_s, 0.01, 9.0, 0.5, 0.2, 0.1, 1.0, {}, None, "cpu", None)
 
 
-def test_a_forecast_adds_up_all_that_a_run_does() -> None:
+def test_a_forecast_is_the_sum_of_all_parts_of_a_run() -> None:
     pool = Pool("cpu", (2,), 2.0)
     found = probed_pool(pool, [a_probe(1, 64, 0.02), a_probe(2, 64, 0.015)], 64)
     whole = forecast(found, 2, RunLength(steps=1001, evaluations=10, tests=1, saves=4))
@@ -60,7 +60,7 @@ def test_a_forecast_adds_up_all_that_a_run_does() -> None:
     assert isinstance(forecast(found, 3, RunLength(10, 1, 0, 1)), Unknown)
 
 
-def test_the_length_of_a_run_is_that_of_its_loop() -> None:
+def test_the_length_of_a_run_is_that_of_its_training_loop() -> None:
     spec, _ = resolve(find_spec("digits")[1], RunSpec)
     assert run_length(spec, 1257, has_test=True) == RunLength(590, 6, 1, 1)
     every = spec.checkpoint.model_copy(update={"every_steps": 100})
@@ -81,8 +81,8 @@ def test_the_shipped_error_bars_hold_until_there_are_runs() -> None:
     assert narrower == sorted(narrower, reverse=True)
 
 
-def test_what_all_runs_have_in_common_moves_the_next_interval() -> None:
-    """The more of them, the more of it; then the interval need not be wide on its account."""
+def test_the_median_error_of_runs_moves_the_next_interval() -> None:
+    """It moves further with more runs, and the interval then need not be wide."""
     found = [calibrate([2.0] * count) for count in (1, 2, 6, 38)]
     assert [each.shift for each in found] == [pytest.approx(x) for x in (2 / 3, 1, 1.5, 1.9)]
     assert found[-1].widening == 0.25
@@ -93,8 +93,8 @@ def test_what_all_runs_have_in_common_moves_the_next_interval() -> None:
     assert shipped.calibrated(Calibration(-1)).middle == pytest.approx(50)
 
 
-def test_nine_of_ten_later_runs_lie_within_whatever_the_errors_are() -> None:
-    """With errors twice as large as shipped, and of another shape: the guarantee is free of it."""
+def test_nine_of_ten_later_runs_lie_within_the_interval_for_any_distribution() -> None:
+    """Here the errors are twice as large as the shipped ones, and exponential."""
     draw = random.Random(0)
     inside = []
     for _ in range(300):
@@ -112,34 +112,34 @@ def test_scores_do_not_depend_on_how_the_interval_was_calibrated() -> None:
         assert score(expected, 100 / 1.2) == pytest.approx(-1)
 
 
-def test_what_was_forecast_is_found_again_by_the_run_that_does_it(tmp_path: Path) -> None:
+def test_a_run_finds_the_forecast_of_equal_work(tmp_path: Path) -> None:
     spec, _ = resolve({**find_spec("digits")[1], "storage": str(tmp_path)}, RunSpec)
     data = resolved_data(spec)
     elsewhere = {**data, "storage": "/other", "tracking": {**data["tracking"], "uri": "http://x"}}
     two = {**data, "scale": {**data["scale"], "workers": 2}}
     wider = {**data, "model": {**data["model"], "width": 24}}
-    memory = ForecastHistory(tmp_path)
-    assert memory.latest_for([forecast_key(data, "cpu")]) is None
+    history = ForecastHistory(tmp_path)
+    assert history.latest_for([forecast_key(data, "cpu")]) is None
     older = Forecast(Interval(1, 2, 3), Interval(1, 2, 3), "measured", Interval(1, 2, 3), 5.0)
     newer = Forecast(Interval(4, 5, 6), Interval(1, 2, 3), "measured", Interval(3, 5, 7), 6.0)
     for each in (older, newer):
-        memory.record_forecast(forecast_key(data, "cpu"), each)
+        history.record_forecast(forecast_key(data, "cpu"), each)
     assert ForecastHistory(tmp_path).latest_for(forecast_keys(elsewhere, with_gpus=False)) == newer
-    assert memory.latest_for(forecast_keys(data, with_gpus=True)) is None
+    assert history.latest_for(forecast_keys(data, with_gpus=True)) is None
     for other in (two, wider):
-        assert memory.latest_for(forecast_keys(other, with_gpus=False)) is None
+        assert history.latest_for(forecast_keys(other, with_gpus=False)) is None
 
 
-def test_what_runs_took_is_kept_and_a_torn_line_is_nothing(tmp_path: Path) -> None:
+def test_actual_times_are_recorded_and_a_torn_line_is_ignored(tmp_path: Path) -> None:
     shipped = Interval.around(10, 0.2)
     expected = Forecast(shipped, Interval(1, 1, 1), "measured", shipped)
-    memory = ForecastHistory(tmp_path)
-    memory.record_actual("first", expected, 12.0)
+    history = ForecastHistory(tmp_path)
+    history.record_actual("first", expected, 12.0)
     with (tmp_path / "forecasts.jsonl").open("a") as file:
         file.write('{"kind": "actual", "sco\n')
-    memory.record_actual("second", expected, 10.0)
-    assert memory.scores() == [pytest.approx(1), 0.0]
-    assert calibrate(memory.scores()) == pytest.approx(calibrate([1.0, 0.0]))
+    history.record_actual("second", expected, 10.0)
+    assert history.scores() == [pytest.approx(1), 0.0]
+    assert calibrate(history.scores()) == pytest.approx(calibrate([1.0, 0.0]))
     assert describe_outcome(expected, 12.5) == (
         "10 s forecast (measured), 12.5 s taken: +25%, outside 8.33 to 12 s"
     )

@@ -1,6 +1,6 @@
-"""Plans made again from recorded probes: what is chosen, what is said, what stays unknown.
+"""Plans from recorded probes: options, marks, notes, and forecasts that stay unknown.
 
-The probes are stand-ins of round numbers, not measurements.
+The probes are round numbers, not measurements.
 """
 
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ def marked(made: Plan, mark: str) -> Option:
     return next(option for option in made.options if mark in option.marks)
 
 
-def test_options_say_what_they_rest_on_and_the_farther_the_less_they_know() -> None:
+def test_options_have_a_basis_and_wider_intervals_farther_from_the_probes() -> None:
     options = plan([CPU, T4], [], RUN).options
     basis = {
         (o.accelerator, o.workers): o.forecast.basis
@@ -97,7 +97,7 @@ def test_a_node_boundary_that_was_not_probed_is_unknown() -> None:
     assert knee_of(one_node) <= 4
 
 
-def test_what_is_rented_is_priced_on_demand_and_on_spot() -> None:
+def test_rented_machines_have_options_on_demand_and_on_spot() -> None:
     machines = select_machines("name=g4dn.12xlarge,p4d.24xlarge,c7i.4xlarge", instances())
     made = plan([CPU, T4], machines, RUN)
     four = found(made.options, where="aws/us-east-1/g4dn.12xlarge", nodes=1, market="on demand")
@@ -130,7 +130,7 @@ def test_what_is_rented_is_priced_on_demand_and_on_spot() -> None:
     assert marked(made, "greenest").kg_co2e is not None
 
 
-def test_limits_leave_what_surely_fits() -> None:
+def test_limits_keep_the_options_whose_whole_interval_fits() -> None:
     machines = select_machines("name=g4dn.12xlarge,p4d.24xlarge", instances())
     every = plan([CPU, T4], machines, RUN)
     limited = plan([CPU, T4], machines, RUN, deadline_s=900, budget_usd=3)
@@ -143,9 +143,9 @@ def test_limits_leave_what_surely_fits() -> None:
         assert option.usd.high <= 3
 
 
-def test_money_of_ones_own_machine_is_what_the_spec_says() -> None:
-    question = PlanRequest(RUN.length, cost=CostSpec(usd_per_h=2.0, g_co2e_per_kwh=100))
-    option = plan([CPU], [], question).options[0]
+def test_the_price_of_an_own_machine_is_that_of_the_spec() -> None:
+    request = PlanRequest(RUN.length, cost=CostSpec(usd_per_h=2.0, g_co2e_per_kwh=100))
+    option = plan([CPU], [], request).options[0]
     assert option.wall_s is not None
     assert option.usd is not None
     assert option.kg_co2e is not None
@@ -158,7 +158,7 @@ def test_money_of_ones_own_machine_is_what_the_spec_says() -> None:
     assert unpriced.cost.kg_co2e is None
 
 
-def test_the_knee_is_marked_where_it_is() -> None:
+def test_the_knee_is_marked() -> None:
     assert knee_of(CPU) == 2
     made = plan([CPU], [], RUN)
     assert marked(made, "knee").workers == 2
@@ -183,7 +183,7 @@ def test_the_cpu_is_recommended_with_the_reason(
     assert cpu_advice([CPU, T4]) == []
 
 
-def test_pools_are_what_ray_has_for_the_spec() -> None:
+def test_pools_are_the_nodes_that_fit_the_spec() -> None:
     def node(alive: bool = True, **resources: float) -> dict[str, object]:
         named = {name.replace("_type_", "_type:"): amount for name, amount in resources.items()}
         labels = {"heliostat.io/market": "spot", "ray.io/node-id": str(id(named))}

@@ -1,7 +1,7 @@
-"""The scaling model: what it recovers, what it refuses, and how well it did on published traces.
+"""The step-time model: recovered terms, refused predictions, and errors on published traces.
 
 The traces are those of Pollux (OSDI '21; the AdaptDL repository, branch osdi21-artifact,
-Apache-2.0). They are looked for in the folder that POLLUX_TRACES names.
+Apache-2.0). The environment variable POLLUX_TRACES names their folder.
 """
 
 import csv
@@ -27,19 +27,19 @@ from trainers.planning.step_time import (
 TRACES = Path(os.environ.get("POLLUX_TRACES", Path(__file__).parents[4] / "shared/data/pollux"))
 
 
-def predicted(curve: StepTimeModel, place: Placement) -> Prediction:
-    found = curve.predict(place)
+def predicted(model: StepTimeModel, place: Placement) -> Prediction:
+    found = model.predict(place)
     assert isinstance(found, Prediction), found
     return found
 
 
-def probes(curve: StepTimeModel, *places: Placement) -> list[Measurement]:
-    return [Measurement(place, curve.step_s(place)) for place in places]
+def probes(model: StepTimeModel, *places: Placement) -> list[Measurement]:
+    return [Measurement(place, model.step_s(place)) for place in places]
 
 
 @settings(deadline=None)  # the first call imports scipy
 @given(c=st.floats(1e-4, 1), a=st.floats(0, 1), b=st.floats(0, 1), each=st.floats(1e-6, 1e-2))
-def test_terms_are_recovered_from_probes_of_them(c: float, a: float, b: float, each: float) -> None:
+def test_terms_are_recovered_from_exact_probes(c: float, a: float, b: float, each: float) -> None:
     def step_s(workers: int, nodes: int, samples: float) -> float:
         exchange = a * (workers - 1) / workers if nodes == 1 else b * (nodes - 1) / nodes
         return c + each * samples + exchange
@@ -48,12 +48,12 @@ def test_terms_are_recovered_from_probes_of_them(c: float, a: float, b: float, e
         Measurement(Placement(*where), step_s(*where))
         for where in [(1, 1, 64), (1, 1, 32), (4, 1, 16), (8, 2, 8), (16, 4, 4)]
     ]
-    curve = fit(points)
+    model = fit(points)
     for where in [(2, 1, 32), (12, 3, 16), (24, 6, 16), (32, 8, 8)]:
-        assert curve.step_s(Placement(*where)) == pytest.approx(step_s(*where), rel=1e-3)
+        assert model.step_s(Placement(*where)) == pytest.approx(step_s(*where), rel=1e-3)
 
 
-def test_what_was_measured_is_given_back_and_what_was_not_probed_is_unknown() -> None:
+def test_measured_placements_are_returned_and_kinds_without_a_probe_are_unknown() -> None:
     one = [Measurement(Placement(1, 1, 64), 1.0), Measurement(Placement(1, 1, 32), 0.6)]
     alone = fit(one)
     assert predicted(alone, Placement(1, 1, 64)).step_s == 1.0
@@ -71,13 +71,13 @@ def test_what_was_measured_is_given_back_and_what_was_not_probed_is_unknown() ->
     assert str(predicted(nodes, Placement(6, 3, 32)).basis) == "extrapolated x 1.5"
 
 
-def test_errors_grow_with_the_distance_from_what_was_probed() -> None:
+def test_errors_grow_with_the_distance_from_the_probes() -> None:
     def errors(*counts: int) -> list[float]:
         probed = [Measurement(Placement(2 * n, n, 8), 0.4) for n in counts]
-        curve = fit(
+        model = fit(
             [Measurement(Placement(1, 1, 8), 0.3), Measurement(Placement(2, 1, 8), 0.3), *probed]
         )
-        return [predicted(curve, Placement(2 * n, n, 8)).error for n in (4, 3, 6, 8, 12, 16)]
+        return [predicted(model, Placement(2 * n, n, 8)).error for n in (4, 3, 6, 8, 12, 16)]
 
     two = errors(2, 4)
     assert two == sorted(set(two))
@@ -92,8 +92,8 @@ def test_errors_grow_with_the_distance_from_what_was_probed() -> None:
         predicted(one, Placement(6, 3, 8)).error > two[-1]
     )  # how it grows with nodes is not known
     known = errors(2, 4)[1]
-    curve = fit([Measurement(Placement(2 * n, n, 8), 0.4) for n in (1, 2, 4)])
-    assert predicted(curve, Placement(6, 3, 2)).error > known  # a smaller share than any probed
+    model = fit([Measurement(Placement(2 * n, n, 8), 0.4) for n in (1, 2, 4)])
+    assert predicted(model, Placement(6, 3, 2)).error > known  # a smaller share than any probed
 
 
 @settings(deadline=None)  # the first call imports scipy
@@ -103,23 +103,23 @@ def test_errors_grow_with_the_distance_from_what_was_probed() -> None:
     st.sampled_from([2, 3, 4, 8]),
     st.sampled_from([16, 64, 256]),
 )
-def test_no_node_is_promised_to_do_more_than_its_cores(
+def test_no_node_is_predicted_to_do_more_than_its_cores(
     fixed: float, each: float, cores: int, batch: int
 ) -> None:
-    """Probed at one and two workers of one thread's worth of work each: perfect scaling."""
+    """Probed with one and two workers, each with the work of one thread: perfect scaling."""
     places = [
         Placement(workers, 1, batch / workers / part, cores)
         for workers in (1, 2)
         for part in (1, 2)
     ]
     points = [Measurement(place, fixed + each * place.samples) for place in places]
-    curve = fit(points)
-    full = batch / curve.step_s(Placement(cores, 1, batch / cores, cores))
+    model = fit(points)
+    full = batch / model.step_s(Placement(cores, 1, batch / cores, cores))
     for workers in (2 * cores, 4 * cores, 16 * cores):
-        assert batch / curve.step_s(Placement(workers, 1, batch / workers, cores)) <= full * 1.001
+        assert batch / model.step_s(Placement(workers, 1, batch / workers, cores)) <= full * 1.001
 
 
-def test_the_knee_is_where_another_worker_brings_less_than_half() -> None:
+def test_the_knee_is_the_last_worker_that_adds_half_of_a_single_one() -> None:
     assert knee({1: 100.0}) == 1
     assert knee({1: 100.0, 2: 195.0, 4: 380.0, 8: 700.0}) == 8
     assert knee({1: 100.0, 2: 190.0, 4: 300.0, 8: 340.0}) == 4
@@ -127,7 +127,7 @@ def test_the_knee_is_where_another_worker_brings_less_than_half() -> None:
 
 
 def traces() -> dict[tuple[str, int], dict[tuple[int, int], float]]:
-    """By model and samples of a device: step time by devices and nodes, full nodes where many."""
+    """(Network, samples per device) -> {(devices, nodes): step time}; several nodes are full."""
     found: dict[tuple[str, int], dict[tuple[int, int], float]] = defaultdict(dict)
     for path in sorted(TRACES.glob("*-placements.csv")):
         model = path.name.partition("-")[0]
@@ -166,12 +166,12 @@ def test_published_traces(probed: list[tuple[int, int]], median: float, p90: flo
     for (_, samples), step_s in traces().items():
         if not step_s.keys() >= set(probed):
             continue
-        curve = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
+        model = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
         for each in FAR:
             if each in step_s:
                 place = Placement(*each, samples)
-                errors.append(abs(curve.step_s(place) / step_s[each] - 1))
-                found = curve.predict(place)
+                errors.append(abs(model.step_s(place) / step_s[each] - 1))
+                found = model.predict(place)
                 if isinstance(found, Prediction):
                     ratio = found.step_s / step_s[each]
                     inside.append(max(ratio, 1 / ratio) <= 1 + found.error)
@@ -187,9 +187,9 @@ def test_published_traces_between_the_probes() -> None:
     for (_, samples), step_s in traces().items():
         probed = [*NODE, (8, 2), (16, 4)]
         if step_s.keys() >= set(probed):
-            curve = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
+            model = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
             for each in [(3, 1), (12, 3)]:
-                found = predicted(curve, Placement(*each, samples))
+                found = predicted(model, Placement(*each, samples))
                 ratio = found.step_s / step_s[each]
                 inside.append(max(ratio, 1 / ratio) <= 1 + found.error)
     assert len(inside) >= 45

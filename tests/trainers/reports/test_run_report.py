@@ -1,4 +1,4 @@
-"""The page of a run, and what is read for it from its folder."""
+"""The page of a run, and the history that is read for it from the run's folder."""
 
 import json
 import math
@@ -10,21 +10,21 @@ import pytest
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import Ledger, LedgerEntry
 from trainers.reports.charts import idle_spans
-from trainers.reports.history import Span, busy_spans, read_histories
+from trainers.reports.history import RunHistory, Series, Span, busy_spans, read_histories
 from trainers.reports.page import render_html
-from trainers.reports.run_report import run_page
+from trainers.reports.run_report import run_page, step_parts
 from trainers.run_folder import TRACKING
 from trainers.tracking.operation_log import OperationLog
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run of two workers with numbers of every kind; one of its metrics has a hostile name."""
+    """A run of two workers with metrics of every kind; the name of one of them is HTML."""
     folder = tmp_path / "best"
-    spool = OperationLog(folder / TRACKING)
+    log = OperationLog(folder / TRACKING)
     params = {"workload": "vision", "note": "</script><script>alert(1)</script>"}
     start = {"key": "best", "params": params, "tags": {"heliostat.kind": "train"}, "parent": None}
-    spool.append({"do": "start", "id": "1", **start, "at": 1_000_000})
+    log.append({"do": "start", "id": "1", **start, "at": 1_000_000})
     rows = [("train/loss", 2.0 / step, step, 1_000_000 + step) for step in range(1, 6)]
     rows += [("val/loss", [2.5, math.nan, 0.5][n], 2 * n + 1, 1_000_010) for n in range(3)]
     rows += [("test/<b>", 0.25, 5, 1_000_010)]
@@ -39,12 +39,12 @@ def folder(tmp_path: Path) -> Path:
         for name in ("samples_per_s", "fitted_samples_per_s"):
             rows += [(f"scaling/strong/{name}", speed, workers, 1_000_010)]
     rows += [("cost_usd", 0.125, 9, 1_000_020)]
-    spool.append({"do": "log", "run": "best", "rows": rows})
-    spool.append({"do": "made", "key": "best", "id": "abc"})
+    log.append({"do": "log", "run": "best", "rows": rows})
+    log.append({"do": "made", "key": "best", "id": "abc"})
     tags = {"heliostat.price": "$1/h (a price list)"}
     ended = {"do": "finish", "run": "best", "status": "FINISHED", "tags": tags, "at": 1_060_000}
-    spool.append(ended)
-    spool.close()
+    log.append(ended)
+    log.close()
     ledger = Ledger(folder / "ledger.jsonl")
     for worker in range(2):
         used = {"device": f"vm/cpu/{worker}", "covers": "cpu"}
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_was_told_is_read_as_it_was_told(folder: Path) -> None:
+def test_the_history_is_as_it_was_logged(folder: Path) -> None:
     record = read_histories(folder)["best"]
     assert (record.status, record.run_id) == ("FINISHED", "abc")
     assert record.last_update_ms - record.started_ms == 60_000
@@ -68,7 +68,7 @@ def test_what_was_told_is_read_as_it_was_told(folder: Path) -> None:
     assert math.isnan(record.series["val/loss"].values[1])
 
 
-def test_devices_have_lanes_and_gaps(folder: Path) -> None:
+def test_devices_have_lanes_and_idle_times(folder: Path) -> None:
     found = busy_spans(folder, read_histories(folder))
     first, second = "vm cpu, 1", "vm cpu, 2"
     assert found == [Span(first, "best", 1000, 1030), Span(second, "best", 1001, 1031)]
@@ -79,7 +79,7 @@ def test_devices_have_lanes_and_gaps(folder: Path) -> None:
     ]
 
 
-def test_the_page_has_each_part_that_there_are_numbers_for(folder: Path) -> None:
+def test_the_page_has_a_section_for_each_kind_of_metric(folder: Path) -> None:
     page = run_page(folder)
     assert [section.title for section in page.sections] == [
         "Summary",
@@ -108,19 +108,35 @@ def test_the_page_has_each_part_that_there_are_numbers_for(folder: Path) -> None
     assert ideal == [100, 200]
 
 
-def test_no_text_of_the_run_becomes_part_of_the_page(folder: Path) -> None:
+def test_step_times_are_weighted_by_the_steps_that_a_report_covers() -> None:
+    """Nine steps of 1 s, then one of 11 s, in which a part appears for the first time."""
+    run = RunHistory("run", {}, {}, 0, 0)
+    for name, steps, values in (
+        ("perf/step_s", [9, 10], [1.0, 11.0]),
+        ("perf/compute_s", [9, 10], [1.0, 6.0]),
+        ("perf/compute_share", [9, 10], [1.0, 6 / 11]),
+        ("perf/save_s", [10], [5.0]),
+        ("perf/save_share", [10], [5 / 11]),
+    ):
+        run.series[name] = Series(steps, values)
+    assert step_parts(run) == pytest.approx({"compute": 1.5, "save": 0.5})
+    assert step_parts(run, first=9) == {"compute": 6.0, "save": 5.0}
+    assert step_parts(run, last=9) == {"compute": 1.0}
+
+
+def test_text_of_the_run_is_escaped(folder: Path) -> None:
     text = render_html(run_page(folder))
     assert "alert(1)" in text
     assert "<script>alert" not in text
     assert "<b>" not in text
     names = re.findall(r' id="([^"]+)"', text)
-    assert len(names) == len(set(names)), "two things have one name"
+    assert len(names) == len(set(names)), "two elements have one id"
     data = re.search(r'id="drawn">(.*?)</script>', text, re.DOTALL)
     assert data is not None
     [loss] = [c for c in json.loads(data[1])["charts"] if c["name"] == "curve-loss"]
     assert None in loss["tables"]["points"]["y"], "NaN is no JSON"
 
 
-def test_a_folder_where_nothing_was_tracked_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_without_tracking_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="nothing was tracked yet"):
         read_histories(tmp_path)

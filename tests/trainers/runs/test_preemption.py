@@ -1,4 +1,4 @@
-"""A machine that is taken away with a notice, on a Ray of three nodes."""
+"""A preemption with a notice, on a Ray of three nodes."""
 
 import json
 import re
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.base.config import write_yaml
+from cluster.connection.ray_internals import drain_node
 from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
@@ -29,7 +30,7 @@ from spirals import Spirals
 
 
 class Slow(Spirals):
-    """Writes down every step and where it is done; slow until the file `gone` is there."""
+    """Records the node of every step; slow until the file `gone` exists."""
 
     class Data(Spirals.Data):
         notes: str
@@ -61,7 +62,7 @@ import sys
 import ray._private.utils
 from ray.cluster_utils import Cluster
 
-# Whoever starts a Ray on this machine would otherwise land on this one.
+# Otherwise other tests on this machine would connect to this Ray.
 ray._private.utils.write_ray_address = lambda address: None
 cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
 for _ in range(2):
@@ -76,9 +77,9 @@ cluster.shutdown()
 
 @dataclass(frozen=True)
 class Nodes:
-    """A Ray of a head and two workers, of one CPU each, held by a process of its own.
+    """A Ray of a head and two workers, of one CPU each, in a process of its own.
 
-    In this process they would be taken for the Ray that other tests share.
+    In this process it would replace the Ray that other tests share.
     """
 
     address: str
@@ -86,16 +87,8 @@ class Nodes:
     process: subprocess.Popen[str]
 
     def drain(self, node: str, seconds: int) -> None:
-        """What a spot instance's notice comes to: `ray drain-node`."""
-        from ray._raylet import GcsClient
-        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline_ms = round((time.time() + seconds) * 1000)
-        accepted, why = GcsClient(address=self.address).drain_node(
-            node, reason, "spot", deadline_ms
-        )
-        assert accepted, why
+        """Announce the end of a node, as the notice of a spot instance does."""
+        assert drain_node(self.address, node, time.time() + seconds, "spot") is None
 
     def kill(self, node: str) -> None:
         assert self.process.stdin is not None
@@ -146,15 +139,15 @@ def test_at_most_one_step_is_lost_and_no_restart_is_counted(
     busy = {node for _, node in steps()}
     leaving = next(node for node in three_nodes.workers if node in busy)
     three_nodes.drain(leaving, seconds=60)
-    told = re.compile(r"node [\d.]+ is going at \d\d:\d\d:\d\d \w+; saving after every step")
-    wait_until(lambda: told.search("".join(output)), lambda: "".join(output))
+    notice = re.compile(r"node [\d.]+ is going at \d\d:\d\d:\d\d \w+; saving after every step")
+    wait_until(lambda: notice.search("".join(output)), lambda: "".join(output))
     wait_until(lambda: list(here.glob("runs/spot/checkpoints/step-*")))
     three_nodes.kill(leaving)
     (notes / "gone").touch()
     assert process.wait(600) == 0, "".join(output)
 
     reader.join()
-    assert len(told.findall("".join(output))) == 1
+    assert len(notice.findall("".join(output))) == 1
     firsts = Counter(first for first, _ in steps() if first % 16 == 0)
     assert sorted(firsts) == [16 * step for step in range(200)]
     assert sum(firsts.values()) <= 201, "more than one step was done twice"

@@ -1,67 +1,12 @@
-"""Data and checkpoints where every machine sees them, on a server that speaks S3."""
+"""Folders of runs that a machine must see."""
 
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from cluster.base.errors import SpecError
-from cluster.base.files import cache_folder
-from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import count_samples, open_splits, prepare_dataset
-from trainers.data.remote import local_dataset
 from trainers.runs.visibility import needs_shared_folder, require_run_visible
-from trainers.spec import CheckpointSpec, RunSpec, resolve
-
-Wait = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server that speaks S3, with one bucket."""
-    pytest.importorskip("moto.server", reason="moto's server is not installed")
-    folder = tmp_path_factory.mktemp("s3")
-    server = subprocess.Popen(
-        [sys.executable, "-c", MOTO], stdout=subprocess.PIPE, stderr=(folder / "log").open("w")
-    )
-    assert server.stdout
-    port = server.stdout.readline().decode().strip()
-    assert port, (folder / "log").read_text()
-    address = f"127.0.0.1:{port}"
-    request = urllib.request.Request(f"http://{address}/bucket", method="PUT")
-    urllib.request.urlopen(request, timeout=120).close()
-    yield address
-    server.kill()
-    server.wait()
-
-
-MOTO = """
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-server._thread.join()
-"""
-
-
-@pytest.fixture
-def uri(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place of its own in the bucket; this machine has fetched nothing yet."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    machine(monkeypatch, tmp_path / "first")
-    return f"s3://bucket/{tmp_path.name}?scheme=http&endpoint_override={s3}&region=us-east-1"
-
-
-def machine(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
-    """Be on another machine: what was fetched before is not there."""
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    assert cache_folder().is_relative_to(temporary)
+from trainers.spec import RunSpec, resolve
 
 
 def spec_of(folder: Path, **fields: object) -> RunSpec:
@@ -69,61 +14,9 @@ def spec_of(folder: Path, **fields: object) -> RunSpec:
     return resolve(data, RunSpec)[0]
 
 
-def test_a_data_set_is_made_once_and_fetched_by_each_machine(
-    own_folder: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, workload = resolve({"workload": "spirals:Spirals", "datasets": uri}, RunSpec)
-    made = prepare_dataset(workload, own_folder / "runs", spec.datasets)
-    samples = open_splits(made)["train"]["point"].clone()
-    assert count_samples(made, "train") == len(samples) == 280
-    assert not (own_folder / "runs").exists()
-    monkeypatch.setattr(type(workload), "dataset", None)  # nobody makes it again
-    machine(monkeypatch, tmp_path / "second")
-    fetched = local_dataset(made, spec)
-    assert fetched.is_relative_to(tmp_path / "second")
-    assert torch.equal(open_splits(fetched)["train"]["point"], samples)
-    assert prepare_dataset(workload, own_folder / "runs", spec.datasets) == fetched
-
-
-def test_one_that_could_not_be_made_is_not_there(
-    own_folder: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, workload = resolve({"workload": "spirals:Spirals", "datasets": uri}, RunSpec)
-    made = type(workload).dataset
-    monkeypatch.setattr(type(workload), "dataset", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        prepare_dataset(workload, own_folder, spec.datasets)
-    monkeypatch.setattr(type(workload), "dataset", made)
-    assert count_samples(prepare_dataset(workload, own_folder, spec.datasets), "val") == 60
-
-
-def test_checkpoints_are_found_from_another_machine(
-    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(network.parameters())
-    run, spec = tmp_path / "storage" / "a" / "checkpoints", CheckpointSpec(uri=uri)
-    saved = Checkpoints(run, spec)
-    saved.save(5, network, optimizer, {"x": 1.0})
-    saved.wait()
-    machine(monkeypatch, tmp_path / "second")
-    (run / "elsewhere.json").unlink()  # the folder went with the first machine
-    other = torch.nn.Linear(3, 2)
-    step, numbers = Checkpoints(run, spec).resume(other, torch.optim.AdamW(other.parameters()))
-    assert (step, numbers) == (5, {"x": 1.0})
-    assert torch.equal(other.weight, network.weight)
-
-
-def test_a_place_that_cannot_be_reached_is_named(own_folder: Path) -> None:
-    _, workload = resolve({"workload": "spirals:Spirals"}, RunSpec)
-    with pytest.raises(SpecError, match=r"^datasets: nothing://bucket cannot be used"):
-        prepare_dataset(workload, own_folder, "nothing://bucket")
-
-
-def test_a_folder_that_a_machine_does_not_see_is_refused_there(
+def test_a_worker_refuses_a_folder_that_its_machine_does_not_see(
     own_folder: Path, tmp_path: Path
 ) -> None:
-    """By the worker on it."""
     folder = tmp_path / "runs" / "a"
     alone = spec_of(tmp_path / "runs")
     with pytest.raises(SpecError, match=rf"^storage: {folder} cannot be seen from \d.*NFS"):
@@ -133,7 +26,9 @@ def test_a_folder_that_a_machine_does_not_see_is_refused_there(
     require_run_visible(folder, alone)
 
 
-def test_what_must_be_shared(own_folder: Path, tmp_path: Path) -> None:
+def test_a_shared_folder_is_needed_unless_data_and_checkpoints_are_at_uris(
+    own_folder: Path, tmp_path: Path
+) -> None:
     at_uris = {"datasets": "s3://b/d", "checkpoint": {"uri": "s3://b/c"}}
     assert not needs_shared_folder(spec_of(tmp_path, **at_uris))
     require_run_visible(tmp_path / "nowhere", spec_of(tmp_path, **at_uris))

@@ -1,4 +1,4 @@
-"""The stores: SQLite made once, and for teams Postgres, artifacts in S3, and passwords."""
+"""MLflow's stores: SQLite, created once; for teams Postgres, artifacts in S3, and passwords."""
 
 import getpass
 import os
@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,20 +16,21 @@ import mlflow
 import pytest
 
 from cluster.base.errors import SpecError
+from trainers.tracking.mlflow_store import MlflowStore, UnknownRunError
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import check_access
 from trainers.tracking.tracker import TrackedRun, Tracker
 
 ROWS: list[MetricPoint] = [
-    ("loss", step / 7, step, 1_700_000_000_000 + step) for step in range(3000)
+    MetricPoint("loss", step / 7, step, 1_700_000_000_000 + step) for step in range(3000)
 ]
 
 
 def fill(tracker: Tracker, wait_until: Callable[..., None], path: Path) -> str:
-    """Track a run with a file, the last 500 metrics twice; MLflow's name for it."""
+    """Track a run with a file; returns MLflow's id of it."""
     path.write_text("hello")
     tracker.start(TrackedRun("run", {"a.b": 1}))
-    tracker.artifact("run", str(path))
+    tracker.log_artifact("run", str(path))
     tracker.log("run", ROWS, 3000)
     tracker.finish("run", "FINISHED")
     wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
@@ -45,7 +48,7 @@ while tracker.pending()[0]:
 """
 
 
-def test_a_fresh_sqlite_store_opened_by_two_at_once(tmp_path: Path) -> None:
+def test_two_processes_create_one_sqlite_store(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     both = [
         subprocess.Popen([sys.executable, "-c", FRESH, str(tmp_path / name), uri])
@@ -60,19 +63,19 @@ def test_a_fresh_sqlite_store_opened_by_two_at_once(tmp_path: Path) -> None:
 
 
 def find_postgres() -> Path | None:
-    """Debian keeps the server's programs out of the path."""
+    """The folder of the server's programs; Debian does not put it on the path."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     return found[-1].parent if found else None
 
 
 @pytest.fixture
 def postgres(tmp_path: Path, free_port: int) -> Iterator[str]:
-    """The URI of a real Postgres, which asks for a password."""
+    """The URI of a real Postgres that requires a password."""
     programs = find_postgres()
     if programs is None:
         pytest.skip("needs Postgres (apt-get install postgresql)")
     pytest.importorskip("psycopg")
-    user = "postgres" if os.getuid() == 0 else getpass.getuser()  # it refuses to run as root
+    user = "postgres" if os.getuid() == 0 else getpass.getuser()  # Postgres refuses to run as root
     folder, password = tmp_path / "postgres", tmp_path / "password"
     folder.mkdir()
     password.write_text("secret")
@@ -92,7 +95,7 @@ def postgres(tmp_path: Path, free_port: int) -> Iterator[str]:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of a bucket in something that answers as S3 does."""
+    """The URI of a bucket in a server that imitates S3."""
     server_module = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -115,7 +118,7 @@ def team_server(
     monkeypatch: pytest.MonkeyPatch,
     wait_until: Callable[..., None],
 ) -> Iterator[str]:
-    """An MLflow server as a team has it: Postgres, S3, and a password for everybody."""
+    """An MLflow server of a team: Postgres, S3, and user passwords."""
     pytest.importorskip("flask_wtf")
     port = int(postgres.rpartition("/")[0].rpartition(":")[2]) + 1
     config = tmp_path / "auth.ini"
@@ -170,16 +173,16 @@ def test_a_teams_server(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password")
-    with pytest.raises(SpecError, match=r"refuses us \(401"):
+    with pytest.raises(SpecError, match=r"refuses access \(401"):
         check_access(team_server, "teams")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a-long-password")
     assert check_access(team_server, "teams") is None
-    spool = tmp_path / "track"
-    tracker = Tracker(str(spool), team_server, "teams")
+    log = tmp_path / "track"
+    tracker = Tracker(str(log), team_server, "teams")
     run_id = fill(tracker, wait_until, tmp_path / "note.txt")
     tracker.close()
-    (spool / "sent").write_text("0")  # as after a crash before anything was recorded
-    tracker = Tracker(str(spool), team_server, "teams")
+    (log / "sent").write_text("0")  # as after a crash before anything was recorded
+    tracker = Tracker(str(log), team_server, "teams")
     wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     tracker.close()
     client = mlflow.MlflowClient(team_server)
@@ -205,3 +208,35 @@ def test_a_database_without_a_server(
     history = mlflow.MlflowClient(postgres).get_metric_history(run_id, "loss")
     assert len(history) == 3000
     shutil.rmtree("mlruns", ignore_errors=True)
+
+
+def test_two_threads_make_one_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender's thread, and the actor's main thread in `read`."""
+    made: list[str] = []
+
+    class SlowClient(mlflow.MlflowClient):
+        def __init__(self) -> None:
+            made.append(threading.current_thread().name)
+            both_started.wait(timeout=10)
+            super().__init__()
+
+    both_started = threading.Event()
+    monkeypatch.setattr(mlflow, "MlflowClient", SlowClient)
+    store = MlflowStore(f"sqlite:///{tmp_path}/mlflow.db", "threads")
+    found: list[Exception] = []
+
+    def read() -> None:
+        try:
+            store.read_run("never-started")
+        except UnknownRunError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    both_started.set()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert len(made) == 1

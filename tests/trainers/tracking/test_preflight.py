@@ -1,4 +1,4 @@
-"""MLflow is asked before anything is spent: what is a mistake, and what is only away."""
+"""MLflow is checked before a run: mistakes end it, a server that is away does not."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ from threading import Thread
 import pytest
 
 from cluster.base.errors import SpecError
-from trainers.runs import run
+from trainers.runs import session
 from trainers.spec import RunSpec, resolve
-from trainers.tracking.preflight import check_access, latest_schema_revision
+from trainers.tracking.mlflow_internals import schema_heads
+from trainers.tracking.preflight import check_access
 
 
 class Answer(BaseHTTPRequestHandler):
-    """Answers with the status that the experiment's name asks for; lets in whoever has `me:it`."""
+    """Answers with the status that the experiment's name asks for; accepts the login `me:it`."""
 
     def do_GET(self) -> None:
         code = int(self.path.rpartition("=")[2])
@@ -46,11 +47,13 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_answers_of_a_server(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert check_access(server, "200") is None
-    assert check_access(server, "404") is None, "an experiment that is not made yet"
+    assert check_access(server, "404") is None, "an experiment that does not exist yet"
     for code in ("401", "403"):
-        with pytest.raises(SpecError, match=rf"^tracking.uri: {server} refuses us \({code}: No.\)"):
+        with pytest.raises(
+            SpecError, match=rf"^tracking.uri: {server} refuses access \({code}: No.\)"
+        ):
             check_access(server, code)
     for code in ("429", "500"):
         assert f"answers {code}; training begins" in (check_access(server, code) or "")
@@ -71,13 +74,13 @@ def test_wrong_credentials_end_a_run_before_ray_is_started(
     tracking = {"uri": server, "experiment": "401"}
     spec, _ = resolve({"workload": "vision", "tracking": tracking}, RunSpec)
     started: list[object] = []
-    monkeypatch.setattr(run, "ray_session", started.append)
-    with pytest.raises(SpecError, match="401"), run.run_session(tmp_path, spec, None, True):
+    monkeypatch.setattr(session, "ray_session", started.append)
+    with pytest.raises(SpecError, match="401"), session.run_session(tmp_path, spec, None, True):
         pass
     assert started == []
 
 
-def test_nobody_there(free_port: int) -> None:
+def test_a_server_that_cannot_be_reached(free_port: int) -> None:
     away = check_access(f"http://me:secret@127.0.0.1:{free_port}", "x")
     assert away is not None
     assert "cannot be reached" in away
@@ -86,17 +89,18 @@ def test_nobody_there(free_port: int) -> None:
     assert len(away.splitlines()) == 1
 
 
-def test_a_database_of_another_mlflow_gives_its_upgrade_command(tmp_path: Path) -> None:
+def test_a_database_of_another_mlflow_version_names_the_upgrade_command(tmp_path: Path) -> None:
+    (newest,) = schema_heads()
     file = tmp_path / "mlflow.db"
     uri = f"sqlite:///{file}"
     assert check_access(uri, "x") is None
-    for version in ("451aebb31d03", latest_schema_revision()):
+    for version in ("451aebb31d03", newest):
         with sqlite3.connect(file) as database:
             database.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num TEXT)")
             database.execute("DELETE FROM alembic_version")
             database.execute("INSERT INTO alembic_version VALUES (?)", (version,))
         database.close()
-        if version == latest_schema_revision():
+        if version == newest:
             assert check_access(uri, "x") is None
         else:
             with pytest.raises(SpecError, match=f"run: mlflow db upgrade '{uri}'$"):
@@ -107,6 +111,6 @@ def test_a_database_of_another_mlflow_gives_its_upgrade_command(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "ftp://somewhere"])
-def test_what_mlflow_cannot_be_at(uri: str) -> None:
+def test_a_uri_that_mlflow_does_not_support(uri: str) -> None:
     with pytest.raises(SpecError, match=r"^tracking.uri: must be http"):
         check_access(uri, "x")

@@ -1,4 +1,4 @@
-"""A run's model in MLflow: others load it who have nothing of ours, and it gets a name."""
+"""A run's model in MLflow: it loads without Heliostat installed, and it can be registered."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from trainers import load_model
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
 from trainers.cli.track import register_command
-from trainers.engine.optimizer import build_optimizer
+from trainers.modeling.optimizer import build_optimizer
 from trainers.run_folder import MODEL, SPEC, TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.tracker import TrackedRun, Tracker
@@ -75,20 +75,21 @@ print(json.dumps(model.predict(data).tolist()))
 def tracked(
     own_folder: Path, tmp_path: Path, mlflow_server: str, wait_until: Callable[..., None]
 ) -> dict[str, Any]:
-    """A run of a user's own workload as it is after its end: its folder, and what MLflow has."""
+    """A finished run of a user's own workload: its folder, and the run as MLflow has it."""
     data = {"workload": "spirals:Spirals", "model": {"width": 8, "dropout": 0.0}}
     spec, workload = resolve(data, RunSpec)
     network = workload.build()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-    checkpoint = checkpoints.wait_for_latest()
+    checkpoints.wait()
+    checkpoint = checkpoints.latest()
     assert checkpoint is not None
     folder = tmp_path / "run"
     export_model(folder / MODEL, spec, workload, checkpoint)
     write_yaml({"tracking": {"uri": mlflow_server, "experiment": "models"}}, folder / SPEC)
     tracker = Tracker(str(folder / TRACKING), mlflow_server, "models")
     tracker.start(TrackedRun("run", {"model.width": 8}, {"mlflow.source.git.commit": "abc"}))
-    tracker.model("run", str(folder / MODEL))
+    tracker.log_model("run", str(folder / MODEL))
     tracker.finish("run", "FINISHED")
     wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     found = tracker.read("run")
@@ -96,10 +97,10 @@ def tracked(
     return {**found, "folder": folder, "network": network.eval()}
 
 
-def test_it_loads_where_nothing_of_ours_is(
+def test_it_loads_without_heliostat(
     tracked: dict[str, Any], tmp_path: Path, mlflow_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a Python that has only what the model says it needs, MLflow, and what these need."""
+    """In a Python that has only MLflow, the model's requirements, and their dependencies."""
     mlflow.set_tracking_uri(mlflow_server)
     client = mlflow.MlflowClient(mlflow_server)
     command = Namespace(run=str(tracked["folder"]), name="spirals", alias="champion")

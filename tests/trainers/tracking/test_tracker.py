@@ -1,4 +1,4 @@
-"""The one writer to MLflow: nothing lost, nothing twice, nobody kept waiting."""
+"""The one writer to MLflow: nothing is lost or sent twice, and no worker waits."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ def client(mlflow_server: str) -> mlflow.MlflowClient:
 
 
 def rows(steps: range, name: str = "train/loss") -> list[MetricPoint]:
-    return [(name, step / 7, step, 1_700_000_000_000 + step) for step in steps]
+    return [MetricPoint(name, step / 7, step, 1_700_000_000_000 + step) for step in steps]
 
 
 def drained(tracker: Tracker, wait_until: Wait) -> None:
@@ -51,7 +51,7 @@ def test_a_parent_and_its_child(
     tracker.start(TrackedRun("sweep", {"train.seed": 3}, {"kind": "sweep"}))
     tracker.start(TrackedRun("sweep/0001", {"optimizer.lr": 3e-4}, parent="sweep"))
     tracker.log("sweep/0001", rows(range(5)), 5)
-    tracker.artifact("sweep", str(tmp_path / "spec.yaml"))
+    tracker.log_artifact("sweep", str(tmp_path / "spec.yaml"))
     tracker.finish("sweep/0001", "FAILED", {"heliostat.reason": "KeyError"})
     tracker.finish("sweep", "FINISHED")
     drained(tracker, wait_until)
@@ -67,7 +67,7 @@ def test_a_parent_and_its_child(
     tracker.close()
 
 
-def test_a_step_done_again_is_tracked_once(
+def test_a_repeated_step_is_sent_once(
     tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
     tracker = Tracker(str(tmp_path), mlflow_server, "track")
@@ -79,7 +79,7 @@ def test_a_step_done_again_is_tracked_once(
     tracker.close()
 
 
-def test_a_second_writer_goes_on_where_the_first_was_killed(
+def test_a_second_writer_continues_where_the_first_was_killed(
     tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
     script = f"""
@@ -110,10 +110,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Faults(ThreadingHTTPServer):
-    """Stands before a server, and does to requests that change something what `plan` says.
+    """A proxy before a server that applies the faults in `plan` to requests that change something.
 
-    Each letter is a request's fate: `.` passed on; `5`, `9` refused with 500 or 429; `l` passed on
-    but its answer lost, told as 500; `h` passed on and never answered; `s` answered slowly.
+    Each letter is for one request: `.` is forwarded; `5`, `9` refused with 500 or 429; `l`
+    forwarded, but its response replaced by 500; `h` forwarded and never answered; `s` answered
+    slowly.
     """
 
     daemon_threads = True
@@ -184,7 +185,7 @@ def test_a_server_that_fails(
     wait_until: Wait,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first requests make the run; those whose answer is lost were done all the same."""
+    """The first requests create the run; those whose response is lost took effect."""
     client.get_experiment_by_name("track") or client.create_experiment("track")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
     faults = Faults(mlflow_server, plan)
@@ -205,15 +206,15 @@ def test_a_server_that_fails(
     faults.end()
 
 
-def test_a_server_that_is_away_delays_nobody_and_gets_everything_later(
+def test_a_server_that_is_away_gets_everything_later(
     tmp_path: Path,
     mlflow_server: str,
     client: mlflow.MlflowClient,
     free_port: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With `heliostat track flush`, long after the run."""
-    monkeypatch.setattr("trainers.tracking.downsampling.EXACT_POINTS", 100)
+    """By `heliostat track flush`, long after the run."""
+    monkeypatch.setattr("trainers.tracking.mlflow_limits.EXACT_POINTS", 100)
     folder = tmp_path / "patient"
     tracker = Tracker(str(folder / TRACKING), f"http://127.0.0.1:{free_port}", "track")
     tracker.start(TrackedRun("patient", {}))
@@ -221,11 +222,13 @@ def test_a_server_that_is_away_delays_nobody_and_gets_everything_later(
     assert tracker.pending()[0] > 0
     tracker.close()
     write_yaml({"tracking": {"uri": mlflow_server, "experiment": "track"}}, folder / SPEC)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         assert flush_command(Namespace(run=str(folder))) == 0
         assert flush_command(Namespace(run=str(folder))) == 0
-    assert re.fullmatch(r"patient: [\d,]+ bytes sent\npatient: nothing was left\n", said.getvalue())
+    assert re.fullmatch(
+        r"patient: [\d,]+ bytes sent\npatient: nothing was left\n", output.getvalue()
+    )
     run_id = mlflow_run_id(folder / TRACKING, "patient")
     assert run_id is not None
     steps = history(client, run_id)
@@ -233,7 +236,7 @@ def test_a_server_that_is_away_delays_nobody_and_gets_everything_later(
     assert "heliostat.sampled" in client.get_run(run_id).data.tags
 
 
-def test_numbers_and_names_that_mlflow_cannot_hold(
+def test_values_and_names_that_mlflow_cannot_hold(
     tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
     tracker = Tracker(str(tmp_path), mlflow_server, "track")
@@ -263,7 +266,51 @@ def test_numbers_and_names_that_mlflow_cannot_hold(
     tracker.close()
 
 
-def test_a_clock_that_goes_back(
+def test_two_names_that_mlflow_would_write_alike_stay_two_series(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    """Also for a second writer, which did not send the first of them."""
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("alike", {}))
+    tracker.log("alike", [("acc@5", 0.5, 0, 1_700_000_000_000)], 0)
+    drained(tracker, wait_until)
+    tracker.close()
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("alike", {}))
+    tracker.log("alike", [("acc#5", 0.25, 0, 1_700_000_000_000)], 0)
+    tracker.log("alike", [("acc@5", 0.75, 1, 1_700_000_000_001)], 1)
+    drained(tracker, wait_until)
+    found = client.get_run(tracker.read("alike")["run_id"]).data
+    tracker.close()
+    original = {name: found.tags.get(f"heliostat.renamed.{name}", name) for name in found.metrics}
+    assert {original[name]: value for name, value in found.metrics.items()} == {
+        "acc@5": 0.75,
+        "acc#5": 0.25,
+    }
+    assert "acc_5" in found.metrics
+
+
+def test_an_unreadable_environment_variable_loses_nothing(
+    tmp_path: Path,
+    mlflow_server: str,
+    client: mlflow.MlflowClient,
+    wait_until: Wait,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MLflow raises a plain ValueError for it, with every request."""
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("environment", {}))
+    drained(tracker, wait_until)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon")
+    tracker.log("environment", rows(range(5)), 5)
+    wait_until(lambda: "soon" in (tracker.pending()[1] or ""), lambda: str(tracker.pending()))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    drained(tracker, wait_until)
+    assert history(client, tracker.read("environment")["run_id"]) == list(range(5))
+    tracker.close()
+
+
+def test_a_clock_that_is_set_back(
     tmp_path: Path,
     mlflow_server: str,
     client: mlflow.MlflowClient,
@@ -285,14 +332,14 @@ def test_a_clock_that_goes_back(
     tracker.close()
 
 
-def test_what_mlflow_refuses_does_not_hold_up_the_rest(
+def test_a_refused_operation_does_not_hold_up_the_rest(
     tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
     tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("refused", {}))
     at = 1_700_000_000_000
     tracker.log("refused", [("loss", 0.5, 0, at), ("loss too far", 1.0, 2**70, at)], 0)
-    tracker.artifact("refused", str(tmp_path / "missing.txt"))
+    tracker.log_artifact("refused", str(tmp_path / "missing.txt"))
     tracker.finish("refused", "FINISHED")
     drained(tracker, wait_until)
     run = client.get_run(tracker.read("refused")["run_id"])
@@ -302,11 +349,11 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(
     tracker.close()
 
 
-def test_a_run_asked_to_stop_hears_it_with_its_next_metrics(tmp_path: Path) -> None:
+def test_a_stop_request_is_the_answer_to_the_next_metrics(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), "http://127.0.0.1:9", "track")
     assert tracker.log("run", rows(range(2)), 2) is False
     tracker.request_stop("run")
     assert tracker.log("run", [], 3) is True
-    assert tracker.watch("run") == (3, rows(range(2)), [])
-    assert tracker.watch("run") == (3, [], [])
+    assert tracker.poll("run") == (3, rows(range(2)), [])
+    assert tracker.poll("run") == (3, [], [])
     tracker.close()

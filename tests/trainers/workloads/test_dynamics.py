@@ -1,4 +1,4 @@
-"""What `dynamics` makes, reads and refuses, and what it promises about energies and forces."""
+"""The data of `dynamics`, simulated and from files, and the symmetries of its network."""
 
 import json
 import re
@@ -21,24 +21,26 @@ from torch import Tensor
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.checkpoints.export import export_model, load_model
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.engine.step import TrainStep, build_network
-from trainers.engine.throughput import count_flops
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
+from trainers.modeling.dry_run import count_flops
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.dynamics import atoms
+from trainers.workloads.dynamics import atoms, copper
 from trainers.workloads.dynamics.atoms import (
     REFERENCES_FILE,
     StructurePart,
     empty_structure,
     neighbor_array,
-    simulate_trajectory,
 )
+from trainers.workloads.dynamics.copper import simulate_trajectory
 from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
@@ -61,7 +63,7 @@ def columns(rows: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def alloy(seed: int = 0, periodic: bool = True) -> Any:
-    """Six atoms in a skew cell smaller than the cutoff, so that images of an atom are seen too."""
+    """Six atoms in a skew cell smaller than the cutoff, so that atoms neighbour their images."""
     random = np.random.default_rng(seed)
     cell = 3.9 * np.eye(3) + random.uniform(-0.4, 0.4, (3, 3))
     corners = np.array([[0, 0, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]) / 2
@@ -77,14 +79,14 @@ def potential() -> Potential:
     return network
 
 
-def told(potential: torch.nn.Module, structure: Any) -> tuple[float, np.ndarray[Any, Any]]:
+def predict(potential: torch.nn.Module, structure: Any) -> tuple[float, np.ndarray[Any, Any]]:
     """Energy and forces by the network in float64."""
     with torch.no_grad():
         found_NX = potential(torch.from_numpy(neighbor_array(structure, CUTOFF))[None])[0]
     return float(found_NX[:, 0].sum()), found_NX[:, 1:].numpy()
 
 
-def turned(structure: Any, by_33: np.ndarray[Any, Any]) -> Any:
+def rotated(structure: Any, by_33: np.ndarray[Any, Any]) -> Any:
     other = structure.copy()
     other.set_cell(structure.cell.array @ by_33.T)
     other.positions = structure.positions @ by_33.T
@@ -93,25 +95,25 @@ def turned(structure: Any, by_33: np.ndarray[Any, Any]) -> Any:
 
 class TestPotential:
     @pytest.mark.parametrize("mirror", [1, -1], ids=["rotation", "reflection"])
-    def test_a_turned_structure_has_its_energy_and_turned_forces(
+    def test_a_rotated_structure_has_the_same_energy_and_rotated_forces(
         self, potential: Potential, mirror: int
     ) -> None:
         by_33, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))
         by_33 *= mirror * np.sign(np.linalg.det(by_33))
-        energy, forces = told(potential, alloy())
+        energy, forces = predict(potential, alloy())
         assert np.abs(forces).max() > 1e-3
-        energy_turned, forces_turned = told(potential, turned(alloy(), by_33))
+        energy_turned, forces_turned = predict(potential, rotated(alloy(), by_33))
         assert energy_turned == pytest.approx(energy, abs=1e-10)
         assert forces_turned == pytest.approx(forces @ by_33.T, abs=1e-10)
 
-    def test_so_it_is_in_float32_to_1e_5(self) -> None:
+    def test_the_same_in_float32_to_1e_5(self) -> None:
         torch.manual_seed(0)
         network = dynamics().build()
         structure = bulk("Cu", cubic=True) * (2, 2, 2)
         structure.rattle(0.1, seed=0)
         by_33, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))
         found = []
-        for each in (structure, turned(structure, by_33)):
+        for each in (structure, rotated(structure, by_33)):
             with torch.no_grad():
                 found.append(network(torch.from_numpy(neighbor_array(each, 5.0)).float()[None])[0])
         assert found[0][:, 1:].abs().max() > 1e-3
@@ -119,15 +121,13 @@ class TestPotential:
         assert torch.allclose(found[1][:, 1:], found[0][:, 1:] @ turn_33.T, atol=1e-5)
         assert torch.allclose(found[1][:, 0], found[0][:, 0], atol=1e-5)
 
-    def test_where_it_is_and_how_atoms_are_numbered_is_nothing_to_it(
-        self, potential: Potential
-    ) -> None:
-        energy, forces = told(potential, alloy())
+    def test_translations_and_permutations_change_nothing(self, potential: Potential) -> None:
+        energy, forces = predict(potential, alloy())
         moved = alloy()
         moved.positions += [7.0, -3.0, 0.4]
         moved.wrap()
         order = np.random.default_rng(0).permutation(len(moved))
-        energy_moved, forces_moved = told(potential, moved[order])
+        energy_moved, forces_moved = predict(potential, moved[order])
         assert energy_moved == pytest.approx(energy, abs=1e-10)
         assert forces_moved == pytest.approx(forces[order], abs=1e-10)
         assert forces.sum(0) == pytest.approx(np.zeros(3), abs=1e-10)
@@ -137,32 +137,32 @@ class TestPotential:
         self, potential: Potential, periodic: bool
     ) -> None:
         structure, step = alloy(periodic=periodic), 1e-4
-        _, forces = told(potential, structure)
+        _, forces = predict(potential, structure)
         for atom in range(len(structure)):
             for axis in range(3):
                 ends = []
                 for sign in (1, -1):
                     moved = structure.copy()
                     moved.positions[atom, axis] += sign * step
-                    ends.append(told(potential, moved)[0])
+                    ends.append(predict(potential, moved)[0])
                 slope = (ends[0] - ends[1]) / (2 * step)
                 assert -slope == pytest.approx(forces[atom, axis], abs=1e-7)
 
-    def test_an_atom_comes_into_sight_smoothly(self, potential: Potential) -> None:
-        """Energy and force vanish where the cutoff is, and beyond."""
-        alone, _ = told(potential, Atoms("Cu2", [[0, 0, 0], [9, 0, 0]]))
+    def test_energy_is_smooth_at_the_cutoff(self, potential: Potential) -> None:
+        """Energy and force vanish at the cutoff and beyond."""
+        alone, _ = predict(potential, Atoms("Cu2", [[0, 0, 0], [9, 0, 0]]))
         for distance, limit in ((CUTOFF - 0.01, 1e-4), (CUTOFF + 0.01, 0)):
-            energy, forces = told(potential, Atoms("Cu2", [[0, 0, 0], [distance, 0, 0]]))
+            energy, forces = predict(potential, Atoms("Cu2", [[0, 0, 0], [distance, 0, 0]]))
             assert abs(energy - alone) <= limit
             assert np.abs(forces).max() <= 20 * limit
 
-    def test_room_that_is_not_used_is_nothing_to_it(self, potential: Potential) -> None:
+    def test_padding_changes_nothing(self, potential: Potential) -> None:
         exact = neighbor_array(alloy(), CUTOFF)
         roomy = empty_structure(9, 100, CUTOFF).astype(float)
         roomy[: exact.shape[0], : exact.shape[1]] = exact
         with torch.no_grad():
             found = potential(torch.from_numpy(np.stack([roomy, empty_structure(9, 100, CUTOFF)])))
-        energy, forces = told(potential, alloy())
+        energy, forces = predict(potential, alloy())
         assert found[0, :6, 1:].numpy() == pytest.approx(forces, abs=1e-12)
         assert float(found[0, :, 0].sum()) == pytest.approx(energy, abs=1e-12)
         assert not found[0, 6:].any()
@@ -171,14 +171,14 @@ class TestPotential:
     def test_is_a_calculator_of_ase(self, potential: Potential) -> None:
         structure = alloy()
         structure.calc = calculator(potential)
-        energy, forces = told(potential, structure)
+        energy, forces = predict(potential, structure)
         assert structure.get_potential_energy() == pytest.approx(energy)
         assert structure.get_forces() == pytest.approx(forces)
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, Tensor]:
-    """A few frames of a trajectory, as the data set has them."""
+    """A few frames of a trajectory, in the form of the data set."""
     workload = dynamics(frames=3)
     rows = workload.part(StructurePart("val", 3, 900.0), {})["val"]
     return {name: torch.from_numpy(values.copy()) for name, values in columns(rows).items()}
@@ -193,9 +193,9 @@ class TestTrajectories:
             [20, 494.4, 1600], abs=0.1
         )
 
-    def test_a_seed_is_a_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(atoms, "BURN_IN_STEPS", 3)
-        monkeypatch.setattr(atoms, "STEPS_PER_FRAME", 2)
+    def test_a_seed_determines_a_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(copper, "BURN_IN_STEPS", 3)
+        monkeypatch.setattr(copper, "STEPS_PER_FRAME", 2)
         workload = dynamics(frames=2)
         rows = [
             workload.part(StructurePart("train", seed, 900.0), {})["train"] for seed in (1, 1, 2)
@@ -205,9 +205,9 @@ class TestTrajectories:
         other = dynamics(frames=2, seed=1).part(StructurePart("train", 1, 900.0), {})["train"]
         assert not rows[0].equals(other)
 
-    def test_keep_what_emt_says(self, batch: dict[str, Tensor]) -> None:
+    def test_have_the_energies_and_forces_of_emt(self, batch: dict[str, Tensor]) -> None:
         for frame, found in enumerate(
-            simulate_trajectory(StructurePart("val", 3, 900.0), dynamics(frames=3).data)
+            simulate_trajectory(dynamics().data.seed, number=3, temperature_k=900.0, frames=3)
         ):
             structure = found.atoms.copy()
             structure.calc = EMT()
@@ -279,7 +279,7 @@ OWN = {"cutoff": CUTOFF, "max_atoms": 6, "max_neighbors": 90}
 
 class TestFiles:
     @pytest.mark.parametrize("name", ["own.xyz", "own.extxyz", "own.db", "own.json"])
-    def test_say_what_was_written_and_are_cut_in_place(
+    def test_are_read_exactly_and_split(
         self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(atoms, "STRUCTURES_PER_PART", 3)
@@ -306,7 +306,9 @@ class TestFiles:
             assert kept[:count, 0, 1:] == pytest.approx(structure.positions, abs=1e-5)
             assert forces[:count] == pytest.approx(structure.get_forces(), abs=1e-6)
 
-    def test_single_atoms_are_fitted_to_what_is_for_training(self, tmp_path: Path) -> None:
+    def test_energies_of_single_atoms_are_fitted_to_the_training_split(
+        self, tmp_path: Path
+    ) -> None:
         workload = dynamics(source=str(write_xyz(tmp_path / "own.xyz", labelled(10))), **OWN)
         found = json.loads(workload.common(workload.parts())[REFERENCES_FILE])
         assert found == pytest.approx({"28": -4.0, "29": -3.0, "79": -5.0})
@@ -338,7 +340,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("spoil", "line"),
         [
-            (lambda lines: ["many", *lines[1:]], "line 1: 'many' is no number of atoms"),
+            (lambda lines: ["many", *lines[1:]], "line 1: 'many' is not a number of atoms"),
             (lambda lines: lines[:-2], "line 22: ends after 2 of 4 atoms"),
             (
                 lambda lines: [*lines[:8], lines[8].replace("0.", "O."), *lines[9:]],
@@ -385,11 +387,13 @@ class TestFiles:
             dynamics(source=str(source), val_fraction=0.3, test_fraction=0.0, **OWN).dataset()
         assert str(caught.value) == f"{source}: row 2: has no 'energy' (data.energy)"
 
-    def test_what_has_no_room_says_how_much_it_takes(self, tmp_path: Path) -> None:
+    def test_a_structure_that_is_too_large_is_reported_with_its_size(self, tmp_path: Path) -> None:
         source = write_xyz(tmp_path / "own.xyz", labelled(3))
-        with pytest.raises(DataError, match=r"line 7: has 5 atoms, data\.atoms is 4"):
+        with pytest.raises(DataError, match=r"line 7: has 5 atoms, data\.max_atoms is 4"):
             dynamics(source=str(source), val_fraction=0.3, **{**OWN, "max_atoms": 4}).dataset()
-        with pytest.raises(DataError, match=r"an atom has \d\d neighbours within 4 Å, data\.neigh"):
+        with pytest.raises(
+            DataError, match=r"an atom has \d\d neighbours within 4 Å, data\.max_neigh"
+        ):
             dynamics(source=str(source), **{**OWN, "max_neighbors": 9}).dataset()
 
     def test_an_empty_file_is_one_line(self, tmp_path: Path) -> None:
@@ -406,13 +410,13 @@ class TestFiles:
 
         monkeypatch.setattr(atoms, "version", missing)
         with pytest.raises(
-            SpecError, match=r"takes ase, .* \(pip install 'heliostat\[dynamics\]'\)"
+            SpecError, match=r"needs the package ase, .* \(pip install 'heliostat\[dynamics\]'\)"
         ):
             dynamics().made_with()
 
 
 def short(tmp_path: Path, **changes: Any) -> tuple[RunSpec, Dynamics]:
-    """A run of a few steps on a few structures of one's own."""
+    """A run of a few steps on a few structures from a file."""
     source = write_xyz(tmp_path / "own.xyz", labelled(10))
     spec, workload = resolve(
         {
@@ -447,7 +451,7 @@ def test_a_trained_model_is_exported_and_loaded(tmp_path: Path) -> None:
 
 
 def test_trials_of_it_are_fused(tmp_path: Path) -> None:
-    """Their losses are those that each has alone, though forces are derivatives."""
+    """With the losses of the single trials, although forces are derivatives."""
     spec, workload = short(tmp_path)
     samples = open_splits(prepare_dataset(workload, tmp_path))["train"]
     trials = []

@@ -1,4 +1,4 @@
-"""What `folding` generates, reads and refuses; its measures against others; its network."""
+"""The data of `folding`, generated and from files; its metrics; its network."""
 
 import gzip
 from pathlib import Path
@@ -14,32 +14,24 @@ from torch import Tensor
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import TrainStep, build_network
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.folding import proteins
-from trainers.workloads.folding.network import (
-    DISTANCE_BINS,
-    StructureLayer,
-    bin_edges,
-    initial_frames,
-    rotations_from_vectors,
-)
-from trainers.workloads.folding.proteins import (
+from trainers.workloads.folding import folds, proteins
+from trainers.workloads.folding.folds import (
     ANGLE_AT_C,
     ANGLE_AT_CA,
     ANGLE_AT_N,
     C_N,
     CA_C,
-    CONTACT_DISTANCE,
     HELIX,
     MIN_CA_DISTANCE,
     N_CA,
-    Array,
-    ProteinPart,
     beta_carbons,
     build_backbone,
     distances,
@@ -47,15 +39,17 @@ from trainers.workloads.folding.proteins import (
     radius_of_gyration,
     torsion_gradient,
 )
-from trainers.workloads.folding.structures import (
-    AMINO_ACIDS,
-    UNKNOWN_INDEX,
-    best_rotation,
-    chain_segments,
-    lddt,
-    pairwise_distances,
-    tm_score_and_gdt_ts,
+from trainers.workloads.folding.geometry import best_rotation, pairwise_distances
+from trainers.workloads.folding.metrics import lddt, tm_score_and_gdt_ts
+from trainers.workloads.folding.network import (
+    DISTANCE_BINS,
+    StructureLayer,
+    bin_edges,
+    initial_frames,
+    rotations_from_vectors,
 )
+from trainers.workloads.folding.proteins import CONTACT_DISTANCE, Array, ProteinPart
+from trainers.workloads.folding.structures import AMINO_ACIDS, UNKNOWN_INDEX, chain_segments
 from trainers.workloads.folding.workload import Folding, fape, in_local_frames, input_features
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
@@ -88,14 +82,14 @@ def folded() -> tuple[Array, Array]:
 @pytest.fixture(scope="module")
 def batch(folded: tuple[Array, Array]) -> dict[str, Tensor]:
     random = np.random.default_rng(0)
-    residue = proteins.draw_sequences(*folded, random)
+    residue = folds.draw_sequences(*folded, random)
     columns = proteins.sample_columns(residue, folded[0], 2.0, random)
     batch = {name: torch.from_numpy(values[:6]) for name, values in columns.items()}
     return {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
 
 
 def small(**sections: Any) -> tuple[RunSpec, dict[str, Tensor]]:
-    """A short run of a small network, and what it trains on."""
+    """A short run of a small network, and its training data."""
     data = {
         "workload": "folding",
         "data": {"length": 12},
@@ -107,7 +101,7 @@ def small(**sections: Any) -> tuple[RunSpec, dict[str, Tensor]]:
     random = np.random.default_rng(0)
     backbone, kind = generate_folds(8, 12, random)
     columns = proteins.sample_columns(
-        proteins.draw_sequences(backbone, kind, random), backbone, 2.0, random
+        folds.draw_sequences(backbone, kind, random), backbone, 2.0, random
     )
     spec, _ = resolve(data, RunSpec)
     return spec, {name: torch.from_numpy(values) for name, values in columns.items()}
@@ -120,7 +114,7 @@ def losses(**sections: Any) -> list[float]:
     return [stepper.run(step).item() for step in range(3)]
 
 
-def turned(seed: int = 0) -> Tensor:
+def random_rotation(seed: int = 0) -> Tensor:
     """A rotation."""
     axes, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))
     return (axes * torch.linalg.det(axes)).double()
@@ -152,7 +146,7 @@ class TestGeneratedFolds:
         # Flat and trans: Pauling's 3.8 Å from one alpha carbon to the next.
         assert np.linalg.norm(np.diff(alpha, axis=1), axis=-1) == pytest.approx(3.8, abs=0.05)
 
-    def test_nothing_clashes_and_all_is_as_compact_as_proteins(
+    def test_folds_have_no_clashes_and_are_as_compact_as_proteins(
         self, folded: tuple[Array, Array]
     ) -> None:
         alpha = folded[0][:, :, 1]
@@ -163,7 +157,7 @@ class TestGeneratedFolds:
         contacts = (near < 8).sum(1) / LENGTH
         assert 0.5 < np.median(contacts) < 5
 
-    def test_helices_are_right_handed_and_rise_as_they_should(
+    def test_helices_are_right_handed_with_the_usual_rise(
         self, folded: tuple[Array, Array]
     ) -> None:
         """1.5 Å per residue: 15 Å in ten."""
@@ -176,7 +170,7 @@ class TestGeneratedFolds:
         rise = np.linalg.norm(alpha[:, 10:] - alpha[:, :-10], axis=-1)[whole]
         assert np.median(rise) == pytest.approx(15, abs=1)
 
-    def test_torsions_turn_what_comes_after_them(self) -> None:
+    def test_the_gradient_of_torsions(self) -> None:
         random = np.random.default_rng(0)
         torsion = random.uniform(-3, 3, (2, 9, 2))
         weight = random.standard_normal((2, 9, 3))
@@ -191,11 +185,11 @@ class TestGeneratedFolds:
             if residue:
                 assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope[:, residue, which])
 
-    def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_seed_determines_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(proteins, "CHAINS_PER_PART", 8)
-        monkeypatch.setattr(proteins, "FOLDING_STEPS", 10)
-        monkeypatch.setattr(proteins, "MIN_CA_DISTANCE", 0)
-        monkeypatch.setattr(proteins, "MIN_ATOM_DISTANCE", 0)
+        monkeypatch.setattr(folds, "FOLDING_STEPS", 10)
+        monkeypatch.setattr(folds, "MIN_CA_DISTANCE", 0)
+        monkeypatch.setattr(folds, "MIN_ATOM_DISTANCE", 0)
         workload = folding(length=16)
         parts = [workload.part(ProteinPart("train", seed), {})["train"] for seed in (1, 1, 2)]
         assert parts[0].equals(parts[1])
@@ -204,9 +198,9 @@ class TestGeneratedFolds:
         other = folding(length=16, seed=1).part(ProteinPart("train", 1), {})["train"]
         assert not parts[0].equals(other)
 
-    def test_scores_tell_of_contacts_and_of_nothing_else(self, folded: tuple[Array, Array]) -> None:
+    def test_scores_depend_on_contacts_only(self, folded: tuple[Array, Array]) -> None:
         random = np.random.default_rng(0)
-        residue = proteins.draw_sequences(*folded, random)
+        residue = folds.draw_sequences(*folded, random)
         columns = proteins.sample_columns(residue, folded[0], 3.0, random)
         score, contact = columns["score"].astype(float), columns["contact"] > 0
         apart = np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH)))
@@ -219,8 +213,8 @@ class TestGeneratedFolds:
         assert noise.mean() == pytest.approx(0, abs=0.02)
         assert noise.std() == pytest.approx(1, abs=0.02)
 
-    def test_greasy_residues_are_inside(self, folded: tuple[Array, Array]) -> None:
-        residue = proteins.draw_sequences(*folded, np.random.default_rng(0))
+    def test_hydrophobic_residues_are_inside(self, folded: tuple[Array, Array]) -> None:
+        residue = folds.draw_sequences(*folded, np.random.default_rng(0))
         buried = (distances(beta_carbons(folded[0])) < 10).sum(2)
         greasy = np.isin(residue, [AMINO_ACIDS.index(letter) for letter in "ILVF"])
         charged = np.isin(residue, [AMINO_ACIDS.index(letter) for letter in "DEKR"])
@@ -266,7 +260,7 @@ class TestFiles:
             assert residue.tolist() == [(place + number) % 20 for place in range(LENGTH)]
             assert backbone == pytest.approx(folded[0][number], abs=1e-3)
 
-    def test_what_is_interrupted_is_not_joined(
+    def test_interrupted_chains_are_not_joined(
         self, folded: tuple[Array, Array], tmp_path: Path
     ) -> None:
         made = structure(folded, 1)
@@ -300,9 +294,9 @@ class TestFiles:
             (
                 "word.pdb",
                 f"{ATOM.format(1, 'N', '1.000')}\n{ATOM.format(2, 'CA', 'x')}\n",
-                "{path}: line 2: 'x   2.000   3.000' are no coordinates",
+                "{path}: line 2: 'x   2.000   3.000' are not coordinates",
             ),
-            ("short.pdb", "ATOM      1  N   ALA\n", "{path}: line 1: '' are no coordinates"),
+            ("short.pdb", "ATOM      1  N   ALA\n", "{path}: line 1: '' are not coordinates"),
             ("none.ent", "HEADER\n", "{path}: has no residue with the atoms N, CA and C"),
             (
                 "loop.cif",
@@ -315,7 +309,7 @@ class TestFiles:
                 f"data_x\nloop_\n{ATOM_SITE}ATOM 1 N N . ALA A 1 1 1.0 2.0 3.0 7 A 1.0 1\n"
                 "ATOM 2 C CA . ALA A 1 1 1.0 x 3.0 7 A 1.0 1\n"
                 "ATOM 3 C C . ALA A 1 1 1.0 2.0 3.0 7 A 1.0 1\n",
-                "{path}: residue 7 of chain A: its coordinates are no numbers",
+                "{path}: residue 7 of chain A: its coordinates are not numbers",
             ),
             ("empty.cif", "data_x\n", "{path}: has no atoms"),
             ("plain.pdb.gz", "HEADER\n", "{path}: cannot be read: Not a gzipped file (b'HE')"),
@@ -331,7 +325,7 @@ class TestFiles:
         assert str(caught.value) == line.format(path=path)
 
     def test_no_files(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="has no files of structures"):
+        with pytest.raises(DataError, match="has no structure files"):
             folding(source=str(tmp_path)).dataset()
 
     def test_without_gemmi(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,24 +338,22 @@ class TestFiles:
             folding(source=str(tmp_path)).made_with()
 
 
-class TestMeasures:
-    def test_the_same_structure_scores_one_however_it_lies(
-        self, folded: tuple[Array, Array]
-    ) -> None:
+class TestMetrics:
+    def test_a_moved_structure_scores_one(self, folded: tuple[Array, Array]) -> None:
         true = torch.from_numpy(folded[0][:8, :, 1].copy())
-        for found in (true @ turned() + 5, true @ turned(1) - 9):
+        for found in (true @ random_rotation() + 5, true @ random_rotation(1) - 9):
             for score in (lddt(found, true), *tm_score_and_gdt_ts(found, true)):
                 assert score.tolist() == pytest.approx([1.0] * 8, abs=1e-6)
 
-    def test_a_mirror_image_is_only_seen_by_superposing(self, folded: tuple[Array, Array]) -> None:
+    def test_only_superposition_detects_a_mirror_image(self, folded: tuple[Array, Array]) -> None:
         true = torch.from_numpy(folded[0][:8, :, 1].copy())
         assert lddt(-true, true).tolist() == pytest.approx([1.0] * 8)
         tm, gdt = tm_score_and_gdt_ts(-true, true)
         assert tm.max() < 0.7
         assert gdt.max() < 0.9
 
-    def test_lddt_counts_distances_that_are_met(self) -> None:
-        """Of four atoms in a row 3 Å apart, the last moved by 1.5 Å along it."""
+    def test_lddt_counts_reproduced_distances(self) -> None:
+        """Four atoms in a row, 3 Å apart; the last one is moved by 1.5 Å along the row."""
         true = torch.zeros(1, 4, 3)
         true[0, :, 0] = torch.arange(4) * 3.0
         found = true.clone()
@@ -376,8 +368,8 @@ class TestMeasures:
         found[0, 2, 0] += 7
         assert lddt(found, true).item() == pytest.approx(1)
 
-    def test_gdt_counts_residues_that_are_near(self) -> None:
-        """A long rod of which a quarter is somewhere else altogether."""
+    def test_gdt_counts_near_residues(self) -> None:
+        """A long rod with a quarter of its residues far away."""
         true = torch.zeros(1, 80, 3)
         true[0, :, 0] = torch.arange(80) * 3.8
         true[0, :, 1] = 10 * torch.sin(torch.arange(80) / 3.0)
@@ -390,10 +382,12 @@ class TestMeasures:
     def test_tm_scores_are_those_of_tm_align(
         self, folded: tuple[Array, Array], noise: float, within: float
     ) -> None:
-        """TM-align looks for the alignment, too: where less fits, the two are further apart."""
+        """TM-align also searches for the alignment, so the scores differ more for worse matches."""
         true = torch.from_numpy(folded[0][:16, :, 1].copy())
         random = torch.Generator().manual_seed(1)
-        found = true @ turned() + noise * torch.randn(true.shape, generator=random).double()
+        found = (
+            true @ random_rotation() + noise * torch.randn(true.shape, generator=random).double()
+        )
         ours = tm_score_and_gdt_ts(found, true)[0].numpy()
         letters = "A" * LENGTH
         theirs = np.array(
@@ -406,7 +400,7 @@ class TestMeasures:
 
     def test_rotations_are_found(self) -> None:
         points = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double()
-        rotation = turned()
+        rotation = random_rotation()
         found = best_rotation(points.T @ (points @ rotation.T))
         assert torch.allclose(found, rotation, atol=1e-9)
 
@@ -423,13 +417,13 @@ class TestNetwork:
         assert np.linalg.norm(alpha - nitrogen, axis=-1) == pytest.approx(N_CA, abs=1e-4)
         assert angle(alpha, nitrogen, carbon) == pytest.approx(ANGLE_AT_CA, abs=1e-3)
 
-    def test_nothing_depends_on_how_a_protein_lies_in_space(self, batch: dict[str, Tensor]) -> None:
-        """Loss and metrics, to 1e-4; but its mirror image is another protein."""
+    def test_rotations_and_translations_change_nothing(self, batch: dict[str, Tensor]) -> None:
+        """Loss and metrics, to 1e-4. A mirror image does change them."""
         torch.manual_seed(0)
         workload = folding({"width": 16})
         network = workload.build().double()
         output = workload.forward(network, batch)
-        rotation = turned()
+        rotation = random_rotation()
         moved = {**batch, "backbone": batch["backbone"] @ rotation + 7}
         mirrored = {**batch, "backbone": -batch["backbone"]}
         for say in (
@@ -441,14 +435,14 @@ class TestNetwork:
             assert torch.allclose(say(moved), say(batch), atol=1e-4)
         assert not torch.allclose(workload.loss(output, mirrored), workload.loss(output, batch))
 
-    def test_a_structure_that_is_moved_stays_the_same(self) -> None:
-        """In float32, to 1e-4: the layer that moves frames sees them from within alone."""
+    def test_the_structure_layer_is_equivariant(self) -> None:
+        """In float32, to 1e-4."""
         torch.manual_seed(0)
         layer = StructureLayer(32, 16)
         torch.nn.init.normal_(layer.move.weight, std=0.1)
         single, pair = torch.randn(2, 12, 32), torch.randn(2, 12, 12, 16)
         rotation = rotations_from_vectors(torch.randn(2, 12, 3), torch.randn(2, 12, 3))
-        place, turn = 5 * torch.randn(2, 12, 3), turned().float()
+        place, turn = 5 * torch.randn(2, 12, 3), random_rotation().float()
         channels, (found, where) = layer(single, pair, (rotation, place))
         shift = torch.tensor([3.0, -8.0, 1.0])
         again, (turned_found, moved) = layer(
@@ -469,12 +463,12 @@ class TestNetwork:
         assert (tm > mirrored).all()
         assert torch.linalg.det(rotation).tolist() == [pytest.approx([1.0] * LENGTH)] * len(true)
 
-    def test_the_truth_has_no_error(self, batch: dict[str, Tensor]) -> None:
+    def test_the_true_structure_has_no_error(self, batch: dict[str, Tensor]) -> None:
         nitrogen, alpha, carbon = batch["backbone"].unbind(2)
         frames = rotations_from_vectors(carbon - alpha, nitrogen - alpha)
         true = in_local_frames((frames, alpha), alpha)
         assert fape((frames, alpha), true).max() < 2e-3
-        rotation = turned()
+        rotation = random_rotation()
         moved = rotation @ frames, alpha @ rotation.T + 30
         assert fape(moved, true).max() < 2e-3
         away = alpha.clone()
@@ -482,7 +476,7 @@ class TestNetwork:
         expected = 2 * (LENGTH - 1) / LENGTH**2 * (10 + 0.1 * (50 * 3**0.5 - 10)) / 10
         assert fape((frames, away), true).tolist() == pytest.approx([expected] * 6, abs=0.05)
 
-    def test_noise_is_drawn_anew_in_training(self, batch: dict[str, Tensor]) -> None:
+    def test_training_draws_new_noise(self, batch: dict[str, Tensor]) -> None:
         workload = folding(signal=3.0)
         score = workload.augment(batch, SampleRandom(0, torch.arange(6)))["score"]
         again = workload.augment(batch, SampleRandom(0, torch.arange(6)))["score"]
@@ -497,18 +491,18 @@ class TestNetwork:
         assert noise.mean().abs() < 0.05
         assert noise.std().item() == pytest.approx(1, abs=0.05)
 
-    def test_blocks_can_be_computed_again(self) -> None:
+    def test_blocks_can_be_recomputed(self) -> None:
         train = {"global_batch": 4, "precision": "fp64", "steps": 3}
         again = losses(train={**train, "activation_checkpointing": True})
         assert again == pytest.approx(losses(), rel=1e-9)
 
-    def test_half_precision_keeps_places_whole(self) -> None:
+    def test_positions_are_exact_in_half_precision(self) -> None:
         train = {"global_batch": 4, "steps": 3}
         whole, half = (losses(train={**train, "precision": each}) for each in ("fp32", "bf16"))
         assert half == pytest.approx(whole, rel=0.02)
 
     @pytest.mark.slow
-    def test_slots_of_a_program_learn_what_trials_learn_alone(self) -> None:
+    def test_fused_trials_learn_as_single_ones(self) -> None:
         variants = []
         for lr in (0.001, 0.002):
             spec, samples = small(optimizer={"lr": lr})
@@ -542,8 +536,8 @@ def test_the_shipped_spec_trains_and_sweeps_this_workload() -> None:
 
 
 @pytest.mark.slow
-def test_it_soon_folds_better_than_it_started(tmp_path: Path) -> None:
-    """In about a minute, most of the way to what the shipped spec reaches; see docs/answers.md."""
+def test_training_improves_the_folds(tmp_path: Path) -> None:
+    """In about a minute, most of the way to the shipped spec's results in docs/answers.md."""
     data = find_spec("folding")[1]
     data["data"] |= {"train_parts": 2}
     data["model"] |= {"width": 16, "iterations": 2}

@@ -1,4 +1,4 @@
-"""`hedging` against what is known of it: prices, the delta, what remains; its paths and network."""
+"""`hedging` against known results for prices, deltas and errors; its paths and its network."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,8 @@ import torch
 from scipy.stats import norm
 
 from cluster.base.config import apply_overrides, validate
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, find_spec, resolve
@@ -39,7 +40,7 @@ def price() -> torch.Tensor:
 
 
 class TestPaths:
-    def test_are_a_brownian_motions_exponentials(self, price: torch.Tensor) -> None:
+    def test_are_geometric_brownian_motions(self, price: torch.Tensor) -> None:
         data = hedging().data
         assert (price[:, 0] == 1).all()
         steps = price.double().log().diff(dim=1)
@@ -54,14 +55,14 @@ class TestPaths:
         drift = hedging().data.volatility ** 2 * hedging().data.years
         assert torch.allclose((up + down)[:, -1], torch.tensor(-drift).double(), atol=1e-6)
 
-    def test_a_seed_is_a_part(self) -> None:
+    def test_a_seed_determines_a_part(self) -> None:
         parts = [hedging().part(PathPart("train", seed), {})["train"] for seed in (1, 1, 2)]
         assert parts[0].equals(parts[1])
         assert not parts[0].equals(parts[2])
 
 
-class TestWhatIsKnown:
-    def test_the_price_is_the_mean_of_what_is_owed(self, price: torch.Tensor) -> None:
+class TestKnownResults:
+    def test_the_price_is_the_mean_payoff(self, price: torch.Tensor) -> None:
         owed = (price[:, -1].double() - 1).clamp(min=0)
         error = owed.std().item() / math.sqrt(len(owed))
         assert abs(owed.mean().item() - black_scholes_price(hedging().data)) < 4 * error
@@ -82,7 +83,7 @@ class TestWhatIsKnown:
     def test_the_deltas_error_shrinks_with_the_root_of_rebalancings(
         self, price: torch.Tensor
     ) -> None:
-        """Boyle and Emanuel's is the limit of many."""
+        """Boyle and Emanuel's formula is the limit of many rebalancings."""
         for every in (1, 2, 4):
             data = hedging(rebalancings=20 // every).data
             seen = price[:, ::every].double()
@@ -93,23 +94,26 @@ class TestWhatIsKnown:
 
 
 class TestCosts:
-    def test_each_trade_is_paid_once_the_last_one_too(self) -> None:
+    def test_each_trade_is_paid_once_including_the_last(self) -> None:
         price = torch.tensor([[1.0, 2.0, 3.0]])
         left = terminal_wealth(torch.zeros(1), torch.tensor([[0.5, 0.25]]), price, 0.1)
         earned, traded, owed = 0.5 + 0.25, 0.5 * 1 + 0.25 * 2 + 0.25 * 3, 2.0
         assert left.item() == pytest.approx(earned - 0.1 * traded - owed)
 
-    def test_what_is_held_is_known_to_the_hedger_where_trades_cost(self) -> None:
-        """A part of the path that is over matters through the holding alone, and there it does."""
+    def test_with_costs_the_network_sees_the_current_holding(self) -> None:
+        """Past prices matter only through the holding, and there they do."""
         path = torch.tensor([[1.0, 0.9, 1.0, 1.0], [1.0, 1.1, 1.0, 1.0]])
         torch.manual_seed(0)
         for cost, same in ((0.0, True), (0.01, False)):
             workload = hedging({"cost": cost}, rebalancings=3)
-            _, holding = workload.forward(workload.build(), {"price": path})
+            network = workload.build()
+            # One by one: equal rows of a batch may differ in the last bit with several threads.
+            each = [workload.forward(network, {"price": one})[1] for one in path.split(1)]
+            holding = torch.cat(each)
             assert (holding[0, 2] == holding[1, 2]).item() is same
 
 
-def test_a_path_looks_no_further_than_its_moment(price: torch.Tensor) -> None:
+def test_a_holding_does_not_depend_on_later_prices(price: torch.Tensor) -> None:
     for cost in (0.0, 0.01):
         workload = hedging({"cost": cost})
         model = workload.build()
@@ -136,6 +140,6 @@ def test_a_short_training_finds_the_price_and_most_of_the_delta(tmp_path: Path) 
     }
 
 
-def test_the_shipped_sweep_is_one() -> None:
+def test_the_shipped_sweep_is_valid() -> None:
     spec, _ = resolve(find_spec("hedging")[1], SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)

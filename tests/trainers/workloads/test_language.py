@@ -1,4 +1,4 @@
-"""What `language` reads and refuses, and what it promises about its network."""
+"""The sources of `language`, its tokens and its network."""
 
 import json
 import math
@@ -16,13 +16,15 @@ import torch
 
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import dataset_name, open_splits, prepare_dataset
+from trainers.data.dataset import dataset_name, prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
-from trainers.engine.step import TrainStep, build_network
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.language import text
+from trainers.workloads.language import text, tokenizer
 from trainers.workloads.language.workload import Language
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
@@ -36,7 +38,7 @@ def language(model: dict[str, Any] | None = None, **data: Any) -> Language:
 
 
 def texts_of(workload: Language) -> dict[str, bytes]:
-    """What the windows of each split say, in the order of the data set, the first token added."""
+    """The text of each split's windows, in their order, with the first token."""
     found = {}
     for split, rows in workload.dataset().items():
         width = (-1, workload.data.context + 1)
@@ -78,10 +80,10 @@ FORMATS: dict[str, Callable[[Path, list[str]], Path]] = {
 class TestSources:
     @pytest.mark.parametrize("small", [False, True], ids=["one part", "many parts"])
     @pytest.mark.parametrize("name", FORMATS)
-    def test_every_document_is_in_one_split_whole(
+    def test_every_document_is_in_one_split_completely(
         self, tmp_path: Path, name: str, small: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Windows of a token, so that none is left over but each part's first one."""
+        """With windows of one token, so that only the first token of a part is lost."""
         source = FORMATS[name](tmp_path / name, [*documents(), "", *documents(20)])
         if small:
             monkeypatch.setattr(text, "PART_BYTES", 300)
@@ -97,7 +99,7 @@ class TestSources:
         assert found == [each.encode() for each in (*documents(), *documents(20))]
         assert {"train", "val", "test"} == set(split_of.values())
 
-    def test_windows_say_what_the_documents_say(self, tmp_path: Path) -> None:
+    def test_windows_contain_the_text_of_the_documents(self, tmp_path: Path) -> None:
         source = write_jsonl(tmp_path / "own.jsonl", documents(), key="body")
         workload = language(source=str(source), field="body", context=16)
         assert len(workload.parts()) == 1
@@ -107,7 +109,7 @@ class TestSources:
             assert whole.startswith(said)
             assert len(whole) - len(said) < 16
 
-    def test_one_plain_file_is_cut_in_place(
+    def test_a_single_plain_file_is_cut_into_splits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         source = tmp_path / "book.txt"
@@ -138,7 +140,7 @@ class TestSources:
         assert set(found["val"]) == set(b"v\0")
 
     def test_the_standard_library(self) -> None:
-        """Its source, not its tests; the split does not depend on what else is made of it."""
+        """Its source without its tests; the split does not depend on the other fields."""
         (part, *_) = language().parts()
         paths = [Path(span.path) for span in part.spans]
         library = Path(json.__file__).parents[1]
@@ -196,7 +198,7 @@ def test_a_malformed_file_is_one_line(
     assert "\n" not in message
 
 
-def test_the_line_is_the_file_s_also_in_a_later_part(
+def test_an_error_in_a_later_part_names_the_line_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "long.jsonl"
@@ -207,10 +209,10 @@ def test_the_line_is_the_file_s_also_in_a_later_part(
 
 
 class TestBytePairs:
-    def test_they_give_the_text_back_and_know_its_bytes(self, tmp_path: Path) -> None:
+    def test_decoding_returns_the_text_and_its_bytes(self, tmp_path: Path) -> None:
         from tokenizers import Tokenizer
 
-        odd = f"{text.SEPARATOR} is in the text\t\r\n  \x00 \U0001f600 {POEM}"
+        odd = f"{tokenizer.SEPARATOR} is in the text\t\r\n  \x00 \U0001f600 {POEM}"
         source = write_jsonl(tmp_path / "own.jsonl", [*documents(), odd])
         workload = language(source=str(source), vocabulary=300, context=8)
         (part,) = workload.parts()
@@ -218,7 +220,7 @@ class TestBytePairs:
         assert common == workload.common([part])
         merged = Tokenizer.from_str(common["tokenizer.json"].decode())
         assert merged.get_vocab_size() == 300
-        tokens, length = text._encode_byte_pairs([odd.encode()], common["tokenizer.json"])
+        tokens, length = tokenizer.encode_byte_pairs([odd.encode()], common["tokenizer.json"])
         assert tokens.dtype == np.int16
         assert merged.decode(tokens[:-1].tolist(), skip_special_tokens=False) == odd
         assert length.sum() == len(odd.encode()) + 1
@@ -227,7 +229,7 @@ class TestBytePairs:
         assert size.min() >= 8  # of a window of 8 tokens
         assert size.mean() > 8.5
 
-    def test_without_the_library_it_is_said_how_to_get_it(
+    def test_a_missing_library_is_reported_with_its_extra(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def absent(name: str) -> str:
@@ -237,7 +239,7 @@ class TestBytePairs:
         with pytest.raises(SpecError) as caught:
             dataset_name(language(vocabulary=1000))
         assert str(caught.value) == (
-            "data.vocabulary: more than 256 takes tokenizers, which is not installed "
+            "data.vocabulary: more than 256 needs the package tokenizers, which is not installed "
             "(pip install 'heliostat[language]')"
         )
         assert dataset_name(language())
@@ -266,7 +268,7 @@ def windows(count: int = 40, context: int = 12) -> dict[str, torch.Tensor]:
 
 
 class TestNetwork:
-    def test_it_begins_with_eight_bits_per_byte(self) -> None:
+    def test_the_first_loss_is_eight_bits_per_byte(self) -> None:
         spec, workload = small()
         network = build_network(spec.train, workload)
         found = evaluate(spec, workload, network, windows(), Worker())
@@ -277,12 +279,12 @@ class TestNetwork:
         }
 
     def test_bits_per_byte_are_of_all_bytes_together(self) -> None:
-        """Not the mean of the windows' own."""
+        """Not the mean of the windows' values."""
         _, workload = small()
         means = {"loss": 2 * math.log(2), "bytes": 24.0}
         assert workload.summary(means)["bits_per_byte"] == pytest.approx(2 * 12 / 24)
 
-    def test_no_token_sees_a_later_one_and_places_matter(self) -> None:
+    def test_attention_is_causal_and_depends_on_positions(self) -> None:
         spec, workload = small(model={"layers": 1, "width": 16, "heads": 2})
         network = build_network(spec.train, workload).eval()
         with torch.no_grad():
@@ -301,7 +303,7 @@ class TestNetwork:
             assert tokens[0, 2] != tokens[0, 3]
             assert not torch.allclose(network(swapped)[0, 11], before[0, 11])
 
-    def test_slots_of_a_program_learn_what_trials_learn_alone(self) -> None:
+    def test_fused_trials_learn_as_single_ones(self) -> None:
         samples, variants, alone = windows(), [], []
         for lr in (0.01, 0.02):
             spec, workload = small(optimizer={"lr": lr})
@@ -369,8 +371,8 @@ def test_heads_can_be_split_over_workers(modules: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_soon_knows_more_than_how_often_bytes_are(tmp_path: Path) -> None:
-    """After a few seconds on some real source: less than 85 % of the bits of a byte by itself."""
+def test_training_beats_byte_frequencies(tmp_path: Path) -> None:
+    """After a few seconds on real source code: less than 85 % of the entropy of single bytes."""
     source = tmp_path / "source"
     source.mkdir()
     for path in sorted(Path(json.__file__).parents[1].glob("asyncio/*.py")):

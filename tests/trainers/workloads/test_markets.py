@@ -1,4 +1,4 @@
-"""What `markets` simulates against what is known of it; what it reads and refuses; its network."""
+"""The simulation of `markets` against known results; its files; its network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +11,16 @@ import torch
 from cluster.base.config import validate
 from cluster.base.errors import DataError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import open_splits, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.splits import open_splits
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep
 from trainers.spec import find_spec, resolve
 from trainers.worker import Worker
-from trainers.workloads.markets import books
-from trainers.workloads.markets.books import (
-    EXACT_FILE,
+from trainers.workloads.markets import simulation
+from trainers.workloads.markets.books import EXACT_FILE, BookPart
+from trainers.workloads.markets.simulation import (
     LEVELS,
-    BookPart,
     SimulatedBooks,
     exact_up_probability,
     next_moves,
@@ -45,7 +45,7 @@ def markets(model: dict[str, Any] | None = None, **data: Any) -> Markets:
 
 @pytest.fixture(scope="module")
 def simulated() -> dict[str, np.ndarray[Any, Any]]:
-    """A part of the data set, its features and what is known beside them."""
+    """A part of the data set, with the exact probabilities."""
     workload = markets()
     rows = workload.part(BookPart("val", 7), workload.common([]))["val"]
     features = np.frombuffer(b"".join(rows["book"].to_pylist()), np.float32)
@@ -61,10 +61,10 @@ class TestSimulation:
         published = np.array(PUBLISHED.split(), float).reshape(5, 5)
         assert np.abs(exact_up_probability(1)[:5, :5].T - published).max() <= 0.0015
 
-    def test_prices_move_as_often_up_as_is_exact(
+    def test_prices_move_up_as_often_as_the_exact_probability(
         self, simulated: dict[str, np.ndarray[Any, Any]]
     ) -> None:
-        """In every tenth of the probabilities; within five standard deviations."""
+        """In each decile of the probabilities; within five standard deviations."""
         exact, up = simulated["exact"].astype(float), simulated["up"]
         assert len(up) > 20_000
         checked = 0
@@ -76,7 +76,7 @@ class TestSimulation:
                 assert abs((up[among] - exact[among]).sum()) < 5 * sd, low
         assert checked >= 5
 
-    def test_books_are_books(self, simulated: dict[str, np.ndarray[Any, Any]]) -> None:
+    def test_books_are_consistent(self, simulated: dict[str, np.ndarray[Any, Any]]) -> None:
         price, size = simulated["book"][..., 0] * 5, np.expm1(simulated["book"][..., 1] + 1)
         ask, bid = price[:, :, :, 0], price[:, :, :, 1]
         assert np.allclose(ask[:, :, 0], -bid[:, :, 0])  # the mid-price is between them
@@ -86,12 +86,12 @@ class TestSimulation:
         assert np.allclose(size, np.rint(size), atol=1e-3)
         assert size.min() > 0.99
 
-    def test_moving_back_into_the_middle_changes_nothing(self) -> None:
+    def test_centring_a_book_changes_nothing(self) -> None:
         many = SimulatedBooks(40, (0,))
         for _ in range(4000):
             before, shift = many.twice_mid_B, many.shift_B.copy()
             many.advance()
-            assert np.abs(many.twice_mid_B - before).max() < 2 * books.PRICE_TICKS // 4
+            assert np.abs(many.twice_mid_B - before).max() < 2 * simulation.PRICE_TICKS // 4
             assert (many.asks_BW >= 0).all()
             assert (many.bids_BW >= 0).all()
             if (many.shift_B != shift).any():
@@ -103,9 +103,9 @@ class TestSimulation:
         mid = np.array([[4], [4], [5], [5], [3], [3]])
         assert next_moves(mid)[:, 0].tolist() == [1, 1, -1, -1, 0, 0]
 
-    def test_a_seed_is_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(books, "BURN_IN_EVENTS", 20)
-        monkeypatch.setattr(books, "EVENTS_PER_BOOK", 40)
+    def test_a_seed_determines_a_part(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(simulation, "BURN_IN_EVENTS", 20)
+        monkeypatch.setattr(simulation, "EVENTS_PER_BOOK", 40)
         workload = markets()
         common = workload.common([])
         parts = [workload.part(BookPart("train", seed), common)["train"] for seed in (1, 1, 2)]
@@ -169,7 +169,7 @@ class TestFiles:
             ),
             (
                 lambda path: lobster(path, ",".join(["7"] * 39 + ["seven"])),
-                "{path}: line 201: 'seven' is no number",
+                "{path}: line 201: 'seven' is not a number",
             ),
             (
                 lambda path: path.write_text("1,2,3,4\n"),
@@ -208,12 +208,12 @@ class TestFiles:
         assert str(caught.value) == line.format(path=tmp_path / "day3.txt")
 
     def test_too_few_files(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="has 0 order-book files; it takes three"):
+        with pytest.raises(DataError, match="has 0 order-book files; needs at least three"):
             markets(source=str(tmp_path)).dataset()
 
 
 class TestNetwork:
-    def test_a_mirror_turns_prices_and_sides(
+    def test_mirroring_exchanges_sides_and_signs(
         self, simulated: dict[str, np.ndarray[Any, Any]]
     ) -> None:
         book = torch.from_numpy(simulated["book"][:8].copy()).flatten(2)
@@ -238,7 +238,7 @@ class TestNetwork:
         assert torch.equal(found["book"][turned], mirror_book(batch["book"])[turned])
         assert markets({"mirror": False}).augment(batch, SampleRandom(0, torch.arange(2))) is batch
 
-    def test_what_is_exact_has_skill_one_and_a_half_has_none(self) -> None:
+    def test_the_exact_probability_has_skill_one_and_one_half_has_none(self) -> None:
         workload = markets()
         exact = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
         batch = {"up": torch.tensor([0, 1, 1]), "exact": exact}
@@ -253,7 +253,7 @@ class TestNetwork:
 
 
 @pytest.mark.slow
-def test_it_learns_most_of_what_there_is_to_know(tmp_path: Path) -> None:
+def test_training_gets_most_of_the_skill(tmp_path: Path) -> None:
     data = find_spec("markets")[1]
     data["data"] |= {"train_parts": 1}
     data["model"] |= {"channels": 8}

@@ -1,4 +1,4 @@
-"""What `vision` reads and refuses, and what it promises about its network. The files are real."""
+"""The sources of `vision`, from real files, and its network."""
 
 import io
 import shutil
@@ -20,7 +20,9 @@ from torch import nn
 from cluster.base.config import validate
 from cluster.base.errors import DataError, SpecError
 from trainers.counter_rng import SampleRandom
-from trainers.data.dataset import SampleStream, open_split, prepare_dataset
+from trainers.data.dataset import prepare_dataset
+from trainers.data.sampling import SampleStream
+from trainers.data.splits import open_split
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.workload import Batch
 from trainers.workloads.vision.workload import Vision
@@ -72,7 +74,7 @@ def write_images(folder: Path, classes: int = 2, each: int = 20, first_seed: int
 
 
 def error_of(workload: Vision) -> str:
-    """The one line that the workload's data set is refused with."""
+    """The one-line error of the workload's data set."""
     with pytest.raises(DataError) as caught:
         workload.dataset()
     message = str(caught.value)
@@ -249,7 +251,7 @@ class TestFolder:
         (tmp_path / "class1").rename(tmp_path / "train")
         assert set(vision(source=str(tmp_path), classes=2).dataset()) == {"train", "val", "test"}
 
-    def test_stray_files_are_not_seen(self, tmp_path: Path) -> None:
+    def test_stray_files_are_ignored(self, tmp_path: Path) -> None:
         write_images(tmp_path)
         before = vision(source=str(tmp_path), classes=2).dataset()
         for name in (".DS_Store", "Thumbs.db", "._001.png", "labels.csv", "notes"):
@@ -303,11 +305,13 @@ class TestFolderErrors:
         bad.write_bytes(whole[: int(kept * len(whole))])
         assert error_of(vision(source=str(tmp_path), classes=2)).startswith(f"{bad}: ")
 
-    def test_text_that_is_called_png(self, tmp_path: Path) -> None:
+    def test_text_in_a_png_file(self, tmp_path: Path) -> None:
         write_images(tmp_path, each=2)
         bad = tmp_path / "class0" / "bad.png"
         bad.write_text("first line\nsecond line\n")
-        assert error_of(vision(source=str(tmp_path), classes=2)).startswith(f"{bad}: is no image")
+        assert error_of(vision(source=str(tmp_path), classes=2)).startswith(
+            f"{bad}: is not an image"
+        )
 
     def test_sixteen_bits_are_refused_rather_than_clipped(self, tmp_path: Path) -> None:
         write_images(tmp_path, each=2)
@@ -333,7 +337,7 @@ class TestFolderErrors:
 
 class TestParquet:
     @pytest.mark.parametrize("nested", [False, True], ids=["bytes", "hugging-face"])
-    def test_gives_what_the_folder_gives(self, tmp_path: Path, nested: bool) -> None:
+    def test_yields_the_same_data_as_the_folder(self, tmp_path: Path, nested: bool) -> None:
         folder = write_images(tmp_path / "folder")
         files = sorted(folder.rglob("*.*"))
         images = [file.read_bytes() for file in files]
@@ -405,13 +409,13 @@ class TestAugment:
         assert torch.equal(self.moved(batch, [10, 11, 12, 13]), together)
         assert not torch.equal(self.moved(batch, [14, 15, 16, 17]), together)
 
-    def test_strength_zero_is_the_identity_and_small_ones_come_near(self) -> None:
+    def test_strength_zero_is_the_identity_and_small_ones_are_close(self) -> None:
         batch = digits_batch(4)
         assert self.moved(batch, [0, 1, 2, 3], 0.0) is batch["image"]
         near = self.moved(batch, [0, 1, 2, 3], 1e-4)
         assert torch.allclose(near, batch["image"].float(), atol=0.2)
 
-    def test_turns_scales_and_shifts_as_far_as_it_says(self) -> None:
+    def test_rotates_scales_and_shifts_up_to_its_limits(self) -> None:
         # An image that holds its own coordinates shows where each pixel was taken from.
         size, count, middle = 101, 1000, 50
         axis = torch.arange(size, dtype=torch.float64) - middle
@@ -467,7 +471,7 @@ class TestNetwork:
         assert example.shape == (1, channels, size, size)
         assert workload.build()(example).shape == (1, 17)
 
-    def test_a_transformer_of_other_patches(self) -> None:
+    def test_a_transformer_with_other_patches(self) -> None:
         workload = vision({"network": "vit", "patch": 4, "blocks": [1, 2]}, size=12, channels=3)
         model = workload.build()
         assert model(workload.example()).shape == (1, 10)
@@ -493,7 +497,7 @@ class TestNetwork:
             assert torch.equal(block(x), x)
 
     @pytest.mark.parametrize("network", ["resnet", "vit"])
-    def test_a_sample_does_not_see_the_rest_of_its_batch(self, network: str) -> None:
+    def test_a_sample_does_not_depend_on_its_batch(self, network: str) -> None:
         workload = vision({"network": network})
         model = trained_a_little(workload).train()
         batch = digits_batch(4)

@@ -29,7 +29,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "images"
 
 
-def test_a_folder_of_class_folders_is_learnt(images: Path) -> None:
+def test_training_on_a_folder_of_class_folders(images: Path) -> None:
     settings = ["data.source=images", "train.epochs=20", "model.augment=0", "train.global_batch=16"]
     run = new_run("digits", settings, "own", None)
     outcome = train(run.spec, run.workload, run.dataset, run.folder, NullReporter())
@@ -45,7 +45,7 @@ def test_a_folder_of_class_folders_is_learnt(images: Path) -> None:
     ],
     ids=["a bad image", "an empty class folder", "one class too many"],
 )
-def test_what_is_wrong_with_them_is_one_line(
+def test_a_mistake_is_reported_in_one_line(
     images: Path, spoil: object, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert callable(spoil)

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.base.errors import CheckpointError, TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.dataset import open_split
+from trainers.data.splits import open_split
 from trainers.devices import Cpu
 from trainers.engine.reporter import NullReporter
 from tuning.fused import engine as engine_module

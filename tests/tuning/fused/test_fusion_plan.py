@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.base.config import write_yaml
-from trainers.data.dataset import open_split
+from trainers.data.splits import open_split
 from trainers.devices import Cpu
 from tuning.fused.fusion_plan import MEMORY_SHARE, FusionPlan, make_plan, plan_from_spec
 from tuning.fused.sweep_variants import reference_variant

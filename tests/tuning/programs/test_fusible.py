@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trainers import Batch, Spec, Workload
 from trainers.counter_rng import SampleRandom
 from trainers.devices import Cpu
-from trainers.engine.step import TrainStep, build_network
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from tuning.programs.program import Program

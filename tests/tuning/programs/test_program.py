@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from trainers import Batch, Spec, Workload
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.devices import Cpu
-from trainers.engine.step import TrainStep, build_network
+from trainers.engine.step import TrainStep
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from trainers.workloads.vision.workload import Vision
-from tuning.programs.program import Program, TrialState
+from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
+from tuning.programs.trial_state import TrialState
 from tuning.trials.space import trial_spec_data
 
 Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]

@@ -1,4 +1,4 @@
-"""The page of a sweep: its numbers are MLflow's, and people can use it."""
+"""The page of a sweep: its numbers are those of MLflow, and it is accessible."""
 
 import importlib
 import json
@@ -40,8 +40,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 
 @pytest.fixture(scope="module")
-def told(sweep: Sweep) -> dict[str, Any]:
-    """What MLflow has, by the name of the run."""
+def mlflow_runs(sweep: Sweep) -> dict[str, Any]:
+    """MLflow's runs by name."""
     client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
     [experiment] = client.search_experiments(filter_string="name != 'Default'")
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -56,9 +56,11 @@ def tab(sweep: Sweep) -> Iterator[Any]:
         yield tab
 
 
-def test_the_page_and_its_charts_are_kept_with_mlflow(sweep: Sweep, told: dict[str, Any]) -> None:
+def test_the_page_and_its_charts_are_logged_to_mlflow(
+    sweep: Sweep, mlflow_runs: dict[str, Any]
+) -> None:
     client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
-    kept = {item.path for item in client.list_artifacts(told["wide"].info.run_id, "report")}
+    kept = {item.path for item in client.list_artifacts(mlflow_runs["wide"].info.run_id, "report")}
     charts = {f"report/{chart.name}.png" for chart in sweep_page(sweep.folder).charts}
     assert kept == charts | {"report/index.html"}
     assert len(charts) >= 12
@@ -68,7 +70,7 @@ def test_the_page_and_its_charts_are_kept_with_mlflow(sweep: Sweep, told: dict[s
 
 
 @needs_browser
-def test_it_is_drawn_without_a_complaint_and_asks_for_nothing(sweep: Sweep, tab: Any) -> None:
+def test_charts_are_drawn_without_errors_or_requests(sweep: Sweep, tab: Any) -> None:
     assert tab.complaints == []
     assert {address.partition(":")[0] for address in tab.requests} == {"file"}
     assert len(tab.requests) == 1
@@ -83,7 +85,7 @@ HEADS = """[...document.querySelectorAll("#leaderboard thead th")].map(cell => c
 
 
 @needs_browser
-def test_its_numbers_are_those_of_mlflow(tab: Any, told: dict[str, Any]) -> None:
+def test_its_numbers_are_those_of_mlflow(tab: Any, mlflow_runs: dict[str, Any]) -> None:
     heads, rows = tab.run(HEADS), tab.run(READ_TABLE)
     assert len(rows) == TRIALS - 1, "the trial that failed has no place"
     columns = {
@@ -94,7 +96,7 @@ def test_its_numbers_are_those_of_mlflow(tab: Any, told: dict[str, Any]) -> None
         "model.width": "param model.width",
     }
     for row in rows:
-        run = told[f"{int(row[0]):04d}"].data
+        run = mlflow_runs[f"{int(row[0]):04d}"].data
         cells = dict(zip(heads, row, strict=True))
         stopped = "heliostat.stopped" in run.tags
         assert cells["ended"] == ("stopped" if stopped else "complete")
@@ -107,17 +109,19 @@ def test_its_numbers_are_those_of_mlflow(tab: Any, told: dict[str, Any]) -> None
 
 
 @needs_browser
-def test_its_curves_are_those_of_mlflow(tab: Any, sweep: Sweep, told: dict[str, Any]) -> None:
+def test_its_curves_are_those_of_mlflow(
+    tab: Any, sweep: Sweep, mlflow_runs: dict[str, Any]
+) -> None:
     points = tab.run("report.views.get('curves-val-loss').data('points')")
     client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
     for number in range(TRIALS - 1):
-        history = client.get_metric_history(told[f"{number:04d}"].info.run_id, "val/loss")
+        history = client.get_metric_history(mlflow_runs[f"{number:04d}"].info.run_id, "val/loss")
         drawn = [point["value"] for point in points if point["trial"] == number]
         assert drawn == pytest.approx([metric.value for metric in history], rel=1e-5)
 
 
 @needs_browser
-def test_keys_sort_the_table_and_pick_a_trial(tab: Any) -> None:
+def test_keys_sort_the_table_and_select_a_trial(tab: Any) -> None:
     def focused() -> str:
         return str(tab.run("document.activeElement.textContent"))
 
@@ -185,7 +189,7 @@ def test_it_can_be_read_on_a_phone_and_in_the_dark(sweep: Sweep, tab: Any, dark:
 
 
 @needs_browser
-def test_whoever_hears_the_page_is_told_what_is_drawn(tab: Any, sweep: Sweep) -> None:
+def test_screen_readers_get_a_description_of_every_chart(tab: Any, sweep: Sweep) -> None:
     nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
 
     def named(role: str) -> list[str]:
@@ -204,7 +208,7 @@ def test_whoever_hears_the_page_is_told_what_is_drawn(tab: Any, sweep: Sweep) ->
     assert "wide" in named("heading")
 
 
-def test_without_mlflow_there_is_a_page_and_a_line(
+def test_without_mlflow_the_page_is_written_and_a_line_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], free_port: int
 ) -> None:
     uri = f"http://127.0.0.1:{free_port}"
@@ -218,7 +222,7 @@ def test_without_mlflow_there_is_a_page_and_a_line(
     assert "Trial 0000 failed: made up" in page
 
 
-def test_a_name_that_is_not_there_is_told_in_a_line(
+def test_an_unknown_name_is_an_error_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A sweep's budget: who pays what, and which trials can still be paid to their first rung."""
+"""A sweep's budget: the cost of each trial, and whether another one fits the budget."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,8 @@ from cluster.base.errors import SpecError
 from cluster.cost.budget import BudgetSpec
 from cluster.cost.ledger import Ledger, LedgerEntry, read_entries, total_costs
 from cluster.cost.node_rates import NodeRate
-from trainers.runs.metering import LEDGER, POWER_TRACE_ENV_VAR
+from trainers.run_folder import LEDGER
+from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
 from tuning import sweep as sweeps
 from tuning.trials.budget import SweepBudget, budget_shortfall
 from tuning.trials.schedulers import first_rung_epochs
@@ -21,27 +22,31 @@ from tuning.trials.space import SchedulerSpec, SweepRunSpec
 from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 
 
-def spent(usd: float) -> Any:
+def totals_of(usd: float) -> Any:
     return total_costs([LedgerEntry("a", "s", "busy", 0, 0, 60, usd=usd)])
 
 
-def test_a_first_rung_is_paid_for_or_not_begun() -> None:
-    """40 epochs cost $4 so far, so one costs 10 cents."""
+def test_a_trial_starts_only_if_its_first_rung_fits_the_budget() -> None:
+    """40 epochs cost $4 so far, so an epoch costs 10 cents."""
     budget = BudgetSpec(usd=5)
     assert (
-        budget_shortfall(budget, spent(4), epochs_done=40, committed_epochs=0, first_rung=10)
+        budget_shortfall(budget, totals_of(4), epochs_done=40, committed_epochs=0, first_rung=10)
         is None
     )
-    reason = budget_shortfall(budget, spent(4), epochs_done=40, committed_epochs=1, first_rung=10)
+    reason = budget_shortfall(
+        budget, totals_of(4), epochs_done=40, committed_epochs=1, first_rung=10
+    )
     assert (
         reason == "budget.usd: $4.00 of $5.00 spent; a trial's first rung takes about 20.0% of it"
     )
     assert (
-        budget_shortfall(budget, spent(4.9), epochs_done=0, committed_epochs=1, first_rung=10)
+        budget_shortfall(budget, totals_of(4.9), epochs_done=0, committed_epochs=1, first_rung=10)
         is None
     ), "nothing is known yet"
     assert (
-        budget_shortfall(BudgetSpec(), spent(4), epochs_done=40, committed_epochs=1, first_rung=10)
+        budget_shortfall(
+            BudgetSpec(), totals_of(4), epochs_done=40, committed_epochs=1, first_rung=10
+        )
         is None
     )
 
@@ -49,10 +54,10 @@ def test_a_first_rung_is_paid_for_or_not_begun() -> None:
 RATE = NodeRate(3600, "$3600/h", None, "", 1.0)
 
 
-def purse(
+def resumed_budget(
     tmp_path: Path, budget: BudgetSpec, rate: NodeRate = RATE, **scheduler: Any
 ) -> SweepBudget:
-    """Of a resumed sweep: two trials have done ten epochs in 10 s, for $10 and $40."""
+    """The budget of a resumed sweep whose two trials took ten epochs in 10 s, for $10 and $40."""
     data = {
         "workload": "vision",
         "budget": budget,
@@ -66,43 +71,45 @@ def purse(
         folder = tmp_path / "trials" / f"{number:04d}"
         folder.mkdir(parents=True)
         (folder / LAST_RESULT_FILE).write_text('{"epoch": 10, "device_s": 10}')
-    rates = SimpleNamespace(known=lambda: [rate])
-    metering: Any = SimpleNamespace(ledger=ledger, reason=None, tick=lambda: None, rates=rates)
+    rates = SimpleNamespace(all_used=lambda: [rate])
+    metering: Any = SimpleNamespace(
+        ledger=ledger, limit_reached=None, tick=lambda: None, rates=rates
+    )
     return SweepBudget(
         Sweep({}, spec.sweep, tmp_path, tmp_path), spec, metering, epochs_per_trial=20
     )
 
 
-def test_a_resumed_sweep_knows_what_its_trials_cost_before(tmp_path: Path) -> None:
+def test_a_resumed_sweep_knows_the_earlier_costs_of_its_trials(tmp_path: Path) -> None:
     """20 epochs for $50: $4 are left of $54, and a first rung of one epoch costs $2.50."""
-    resumed = purse(tmp_path, BudgetSpec(usd=54))
-    assert resumed.can_start_trial()
-    resumed.on_trial_event("start", 2, {})
-    assert not resumed.can_start_trial()
-    assert resumed.reason == (
+    budget = resumed_budget(tmp_path, BudgetSpec(usd=54))
+    assert budget.can_start_trial()
+    budget.on_trial_event("start", 2, {})
+    assert not budget.can_start_trial()
+    assert budget.reason == (
         "budget.usd: $50.00 of $54.00 spent; a trial's first rung takes about 4.6% of it"
     )
 
 
-def test_an_epochs_price_is_that_of_the_devices_time_it_takes(tmp_path: Path) -> None:
-    """On average $2.50; a trial that nothing was charged for yet pays for a second as others do."""
-    sweeps = purse(tmp_path, BudgetSpec(), resource="usd")
-    assert sweeps.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == 1, "nothing is known yet"
-    sweeps.tick()
-    assert sweeps.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == pytest.approx(1 / 2.5)
-    assert sweeps.cost_per_epoch(1, {"epoch": 10, "device_s": 10}) == pytest.approx(4 / 2.5)
-    assert sweeps.cost_per_epoch(2, {"epoch": 1, "device_s": 3}) == pytest.approx(3)
+def test_the_cost_of_an_epoch_is_that_of_its_device_time(tmp_path: Path) -> None:
+    """On average $2.50; for a trial without charges, at the average cost per second."""
+    budget = resumed_budget(tmp_path, BudgetSpec(), resource="usd")
+    assert budget.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == 1, "nothing is known yet"
+    budget.tick()
+    assert budget.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == pytest.approx(1 / 2.5)
+    assert budget.cost_per_epoch(1, {"epoch": 10, "device_s": 10}) == pytest.approx(4 / 2.5)
+    assert budget.cost_per_epoch(2, {"epoch": 1, "device_s": 3}) == pytest.approx(3)
 
 
-def test_dollars_compare_nothing_where_no_price_is_known(tmp_path: Path) -> None:
-    unpriced = replace(RATE, usd_per_h=None, price="price of a unknown")
-    line = r"sweep\.scheduler\.resource: price of a unknown; say cost\.usd_per_h"
+def test_trials_cannot_be_compared_by_dollars_without_a_price(tmp_path: Path) -> None:
+    unpriced = replace(RATE, usd_per_h=None, price_source="price of a unknown")
+    line = r"sweep\.scheduler\.resource: price of a unknown; set cost\.usd_per_h"
     with pytest.raises(SpecError, match=line):
-        purse(tmp_path, BudgetSpec(), unpriced, resource="usd")
+        resumed_budget(tmp_path, BudgetSpec(), unpriced, resource="usd")
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("asha", 2), ("median", 2), ("pbt", 3), ("none", 20)])
-def test_the_first_rung_is_the_schedulers(name: str, epochs: float) -> None:
+def test_each_scheduler_has_its_first_rung(name: str, epochs: float) -> None:
     spec = SchedulerSpec(name=name, grace_epochs=2, every_epochs=3)  # type: ignore[arg-type]
     assert first_rung_epochs(spec, 20) == epochs
     assert first_rung_epochs(spec, 1) == 1
@@ -111,7 +118,7 @@ def test_the_first_rung_is_the_schedulers(name: str, epochs: float) -> None:
 @pytest.mark.parametrize(
     ("fuse", "kwh"), [("off", 40), pytest.param(2, 100, marks=pytest.mark.slow)]
 )
-def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
+def test_a_sweep_stops_at_its_budget_and_each_trial_has_its_cost(
     tmp_path: Path,
     ray_cluster: str,
     mlflow_server: str,
@@ -119,9 +126,9 @@ def test_a_sweep_stops_at_its_budget_and_trials_know_their_cost(
     fuse: Any,
     kwh: float,
 ) -> None:
-    """By a recorded trace of a kilowatt-hour every second, on whatever the trials run on.
+    """The power trace has a kilowatt-hour every second, whatever the device.
 
-    A trial in a process that ends within a period of the bill may have joules and no dollars.
+    A trial in a process that ends within one billing interval may have joules and no dollars.
     """
     trace = tmp_path / "trace.csv"
     row = "0,GPU-a,gpu,power_integrated,,3600000"

@@ -1,4 +1,4 @@
-"""The spec's scheduler as Ray's own."""
+"""Ray Tune's schedulers, as the spec describes them."""
 
 import pickle
 from types import SimpleNamespace
@@ -17,6 +17,25 @@ KINDS = {
     "pbt": schedulers.PopulationBasedTraining,
     "none": schedulers.FIFOScheduler,
 }
+
+
+class Trial:
+    """What Ray's PBT reads of a trial of Tune."""
+
+    experiment_tag = ""
+    run_metadata = SimpleNamespace(
+        checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+    )
+
+    def __init__(self, number: int) -> None:
+        self.config = {
+            "trial": number,
+            "optimizer.lr": 0.01,
+            "model.dropout": 0.5,
+            "model.width": 64,
+            "optimizer.name": "sgd",
+            "train.seed": 3,
+        }
 
 
 def sweep(name: str, **scheduler: Any) -> SweepSpec:
@@ -38,34 +57,60 @@ def test_each_name_is_rays_scheduler(name: str) -> None:
     assert isinstance(build_scheduler(sweep(name), 10), KINDS[name])
 
 
-def test_dear_trials_are_judged_earlier_where_cost_counts() -> None:
-    """At an epoch for the one and two for the other both have spent as much."""
-    verdicts = {}
+def test_expensive_trials_are_stopped_earlier_when_compared_by_cost() -> None:
+    """One epoch of the expensive trial costs as much as two of the cheap one."""
+    decisions = {}
     for resource in ("epoch", "usd"):
         spec = sweep("asha", grace_epochs=2, resource=resource)
         asha = build_scheduler(spec, 10, lambda trial, _: 1.0 + trial)
         asha.set_search_properties("val/loss", "min")
-        cheap, dear = (SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2))
-        for trial in (cheap, dear):
+        cheap, expensive = (SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(2))
+        for trial in (cheap, expensive):
             asha.on_trial_add(None, trial)
         asha = pickle.loads(cloudpickle.dumps(asha))
         for epoch in (1, 2):
-            told = asha.on_trial_result(None, cheap, {"epoch": epoch, "val/loss": 1.0})
-            assert told == "CONTINUE"
-        verdicts[resource] = asha.on_trial_result(None, dear, {"epoch": 1, "val/loss": 2.0})
-    assert verdicts == {"epoch": "CONTINUE", "usd": "STOP"}
+            decision = asha.on_trial_result(None, cheap, {"epoch": epoch, "val/loss": 1.0})
+            assert decision == "CONTINUE"
+        decisions[resource] = asha.on_trial_result(None, expensive, {"epoch": 1, "val/loss": 2.0})
+    assert decisions == {"epoch": "CONTINUE", "usd": "STOP"}
+
+
+def test_grace_epochs_may_exceed_the_epochs_of_a_trial() -> None:
+    """Then asha stops no trial."""
+    asha = build_scheduler(sweep("asha", grace_epochs=4.5), 2)
+    asha.set_search_properties("val/loss", "min")
+    trials = [SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(8)]
+    for trial in trials:
+        asha.on_trial_add(None, trial)
+        for epoch in (1, 2):
+            result = {"epoch": epoch, "val/loss": float(trial.trial_id)}
+            assert asha.on_trial_result(None, trial, result) == "CONTINUE"
 
 
 def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
-    with pytest.raises(
-        ValueError, match="resource joule: pbt does not compare trials on their way"
-    ):
+    with pytest.raises(ValueError, match="resource joule: pbt does not compare running trials"):
         SchedulerSpec(name="pbt", resource="joule")
 
 
-def test_pbt_never_leaves_the_space() -> None:
+def test_pbt_clips_parameters_to_their_bounds() -> None:
     pbt = build_scheduler(sweep("pbt"), 10)
     config = {"optimizer.lr": 0.1, "model.dropout": 0.5, "model.width": 64, "train.seed": 3}
     config |= {"optimizer.name": "sgd", "trial": 5}
     raised = {"optimizer.lr": 0.12, "model.dropout": 0.6, "model.width": 76, "train.seed": 3}
     assert pbt._custom_explore_fn({**config, **raised}) == config
+
+
+def test_a_trial_that_exploits_another_one_keeps_its_number() -> None:
+    """Ray explores a copy of the better trial's parameters, whose number is among them."""
+    pbt = build_scheduler(sweep("pbt", every_epochs=2), 10)
+    pbt.set_search_properties("val/loss", "min")
+    for number in (5, 7):
+        pbt.on_trial_add(None, Trial(number))
+    pbt = pickle.loads(cloudpickle.dumps(pbt))
+    better, worse = pbt._trial_state
+    for trial in (better, worse):
+        assert pbt.on_trial_result(None, trial, {"epoch": 1, "val/loss": 1.0}) == "CONTINUE"
+    for _ in range(50):
+        config, _ = pbt._get_new_config(worse, better)
+        assert config["trial"] == 7
+        assert config["optimizer.name"] in ("adamw", "sgd")

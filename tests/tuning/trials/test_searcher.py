@@ -1,4 +1,4 @@
-"""Searches that forget nothing: what was suggested is on disk before anybody knows of it."""
+"""Searches that forget nothing: a suggestion is on disk before Tune gets it."""
 
 import pickle
 import statistics
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from tuning.trials.searcher import Journal, JournaledSearcher
+from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepSpec
 
 PARAMETERS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def test_tpe_learns_where_the_good_values_are(tmp_path: Path) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_a_restored_search_gives_the_very_trials_that_were_lost(
+def test_a_restored_search_suggests_exactly_the_lost_trials_again(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Tune's snapshot may be older than the journal by any number of trials."""
@@ -95,20 +95,8 @@ def test_a_restored_search_knows_how_the_trials_ended(tmp_path: Path) -> None:
     assert restored._study.trials[1].intermediate_values == {10: 0.7}
 
 
-def test_a_value_that_is_no_number_counts_as_failed(tmp_path: Path) -> None:
+def test_a_trial_whose_metric_is_nan_counts_as_failed(tmp_path: Path) -> None:
     search = JournaledSearcher(sweep(), tmp_path / "journal")
     search.suggest("t0")
     ended(search, "t0", float("nan"))
     assert [trial.state.name for trial in search._study.trials] == ["FAIL"]
-
-
-def test_half_a_line_at_the_end_of_the_journal_was_never_said(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    journal = Journal(path)
-    journal.record_suggestion(0, {"a.b": 1})
-    journal.record_suggestion(1, {"a.b": 2})
-    path.write_bytes(path.read_bytes()[:-5])
-    torn = Journal(path)
-    assert torn.parameters == {0: {"a.b": 1}}
-    torn.record_suggestion(1, {"a.b": 3})
-    assert Journal(path).parameters == {0: {"a.b": 1}, 1: {"a.b": 3}}

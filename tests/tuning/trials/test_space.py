@@ -1,4 +1,4 @@
-"""What a sweep may say."""
+"""The spec of a sweep: what it accepts, and what it means."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from tuning.trials.space import SweepSpec, file_schema, trial_spec_data
         ({"unifrom": [0, 1]}, "unknown key; did you mean 'uniform'?"),
     ],
 )
-def test_a_distribution_is_one_that_can_be_drawn_from(
+def test_a_distribution_has_one_kind_and_its_bounds_in_order(
     distribution: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
@@ -51,7 +51,7 @@ def test_grid_is_every_combination_in_the_order_of_the_file() -> None:
     ]
 
 
-def test_a_trials_spec_is_the_sweeps_with_its_values() -> None:
+def test_a_trials_spec_is_the_sweeps_with_its_parameters() -> None:
     data = {"workload": "vision", "optimizer": {"lr": 1, "name": "sgd"}, "sweep": {"trials": 3}}
     assert trial_spec_data(data, {"optimizer.lr": 0.1, "model.width": 8}) == {
         "workload": "vision",
@@ -61,7 +61,7 @@ def test_a_trials_spec_is_the_sweeps_with_its_values() -> None:
     assert data["optimizer"] == {"lr": 1, "name": "sgd"}
 
 
-def test_the_schema_knows_every_field_and_says_what_it_is() -> None:
+def test_the_schema_has_a_description_of_every_field() -> None:
     schema = file_schema(Vision)
     assert set(schema["properties"]) >= {"workload", "data", "model", "optimizer", "sweep"}
     assert "width" in schema["properties"]["model"]["properties"]
@@ -75,7 +75,7 @@ def test_the_schema_knows_every_field_and_says_what_it_is() -> None:
             assert inside or field.get("description"), f"{section.get('title')}.{name}"
 
 
-def test_the_first_objective_leads() -> None:
+def test_the_first_objective_is_the_metric_of_the_search() -> None:
     several = ["val/accuracy max", "cost_usd min"]
     parameters = {"optimizer.lr": {"uniform": [0, 1]}}
     spec = validate(SweepSpec, {"parameters": parameters, "objective": several})

@@ -1,24 +1,24 @@
 """Molecular dynamics: the energy of a structure of atoms, and the force on each of them.
 
-**Data.** `emt` is copper as the effective medium theory of Jacobsen, Stoltze and Norskov (Surface
-Science 366, 394, 1996) has it in ASE: crystals of 32 atoms whose cells are strained and sheared at
-random by up to 3 %, in a heat bath at 20 to 1600 K (Langevin dynamics), a frame every 50 fs. Each
-trajectory is a part, and is in one split as a whole. Own data: extended XYZ and ASE databases, as
-quantum chemistry writes them, periodic or not. Energies are kept relative to those of single
-atoms, which are fitted to the training structures and stand in `references.json` of the data set.
+**Data.** `emt` is copper in the effective medium theory (EMT) of Jacobsen, Stoltze and Norskov
+(Surface Science 366, 394, 1996), as in ASE: crystals of 32 atoms whose cells are strained and
+sheared at random by up to 3 %, in a heat bath at 20 to 1600 K (Langevin dynamics), with a frame
+every 50 fs. Each trajectory is a part, and lies in one split. Your own data: extended XYZ and ASE
+databases from quantum chemistry, periodic or not. Energies are relative to those of single atoms,
+which are fitted to the training structures and stored in `references.json` of the data set.
 
 **Model.** PaiNN (Schütt, Unke and Gastegger 2021, arXiv:2102.03150): each atom has `features`
-numbers that do not change when the structure is turned, and as many vectors that turn with it;
-neighbours within `data.cutoff` tell each other of both, `layers` times. The energy is the sum of
-what its atoms say, and the forces are its exact derivative, so that energy is conserved, an atom
-has no force on itself, and a turned structure has turned forces.
+scalars, which are invariant to rotations, and as many vectors, which rotate with the structure.
+Neighbours within `data.cutoff` exchange messages of both, `layers` times. The energy is the sum of
+the atoms' energies, and the forces are its exact derivative. So energy is conserved, forces add up
+to zero, and they rotate with the structure.
 
-**Metrics** are those of the field: mean absolute and root mean square errors of the energy in
-meV per atom, and of the forces' components in meV/Å. Measured: `docs/answers.md`, where dynamics
-and elastic constants of copper are compared too.
+**Metrics** are the usual ones: mean absolute and root mean square errors of the energy in meV per
+atom, and of the components of the forces in meV/Å. Measured: `docs/answers.md`, which also compares
+dynamics and elastic constants of copper.
 
-**Not shown:** chemistry. EMT is itself a model, of metals; what has learned crystals of copper
-knows neither surfaces nor liquids, nor distances that it has not seen.
+**Not shown:** chemistry. EMT is itself a model of metals, and a network trained on copper crystals
+knows neither surfaces nor liquids, nor distances outside its training data.
 """
 
 import math
@@ -38,26 +38,26 @@ from trainers.workloads.dynamics.atoms import Structures, empty_structure, neigh
 PositiveInt = Annotated[int, Field(gt=0)]
 
 ELEMENTS = 120
-"""Atomic numbers below this; 0 is no atom."""
+"""Atomic numbers are below this; 0 stands for no atom."""
 TYPICAL_NEIGHBORS = 16
-"""Neighbours, weighted by their distance, whose messages add up to what one layer can handle."""
+"""Sums of messages are divided by its square root, to be of order one."""
 
 
 class Dynamics(Structures):
-    """Structures, each with its energy and forces."""
+    """Predicts the energy and the forces of structures of atoms."""
 
     class Model(Spec):
-        """The size of the network, and what it is to learn."""
+        """The size of the network, and the weight of the energy in the loss."""
 
         features: PositiveInt = 32
-        """Numbers, and vectors, of an atom."""
+        """Number of scalars, and of vectors, per atom."""
         layers: PositiveInt = 2
-        """Times that neighbours hear of each other."""
+        """Message-passing layers."""
         radial: PositiveInt = 8
-        """Functions that a distance is spread over."""
+        """Radial basis functions of a distance."""
         energy_weight: Annotated[float, Field(ge=0)] = 1000.0
-        """Weight of the squared error of the energy, in eV per atom, beside that of a component of
-        the forces, in eV/Å."""
+        """Weight of the squared error of the energy, in eV per atom; that of a force component, in
+        eV/Å, has weight 1."""
 
     data: Structures.Data
     model: Model
@@ -105,17 +105,17 @@ class Dynamics(Structures):
         return torch.from_numpy(atoms_NRX)[None]
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """None: forces are a derivative through all layers, which are sharded in one piece."""
+        """None: forces are a derivative through all layers, so the model is sharded as one unit."""
         return []
 
     @property
     def evaluation_batch(self) -> int:
-        """As many as have 2**15 pairs of neighbours: forces take as much memory as training."""
+        """As many samples as have 2**15 neighbour pairs: forces need as much memory as training."""
         return min(512, max(1, (1 << 15) // (self.data.max_atoms * self.data.max_neighbors)))
 
 
 def _errors(output_BNX: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the energy per atom [B] and of forces [B, N, 3]; and the number of atoms [B]."""
+    """Errors of the energy per atom [B] and of the forces [B, N, 3]; number of atoms [B]."""
     count_B = (batch["atoms"][:, :, 0, 0] > 0).sum(1)
     energy_B = (output_BNX[:, :, 0].sum(1) - batch["energy"]) / count_B
     return energy_B, output_BNX[:, :, 1:] - batch["forces"], count_B
@@ -124,8 +124,8 @@ def _errors(output_BNX: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 class Potential(nn.Module):
     """Energy and force of each atom [B, N, X], in eV and eV/Å, of structures [B, N, R, X].
 
-    Structures are as `trainers.workloads.dynamics.atoms.neighbor_array` makes them, with any room for atoms and
-    neighbours. The energies of a structure's atoms add up to its own.
+    Structures are arrays of `neighbor_array`, with any number of rows for atoms and neighbours. The
+    energies of a structure's atoms add up to its energy.
     """
 
     frequency_Q: Tensor
@@ -143,10 +143,10 @@ class Potential(nn.Module):
         self.register_buffer("frequency_Q", pi_Q / cutoff, persistent=False)
 
     def forward(self, atoms_BNRX: Tensor) -> Tensor:
-        """Takes derivatives also where none are recorded, as in evaluation."""
+        """Computes derivatives even where autograd is off, as in evaluation."""
         recorded = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            atoms_BNRX = atoms_BNRX.clone()  # what comes from inference mode has no derivatives
+            atoms_BNRX = atoms_BNRX.clone()  # inference tensors cannot be differentiated
             still_BN3 = torch.zeros_like(atoms_BNRX[:, :, 0, 1:])
             slope_BN3, energy_BN = torch.func.grad(self._total_energy, has_aux=True)(
                 still_BN3, atoms_BNRX
@@ -159,7 +159,7 @@ class Potential(nn.Module):
         return energy_BN.sum(), energy_BN
 
     def energies(self, moved_BN3: Tensor, atoms_BNRX: Tensor) -> Tensor:
-        """Of each atom [B, N], after all have moved, by less than the cutoff changes much."""
+        """The energy of each atom [B, N], after small displacements of all atoms."""
         batch, atoms = atoms_BNRX.shape[:2]
         first_B = torch.arange(batch, device=atoms_BNRX.device) * atoms
         place_BNK = atoms_BNRX[:, :, 1:, 0].long() + first_B[:, None, None]  # among all atoms
@@ -182,11 +182,12 @@ class Potential(nn.Module):
 
 
 class InteractionLayer(nn.Module):
-    """What neighbours say is added to an atom's numbers and vectors, then these to each other.
+    """Adds the neighbours' messages to an atom's scalars and vectors, then mixes these.
 
-    A message is what the neighbour says times a function of its distance, a sum over the basis.
-    Neighbours are added up for each function of the basis first, as matrix products: so pairs of
-    atoms, of which there are most, have no numbers of their own but what is gathered.
+    A message is the neighbour's features times a function of its distance, which is a sum over the
+    radial basis. The neighbours are summed for each basis function first, by matrix products, so
+    that pairs of atoms, which are by far the most numerous, need no features beyond the gathered
+    ones.
     """
 
     def __init__(self, features: int, radial: int, first: bool) -> None:
@@ -206,23 +207,23 @@ class InteractionLayer(nn.Module):
         basis_BNKQ: Tensor,
         toward_BNKY: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        more_BNC, point_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
-        far_QC, point_far_QC, *gate_far_QC = self.far.unbind()
+        more_BNC, toward_BNC, *gate_BNC = self.say(scalar_BNC).split(self.features, -1)
+        far_QC, vector_far_QC, *gate_far_QC = self.far.unbind()
         more_BNQC = basis_BNKQ.mT @ _gather_neighbors(more_BNC, place_BNK)
         scalar_BNC = scalar_BNC + (more_BNQC * far_QC).sum(2) / TYPICAL_NEIGHBORS**0.5
-        told_BNYC = toward_BNKY.mT @ _gather_neighbors(point_BNC, place_BNK)
-        told_BN3QC = told_BNYC.reshape(*told_BNYC.shape[:2], 3, -1, self.features)
-        told_BN3C = (told_BN3QC * point_far_QC).sum(3)
+        message_BNYC = toward_BNKY.mT @ _gather_neighbors(toward_BNC, place_BNK)
+        message_BN3QC = message_BNYC.reshape(*message_BNYC.shape[:2], 3, -1, self.features)
+        message_BN3C = (message_BN3QC * vector_far_QC).sum(3)
         if vector_BN3C is not None:
             gated_BN3C = vector_BN3C * gate_BNC[0][:, :, None]
-            told_BNQD = basis_BNKQ.mT @ _gather_neighbors(gated_BN3C.flatten(2), place_BNK)
-            told_BNQ3C = told_BNQD.reshape(*told_BNQD.shape[:3], 3, -1)
-            told_BN3C = told_BN3C + (told_BNQ3C * gate_far_QC[0][:, None]).sum(2)
-        told_BN3C = told_BN3C / TYPICAL_NEIGHBORS**0.5
-        vector_BN3C = told_BN3C if vector_BN3C is None else vector_BN3C + told_BN3C
+            message_BNQD = basis_BNKQ.mT @ _gather_neighbors(gated_BN3C.flatten(2), place_BNK)
+            message_BNQ3C = message_BNQD.reshape(*message_BNQD.shape[:3], 3, -1)
+            message_BN3C = message_BN3C + (message_BNQ3C * gate_far_QC[0][:, None]).sum(2)
+        message_BN3C = message_BN3C / TYPICAL_NEIGHBORS**0.5
+        vector_BN3C = message_BN3C if vector_BN3C is None else vector_BN3C + message_BN3C
 
         left_BN3C, right_BN3C = self.mix(vector_BN3C).split(self.features, -1)
-        length_BNC = (1 + right_BN3C.square().sum(2)).sqrt()  # smooth where an atom is at rest
+        length_BNC = (1 + right_BN3C.square().sum(2)).sqrt()  # differentiable at zero
         both = self.update(torch.cat([scalar_BNC, length_BNC], -1))
         keep_BNC, inner_BNC, turn_BNC = both.split(self.features, -1)
         scalar_BNC = scalar_BNC + keep_BNC + inner_BNC * (left_BN3C * right_BN3C).sum(2)
@@ -234,13 +235,13 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _gather_neighbors(values_BNC: Tensor, place_BNK: Tensor) -> Tensor:
-    """What each atom's neighbours have [B, N, K, C]."""
+    """The values of each atom's neighbours [B, N, K, C]."""
     found_MC = values_BNC.flatten(0, 1).index_select(0, place_BNK.flatten())
     return found_MC.view(*place_BNK.shape, -1)
 
 
 def calculator(potential: nn.Module) -> Any:
-    """An ASE calculator of energies and forces by a trained `Potential`, as `load_model` gives it.
+    """An ASE calculator of energies and forces by a trained `Potential`, such as of `load_model`.
 
     Energies are relative to those of single atoms; see the data set's `references.json`.
     """

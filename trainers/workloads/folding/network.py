@@ -1,4 +1,4 @@
-"""The network of `trainers.workloads.folding.workload`: a trunk over pairs of residues, and a structure."""
+"""The folding network: a trunk over residues and their pairs, and a structure module."""
 
 import math
 from typing import NamedTuple
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainers.workload import model_dtype
-from trainers.workloads.folding.proteins import ANGLE_AT_CA, CA_C, N_CA
-from trainers.workloads.folding.structures import AMINO_ACIDS, quaternion_to_rotation
+from trainers.workloads.folding.folds import ANGLE_AT_CA, CA_C, N_CA
+from trainers.workloads.folding.geometry import quaternion_to_rotation
+from trainers.workloads.folding.structures import AMINO_ACIDS
 
 # Suffixes: B samples, I and J residues, F features, S channels of a residue, P of a pair, H heads,
 # N points of a head, X coordinates in Å, K bins of distance, R iterations, A atoms. Rotations are
@@ -17,31 +18,31 @@ from trainers.workloads.folding.structures import AMINO_ACIDS, quaternion_to_rot
 
 DISTANCE_BINS = 24
 FIRST_EDGE, LAST_EDGE = 4.0, 22.0
-"""Å that the first bin of distances ends at, and the last one begins."""
+"""The end of the first distance bin and the start of the last one, in Å."""
 MAX_RELATIVE_POSITION = 32
-"""Places along the chain from which on it does not matter how many they are."""
+"""Larger distances along the chain share one embedding."""
 NANOMETRE = 10.0
-"""Å. Positions are of order one in it."""
+"""In Å: the unit in which positions are of order one."""
 
 Frames = tuple[Tensor, Tensor]
-"""Rotations [B, I, X, X], whose columns are a residue's axes, and places [B, I, X] of its CA."""
+"""Rotations [B, I, X, X], whose columns are a residue's axes, and positions [B, I, X] of its CA."""
 
 
 class FoldingOutput(NamedTuple):
-    """What the network says of a batch."""
+    """The network's output for training."""
 
     distance_BIJK: Tensor
-    """Unnormalised log-probabilities of the bins of distances between alpha carbons."""
+    """Logits of the distance bins of alpha carbons."""
     rotation: Tensor
-    """[B, R, I, X, X] after each iteration."""
+    """[B, R, I, X, X], after each iteration."""
     place_BRIX: Tensor
 
 
 class Network(nn.Module):
-    """Backbones [B, I, A, X] from features [B, I, F]; with `whole`, what is found on the way."""
+    """Backbones [B, I, A, X] from features [B, I, F]; with `whole`, a `FoldingOutput`."""
 
     def __init__(self, blocks: int, width: int, triangles: bool, iterations: int) -> None:
-        """The same as the fields of `Folding.Model`."""
+        """The arguments are the fields of `Folding.Model`."""
         super().__init__()
         single, pair = 2 * width, width
         self.residue = nn.Linear(len(AMINO_ACIDS), single)
@@ -70,7 +71,9 @@ class Network(nn.Module):
         for block in self.blocks:
             single_BIS, pair_BIJP = block(single_BIS, pair_BIJP)
         logit_BIJK = self.distance(pair_BIJP + pair_BIJP.transpose(1, 2)).to(dtype)
-        with torch.autocast(feature_BIF.device.type, enabled=False):  # places need all digits
+        with torch.autocast(
+            feature_BIF.device.type, enabled=False
+        ):  # positions need full precision
             single_BIS = self.single_norm(single_BIS.to(dtype))
             pair_BIJP = self.pair_norm(pair_BIJP.to(dtype))
             frames, steps = initial_frames(logit_BIJK.detach()), []
@@ -86,30 +89,30 @@ class Network(nn.Module):
 
 
 def bin_edges(like: Tensor) -> Tensor:
-    """Between the bins of distance [K - 1]."""
+    """The edges between the distance bins [K - 1]."""
     return torch.linspace(
         FIRST_EDGE, LAST_EDGE, DISTANCE_BINS - 1, dtype=like.dtype, device=like.device
     )
 
 
 def relative_positions(length: int, device: torch.device) -> Tensor:
-    """By how many places residue j comes after residue i [I, J]."""
+    """The position of residue j relative to residue i in the chain [I, J]."""
     place_I = torch.arange(length, device=device)
     return place_I - place_I[:, None]
 
 
 def rotations_from_vectors(along: Tensor, beside: Tensor) -> Tensor:
-    """Rotations [..., X, X]: x axes go along vectors [..., X], y axes to the side of others."""
+    """Rotations [..., X, X]: x along one vector [..., X], y towards another (Gram-Schmidt)."""
     x = F.normalize(along, dim=-1)
     y = F.normalize(beside - x * (x * beside).sum(-1, keepdim=True), dim=-1)
     return torch.stack([x, y, torch.linalg.cross(x, y)], -1)
 
 
 def initial_frames(logit_BIJK: Tensor) -> Frames:
-    """Frames along a chain of alpha carbons whose distances are those expected.
+    """Frames along a chain of alpha carbons, from the expected distances.
 
-    Classical multidimensional scaling (Torgerson 1952, doi:10.1007/BF02288916) of them, mirrored
-    where the chain turns to the left on average, which helices do not.
+    Positions are the classical multidimensional scaling (Torgerson 1952, doi:10.1007/BF02288916) of
+    the distances, mirrored if the chain turns to the left on average: helices are right-handed.
     """
     width = (LAST_EDGE - FIRST_EDGE) / (DISTANCE_BINS - 2)
     middle_K = bin_edges(logit_BIJK) - width / 2
@@ -129,7 +132,7 @@ def initial_frames(logit_BIJK: Tensor) -> Frames:
 
 
 def multidimensional_scaling(distance_BIJ: Tensor) -> Tensor:
-    """Places [B, I, X] with about these distances, in either hand."""
+    """Positions [B, I, X] with about these distances, in either mirror image."""
     square_BIJ = distance_BIJ.square()
     across_B1J, down_BI1 = square_BIJ.mean(1, keepdim=True), square_BIJ.mean(2, keepdim=True)
     product_BIJ = (across_B1J + down_BI1 - square_BIJ - square_BIJ.mean((1, 2), keepdim=True)) / 2
@@ -139,7 +142,7 @@ def multidimensional_scaling(distance_BIJ: Tensor) -> Tensor:
 
 
 def ideal_backbone(frames: Frames) -> Tensor:
-    """N, CA and C [B, I, A, X] of residues in these frames, by ideal geometry."""
+    """N, CA and C [B, I, A, X] of the residues with these frames, with ideal geometry."""
     rotation, place_BIX = frames
     x, y = rotation[..., 0], rotation[..., 1]
     nitrogen_BIX = place_BIX + N_CA * (math.cos(ANGLE_AT_CA) * x + math.sin(ANGLE_AT_CA) * y)
@@ -147,7 +150,7 @@ def ideal_backbone(frames: Frames) -> Tensor:
 
 
 class Block(nn.Module):
-    """Residues look at each other by way of their pairs, and pairs at residues and triangles."""
+    """Updates residues by attention biased by pairs, and pairs by residues and triangles."""
 
     def __init__(self, single: int, pair: int, triangles: bool) -> None:
         super().__init__()
@@ -188,12 +191,12 @@ class PairAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1])
         weight_BHIJ = (logit_BHIJ + self.bias(pair_BIJP).permute(0, 3, 1, 2)).softmax(-1)
-        more_BIS: Tensor = self.out((weight_BHIJ @ value).transpose(1, 2).flatten(2))
-        return more_BIS
+        update_BIS: Tensor = self.out((weight_BHIJ @ value).transpose(1, 2).flatten(2))
+        return update_BIS
 
 
 class TriangleUpdate(nn.Module):
-    """What pairs (i, k) and (j, k), or (k, i) and (k, j), say of the pair (i, j): a product."""
+    """Updates pair (i, j) by products of pairs (i, k) and (j, k), or (k, i) and (k, j)."""
 
     def __init__(self, pair: int, outgoing: bool) -> None:
         super().__init__()
@@ -212,12 +215,12 @@ class TriangleUpdate(nn.Module):
         if not self.outgoing:
             one_BPIK, other_BPJK = one_BPIK.mT, other_BPJK.mT
         product_BIJP = (one_BPIK @ other_BPJK.mT).permute(0, 2, 3, 1)
-        more_BIJP: Tensor = gate_BIJP * self.out(self.product_norm(product_BIJP))
-        return more_BIJP
+        update_BIJP: Tensor = gate_BIJP * self.out(self.product_norm(product_BIJP))
+        return update_BIJP
 
 
 class StructureLayer(nn.Module):
-    """Moves frames of residues by what they see of each other; the same from wherever one looks."""
+    """Moves the residues' frames; equivariant to rotations and translations."""
 
     def __init__(self, single: int, pair: int) -> None:
         super().__init__()
@@ -231,8 +234,8 @@ class StructureLayer(nn.Module):
     def forward(
         self, single_BIS: Tensor, pair_BIJP: Tensor, frames: Frames
     ) -> tuple[Tensor, Frames]:
-        more_BIS = self.attention(single_BIS, pair_BIJP, frames)
-        single_BIS = self.attention_norm(single_BIS + more_BIS)
+        update_BIS = self.attention(single_BIS, pair_BIJP, frames)
+        single_BIS = self.attention_norm(single_BIS + update_BIS)
         single_BIS = self.mlp_norm(single_BIS + self.mlp(single_BIS))
         turn_BIX, step_BIX = self.move(single_BIS).chunk(2, -1)
         rotation, place_BIX = frames
@@ -243,7 +246,7 @@ class StructureLayer(nn.Module):
 
 
 class InvariantPointAttention(nn.Module):
-    """Invariant point attention: also by how near points are that residues put into space."""
+    """Invariant point attention: weights also depend on distances between the residues' points."""
 
     def __init__(
         self, single: int, pair: int, heads: int = 4, query_points: int = 4, value_points: int = 6
@@ -263,24 +266,28 @@ class InvariantPointAttention(nn.Module):
 
     def forward(self, single_BIS: Tensor, pair_BIJP: Tensor, frames: Frames) -> Tensor:
         rotation, place_BIX = frames[0], frames[1] / NANOMETRE
-        place_BIX = place_BIX - place_BIX.mean(1, keepdim=True)  # what cancels stays small
+        place_BIX = place_BIX - place_BIX.mean(
+            1, keepdim=True
+        )  # it cancels, and smaller numbers are more exact
         parts = self.query_key_value(single_BIS).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        own = self.points(single_BIS).unflatten(-1, (-1, 3))
-        points = (own @ rotation.mT + place_BIX[:, :, None]).unflatten(2, (self.heads, -1))
-        asks, shows, value_BJHNX = points.split(
+        local_points = self.points(single_BIS).unflatten(-1, (-1, 3))
+        points = (local_points @ rotation.mT + place_BIX[:, :, None]).unflatten(2, (self.heads, -1))
+        query_points, key_points, value_BJHNX = points.split(
             (self.query_points, self.query_points, self.value_points), 3
         )
-        ask_BHIF, show_BHJF = (each.flatten(3).transpose(1, 2) for each in (asks, shows))
-        near_BHIJ = ask_BHIF.square().sum(-1, keepdim=True) - 2 * ask_BHIF @ show_BHJF.mT
-        near_BHIJ = near_BHIJ + show_BHJF.square().sum(-1)[:, :, None]
+        query_BHIF, key_BHJF = (
+            each.flatten(3).transpose(1, 2) for each in (query_points, key_points)
+        )
+        near_BHIJ = query_BHIF.square().sum(-1, keepdim=True) - 2 * query_BHIF @ key_BHJF.mT
+        near_BHIJ = near_BHIJ + key_BHJF.square().sum(-1)[:, :, None]
         weight_H11 = F.softplus(self.nearness)[:, None, None] / math.sqrt(18 * self.query_points)
         logit_BHIJ = query @ key.mT / math.sqrt(query.shape[-1]) - weight_H11 * near_BHIJ
         logit_BHIJ = logit_BHIJ + self.bias(pair_BIJP).permute(0, 3, 1, 2)
         weight_BHIJ = (logit_BHIJ / math.sqrt(3)).softmax(-1)
-        told_BHIF = weight_BHIJ @ value_BJHNX.flatten(3).transpose(1, 2)
-        told_BIHNX = told_BHIF.transpose(1, 2).unflatten(-1, (self.value_points, 3))
-        local_BIFX = (told_BIHNX.flatten(2, 3) - place_BIX[:, :, None]) @ rotation
+        point_BHIF = weight_BHIJ @ value_BJHNX.flatten(3).transpose(1, 2)
+        point_BIHNX = point_BHIF.transpose(1, 2).unflatten(-1, (self.value_points, 3))
+        local_BIFX = (point_BIHNX.flatten(2, 3) - place_BIX[:, :, None]) @ rotation
         pairs_BIHP = weight_BHIJ.transpose(1, 2) @ pair_BIJP
         found = [
             (weight_BHIJ @ value).transpose(1, 2).flatten(2),
@@ -288,5 +295,5 @@ class InvariantPointAttention(nn.Module):
             (local_BIFX.square().sum(-1) + 1e-6).sqrt(),
             pairs_BIHP.flatten(2),
         ]
-        more_BIS: Tensor = self.out(torch.cat(found, -1))
-        return more_BIS
+        update_BIS: Tensor = self.out(torch.cat(found, -1))
+        return update_BIS

@@ -1,32 +1,32 @@
-"""Protein folding: a backbone from a sequence and noisy scores of which residues touch.
+"""Protein folding: a backbone from a sequence and noisy contact scores of residue pairs.
 
 **Data.** `generated` are chains with ideal bonds and angles (Engh and Huber 1991) of helices,
-strands and loops, which fold by their loops' torsions to a globular protein's size without clashes;
-sequences that like their place by hydropathy and by what is usual in helices, strands and turns;
-and for each pair of residues 3 or more apart a score as an analysis of co-evolution would give it:
-noise of standard deviation 1, and `signal` more where beta carbons are within 8 Å. Noise is drawn
-anew whenever a sample is trained on, and once for the others. Own data: PDB and mmCIF files, whose
-chains are cut into windows and get such scores from their own contacts; chains are put into
-`train`, `val` or `test` by a hash of their sequence.
+strands and loops. Their loops' torsions are optimised until a chain is as compact as a globular
+protein, without clashes. Sequences are drawn to suit the structure: by hydropathy, and by the usual
+frequencies in helices, strands and turns. Each pair of residues 3 or more apart has a score, as an
+analysis of co-evolution would yield: noise of standard deviation 1, plus `signal` if the beta
+carbons are within 8 Å. Training samples get new noise each time, the others always the same. Your
+own data: PDB and mmCIF files, whose chains are cut into windows and get such scores from their own
+contacts. A hash of a chain's sequence puts it into `train`, `val` or `test`.
 
-**Model.** As AlphaFold 2 (Jumper et al. 2021, doi:10.1038/s41586-021-03819-2), far smaller and
+**Model.** AlphaFold 2 (Jumper et al. 2021, doi:10.1038/s41586-021-03819-2), but far smaller and
 without alignments, templates, recycling and side chains. A trunk keeps a vector for each residue
-and each pair: attention biased by pairs, pairs updated by outer products and by multiplication
-around triangles (`triangles` leaves these out, for comparison). It predicts distances of alpha
-carbons; their multidimensional scaling, in the hand that has right-handed helices, is where the
-structure begins, not one point for all residues: that takes much less training. Then frames of
-residues are moved by invariant point attention, the same layer `iterations` times. The loss is the
-frame aligned point error (FAPE) of alpha carbons after each of them, and the cross-entropy of the
-distances.
+and each pair: attention biased by pairs; pairs updated by outer products and by multiplication
+around triangles (`triangles: false` leaves these out, for comparison). It predicts distances of
+alpha carbons. The initial structure is their multidimensional scaling, in the mirror image with
+right-handed helices; starting from one point for all residues takes much more training. Then
+invariant point attention, the same layer `iterations` times, moves the residues' frames. The loss
+is the frame aligned point error (FAPE) of alpha carbons after each iteration, plus the
+cross-entropy of the distances.
 
-**Metrics.** Of alpha carbons, in [0, 1]: `lddt_ca`, which needs no superposition; `tm_score`,
-normalised to the window; `gdt_ts`. Measured: `docs/answers.md`, beside the same model without
-triangles, shuffled scores and distance geometry.
+**Metrics.** For alpha carbons, in [0, 1]: `lddt_ca`, which needs no superposition; `tm_score`,
+normalised to the window; `gdt_ts`. Measured: `docs/answers.md`, in comparison with the same model
+without triangles, shuffled scores and distance geometry.
 
-**Not shown:** folding from a sequence alone, of which this data holds little; side chains; chains
-longer than a window. Generated folds have no sheets of hydrogen bonds, and real co-evolution
-errs with more system than noise does. Chains of files that are alike but not the same may be on
-both sides of the split.
+**Not shown:** folding from a sequence alone, about which this data says little; side chains; chains
+longer than a window. Generated folds have no hydrogen-bonded sheets, and the errors of real
+co-evolution data are more systematic than noise. Similar chains of files may be in different
+splits.
 """
 
 from typing import Annotated
@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from cluster.base.config import Spec
 from trainers.counter_rng import SampleRandom
 from trainers.workload import Batch
+from trainers.workloads.folding.geometry import pairwise_distances
+from trainers.workloads.folding.metrics import lddt, tm_score_and_gdt_ts
 from trainers.workloads.folding.network import (
     NANOMETRE,
     FoldingOutput,
@@ -49,36 +51,32 @@ from trainers.workloads.folding.network import (
     rotations_from_vectors,
 )
 from trainers.workloads.folding.proteins import MIN_SEPARATION, Proteins
-from trainers.workloads.folding.structures import (
-    AMINO_ACIDS,
-    lddt,
-    pairwise_distances,
-    tm_score_and_gdt_ts,
-)
+from trainers.workloads.folding.structures import AMINO_ACIDS
 
 # Suffixes: B samples, I and J residues, F features, X coordinates in Å, R iterations. Rotations are
 # [B, I, X, X] and have none.
 
 CLAMP_DISTANCE, SLOPE_BEYOND_CLAMP = 10.0, 0.1
-"""Å of a frame aligned error from which on the share BEYOND counts: what is far off should feel
-where to go, but not outweigh all that is near."""
+"""FAPE grows with this smaller slope beyond this distance in Å: far residues get a gradient, but do
+not outweigh near ones."""
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Folding(Proteins):
-    """Windows of proteins, whose backbones are to be found."""
+    """Predicts the backbones of windows of proteins."""
 
     class Model(Spec):
         """The size of the network."""
 
         blocks: PositiveInt = 2
-        """Of the trunk."""
+        """Blocks of the trunk."""
         width: Annotated[int, Field(ge=8, multiple_of=4)] = 32
-        """Channels of a pair of residues; a residue has twice as many."""
+        """Channels of a residue pair; a residue has twice as many."""
         triangles: bool = True
-        """Update pairs around triangles; without, each pair learns of others by residues alone."""
+        """Update pairs around triangles; without, information between pairs passes only through
+        residues."""
         iterations: PositiveInt = 4
-        """Times that the structure is moved."""
+        """Iterations of the structure layer."""
 
     data: Proteins.Data
     model: Model
@@ -88,7 +86,7 @@ class Folding(Proteins):
         return Network(fields.blocks, fields.width, fields.triangles, fields.iterations)
 
     def augment(self, batch: Batch, random: SampleRandom) -> Batch:
-        """Scores with other noise: upper triangles of normal numbers, mirrored."""
+        """Scores with new noise, drawn for the upper triangle and mirrored."""
         length = batch["residue"].shape[1]
         noise_BIJ = random.normal(length, length).to(batch["score"].dtype)
         noise_BIJ = torch.where(
@@ -99,12 +97,12 @@ class Folding(Proteins):
         return {**batch, "score": score_BIJ}
 
     def forward(self, model: nn.Module, batch: Batch) -> FoldingOutput:
-        """Distances, and the structure after each iteration."""
+        """Distance logits, and the structure after each iteration."""
         folded: FoldingOutput = model(input_features(batch["residue"], batch["score"]), whole=True)
         return folded
 
     def loss(self, output: FoldingOutput, batch: Batch) -> Tensor:
-        """FAPE of the last iteration, half of the mean over all, 0.3 of the cross-entropy."""
+        """FAPE of the last iteration + 0.5 x mean FAPE + 0.3 x cross-entropy of the distances."""
         with torch.autocast(batch["backbone"].device.type, enabled=False):
             nitrogen_BIX, alpha_BIX, carbon_BIX = batch["backbone"].unbind(2)
             frames = (
@@ -132,19 +130,19 @@ class Folding(Proteins):
 
     @property
     def evaluation_batch(self) -> int:
-        """As many as have 2**24 channels of pairs in the widest layer, 64 MiB."""
+        """As many samples as have 2**24 pair channels in the widest layer, 64 MiB."""
         return min(512, max(1, (1 << 24) // (4 * self.model.width * self.data.length**2)))
 
 
 def input_features(residue_BI: Tensor, score_BIJ: Tensor) -> Tensor:
-    """What the network takes [B, I, F]: residues, one channel per amino acid, and their scores."""
+    """The network's input [B, I, F]: one-hot amino acids, and the scores with all residues."""
     kinds = torch.arange(len(AMINO_ACIDS), device=residue_BI.device)
     one_hot_BIF = (residue_BI[..., None] == kinds).to(score_BIJ.dtype)
     return torch.cat([one_hot_BIF, score_BIJ], -1)
 
 
 def in_local_frames(frames: Frames, place_BJX: Tensor) -> Tensor:
-    """Places as each residue's frame has them [B, I, J, X]."""
+    """Positions in each residue's local frame [B, I, J, X]."""
     rotation, origin_BIX = frames
     return (place_BJX[:, None] - origin_BIX[:, :, None]) @ rotation
 
@@ -152,7 +150,7 @@ def in_local_frames(frames: Frames, place_BJX: Tensor) -> Tensor:
 def fape(found: Frames, true_BIJX: Tensor) -> Tensor:
     """Frame aligned point error [B] of the alpha carbons, in units of 10 Å.
 
-    `true_BIJX` is where each residue's true frame sees the others.
+    `true_BIJX` are the true positions in each residue's true frame.
     """
     off_BIJX = in_local_frames(found, found[1]) - true_BIJX
     off_BIJ = (off_BIJX.square().sum(-1) + 1e-4).sqrt()

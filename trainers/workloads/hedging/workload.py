@@ -1,24 +1,24 @@
-"""Hedging: how many shares to hold, so that an option that was sold costs what was paid for it.
+"""Hedging: the price of an option, and how many shares its seller should hold at each moment.
 
 **Data.** Paths of a share's price under Black and Scholes (Journal of Political Economy 81, 1973):
-the logarithm is a Brownian motion with the volatility of the spec, interest is zero, prices are
-shares of the strike. Whoever sold a call may trade at `rebalancings` moments, evenly spaced from
-the start to one before the end, at the price plus or minus `model.cost` of it.
+the logarithm is a Brownian motion with the spec's volatility, the interest rate is zero, prices are
+in units of the strike. The seller of a call may trade at `rebalancings` moments, evenly spaced from
+the start to one before the end, at a cost of `model.cost` of each trade's value.
 
-**What is learnt.** The price to ask and the holding at each moment, as functions of time, price
-and, where trading costs, what is held already, such that the squared error at the end is smallest
+**Model.** The price of the option and the holding at each moment, as functions of time, the share's
+price and, if trading costs, the current holding. Training minimises the squared error at the end
 (deep hedging: Buehler, Gonon, Teichmann and Wood 2019, doi:10.1080/14697688.2019.1571683).
 
-**What is known.** Without costs, and ever more rebalancings, the holding is Black and Scholes'
-delta and the price theirs. With n of them an error remains whose standard deviation is near
-sqrt(pi / 4 / n) vega volatility (Boyle and Emanuel, Journal of Financial Economics 8, 1980, for
-the way it shrinks). With costs, Leland (Journal of Finance 40, 1985) hedges at a larger volatility.
+**Known results.** Without costs, in the limit of many rebalancings, the holding and the price are
+those of Black and Scholes. With n rebalancings, an error remains whose standard deviation is close
+to sqrt(pi / 4 / n) vega volatility (Boyle and Emanuel, Journal of Financial Economics 8, 1980, for
+its rate). With costs, Leland (Journal of Finance 40, 1985) hedges at a larger volatility.
 
-**Metrics.** `hedging_error`, root mean square in percent of the strike, beside `delta_hedged` of
-Black and Scholes' delta on the same paths at the same costs and their price; `delta_deviation`,
-root mean square between the two holdings; `price` in percent of the strike.
+**Metrics.** `hedging_error`, root mean square in percent of the strike; `delta_hedged`, the same
+for Black and Scholes' price and delta on the same paths with the same costs; `delta_deviation`, the
+root mean square difference of the two holdings; `price` in percent of the strike.
 
-**Not shown:** real prices jump and their volatility moves, so that nobody's error is this small.
+**Not shown:** real prices jump and their volatility changes, so real errors are larger.
 """
 
 import itertools
@@ -33,13 +33,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cluster.base.config import Spec
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import Batch, PartitionedWorkload
 
 # Suffixes: B samples, N rebalancings, F features.
 
 PATHS_PER_PART = 25_000
-"""Of a part; every second one is the first's mirror image, so that noise cancels."""
+"""Paths per part; every second path mirrors the one before, so that noise cancels."""
 PERCENT = 100.0
 
 
@@ -49,28 +49,29 @@ class PathPart(NamedTuple):
 
 
 class Hedging(PartitionedWorkload):
-    """A call on a share, sold and hedged."""
+    """Hedges a call on a share for its seller."""
 
     class Data(Spec):
-        """The share, and how often one may trade."""
+        """The share, and the moments of trading."""
 
         rebalancings: Annotated[int, Field(gt=0)] = 20
         years: Annotated[float, Field(gt=0)] = 20 / 252
-        """To the option's end."""
+        """Time until the option expires."""
         volatility: Annotated[float, Field(gt=0)] = 0.2
-        """Standard deviation of the logarithm's change over a year."""
+        """Standard deviation of the change of the price's logarithm in a year."""
         train_parts: Annotated[int, Field(gt=0)] = 4
-        """Of 25,000 paths each; one more each to validate and to test on."""
+        """Training parts, of 25,000 paths each; there is one part more for validation and one for
+        testing."""
         seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-        """Decides the paths."""
+        """Seed of the paths."""
 
     class Model(Spec):
-        """The hedger."""
+        """The size of the network, and the cost of trading."""
 
         width: Annotated[int, Field(gt=0)] = 32
         layers: Annotated[int, Field(gt=0)] = 2
         cost: Annotated[float, Field(ge=0, lt=1)] = 0.0
-        """Of each trade, as a share of its value."""
+        """Cost of a trade, as a share of its value."""
 
     data: Data
     model: Model
@@ -93,12 +94,12 @@ class Hedging(PartitionedWorkload):
         return Hedger(self.data, self.model)
 
     def forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The price to ask [B] and the holdings [B, N]."""
+        """The option's price [B] and the holdings [B, N]."""
         price_B, holding_BN = model(batch["price"])
         return price_B, holding_BN
 
     def loss(self, output: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        """Squared error, in percent of the strike."""
+        """The square of the hedging error, which is in percent of the strike."""
         price_B, holding_BN = output
         return self._terminal_wealth_percent(price_B, holding_BN, batch["price"]).square()
 
@@ -128,8 +129,9 @@ class Hedging(PartitionedWorkload):
 
 
 def terminal_wealth(asked_B: Tensor, holding_BN: Tensor, price_BN1: Tensor, cost: float) -> Tensor:
-    """What the seller has in the end, in strikes [B]: what was asked, earned, traded away and paid.
+    """The seller's wealth at the end, in units of the strike [B].
 
+    The option's price, plus the gains of the holdings, minus trading costs and the option's payoff.
     Shares held at the end are sold.
     """
     price_BN1 = price_BN1.to(holding_BN.dtype)
@@ -143,7 +145,7 @@ def terminal_wealth(asked_B: Tensor, holding_BN: Tensor, price_BN1: Tensor, cost
 def black_scholes_delta(
     data: Hedging.Data, price_BN1: Tensor, volatility: float | None = None
 ) -> Tensor:
-    """What to hold at each moment [B, N], at another volatility than the share's if given."""
+    """Black and Scholes' holding at each moment [B, N]; the default volatility is the share's."""
     sd_N = remaining_log_deviation(data, price_BN1, volatility)
     log_BN = price_BN1[:, :-1].log()
     delta_BN: Tensor = torch.special.ndtr(log_BN / sd_N + sd_N / 2)
@@ -153,26 +155,26 @@ def black_scholes_delta(
 def remaining_log_deviation(
     data: Hedging.Data, like: Tensor, volatility: float | None = None
 ) -> Tensor:
-    """Standard deviation of the price's logarithm at the end, seen from each moment: [N]."""
+    """Standard deviation of the price's logarithm at the end, as of each moment: [N]."""
     left_N = 1 - torch.arange(data.rebalancings, device=like.device) / data.rebalancings
     at = data.volatility if volatility is None else volatility
     return (at * (data.years * left_N).sqrt()).to(like.dtype)
 
 
 def black_scholes_price(data: Hedging.Data) -> float:
-    """Of the call at the start, in strikes."""
+    """Black and Scholes' price of the call at the start, in units of the strike."""
     return math.erf(data.volatility * math.sqrt(data.years / 8))
 
 
 def remaining_deviation(data: Hedging.Data) -> float:
-    """Boyle and Emanuel's: of the error that delta hedging leaves, in percent of the strike."""
+    """Standard deviation of delta hedging's error (Boyle and Emanuel), in percent of the strike."""
     sd = data.volatility * math.sqrt(data.years)
     vega_times_volatility = sd * math.exp(-((sd / 2) ** 2) / 2) / math.sqrt(2 * math.pi)
     return PERCENT * math.sqrt(math.pi / 4 / data.rebalancings) * vega_times_volatility
 
 
 class Hedger(nn.Module):
-    """The price to ask [B], and the holdings [B, N], for paths of prices [B, N + 1]."""
+    """The option's price [B] and the holdings [B, N], for paths of the share's price [B, N + 1]."""
 
     def __init__(self, data: Hedging.Data, model: Hedging.Model) -> None:
         super().__init__()
@@ -199,7 +201,7 @@ class Hedger(nn.Module):
         return asked_B, torch.stack(holdings, 1)
 
     def _inputs(self, price_BN1: Tensor) -> Tensor:
-        """Time, and the price by what it may still do and by what it might have done: [B, N, 3]."""
+        """Remaining deviation; log-price over the remaining and the total deviation: [B, N, 3]."""
         sd_N = remaining_log_deviation(self.data, price_BN1)
         log_BN = price_BN1[:, :-1].log()
         time_BN = (sd_N / sd_N[0]).expand_as(log_BN)

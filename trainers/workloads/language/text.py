@@ -1,14 +1,11 @@
-"""Text as windows of tokens: documents from files, their splits, their vocabulary.
+"""Text as windows of tokens: documents from files, their splits and the tokenizer.
 
-What `trainers.workloads.language.workload` says of its data is done here.
+The docstring of `workload.py` describes the data.
 """
 
 import functools
 import hashlib
-import itertools
-import json
 import platform
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,39 +14,38 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from cluster.base.errors import DataError, SpecError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import PartitionedWorkload, SplitFractions, shipped_or_path
+from trainers.workloads.language.documents import (
+    Span,
+    file_spans,
+    read_documents,
+    split_file,
+    standard_library_files,
+    visible_files,
+)
+from trainers.workloads.language.tokenizer import (
+    TOKENIZER_FILE,
+    encode_byte_pairs,
+    encode_bytes,
+    train_tokenizer,
+)
 
-# Suffixes: N tokens of a text.
+# Suffix: N tokens of a text.
 
 PART_BYTES = 4 << 20
-"""Text of a part of the data set; records are not cut, so that it may be more."""
+"""Size of a part's text; may be exceeded, since records are not cut."""
 TOKENIZER_TRAINING_BYTES = 64 << 20
-"""Training text, from the first parts on, that byte pairs are merged on."""
-TOKENIZER, SEPARATOR = "tokenizer.json", "<|end|>"
+"""Amount of training text, from the first parts, that trains the tokenizer."""
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-"""Folders of the standard library that are not its source."""
-
-
-class Span(NamedTuple):
-    """The lines of a file that begin at [start, stop), in bytes; of Parquet the row groups."""
-
-    path: str
-    start: int
-    stop: int
-    size: int
-    """Bytes, of Parquet about."""
-
 
 class TextPart(NamedTuple):
-    """Some spans, and the shares of their documents that are for validation and for testing."""
+    """A part of the data set: some spans, and the shares of their documents for val and test."""
 
     val: float
     test: float
@@ -57,23 +53,23 @@ class TextPart(NamedTuple):
 
 
 class Text(PartitionedWorkload):
-    """What has text for its data, in windows of `context` + 1 tokens."""
+    """Base of workloads whose data is text, in windows of `context` + 1 tokens."""
 
     class Data(SplitFractions):
-        """Where the text comes from, and what it is cut into."""
+        """The source of the text, and its form in the data set."""
 
         source: Annotated[str, shipped_or_path("stdlib")] = "stdlib"
-        """stdlib, a file, or a folder of files. A relative path is kept as absolute."""
+        """stdlib, a file, or a folder of files. Relative paths are made absolute."""
         field: str = "text"
-        """The column of Parquet files, and the key of JSON lines (.jsonl), that holds the text."""
+        """The column of Parquet files, or the key of JSON lines (.jsonl), that holds the text."""
         vocabulary: Annotated[int, Field(ge=256, le=1 << 20)] = 256
-        """Number of tokens: 256 are the bytes, more are merged from the training text."""
+        """Number of tokens: 256 are the bytes; with more, byte-pair encoding is trained."""
         context: PositiveInt = 256
-        """Tokens of a window."""
+        """Tokens per window."""
         val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-        """Share of the documents to validate on, where the source has no val folder of its own."""
+        """Share of the documents for validation, unless the source has its own val folder."""
         test_fraction: Fraction = 0.1
-        """Share of the documents to hold out for testing, where the source comes unsplit."""
+        """Share of the documents for testing, unless the source is already split."""
 
     data: Data
 
@@ -84,8 +80,8 @@ class Text(PartitionedWorkload):
                 used["tokenizers"] = version("tokenizers")
             except PackageNotFoundError:
                 raise SpecError(
-                    "data.vocabulary: more than 256 takes tokenizers, which is not installed "
-                    "(pip install 'heliostat[language]')"
+                    "data.vocabulary: more than 256 needs the package tokenizers, which is not "
+                    "installed (pip install 'heliostat[language]')"
                 ) from None
         return used
 
@@ -99,22 +95,22 @@ class Text(PartitionedWorkload):
     def common(self, parts: Sequence[TextPart]) -> dict[str, bytes]:
         if self.data.vocabulary == 256:
             return {}
-        return {TOKENIZER: _train_tokenizer(self._training_texts(parts), self.data.vocabulary)}
+        return {TOKENIZER_FILE: train_tokenizer(self._training_texts(parts), self.data.vocabulary)}
 
     def part(self, part: TextPart, common: Mapping[str, bytes]) -> dict[str, pa.Table]:
         documents: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
         for split, document in self.documents(part):
             documents[split].append(document)
-        encode = _encode_bytes
+        encode = encode_bytes
         if self.data.vocabulary > 256:
-            encode = functools.partial(_encode_byte_pairs, tokenizer=common[TOKENIZER])
+            encode = functools.partial(encode_byte_pairs, tokenizer=common[TOKENIZER_FILE])
         tables = {split: self._windows(*encode(found)) for split, found in documents.items()}
         return {split: rows for split, rows in tables.items() if len(rows)}
 
     def documents(self, part: TextPart) -> Iterator[tuple[str, bytes]]:
         """The documents of a part, each with its split."""
         for span in part.spans:
-            for document in _documents(span, self.data.field):
+            for document in read_documents(span, self.data.field):
                 place = int.from_bytes(hashlib.sha256(document).digest()[:8], "big") / 2**64
                 held_out = "val" if place < part.test + part.val else "train"
                 yield "test" if place < part.test else held_out, document
@@ -130,7 +126,7 @@ class Text(PartitionedWorkload):
                 return
 
     def _windows(self, tokens_N: npt.NDArray[Any], bytes_N: npt.NDArray[np.int64]) -> pa.Table:
-        """Windows that overlap by a token: the last one of one is the first one of the next."""
+        """Windows that overlap by one token: the last of a window is the first of the next."""
         context = self.data.context
         count = max(0, len(tokens_N) - 1) // context
         place = np.arange(count)[:, None] * context + np.arange(context + 1)
@@ -141,69 +137,32 @@ class Text(PartitionedWorkload):
 
 
 def _source_spans(data: Text.Data) -> Iterator[tuple[float, float, list[Span]]]:
-    """Shares for validation and testing, and the spans that they are of."""
+    """Spans of the source, with the shares of their documents for validation and testing."""
     val, test = data.val_fraction, data.test_fraction
     source = Path(data.source)
     if data.source == "stdlib":
-        yield val, test, _file_spans(_standard_library())
+        yield val, test, file_spans(standard_library_files(), PART_BYTES)
     elif not source.exists():
         raise DataError(f"{source}: no such file or folder")
     elif source.is_file() and source.suffix not in (".jsonl", ".parquet"):
         size = source.stat().st_size
         first, second = round(size * (1 - val - test)), round(size * (1 - test))
-        yield 0.0, 0.0, _split_file(source, 0, first, PART_BYTES)
-        yield 1.0, 0.0, _split_file(source, first, second, PART_BYTES)
-        yield 0.0, 1.0, _split_file(source, second, size, PART_BYTES)
+        yield 0.0, 0.0, split_file(source, 0, first, PART_BYTES)
+        yield 1.0, 0.0, split_file(source, first, second, PART_BYTES)
+        yield 0.0, 1.0, split_file(source, second, size, PART_BYTES)
     elif source.is_file():
-        yield val, test, _file_spans([source])
+        yield val, test, file_spans([source], PART_BYTES)
     elif not (source / "train").is_dir():
-        yield val, test, _file_spans(_visible_files(source))
+        yield val, test, file_spans(visible_files(source), PART_BYTES)
     else:
         own_val = (source / "val").is_dir()
-        yield 0.0 if own_val else val, 0.0, _file_spans(_visible_files(source / "train"))
-        yield 1.0, 0.0, _file_spans(_visible_files(source / "val"))
-        yield 0.0, 1.0, _file_spans(_visible_files(source / "test"))
-
-
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = [
-        path
-        for path in root.rglob("*.py")
-        if EXCLUDED_FOLDERS.isdisjoint(path.parts[len(root.parts) :])
-    ]
-    return sorted(found)
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """The files in a folder and below it, but those that are hidden."""
-    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return [folder / path for path in sorted(found) if not any(p[0] == "." for p in path.parts)]
-
-
-def _file_spans(files: Iterable[Path]) -> list[Span]:
-    """Plain files are whole; records are found in pieces of a file."""
-    spans = []
-    for path in files:
-        if path.suffix == ".parquet":
-            with _open_parquet(path) as file:
-                for group in range(file.num_row_groups):
-                    size = file.metadata.row_group(group).total_byte_size
-                    spans.append(Span(str(path), group, group + 1, size))
-        else:
-            size = path.stat().st_size
-            step = PART_BYTES if path.suffix == ".jsonl" else max(1, size)
-            spans += _split_file(path, 0, size, step)
-    return spans
-
-
-def _split_file(path: Path, start: int, stop: int, step: int) -> list[Span]:
-    ends = [*range(start, stop, step), stop]
-    return [Span(str(path), low, high, high - low) for low, high in itertools.pairwise(ends)]
+        yield 0.0 if own_val else val, 0.0, file_spans(visible_files(source / "train"), PART_BYTES)
+        yield 1.0, 0.0, file_spans(visible_files(source / "val"), PART_BYTES)
+        yield 0.0, 1.0, file_spans(visible_files(source / "test"), PART_BYTES)
 
 
 def _pack_spans(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
-    """Small spans put together, in their order, to some PART_BYTES."""
+    """Consecutive spans grouped to about PART_BYTES."""
     pack: list[Span] = []
     size = 0
     for span in spans:
@@ -214,131 +173,3 @@ def _pack_spans(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
             pack, size = [], 0
     if pack:
         yield tuple(pack)
-
-
-def _documents(span: Span, field: str) -> Iterator[bytes]:
-    """The texts of a span that are not empty, as UTF-8."""
-    path = Path(span.path)
-    if path.suffix == ".parquet":
-        found: Iterable[bytes] = _parquet_documents(path, span.start, field)
-    elif path.suffix == ".jsonl":
-        found = _json_documents(span, field)
-    else:
-        text = b"".join(_lines(span))
-        _check_utf8(text, span)
-        found = [text]
-    yield from (document for document in found if document)
-
-
-def _lines(span: Span) -> Iterator[bytes]:
-    """The lines that begin in a span: a first one that began before it is another's."""
-    with Path(span.path).open("rb") as file:
-        if span.start:
-            file.seek(span.start - 1)
-            file.readline()
-        while file.tell() < span.stop:
-            yield file.readline()
-
-
-def _check_utf8(text: bytes, span: Span) -> None:
-    """DataError unless it is UTF-8."""
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        line = _line_number(span, text[: error.start].count(b"\n"))
-        raise DataError(f"{span.path}: line {line}: is not UTF-8 ({error.reason})") from None
-
-
-def _line_number(span: Span, index: int) -> int:
-    """The number in its file, from 1, of a span's line."""
-    with Path(span.path).open("rb") as file:
-        before = file.read(span.start).count(b"\n")
-        if span.start:
-            file.seek(span.start - 1)
-            before += file.read(1) != b"\n"
-    return before + index + 1
-
-
-def _json_documents(span: Span, field: str) -> Iterator[bytes]:
-    for index, line in enumerate(_lines(span)):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            where = f"{span.path}: line {_line_number(span, index)}"
-            reason = getattr(error, "msg", error)
-            raise DataError(f"{where}: is not JSON: {reason}") from None
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            where = f"{span.path}: line {_line_number(span, index)}"
-            raise DataError(f"{where}: has no text under {field!r} (data.field)")
-        yield text.encode(errors="replace")  # JSON can spell halves of characters
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{path}: is not readable as Parquet: {reason}") from None
-
-
-def _parquet_documents(path: Path, group: int, field: str) -> Iterator[bytes]:
-    with _open_parquet(path) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise DataError(f"{path}: no column {field!r} (data.field; has: {', '.join(names)})")
-        first = sum(file.metadata.row_group(each).num_rows for each in range(group))
-        try:
-            column = file.read_row_group(group, [field])[field].to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            raise DataError(f"{path}: row {first}: cannot be read: {reason}") from None
-    for row, text in enumerate(column, start=first):
-        if not isinstance(text, str):
-            raise DataError(f"{path}: row {row}: {field} holds no text")
-        yield text.encode()
-
-
-EncodedText = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
-"""Tokens [N], and the bytes of text that each is."""
-
-
-def _encode_bytes(documents: Sequence[bytes]) -> EncodedText:
-    """Each byte is a token; byte 0, which text does not have, ends a document."""
-    tokens_N = np.frombuffer(b"".join(document + b"\0" for document in documents), np.uint8)
-    return tokens_N, np.ones(len(tokens_N), np.int64)
-
-
-def _train_tokenizer(texts: Iterator[str], vocabulary: int) -> bytes:
-    """A tokenizer of byte pairs, as a file of the `tokenizers` library."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[SEPARATOR],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    content: str = tokenizer.to_str()
-    return content.encode()
-
-
-def _encode_byte_pairs(documents: Sequence[bytes], tokenizer: bytes) -> EncodedText:
-    """Tokens by byte pairs. A token's name has one character for each of its bytes."""
-    from tokenizers import Tokenizer
-
-    merged = Tokenizer.from_str(tokenizer.decode())
-    merged.encode_special_tokens = True  # a text may have the separator's name in it
-    size, end = merged.get_vocab_size(), merged.token_to_id(SEPARATOR)
-    length_V = np.array([len(merged.id_to_token(token) or "") for token in range(size)])
-    length_V[end] = 1
-    encoded = merged.encode_batch([document.decode() for document in documents])
-    tokens = [token for each in encoded for token in (*each.ids, end)]
-    tokens_N = np.array(tokens, np.int16 if size <= 1 << 15 else np.int32)
-    return tokens_N, length_V[tokens_N]

@@ -1,30 +1,30 @@
-"""Natural and programming language: a GPT that says which token of a text comes next.
+"""Natural and programming language: a GPT that predicts the next token of a text.
 
 **Data.** `stdlib` is the source of the running Python's standard library without its tests, for
-3.11 some 9 MB under the PSF licence; the manifest names the version, since another one is another
-text. Own text comes from one file or a folder of files: Parquet with a column of text, JSON lines
-with a key of text, all others plain UTF-8. A record, or a plain file, is a document. Documents
-are put into `train`, `val` or `test` by a hash of what they say, so copies never part; a folder
-with `train/` and optionally `val/` and `test/` is taken as it is, and one plain file is cut in
-place, its end for testing. Documents follow each other with a separator between them, and are cut
-into windows of `context` tokens; what is left over at a part's end is left out.
+3.11 some 9 MB under the PSF licence; the manifest names the version, because the text depends on
+it. Your own text comes from one file or a folder of files: Parquet with a text column, JSON lines
+with a text key, all others plain UTF-8. A record, or a plain file, is a document. A hash of a
+document's text puts it into `train`, `val` or `test`, so copies are in the same split. A folder
+with `train/` and optionally `val/` and `test/` keeps its split, and a single plain file is cut
+into three, with the test split at its end. Documents are joined with a separator and cut into
+windows of `context` tokens; the rest at the end of a part is dropped.
 
-**Vocabulary.** The 256 bytes; or byte pairs merged on the training text (Sennrich et al. 2016,
-arXiv:1508.07909) by the `tokenizers` library, in `tokenizer.json` of the data set. It takes any
-text and gives it back exactly.
+**Vocabulary.** The 256 bytes, or byte-pair encoding trained on the training text (Sennrich et al.
+2016, arXiv:1508.07909) by the `tokenizers` library, in `tokenizer.json` of the data set. It encodes
+any text and decodes it exactly.
 
-**Model.** A decoder as it is built since Llama (Touvron et al. 2023, arXiv:2302.13971): RMSNorm
+**Model.** A decoder in the style of Llama (Touvron et al. 2023, arXiv:2302.13971): RMSNorm
 before each half of a block (Zhang and Sennrich 2019, arXiv:1910.07467), rotary positions (Su et
 al. 2021, arXiv:2104.09864), SwiGLU (Shazeer 2020, arXiv:2002.05202), no biases. The residual
 branches and the head start at zero: the first loss is the logarithm of the vocabulary's size.
 
-**Metrics.** `perplexity` is of a token, so it can be compared within one vocabulary alone;
-`bits_per_byte` is of a byte of the text, a separator being one, and can be compared with anything
-that predicts or packs the same text. Each window starts with nothing before it, so that both are
-a little worse than with a context that slides. Measured: `docs/answers.md`.
+**Metrics.** `perplexity` is per token, so it can only be compared within one vocabulary.
+`bits_per_byte` is per byte of the text, with a separator as one byte, and can be compared with any
+model or compressor of the same text. Each window starts without context, so both are a little
+worse than with a sliding window. Measured: `docs/answers.md`.
 
-**Not shown:** that anything is understood. Files that are alike but not the same, as there are in
-every collection, may be on both sides of the split.
+**Not shown:** that the model understands anything. Files that are similar but not equal, as in
+every collection, may be in different splits.
 """
 
 import math
@@ -47,19 +47,19 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Language(Text):
-    """Windows of `context` + 1 tokens, each to be told from those before it."""
+    """Predicts each token of a window of `context` + 1 tokens from the tokens before it."""
 
     class Model(Spec):
         """The size of the network."""
 
         layers: PositiveInt = 4
-        """Blocks."""
+        """Number of transformer blocks."""
         width: PositiveInt = 128
-        """Channels between blocks."""
+        """Channels of the residual stream."""
         heads: PositiveInt = 4
-        """Heads of attention; each has width / heads channels, an even number."""
+        """Attention heads; each has width / heads channels, an even number."""
         dropout: Fraction = 0.0
-        """Share of what a block adds that is left out in a training step."""
+        """Dropout probability of what a block adds to the residual stream."""
 
         @model_validator(mode="after")
         def _even_heads(self) -> "Language.Model":
@@ -74,7 +74,7 @@ class Language(Text):
         return GPT(self.data.vocabulary, self.model)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Unnormalised log-probabilities [B, T, V] of each token but the first."""
+        """Logits [B, T, V] of each token except the first."""
         logits_BTV: Tensor = model(batch["tokens"][:, :-1])
         return logits_BTV
 
@@ -99,7 +99,7 @@ class Language(Text):
         return torch.zeros(1, self.data.context, dtype=torch.int64)
 
     def tensor_plan(self, model: nn.Module) -> dict[str, Any]:
-        """Heads and the hidden channels of a block are split; its norms and the ends are not."""
+        """Splits heads and hidden channels of blocks; norms, embedding and head are replicated."""
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
         into = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
@@ -115,12 +115,12 @@ class Language(Text):
 
     @property
     def evaluation_batch(self) -> int:
-        """As many as have 2**25 log-probabilities, 128 MiB."""
+        """As many samples as have 2**25 logits, 128 MiB."""
         return min(512, max(1, (1 << 25) // (self.data.context * self.data.vocabulary)))
 
 
 class GPT(nn.Module):
-    """Log-probabilities [B, T, V], unnormalised, of what follows each of the tokens [B, T]."""
+    """Logits [B, T, V] of the token after each of the tokens [B, T]."""
 
     def __init__(self, vocabulary: int, spec: Language.Model) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a gated layer, each added to what comes in; the identity at first."""
+    """Attention and a gated MLP, each with a skip connection; initialised as the identity."""
 
     def __init__(self, spec: Language.Model) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each token looks at itself and those before it."""
+    """Causal self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        def split(y_BTC: Tensor) -> Tensor:  # of tensor parallelism, a worker has some heads
+        def split(y_BTC: Tensor) -> Tensor:  # with tensor parallelism, a worker has only some heads
             return y_BTC.view(*y_BTC.shape[:2], -1, self.head_width).transpose(1, 2)
 
         query_BHTD, key_BHTD = _apply_rotary(split(self.query(x_BTC)), split(self.key(x_BTC)))
@@ -176,7 +176,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Hidden channels, some 8/3 of the width, of which others say how much passes."""
+    """Gated MLP with about 8/3 of the width as hidden channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -191,14 +191,14 @@ class SwiGLU(nn.Module):
 
 
 def _scaled_linear(inputs: int, outputs: int) -> nn.Linear:
-    """What keeps the size of what comes in."""
+    """A linear layer without bias whose outputs have about the variance of its inputs."""
     linear = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(linear.weight, std=inputs**-0.5)
     return linear
 
 
 def _apply_rotary(*each_BHTD: Tensor) -> Iterator[Tensor]:
-    """Pairs of channels, a half apart, turned by the token's place, from 1 to 1e-4 radians each."""
+    """Rotary positions: rotates channel pairs, half apart, by 1 to 1e-4 radians per token."""
     length, width = each_BHTD[0].shape[-2:]
     device = each_BHTD[0].device
     rate_D = 1e4 ** (-2 * torch.arange(width // 2, device=device) / width)

@@ -1,4 +1,4 @@
-"""Markets: which way the mid-price of a limit order book moves next.
+"""Markets: the direction of the next move of a limit order book's mid-price.
 
 **Data.** `simulated` is the order book of Cont, Stoikov and Talreja (Operations Research 58, 2010,
 doi:10.1287/opre.1090.0780) with the intensities that they estimated for Sky Perfect Communications
@@ -6,22 +6,23 @@ in Tokyo: limit orders of one size arrive at i ticks from the opposite best pric
 1.85, 1.51, 1.09, 0.88, 0.77 (i = 1 to 5; 1.92 i^-0.52 up to 10, none beyond), each resting order is
 cancelled at 0.71, 0.81, 0.68, 0.56, 0.47 (and so on), market orders arrive at 0.94 on each side.
 A sample is the book after each of the last `window` events, as price and size of the ask and of the
-bid on ten levels, and whether the mid-price moves up next. Own data: LOBSTER's order-book files
-(`*_orderbook_*.csv`), and FI-2010's text files (Ntakaris et al. 2018, arXiv:1705.03233).
+bid on ten levels, and whether the mid-price moves up next. Your own data: LOBSTER's order-book
+files (`*_orderbook_*.csv`), and FI-2010's text files (Ntakaris et al. 2018, arXiv:1705.03233).
 
-**What is known.** Given the spread and the sizes at both best prices, the probability of an upward
-move is that of which queue is empty first, or a limit order into the spread before: a linear system
-over queue sizes, solved exactly (`exact_up`). It is kept beside each simulated sample, so that a
-prediction is scored against the truth and not against a coin that was tossed once: `kl` is the
-divergence from the exact probability in nats, `skill` the share of what there is to know beyond
-one half, 1 - kl / kl of one half. Accuracy near 0.61 is all that anybody can have.
+**Exact solution.** Given the spread and the sizes at both best prices, the next move depends on
+which queue empties first, unless a limit order arrives inside the spread before. The probability of
+an upward move solves a linear system over queue sizes (`exact_up_probability`). The data set stores
+it with each simulated sample, so predictions are compared with the exact probability instead of one
+random outcome: `kl` is the divergence from it in nats, and `skill` is 1 - kl / (kl of predicting
+one half). The best possible accuracy is about 0.61.
 
 **Model.** Convolutions over price and size, over bid and ask, over levels, then over time, as in
-DeepLOB (Zhang, Zohren and Roberts 2019, arXiv:1808.03668), with group in place of batch
-normalisation and a linear layer in place of its LSTM: windows are short, and trials of it fuse.
+DeepLOB (Zhang, Zohren and Roberts 2019, arXiv:1808.03668), with group instead of batch
+normalisation and a linear layer instead of its LSTM: windows are short, and its trials can be
+fused.
 
-**Not shown:** money. Nothing is traded; costs, delays and one's own orders move prices, and real
-books remember more than their state.
+**Not shown:** profit. Nothing is traded: there are costs and delays, one's own orders move prices,
+and the future of a real book depends on more than its state.
 """
 
 from collections.abc import Iterator
@@ -35,22 +36,23 @@ from torch import Tensor, nn
 from cluster.base.config import Spec
 from trainers.counter_rng import SampleRandom
 from trainers.workload import Batch
-from trainers.workloads.markets.books import LEVELS, OrderBooks
+from trainers.workloads.markets.books import OrderBooks
+from trainers.workloads.markets.simulation import LEVELS
 
 # Suffixes: B samples, T events of a window, L levels, S sides, X price and size, F = L S X
 # features, C channels.
 
 
 class Markets(OrderBooks):
-    """Windows of an order book, and which way the price went."""
+    """Predicts the next move of the price from a window of an order book."""
 
     class Model(Spec):
         """The size of the network."""
 
         channels: Annotated[int, Field(ge=4, multiple_of=4)] = 16
-        """Of every convolution."""
+        """Channels of every convolution."""
         mirror: bool = True
-        """Show half of the training samples with buyers and sellers exchanged."""
+        """Exchange bids and asks in half of the training samples."""
 
     data: OrderBooks.Data
     model: Model
@@ -99,7 +101,7 @@ class Markets(OrderBooks):
 
 
 def mirror_book(book_BTF: Tensor) -> Tensor:
-    """The book with bids and asks exchanged, and prices turned around the mid-price."""
+    """The book with bids and asks exchanged, and prices mirrored at the mid-price."""
     sides_BTLSX = book_BTF.reshape(*book_BTF.shape[:2], LEVELS, 2, 2).flip(3)
     sign_X = torch.tensor([-1.0, 1.0], dtype=book_BTF.dtype, device=book_BTF.device)
     return (sides_BTLSX * sign_X).flatten(2)
@@ -113,7 +115,7 @@ def _kl_divergence(exact_B: Tensor, logit_B: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    """Log-odds [B] that the price goes up, after windows of books [B, T, F]."""
+    """Log-odds [B] of an upward move, for windows of books [B, T, F]."""
 
     def __init__(self, window: int, channels: int) -> None:
         super().__init__()

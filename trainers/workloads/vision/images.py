@@ -1,6 +1,6 @@
-"""Images with a label each, from files: decoded, resized and split.
+"""Images and their labels from files: decoded, resized and split.
 
-What `trainers.workloads.vision.workload` says of its data is done here.
+The docstring of `workload.py` describes the data.
 """
 
 import hashlib
@@ -17,36 +17,36 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from cluster.base.errors import DataError
-from trainers.data.dataset import table
+from trainers.data.tables import table
 from trainers.workload import SplitFractions, Workload, shipped_or_path
 
 # Suffixes: N images of the set, C channels, H x W pixels.
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded. Pillow's other readers are stubs, or start programs (Ghostscript)."""
+"""Formats to decode. Pillow's other readers are stubs or start programs (Ghostscript)."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Images(Workload):
-    """What has images of one size and their labels for its data."""
+    """Base of workloads whose data are labelled images of one size."""
 
     class Data(SplitFractions):
-        """Where the images come from, and what they are turned into."""
+        """The source of the images, and their form in the data set."""
 
         source: Annotated[str, shipped_or_path("digits")] = "digits"
-        """digits; or a folder of class folders, a Parquet file, or a folder of Parquet files
-        with the columns image (encoded) and label. A relative path is kept as absolute."""
+        """digits; or a folder with one subfolder per class, a Parquet file, or a folder of Parquet
+        files with the columns image (encoded) and label. Relative paths are made absolute."""
         size: Annotated[int, Field(ge=2, le=4096)] = 8
-        """Height and width in pixels. Images of another size or shape are resized to it."""
+        """Height and width in pixels. Other images are resized to it."""
         channels: Literal[1, 3] = 1
-        """1 for grey levels, 3 for RGB."""
+        """1 for greyscale, 3 for RGB."""
         classes: Annotated[int, Field(ge=2)] = 10
-        """Number of classes. The data set is checked against it."""
+        """Number of classes; checked against the data."""
         val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-        """Share of each class to validate on, where the source has no val folder of its own."""
+        """Share of each class for validation, unless the source has its own val folder."""
         test_fraction: Fraction = 0.2
-        """Share of each class to hold out for testing, where the source comes unsplit."""
+        """Share of each class for testing, unless the source is already split."""
 
     data: Data
 
@@ -60,7 +60,7 @@ class Images(Workload):
 
 
 class _Sample(NamedTuple):
-    """An image before it is decoded."""
+    """An encoded image."""
 
     where: str
     content: bytes | Path
@@ -68,7 +68,7 @@ class _Sample(NamedTuple):
 
 
 def _find_samples(data: Images.Data) -> Iterator[tuple[str, list[_Sample]]]:
-    """The source's splits; one that comes unsplit is called `all`."""
+    """The source's splits; an unsplit source yields one split named `all`."""
     source = Path(data.source)
     if data.source == "digits":
         yield "all", _digits_samples(data)
@@ -83,9 +83,9 @@ def _find_samples(data: Images.Data) -> Iterator[tuple[str, list[_Sample]]]:
     else:
         for split, folder in _folders(source).items():
             if split not in ("train", "val", "test"):
-                raise DataError(f"{folder}: only val and test may stand beside train")
+                raise DataError(f"{folder}: only val and test are allowed beside train")
             if _folders(folder).keys() != _folders(source / "train").keys():
-                raise DataError(f"{folder}: its class folders are not those of train")
+                raise DataError(f"{folder}: its class folders differ from those of train")
             yield split, _folder_samples(folder, data)
 
 
@@ -96,7 +96,7 @@ def _digits_samples(data: Images.Data) -> list[_Sample]:
         raise DataError(f"digits: has 10 classes, data.classes is {data.classes}")
     bunch = load_digits()
     pixels_NHW = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    header = b"P5 8 8 255\n"  # what makes a PGM file of raw pixels
+    header = b"P5 8 8 255\n"  # makes a PGM file of raw pixels
     return [
         _Sample(f"digits: image {index}", header + pixels_HW.tobytes(), int(label))
         for index, (pixels_HW, label) in enumerate(zip(pixels_NHW, bunch.target, strict=True))
@@ -104,12 +104,12 @@ def _digits_samples(data: Images.Data) -> list[_Sample]:
 
 
 def _folders(path: Path) -> dict[str, Path]:
-    """The visible sub-folders, sorted by name."""
+    """The subfolders that are not hidden, sorted by name."""
     return {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and p.name[0] != "."}
 
 
 def _folder_samples(path: Path, data: Images.Data) -> list[_Sample]:
-    """The images of one sub-folder per class. Files of other kinds and hidden ones are not seen."""
+    """The images of one subfolder per class, without hidden files and other kinds of files."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     folders = _folders(path)
     if len(folders) != data.classes:
@@ -128,7 +128,7 @@ def _folder_samples(path: Path, data: Images.Data) -> list[_Sample]:
 
 
 def _parquet_samples(path: Path, data: Images.Data) -> list[_Sample]:
-    """The rows of a file whose images are encoded bytes, or a struct that holds them as `bytes`."""
+    """The rows of a file whose images are encoded bytes, or structs with the bytes as `bytes`."""
     try:
         rows = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -152,7 +152,7 @@ def _parquet_samples(path: Path, data: Images.Data) -> list[_Sample]:
 
 
 def _decode(samples: list[_Sample], data: Images.Data) -> pa.Table:
-    """Columns image, label and key, a hash of the encoded image; in the order of the keys."""
+    """Columns image, label and key, a hash of the encoded image; sorted by key."""
     image_NCHW = np.empty((len(samples), data.channels, data.size, data.size), np.uint8)
     key_N = np.empty(len(samples), np.uint64)
 
@@ -163,13 +163,13 @@ def _decode(samples: list[_Sample], data: Images.Data) -> pa.Table:
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 if image.mode[0] in "IF":  # Pillow would clip these to 255
                     raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
-                upright = ImageOps.exif_transpose(image)  # cameras turn the label, not the pixels
+                upright = ImageOps.exif_transpose(image)  # cameras set a flag only
                 grey_or_rgb = upright.convert("L" if data.channels == 1 else "RGB")
-                # Pillow's bilinear filter grows with the scale: it does not alias.
+                # Pillow's bilinear filter widens with the scale, which prevents aliasing.
                 resized = grey_or_rgb.resize((data.size, data.size), Image.Resampling.BILINEAR)
         except UnidentifiedImageError:
-            raise DataError(f"{where}: is no image ({', '.join(FORMATS)})") from None
-        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+            raise DataError(f"{where}: is not an image ({', '.join(FORMATS)})") from None
+        except Exception as error:  # a broken file can make Pillow's decoders raise anything
             reason = str(error).partition("\n")[0]
             raise DataError(f"{where}: cannot be decoded: {reason}") from None
         pixels_HWC = np.asarray(resized).reshape(data.size, data.size, data.channels)
@@ -184,7 +184,7 @@ def _decode(samples: list[_Sample], data: Images.Data) -> pa.Table:
 
 
 def _split_by_class(rows: pa.Table, val: float, test: float) -> dict[str, pa.Table]:
-    """Shares of each class in the order of the keys; copies of an image count as one."""
+    """Split each class in the order of the keys; copies of an image count as one."""
     key_N, label_N = rows["key"].to_numpy(), rows["label"].to_numpy()
     place_N = np.empty(len(rows))
     for label in np.unique(label_N):

@@ -2,23 +2,23 @@
 
 **Data.** `digits` is scikit-learn's copy of the test part of the UCI set "Optical Recognition of
 Handwritten Digits" (Alpaydin and Kaynak, 1998): 1,797 digits by 13 writers, 8 x 8 pixels of 17
-grey levels, here scaled to 0..255. Own images come from a folder of class folders, from one with
-`train/` and optionally `val/` and `test/` that hold class folders, or from Parquet. What comes
-unsplit is split class by class in the order of a hash of the encoded images, so that the split
-depends on nothing else, neither on names nor on `size`, and copies of an image never part.
+grey levels, here scaled to 0..255. Your own images come from a folder with one subfolder per class,
+from a folder with `train/` and optionally `val/` and `test/` that contain such subfolders, or from
+Parquet. Unsplit data is split class by class in the order of a hash of the encoded images. So the
+split depends neither on names nor on `size`, and copies of an image are in the same split.
 
 **Model.** `resnet`: basic blocks (He et al., CVPR 2016, doi:10.1109/CVPR.2016.90), the last
 normalisation of each block starting at zero (Goyal et al. 2017, arXiv:1706.02677), with group
 normalisation (Wu and He, ECCV 2018, arXiv:1803.08494) in place of batch normalisation: a sample's
-result must not depend on which others its worker happens to hold. `vit`: patches as tokens of a
-transformer (Dosovitskiy et al., ICLR 2021, arXiv:2010.11929), normalised before each layer, with
-the mean over patches in place of a token of its own (Beyer et al. 2022, arXiv:2205.01580).
+result must not depend on the other samples of its worker. `vit`: a transformer over patches
+(Dosovitskiy et al., ICLR 2021, arXiv:2010.11929) with pre-normalisation, which classifies the mean
+over patches instead of a class token (Beyer et al. 2022, arXiv:2205.01580).
 
 **Measured** on the 359 test digits, trained on the 1,258 of `train` alone: `specs/digits.yaml`
 99.7, 99.4 and 99.7 % right with the seeds 0, 1 and 2; on the pixels as 0..16, scikit-learn's
 `KNeighborsClassifier(3)` 98.9 % and `SVC(gamma=0.001)`, an RBF kernel, 98.9 %. One digit is 0.28 %.
 
-**Not shown:** new hands (all parts hold digits of the same writers), and large images (the first
+**Not shown:** digits of other writers (all splits have the same ones), and large images (the first
 stage keeps the full resolution, which suits up to about 64 pixels).
 """
 
@@ -44,30 +44,30 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Vision(Images):
-    """Images of one size, one label each."""
+    """Classifies images of one size."""
 
     class Model(Spec):
-        """The network, and how it is kept from learning the images by heart."""
+        """The network and its regularisation."""
 
         network: Literal["resnet", "vit"] = "resnet"
-        """Convolutions, or a vision transformer."""
+        """A residual convolutional network, or a vision transformer."""
         width: Annotated[int, Field(ge=4)] = 24
-        """resnet: channels of the first stage; every further stage has twice as many. vit: of all
-        of it."""
+        """resnet: channels of the first stage; each further stage has twice as many. vit: channels
+        of all layers."""
         blocks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 1, 1)
         """resnet: residual blocks of each stage; stages after the first halve the resolution.
-        vit: has as many layers as these are together."""
+        vit: the sum is the number of layers."""
         patch: PositiveInt = 2
-        """vit: pixels of side that make a token."""
+        """vit: side length of a patch in pixels."""
         heads: PositiveInt = 4
-        """vit: heads of attention, of width / heads channels each."""
+        """vit: attention heads, with width / heads channels each."""
         dropout: Fraction = 0.0
-        """Share of the features that the classifier does not see in a training step."""
+        """Dropout probability of the classifier's input features."""
         label_smoothing: Fraction = 0.0
-        """Share of each training label that is spread evenly over all classes."""
+        """Share of each training label that is distributed evenly over all classes."""
         augment: Annotated[float, Field(ge=0)] = 0.0
-        """Largest random change of a training image. 0 is none; 1 turns by up to 12 degrees,
-        scales by up to 10 % and shifts by up to 12 % of the side; others are in proportion."""
+        """Strength of random augmentation. 0 is none; 1 rotates by up to 12 degrees, scales by up
+        to 10 % and shifts by up to 12 % of the side; other values are in proportion."""
 
     data: Images.Data
     model: Model
@@ -98,10 +98,10 @@ class Vision(Images):
         return logits_BK
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats; the labels are smoothed where gradients are recorded.
+        """Cross-entropy in nats, with label smoothing only while gradients are recorded.
 
-        Evaluation records none, so its loss is that of the true labels, which can be compared
-        between trials of different smoothing.
+        Evaluation records none, so its loss refers to the true labels and can be compared between
+        trials with different smoothing.
         """
         smoothing = self.model.label_smoothing if torch.is_grad_enabled() else 0.0
         return F.cross_entropy(output, batch["label"], reduction="none", label_smoothing=smoothing)
@@ -148,7 +148,7 @@ class ResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and what they are added to; the identity at first, where shapes allow."""
+    """Two convolutions with a skip connection; initialised as the identity if shapes allow it."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class ViT(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention among the patches, then two linear layers; each is added to what comes in."""
+    """Attention among the patches, then an MLP, each with a skip connection."""
 
     def __init__(self, spec: Vision.Model) -> None:
         super().__init__()
@@ -210,16 +210,16 @@ class TransformerLayer(nn.Module):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """Up to 8 groups of at least 4 channels: a group of one, at one pixel, would be constant."""
+    """Up to 8 groups of at least 4 channels: one channel at one pixel would become constant."""
     groups = max(g for g in (1, 2, 4, 8) if channels % g == 0 and channels >= 4 * g)
     return nn.GroupNorm(groups, channels)
 
 
 def _random_affine(image_BCHW: Tensor, strength: float, random: SampleRandom) -> Tensor:
-    """Images turned, scaled and shifted at random, as floating point; black comes in at the rim.
+    """Images rotated, scaled and shifted at random, as floating point, with black borders.
 
-    The grid, -1 to 1 over the image, is made without `affine_grid`: its matrix product may be
-    rounded to bf16 or TF32, and differently for another size of the batch.
+    The sampling grid, -1 to 1 over the image, is computed without `affine_grid`: its matrix product
+    may be rounded to bf16 or TF32, and differently for other batch sizes.
     """
     if not image_BCHW.is_floating_point():
         image_BCHW = image_BCHW.float()

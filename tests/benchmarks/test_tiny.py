@@ -1,0 +1,58 @@
+"""Every benchmark runs: its `--tiny` form ends with one line of JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
+"""They start neither Ray nor MLflow, or make their numbers up."""
+MINUTES = ("answers", "forecast", "fused", "recovery", "start", "track")
+ON_A_RACK = ("clusters",)
+PARTS = ("answer_", "bare", "browser", "contest", "guide", "models", "peers", "tutorial")
+"""Modules that benchmarks share, and programs that they start."""
+
+
+def run_tiny(name: str, *options: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--tiny", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rows"], done.stdout
+    for row in result["rows"]:
+        assert row.get("not_run") or len(row) > 1 or "case" in row
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_in_seconds(name: str) -> None:
+    run_tiny(name)
+
+
+def test_known_answers() -> None:
+    run_tiny("answers", "vision", "hedging")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MINUTES)
+def test_with_real_runs(name: str) -> None:
+    run_tiny(name)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ON_A_RACK)
+def test_on_hosts(name: str) -> None:
+    run_tiny(name)
+
+
+def test_no_benchmark_is_left_out() -> None:
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    shared = {name for name in names if name.startswith(PARTS)}
+    assert names - shared - {"answers"} == {*SECONDS, *MINUTES, *ON_A_RACK} - {"answers"}

@@ -1,0 +1,100 @@
+"""PyTorch's private parts are as `trainers.torch_internals` takes them to be, release 2.13.0.
+
+A test that fails says which part another release has changed; what to do is written there.
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.nn.parallel import DistributedDataParallel
+
+from trainers import torch_internals
+
+
+def test_the_keys_of_shards_are_those_of_torchs_own_writer(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.distributed.checkpoint.save(
+            {"weight": torch.ones(2, 3)},
+            storage_writer=HuggingFaceStorageWriter(str(tmp_path), save_distributed=True),
+            no_dist=True,
+        )
+    [path] = tmp_path.rglob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert torch_internals.SHARDING_INFO_KEY in metadata, "HuggingFaceStorageWriter: other metadata"
+    shards = json.loads(metadata[torch_internals.SHARDING_INFO_KEY])
+    assert shards["weight"][torch_internals.SAVED_OFFSETS_KEY] == [0, 0], (
+        "HuggingFaceStorageWriter: other entries of a shard"
+    )
+
+
+def test_the_logger_of_distributed_checkpointing_has_its_name() -> None:
+    import torch.distributed.checkpoint.logger as dcp
+
+    name = torch_internals._DCP_LOGGER
+    assert dcp._dcp_logger.name == name, f"torch.distributed.checkpoint: no logger {name}"
+    torch_internals.quiet_checkpoint_log()
+    assert not dcp._dcp_logger.isEnabledFor(logging.INFO)
+
+
+def test_fake_tensors_have_shapes_and_gradients_and_mix_with_real_ones() -> None:
+    real = torch.ones(3)
+    with torch_internals.fake_tensor_mode():
+        weight = nn.Parameter(torch.empty(1_000_000, 3_000_000))
+        loss = (weight[:, :3] * real).sum()
+        loss.backward()
+        assert weight.grad is not None, "FakeTensorMode: no gradients"
+        assert weight.grad.shape == weight.shape
+        with pytest.raises(Exception, match=r"_local_scalar_dense"):
+            loss.item()
+
+
+def test_the_time_of_compiling_is_counted() -> None:
+    before = torch_internals.compile_time_s()
+    torch.compile(lambda x: x.sin() + before, backend="eager")(torch.ones(3))
+    assert torch_internals.compile_time_s() > before, "torch._dynamo.utils.calculate_time_spent"
+
+
+def test_the_setting_for_compiled_checkpoints_is_there() -> None:
+    import torch._dynamo
+
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    assert hasattr(torch._dynamo.config, name), f"torch._dynamo.config: no {name}"
+    with torch._dynamo.config.patch({name: False}):
+        torch_internals.allow_dropout_in_compiled_checkpoints()
+        assert getattr(torch._dynamo.config, name)
+
+
+class Half(nn.Module):
+    """Uses one of its two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_ddp_tells_of_a_missing_gradient_in_these_words(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Half())
+        model(torch.ones(1, 2)).sum().backward()
+        with pytest.raises(RuntimeError) as caught:
+            model(torch.ones(1, 2))
+    finally:
+        dist.destroy_process_group()
+    assert torch_internals.is_unfinished_reduction(caught.value), (
+        f"DistributedDataParallel: another message: {caught.value}"
+    )
+    assert not torch_internals.is_unfinished_reduction(RuntimeError("another"))

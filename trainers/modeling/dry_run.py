@@ -1,0 +1,109 @@
+"""One training step over fake tensors: what can be known of a model before it trains."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainers.modeling.dropout import Shape, dropout_modules
+from trainers.torch_internals import fake_tensor_mode
+from trainers.workload import Batch, Workload, model_dtype
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A model's forward and backward pass, run with shapes alone."""
+
+    flops_per_sample: float
+    unused_parameters: frozenset[str]
+    """Parameters that are trained, but that the loss does not depend on."""
+    dropout_shapes: Mapping[str, frozenset[Shape]]
+    """By the name of each dropout module: the shapes of its inputs, the first dimension as rows
+    per sample."""
+
+
+def dry_run(workload: Workload, network: nn.Module, batch: Batch) -> DryRun | None:
+    """Run forward and backward over `batch` [B, ...] without computing anything.
+
+    The batch is best small, and of 2 or more where samples are normalised together. Shapes are
+    passed through a copy of the network that takes no memory, so network, batch and random state
+    stay as they are. None when the model cannot be run so, as when it asks for a tensor's value.
+
+    FLOPs are those of products and convolutions, at two for a multiplication with its addition.
+    Recomputation does not count, so give the network before it is wrapped in anything.
+    """
+    counter = FlopCounterMode(display=False)
+    samples = len(next(iter(batch.values())))
+    shapes: dict[str, set[Shape]] = {}
+    try:
+        # Fused attention has no formula on a CPU; its plain form has the same products.
+        with (
+            torch.random.fork_rng(devices=[]),
+            sdpa_kernel(SDPBackend.MATH),
+            fake_tensor_mode(),
+        ):
+            model = _fake_copy(network).train()
+            for name, module in dropout_modules(model):
+                shapes[name] = set()
+                module.register_forward_pre_hook(partial(_record, shapes[name], samples))
+            dtype = model_dtype(model)
+            columns = {
+                name: _empty(values, dtype if values.is_floating_point() else values.dtype)
+                for name, values in batch.items()
+            }
+            with counter:
+                loss_B = workload.loss(workload.forward(model, columns), columns)
+                torch.autograd.backward(loss_B.sum())
+    except Exception:  # a user's model may do anything
+        return None
+    unused = {
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.grad is None
+    }
+    return DryRun(
+        counter.get_total_flops() / samples,
+        frozenset(unused),
+        {name: frozenset(seen) for name, seen in shapes.items()},
+    )
+
+
+def count_flops(workload: Workload, network: nn.Module, batch: Batch) -> float | None:
+    """Floating-point operations of one sample, forward and backward; see `dry_run`."""
+    result = dry_run(workload, network, batch)
+    return result.flops_per_sample if result else None
+
+
+def _record(shapes: set[Shape], samples: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A forward pre-hook that notes the shape of a dropout module's input."""
+    shape = inputs[0].shape if inputs else ()
+    if shape and shape[0] % samples == 0:
+        shapes.add((shape[0] // samples, *shape[1:]))
+
+
+def _fake_copy(network: nn.Module) -> nn.Module:
+    """A copy of the network on the CPU, to be made where tensors are fake."""
+    copies: dict[int, Any] = {}
+    for module in network.modules():
+        for tensor in (
+            *module.parameters(recurse=False),
+            *module.buffers(recurse=False),
+            *vars(module).values(),
+        ):
+            if isinstance(tensor, nn.Parameter):
+                copies[id(tensor)] = nn.Parameter(
+                    _empty(tensor, tensor.dtype), tensor.requires_grad
+                )
+            elif isinstance(tensor, Tensor):
+                copies[id(tensor)] = _empty(tensor, tensor.dtype)
+    return copy.deepcopy(network, copies)
+
+
+def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tensor.shape, dtype=dtype)

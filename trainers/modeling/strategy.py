@@ -1,0 +1,241 @@
+"""How a model is distributed over the workers: replicated, sharded or tensor-parallel.
+
+`parallelize` reads top to bottom: one device, replicas, the shape of the mesh, tensor parallelism,
+sharding. The model computes the same in every mode; only the place of its parts differs.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.base.errors import SpecError
+from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
+from trainers.worker import Worker
+from trainers.workload import Workload
+
+ParallelMode = Literal["single", "ddp", "fsdp", "hsdp", "tensor"]
+
+STATE_SHARE = 0.5
+"""Share of a device's memory that weights, gradients and optimizer may take; activations and
+temporary copies need the rest."""
+
+
+@dataclass(frozen=True)
+class ParallelStrategy:
+    """How a model is distributed over the workers, and why."""
+
+    mode: ParallelMode
+    reason: str
+    group: int = 1
+    """Workers that share one replica of the model (hsdp) or of each layer (tensor)."""
+
+    def applied_to(self, worker: Worker) -> Worker:
+        """The worker, with its share of the data."""
+        return replace(worker, tensor_parallel_size=self.group) if self.mode == "tensor" else worker
+
+
+def choose_strategy(
+    spec: RunSpec, workload: Workload, network: nn.Module, worker: Worker, memory_bytes: int | None
+) -> ParallelStrategy:
+    """The strategy that the spec asks for; `auto` goes by the memory that the model's state needs.
+
+    `memory_bytes` is the memory of one worker. Raises SpecError for a strategy that does not suit
+    the workers or the workload. `auto` never chooses tensor parallelism, which is slower than
+    sharding wherever sharding fits.
+    """
+    scale, world, local = spec.scale, worker.world_size, worker.local_world_size
+    if world == 1:
+        return ParallelStrategy("single", "there is one worker")
+    need = state_bytes(spec.optimizer, network)
+    have = memory_bytes if memory_bytes is not None else 1 << 62  # then nothing asks for shards
+    known = _format_bytes(have) if memory_bytes is not None else "unknown memory"
+    sizes = f"weights, gradients and optimizer take {_format_bytes(need)} of a worker's {known}"
+    gathers = ""
+    if spec.train.precision == "fp16":  # see _mixed_precision
+        gathers = "; fp16 gathers weights in fp32, at twice the traffic of bf16"
+    mode = scale.parallel
+    if mode == "auto":
+        if need <= STATE_SHARE * have:
+            return ParallelStrategy("ddp", f"{sizes}, so each worker has a copy")
+        if 1 < local < world and world % local == 0 and need / local <= STATE_SHARE * have:
+            return ParallelStrategy(
+                "hsdp", f"{sizes}, so the {local} of a machine share a copy{gathers}", local
+            )
+        return ParallelStrategy("fsdp", f"{sizes}, so all workers share one copy{gathers}")
+    group = scale.group or local
+    if mode in ("hsdp", "tensor") and (world % group or group == 1):
+        raise SpecError(f"scale.group: {world} workers cannot be put into groups of {group}")
+    if mode == "tensor" and not workload.tensor_plan(network):
+        raise SpecError("scale.parallel: tensor needs a workload that defines tensor_plan")
+    reason = sizes if mode == "ddp" else f"{sizes}{gathers}"
+    return ParallelStrategy(mode, reason, group if mode in ("hsdp", "tensor") else 1)
+
+
+def parallelize(
+    network: nn.Module,
+    spec: RunSpec,
+    workload: Workload,
+    strategy: ParallelStrategy,
+    worker: Worker,
+    find_unused: bool = False,
+) -> nn.Module:
+    """Wrap the network so that it trains on all workers; collective.
+
+    Its weights become this worker's part of them. `find_unused` is for a network of which a step
+    may leave parameters without a gradient: replicas then look for these in each step, which
+    takes a walk over the graph and a small all-reduce.
+    """
+    world, kind = worker.world_size, worker.device.type
+    if strategy.mode == "single":
+        return network.to(worker.device)
+    if strategy.mode == "ddp":
+        network.to(worker.device)
+        devices = None if kind == "cpu" else [worker.device]
+        return DistributedDataParallel(
+            network,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
+        )
+
+    if strategy.mode == "fsdp":
+        shards = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    elif strategy.mode == "hsdp":
+        shape = (world // strategy.group, strategy.group)
+        shards = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        shape = (world // strategy.group, strategy.group)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("shard", "tensor"))
+        network.to(worker.device)
+        parallelize_module(network, mesh["tensor"], workload.tensor_plan(network))
+        shards = mesh["shard"]
+
+    blocks = workload.blocks(network)
+    for block in blocks:
+        fully_shard(block, mesh=shards, mp_policy=_mixed_precision(spec.train))
+    fully_shard(network, mesh=shards, mp_policy=_mixed_precision(spec.train))
+    return network.to(worker.device)
+
+
+def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -> nn.Module:
+    """Apply `train.compile` to a parallel model; compilation itself happens in the first step.
+
+    Sharded models are compiled block by block, since the collectives between blocks are not
+    compiled.
+    """
+    if train.compile == "off":
+        return model
+    if isinstance(model, FSDPModule) and blocks:
+        for block in blocks:
+            block.compile(mode=train.compile)
+        return model
+    result: nn.Module = torch.compile(model, mode=train.compile)  # type: ignore[assignment]
+    return result
+
+
+def _mixed_precision(train: TrainSpec) -> MixedPrecisionPolicy:
+    """Sharded bf16 models gather weights in bf16 and reduce gradients in fp32.
+
+    Others gather in fp32, fp16 too: with fp16 weights, modules would also get fp16 inputs and
+    give fp16 outputs, in which a loss overflows that does not under autocast.
+    """
+    if train.precision not in ("bf16", "fp8"):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@contextmanager
+def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
+    """In here, backward passes exchange gradients between the workers only if `last`.
+
+    `last` is whether this is the last micro-batch of a step.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
+    """Give all workers the buffers of rank 0, such as running means; collective.
+
+    Replicas do this themselves before each forward pass; sharded models don't.
+    """
+    if strategy.mode in ("single", "ddp"):
+        return
+    for buffer in network.buffers():
+        dist.broadcast(buffer.to_local() if isinstance(buffer, DTensor) else buffer, src=0)
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    """The 2-norm of the whole gradient, over all shards; collective if sharded."""
+    return _total_norm(_trained_by_mesh(network))
+
+
+def clip_gradients(network: nn.Module, max_norm: float) -> None:
+    """Scale the gradient down so that its norm is at most `max_norm`; collective if sharded."""
+    meshes = _trained_by_mesh(network)
+    norm = _total_norm(meshes)
+    for mesh, weights in meshes.items():
+        # PyTorch's default scales DTensors one by one.
+        foreach = True if mesh and mesh.device_type in ("cpu", "cuda", "xpu") else None
+        nn.utils.clip_grads_with_norm_(weights, max_norm, norm, foreach)
+
+
+def _total_norm(meshes: dict[DeviceMesh | None, list[nn.Parameter]]) -> Tensor:
+    norms = [
+        nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        for weights in meshes.values()
+    ]
+    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
+
+
+def _trained_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """The parameters with a gradient; a kernel takes a list of those on one device mesh."""
+    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for weight in network.parameters():
+        if weight.grad is not None:
+            meshes.setdefault(mesh_of(weight), []).append(weight)
+    return meshes
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The device mesh of a distributed tensor; None for a plain one."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def state_bytes(optimizer: OptimizerSpec, network: nn.Module) -> int:
+    """Bytes of an unsharded model's weights, gradients and optimizer state."""
+    moments = 2 if optimizer.name == "adamw" else int(optimizer.momentum > 0)
+    trained = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+    held = [*network.parameters(), *network.buffers()]
+    return sum(t.numel() * t.element_size() for t in held) + trained * (1 + moments)
+
+
+def memory_per_worker(worker: Worker) -> int | None:
+    """Bytes of memory for this worker: of its device, or its part of the machine's."""
+    total = worker.hardware.memory().total
+    shared = worker.device.type == "cpu"
+    return total // worker.local_world_size if total is not None and shared else total
+
+
+def _format_bytes(count: int) -> str:
+    unit = min(3, int(math.log10(max(1, count))) // 3)
+    return f"{count / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB')[unit]}"

@@ -1,0 +1,97 @@
+"""What surrounds a run or sweep: its locked folder and log, Ray, Ctrl-C, the MLflow tracker."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.base.errors import SpecError
+from cluster.base.terminal import redirect_output
+from cluster.connection.ray_connection import ray_session
+from trainers.run_folder import LOG, display_path, locked
+from trainers.runs.ray_train import resource_shortage
+from trainers.runs.visibility import require_visible_everywhere
+from trainers.spec import RunSpec
+from trainers.tracking.preflight import check_access
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextlib.contextmanager
+def run_session(
+    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+) -> Iterator[tuple["Console", threading.Event]]:
+    """Check MLflow, lock the folder, connect to Ray, check the cluster, and handle Ctrl-C.
+
+    Yields the console and the event that Ctrl-C sets.
+    """
+    unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
+    with (
+        folder_session(folder, spec, address, verbose) as (console, started_here),
+        stop_on_signal() as stop,  # within: ray.init has a handler of its own
+    ):
+        if unreachable:
+            console.print(unreachable, style="yellow", highlight=False)
+        missing = resource_shortage(spec.scale)
+        if missing and started_here:
+            raise SpecError(missing)
+        require_visible_everywhere(folder, spec)
+        if missing:
+            console.print(f"{missing}; waiting for it to grow", style="yellow")
+        yield console, stop
+
+
+@contextlib.contextmanager
+def folder_session(
+    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+) -> Iterator[tuple["Console", bool]]:
+    """Lock the folder, connect to Ray, and redirect the output of libraries to the folder's log.
+
+    Yields the console, and whether Ray was started by this process.
+    """
+    log = folder / LOG
+    with (
+        locked(folder),
+        redirect_output(log, verbose) as console,
+        ray_session(address, *shipped_code(spec)) as started_here,
+    ):
+        if not verbose:
+            console.print(f"log: {display_path(log)}", style="dim")
+        yield console, started_here
+
+
+def shipped_code(spec: RunSpec) -> tuple[Path | None, tuple[str, ...]]:
+    """The folder of the user's code that Ray copies to the workers, and what it leaves out.
+
+    None where the workload is one of ours.
+    """
+    code = Path.cwd() if ":" in spec.workload else None
+    storage = Path(spec.storage).name  # the files that runs write are not code
+    return code, (".git", ".venv", "mlflow.db", "mlartifacts", storage, "__pycache__")
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Yields an event that the first Ctrl-C sets; the second Ctrl-C raises KeyboardInterrupt.
+
+    SIGTERM acts as Ctrl-C does at that moment, also while Ray Tune handles Ctrl-C. SIGTERM also
+    ends a submitted job, in whose processes Ray has blocked SIGINT.
+    """
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    interrupt = signal.signal(signal.SIGINT, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    terminate = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, interrupt)

@@ -1,0 +1,68 @@
+"""Everything in this package that PyTorch keeps private or may change, as read in release 2.13.0.
+
+Each item says why there is no public way. `tests/trainers/test_torch_internals.py` fails with the
+name of the item when a release of PyTorch has another form of it.
+"""
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch.distributed.checkpoint import _hf_utils
+
+SHARDING_INFO_KEY: str = _hf_utils.CUSTOM_METADATA_KEY
+"""Key of a safetensors file's metadata under which `HuggingFaceStorageReader` looks for the offsets
+of the shards. The format is public in PyTorch's own writer only. The keys are imported, so that a
+renamed one is an error at import and not an unreadable checkpoint."""
+SAVED_OFFSETS_KEY: str = _hf_utils.SAVED_OFFSETS_KEY
+"""Key of the offsets of one shard, within that."""
+
+_DCP_LOGGER = "c10d-NullHandler-dcp_logger"
+
+
+def quiet_checkpoint_log() -> None:
+    """Hide the two debug lines per tensor that distributed checkpointing logs.
+
+    Its logger has no public name; `logging.getLogger("torch")` is not among its parents.
+    """
+    logging.getLogger(_DCP_LOGGER).setLevel(logging.WARNING)
+
+
+def fake_tensor_mode() -> AbstractContextManager[Any]:
+    """In here tensors have shapes and dtypes but no memory, and nothing is computed.
+
+    `torch.device("meta")` is the public way, but mixing its tensors with those that a model makes
+    on the CPU in `forward` is an error; fake tensors may be mixed. `torch.compile` uses the same.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def compile_time_s() -> float:
+    """Seconds that this process has spent in `torch.compile`; `torch.compiler` does not tell."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))
+
+
+def allow_dropout_in_compiled_checkpoints() -> None:
+    """Let `torch.compile` trace `torch.utils.checkpoint` over code with side effects.
+
+    Our dropout modules store the next keys as they draw. A compiled block is computed again from
+    its graph, in which the keys are fixed, so the side effect need not be repeated. PyTorch's own
+    error message names this setting; `torch.compiler.config` does not have it.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def is_unfinished_reduction(error: BaseException) -> bool:
+    """Whether DistributedDataParallel missed the gradient of a parameter in the step before.
+
+    It raises a plain RuntimeError; its text is the only sign.
+    """
+    return isinstance(error, RuntimeError) and (
+        "Expected to have finished reduction in the prior iteration" in str(error)
+    )

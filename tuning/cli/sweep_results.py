@@ -1,0 +1,89 @@
+"""The end of a sweep in the terminal: the leaderboard, the costs, and how to continue."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tuning.trials.leaderboard import Leaderboard, TrialResult
+    from tuning.trials.trial import Sweep
+
+SHOWN_TRIALS = 10
+
+
+def print_results(
+    console: "Console", sweep: "Sweep", board: "Leaderboard", tracked: "Mapping[str, Any]"
+) -> None:
+    """Print what `tuning.sweep.run_to_end` returned."""
+    from trainers.run_folder import TRACKING
+
+    console.print(_leaderboard_table(sweep, board))
+    for number, reason in board.failed.items():
+        console.print(f"trial {number:04d} failed: {reason}", style="red")
+    if sweep.spec.objective[1:]:
+        front = ", ".join(f"{number:04d}" for number in board.pareto_trials)
+        named = ", ".join(sweep.spec.objective)
+        console.print(f"Pareto front of {named}: {front or 'unknown'}", highlight=False)
+    if board.importances:
+        shares = "  ".join(f"{path} {share:.2f}" for path, share in board.importances.items())
+        console.print(f"importance: {shares}")
+    if "unsent" in tracked:
+        console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACKING}", style="yellow")
+    else:
+        console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
+    for name, text in tracked.get("account", {}).items():
+        console.print(f"{name}: {text}", highlight=False)
+    if len(board.ended) < sweep.spec.total_trials:
+        console.print(_how_to_resume(sweep, board, tracked.get("reason")), highlight=False)
+    if board.best is not None:
+        console.print("\n".join(_how_to_use(sweep, board.best)))
+
+
+def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
+    others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
+    for column in ("trial", sweep.spec.metric, *others, "epochs", "", *sweep.spec.parameters):
+        table.add_column(column, justify="right", overflow="fold")
+    for result in board.results[:SHOWN_TRIALS]:
+        parameters = [_format_cell(result.parameters[path]) for path in sweep.spec.parameters]
+        objectives = [_format_cell(result.objectives.get(name, "unknown")) for name in others]
+        scores = (f"{result.value:.4f}", *objectives, f"{result.epoch:.1f}")
+        ended = "" if result.complete else "stopped"
+        table.add_row(f"{result.number:04d}", *scores, ended, *parameters)
+    return table
+
+
+def _format_cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _how_to_resume(sweep: "Sweep", board: "Leaderboard", reason: str | None) -> str:
+    """`reason` is the limit of the budget at which the sweep was stopped."""
+    from cluster.connection.ray_connection import submission_metadata
+    from trainers.run_folder import display_path
+
+    limit = (reason or "").partition(" ")[0].rstrip(":")
+    raised = f" --set {limit}=MORE" if limit else ""
+    return (
+        f"{f'{reason}; ' if reason else ''}stopped with {len(board.ended)} of "
+        f"{sweep.spec.total_trials} trials ended; continue with\n  heliostat "
+        f"{'submit ' if submission_metadata() else ''}sweep --resume "
+        f"{display_path(sweep.folder)}{raised}"
+    )
+
+
+def _how_to_use(sweep: "Sweep", best: "TrialResult") -> Iterator[str]:
+    """The best checkpoint, and the commands that train from it."""
+    from trainers.checkpoints.checkpoints import Checkpoints
+    from trainers.run_folder import CHECKPOINTS, display_path
+
+    folder, trial = sweep.folder, sweep.trial_folder(best.number)
+    newest = Checkpoints(trial / CHECKPOINTS).latest()
+    train = f"heliostat train {display_path(folder)}/best.yaml"
+    yield f"best checkpoint: {display_path(newest) if newest else 'none'}"
+    yield f"train it afresh: {train}"
+    yield f"train it further: {train} --from {display_path(trial)} --set train.epochs=N"

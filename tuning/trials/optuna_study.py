@@ -1,0 +1,72 @@
+"""The journal of a sweep as an Optuna study, for the search and for the importances."""
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from tuning.trials.journal import Journal
+from tuning.trials.space import Distribution, SweepSpec
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def to_optuna(value: Any) -> Any:
+    """A choice in the form that Optuna accepts: a scalar as it is, anything else as JSON."""
+    scalar = value is None or isinstance(value, (bool, int, float, str))
+    return value if scalar else json.dumps(value)
+
+
+def optuna_distribution(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
+    """Optuna's distribution of the same values."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if distribution.choice is not None:
+        return CategoricalDistribution([to_optuna(value) for value in distribution.choice])
+    low, high = distribution.bounds or (0, 0)
+    log = "log" in distribution.kind
+    if "integer" in distribution.kind:
+        return IntDistribution(int(low), int(high), log=log)
+    return FloatDistribution(low, high, log=log)
+
+
+def frozen_trial(sweep: SweepSpec, journal: Journal, number: int) -> "optuna.trial.FrozenTrial":
+    """An ended trial as an Optuna trial: complete, pruned at a step, or failed."""
+    from optuna.trial import TrialState, create_trial
+
+    end = journal.ends[number]
+    value = end["value"]
+    state = TrialState.COMPLETE if end["complete"] else TrialState.PRUNED
+    if value is None or not math.isfinite(value):
+        state, value = TrialState.FAIL, None
+    parameters = journal.parameters[number]
+    return create_trial(
+        state=state,
+        value=value if state is TrialState.COMPLETE else None,
+        params={path: to_optuna(parameters[path]) for path in sweep.parameters},
+        distributions={path: optuna_distribution(d) for path, d in sweep.parameters.items()},
+        intermediate_values={end["step"]: value} if state is TrialState.PRUNED else {},
+    )
+
+
+def study_from_journal(sweep: SweepSpec, journal: Journal) -> "optuna.Study":
+    """An Optuna study with the sweep's sampler and the ended trials of the journal."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    seed = sweep.seed + len(journal.parameters)
+    sampler: optuna.samplers.BaseSampler
+    if sweep.search == "tpe":
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    elif sweep.search == "cmaes":
+        sampler = optuna.samplers.CmaEsSampler(seed=seed)
+    else:
+        sampler = optuna.samplers.RandomSampler(seed=seed)
+    direction = "maximize" if sweep.mode == "max" else "minimize"
+    study = optuna.create_study(sampler=sampler, direction=direction)
+    study.add_trials([frozen_trial(sweep, journal, number) for number in journal.ends])
+    return study
