@@ -29,7 +29,7 @@ from trainers.engine.heartbeat import heartbeat, stall_watchdog
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
 from trainers.modeling.optimizer import learning_rate
-from trainers.runs.worker_errors import format_error
+from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistry

@@ -14,7 +14,7 @@ from trainers.modeling.build import build_network
 from trainers.modeling.optimizer import build_optimizer
 from trainers.workload import Batch
 from tuning.fused.engine_trial import EngineTrial
-from tuning.fused.fusion_plan import reference_variant, varied_floats
+from tuning.fused.sweep_variants import reference_variant, varied_floats
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
 from tuning.trials.trial import Sweep

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.base.errors import ClusterError, SpecError
-from cluster.jobs import ray_jobs
+from cluster.jobs import job_supervisor, ray_jobs
 from cluster.jobs.job import Job, Submission
 from cluster.jobs.job_supervisor import poll_once
 from cluster.jobs.log_follower import LogFollower, read_log
@@ -252,5 +252,5 @@ FAILED = Job("a", 1, "FAILED", ("train",), "gcs://p.zip", 0.0, None, "n1", None,
 
 
 def test_the_number_of_restarts_is_limited() -> None:
-    lost_often = replace(FAILED, exit_code=-9, attempt=ray_jobs.MAX_RESTARTS + 1)
-    assert ray_jobs.restart_if_lost("http://127.0.0.1:9", lost_often, frozenset()) is None
+    lost_often = replace(FAILED, exit_code=-9, attempt=job_supervisor.MAX_RESTARTS + 1)
+    assert job_supervisor.restart_if_lost("http://127.0.0.1:9", lost_often, frozenset()) is None

@@ -115,7 +115,7 @@ def survives(
     tmp_path_factory: pytest.TempPathFactory,
     wait_until: Callable[..., None],
 ) -> None:
-    """Kill the victims of `events` in turn while a run is written; check that MLflow has it once."""
+    """Kill the victims of `events` in turn while a run is written: MLflow has it once."""
     folder, run = tmp_path_factory.mktemp("spool"), f"chaos-{next(numbers)}"
 
     def write() -> subprocess.Popen[bytes]:

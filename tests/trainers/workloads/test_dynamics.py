@@ -389,9 +389,11 @@ class TestFiles:
 
     def test_a_structure_that_is_too_large_is_reported_with_its_size(self, tmp_path: Path) -> None:
         source = write_xyz(tmp_path / "own.xyz", labelled(3))
-        with pytest.raises(DataError, match=r"line 7: has 5 atoms, data\.atoms is 4"):
+        with pytest.raises(DataError, match=r"line 7: has 5 atoms, data\.max_atoms is 4"):
             dynamics(source=str(source), val_fraction=0.3, **{**OWN, "max_atoms": 4}).dataset()
-        with pytest.raises(DataError, match=r"an atom has \d\d neighbours within 4 Å, data\.neigh"):
+        with pytest.raises(
+            DataError, match=r"an atom has \d\d neighbours within 4 Å, data\.max_neigh"
+        ):
             dynamics(source=str(source), **{**OWN, "max_neighbors": 9}).dataset()
 
     def test_an_empty_file_is_one_line(self, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trainers.engine.reporter import NullReporter
 from tuning.fused import engine as engine_module
 from tuning.fused import program_pool, trial_saver
 from tuning.fused.engine import Engine
-from tuning.fused.fusion_plan import reference_variant
+from tuning.fused.sweep_variants import reference_variant
 from tuning.programs.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE
@@ -100,6 +100,11 @@ def next_step(engine: Engine, lease: str) -> int:
     return step
 
 
+def train_to_end(engine: Engine, lease: str) -> None:
+    while not within(30, engine.next, lease)["done"]:
+        pass
+
+
 def disk_full(*args: Any, **kwargs: Any) -> None:
     raise CheckpointError("the disk is full")
 
@@ -144,8 +149,7 @@ class TestSaving:
 
         monkeypatch.setattr(Checkpoints, "save", save_or_fail)
         with pytest.raises(TrainingError, match="the disk is full"):
-            for _ in range(4):
-                next_step(engine, unsaved)
+            train_to_end(engine, unsaved)
         assert (folder / FAILED_FILE).read_text() == "the disk is full"
         assert [next_step(engine, other) for _ in range(4)] == [4, 8, 12, 16]
 
