@@ -129,7 +129,7 @@ CONTRACTS = {
         (*_in("cluster", "base"), *_in("trainers", "", "data", "modeling", "engine")),
     ),
     "tuning.fused": Contract(
-        "engines that train trials in the slots of programs, and Ray Tune's view of them",
+        "engines that train trials in the slots of programs, and their adapter to Ray Tune",
         (*_TRIALS, *_in("tuning", "trials", "programs")),
     ),
     "tuning": Contract(
