@@ -21,19 +21,19 @@ demo: setup
 test: setup
 	$(BIN)/pytest --durations=25 $(TESTS)
 
-# Hosts made of namespaces, with real SSH: needs root, openssh-server, rsync and iproute2.
+# Tests on hosts that are Linux namespaces, with real SSH: need root, openssh-server, rsync, iproute2.
 test-rack: setup
 	$(BIN)/pytest tests/rack
 
-# And what takes minutes: training while machines are lost, AWS in a box.
+# The tests on whole clusters, which take minutes: training while machines are lost, emulated AWS.
 test-cluster: setup
 	$(BIN)/pytest -m cluster --durations=25
 
-# All there is, for the better part of an hour.
+# All tests; they take most of an hour.
 test-all: setup
 	$(BIN)/pytest -m "" --durations=25
 
-# Workloads against answers that are known: writes docs/answers.md, for some minutes.
+# Compares the workloads with known answers and writes docs/answers.md; takes some minutes.
 answers: setup
 	$(BIN)/python benchmarks/answers.py
 

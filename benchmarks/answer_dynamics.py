@@ -1,4 +1,4 @@
-"""`dynamics` beside the potential that it was shown: errors, crystals, motion without a bath."""
+"""`dynamics` compared with the potential that it learns: errors, crystals, free motion."""
 
 import tempfile
 import time
@@ -53,29 +53,31 @@ def answer() -> str:
     known: Calculators = {"EMT": EMT, "learned": lambda: calculator(exact)}
     return "\n\n".join(
         [
-            f"Copper of ASE's effective medium theory, {frames} in trajectories of their own, made "
-            f"in {made_s:.0f} s. Mean absolute errors of the energy in meV per atom and of the "
-            "forces' components in meV/Å, and root mean squares.",
+            f"Copper with ASE's effective medium theory (EMT): {frames} in separate trajectories, "
+            f"made in {made_s:.0f} s. The columns are the mean absolute errors (MAE) and the root "
+            "mean square errors (RMSE) of the energy in meV per atom and of the components of the "
+            "forces in meV/Å.",
             table(
                 [
                     ("", "energy MAE", "force MAE", "energy RMSE", "force RMSE"),
-                    ("the training set's mean, no forces", *constant(splits)),
+                    ("mean energy of the training set, zero forces", *constant(splits)),
                     (
                         f"`dynamics` as shipped, {trained_s:.0f} s",
                         *(f"{outcome.metrics[f'test/{name}']:.2f}" for name in SCORES),
                     ),
                 ]
             ),
-            f"Turned at random, held-out structures have forces in float32 that differ from the "
-            f"turned ones by at most {worst:.1e} eV/Å.",
-            "Perfect crystals of the learned potential; it has seen strained ones alone, from 20 K "
-            "on.",
+            "If held-out structures are rotated at random, their forces in float32 differ from the "
+            f"rotated forces by at most {worst:.1e} eV/Å.",
+            "Properties of perfect crystals. The learned potential was trained on strained ones "
+            "only, from 20 K on.",
             table([("", *known, "difference"), *crystals(known)]),
-            f"{STEPS * STEP_FS / 1e3:.0f} ps of 108 atoms without a heat bath, {STEP_FS:.0f} fs a "
-            "step: slope of the total energy, and its root mean square about that slope.",
+            f"Molecular dynamics of 108 atoms without a heat bath, {STEPS * STEP_FS / 1e3:.0f} ps "
+            f"with {STEP_FS:.0f} fs per step. The drift is the slope of the total energy, and the "
+            "fluctuation its root mean square deviation from that slope.",
             table(
                 [
-                    ("", "K", "drift, meV/atom/ps", "fluctuation, meV/atom"),
+                    ("", "mean K", "drift, meV/atom/ps", "fluctuation, meV/atom"),
                     *(
                         (f"{name}, started at {kelvin} K", *free_motion(make(), kelvin))
                         for kelvin in NVE_K
@@ -96,7 +98,7 @@ SCORES = (
 
 
 def constant(splits: dict[str, dict[str, torch.Tensor]]) -> tuple[str, ...]:
-    """The scores of who knows the mean energy alone."""
+    """The scores of a prediction by the mean energy and zero forces."""
     test = splits["test"]
     off = 1e3 * (test["energy"] - splits["train"]["energy"].mean()) / test["atoms"].shape[1]
     forces = 1e3 * test["forces"]
@@ -105,7 +107,7 @@ def constant(splits: dict[str, dict[str, torch.Tensor]]) -> tuple[str, ...]:
 
 
 def equivariance(potential: nn.Module, test: dict[str, torch.Tensor]) -> float:
-    """The largest difference between the forces on turned structures and the turned forces."""
+    """The largest difference between the forces on rotated structures and the rotated forces."""
     turn_33, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
     atoms = test["atoms"][::10].clone()
     with torch.no_grad():
@@ -115,7 +117,7 @@ def equivariance(potential: nn.Module, test: dict[str, torch.Tensor]) -> float:
 
 
 def energy(make: Callable[[], Any], side: float, strain: np.ndarray) -> float:
-    """Of a cubic cell of copper in eV, strained."""
+    """The energy in eV of a strained cubic cell of copper."""
     crystal = bulk("Cu", "fcc", a=side, cubic=True)
     crystal.set_cell(crystal.cell.array @ (np.eye(3) + strain), scale_atoms=True)
     crystal.calc = make()
@@ -133,14 +135,16 @@ def crystals(known: Calculators) -> list[tuple[str, ...]]:
 
 
 def properties(make: Callable[[], Any]) -> tuple[float, ...]:
-    """By a fit of Birch and Murnaghan's equation of state, and by second differences."""
+    """Lattice constant and bulk modulus by a fit of Birch and Murnaghan's equation of state, and
+    the elastic constants by second differences.
+    """
     sides = 3.6 * np.linspace(0.97, 1.03, 9)
     energies = [energy(make, side, np.zeros((3, 3))) for side in sides]
     volume, _, bulk_modulus = EquationOfState(sides**3, energies, "birchmurnaghan").fit()
     side = float(np.cbrt(volume))
 
     def curvature(strain: np.ndarray) -> float:
-        """Of the energy density along a strain, in GPa."""
+        """The second derivative of the energy density along a strain, in GPa."""
         ends = [energy(make, side, sign * STRAIN * strain) for sign in (1, 0, -1)]
         return (ends[0] - 2 * ends[1] + ends[2]) / STRAIN**2 / volume / units.GPa
 
@@ -152,11 +156,11 @@ def properties(make: Callable[[], Any]) -> tuple[float, ...]:
 
 
 def free_motion(calculator: Any, kelvin: float) -> tuple[str, str, str]:
-    """What becomes of the total energy, which nothing adds to or takes from."""
+    """Temperature, drift and fluctuation of the total energy, which should be conserved."""
     crystal: Atoms = bulk("Cu", "fcc", a=3.63, cubic=True) * (3, 3, 3)
     crystal.calc = calculator
     random = np.random.default_rng(0)
-    # Half of it goes into the potential energy of a crystal that was at rest.
+    # Half of the energy goes into the potential energy of a crystal that was at rest.
     thermalize_momenta(crystal, temperature_K=2 * kelvin, rng=random)
     Stationary(crystal)
     dynamics = VelocityVerlet(crystal, STEP_FS * units.fs)

@@ -1,4 +1,4 @@
-"""`folding` with and without triangles, beside chance and beside distance geometry."""
+"""`folding` with and without triangles, compared with chance and with distance geometry."""
 
 import tempfile
 import time
@@ -40,7 +40,7 @@ from trainers.workloads.folding.workload import Folding
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 NEXT, NEXT_BUT_ONE, TOUCHING = 3.8, 5.8, 6.5
-"""Å between alpha carbons one and two places apart in a chain, and of residues in contact."""
+"""Distances in Å of alpha carbons: one and two places apart in a chain, and in contact."""
 
 
 def answer() -> str:
@@ -52,7 +52,7 @@ def answer() -> str:
     likely, contact = best_scores(test["score"].float()), test["contact"] > 0
     random = torch.Generator().manual_seed(0)
     rows = [
-        row("another of the folds", rated(true.roll(1, 0), true)),
+        row("another held-out fold", rated(true.roll(1, 0), true)),
         row(
             "`folding` as shipped, scores shuffled",
             found(workload, network, shuffled(test, random)),
@@ -73,22 +73,23 @@ def answer() -> str:
     ]
     return "\n\n".join(
         [
-            f"{len(true):,} held-out folds of {workload.data.length} residues, from sequences and "
-            "scores of contacts that are as noisy as in training: a contact is "
-            f"{workload.data.signal:g} standard deviations of the noise. Distance geometry takes "
-            "the shortest ways along the chain and over contacts, scaled to three dimensions, in "
-            "the better of both hands. The true contacts have no noise; the true distances are all "
-            "that the network could know before it moves anything.",
+            f"{len(true):,} held-out folds of {workload.data.length} residues, predicted from "
+            "sequences and contact scores that are as noisy as in training: a contact raises the "
+            f"score by {workload.data.signal:g} standard deviations of the noise. Distance "
+            "geometry takes the shortest paths along the chain and over contacts as distances, "
+            "scales them to three dimensions, and takes the better of the structure and its mirror "
+            "image. The true contacts have no noise. The true distances are the most that the "
+            "network could know before it moves anything.",
             table([("", "lDDT-C\N{GREEK SMALL LETTER ALPHA}", "TM-score", "GDT_TS"), *rows]),
-            f"The last two rows: {len(real['residue'])} windows of {count} chains of the real "
-            "structures 2GTL and 7OK9, with scores simulated from their contacts; the network has "
-            "seen generated folds alone.",
+            f"The last two rows are {len(real['residue'])} windows of {count} chains of the real "
+            "structures 2GTL and 7OK9, with scores simulated from their contacts. The network was "
+            "trained on generated folds only.",
         ]
     )
 
 
 def trained(triangles: bool) -> tuple[Folding, nn.Module, float]:
-    """The workload, its network after a run of the ordinary loop, and the seconds of that."""
+    """Train with the ordinary loop; returns the workload, its network, and the seconds."""
     data = apply_overrides(shipped_spec("folding"), [f"model.triangles={triangles}".lower()])
     spec, workload = resolve(data, RunSpec)
     assert isinstance(workload, Folding)
@@ -104,7 +105,7 @@ def trained(triangles: bool) -> tuple[Folding, nn.Module, float]:
 
 
 def found(workload: Folding, network: nn.Module, split: Batch) -> list[float]:
-    """lDDT, TM-score and GDT_TS of what the network makes of a split."""
+    """lDDT, TM-score and GDT_TS of the network's predictions for a split."""
     batch = {name: v.float() if v.is_floating_point() else v for name, v in split.items()}
     with torch.inference_mode():
         places = [
@@ -124,7 +125,7 @@ def rated(places: Tensor, true: Tensor) -> list[float]:
 
 
 def better(places: Tensor, true: Tensor) -> list[float]:
-    """Of each structure and its mirror image, the one with the better TM-score."""
+    """The scores of each structure or its mirror image, whichever is better."""
     tm, gdt = (
         torch.stack(each).amax(0).mean().item()
         for each in zip(
@@ -146,14 +147,14 @@ def trained_row(
 
 
 def shuffled(split: Batch, random: torch.Generator) -> Batch:
-    """With the scores of each sample as if its residues stood in another order."""
+    """The split with the residues of each sample's scores in random order."""
     order = torch.rand(split["residue"].shape, generator=random).argsort(1)
     each = torch.arange(len(order))[:, None, None]
     return {**split, "score": split["score"][each, order[:, :, None], order[:, None]]}
 
 
 def best_scores(score: Tensor) -> Tensor:
-    """The L best pairs of each sample that are 6 or more apart, as contacts [B, L, L]."""
+    """The L best-scored pairs that are 6 or more residues apart, as contacts [B, L, L]."""
     length = score.shape[1]
     far = torch.ones(length, length).triu(6) > 0
     lowest = score.masked_fill(~far, -torch.inf).flatten(1).topk(length).values[:, -1]
@@ -162,7 +163,7 @@ def best_scores(score: Tensor) -> Tensor:
 
 
 def geometry(contact: Tensor) -> Tensor:
-    """Places [B, L, 3] whose distances are about the shortest ways over contacts [B, L, L]."""
+    """Coordinates [B, L, 3] with distances near the shortest paths over contacts [B, L, L]."""
     length = contact.shape[1]
     apart = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
     along = np.where(apart == 1, NEXT, np.where(apart == 2, NEXT_BUT_ONE, 0.0))
@@ -173,13 +174,13 @@ def geometry(contact: Tensor) -> Tensor:
 
 
 def binned(true: Tensor) -> Tensor:
-    """Places from the true distances, known as well as the network's bins can say."""
+    """Coordinates from the true distances, to the precision of the network's bins."""
     bins = (pairwise_distances(true)[..., None] > bin_edges(true)).sum(-1)
     return initial_frames(1e4 * torch.nn.functional.one_hot(bins, DISTANCE_BINS).float())[1]
 
 
 def real_windows(workload: Folding) -> tuple[Batch, int]:
-    """Samples of the structures that come with tmtools, and of how many different chains."""
+    """Samples of the structures that come with tmtools, and the number of different chains."""
     data, seen, cut = workload.data, set(), []
     for path in structure_files(Path(tmtools.__file__).parent / "data"):
         for piece in chain_segments(Path(path)):

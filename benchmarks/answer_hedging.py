@@ -1,4 +1,4 @@
-"""`hedging` beside Black and Scholes, Boyle and Emanuel, and Leland."""
+"""`hedging` compared with Black and Scholes, Boyle and Emanuel, and Leland."""
 
 import math
 import tempfile
@@ -25,7 +25,7 @@ from trainers.workloads.hedging.workload import (
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 REBALANCINGS = (5, 20, 80)
 COST = 0.002
-"""Of each trade: 20 basis points."""
+"""Cost of a trade, relative to its value: 20 basis points."""
 
 
 def answer() -> str:
@@ -33,15 +33,17 @@ def answer() -> str:
     costly, workload, dataset = run(f"model.cost={COST}")
     return "\n\n".join(
         [
-            "A call sold at the money for 20 of 252 days at a volatility of 0.2, hedged without "
-            "costs, on 25,000 paths that were not trained on; percent of the strike. The learned "
-            "price is to be Black and Scholes', the holding their delta, and the error the one "
-            "that remains because trading is not continuous.",
+            "A call option at the money was sold for 20 of 252 days, at a volatility of 0.2, and "
+            "is hedged without costs, on 25,000 paths that were not in the training set. Prices "
+            "and errors are in percent of the strike. The learned price should be that of Black "
+            "and Scholes, the learned holding their delta, and the hedging error the one that "
+            "remains because trading is not continuous.",
             table(
                 [
                     (
-                        *("rebalancings", "price", "Black-Scholes", "holding off the delta, rms"),
-                        *("hedging error, rms", "of the delta", "Boyle-Emanuel's limit"),
+                        *("rebalancings", "price", "Black-Scholes price"),
+                        *("holding minus delta, rms", "hedging error, rms"),
+                        *("hedging error of the delta, rms", "Boyle and Emanuel's limit"),
                     ),
                     *(
                         (
@@ -57,8 +59,8 @@ def answer() -> str:
                     ),
                 ]
             ),
-            f"The same with 20 rebalancings, where each trade costs {COST:.1%} of its value. Each "
-            "asks the price at which it breaks even in training.",
+            f"The same with 20 rebalancings, where each trade costs {COST:.1%} of its value. The "
+            "price is the one at which the strategy breaks even on the training set.",
             table(
                 [
                     ("", "price", "hedging error, rms"),
@@ -75,7 +77,7 @@ def answer() -> str:
 
 
 def run(*changes: str) -> tuple[dict[str, float], Hedging, Path]:
-    """Train the shipped spec with the changes: metrics, workload and data set."""
+    """Train the shipped spec with the changes; returns metrics, workload and data set."""
     spec, workload = resolve(apply_overrides(shipped_spec("hedging"), changes), RunSpec)
     assert isinstance(workload, Hedging)
     dataset = prepare_dataset(workload, FOLDER)
@@ -84,7 +86,7 @@ def run(*changes: str) -> tuple[dict[str, float], Hedging, Path]:
 
 
 def others(workload: Hedging, dataset: Path) -> list[tuple[str, str, str]]:
-    """What is usual where trades cost."""
+    """The rows of the usual strategies with costs of trading."""
     data, splits = workload.data, open_splits(dataset)
     step = math.sqrt(data.years / data.rebalancings)
     larger = math.sqrt(1 + math.sqrt(8 / math.pi) * COST / (data.volatility * step))

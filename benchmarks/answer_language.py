@@ -1,4 +1,4 @@
-"""`language` beside packers that have seen the same text, and its loss by size and by text seen."""
+"""`language` compared with compression programs, and its loss by model size and tokens seen."""
 
 import gzip
 import lzma
@@ -21,9 +21,9 @@ from trainers.spec import RunSpec, resolve
 from trainers.workloads.language.workload import Language
 
 SIZES = {"small": (2, 32), "middle": (2, 48), "as shipped": (3, 64)}
-"""Layers and width; heads of 32 channels at the least."""
+"""Layers and width; heads have 32 channels."""
 SHARES = (0.25, 0.5, 1.0)
-"""Of the shipped spec's epochs."""
+"""Shares of the shipped spec's epochs."""
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 
 
@@ -34,14 +34,14 @@ def answer() -> str:
     by_text = [trained(*SIZES["small"], share) for share in SHARES[:-1]] + [by_size["small"]]
     return "\n\n".join(
         [
-            "Bits per byte of the held-out files of Python's standard library, split by file: "
-            f"{len(texts['train']) / 1e6:.2f} MB to train on, {len(texts['test']) / 1e6:.2f} MB "
-            "held out. A packer's bits *given the training text* are those by which the packed "
-            "training text grows when the held-out text is put behind it.",
+            "Bits per byte of held-out files of Python's standard library, split by file: "
+            f"{len(texts['train']) / 1e6:.2f} MB for training, {len(texts['test']) / 1e6:.2f} MB "
+            "held out. For a compression program, the bits *given the training text* are those by "
+            "which the compressed training text grows when the held-out text is appended to it.",
             table([("", "alone", "given the training text"), *packers(texts), *ours(by_size)]),
-            "By a power law the loss falls with the weights (those of the blocks, at the shipped "
-            "spec's number of tokens) and with the tokens (the small size, each run with a "
-            "schedule of its own):",
+            "The loss falls by a power law with the number of weights (those of the blocks, at the "
+            "shipped spec's number of tokens), and with the number of tokens (with the small size, "
+            "each run with a schedule of its own):",
             table(
                 [
                     ("varied", "values", "bits per byte", "fit", "largest residual"),
@@ -71,7 +71,7 @@ def resolved(layers: int, width: int, share: float) -> tuple[RunSpec, Language]:
 
 
 def trained(layers: int, width: int, share: float) -> dict[str, float]:
-    """A run of the ordinary loop from start to end: its weights, tokens, bits per byte, seconds."""
+    """Train with the ordinary loop; returns weights, tokens, bits per byte and seconds."""
     spec, workload = resolved(layers, width, share)
     dataset = prepare_dataset(workload, FOLDER)
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
@@ -90,7 +90,7 @@ def trained(layers: int, width: int, share: float) -> dict[str, float]:
 
 
 def split_texts(workload: Language) -> dict[str, bytes]:
-    """The text of each split, as much of it as the windows have."""
+    """The text of each split, cut to the length that the windows cover."""
     parts = workload.parts()
     common = workload.common(parts)
     texts: dict[str, bytes] = {}
@@ -104,7 +104,7 @@ def split_texts(workload: Language) -> dict[str, bytes]:
 
 
 def packers(texts: dict[str, bytes]) -> list[tuple[str, str, str]]:
-    """Each packer's bits per byte of the held-out text."""
+    """The rows of the compression programs: bits per byte of the held-out text."""
     packed = {
         "gzip -9": lambda text: len(gzip.compress(text, 9)),
         "zstd --ultra -22": lambda text: len(pa.Codec("zstd", 22).compress(text)),
@@ -134,7 +134,7 @@ def ours(runs: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
 
 
 def law(name: str, points: list[tuple[float, float]]) -> list[str]:
-    """A row with the least-squares line through the logarithms."""
+    """A row with a power law: the least-squares line through the logarithms of the points."""
     x, y = np.log(np.array(points, dtype=float).T)
     slope, intercept = np.polyfit(x, y, 1)
     worst = np.abs(np.exp(y - (slope * x + intercept)) - 1).max()

@@ -1,4 +1,4 @@
-"""`markets` beside the exact probability of each state of the book, and what is usual besides."""
+"""`markets` compared with the exact probability of each state, and with a simple model."""
 
 import tempfile
 import time
@@ -17,7 +17,8 @@ from trainers.workloads.markets.simulation import LEVELS, exact_up_probability
 
 FOLDER = Path(tempfile.gettempdir()) / "heliostat-answers"
 PUBLISHED = {(1, 1): 0.500, (1, 2): 0.336, (1, 3): 0.259, (2, 1): 0.664, (2, 3): 0.407}
-"""Some of Cont, Stoikov and Talreja's table, by bids and asks at the best, for a spread of one."""
+"""Entries of Cont, Stoikov and Talreja's table: (orders at the best bid, at the best ask) ->
+probability, for a spread of one."""
 
 
 def answer() -> str:
@@ -49,18 +50,19 @@ def answer() -> str:
     worst = max(abs(solved[a - 1, b - 1] - p) for (b, a), p in PUBLISHED.items())
     return "\n\n".join(
         [
-            f"The next move of the mid-price in {len(exact):,} held-out samples of a simulated "
-            "order book, against the exact probability in each state: divergence from it in nats, "
-            "share of what there is to know beyond one half, share of moves called right.",
+            f"Predictions of the next move of the mid-price in {len(exact):,} held-out samples of "
+            "a simulated order book. `kl` is the divergence from the exact probability in nats, "
+            "`skill` is 1 minus its ratio to that of one half, and `accuracy` is the share of "
+            "moves that are predicted correctly.",
             table([("", "kl", "skill", "accuracy"), *rows]),
-            f"The exact solution differs from Cont, Stoikov and Talreja's table, printed to three "
-            f"places, by at most {worst:.4f} in the five entries that were compared.",
+            "The exact solution differs from Cont, Stoikov and Talreja's table, which has three "
+            f"decimal places, by at most {worst:.4f} in the five entries that were compared.",
         ]
     )
 
 
 def imbalance(split: dict[str, np.ndarray]) -> np.ndarray:
-    """Of the sizes at both best prices of the newest book, between -1 and 1; [N, 1]."""
+    """The imbalance of the sizes at the best prices in the newest book, from -1 to 1; [N, 1]."""
     sizes = np.expm1(split["book"][:, -1].reshape(-1, LEVELS, 2, 2)[:, 0, :, 1] + 1)
     return ((sizes[:, 1] - sizes[:, 0]) / sizes.sum(1))[:, None]
 

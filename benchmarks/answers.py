@@ -1,10 +1,10 @@
-"""Workloads against answers that are known beforehand: writes the tables of `docs/answers.md`.
+"""Compares workloads with answers that are known without them; writes `docs/answers.md`.
 
-`python benchmarks/answers.py [NAME ...] [--tiny]` takes some minutes per workload on two cores;
-with `--tiny` it trains a few steps and leaves the document alone. Each
-workload's own part is `answer_NAME.py` beside this file: its `answer()` trains with the ordinary
-loop and returns the rows of a table, in the document's own words. As many as there are cores are
-at work at once, on one core each: small models gain little from a second one.
+`python benchmarks/answers.py [NAME ...] [--tiny]` takes some minutes per workload on two cores.
+With `--tiny` it trains a few steps and does not change the page. The part of each workload is
+`answer_NAME.py` beside this file: its `answer()` trains with the ordinary loop and returns its text
+and tables for the page. One workload per core runs at a time, because small models gain little
+from a second core.
 """
 
 import argparse
@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "answers.md"
 HEAD = """# Known answers
 
-What the shipped workloads learn, against what is known without them. `make answers` writes this
-page; each table is of one run on the machine that it names.
+The results of the shipped workloads, compared with answers that are known without training them.
+`make answers` writes this page. Each section is from one run, under the conditions that it names.
 """
 
 
@@ -52,12 +52,12 @@ def is_tiny() -> bool:
 
 
 def shipped_spec(name: str) -> dict[str, Any]:
-    """The plain data of a shipped spec; with `--tiny`, of a few steps on little data."""
+    """The plain data of a shipped spec; with `--tiny`, for a few steps on little data."""
     return apply_overrides(find_spec(name)[1], TINY[name] if is_tiny() else [])
 
 
 def commit() -> str:
-    """What is checked out, and whether it has been changed."""
+    """The commit that is checked out, and whether its files have been changed."""
     asked = ("git", "describe", "--always", "--dirty=, changed", "--exclude=*")
     return subprocess.run(
         asked, cwd=ROOT, capture_output=True, text=True, check=True
@@ -65,26 +65,26 @@ def commit() -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown; the first row is the head."""
+    """A table in Markdown; the first row is the header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def conditions(at_once: int) -> str:
-    """Under which all that is asked for now is measured."""
+    """The conditions of this run: date, commit, versions, cores."""
     when = f"{time.strftime('%Y-%m-%d')}, commit {commit()}"
     where = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{when}, {where}, on one core, {at_once} such at once"
+    return f"{when}, {where}, on one core, with {at_once} workloads at a time"
 
 
 def section(name: str, body: str, seconds: float, under: str) -> str:
-    """A workload's part of the page."""
+    """The section of a workload in the page."""
     ran = f"`python benchmarks/answers.py {name}`, {under}, {seconds:.0f} s."
     return f"## {name}\n{ran}\n\n{body}\n"
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """The page with a workload's section in place of the one it had, or at the end."""
+    """The page with a new section of a workload, in place of its old one or at the end."""
     head, *sections = page.split("\n## ")
     kept = {each.partition("\n")[0]: f"## {each.strip()}\n" for each in sections}
     kept[name] = text
@@ -92,7 +92,7 @@ def replaced(page: str, name: str, text: str) -> str:
 
 
 def answered(name: str, under: str) -> str:
-    """A workload's part of the page, by a process of its own."""
+    """Train a workload in this process, and return its section of the page."""
     torch.set_num_threads(1)
     began = time.monotonic()
     body = importlib.import_module(f"answer_{name}").answer()
@@ -116,7 +116,7 @@ def main() -> None:
         if name not in there:
             sys.exit(f"no answers for {name!r}; there are: {', '.join(there)}")
     at_once = min(len(names), os.cpu_count() or 1)
-    under = conditions(at_once)  # now: the page that is written below is itself a change
+    under = conditions(at_once)  # before the page is written, which is itself a change
     with concurrent.futures.ProcessPoolExecutor(
         at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:

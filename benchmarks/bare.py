@@ -1,4 +1,4 @@
-"""The training loop that people write by hand, which all others are measured against."""
+"""A training loop as people write it by hand; the other loops are compared with it."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from trainers.worker import Worker
 
 
 class Bare:
-    """A network, fused AdamW and a learning rate schedule; samples in random order."""
+    """A network with fused AdamW and a learning rate schedule, on samples in random order."""
 
     def __init__(
         self,

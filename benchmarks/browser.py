@@ -1,6 +1,6 @@
-"""Headless Chromium as a person has it: what it shows, what it complains of, keys, screenshots.
+"""Headless Chromium for tests of a page: scripts, keys, screenshots, requests and error messages.
 
-Spoken to over a pipe in its own protocol (https://chromedevtools.github.io/devtools-protocol).
+It is controlled over a pipe, by https://chromedevtools.github.io/devtools-protocol.
 """
 
 import base64
@@ -19,7 +19,7 @@ WAIT_S = 120
 
 
 class Tab:
-    """The one tab of a browser."""
+    """The only tab of a browser."""
 
     def __init__(self, to_fd: int, from_fd: int) -> None:
         self._to, self._from = os.fdopen(to_fd, "wb"), os.fdopen(from_fd, "rb")
@@ -27,9 +27,9 @@ class Tab:
         self._count = 0
         self._session: str | None = None
         self.complaints: list[str] = []
-        """Errors and warnings on its console, exceptions, and what it could not load."""
+        """Errors and warnings on its console, exceptions, and failed requests."""
         self.requests: list[str] = []
-        """Addresses of all that it asked for."""
+        """The address of every request."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
@@ -68,14 +68,14 @@ class Tab:
         return message
 
     def open(self, path: Path) -> None:
-        """Returns when the page has loaded."""
+        """Open a file; returns when the page has loaded."""
         self.call("Page.navigate", url=path.as_uri())
         self.run(
             "new Promise(ok => document.readyState === 'complete' ? ok() : onload = () => ok())"
         )
 
     def run(self, script: str) -> Any:
-        """The value of an expression; of a promise, what comes of it."""
+        """The value of a JavaScript expression, or the result of a promise."""
         found = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -83,7 +83,7 @@ class Tab:
         return found["result"].get("value")
 
     def resize(self, width: int, height: int, dark: bool = False) -> None:
-        """In pixels of the page; below 600 as a phone."""
+        """Set the size of the window in CSS pixels; a width below 600 emulates a phone."""
         phone = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -96,14 +96,14 @@ class Tab:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def press(self, key: str, text: str | None = None) -> None:
-        """A key, by its name in the DOM, such as Tab or Enter."""
+        """Press a key, given its name in the DOM, such as Tab or Enter."""
         codes = {"Tab": 9, "Enter": 13, " ": 32}
         event = {"key": key, "windowsVirtualKeyCode": codes[key]} | ({"text": text} if text else {})
         self.call("Input.dispatchKeyEvent", type="keyDown", **event)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def screenshot(self, path: Path) -> None:
-        """The whole page, as long as it is."""
+        """Save a picture of the page in its full height."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 

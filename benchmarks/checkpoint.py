@@ -1,14 +1,15 @@
-"""How long saving stops the training step, for a model of 100 million parameters.
+"""How long a save stops training, for a model of 100 million parameters.
 
     python benchmarks/checkpoint.py [--rounds 7] [--width 2048] [--tiny]
 
-Weights and both moments of AdamW, 1.2 GB in float32. Timed is the call after which training may
-go on: for Heliostat and `dcp.async_save` the copy, with the write before it finished (at any
-sensible interval it has); for `torch.save` and `dcp.save` copy and write, which is what they are.
-Nobody else syncs files to the disk or checks them.
+A checkpoint has the weights and both moments of AdamW, 1.2 GB in float32. The time is that of the
+call after which training may continue. For Heliostat and `dcp.async_save` this is the copy, after
+the earlier write has ended (as it has at any sensible interval). For `torch.save` and `dcp.save`
+it is copy and write, since they do nothing in the background. Only Heliostat syncs files to the
+disk and checks them.
 
-The last row is the share of wall time that saving takes at the interval `auto`, for one worker
-whose machine fails once a day: (stop / interval) against training without saves, which is 1.
+The last row is the wall time with saves at the interval `auto`, for one worker whose machine fails
+once a day: 1 + stop / interval, against 1 for training without saves.
 """
 
 import shutil
@@ -32,7 +33,7 @@ LAYERS = 24
 
 
 def trained(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model that has done a step, so that the optimizer has its moments."""
+    """A model and its optimizer after one step, so that the optimizer has its moments."""
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for weight in model.parameters():
@@ -91,7 +92,7 @@ def main() -> None:
         "dcp.async_save": dcp_async_save,
     }
     try:
-        compete(contenders, 1)  # the first copy of each makes its buffers
+        compete(contenders, 1)  # the first save of each contender allocates its buffers
         measured = compete(contenders, args.rounds)
     finally:
         shutil.rmtree(folder)

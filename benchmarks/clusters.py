@@ -1,24 +1,26 @@
-"""Clusters from their start to the next new step after a machine was lost.
+"""A cluster from its start to the next new step after the loss of a machine.
 
     python benchmarks/clusters.py [power|spot] [--rounds 3] [--tiny]
 
-(Not `cluster.py`, which would hide the package of that name from the scripts beside it.)
+(This file is not named `cluster.py`, because that would hide the package `cluster` from the other
+scripts in this folder.)
 
-Two workers train the digits network, on hosts made of namespaces (`tests/rack`; needs root and
-what that needs). `heliostat up` and `heliostat submit` against `ray up` and `ray job submit` with
-Ray's defaults and the loop of Ray's guide to saving and loading checkpoints.
+Two workers train the digits network on hosts that are Linux namespaces (`tests/rack`, with its
+requirements, among them root). `heliostat up` and `heliostat submit` are compared with `ray up`
+and `ray job submit`, with Ray's defaults and the loop of Ray's guide to saving and loading
+checkpoints.
 
-- `power`: hosts of one's own. At step 60 one worker's host loses its power, and 5 s later an empty
-  machine is there in its place.
-- `spot`: AWS in a box. At step 60 one worker's spot instance is told that it has two minutes, and
-  is taken away after them; plain Ray does not hear of it.
+- `power`: an on-premises cluster. At step 60 one worker's host loses its power, and 5 s later an
+  empty machine has its address.
+- `spot`: an emulation of AWS. At step 60 one worker's spot instance gets a notice of two minutes,
+  and is taken away when they are over; plain Ray does not get the notice.
 
-The longest time without a step that had not been done before is broken down by cause. All hosts are
-on one kernel, so that their clocks agree.
+The longest time without a new step, one that had not been done before, is broken down by cause.
+All hosts are on one kernel, so their clocks agree.
 
-Ray's autoscaler v2 never starts a second worker on hosts of one's own, so that plain Ray gets v1
-there, and a dashboard that can be reached. Neither has anything to set up on own hosts; on AWS
-Heliostat's commands install it, from the machine's own image.
+On premises, Ray's autoscaler v2 never starts a second worker, so plain Ray gets v1 there. It also
+gets a dashboard that can be reached. On premises neither has anything to install; on AWS
+Heliostat's commands install Heliostat, from the machine image.
 """
 
 import argparse
@@ -44,12 +46,12 @@ SHARED = Path("/srv/shared")
 EVENTS, NODES = "events", "nodes"
 CUT_AT, STEPS, BATCH, EVERY = 60, 3000, 64, 10
 STEP_S = 0.1
-"""What a step takes besides computing: a model of some size, without its load on this machine."""
+"""Sleep in each step: the time of a larger model's step, without its load on this machine."""
 AWAY_S = 5.0
-"""How long the place of the lost host is empty."""
+"""Seconds from the loss of a host until an empty machine has its address."""
 LIMIT_S = 900.0
 NOTICE_S = 120.0
-"""What AWS gives a spot instance."""
+"""Seconds from AWS's notice to a spot instance until its end."""
 WORKERS = 2
 PARTS = (
     "the loss is noticed",
@@ -99,7 +101,7 @@ setup_commands: ["sed -i '1i export PATH=$HOME/venv/bin:$PATH' ~/.bashrc"]
 
 
 def begin_step(step: int) -> None:
-    """Write down that this process begins a step, and spend a step's time."""
+    """Record that this process begins a step, and sleep for STEP_S."""
     import ray.util
 
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -111,10 +113,10 @@ def begin_step(step: int) -> None:
 
 
 def watch_nodes() -> None:
-    """On the head: write down which nodes are there, whenever that changes."""
+    """Runs on the head: records the nodes that are alive, whenever they change."""
     from ray._raylet import GcsClient
 
-    # Ray's own note, which is written when its head is up.
+    # Ray writes this file when its head is up.
     client = GcsClient(address=Path("/tmp/ray/ray_current_cluster").read_text().strip())
     before = None
     while True:
@@ -156,10 +158,10 @@ guide.train(
 
 
 class Lab:
-    """A cluster on hosts of a rack, and what is written down there."""
+    """A cluster on the hosts of a rack, and its records of steps and nodes."""
 
     token = "/root/.ray/auth_token"
-    """Where the head has its token."""
+    """Path of the token on the head."""
 
     def __init__(self, hosts: "Rack") -> None:
         self.hosts = hosts
@@ -168,22 +170,22 @@ class Lab:
         return self.hosts.run("me", f"cd ~/work; {command}", timeout_s=LIMIT_S).stdout
 
     def head(self) -> str:
-        """The host that the head is on, by name."""
+        """The name of the head's host."""
         raise NotImplementedError
 
     def lose(self, address: str) -> None:
-        """Take the worker's host away; returns when it has gone."""
+        """Take a worker's host away; returns when it is gone."""
         raise NotImplementedError
 
     def events(self) -> list[tuple[float, float, int, str]]:
-        """When the process was made, when it began the step, which one it was, and where."""
+        """Each begun step: creation of the process, begin of the step, its number, its host."""
         return [
             (float(made), float(now), int(step), host)
             for made, now, step, host in (line.split() for line in self._lines(EVENTS))
         ]
 
     def nodes(self) -> list[tuple[float, dict[str, str]]]:
-        """When which nodes were there: id -> address."""
+        """Each change of the nodes: its time, and the nodes from then on (id -> address)."""
         found = [json.loads(line) for line in self._lines(NODES)]
         return [(at, {node: address for address, node in alive}) for at, alive in found]
 
@@ -202,7 +204,7 @@ class Lab:
         return max((step for _, _, step, _ in self.events()), default=-1)
 
     def measure(self, up: str, submit: str, mode: str, nodes: int) -> dict[str, float]:
-        """Seconds of everything, for a command that starts `nodes` and one for the run."""
+        """Seconds of each part: run `up`, which starts `nodes`, then `submit`, then lose a host."""
         began = time.time()
         self.me(up)
         auth = f"RAY_AUTH_MODE={mode} RAY_AUTH_TOKEN_PATH={self.token}"
@@ -223,9 +225,9 @@ class Lab:
         return {**found, **self._recovery(told, leaving)}
 
     def _recovery(self, told: float, lost: str) -> dict[str, float]:
-        """The longest time without a new step, and what happened in it when.
+        """The longest time without a new step, and the seconds of its parts.
 
-        Parts that end before an earlier one does take 0 s.
+        A part that ends before an earlier part has 0 s.
         """
         firsts: dict[int, float] = {}
         for _, now, step, _ in self.events():
@@ -256,7 +258,7 @@ class Lab:
 
 
 class Power(Lab):
-    """Own hosts, of which one loses its power."""
+    """On-premises hosts, of which one loses its power."""
 
     def head(self) -> str:
         return "head"
@@ -269,7 +271,7 @@ class Power(Lab):
 
 
 class Spot(Lab):
-    """Instances, of which one is taken away after a notice."""
+    """AWS instances, of which one is taken away after a notice."""
 
     token = "/home/ubuntu/.ray/auth_token"
 
@@ -310,7 +312,7 @@ def plain(lab: Lab, nodes: int) -> dict[str, float]:
 
 
 def racks(place: Path, case: str) -> "Rack":
-    """New hosts for one round."""
+    """A rack of new hosts for one round."""
     if case == "power":
         from own_hosts import SPEC, OwnHosts
 
@@ -321,7 +323,7 @@ def racks(place: Path, case: str) -> "Rack":
 
 
 def lay_out(hosts: "Rack", case: str) -> None:
-    """The files of the person at the keyboard."""
+    """Write the user's files to the host `me`."""
     work = hosts.disk("me") / "root/work"
     for left in work.glob("*.py"):
         left.unlink()
@@ -346,7 +348,7 @@ def lay_out(hosts: "Rack", case: str) -> None:
 def contender(
     name: str, run: Callable[[Lab, int], dict[str, float]], case: str, kept: Any
 ) -> float:
-    """One round of one of them on new hosts; the time from the loss to a new step."""
+    """One round of one contender on new hosts; returns the time from the loss to a new step."""
     lab, nodes = (Power, 1 + WORKERS) if case == "power" else (Spot, 1)
     with tempfile.TemporaryDirectory() as place, racks(Path(place) / "rack", case) as hosts:
         lay_out(hosts, case)

@@ -1,7 +1,7 @@
-"""What all benchmarks share: interleaved rounds, medians, an interval for each ratio, one table.
+"""Shared code of the benchmarks: interleaved rounds, medians, intervals of ratios, one table.
 
-Machines are noisy and get slower and faster by themselves, so contenders take turns within a
-round and are compared within it; a number from another day or machine means nothing here.
+Machines are noisy, and their speed changes by itself. So all contenders run once in each round and
+are compared within the round; a number from another day or machine means nothing here.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def installed(module: str, contender: str | None = None) -> bool:
-    """Whether a peer can take part. If not, the results have a row that says so."""
+    """Whether a peer's module is installed. If not, the results get a row that says so."""
     found = importlib.util.find_spec(module) is not None
     if not found:
         leave_out(contender or module, f"{module} is not installed: pip install -e '.[peers]'")
@@ -48,19 +48,19 @@ def installed(module: str, contender: str | None = None) -> bool:
 
 
 def leave_out(contender: str, reason: str) -> None:
-    """Put a row into the results for a contender that is not run."""
+    """Add a row to the results for a contender that is not run, with the reason."""
     _not_run.append({"against": contender, "not_run": reason})
 
 
 def as_json(benchmark: str, results: list[dict[str, Any]]) -> None:
-    """The last line of every benchmark; before it, what was not run and why."""
+    """Print the contenders that were not run, and the results as JSON in the last line."""
     for row in _not_run:
         print(f"{row['against']}: not run, {row['not_run']}")
     print(json.dumps({"benchmark": benchmark, "rows": [*results, *_not_run]}))
 
 
 def compete(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Run every contender once per round, in an order that changes with the round."""
+    """Run every contender once per round, in another order in each round."""
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for number in range(rounds):
@@ -71,7 +71,7 @@ def compete(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Median over rounds of ours / theirs, and its 95 % bootstrap interval."""
+    """The median over rounds of ours / theirs, and its 95 % bootstrap interval."""
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
@@ -79,7 +79,7 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
 
 
 def rows(case: str, ours: str, measured: Mapping[str, list[float]]) -> list[dict[str, Any]]:
-    """One row for each other contender: ours against theirs."""
+    """One row for each other contender: the ratio of ours to theirs."""
     result = []
     for name, values in measured.items():
         if name != ours:
@@ -90,7 +90,7 @@ def rows(case: str, ours: str, measured: Mapping[str, list[float]]) -> list[dict
 
 
 def show(case: str, measured: Mapping[str, list[float]], unit: str, scale: float) -> None:
-    """The medians of a case, the fastest first."""
+    """Print the medians of a case, the fastest contender first."""
     print(f"\n{case}")
     for name, values in sorted(measured.items(), key=lambda item: statistics.median(item[1])):
         middle = statistics.median(values) * scale

@@ -1,17 +1,17 @@
-"""Samples into the training loop: random batches from Parquet, against loaders and memcpy.
+"""Loading random batches from Parquet files, compared with other loaders and with memcpy.
 
     pip install -e '.[peers]'     # a peer that is not installed gets a row that says so
     python benchmarks/data.py [--rounds 5] [--tiny]
 
-Timed are whole epochs of batches of 256 samples as tensors in memory, each with its start (a new
-order, a new plan, a new pass over the file), after a first one that is not timed, and in which
-every source is checked: each sample comes once, in its own shape and type. One thread, besides
-the processes that a peer starts. Files are in the page cache.
+Whole epochs of batches of 256 samples, as tensors in memory, are timed, each with its start (a new
+order, a new plan, a new pass over the file). A first epoch is not timed; in it every source is
+checked: each sample comes once, in its own shape and type. There is one thread, besides the
+processes that a peer starts. Files are in the page cache.
 
-Heliostat, PyTorch's loaders and Hugging Face's shuffled data set draw from all samples;
-Ray Data and Hugging Face's stream from a buffer of ten batches, which is less work. Only
-Heliostat can go on at any batch. Two copies in order say what memory itself allows: batch by
-batch into new memory, whose target stays in the cache, and the whole column into its own copy.
+Heliostat, PyTorch's loaders and Hugging Face's shuffled data set draw from all samples. Ray Data
+and Hugging Face's stream draw from a buffer of ten batches, which is less work. Only Heliostat can
+continue at any batch. Two copies in order show the limit of the memory: batch by batch into new
+memory, whose target stays in the cache, and the whole column into a copy of it.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from trainers.data.splits import open_split
 
 BATCH, BUFFER = 256, 2560
 AT_LEAST_S = 0.3
-"""Epochs that are shorter are timed together."""
+"""Shorter epochs are timed together, until they take this long."""
 
 CASES = {
     "grey images, 0.8 kB": (200_000, (784,), "uint8"),
@@ -50,7 +50,7 @@ Source = Callable[[int], Iterator[Batch]]
 
 
 class Rows(Workload):
-    """Random numbers in rows of one shape, each with the number of its row. No model."""
+    """Samples of random numbers in one shape, each with its number. No model."""
 
     class Data(Spec):
         samples: int
@@ -83,7 +83,7 @@ def heliostat(split: Batch) -> Source:
 
 
 def loader(split: Batch, workers: int, whole_batches: bool) -> Source:
-    """PyTorch's loader: sample by sample, as most people use it, or with lists of indices."""
+    """PyTorch's DataLoader: sample by sample, as most people use it, or with lists of indices."""
     data = TensorDataset(*split.values())
     more = {"num_workers": workers, "persistent_workers": workers > 0}
     if whole_batches:
@@ -95,7 +95,7 @@ def loader(split: Batch, workers: int, whole_batches: bool) -> Source:
 
 
 def ray_data(split: Batch, folder: Path, in_memory: bool) -> Source:
-    """Ray Data on a Parquet file that it wrote itself; or on what it read of it once."""
+    """Ray Data on a Parquet file that it wrote itself, or on that file's samples in memory."""
     import ray
     from ray.data.extensions import ArrowTensorArray
 
@@ -116,7 +116,7 @@ def ray_data(split: Batch, folder: Path, in_memory: bool) -> Source:
 
 
 def hugging_face(split: Batch, path: Path, stream: bool) -> Source:
-    """Hugging Face's data set on lists of fixed size, the form it is fastest with."""
+    """Hugging Face's data set on lists of fixed size, its fastest form."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -150,7 +150,7 @@ def whole(split: Batch) -> Source:
 
 
 def check(name: str, source: Source, split: Batch) -> None:
-    """An epoch has every sample once, but for what is too little for a batch, as it is stored."""
+    """Check that an epoch has every sample once, as it is stored, except an incomplete batch."""
     numbers: list[Tensor] = []
     for batch in source(0):
         numbers.append(batch["number"].clone())
@@ -164,7 +164,7 @@ def check(name: str, source: Source, split: Batch) -> None:
 
 
 def contender(source: Source) -> Contender:
-    """Seconds per sample."""
+    """A contender that measures the seconds per sample."""
     epochs = itertools.count(1)
 
     def run() -> float:

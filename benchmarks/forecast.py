@@ -1,13 +1,13 @@
-"""How well `heliostat plan` foretells what `heliostat train` takes, on the machine at hand.
+"""How well `heliostat plan` forecasts the time of `heliostat train` on this machine.
 
     python benchmarks/forecast.py [--cases 12] [--seconds 4] [--tiny]
 
-Each case is a size of a model, a global batch and a number of workers. A plan is made for each
-size and batch, and then each number of workers is trained to the end; both by the commands that
-a user gives, in one folder, so that the intervals are those that are printed: from the shipped
-error bars at first, and then ever more from the runs before. A case counts as inside when the
-time from asking for the workers until they were gone is within the interval of the plan. To
-reach: inside in at least 9 of 10, and a median error of at most 10 %.
+Each case is a size of a model, a global batch and a number of workers. For each size and batch a
+plan is made, and then each number of workers is trained to the end. Both use the commands of a
+user, in one folder. So the intervals are the printed ones: at first from the shipped error bars,
+later more and more from the earlier runs. A case counts as inside if the time from asking for the
+workers until they are gone is within the plan's interval. The aims: inside in at least 9 of 10
+cases, and a median error of at most 10 %.
 """
 
 import json
@@ -23,7 +23,7 @@ from contest import as_json, options, parse
 
 
 class Size(NamedTuple):
-    """What is planned at once."""
+    """A size of a model and a global batch, for which one plan is made."""
 
     name: str
     spec: str
@@ -48,11 +48,11 @@ SIZES = [
 ]
 TINY = Size("digits, tiny", "digits", {"model.width": 8, "train.steps": 40})
 WORKERS = (1, 2)
-COLUMNS = ("forecast s", "interval", "taken s", "error", "inside")
+COLUMNS = ("forecast s", "interval", "actual s", "error", "inside")
 
 
 def heliostat(folder: Path, *arguments: str) -> None:
-    """The command as a user gives it; its output is shown when it fails."""
+    """Run the command as a user does; if it fails, its output is printed."""
     command = [str(Path(sys.executable).with_name("heliostat")), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
@@ -60,14 +60,14 @@ def heliostat(folder: Path, *arguments: str) -> None:
 
 
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """What the runs' folder remembers of forecasts, or of what became of them."""
+    """The records of one kind, forecasts or actual times, in the runs' folder."""
     path = folder / "runs" / "forecasts.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in found if line["kind"] == kind]
 
 
 def planned(folder: Path, size: Size, seconds: float) -> tuple[list[str], float]:
-    """Make a plan; what says the size on the command line, and how long the plan took."""
+    """Make a plan; returns the command-line options of the size, and the seconds of the plan."""
     changes = {"train.epochs": "null", "train.evaluate_every_epochs": 20, **size.changes}
     options = [word for k, value in changes.items() for word in ("--set", f"{k}={value}")]
     began = time.monotonic()
@@ -76,7 +76,7 @@ def planned(folder: Path, size: Size, seconds: float) -> tuple[list[str], float]
 
 
 def trained(folder: Path, size: Size, options: list[str], workers: int) -> dict[str, Any]:
-    """Train to the end; the case's row."""
+    """Train to the end; returns the row of the case."""
     name = f"run-{time.time_ns()}"
     scale = ["--set", f"scale.workers={workers}"]
     heliostat(folder, "train", size.spec, *options, *scale, "--name", name)

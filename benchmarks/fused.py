@@ -1,32 +1,32 @@
-"""One sweep in every way there is: as Ray Tune does it, its trials in turn, and fused.
+"""One sweep, run in several ways: by Ray Tune, as trials one by one, and fused.
 
     python benchmarks/fused.py [--case mlp cnn gpt] [--rounds 3] [--only fuse=auto tune-reused]
     python benchmarks/fused.py --tiny        # a few steps of everything, to try the code
 
-It needs the packages of pyproject.toml; Heliostat itself need not be installed. With a GPU it is
-the same command: trials are then on the GPU, and contenders that only a GPU has take part.
+It needs the packages of pyproject.toml; Heliostat itself need not be installed. With a GPU the
+command is the same: trials then run on the GPU, and there are additional contenders.
 
 | contender | what it is |
 |---|---|
-| `tune-written` | a function trainable as Ray's guide has it, a process per trial |
-| `tune-reused` | the same with `reuse_actors`; as many at a time as cores |
+| `tune-written` | a function trainable as in Ray's guide, a process per trial |
+| `tune-reused` | the same with `reuse_actors`; as many trials at a time as cores |
 | `tune-written-N`, `tune-reused-N` | N trials at a time on each GPU: 1, 2, 4, 8 |
-| `turn-plain`, `turn-optimizer` | one process, trials in turn; with the fused form of AdamW |
-| `turn-compiled`, `turn-graphs` | that with torch.compile; on a GPU with CUDA graphs as well |
-| `turn-...-threads` | the same with a thread for each core; all others have one for each trial |
+| `turn-plain`, `turn-optimizer` | one process, trials one by one; with the fused form of AdamW |
+| `turn-compiled`, `turn-graphs` | that with torch.compile; on a GPU also with CUDA graphs |
+| `turn-...-threads` | the same with a thread per core; all others have one thread per trial |
 | `fuse=off`, `fuse=auto`, `fuse=K` | `heliostat sweep` with this value of `sweep.fuse` |
-| `fuse=auto-again` | `fuse=auto` with the programs compiled that an earlier sweep has compiled |
+| `fuse=auto-again` | `fuse=auto`, with the programs that an earlier sweep has compiled |
 
-All have the same trials (drawn once), seeds, scheduler and training rule; the masks of dropout
-differ. ASHA decides by who was first, so the steps done differ a little, even between two runs
-of one contender. Wall time is that of the command from an empty folder, with compilation and all
-starts; caches of compiled programs are empty, but for `fuse=auto-again`, which has done the same
-sweep before. Ours also makes its data set, tracks every trial in MLflow, in a database that is
-there already, and saves checkpoints; the others do none of this.
+All have the same trials (drawn once), seeds, scheduler and training rule; the dropout masks differ.
+ASHA's decisions depend on the order in which trials report, so the number of steps differs a
+little, even between two runs of one contender. Wall time is that of the command from an empty
+folder, with compilation and all starts. Caches of compiled programs are empty, except for
+`fuse=auto-again`, which has run the same sweep before. Ours also makes its data set, tracks every
+trial in MLflow, in an existing database, and saves checkpoints; the others do none of this.
 
-Contenders in turn are timed for a few seconds. What is told of them is the time for as many steps
-as the sweeps under Tune have done: a start, a compilation, and steps at the speed of their first
-trial, without the evaluations and the compilations that further trials need.
+The contenders `turn-...` are timed for a few seconds. Their figure is the time for as many steps as
+the sweeps under Tune have done: a start, a compilation, and steps at the speed of the first trial,
+without the evaluations and the compilations that further trials need.
 """
 
 import json
@@ -111,21 +111,21 @@ LIMIT_S = 3600
 OURS = "import sys; from heliostat.main import main; sys.exit(main())"
 
 Report = tuple[int, int, float, float]
-"""An evaluation: the trial, its steps done, when (Unix time), and the metric."""
+"""An evaluation: the trial, the number of its steps, the Unix time, and the metric."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contender did in one round."""
+    """The result of one contender in one round."""
 
     wall_s: float
-    """From the command to its end."""
+    """Seconds from the command to its end."""
     steps: int
     """Optimizer steps of all trials together."""
     steps_per_s: float
-    """Of all trials together, once everything has started."""
+    """Speed of all trials together, once everything has started."""
     best: str = "-"
-    """The best last evaluation, and whose it is."""
+    """The best of the trials' last evaluations, and its trial."""
 
     def seconds_for(self, steps: float) -> float:
         return self.wall_s + (steps - self.steps) / self.steps_per_s
@@ -147,7 +147,7 @@ def case_data(case: str, tiny: bool) -> dict[str, Any]:
 
 
 def write_case(data: dict[str, Any], folder: Path) -> None:
-    """The sweep, its trials as our own search hands them out, and the data set of the others."""
+    """Write the sweep, its trials as our searcher suggests them, and the data set of the peers."""
     from mlflow import MlflowClient
 
     MlflowClient(f"sqlite:///{folder / DATABASE}").search_experiments()  # makes the tables
@@ -162,11 +162,11 @@ def write_case(data: dict[str, Any], folder: Path) -> None:
 
 
 def run(command: list[str], folder: Path, compiled: Path) -> tuple[float, str]:
-    """Seconds that a command took in `folder`, and what it printed last."""
+    """Run a command in `folder`; returns its seconds and the last line of its output."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-        # A Ray that somebody else has started on this machine would be found there and used.
+        # Without this, another Ray on this machine would be found and used.
         "RAY_TMPDIR": str(folder.parent),
         "TORCHINDUCTOR_CACHE_DIR": str(compiled),
     }
@@ -224,7 +224,7 @@ def sweep(fuse: str, case: Path, folder: Path, compiled: Path) -> Outcome:
 
 
 def outcome(wall_s: float, reports: list[Report]) -> Outcome:
-    """What a sweep came to. Its speed is the slope of steps over time in the middle half."""
+    """The outcome of a sweep. Its speed is the slope of steps over time in the middle half."""
     last: dict[int, Report] = {}
     done = []
     for report in sorted(reports, key=lambda report: report[2]):
@@ -238,7 +238,7 @@ def outcome(wall_s: float, reports: list[Report]) -> Outcome:
 
 
 def contenders() -> dict[str, Callable[[Path, Path], Outcome]]:
-    """By name: what runs a case in an empty folder."""
+    """Name -> a function that runs a case in an empty folder."""
     found: dict[str, Callable[[Path, Path], Outcome]] = {}
     gpu = torch.cuda.is_available()
     for name, options in {"tune-written": [], "tune-reused": ["--reuse"]}.items():
@@ -267,7 +267,7 @@ def contenders() -> dict[str, Callable[[Path, Path], Outcome]]:
 def measure(
     case: str, chosen: Mapping[str, Callable[[Path, Path], Outcome]], rounds: int, tiny: bool
 ) -> dict[str, list[Outcome]]:
-    """Everyone's outcomes, round by round."""
+    """The outcomes of each contender, one for each round."""
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
 
     def once(name: str, home: Path) -> float:
@@ -286,11 +286,11 @@ def measure(
 
 
 def judge(case: str, outcomes: Mapping[str, list[Outcome]]) -> list[dict[str, Any]]:
-    """Show a case; the rows of ours, fused as it comes, against each other."""
+    """Print a case; returns the rows that compare `fuse=auto` with each other contender."""
     sweeps = {name: found for name, found in outcomes.items() if not name.startswith("turn")}
     done = [each.steps for found in sweeps.values() for each in found]
     measured = {name: [each.wall_s for each in found] for name, found in sweeps.items()}
-    if done:  # else nobody has said how long the sweep is
+    if done:  # otherwise the number of the sweep's steps is unknown
         for name in outcomes.keys() - sweeps.keys():
             times = [each.seconds_for(statistics.median(done)) for each in outcomes[name]]
             measured[name] = times

@@ -1,14 +1,14 @@
-"""Model FLOPs utilisation of GPTs on one GPU, ours and bare PyTorch's, in bf16 and compiled.
+"""Model FLOPs utilisation of GPTs on one GPU, of ours and of bare PyTorch, in bf16 and compiled.
 
     python benchmarks/gpu.py [--rounds 7]    # no network, no Ray, no MLflow
     python benchmarks/gpu.py --tiny          # tiny sizes on the CPU, to try the code without a GPU
 
-It needs torch, numpy, pyarrow, pydantic, ruamel.yaml and safetensors. The utilisation (MFU) is
-the FLOPs that the model needs, over those that the device does in matrix products in the same
-time: the fastest of several square bf16 products, measured in the same round. A training step
-needs 6 N + 12 L C T FLOPs per token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N
-weights, those of the positions left out, L layers, width C, context T; attention counts in full,
-as if it were not causal, and nothing counts that is computed a second time.
+It needs torch, numpy, pyarrow, pydantic, ruamel.yaml and safetensors. The utilisation (MFU) is the
+FLOPs that the model needs, divided by the FLOPs that the device does in matrix products in the
+same time: the fastest of several square bf16 products, measured in the same round. A training step
+needs 6 N + 12 L C T FLOPs per token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), with N
+weights except the position embeddings, L layers, width C and context T. Attention counts in full,
+as if it were not causal. Recomputed operations do not count.
 """
 
 import sys
@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/gpu.py: needs {error.name}, which is not installed here")
 
 STEPS = 10
-"""Steps and matrix products that are timed together."""
+"""Number of steps, or of matrix products, that are timed together."""
 
 GPT2 = {"vocabulary": 50304}
 CASES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ TINY_PRODUCTS = (128, 256)
 
 
 def timed(device: torch.device, work: Callable[[int], object]) -> float:
-    """Seconds per call, once the device is done with all of them."""
+    """Seconds per call of `work`, until the device has finished all calls."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -76,7 +76,7 @@ def timed(device: torch.device, work: Callable[[int], object]) -> float:
 
 
 def products(device: torch.device, sizes: tuple[int, ...], flops: float) -> Contender:
-    """Seconds that `flops` take in the fastest of square products of these sizes."""
+    """Seconds that `flops` take at the rate of the fastest square product of these sizes."""
     factors = [
         [torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2)] for n in sizes
     ]
@@ -92,7 +92,7 @@ def products(device: torch.device, sizes: tuple[int, ...], flops: float) -> Cont
 
 
 def steps(device: torch.device, take: Callable[[int], object]) -> Contender:
-    """Seconds per step; compiles in a first round that is not timed."""
+    """Seconds per step. A first round, which is not timed, compiles the step."""
     done = 0
 
     def run() -> float:
@@ -124,7 +124,7 @@ def contenders(
     folder = prepare_dataset(workload, Path(tempfile.gettempdir()) / "heliostat-benchmarks")
     split = open_split(folder, "train")
     worker = Worker(hardware=local_device("cpu" if device.type == "cpu" else "gpu"))
-    stepper = TrainStep(spec, workload, split, worker, 10**6)
+    train_step = TrainStep(spec, workload, split, worker, 10**6)
     bare = Bare(workload, split, case["batch"], worker, autocast=torch.bfloat16, compiled=compiled)
     weights = sum(weight.numel() for weight in bare.network.parameters())
     weights -= bare.network.place.numel()
@@ -133,7 +133,7 @@ def contenders(
     flops = (6 * weights + 12 * layers * width * case["data"]["context"]) * tokens
     print(f"\n{weights / 1e6:.0f} M weights, {flops / 1e12:.3g} TFLOP a step of {tokens} tokens")
     return {
-        "Heliostat": steps(device, stepper.run),
+        "Heliostat": steps(device, train_step.run),
         "bare PyTorch": steps(device, bare.take),
         "matrix products": products(device, sizes, flops),
     }

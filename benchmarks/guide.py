@@ -1,7 +1,7 @@
-"""The digits network trained as Ray's guide to saving and loading checkpoints has it.
+"""The digits network, trained as in Ray's guide to saving and loading checkpoints.
 
 The guide is https://docs.ray.io/en/latest/train/user-guides/checkpoints.html: a checkpoint is
-reported at the end of each epoch, and a worker that starts again begins at the newest.
+reported at the end of each epoch, and a restarted worker continues from the latest one.
 """
 
 import tempfile
@@ -13,13 +13,13 @@ from typing import Any
 def train(
     begin_step: Callable[[int], None], storage: Path, *, workers: int, steps: int, batch: int
 ) -> None:
-    """Train for `steps` of `batch` samples; `begin_step` is called with each one's number."""
+    """Train for `steps` of `batch` samples; `begin_step` is called with the number of each step."""
     import guide
     from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    # Ray's controller and workers need not have this file.
+    # So Ray's controller and workers need not have this file.
     cloudpickle.register_pickle_by_value(guide)
     TorchTrainer(
         _worker,
@@ -47,7 +47,7 @@ def _worker(config: dict[str, Any]) -> None:
     batch_size = config["batch"] // context.get_world_size()
     loader = prepare_data_loader(DataLoader(data, batch_size=batch_size, shuffle=True))
     model = prepare_model(ResNet(1, 10, Vision.Model(width=16)))
-    bare = getattr(model, "module", model)  # what several workers have is wrapped
+    bare = getattr(model, "module", model)  # with several workers, the model is wrapped in DDP
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     epoch, step = 0, 0
     checkpoint = ray.train.get_checkpoint()

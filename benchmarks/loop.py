@@ -1,11 +1,11 @@
-"""Step time of the training loop against bare PyTorch, Lightning, Accelerate and Ray's tutorial.
+"""Step time of the training loop, compared with bare PyTorch, Lightning, Accelerate and Ray.
 
     pip install -e '.[peers]'     # a peer that is not installed gets a row that says so
     python benchmarks/loop.py [--rounds 15] [--ray] [--tiny]
 
-Same model, data, batch, optimizer (fused AdamW), learning rate schedule and seeds; no
-augmentation; every contender logs its loss every ten steps. Timed are the steps alone, after
-warm-up: no start, no evaluation, no checkpoint. Each worker has one thread.
+All have the same model, data, batch, optimizer (fused AdamW), learning rate schedule and seeds, and
+no augmentation. Every contender logs its loss every ten steps. Only the steps after a warm-up are
+timed: no start, no evaluation, no checkpoint. Each worker has one thread.
 """
 
 import math
@@ -60,7 +60,7 @@ def resolved(case: str) -> tuple[RunSpec, Any, Path]:
 
 
 class Clock(NullReporter):
-    """A reporter that takes the time between the end of the warm-up and the last step."""
+    """A reporter that measures the time between the end of the warm-up and the last step."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -68,7 +68,7 @@ class Clock(NullReporter):
     def on_step_end(self, step: int) -> None:
         if step == WARM_UP:
             self._start = time.perf_counter()
-        # The last step ends with evaluation and a save, which are not what is timed.
+        # The last step ends with an evaluation and a save, which must not be timed.
         if step == WARM_UP + STEPS - 1:
             self.seconds = (time.perf_counter() - self._start) / (STEPS - 1)
 
@@ -82,7 +82,7 @@ def heliostat(case: str, rank: int = 0, world: int = 1) -> float:
 
 
 def bare(case: str, rank: int = 0, world: int = 1) -> float:
-    """What people write by hand."""
+    """The loop that people write by hand."""
     spec, workload, dataset = resolved(case)
     split, worker = open_split(dataset, "train"), Worker(rank, world)
     loop = Bare(workload, split, spec.train.global_batch, worker, cosine)
@@ -98,7 +98,7 @@ def cosine(step: int) -> float:
 
 
 def loader(case: str) -> tuple[Any, torch.utils.data.DataLoader[Any]]:
-    """The workload and its training split as the usual loader, enough for all steps."""
+    """The workload, and a DataLoader of its training split with enough samples for all steps."""
     spec, workload, dataset = resolved(case)
     columns = open_split(dataset, "train")
     data = torch.utils.data.TensorDataset(*columns.values())
@@ -201,7 +201,7 @@ def _spawned(rank: int, contender: Any, case: str, port: int, queue: Any) -> Non
 
 
 def two_workers(contender: Any, case: str) -> float:
-    """The contender in two processes; the time that the first one took."""
+    """Run the contender in two processes; returns the time that rank 0 took."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -211,7 +211,7 @@ def two_workers(contender: Any, case: str) -> float:
 
 
 def ray_tutorial(workers: int, case: str) -> float:
-    """The loop of Ray's own tutorial on PyTorch."""
+    """The loop of Ray's tutorial on PyTorch."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

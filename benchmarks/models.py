@@ -10,9 +10,9 @@ from trainers import Batch, Spec, Workload, table
 
 
 class Text(Workload):
-    """A GPT over random bytes: its speed is that of real text.
+    """A GPT over random bytes, which is as fast as on real text.
 
-    The loss is computed in the network, so that it is part of what torch.compile sees.
+    The network computes the loss, so torch.compile compiles it too.
     """
 
     class Data(Spec):
@@ -46,7 +46,7 @@ class Text(Workload):
 
 
 class Chains(Text):
-    """A GPT over bytes of which each allows four others to follow: what it learns can be told."""
+    """A GPT over bytes, each of which can be followed by four others only, so that it can learn."""
 
     def dataset(self) -> dict[str, pa.Table]:
         draw = np.random.default_rng(0)
@@ -62,7 +62,7 @@ class Chains(Text):
 
 
 class Gpt(nn.Module):
-    """The mean cross-entropy [B] of sequences of tokens [B, T + 1], each given those before it."""
+    """The mean cross-entropy [B] of the next tokens in sequences of tokens [B, T + 1]."""
 
     def __init__(self, context: int, spec: Text.Model) -> None:
         super().__init__()

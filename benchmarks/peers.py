@@ -1,17 +1,17 @@
-"""A sweep without Heliostat: as Ray Tune's users write it, and its trials in turn.
+"""A sweep without Heliostat: with Ray Tune, as its users write it, and as trials one by one.
 
     python benchmarks/peers.py FOLDER tune [--reuse] [--per-device N]
     python benchmarks/peers.py FOLDER turn [--fused] [--compile MODE] [--threads N]
 
 `fused.py` runs these, each in a process of its own, and makes FOLDER: the sweep, its trials'
-specs and the data set. `tune` is a function as Ray's guide to Tune with PyTorch has it
+specs and the data set. `tune` is a function trainable as in Ray's guide to Tune with PyTorch
 (https://docs.ray.io/en/latest/tune/examples/tune-pytorch-cifar.html), without checkpoints. Where
-there is a cheaper way that people know, it is taken: batches are gathered by index from tensors
-in place of a DataLoader, and nothing waits for the loss. `turn` takes the steps of the first trial
-for a few seconds, without its evaluations.
+people know a faster way, it is used: batches are gathered by index from tensors instead of a
+DataLoader, and nothing waits for the loss. `turn` does steps of the first trial for a few seconds,
+without its evaluations.
 
-The last line is JSON. Of `tune`: each evaluation as [trial, step, when, metric], when in Unix time.
-Of `turn`: how many `steps` were timed, and their `seconds`; compiled was before.
+The last line is JSON. `tune` prints each evaluation as [trial, step, Unix time, metric]. `turn`
+prints the number of `steps` that were timed, after compilation, and their `seconds`.
 """
 
 import argparse
@@ -34,20 +34,21 @@ from tuning.trials.space import SweepRunSpec
 
 SWEEP, TRIALS = "sweep.yaml", "trials.json"
 WARM_UP = 20
-"""Steps before those that are timed."""
+"""Number of steps before the timed ones."""
 TIMED_S = 5.0
 
 
 class Training:
-    """One trial by hand. The rule is the spec's: weights, order, loss, rates and evaluations.
+    """One trial, written by hand. It follows the spec: weights, order of the samples, loss,
+    learning rates and evaluations.
 
-    Covered: AdamW and the cosine after a warm-up, without clipping and augmentation.
+    Covered: AdamW with a cosine schedule after a warm-up, without clipping and augmentation.
     """
 
     def __init__(
         self, trial: dict[str, Any], dataset: Path, fused: bool = False, mode: str | None = None
     ) -> None:
-        """`fused` is AdamW's; `mode` is torch.compile's, which is not used without one."""
+        """`fused` is AdamW's option, and `mode` is torch.compile's; without it, no compilation."""
         spec, workload = resolve(trial, RunSpec)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._split, self._val = (
@@ -101,7 +102,7 @@ class Training:
 
 
 def by_decay(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: biases and norms are not decayed."""
+    """Parameter groups for AdamW: biases and norms have no weight decay."""
     weights = list(model.parameters())
     decayed = [weight for weight in weights if weight.ndim > 1]
     others = [weight for weight in weights if weight.ndim == 1]
@@ -126,7 +127,7 @@ def train_trial(config: dict[str, Any], trials: list[dict[str, Any]], dataset: P
 
 
 def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
-    """The whole sweep; as many trials at a time as there are cores, or `per_device` on each GPU."""
+    """Run the whole sweep, with a trial at a time per core, or `per_device` trials per GPU."""
     import ray
     from ray import tune
 
@@ -141,7 +142,7 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
 
     spec, workload = resolve(read_yaml(folder / SWEEP), SweepRunSpec)
     trials = json.loads((folder / TRIALS).read_text())
-    ray.init(include_dashboard=False)  # which no trial needs, and ours goes without as well
+    ray.init(include_dashboard=False)  # no trial needs it, and Heliostat does not start it either
     dataset = prepare_dataset(workload, folder)
     samples = count_samples(dataset, "train")
     epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
@@ -163,7 +164,7 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
 
 
 def in_turn(folder: Path, fused: bool, mode: str | None) -> dict[str, float]:
-    """The steady speed of one process that does nothing but steps."""
+    """The steady speed of one process that only does steps."""
     trial = json.loads((folder / TRIALS).read_text())[0]
     _, workload = resolve(trial, RunSpec)
     training = Training(trial, prepare_dataset(workload, folder), fused, mode)

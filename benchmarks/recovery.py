@@ -1,13 +1,14 @@
-"""From kill -9 of a worker to the next new step, and how many steps are done twice.
+"""The time from kill -9 of a worker to the next new step, and the number of repeated steps.
 
     python benchmarks/recovery.py [--rounds 3] [--tiny]
 
-The digits network on one worker, which kills itself once at the beginning of step 60 of 80:
-`heliostat train` with a checkpoint every ten steps, against the loop of Ray's guide to saving and
-loading checkpoints, which reports one per epoch (22.5 steps here). Both in a Ray of their own.
+The digits network is trained on one worker, which kills itself once, at the beginning of step 60
+of 80. `heliostat train` saves a checkpoint every ten steps. It is compared with the loop of Ray's
+guide to saving and loading checkpoints, which reports one per epoch (22.5 steps here). Each starts
+a Ray of its own.
 
-Each process writes when it was made and when it begins a step, so the time is broken down into:
-until a new worker process is there, until it begins its first step, and the steps done again.
+Each process records when it was created and when it begins a step. So the time has three parts:
+until a new worker process exists, until it begins its first step, and the repeated steps.
 """
 
 import argparse
@@ -34,9 +35,9 @@ PARTS = ("a new process", "its first step", "steps done again")
 
 
 def begin_step(events: Path, step: int) -> None:
-    """Write down that this process begins a step; the first one to begin step KILLED dies."""
+    """Record that this process begins a step; the first process to begin step KILLED dies."""
     with events.open("a") as file:
-        # Since the machine was started, as the kernel counts it for processes.
+        # The kernel counts the time of a process's creation from the start of the machine.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         made = ticks / os.sysconf("SC_CLK_TCK")
         file.write(f"{os.getpid()} {made} {time.clock_gettime(time.CLOCK_BOOTTIME)} {step}\n")
@@ -46,7 +47,7 @@ def begin_step(events: Path, step: int) -> None:
 
 
 class Watched(Vision):
-    """The digits, with their steps written down."""
+    """The digits, with every step recorded."""
 
     class Data(Vision.Data):
         events: str = ""
@@ -83,7 +84,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def recovery(events: Path) -> tuple[dict[str, float], int]:
-    """Seconds of each part, and the steps done twice."""
+    """The seconds of each part, and the number of steps done twice."""
     lines = [line.split() for line in events.read_text().splitlines()]
     dead = lines[0][0]
     killed_s = next(

@@ -1,10 +1,10 @@
-"""How long a report takes to write, how large it is, and how soon it is open.
+"""The time to write a report, its size, and the time until a browser has opened it.
 
     python benchmarks/report.py [--trials 1000] [--points 100] [--rounds 5] [--tiny]
 
-A sweep of made-up numbers is put into a folder by the product's own journal, spool and ledger, and
-its page is opened from the disk by headless Chromium. It is open when its curves are drawn: the
-first thing under the summary. The time is the page's own, from the begin of its navigation.
+A sweep of made-up numbers is written to a folder, with our own journal, operation log and ledger,
+and headless Chromium opens its page from the disk. The page is open when its curves, the first
+part under the summary, are drawn. The time is the page's own clock, since its navigation began.
 """
 
 import json
@@ -32,24 +32,24 @@ from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESU
 BEGAN = 1_790_000_000
 """Unix time at which made-up sweeps begin."""
 EVERY_S = 2.0
-"""Between two points of a trial."""
+"""Seconds between two points of a trial."""
 STEPS = 20
-"""Between two points; an epoch of the digits has 20."""
+"""Steps between two points; an epoch of the digits has 20."""
 
 
 def made_up(storage: Path, name: str, trials: int, points: int, *overrides: str) -> Sweep:
-    """A sweep of the digits, as it would be in `storage`, with numbers that nobody measured.
+    """Write a sweep of the digits to `storage`, with made-up numbers.
 
-    Two trials at a time; every third one is stopped half-way, and the last one has failed.
+    Two trials run at a time; every third one is stopped half-way, and the last one has failed.
     """
     overrides = (f"storage={storage}", f"sweep.trials={trials}", *overrides)
     _, spec = read_sweep_spec("digits", [*overrides, "cost.usd_per_h=0.9"])
     data = resolved_data(spec)
     folder = create_run_folder(storage, name, data)
     sweep = Sweep(data, SweepRunSpec.model_validate(data).sweep, storage, folder)
-    spool, journal = OperationLog(folder / TRACKING), Journal(folder / JOURNAL_FILE)
+    log, journal = OperationLog(folder / TRACKING), Journal(folder / JOURNAL_FILE)
     ledger, dice = Ledger(folder / "ledger.jsonl"), random.Random(0)
-    _start(spool, tracked_run(name, data, kind="sweep"), BEGAN)
+    _start(log, tracked_run(name, data, kind="sweep"), BEGAN)
     free, cost = [float(BEGAN)] * 2, 0.0
     for number in range(trials):
         lane = free.index(min(free))
@@ -59,17 +59,17 @@ def made_up(storage: Path, name: str, trials: int, points: int, *overrides: str)
         free[lane] = end
         parameters = _parameters(sweep, dice)
         journal.record_suggestion(number, parameters)
-        _trial(sweep, spool, number, parameters, begin, done, dice)
+        _trial(sweep, log, number, parameters, begin, done, dice)
         ledger.append([_used(sweep.trial_key(number), begin, end)])
         own = (end - begin) / 3600 * 0.45
         cost += own
-        _costs(spool, sweep.trial_key(number), own, end, round(end - begin))
-        _end(sweep, spool, journal, number, done == points, last, end)
-    _costs(spool, name, cost, max(free), round(max(free)) - BEGAN)
+        _costs(log, sweep.trial_key(number), own, end, round(end - begin))
+        _end(sweep, log, journal, number, done == points, last, end)
+    _costs(log, name, cost, max(free), round(max(free)) - BEGAN)
     tags = {"heliostat.price": "$0.9/h (cost.usd_per_h)", "heliostat.energy": "made up"}
-    _say(spool, "finish", name, max(free), status="FINISHED", tags=tags)
+    _say(log, "finish", name, max(free), status="FINISHED", tags=tags)
     ledger.close()
-    spool.close()
+    log.close()
     return sweep
 
 
@@ -87,7 +87,7 @@ def _parameters(sweep: Sweep, dice: random.Random) -> dict[str, Any]:
 
 def _trial(
     sweep: Sweep,
-    spool: OperationLog,
+    log: OperationLog,
     number: int,
     parameters: dict[str, Any],
     begin: float,
@@ -96,7 +96,7 @@ def _trial(
 ) -> None:
     key = sweep.trial_key(number)
     run = tracked_run(key, sweep.trial_spec_data(parameters), sweep.key, "trial")
-    _start(spool, run, begin)
+    _start(log, run, begin)
     worth = abs(math.log(parameters["optimizer.lr"] / 6e-3)) + 0.2 * dice.random()
     rows, found = [], {}
     for point in range(1, points + 1):
@@ -108,7 +108,7 @@ def _trial(
         told = found | {"train/loss": loss * 0.9} | (perf if point % 10 == 0 else {})
         at = round(1e3 * (begin + EVERY_S * point))
         rows += [(name, value, STEPS * point, at) for name, value in told.items()]
-    spool.append({"do": "log", "run": key, "rows": rows})
+    log.append({"do": "log", "run": key, "rows": rows})
     folder = sweep.trial_folder(number)
     folder.mkdir(parents=True)
     result = {**found, "step": STEPS * points, "epoch": float(points), "complete": False}
@@ -117,7 +117,7 @@ def _trial(
 
 def _end(
     sweep: Sweep,
-    spool: OperationLog,
+    log: OperationLog,
     journal: Journal,
     number: int,
     complete: bool,
@@ -132,22 +132,22 @@ def _end(
     (folder / (FAILED_FILE if failed else ENDED_FILE)).write_text("made up")
     tags = {} if complete or failed else {"heliostat.stopped": "asha"}
     status = "FAILED" if failed else "FINISHED"
-    _say(spool, "finish", sweep.trial_key(number), end, status=status, tags=tags)
+    _say(log, "finish", sweep.trial_key(number), end, status=status, tags=tags)
 
 
-def _start(spool: OperationLog, run: TrackedRun, at: float) -> None:
+def _start(log: OperationLog, run: TrackedRun, at: float) -> None:
     told = {"key": run.key, "params": run.params, "tags": run.tags, "parent": run.parent}
-    spool.append({"do": "start", "id": uuid.uuid4().hex, **told, "at": round(1e3 * at)})
+    log.append({"do": "start", "id": uuid.uuid4().hex, **told, "at": round(1e3 * at)})
 
 
-def _say(spool: OperationLog, what: str, run: str, at: float, **more: Any) -> None:
-    spool.append({"do": what, "run": run, "at": round(1e3 * at), **more})
+def _say(log: OperationLog, what: str, run: str, at: float, **more: Any) -> None:
+    log.append({"do": what, "run": run, "at": round(1e3 * at), **more})
 
 
-def _costs(spool: OperationLog, run: str, usd: float, at: float, step: int) -> None:
+def _costs(log: OperationLog, run: str, usd: float, at: float, step: int) -> None:
     found = {"cost_usd": usd, "energy_j": 1e5 * usd, "kg_co2e": 1e-3 * usd}
     rows = [(name, value, step, round(1e3 * at)) for name, value in found.items()]
-    spool.append({"do": "log", "run": run, "rows": rows})
+    log.append({"do": "log", "run": run, "rows": rows})
 
 
 def _used(run: str, begin: float, end: float) -> LedgerEntry:
@@ -210,7 +210,7 @@ OPENED = """new Promise((ok) => {
   };
   look();
 })"""
-"""When a chart was drawn, in ms since the navigation began."""
+"""JavaScript for the time at which a chart was drawn, in ms since the navigation began."""
 
 
 def _spread(seconds: list[float]) -> str:

@@ -2,14 +2,14 @@
 
     python benchmarks/start.py [--rounds 5] [--workers 1] [--tiny]
 
-`heliostat train digits` against `tutorial.py`, the same network trained as Ray's guide to Ray
-Train with PyTorch has it. Ours also checks its spec, starts the tracker and makes a run in
-MLflow; both start a Ray of their own. Each has run once before in its folder, so that the data
-set, MLflow's database and compiled Python files are there.
+`heliostat train digits` is compared with `tutorial.py`, the same network trained as in Ray's guide
+to Ray Train with PyTorch. Ours also checks its spec, starts the tracker and creates a run in
+MLflow. Both start a Ray of their own. Each has run once before in its folder, so the data set,
+MLflow's database and compiled Python files exist.
 
-Our first step is over when its loss is logged: the time stamp of that metric, taken in the
-worker in milliseconds, is read from the run's spool. The guide's script writes the time itself.
-What happens on the way is seen from outside, in the names of the processes every 50 ms.
+Our first step ends when its loss is logged: the timestamp of that metric, which the worker takes
+in milliseconds, is read from the run's operation log. The guide's script writes the time itself.
+The milestones before that are observed from outside, in the names of all processes every 50 ms.
 """
 
 import json
@@ -35,7 +35,8 @@ MILESTONES = {
     "Train's worker": "ray::RayTrainWorker",
     "torch in the worker": r"ray::execute\.|run_train_fn",
 }
-"""What the name of a process matches from then on; the last one's within its next 0.3 s."""
+"""Milestone -> regular expression. A process whose command line matches shows that the milestone
+has been reached; for the last one, at most 0.3 s before."""
 FIRST_STEP = "first step"
 LIMIT_S = 120
 
@@ -47,8 +48,8 @@ def heliostat(workers: int, folder: Path) -> dict[str, float]:
     options = [word for key, value in once.items() for word in ("--set", f"{key}={value}")]
     command = str(Path(sys.executable).with_name("heliostat"))
     start, seen = observe([command, "train", "digits", "--name", name, *options], folder)
-    spool = folder / "runs" / name / "track" / "spool.jsonl"
-    operations = [json.loads(line) for line in spool.read_text().splitlines()]
+    log_file = folder / "runs" / name / "track" / "spool.jsonl"
+    operations = [json.loads(line) for line in log_file.read_text().splitlines()]
     first = next(operation for operation in operations if operation["do"] == "log")
     stamp_ms = next(stamp for name, _, _, stamp in first["rows"] if name == "train/loss")
     return {**seen, FIRST_STEP: stamp_ms / 1e3 - start}
@@ -68,9 +69,9 @@ def tutorial(workers: int, folder: Path) -> dict[str, float]:
 
 
 def observe(command: list[str], folder: Path) -> tuple[float, dict[str, float]]:
-    """Run a command to its end: when it began, and seconds until each milestone was seen."""
+    """Run a command to its end; returns its Unix start time and the seconds to each milestone."""
     log = folder / "log"
-    # A Ray that somebody else has started on this machine would be found there and used.
+    # Without these, another Ray on this machine would be found and used.
     environment = {**os.environ, "RAY_TMPDIR": str(folder.parent)}
     environment.pop("RAY_ADDRESS", None)
     start = time.time()
@@ -83,12 +84,12 @@ def observe(command: list[str], folder: Path) -> tuple[float, dict[str, float]]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    family, strangers, seen = {process.pid}, set[int](), dict[str, float]()
+    family, others, seen = {process.pid}, set[int](), dict[str, float]()
     while process.poll() is None:
         now = time.time() - start
         if now > LIMIT_S:
             os.killpg(process.pid, signal.SIGKILL)
-        _adopt(family, strangers)
+        _adopt(family, others)
         for pid in family:
             name = _read(pid, "cmdline").replace("\0", " ")
             for milestone, pattern in MILESTONES.items():
@@ -100,16 +101,16 @@ def observe(command: list[str], folder: Path) -> tuple[float, dict[str, float]]:
     return start, seen
 
 
-def _adopt(family: set[int], strangers: set[int]) -> None:
-    """Add the processes that were started by the family since the last time."""
+def _adopt(family: set[int], others: set[int]) -> None:
+    """Add new child processes of the family to it, and all other new processes to the others."""
     alive = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
-    for pid in sorted(alive - family - strangers):
+    for pid in sorted(alive - family - others):
         parent = _read(pid, "stat").rpartition(")")[2].split()[1:2]
-        (family if parent and int(parent[0]) in family else strangers).add(pid)
+        (family if parent and int(parent[0]) in family else others).add(pid)
 
 
 def _read(pid: int, name: str) -> str:
-    """A file of a process; empty when the process has ended."""
+    """The text of a file in a process's folder of /proc; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:

@@ -1,21 +1,21 @@
-"""What tracking costs a training loop, how fast MLflow is told, and what is lost under kills.
+"""The cost of tracking for a training loop, the rate into MLflow, and the losses after kills.
 
     python benchmarks/track.py [--seconds 20] [--rounds 3] [--stores sqlite,server,postgres]
         [--contenders NAME ...] [--tiny]
 
-Contenders: ours (the reporter of the loop, and its writer in Ray), MLflow's client with full
-batches and nothing else to do, which is what the store itself can take, `mlflow.log_metrics`,
-MLflow's asynchronous logging as it is and with its buffer, and Ray's `MLflowLoggerCallback`. Each
-is a process of its own that does steps of ten metrics as fast as its calls return, at most 500
-steps per second of `--seconds`; when the time is over it may drain for as long again. Postgres is
-the one of Debian's packages, and left out where that is not installed.
+The contenders are: ours (the loop's reporter, and the tracker in Ray); MLflow's client with full
+batches and no other work, which shows the limit of the store; `mlflow.log_metrics`; MLflow's
+asynchronous logging, without and with its buffer; and Ray's `MLflowLoggerCallback`. Each is a
+process of its own that does steps of ten metrics as fast as its calls return, at most 500 steps
+per second of `--seconds`. After that time it may drain for as long again. Postgres is that of
+Debian's packages, and is left out where it is not installed.
 
-Under kills the steps come every 10 ms. The server of one worker is killed after a third of the
-time and comes back a sixth later; after two thirds the writer is killed, and its successor goes on
-at the newest multiple of 100 steps, as from a checkpoint, before which ours waits until all is
-on the disk; that wait is not in the time of a step. Lost are metrics whose call had returned
-and which MLflow does not have when the writer has ended, or been given three times the seconds;
-twice are those that it has more than once.
+In the part with kills, there is a step every 10 ms. The server, with one worker, is killed after a
+third of the time, and started again a sixth later. After two thirds the writer is killed. Its
+successor continues at the last multiple of 100 steps, as from a checkpoint. Before a checkpoint,
+ours waits until everything is on the disk; this wait is not in the time of a step. A metric is lost
+if its call had returned, and MLflow does not have it when the writer has ended or has run for three
+times the seconds. A metric is duplicated if MLflow has it more than once.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from contest import as_json, leave_out, options, parse
 NAMES = [f"group/metric_{number}" for number in range(10)]
 STEPS_PER_S, CHECKPOINT = 500, 100
 Calls = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
-"""What a loop calls with the metrics of each step, and before each checkpoint."""
+"""Two functions that a loop calls: with the metrics of each step, and before each checkpoint."""
 
 
 def nothing() -> None:
-    """What the others do before a checkpoint is saved."""
+    """Stands for the call before a checkpoint, which only ours needs."""
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def by_mlflow(uri: str, folder: Path, synchronous: bool) -> Iterator[Calls]:
 
 @contextlib.contextmanager
 def by_batches(uri: str, folder: Path) -> Iterator[Calls]:
-    """What one client can get into the store, if nothing need be kept: full batches in a loop."""
+    """The rate of one client that sends full batches in a loop and keeps no file on disk."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -118,7 +118,7 @@ def by_batches(uri: str, folder: Path) -> Iterator[Calls]:
 
 
 class Trial(SimpleNamespace):
-    """What Ray's callback reads of a trial, which it keeps by its identity."""
+    """The attributes of a trial that Ray's callback reads; it uses trials as keys by identity."""
 
     __hash__ = object.__hash__
 
@@ -151,7 +151,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]]
 
 
 def write(name: str, uri: str, folder: Path, seconds: float, pause_s: float) -> None:
-    """A contender's process; what it measured goes to `measured.json`, at last and on the way."""
+    """The process of a contender. Steps done go to `done`, measurements to `measured.json`."""
     begin, arguments, _ = CONTENDERS[name]
     done = folder / "done"
     first = len(done.read_bytes().split()) // CHECKPOINT * CHECKPOINT if done.exists() else 0
@@ -195,7 +195,7 @@ def kill(process: Any) -> None:
 
 
 def stored(database: str) -> tuple[int, set[tuple[str, int]]]:
-    """How many of our metrics a database has, and which."""
+    """The number of our metrics in a database, and the set of them as (name, step)."""
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(database)
@@ -213,7 +213,7 @@ def free_port() -> int:
 
 
 def serve(database: str, port: int, folder: Path) -> Any:
-    """An MLflow server of one worker, once it answers."""
+    """Start an MLflow server of one worker; returns when it answers."""
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "files")]
     server = subprocess.Popen(
@@ -233,7 +233,7 @@ def serve(database: str, port: int, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """A fresh Postgres of Debian's packages; it does not run as root."""
+    """A new Postgres of Debian's packages; it refuses to run as root."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))[-1].parent
     user, port = ("postgres" if os.getuid() == 0 else None), free_port()
     folder.chmod(0o777)
@@ -252,7 +252,7 @@ def postgres(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def store(kind: str) -> Iterator[tuple[str, str, Path]]:
-    """A fresh store: MLflow's URI of it, its database, and a folder."""
+    """A new store: its URI for MLflow, the URI of its database, and a folder."""
     from trainers.tracking.mlflow_store import create_database
 
     with contextlib.ExitStack() as stack:
@@ -270,7 +270,7 @@ def store(kind: str) -> Iterator[tuple[str, str, Path]]:
 
 
 def calm(name: str, kind: str, seconds: float) -> dict[str, float]:
-    """Metrics per second until MLflow has them, and microseconds of a step's time per metric."""
+    """Metrics per second until MLflow has them, and microseconds of the loop per metric."""
     with store(kind) as (uri, database, folder):
         writer = start(name, uri, folder, seconds)
         measured, ended = folder / "measured.json", folder / "ended"
@@ -289,7 +289,7 @@ def calm(name: str, kind: str, seconds: float) -> dict[str, float]:
 
 
 def killed(name: str, seconds: float) -> dict[str, Any]:
-    """Metrics lost and twice, and the longest step, with server and writer killed."""
+    """Numbers of lost and duplicated metrics, with server and writer killed."""
     with tempfile.TemporaryDirectory() as temporary:
         from trainers.tracking.mlflow_store import create_database
 

@@ -1,9 +1,9 @@
-"""The digits network trained as Ray's own guide to Ray Train with PyTorch has it, for one step.
+"""The digits network, trained for one step as in Ray's guide to Ray Train with PyTorch.
 
     python benchmarks/tutorial.py WORKERS DIGITS.npz STAMP
 
-The guide is https://docs.ray.io/en/latest/train/getting-started-pytorch.html. The time after the
-first optimizer step is written to STAMP, in seconds since the epoch.
+The guide is https://docs.ray.io/en/latest/train/getting-started-pytorch.html. The Unix time after
+the first optimizer step is written to STAMP, in seconds.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What tests share: workloads as users write them, one Ray, one MLflow server, the command line."""
+"""Fixtures of all tests: workloads of users, one Ray, one MLflow server, the command line."""
 
 import contextlib
 import os
@@ -71,7 +71,7 @@ class Spirals(Workload):
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder of a user who wrote `spirals.py`; what is imported from it is forgotten.
+    """The working folder of a user who wrote `spirals.py`; modules from it are unloaded afterwards.
 
     `spirals:Spirals` has 400 points: 280 to train, 60 to validate, 60 to test.
     """
@@ -79,9 +79,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     folder.mkdir()
     (folder / "spirals.py").write_text(SPIRALS_SOURCE)
     monkeypatch.chdir(folder)
-    monkeypatch.delitem(sys.modules, "spirals", raising=False)  # another folder's
+    monkeypatch.delitem(sys.modules, "spirals", raising=False)  # it may be from another folder
     monkeypatch.setattr(sys, "path", [*sys.path])
-    # Bytecode is matched by second and size: a file that a test writes anew could be missed.
+    # Python matches bytecode by second and size, so it could miss that a test rewrote a file.
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield folder
     for name, module in list(sys.modules.items()):
@@ -144,9 +144,9 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modules")
     (folder / "faulty.py").write_text(FAULTY_SOURCE)
     os.environ["PYTHONPATH"] = str(folder)
-    # As for every Ray that is one machine; see cluster.connection.ray_connection.
+    # As for every Ray on a single machine; see cluster.connection.ray_connection.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    # A cluster's own set-up puts the commands on the path that jobs get.
+    # The set-up commands of a cluster put the command on the path of its jobs.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     sys.path.append(str(folder))
     return folder
@@ -165,7 +165,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def ray_cluster(modules: Path) -> Iterator[str]:
-    """The address of a Ray of four CPUs that all tests share."""
+    """The address of a Ray with four CPUs, which all tests share."""
     import ray
 
     ray.init(
@@ -181,7 +181,7 @@ def ray_cluster(modules: Path) -> Iterator[str]:
 
 @pytest.fixture
 def ray_dashboard(ray_cluster: str) -> str:
-    """Where jobs are submitted to the shared Ray."""
+    """The address of the shared Ray's dashboard and job server."""
     import ray
 
     return f"http://{ray._private.worker.get_dashboard_url()}"
@@ -189,7 +189,7 @@ def ray_dashboard(ray_cluster: str) -> str:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of a real MLflow server of one worker on SQLite."""
+    """The URI of a real MLflow server with one worker on SQLite."""
     folder = tmp_path_factory.mktemp("mlflow")
     port = _free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -224,9 +224,9 @@ def _wait_until(true: Callable[[], bool], why: Callable[[], str] = lambda: "") -
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[..., None]:
-    """Returns as soon as its first argument gives True; fails when that takes too long.
+    """A function that returns as soon as its first argument returns True, or fails after a limit.
 
-    Limits, here and elsewhere, end a test that hangs: a busy machine may take its time.
+    The limits, here and elsewhere, only end a test that hangs: a busy machine may be slow.
     """
     return _wait_until
 
@@ -238,13 +238,13 @@ def spirals_source() -> str:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The installed command, used from a folder as a user would."""
+    """The installed command `heliostat`, run in a folder as a user does."""
 
     folder: Path
     environment: dict[str, str]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """In a process group of its own, so that a test can end all of it."""
+        """Start the command in a process group of its own, so that a test can end all of it."""
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("heliostat")), *arguments],
             cwd=self.folder,
@@ -256,7 +256,7 @@ class CommandLine:
         )
 
     def in_a_terminal(self, *arguments: str) -> str:
-        """What a person sees who runs it in a terminal; the exit code has to be 0."""
+        """The output of the command in a terminal; its exit code must be 0."""
         ours, its = pty.openpty()
         termios.tcsetwinsize(its, (40, 200))
         process = subprocess.Popen(
@@ -273,7 +273,7 @@ class CommandLine:
         while True:
             try:
                 data = os.read(ours, 65536)
-            except OSError:  # Linux's end of file of a terminal
+            except OSError:  # on Linux, the end of a terminal's output
                 break
             if not data:
                 break
@@ -283,7 +283,7 @@ class CommandLine:
         return seen.decode()
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        """What it prints; the exit code has to be `code`."""
+        """The output of the command; its exit code must be `code`."""
         process = self.start(*arguments)
         output, _ = process.communicate(timeout=600)
         assert process.returncode == code, output
@@ -305,20 +305,20 @@ def heliostat(tmp_path: Path, ray_cluster: str, mlflow_server: str) -> CommandLi
 
 @dataclass(frozen=True)
 class JobCluster:
-    """A Ray as a cluster's head runs it: behind a token, with a job server."""
+    """A Ray as on a cluster's head: with a token and a job server."""
 
     url: str
-    """The dashboard's."""
+    """The address of the dashboard."""
     agent_port: int
-    """Of the agent that takes jobs on a node's own address."""
+    """The port of the agent that accepts jobs on a node's own address."""
     folder: Path
-    """Where `heliostat stand ...` of its jobs writes, as HELIOSTAT_STORAGE."""
+    """The folder that `heliostat stand ...` writes to; HELIOSTAT_STORAGE of the jobs."""
     environment: dict[str, str]
-    """That of a user who has the token."""
+    """The environment of a user who has the token."""
 
 
 STAND = """#!/bin/sh
-# Stands in for a run: stand print CODE | stand work. All else is Heliostat itself.
+# Stands in for a run: stand print CODE | stand work. Other arguments go to Heliostat itself.
 if [ "$1" != stand ]; then
     export PYTHONPATH="$PYTHONPATH:{home}"
     exec {python} -c 'import sys; from heliostat.main import main; sys.exit(main())' "$@"
@@ -339,8 +339,8 @@ echo done
 
 @pytest.fixture(scope="session")
 def job_cluster() -> Iterator[JobCluster]:
-    """A Ray of two CPUs of its own, with this checkout's `heliostat` on its path."""
-    folder = Path(tempfile.mkdtemp(prefix="hj"))  # short: sockets are below it
+    """A separate Ray with two CPUs, with this checkout's `heliostat` on its path."""
+    folder = Path(tempfile.mkdtemp(prefix="hj"))  # short, since paths of sockets are limited
     (folder / "bin").mkdir()
     (folder / "home").mkdir()
     script = STAND.format(home=Path(__file__).parents[1], python=sys.executable)
@@ -359,7 +359,7 @@ def job_cluster() -> Iterator[JobCluster]:
         "COLUMNS": "200",
     }
     ports = {name: _free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
-    ports["dashboard-agent-listen-port"] = _free_port()  # other Rays have the usual one
+    ports["dashboard-agent-listen-port"] = _free_port()  # the default is in use by other Rays
     log = folder / "log"
     command = [
         *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
@@ -383,7 +383,7 @@ def job_cluster() -> Iterator[JobCluster]:
 
     def runs() -> bool:
         nonlocal ray
-        if ray.poll() is not None:  # Ray gives its parts 30 s; a busy machine may need more
+        if ray.poll() is not None:  # Ray's processes must start in 30 s; a busy machine is slower
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(ray.pid, signal.SIGKILL)
             ray = start()

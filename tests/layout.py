@@ -1,9 +1,10 @@
-"""The rooms of the house: what each is for, what it may import, and what it does import.
+"""The rooms of the code: the purpose of each, the rooms that it may import, and its imports.
 
-    python -m tests.layout     prints the rooms, their sizes and their arrows
+    python -m tests.layout     prints the rooms, their sizes and their arrows (imports)
 
-A room is a package; `trainers` and `tuning` themselves, without the packages in them, are rooms
-too. `CONTRACTS` is the plan: a room may import the rooms it names, and all of them stand above it.
+A room is a package; the modules of `trainers` and `tuning` themselves, without the packages in
+them, are rooms too. `CONTRACTS` is the table of what is allowed: a room may import the rooms that
+its contract names, all of which are above it in the table.
 """
 
 import ast
@@ -17,7 +18,7 @@ PACKAGES = ("cluster", "trainers", "tuning", "heliostat")
 
 @dataclass(frozen=True)
 class Contract:
-    """What a room is for, and which rooms it may import."""
+    """The purpose of a room, and the rooms that it may import."""
 
     purpose: str
     imports: tuple[str, ...] = ()
@@ -34,45 +35,45 @@ _TRIALS = (*_RUN, *_in("trainers", "tracking", "runs"))
 CONTRACTS = {
     "cluster.base": Contract("specs as data, errors, files, the terminal"),
     "cluster.cost": Contract(
-        "what machines cost, draw and emit, and limits on it; no Ray", _in("cluster", "base")
+        "price, power and emissions of machines, and limits on them; no Ray", _in("cluster", "base")
     ),
     "cluster.connection": Contract(
-        "the ways to Ray: its address, token, job server and SSH; all that is private to its core",
+        "connections to Ray: address, token, job server, SSH; everything private to Ray's core",
         _in("cluster", "base"),
     ),
     "cluster.definition": Contract(
-        "a cluster's spec to the files of each provider; no network", _CLUSTER
+        "a cluster's spec, and the files of each provider made from it; no network", _CLUSTER
     ),
     "cluster.jobs": Contract(
-        "runs as Ray jobs: packaged, started once, started again, followed",
+        "runs as Ray jobs: packaged, started once, started again if lost, followed",
         _in("cluster", "base", "connection"),
     ),
     "cluster.lifecycle": Contract(
-        "from a cluster's file to a running cluster and back",
+        "starts and stops the cluster of a file, and shows its status",
         _in("cluster", "base", "connection", "definition"),
     ),
     "cluster.node": Contract(
-        "programs that run on the hosts, each of which can be started again",
+        "programs that run on the hosts, each of which can be restarted at any time",
         _in("cluster", "base", "connection"),
     ),
     "cluster.cli": Contract(
-        "the verbs of clusters and jobs: arguments, and what is printed",
+        "the verbs of clusters and jobs: arguments and printed output",
         (*_CLUSTER, *_in("cluster", "definition", "jobs", "lifecycle")),
     ),
     "trainers": Contract(
-        "what a run is: spec, workload, device, worker, folder, stores, counted randomness",
+        "the parts of a run: spec, workload, device, worker, folder, stores, counter-based RNG",
         _in("cluster", "base", "cost"),
     ),
     "trainers.data": Contract(
-        "from a workload to batches whose order is a function of seed and position",
+        "data sets of a workload, and batches whose order is a function of seed and position",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
     "trainers.checkpoints": Contract(
-        "a run's state to disk and back, whole or not there; exported models",
+        "saves and loads a run's state, complete or not at all; exported models",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
     "trainers.modeling": Contract(
-        "from a workload to a model that is ready to train: strategy, dropout, optimizer",
+        "makes a workload's model ready to train: parallel strategy, dropout, optimizer",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
     "trainers.engine": Contract(
@@ -80,11 +81,11 @@ CONTRACTS = {
         (*_in("cluster", "base"), *_in("trainers", "", "data", "checkpoints", "modeling")),
     ),
     "trainers.tracking": Contract(
-        "one writer to MLflow, behind a log on disk",
+        "one writer to MLflow, behind an operation log on disk",
         (*_CLUSTER, *_in("trainers", "", "checkpoints", "engine")),
     ),
     "trainers.planning": Contract(
-        "arithmetic on probes: forecasts and plans; starts nothing",
+        "computes forecasts and plans from probes; starts nothing",
         (*_in("cluster", "base", "cost"), *_in("trainers", "", "engine")),
     ),
     "trainers.runs": Contract(
@@ -92,11 +93,11 @@ CONTRACTS = {
         (*_RUN, *_in("cluster", "jobs"), *_in("trainers", "tracking", "planning")),
     ),
     "trainers.probes": Contract(
-        "short runs that are measured, for the plan and the scaling study",
+        "short measured runs, for the plan and the scaling study",
         (*_RUN, *_in("trainers", "tracking", "planning", "runs")),
     ),
     "trainers.reports": Contract(
-        "a run's folder to a page of charts",
+        "makes a page of charts from a run's folder",
         (*_in("cluster", "base", "cost"), *_in("trainers", "", "tracking", "planning")),
     ),
     **{
@@ -109,11 +110,11 @@ CONTRACTS = {
             "folding": "the backbone of a protein from its sequence and contacts",
             "markets": "which way the price of an order book moves",
             "dynamics": "molecular dynamics: energies and forces of atoms",
-            "hedging": "how to hedge an option that was sold",
+            "hedging": "the price of an option, and how to hedge it",
         }.items()
     },
     "trainers.cli": Contract(
-        "the verbs of runs: arguments, and what is printed",
+        "the verbs of runs: arguments and printed output",
         (
             *_RUN,
             *_in("cluster", "cli", "jobs"),
@@ -121,25 +122,25 @@ CONTRACTS = {
         ),
     ),
     "tuning.trials": Contract(
-        "which trials there are, who goes on, what they cost; one trial in a process", _TRIALS
+        "search, early stopping, budget and leaderboard of trials; one trial in a process", _TRIALS
     ),
     "tuning.programs": Contract(
         "many trials as one program: traced, batched and compiled",
         (*_in("cluster", "base"), *_in("trainers", "", "data", "modeling", "engine")),
     ),
     "tuning.fused": Contract(
-        "engines that train trials in the slots of programs, and Ray Tune's view of them",
+        "engines that train trials in the slots of programs, and their adapter to Ray Tune",
         (*_TRIALS, *_in("tuning", "trials", "programs")),
     ),
     "tuning": Contract(
         "a sweep from its spec to its end", (*_TRIALS, *_in("tuning", "trials", "fused"))
     ),
     "tuning.reports": Contract(
-        "what a sweep came to, as a page",
+        "makes a page of charts from a sweep's folder",
         (*_in("cluster", "base"), *_in("trainers", "", "tracking", "reports"), "tuning.trials"),
     ),
     "tuning.cli": Contract(
-        "the verbs of sweeps, and the parser that has all verbs",
+        "the verbs of sweeps, and the parser with all verbs",
         (
             *_TRIALS,
             *_in("cluster", "cli", "jobs"),
@@ -148,7 +149,7 @@ CONTRACTS = {
         ),
     ),
     "heliostat": Contract(
-        "the names that users import, and the command line's entry",
+        "the names that users import, and the entry of the command line",
         ("cluster.base", "trainers", "tuning.cli"),
     ),
 }
@@ -156,12 +157,12 @@ CONTRACTS = {
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement of ours, wherever in the file it stands."""
+    """One import statement in our code, at any place in a file."""
 
     path: Path
     line: int
     module: str
-    """The full name of what is imported: a module, or a name in one."""
+    """The full name of the imported module, or of the imported name in a module."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: imports {self.module}"
@@ -176,7 +177,7 @@ def sources() -> list[Path]:
 
 
 def room_of(module: str) -> str | None:
-    """The room in which a dotted name lies; None for what is not ours."""
+    """The room of a dotted name; None for names of other projects."""
     parts = module.split(".")
     for length in (3, 2):
         name = ".".join(parts[:length])
@@ -206,12 +207,12 @@ def imports(path: Path) -> list[Import]:
 
 
 def files_of(room: str) -> list[Path]:
-    """The files of a room, without those of the rooms inside it."""
+    """The files of a room, without the files of rooms inside it."""
     return [path for path in sources() if room_of(".".join(path.with_suffix("").parts)) == room]
 
 
 def arrows(room: str) -> dict[str, list[Import]]:
-    """The rooms that a room imports, each with the statements that do so."""
+    """The rooms that a room imports, each with its import statements."""
     found: dict[str, list[Import]] = {}
     for path in files_of(room):
         for each in imports(path):
@@ -222,12 +223,12 @@ def arrows(room: str) -> dict[str, list[Import]]:
 
 
 def size_of(path: Path) -> int:
-    """Lines."""
+    """The number of lines of a file."""
     return len((HOME / path).read_text().splitlines())
 
 
 def describe(room: str) -> str:
-    """A few lines: purpose, sizes, arrows."""
+    """A few lines about a room: purpose, size, arrows."""
     modules = [path for path in files_of(room) if path.name != "__init__.py"]
     lines = [
         f"{room}: {CONTRACTS[room].purpose}",

@@ -1,4 +1,4 @@
-"""The promises of the cluster.yaml at the root. That it is up to date is tested in
+"""The properties that the cluster.yaml at the root promises. Whether it is up to date is tested in
 tests/cluster/definition/test_launcher_file.py.
 """
 

@@ -1,4 +1,4 @@
-"""The shape of the house: which package may import which, what starts quickly, what is pinned."""
+"""The structure of the code: allowed imports, sizes, private parts, start time, pinned packages."""
 
 import ast
 import json
@@ -28,10 +28,11 @@ from tests.layout import (
 
 MAX_ROOM_FILES, MAX_FILE_LINES, MAX_FUNCTION_LINES = 10, 350, 60
 LARGE_ROOMS = {"cluster.cost": 11, "trainers": 12}
-"""Rooms with more files than `MAX_ROOM_FILES`, and how many they may have: one file for each source
-of prices, power and carbon, and one for each part of what a run is."""
+"""Room -> its limit, for rooms with more files than `MAX_ROOM_FILES`. `cluster.cost` has a file for
+each source of prices, power and carbon, and `trainers` one for each part of a run's definition."""
 EXPORTS = (Path("trainers/__init__.py"), Path("trainers/export.py"))
-"""Files that offer names of rooms below them to users, and import them on first use."""
+"""Files that offer users names of rooms that are lower in the table, and import them on first use.
+"""
 HEAVY = ("torch", "ray", "mlflow", "pydantic", "rich", "numpy", "pyarrow")
 FORBIDDEN = {
     "torch": ("cluster",),
@@ -53,15 +54,15 @@ PRIVATE = (
     "tuning/fused/tune_internals.py",
     "tuning/programs/torch_internals.py",
 )
-"""The modules that use what is private to Ray, torch and MLflow; each has a test of its own."""
+"""The only modules that use private parts of Ray, torch and MLflow; each has a test of its own."""
 UNSTABLE = ("ray.core.generated", "ray.train.v2", "ray.autoscaler.")
-"""Modules without an underscore that their library does not document."""
+"""Modules that their library does not document, although their names have no underscore."""
 LIBRARIES = ("ray", "tune", "torch", "mlflow", "optuna", "pyarrow")
 SOURCES = sources()
 
 
 def violations(room: str) -> list[str]:
-    """Every import of a room that its contract does not allow."""
+    """Every import in a room that its contract does not allow."""
     allowed = CONTRACTS[room].imports
     return [
         str(statement)
@@ -91,7 +92,7 @@ def test_every_package_is_a_room_with_a_contract() -> None:
 
 @pytest.mark.parametrize("room", CONTRACTS)
 def test_a_room_says_what_it_is_for(room: str) -> None:
-    """In the docstring of its `__init__.py`, which has at most 8 lines."""
+    """The docstring of its `__init__.py` says so, in at most 8 lines."""
     text = (HOME / Path(*room.split(".")) / "__init__.py").read_text()
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring, f"{room}/__init__.py has no docstring"
@@ -121,7 +122,7 @@ def test_functions_are_short() -> None:
 
 
 def test_a_library_is_used_in_its_rooms_alone() -> None:
-    """Torch not on the head; neither Ray nor MLflow in the training loop."""
+    """The head needs no torch, and the training loop needs neither Ray nor MLflow."""
     wrong = [
         str(each)
         for path in sources()
@@ -134,7 +135,7 @@ def test_a_library_is_used_in_its_rooms_alone() -> None:
 
 
 def private_uses(path: Path) -> Iterator[str]:
-    """Names of other packages that begin with an underscore, or lie in a module that does."""
+    """Uses of names of other packages that are private, or are in a private or unstable module."""
     for each in imports(path):
         parts = each.module.split(".")
         foreign = parts[0] not in (*PACKAGES, "__future__")
@@ -154,7 +155,7 @@ def private_uses(path: Path) -> Iterator[str]:
 
 
 def test_private_parts_of_libraries_are_used_in_one_module_each() -> None:
-    """Where a test says which release they were read in."""
+    """Each of these modules has a test, which says in which release the parts were read."""
     wrong = [use for path in sources() if str(path) not in PRIVATE for use in private_uses(path)]
     assert wrong == []
     assert [path for path in PRIVATE if not (HOME / path).is_file()] == []
@@ -164,7 +165,7 @@ def test_private_parts_of_libraries_are_used_in_one_module_each() -> None:
 
 
 def test_tests_mirror_the_rooms() -> None:
-    """A test file lies in the folder of a room, named as the module that it tests or as a topic."""
+    """A test file is in the folder of its room, and has the name of a module or of a topic."""
     folders = {
         ".".join(path.relative_to(HOME / "tests").parent.parts)
         for package in PACKAGES
@@ -174,7 +175,7 @@ def test_tests_mirror_the_rooms() -> None:
 
 
 def loaded_by(code: str) -> set[str]:
-    """The top-level modules that are loaded in a new Python after `code`."""
+    """The modules that a new Python has loaded after running `code`."""
     show = "\nimport json, sys\nprint('\\n' + json.dumps([name for name in sys.modules]))"
     done = subprocess.run(
         [sys.executable, "-c", code + show], capture_output=True, text=True, check=True
@@ -207,7 +208,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_help_is_instant() -> None:
-    """CPU seconds of the whole process, the best of five."""
+    """The limit is on the CPU seconds of the whole process, the best of five."""
     spent_s = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -218,7 +219,7 @@ def test_help_is_instant() -> None:
 
 
 def pins() -> dict[str, str]:
-    """Canonical name -> version of every line of constraints.txt; each must pin with ==."""
+    """Canonical name -> version, from the lines of constraints.txt; each must pin with ==."""
     found = {}
     for line in (HOME / "constraints.txt").read_text().splitlines():
         text = line.partition("#")[0].strip()
@@ -235,7 +236,7 @@ def pins() -> dict[str, str]:
 
 
 def needed(name: str, extras: frozenset[str], seen: dict[str, frozenset[str]]) -> None:
-    """Put the distribution and all that it requires here into `seen`, with their extras."""
+    """Add a distribution and all its requirements on this machine to `seen`, with their extras."""
     key = canonicalize_name(name)
     if extras <= seen.get(key, frozenset()) and key in seen:
         return
@@ -249,7 +250,7 @@ def needed(name: str, extras: frozenset[str], seen: dict[str, frozenset[str]]) -
 
 
 def test_everything_that_is_installed_for_us_is_pinned() -> None:
-    """At the installed version. NVIDIA's own libraries are left out: torch pins them itself."""
+    """The pins are the installed versions. NVIDIA's libraries are left out: torch pins them."""
     seen: dict[str, frozenset[str]] = {}
     try:
         needed("heliostat", frozenset({"dev"}), seen)

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ are true: their commands and code are run as they stand."""
+"""The README and the pages of docs/ are correct: their commands and code run as they stand."""
 
 import importlib
 import os
@@ -27,7 +27,7 @@ def blocks(language: str, page: str = README) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command line in a console block of any page, without its comment."""
+    """Every command line in the console blocks of all pages, without comments."""
     found = [block for page in PAGES for block in blocks("console", page.read_text())]
     lines = [line for block in found for line in block.splitlines()]
     return [re.sub(r"\s+#.*", "", line) for line in lines if line]
@@ -82,7 +82,7 @@ def test_the_readme_is_short_and_lists_every_room() -> None:
 
 
 def test_use_it(heliostat: Any) -> None:
-    """The commands of 'Use it' in their order, and the model of the last one loaded."""
+    """The commands of 'Use it', in their order; then the model of the last one is loaded."""
     for command in blocks("console")[1].splitlines():
         arguments = shlex.split(command.partition("#")[0])[1:]
         if arguments[0] == "ui":
@@ -119,7 +119,7 @@ def test_your_own_model(heliostat: Any) -> None:
 
 
 def test_a_ray_job(job_cluster: Any, tmp_path: Path) -> None:
-    """`ray job submit` as the README has it, on a shorter run."""
+    """`ray job submit` as in docs/clusters.md, on a shorter run."""
     page = (ROOT / "docs" / "clusters.md").read_text()
     submitting = next(block for block in blocks("console", page) if "ray job submit" in block)
     command = submitting.strip().replace("http://127.0.0.1:8265", job_cluster.url)

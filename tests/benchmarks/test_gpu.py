@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs where there is neither Ray nor MLflow, and says what is missing."""
+"""The benchmark for GPUs runs without Ray and MLflow, and names a package that is missing."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ HIDDEN = ("ray", "mlflow", "optuna", "rich", "sklearn", "PIL")
 
 
 def run(*options: str, hidden: tuple[str, ...] = HIDDEN) -> subprocess.CompletedProcess[str]:
-    """The script in a Python that cannot import what is hidden from it."""
+    """Run the script in a Python that cannot import the hidden modules."""
     code = (
         "import runpy, sys\n"
         f"sys.modules.update(dict.fromkeys({hidden!r}))\n"

@@ -1,4 +1,4 @@
-"""The trial that peers run is the one that we run: the same rule by other code."""
+"""The trial of `benchmarks/peers.py` is the same as ours: the same training by other code."""
 
 import importlib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Evaluations(NullReporter):
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the benchmark; on a busy machine several wait for each other."""
+    """One thread, as in the benchmark; on a busy machine several threads wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,4 +57,4 @@ def test_by_hand_and_ours_learn_the_same(
     assert len(losses) == 2
     assert losses == pytest.approx(ours.losses, rel=1e-4)
     first, last = losses.values()
-    assert last < first  # else both could do nothing
+    assert last < first  # otherwise both could have done nothing

@@ -9,11 +9,11 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
-"""They start neither Ray nor MLflow, or make their numbers up."""
+"""Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
 MINUTES = ("answers", "forecast", "fused", "recovery", "start", "track")
 ON_A_RACK = ("clusters",)
 PARTS = ("answer_", "bare", "browser", "contest", "guide", "models", "peers", "tutorial")
-"""Modules that benchmarks share, and programs that they start."""
+"""Modules that benchmarks share, and programs that they start; the last is a prefix."""
 
 
 def run_tiny(name: str, *options: str) -> None:
