@@ -21,7 +21,7 @@ from cluster.cost.ledger import Ledger, LedgerEntry
 from trainers.reports import page
 from trainers.run_folder import TRACKING, create_run_folder
 from trainers.runs.run import resolved_data
-from trainers.runs.session import tracked_run
+from trainers.tracking.mlflow_run import tracked_run
 from trainers.tracking.operation_log import OperationLog
 from trainers.tracking.tracker import TrackedRun
 from tuning.reports.sweep_report import sweep_page

@@ -1,6 +1,6 @@
-"""The command `heliostat`: what is checked first, and what goes wrong told in a line.
+"""The entry of the command `heliostat`: it checks our packages, runs a verb and reports errors.
 
-Imports only the standard library until it knows that `cluster` and `trainers` are our own.
+It imports only the standard library until it knows that `cluster` and `trainers` are our own.
 """
 
 import importlib.util
@@ -12,13 +12,13 @@ HOME = Path(__file__).resolve().parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code; 2 is a mistake of the user's, 130 an interruption.
+    """Run the command line and return its exit code: 2 for a user's mistake, 130 after Ctrl-C.
 
-    What the user can do something about is told in a line, everything else is a traceback.
+    An error that the user can mend is printed in one line; any other error is a traceback.
     """
-    stranger = find_stranger(Path.cwd())
-    if stranger is not None:
-        print(stranger, file=sys.stderr)
+    problem = find_shadowed_package(Path.cwd())
+    if problem is not None:
+        print(problem, file=sys.stderr)
         return 2
     from cluster.base.errors import HeliostatError
     from tuning.cli.parser import build_parser
@@ -34,10 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def find_stranger(folder: Path) -> str | None:
+def find_shadowed_package(folder: Path) -> str | None:
     """One line if another distribution, or the working `folder`, hides one of our packages.
 
-    Their names are common words; a stranger's `cluster` would fail later and obscurely.
+    Their names are common words, and another package's `cluster` would fail later and obscurely.
+    A folder `heliostat` without `__init__.py` is allowed: it is the usual name of a checkout.
     """
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -48,7 +49,8 @@ def find_stranger(folder: Path) -> str | None:
                 f"the package {name!r} that Python finds is not Heliostat's but {found}; "
                 "uninstall the other distribution or use a virtual environment of its own"
             )
-        for other in (folder / name, folder / f"{name}.py"):
-            if other.exists() and other.resolve().parent != HOME:
+        package = folder / name / "__init__.py" if name == "heliostat" else folder / name
+        for other in (package, folder / f"{name}.py"):
+            if other.exists() and HOME not in other.resolve().parents:
                 return f"{other}: hides Heliostat's own package {name!r}; rename it"
     return None

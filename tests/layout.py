@@ -97,7 +97,7 @@ CONTRACTS = {
     ),
     "trainers.reports": Contract(
         "a run's folder to a page of charts",
-        (*_in("cluster", "base", "cost"), *_in("trainers", "", "tracking", "planning", "runs")),
+        (*_in("cluster", "base", "cost"), *_in("trainers", "", "tracking", "planning")),
     ),
     **{
         f"trainers.workloads.{name}": Contract(
@@ -123,8 +123,13 @@ CONTRACTS = {
     "tuning.trials": Contract(
         "which trials there are, who goes on, what they cost; one trial in a process", _TRIALS
     ),
+    "tuning.programs": Contract(
+        "many trials as one program: traced, batched and compiled",
+        (*_in("cluster", "base"), *_in("trainers", "", "data", "modeling", "engine")),
+    ),
     "tuning.fused": Contract(
-        "many trials as one program, and Ray Tune's view of them", (*_TRIALS, "tuning.trials")
+        "engines that train trials in the slots of programs, and Ray Tune's view of them",
+        (*_TRIALS, *_in("tuning", "trials", "programs")),
     ),
     "tuning": Contract(
         "a sweep from its spec to its end", (*_TRIALS, *_in("tuning", "trials", "fused"))

@@ -51,7 +51,7 @@ PRIVATE = (
     "trainers/tracking/mlflow_internals.py",
     "trainers/torch_internals.py",
     "tuning/fused/tune_internals.py",
-    "tuning/fused/torch_internals.py",
+    "tuning/programs/torch_internals.py",
 )
 """The modules that use what is private to Ray, torch and MLflow; each has a test of its own."""
 UNSTABLE = ("ray.core.generated", "ray.train.v2", "ray.autoscaler.")

@@ -12,15 +12,16 @@ from cluster.base.errors import SpecError
 from trainers.data.dataset import prepare_dataset
 from trainers.devices import local_device
 from trainers.run_folder import SPEC, create_run_folder, find_run_folder, unique_name
-from trainers.runs import run, session
+from trainers.runs import run
 from trainers.spec import resolve
-from trainers.tracking.descriptions import DESCRIPTION_TAG
+from trainers.tracking import mlflow_run
+from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepBudget, open_budget, settle
-from tuning.trials.descriptions import sweep_description
 from tuning.trials.leaderboard import Leaderboard, read_leaderboard, with_importances, write_best
+from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.space import SweepRunSpec, read_sweep_spec
 from tuning.trials.trial import Sweep
 from tuning.tuner import (
@@ -76,7 +77,7 @@ def run_to_end(
     sweep's MLflow run is ended too, and nothing that fails then hides the error.
     """
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
-    tracker = session.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
+    tracker = mlflow_run.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
     end = _SweepEnd(sweep, tracker)
     with (
         _finally(end.finish),
@@ -88,7 +89,7 @@ def run_to_end(
     ):
         create_tuner(sweep, spec, tracker, slots).fit()
     board = end.track_importances()
-    return board, {**session.end_tracking(tracker, sweep.key), **end.summary}
+    return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
 @contextlib.contextmanager

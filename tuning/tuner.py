@@ -12,13 +12,13 @@ from ray import tune
 from cluster.base.files import write_atomic
 from trainers.data.splits import count_samples
 from trainers.engine.stall_files import STALLS
-from trainers.runs import session
 from trainers.runs.ray_train import scaling_config
 from trainers.runs.stalls import last_stall
-from trainers.tracking.descriptions import DESCRIPTION_TAG
+from trainers.tracking import mlflow_run
+from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
-from tuning.trials.descriptions import trial_description
+from tuning.trials.mlflow_descriptions import trial_description
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepRunSpec
@@ -161,7 +161,7 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
             budget.stop_when_spent(any(not trial.is_finished() for trial in trials))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        tracked = session.tracked_run(
+        tracked = mlflow_run.tracked_run(
             self._sweep.trial_key(trial.config["trial"]),
             self._sweep.trial_spec_data(trial.config),
             parent=self._sweep.key,

@@ -56,7 +56,9 @@ class JobProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last_s = -math.inf if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else math.inf
+        # Set by Ray for a job's driver, as `cluster.connection.ray_internals` says.
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        self._last_s = -math.inf if in_job else math.inf
 
     def report(self, line: Callable[[], str]) -> None:
         """Write the line, if the interval is over and the log can be followed."""

@@ -131,7 +131,7 @@ def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:
     for resource, amount in per_worker.items():
         if amount * workers > available.get(resource, 0):
             return (
-                f"{workers} x {amount:g} {resource} asked for, "
+                f"{workers} x {amount:g} {resource} requested, "
                 f"the cluster has {available.get(resource, 0):g}"
             )
     return None

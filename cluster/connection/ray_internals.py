@@ -1,6 +1,6 @@
 """Everything of Ray's core that is used here and is not part of its public API.
 
-Each item says why it is needed, and was read in Ray 2.60.0. For each of them
+Each item says why it is needed, and was read in Ray `READ_IN_RELEASE`. For each of them
 `tests/cluster/connection/test_ray_internals.py` has a test that fails, and says what to do, when
 another release has changed it. What is private to Ray Train and Ray Tune is in `trainers.runs` and
 `tuning.fused`.
@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+READ_IN_RELEASE = "2.60.0"
+"""The release of Ray in which every item was read."""
 
 HEAD_CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 """The cluster's file as JSON, prepared by the launcher. `ray up` copies it to the head, where the
@@ -32,11 +35,12 @@ SESSION_METRICS_FOLDER = Path("/tmp/ray/session_latest/metrics")
 files in this folder, not when they are there."""
 
 DASHBOARD_AGENT_PORT = 52365
-"""The port on which Ray's dashboard agent listens on every node, unless it is told otherwise."""
+"""The default port of Ray's dashboard agent, which runs on every node; an open one shows that Ray
+runs there, without a token."""
 
 RAYLET_FLAGS = {"node_id": "node_id", "ip": "node_ip_address", "gcs_address": "gcs-address"}
-"""What a raylet's command line says about its node: our name -> the flag. Ray can tell this to a
-connected driver only, which takes 70 MB and a second, on every node."""
+"""Flags of a raylet's command line that identify its node: our name -> the flag. The public API
+needs a connected driver, which takes 70 MB and a second on every node."""
 
 JOB_CONFIG_ENV_VAR = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable of a submitted job's driver: the job's configuration with its metadata, as
@@ -116,7 +120,7 @@ def autoscaler_status(gcs_address: str) -> Any:
 
 
 def free_resources_by_node() -> dict[str, dict[str, float]]:
-    """Node id (hex) -> the resources that nobody has reserved there.
+    """Node id (hex) -> the resources that are not reserved there.
 
     `ray.available_resources()` is the sum over all nodes, and `ray.nodes()` has totals only.
     """

@@ -156,6 +156,6 @@ def _version_difference(path: str, name: str, pinned: str) -> Iterator[str]:
 def _check_programs(config: LauncherConfig) -> Iterator[str]:
     for path, module in missing_programs(config):
         yield (
-            f"{path}: there is no module {module} (any more); render the file again with "
+            f"{path}: there is no module {module} in this version; render the file again with "
             "`heliostat cluster render`"
         )

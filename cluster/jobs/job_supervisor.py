@@ -14,14 +14,17 @@ import time
 
 from cluster.base.errors import ClusterError
 from cluster.connection.job_server_client import LOCAL_DASHBOARD_URL
-from cluster.jobs.job import Job
+from cluster.jobs.job import Job, lost_reason
 from cluster.jobs.ray_jobs import (
     PIN_INTERVAL_S,
     alive_node_ids,
     list_jobs,
     pin_package,
-    restart_if_lost,
+    start_attempt,
 )
+
+MAX_RESTARTS = 5
+"""How often a job whose driver was lost is started again."""
 
 POLL_S = 2.0
 
@@ -41,6 +44,21 @@ def poll_once(url: str, pinned: dict[str, float]) -> list[str]:
             attempt, reason = restarted
             lines.append(f"{job.name}: {reason}; started again as {attempt.submission_id}")
     return lines
+
+
+def restart_if_lost(url: str, job: Job, alive: frozenset[str]) -> tuple[Job, str] | None:
+    """Start a job again if its driver was lost; the new attempt and the reason, otherwise None.
+
+    `alive` are the ids of the cluster's living nodes. Other processes may do the same at the
+    same time.
+    """
+    reason = lost_reason(job, alive)
+    if reason is None or job.attempt > MAX_RESTARTS:
+        return None
+    resumes = {"--resume", "--or-resume"} & {*job.argv}
+    argv = job.argv if resumes else (*job.argv, "--or-resume")
+    restarted, _ = start_attempt(url, job.name, job.attempt + 1, argv, job.package)
+    return restarted, reason
 
 
 def _pin(url: str, job: Job, pinned: dict[str, float]) -> None:

@@ -17,14 +17,8 @@ from cluster.base.terminal import PROGRESS_PREFIX
 from cluster.connection.auth_token import auth_headers
 from cluster.connection.job_server_client import call_api, retry_while_busy
 from cluster.jobs.job import Job, lost_reason
-from cluster.jobs.ray_jobs import (
-    MAX_RESTARTS,
-    PIN_INTERVAL_S,
-    alive_node_ids,
-    get_job,
-    pin_package,
-    restart_if_lost,
-)
+from cluster.jobs.job_supervisor import MAX_RESTARTS, restart_if_lost
+from cluster.jobs.ray_jobs import PIN_INTERVAL_S, alive_node_ids, get_job, pin_package
 
 RECONNECT_S = 1.0
 CLEAR_LINE = "\r\x1b[2K"

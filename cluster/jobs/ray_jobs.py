@@ -1,4 +1,4 @@
-"""Jobs on a cluster: submit once, find by name, start again if the driver is lost, stop."""
+"""Jobs on a cluster: submit each once, find one by its name, stop it."""
 
 import shlex
 import time
@@ -13,18 +13,8 @@ from cluster.connection.job_server_client import (
     retry_while_busy,
 )
 from cluster.connection.ray_internals import JOB_STOP_WAIT_ENV_VAR
-from cluster.jobs.job import (
-    Job,
-    Submission,
-    job_metadata,
-    lost_reason,
-    parse_job,
-    submission_id,
-)
+from cluster.jobs.job import Job, Submission, job_metadata, lost_reason, parse_job, submission_id
 from cluster.jobs.working_dir_package import Package
-
-MAX_RESTARTS = 5
-"""How often a job whose driver was lost is started again."""
 
 PIN_INTERVAL_S = 300
 """Seconds between two requests to Ray to keep the package of a job that may be started again; each
@@ -71,10 +61,10 @@ def submit(url: str, submission: Submission, package: Package) -> tuple[Job, boo
     existing = find_job(url, submission.name)
     resumes = "--resume" in submission.argv
     if existing is None:
-        return _start_attempt(url, submission.name, 1, submission.argv, _upload(url, package))
+        return start_attempt(url, submission.name, 1, submission.argv, _upload(url, package))
     if resumes and existing.ended:
         attempt = existing.attempt + 1
-        return _start_attempt(url, submission.name, attempt, submission.argv, _upload(url, package))
+        return start_attempt(url, submission.name, attempt, submission.argv, _upload(url, package))
     commands = {_without_restart_flag(existing.argv), _without_restart_flag(submission.argv)}
     if not resumes and len(commands) > 1:
         raise SpecError(
@@ -82,21 +72,6 @@ def submit(url: str, submission: Submission, package: Package) -> tuple[Job, boo
             f"  heliostat {shlex.join(existing.argv)}"
         )
     return existing, False
-
-
-def restart_if_lost(url: str, job: Job, alive: frozenset[str]) -> tuple[Job, str] | None:
-    """Start a job again if its driver was lost; the new attempt and the reason, otherwise None.
-
-    `alive` are the ids of the cluster's living nodes. Other processes may do the same at the
-    same time.
-    """
-    reason = lost_reason(job, alive)
-    if reason is None or job.attempt > MAX_RESTARTS:
-        return None
-    resumes = {"--resume", "--or-resume"} & {*job.argv}
-    argv = job.argv if resumes else (*job.argv, "--or-resume")
-    restarted, _ = _start_attempt(url, job.name, job.attempt + 1, argv, job.package)
-    return restarted, reason
 
 
 def alive_node_ids(url: str) -> frozenset[str]:
@@ -140,7 +115,7 @@ def stop(url: str, name: str, wait: Callable[[], None] = lambda: time.sleep(0.5)
     return job
 
 
-def _start_attempt(
+def start_attempt(
     url: str, name: str, attempt: int, argv: tuple[str, ...], package: str
 ) -> tuple[Job, bool]:
     """Start an attempt unless another process has; the job, and whether it was started here."""

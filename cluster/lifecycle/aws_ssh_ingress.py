@@ -18,7 +18,7 @@ def revoke_public_ingress(client: Any, group: str) -> list[str]:
     """Revoke all rules that allow everybody in the groups of this name; a line for each change.
 
     `client` is a boto3 client for EC2. A group in which no other rule allows SSH is not changed,
-    because then nobody could connect any more.
+    because then no one could connect any more.
     """
     found = client.describe_security_groups(Filters=[{"Name": "group-name", "Values": [group]}])
     lines = []

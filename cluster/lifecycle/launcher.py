@@ -33,6 +33,8 @@ from cluster.connection.ssh import (
     read_launcher_file,
     tunnel,
 )
+from cluster.definition.launcher_config import missing_programs, mounted_from
+from cluster.definition.shell_commands import REMOTE_PROJECT
 from cluster.lifecycle.launcher_output import error_line
 from cluster.lifecycle.on_premises import head_is_running, state_survives_head, stop_hosts
 from cluster.lifecycle.status import NodeStatus, list_nodes
@@ -56,6 +58,7 @@ def up(file: Path, log_line: LogLine, timeout_s: float = UP_TIMEOUT_S) -> list[N
     config = read_launcher_file(file)
     name = config["cluster_name"]
     _require_token_mount(config)
+    _require_known_programs(config)
     ensure_token()
     log = launcher_log(name, "up")
     arguments = ["up", "-y", "--disable-usage-stats", str(file)]
@@ -135,6 +138,17 @@ def _require_token_mount(config: Mapping[str, Any]) -> None:
         raise SpecError("file_mounts: needs `~/.ray/auth_token: ~/.ray/auth_token`")
     if "RAY_AUTH_MODE=token" not in str(config):
         raise SpecError("head_start_ray_commands: must export RAY_AUTH_MODE=token")
+
+
+def _require_known_programs(config: Mapping[str, Any]) -> None:
+    """Raise SpecError if the file copies this checkout, but starts programs that it lacks."""
+    if mounted_from(config, REMOTE_PROJECT) is None:  # the hosts may have another version
+        return
+    for path, module in missing_programs(config):
+        raise SpecError(
+            f"{path}: there is no module {module} in this version; render the file again with "
+            "`heliostat cluster render`"
+        )
 
 
 def _ray_up(arguments: list[str], log: Path, config: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ class PreemptionAgent:
         self._last_line = ""
         self._notice: Notice | None = None
         self._drained: set[tuple[str, str]] = set()
-        """(notice, node) pairs of which Ray has been told."""
+        """(notice, node) pairs for which Ray has accepted the drain."""
 
     def poll_once(self) -> None:
         """Ask for a notice, and do what is due. Failures of the network and of Ray are logged."""

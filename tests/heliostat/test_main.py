@@ -1,4 +1,4 @@
-"""Only our own `cluster`, `trainers` and `tuning` are run: their names are common words."""
+"""The command runs our own packages alone: other packages have the same names."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from heliostat.main import PACKAGES, find_stranger
+from heliostat.main import PACKAGES, find_shadowed_package
 
 HOME = Path(__file__).parents[2]
 
@@ -17,9 +17,10 @@ def test_our_own_packages_pass(tmp_path: Path, where: str) -> None:
     """In an empty folder, in our checkout itself, beside files whose names are only similar."""
     (tmp_path / "cluster.yaml").touch()
     (tmp_path / "tuning_notes").mkdir()
+    (tmp_path / "heliostat" / "cluster").mkdir(parents=True)  # a checkout
     (tmp_path / "empty").mkdir()
     folders = {"empty": tmp_path / "empty", "home": HOME, "neighbours": tmp_path}
-    assert find_stranger(folders[where]) is None
+    assert find_shadowed_package(folders[where]) is None
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -30,13 +31,16 @@ def test_a_file_or_folder_that_would_hide_ours_is_named(
     path = tmp_path / form.format(package)
     path.parent.mkdir(exist_ok=True)
     path.touch()
-    hider = tmp_path / form.format(package).partition("/")[0]
-    line = find_stranger(tmp_path)
+    line = find_shadowed_package(tmp_path)
+    if path == tmp_path / "heliostat" / "notes.txt":
+        assert line is None
+        return
+    hider = path if package == "heliostat" else tmp_path / form.format(package).partition("/")[0]
     assert line == f"{hider}: hides Heliostat's own package {package!r}; rename it"
 
 
 # The console script `heliostat` is these two lines; but the finder of an editable installation
-# gives our `cluster.cli.jobs` to a stranger's `cluster`, which an ordinary installation does not.
+# gives our `cluster.cli.jobs` to another `cluster`, which an ordinary installation does not.
 SCRIPT = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
@@ -50,7 +54,7 @@ sys.exit(main())
 def test_another_distribution_of_our_name_is_one_line(
     tmp_path: Path, package: str, files: list[str]
 ) -> None:
-    """A stranger's package with or without modules like ours, and a folder without __init__."""
+    """A package with or without modules like ours, and a folder without __init__."""
     foreign = tmp_path / "site" / package
     foreign.mkdir(parents=True)
     for name in files:

@@ -1,9 +1,9 @@
-"""AWS in a box: moto answers the EC2 and IAM APIs, and what it says that it runs is run.
+"""AWS in a box: moto answers the EC2 and IAM APIs, and each instance that it reports is run.
 
-Every instance becomes a host of a rack, on the addresses that moto gave it, with the key that it
-was asked for, and with instance metadata on the link-local address. So a cluster file for AWS is
-started by the real launcher, over real SSH, with no cloud. The box's own hands: `out_of` for
-capacity errors, `notice` for a spot interruption, `reclaim` for its end, `calls` for the record.
+Every instance becomes a host of a rack, with the addresses that moto assigned, the requested key,
+and instance metadata on the link-local address. So the real launcher starts a cluster file for
+AWS, over real SSH, without a cloud. Tests use `exhaust` for capacity errors, `notice` to announce
+a spot interruption, `reclaim` to carry it out, and `calls` for the requests so far.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ IMAGE = "ami-03cf127a"
 """An image that moto knows."""
 
 FAMILIES = ("m5.", "m7i.", "g6.")
-"""The instance types that there are."""
+"""The families of the instance types that exist here."""
 
 ROLE = "ray-autoscaler-v1"
 PASSED = ("InstanceType", "SpotOptions", "MarketType", "MaxCount", "InstanceId", "TagSpecification")
 
 
 def in_network(process: int, work: Callable[[], Any]) -> Any:
-    """Do `work` in a thread that makes its sockets in a process's network; its result."""
+    """Call `work` in a thread in the network namespace of a process; returns its result."""
     result: list[Any] = []
 
     def run() -> None:
@@ -63,13 +63,13 @@ class Silent(WSGIRequestHandler):
 
 
 class AwsBox(Rack):
-    """The host `me` is the machine of somebody with an account; the others are instances."""
+    """The host `me` is the machine of a user with an account; the others are instances."""
 
     def __init__(self, folder: Path, region: str) -> None:
         environment = {
             "AWS_ENDPOINT_URL": API,
             "AWS_DEFAULT_REGION": region,
-            # The machine image has everything, and pip can fetch nothing ("0" is a yes here).
+            # The machine image has everything, and pip can download nothing ("0" means yes here).
             "PIP_NO_INDEX": "1",
             "PIP_NO_BUILD_ISOLATION": "0",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -81,22 +81,22 @@ class AwsBox(Rack):
         self._exhausted: set[tuple[str, str]] = set()
         self._notices: dict[str, float] = {}
         self._closing = threading.Event()
-        self._trouble: list[str] = []
+        self._errors: list[str] = []
 
     def __enter__(self) -> "AwsBox":
         super().__enter__()
         for name in [each for each in INSTANCE_TYPES if not each.startswith(FAMILIES)]:
-            del INSTANCE_TYPES[name]  # Ray reads them all, and moto takes a minute to tell them
+            del INSTANCE_TYPES[name]  # Ray lists them all, for which moto needs a minute
         os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
         self._at_the_bridge(f"ip addr add {METADATA}/32 dev bridge")
         moto = DomainDispatcherApplication(create_backend_app)
         self._serve(GATEWAY, 5000, self._recorded(moto))
         self._serve(METADATA, 80, self._metadata)
-        # What an earlier box of this process has left in there.
-        forget = urllib.request.Request(f"{API}/moto-api/reset", method="POST")
-        in_network(self.process, lambda: urllib.request.urlopen(forget, timeout=60).close())
+        # An earlier box of this process has left its state in moto.
+        reset = urllib.request.Request(f"{API}/moto-api/reset", method="POST")
+        in_network(self.process, lambda: urllib.request.urlopen(reset, timeout=60).close())
         self.boot("me")
-        # Public addresses are on the same wire.
+        # Public addresses are on the same network.
         self.run("me", "ip route add 54.0.0.0/8 dev eth0; mkdir -p ~/work ~/.aws ~/.ssh")
         account = "[default]\naws_access_key_id = me\naws_secret_access_key = mine\n"
         (self.disk("me") / "root/.aws/credentials").write_text(account)
@@ -108,7 +108,7 @@ class AwsBox(Rack):
         self._closing.set()
         self._thread.join(60)
         super().__exit__(*error)
-        assert not self._trouble, self._trouble
+        assert not self._errors, self._errors
 
     def client(self, service: str) -> Any:
         """A client for use within `in_network`."""
@@ -121,30 +121,30 @@ class AwsBox(Rack):
         )
 
     def ask(self, work: Callable[[Any], Any], service: str = "ec2") -> Any:
-        """What `work` gets of a client, asked from within the box."""
+        """The result of `work` with a client within the box."""
         return in_network(self.process, lambda: work(self.client(service)))
 
     def instances(self, *states: str) -> list[dict[str, Any]]:
-        """The instances in these states; in any that costs something, when not given."""
+        """The instances in these states, by default in those that cost money."""
         described = self.ask(lambda ec2: ec2.describe_instances())
         return _in_states(described, states or ("pending", "running"))
 
-    def out_of(self, instance_type: str, market: str = "spot") -> None:
-        """From now on there is no such capacity."""
+    def exhaust(self, instance_type: str, market: str = "spot") -> None:
+        """Have all later requests for this capacity fail."""
         self._exhausted.add((instance_type, market))
 
-    def supply(self, instance_type: str, market: str = "spot") -> None:
+    def restore(self, instance_type: str, market: str = "spot") -> None:
         self._exhausted.discard((instance_type, market))
 
     def notice(self, instance: str, left_s: float) -> None:
-        """Tell a spot instance that it will be interrupted. Only `reclaim` does it."""
+        """Announce an interruption to a spot instance; `reclaim` carries it out."""
         self._notices[instance] = time.time() + left_s
 
     def reclaim(self, instance: str) -> None:
         self.ask(lambda ec2: ec2.terminate_instances(InstanceIds=[instance]))
 
     def called(self, action: str) -> list[dict[str, str]]:
-        """The parameters of every call of an action so far."""
+        """The parameters of every request for an action so far."""
         return [parameters for name, parameters in self.calls if name == action]
 
     def _serve(self, address: str, port: int, application: Any) -> None:
@@ -155,19 +155,21 @@ class AwsBox(Rack):
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def _recorded(self, moto: Any) -> Callable[..., Iterable[bytes]]:
-        """The API, which notes what changes something, and has no capacity that ran out."""
+        """The API, which records requests that change something, and refuses exhausted capacity."""
 
         def application(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             environ["wsgi.input"] = io.BytesIO(body)
             fields = urllib.parse.parse_qs(body.decode("latin1"))
-            told = {name: values[0] for name, values in fields.items()}
-            action = told.get("Action", "")
+            parameters = {name: values[0] for name, values in fields.items()}
+            action = parameters.get("Action", "")
             if action and not action.startswith(("Describe", "Get", "List")):
-                self.calls.append((action, told))
-            market = told.get("InstanceMarketOptions.MarketType", "on-demand")
-            if action == "RunInstances" and (told["InstanceType"], market) in self._exhausted:
-                reason = f"We currently do not have sufficient {told['InstanceType']} capacity"
+                self.calls.append((action, parameters))
+            market = parameters.get("InstanceMarketOptions.MarketType", "on-demand")
+            if action == "RunInstances" and (parameters["InstanceType"], market) in self._exhausted:
+                reason = (
+                    f"We currently do not have sufficient {parameters['InstanceType']} capacity"
+                )
                 answer = (
                     "<Response><Errors><Error><Code>InsufficientInstanceCapacity</Code>"
                     f"<Message>{reason}</Message></Error></Errors></Response>"
@@ -179,7 +181,7 @@ class AwsBox(Rack):
         return application
 
     def _metadata(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
-        """Instance metadata, version 2: nothing without a session's token."""
+        """Instance metadata, version 2, which requires a session token."""
         path = environ["PATH_INFO"].rstrip("/").removeprefix("/latest")
         answer = None
         if path == "/api/token" and environ["REQUEST_METHOD"] == "PUT":
@@ -213,12 +215,12 @@ class AwsBox(Rack):
         return answers.get(path)
 
     def _run_instances(self) -> None:
-        """Boot what the API runs and pull what it has ended, until the box is closed."""
+        """Boot and pull instances as the API starts and ends them, until the box closes."""
         in_network(self.process, self._keep_running)
 
     def _keep_running(self) -> None:
         ec2, iam = self.client("ec2"), self.client("iam")
-        # Ray waits half a minute for a role that it has made itself.
+        # Ray waits half a minute for a role that it has created itself.
         iam.create_instance_profile(InstanceProfileName=ROLE)
         iam.create_role(RoleName=ROLE, AssumeRolePolicyDocument="{}")
         iam.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
@@ -232,7 +234,7 @@ class AwsBox(Rack):
                 for name in self.hosts.keys() - alive.keys() - {"me"}:
                     self.pull(name)
             except Exception as error:
-                self._trouble.append(repr(error))
+                self._errors.append(repr(error))
                 raise
 
     def _boot_instance(self, name: str, instance: dict[str, Any], ec2: Any) -> None:
@@ -244,9 +246,9 @@ class AwsBox(Rack):
         if public:
             self.run(name, f"ip addr add {public}/32 dev eth0")
 
-    def _furnish(self, root: Path, keys: str | None) -> None:
-        """The machine image: the user `ubuntu`, and a virtual environment with everything in it."""
-        super()._furnish(root, keys)
+    def _set_up_disk(self, root: Path, keys: str | None) -> None:
+        """Add the machine image: the user `ubuntu`, and a virtual environment with everything."""
+        super()._set_up_disk(root, keys)
         if keys is None:
             return
         home = root / "home" / USER
@@ -261,7 +263,7 @@ class AwsBox(Rack):
         with contextlib.suppress(FileExistsError):
             (home / "venv").symlink_to(sys.prefix)
         accounts = Path("/etc/passwd").read_text()
-        # Another name of root's, before it: ssh looks for `~` by the number.
+        # Another name for root, in the first line: ssh finds `~` by the user's number.
         (root / "etc/passwd").write_text(f"{USER}:x:0:0::/home/{USER}:/bin/bash\n{accounts}")
 
 

@@ -1,4 +1,4 @@
-"""Racks for the tests of this folder, and a cluster of own hosts on one."""
+"""The rack with an on-premises cluster for the tests of this folder."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests are imported one by one, without packages
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # pytest imports each test by itself, without packages
 
 from own_hosts import OwnHosts
 from rack import obstacle
@@ -22,6 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def own_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnHosts]:
-    """A head, two workers and the machine of somebody with their file; nothing is started."""
+    """A head, two workers and the machine of a user with their file; Ray is not started."""
     with OwnHosts(tmp_path_factory.mktemp("rack") / "rack") as lab:
         yield lab

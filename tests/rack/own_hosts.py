@@ -1,4 +1,4 @@
-"""A cluster of one's own hosts on a rack, and the machine of the person who starts it."""
+"""An on-premises cluster on a rack, and the machine of the user who starts it."""
 
 import shutil
 import sys
@@ -49,26 +49,26 @@ scale: {{workers: 2}}
 """
 
 
-def lay_out(work: Path) -> None:
-    """Put a slow workload and its spec in a user's folder."""
+def write_project(work: Path) -> None:
+    """Write a slow workload and its spec to a user's folder."""
     work.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(__file__).with_name("slow.py"), work)
     (work / "slow.yaml").write_text(SLOW)
 
 
 class Notes:
-    """What a slow run has written down, and the way to have it go on at full speed."""
+    """The steps that a slow run has recorded; `go_on` lets it continue at full speed."""
 
     def __init__(self, shared: Path, name: str) -> None:
         self.folder = shared / "notes" / name
 
     def steps(self) -> list[tuple[int, str]]:
-        """The first sample of each part of a step that was begun, and where."""
+        """The first sample of each micro-batch, and its host."""
         file = self.folder / "steps"
         lines = file.read_text().splitlines() if file.exists() else []
         return [(int(line.split()[0]), line.split()[1]) for line in lines]
 
-    def hurry(self) -> None:
+    def go_on(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "gone").touch()
 
@@ -80,14 +80,14 @@ class OwnHosts(Rack):
         super().__init__(folder, ADDRESSES, gateway="10.77.0.1")
         self._spec = spec
         self.started = ""
-        """What `heliostat up` printed."""
+        """The output of `heliostat up`."""
 
     def __enter__(self) -> "OwnHosts":
         super().__enter__()
         for name in self.addresses:
             self.boot(name)
         home = self.disk("me") / "root"
-        lay_out(home / "work")
+        write_project(home / "work")
         (home / "work/spec.yaml").write_text(self._spec)
         (home / ".ssh").mkdir(mode=0o700)
         key = home / ".ssh/id"
@@ -97,7 +97,7 @@ class OwnHosts(Rack):
         return self
 
     def fails(self, command: str, code: int) -> str:
-        """What a line of bash prints that has to end with this code."""
+        """The output of a line of bash that must end with this exit code."""
         done = self.run("me", f"cd ~/work; {command}", check=False)
         assert done.returncode == code, done.stdout
         return done.stdout
@@ -112,7 +112,7 @@ class OwnHosts(Rack):
         return self.run("me", "heliostat status ~/work/cluster.yaml", check=False).stdout
 
     def wait_for_nodes(self, count: int) -> None:
-        """Until `heliostat status` counts so many."""
+        """Wait until `heliostat status` counts this many."""
         self.wait(
             lambda: self.status().startswith(f"{count} nodes"),
             f"{count} nodes",

@@ -1,9 +1,9 @@
 """A rack of hosts on one machine: each has its own processes, network, disk and sshd.
 
 The rack is one process in namespaces of its own, with a bridge; a host is a process in namespaces
-within, with an overlay over the machine's root as its disk. Killing the rack's process takes all
-hosts, their processes, disks and cables with it. Nothing of it can be seen from outside but
-through this class. Needs root, Linux, and Debian's openssh-server, iproute2 and rsync.
+within, with an overlay over the machine's root as its disk. Killing the rack's process removes
+all hosts, their processes, disks and network interfaces. From outside, they are reachable through
+this class only. Needs root, Linux, and Debian's openssh-server, iproute2 and rsync.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ MaxStartups 100
 
 
 def obstacle() -> str | None:
-    """Why there can be no rack on this machine, or None."""
+    """Why this machine cannot run a rack, or None."""
     if os.geteuid() != 0:
         return "needs root"
     for program in PROGRAMS:
@@ -77,7 +77,7 @@ class Host:
 
 
 class Rack:
-    """Hosts by name. Use as a context manager: what is in the rack ends with it."""
+    """Hosts by name. A context manager; all hosts end with it."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Rack:
         bits: int = 24,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`addresses` are known to all hosts by name. `environment` is that of every shell."""
+        """All hosts can resolve the names in `addresses`. Every shell gets `environment`."""
         self.folder, self.gateway, self.bits = folder, gateway, bits
         self.addresses = dict(addresses)
         self.environment = {**ENVIRONMENT, **(environment or {})}
@@ -104,8 +104,8 @@ class Rack:
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", file], check=True
             )
-        # A bridge without an address of its own takes that of a port, and changes it with them:
-        # the hosts would not find one another for a minute.
+        # A bridge without a hardware address of its own takes one of its ports', and changes it
+        # when they change: the hosts would not find one another for a minute.
         script = f"""
             mount --make-rprivate / && mount -t proc proc /proc &&
             mount -t tmpfs -o mode=755 tmpfs {self._disks} && mkdir {self._disks}/shared &&
@@ -120,13 +120,13 @@ class Rack:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process, signal.SIGKILL)  # and the kernel all that is within
+            os.kill(self.process, signal.SIGKILL)  # the kernel kills everything within
         _wait(lambda: _ended(self.process), "the end of the rack")
         self.hosts.clear()
 
     @property
     def shared(self) -> Path:
-        """The folder that all hosts see as SHARED, as seen from outside."""
+        """The path outside of the rack of the folder that all hosts see as SHARED."""
         return self._inside / "shared"
 
     @property
@@ -135,18 +135,18 @@ class Rack:
 
     @property
     def key(self) -> str:
-        """The private key that opens every host."""
+        """The private key for SSH to every host."""
         return (self._keys / "id").read_text()
 
     def boot(self, name: str, fresh: bool = True, keys: str | None = None) -> Host:
-        """Start a host: with an empty disk, or with the one it had. Blocks until sshd answers.
+        """Start a host with an empty disk, or with its old one. Blocks until sshd answers.
 
-        `keys` are the public keys that it lets in; without them, the rack's own.
+        `keys` are the public keys that it accepts, by default the rack's own.
         """
         address, disk = self.addresses[name], self._inside / name
         if fresh and disk.exists():
             shutil.rmtree(disk)
-        self._furnish(disk / "upper", keys)
+        self._set_up_disk(disk / "upper", keys)
         places = [str(place) for place in (CHECKOUT, Path(sys.prefix)) if _apart(place)]
         # nsenter forks because of --pid, and unshare because of --fork.
         spaces = ["--pid", "--fork", "--kill-child=SIGKILL", "--mount", "--net", "--uts", "--ipc"]
@@ -157,7 +157,7 @@ class Rack:
         )
         process = _child(_child(started))
         cable = f"to-{name[-12:]}"
-        # The same address has the same hardware address, so that nobody remembers a wrong one.
+        # An address always has the same hardware address, since the other hosts remember it.
         hardware = "02:77:" + ":".join(f"{int(part):02x}" for part in address.split("."))
         inner = Path(f"/proc/{process}/status").read_text().partition("NSpid:")[2].split()[1]
         self._at_the_bridge(
@@ -168,8 +168,8 @@ class Rack:
         _wait((self.disk(name) / "run/booted").exists, f"host {name}")
         return self.hosts[name]
 
-    def _furnish(self, root: Path, keys: str | None) -> None:
-        """Put on a disk what makes it this rack's host."""
+    def _set_up_disk(self, root: Path, keys: str | None) -> None:
+        """Write the files to a disk that make it a host of this rack."""
         etc, home = root / "etc", root / "root"
         (etc / "rack").mkdir(parents=True, exist_ok=True)
         home.mkdir(mode=0o700, exist_ok=True)
@@ -179,7 +179,7 @@ class Rack:
         (etc / "rack/sshd_config").write_text(SSHD_CONFIG)
         allowed = (self._keys / "id.pub").read_text() if keys is None else keys
         (etc / "rack/authorized_keys").write_text(allowed)
-        # All names are here: a name server that does not answer costs 10 s per look-up.
+        # No name server: one that does not answer costs 10 s per look-up.
         known = "".join(f"{address} {name}\n" for name, address in self.addresses.items())
         (etc / "hosts").write_text("127.0.0.1 localhost\n" + known)
         (etc / "resolv.conf").write_text("")
@@ -189,7 +189,7 @@ class Rack:
         (home / ".profile").write_text("")
 
     def pull(self, name: str) -> None:
-        """Pull the power cable: nobody hears a goodbye."""
+        """Pull the power cable: the host ends without notice."""
         host = self.hosts.pop(name)
         self._at_the_bridge(f"ip link set {host.cable} down")
         os.kill(host.process, signal.SIGKILL)
@@ -210,12 +210,12 @@ class Rack:
     def run(
         self, name: str, command: str, check: bool = True, timeout_s: float = 900
     ) -> subprocess.CompletedProcess[str]:
-        """Run a line of bash on a host; its errors are in the output."""
+        """Run a line of bash on a host; the output includes stderr."""
         process = self.start(name, command)
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started holds its output open
+            os.killpg(process.pid, signal.SIGKILL)  # its child processes hold the output open
             output, _ = process.communicate(timeout=60)
             output = f"no end after {timeout_s} s\n{output}"
         assert not check or process.returncode == 0, f"{name}: {command}:\n{output}"
@@ -235,14 +235,14 @@ class Rack:
         )
 
     def me(self, command: str, timeout_s: float = 900) -> str:
-        """What a line of bash prints in the folder ~/work of the host `me`; it has to succeed."""
+        """The output of a line of bash in ~/work on the host `me`, which must succeed."""
         logs = "tail -n 60 /tmp/heliostat-*/*.log"
         script = f"cd ~/work; ({command}) || {{ code=$?; {logs}; exit $code; }}"
         return self.run("me", script, timeout_s=timeout_s).stdout
 
     def processes(self, name: str) -> list[str]:
-        """The command lines of all processes of a host, but the host's own."""
-        # A connection whose other end lost its power keeps its sshd for a while.
+        """The command lines of all processes of a host, except the rack's own."""
+        # The sshd of a connection to a host without power lives on for a while.
         own = ("bash ", "sleep 3600", "sshd: ", "/usr/sbin/sshd", "ps -eo")
         lines = self.run(name, "ps -eo args= --no-headers").stdout.splitlines()
         return [line for line in lines if not line.startswith(own)]
@@ -269,7 +269,7 @@ def _enter(process: int) -> list[str]:
 
 
 def _apart(place: Path) -> bool:
-    """Whether an overlay over / does not show `place`, or a host's own /tmp hides it."""
+    """Whether `place` is not visible on a host: outside of the root file system, or in /tmp."""
     return place.stat().st_dev != Path("/").stat().st_dev or place.is_relative_to("/tmp")
 
 
@@ -293,4 +293,4 @@ def _wait(condition: Callable[[], bool], what: str, limit_s: float = 60) -> None
             if condition():
                 return
         time.sleep(0.02)
-    raise TimeoutError(f"{what}: not there after {limit_s} s")
+    raise TimeoutError(f"{what}: not within {limit_s} s")

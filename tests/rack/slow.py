@@ -1,6 +1,6 @@
-"""Handwritten digits, slowly: a step takes a moment until the file NOTES/gone is there.
+"""Handwritten digits, slowly: each step takes 0.5 s longer until the file NOTES/gone exists.
 
-Which sample begins each part of a step is written down with the host that trained it.
+The first sample of each micro-batch is recorded with the host that trained it.
 """
 
 import socket

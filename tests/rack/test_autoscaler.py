@@ -1,7 +1,7 @@
 """The node types of cluster.yaml under Ray's autoscaler, with nodes that are processes of one host.
 
-Its provider for tests starts a raylet where a cloud would start a machine, so what is seen is what
-the autoscaler decides from the types' resources, limits and priorities.
+Ray's provider for tests starts a raylet instead of a machine, so the test sees the autoscaler's
+decisions from the types' resources, limits and priorities.
 """
 
 import json
@@ -17,7 +17,7 @@ from cluster.base.config import read_yaml
 pytestmark = pytest.mark.cluster
 
 HEAD = "f" * 51 + "00000"
-"""How the provider calls the head."""
+"""The provider's id for the head."""
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 START = (
     f"RAY_FAKE_CLUSTER=1 RAY_enable_autoscaler_v2=1 RAY_CLOUD_INSTANCE_ID={HEAD} "
@@ -64,14 +64,14 @@ def host(tmp_path: Path) -> Iterator[Rack]:
 
 
 def autoscaling() -> dict[str, Any]:
-    """cluster.yaml for that provider: its node types, sizes and speed as they are."""
+    """cluster.yaml for that provider, with its node types, sizes and upscaling speed."""
     config = read_yaml(CHECKOUT / "cluster.yaml")
     types = config["available_node_types"]
-    config["head_node_type"] = "ray.head.default"  # so the provider calls it
+    config["head_node_type"] = "ray.head.default"  # the provider's name for it
     types[config["head_node_type"]] = types.pop("head")
-    for kind in types.values():
-        kind["node_config"] = {}
-        kind["resources"]["object_store_memory"] = 80_000_000
+    for entry in types.values():
+        entry["node_config"] = {}
+        entry["resources"]["object_store_memory"] = 80_000_000
     commands = (key for key in config if key.endswith("_commands"))
     empty: dict[str, Any] = {
         **{key: [] for key in commands},
@@ -95,10 +95,10 @@ def autoscaling() -> dict[str, Any]:
     }
 
 
-def test_from_no_worker_to_three_on_spot_and_back(host: Rack) -> None:
+def test_three_spot_workers_start_for_three_tasks_and_end_when_idle(host: Rack) -> None:
     (host.disk("solo") / "root/autoscaler.json").write_text(json.dumps(autoscaling()))
     (host.disk("solo") / "root/work.py").write_text(WORK)
     host.run("solo", START)
-    told = host.run("solo", "python /root/work.py", timeout_s=900).stdout.splitlines()
-    told = [line for line in told if line.startswith(("0 ->", "3 ->", "ran on"))]
-    assert told == ["0 ->", "3 -> spot spot spot", "ran on 3", "0 ->"]
+    lines = host.run("solo", "python /root/work.py", timeout_s=900).stdout.splitlines()
+    lines = [line for line in lines if line.startswith(("0 ->", "3 ->", "ran on"))]
+    assert lines == ["0 ->", "3 -> spot spot spot", "ran on 3", "0 ->"]

@@ -1,4 +1,4 @@
-"""A cluster on one's own hosts: up, status, locked doors, down; and Ray's traps on the way."""
+"""An on-premises cluster: up, status, authentication, down, and workarounds for Ray's launcher."""
 
 import json
 import re
@@ -26,7 +26,7 @@ except OSError as error:
 
 @pytest.fixture(scope="module")
 def cluster(own_hosts: OwnHosts) -> OwnHosts:
-    """Up, although each host has somebody else's token, which turns Ray's authentication on."""
+    """A running cluster, although each host had another token, which enables authentication."""
     for host in HOSTS:
         folder = own_hosts.disk(host) / "root/.ray"
         folder.mkdir()
@@ -41,12 +41,12 @@ def pid_of(cluster: OwnHosts, host: str, program: str) -> list[str]:
     return cluster.run(host, f"pgrep -x {program} || true").stdout.split()
 
 
-def test_up_waits_for_every_node_and_says_how_long_it_took(cluster: OwnHosts) -> None:
+def test_up_waits_for_every_node_and_prints_the_time(cluster: OwnHosts) -> None:
     """Autoscaler v2 would never find the second worker."""
     assert re.search(r"^rack: 3 nodes in after \d+ s: 10.77.0.10, ", cluster.started, re.MULTILINE)
 
 
-def test_status_shows_nodes_and_what_they_cost(cluster: OwnHosts) -> None:
+def test_status_shows_nodes_and_their_cost(cluster: OwnHosts) -> None:
     output = cluster.status()
     assert output.startswith("3 nodes\n")
     for host in HOSTS:
@@ -54,7 +54,7 @@ def test_status_shows_nodes_and_what_they_cost(cluster: OwnHosts) -> None:
     assert "no job is running\ncost: $0.75 per hour" in output
 
 
-def test_one_token_is_on_every_host_and_nobody_else_may_read_it(cluster: OwnHosts) -> None:
+def test_every_host_has_the_token_and_only_its_owner_may_read_it(cluster: OwnHosts) -> None:
     tokens = {
         cluster.run(host, "cat ~/.ray/auth_token; stat -c ' %a' ~/.ray/auth_token").stdout
         for host in ("me", *HOSTS)
@@ -65,15 +65,15 @@ def test_one_token_is_on_every_host_and_nobody_else_may_read_it(cluster: OwnHost
     assert re.fullmatch("[0-9a-f]{64}", token)
 
 
-def test_up_again_disturbs_nothing(cluster: OwnHosts) -> None:
+def test_up_again_changes_nothing(cluster: OwnHosts) -> None:
     before = [pid_of(cluster, host, "raylet") for host in HOSTS]
     assert "3 nodes in" in cluster.me("heliostat up cluster.yaml")
     assert [pid_of(cluster, host, "raylet") for host in HOSTS] == before
     assert all(len(raylets) == 1 for raylets in before)
 
 
-def test_strangers_run_nothing(cluster: OwnHosts) -> None:
-    """CVE-2023-48022: whoever reaches a dashboard without authentication runs what they like."""
+def test_without_the_token_nothing_is_run(cluster: OwnHosts) -> None:
+    """CVE-2023-48022: a dashboard without authentication runs any command of any client."""
     token = cluster.run("me", "cat ~/.ray/auth_token").stdout
     inside = "python /tmp/attack.py http://127.0.0.1:8265"
     agent = f"python /tmp/attack.py http://{ADDRESSES['one']}:52365"
@@ -90,11 +90,11 @@ def test_strangers_run_nothing(cluster: OwnHosts) -> None:
     assert cluster.run("head", f"{inside} {token}").stdout.strip() == "200"
     cluster.wait(
         lambda: any((cluster.disk(host) / "tmp/broken-in").exists() for host in HOSTS),
-        "the same attack by somebody who has the token",
+        "the same attack with the token",
     )
 
 
-def test_ui_opens_both_pages_for_as_long_as_it_runs(cluster: OwnHosts) -> None:
+def test_ui_opens_both_pages_while_it_runs(cluster: OwnHosts) -> None:
     script = """
         > ui.txt; heliostat ui --cluster cluster.yaml >> ui.txt & ui=$!
         until grep -q MLflow: ui.txt; do sleep 0.2; kill -0 $ui || exit 1; done
@@ -104,12 +104,14 @@ def test_ui_opens_both_pages_for_as_long_as_it_runs(cluster: OwnHosts) -> None:
             done
         done
         kill -TERM $ui; wait $ui
-        curl -s -o /dev/null -m 5 $page/ || echo closed
+        for _ in $(seq 100); do  # its ssh ends a moment later, when its input does
+            curl -s -o /dev/null -m 5 $page/ || { echo closed; break; }; sleep 0.1
+        done
     """
     assert cluster.me(script).split() == ["200", "200", "closed"]
 
 
-def test_attach_is_a_shell_on_the_head(cluster: OwnHosts) -> None:
+def test_attach_opens_a_shell_on_the_head(cluster: OwnHosts) -> None:
     typed = "ip -4 -o address; echo ended-$((2 + 3)); exit 7"
     shell = "script -qec 'heliostat attach cluster.yaml' /dev/null"
     output = cluster.fails(f"echo '{typed}' | {shell}", code=7)
@@ -118,7 +120,7 @@ def test_attach_is_a_shell_on_the_head(cluster: OwnHosts) -> None:
     assert "Error" not in output
 
 
-def test_trouble_is_told_in_a_line(cluster: OwnHosts) -> None:
+def test_failures_are_one_line(cluster: OwnHosts) -> None:
     wrong = "sed 's/head_ip: .*/head_ip: 10.77.0.99/' cluster.yaml > wrong.yaml"
     output = cluster.fails(f"{wrong}; heliostat up wrong.yaml", code=1)
     assert "head 10.77.0.99: no SSH: " in output
@@ -145,26 +147,26 @@ def test_a_worker_that_comes_back_empty_is_set_up_again(cluster: OwnHosts) -> No
 
 
 @pytest.mark.cluster
-def test_a_replaced_head_takes_its_workers_over(cluster: OwnHosts) -> None:
-    """Ray's launcher believes the new machine to be set up; its autoscaler starts Ray twice."""
+def test_a_replaced_head_takes_over_its_workers(cluster: OwnHosts) -> None:
+    """Although Ray's launcher takes it for set up, and its autoscaler starts Ray a second time."""
     before = [pid_of(cluster, host, "raylet") for host in ("one", "two")]
     cluster.pull("head")
     cluster.boot("head")
     assert "3 nodes in" in cluster.me("heliostat up cluster.yaml", timeout_s=600)
 
     def started() -> bool:
-        """Whether the new head's autoscaler has gone through its commands on both workers."""
+        """Whether the new head's autoscaler has run its commands on both workers."""
         text = cluster.run("head", "cat /tmp/ray/cluster-rack.state").stdout
         workers = [node for address, node in json.loads(text).items() if address in WORKERS]
         states = [node["tags"].get("ray-node-status") for node in workers]
         return states == ["up-to-date"] * len(WORKERS)
 
-    cluster.wait(started, "the autoscaler to have been on both workers")
+    cluster.wait(started, "the autoscaler to set up both workers")
     assert [pid_of(cluster, host, "raylet") for host in ("one", "two")] == before
 
 
 def test_down_leaves_no_process_and_up_starts_again(cluster: OwnHosts) -> None:
-    """`ray down` would stop the head alone."""
+    """`ray down` would stop only the head."""
     assert cluster.processes("one")
     assert "rack: down" in cluster.me("heliostat down cluster.yaml")
     assert {host: cluster.processes(host) for host in HOSTS} == {host: [] for host in HOSTS}

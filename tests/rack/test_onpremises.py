@@ -1,4 +1,4 @@
-"""Trains and sweeps on one's own hosts while machines are lost: nothing changes the results."""
+"""Training and sweeps on premises while machines are lost: the results stay the same."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ def cluster(own_hosts: OwnHosts) -> OwnHosts:
 
 
 def submitted(cluster: OwnHosts, name: str, *options: str) -> Notes:
-    """Start a slow run on two workers; where it writes down its steps."""
+    """Start a slow run on two workers; returns its notes."""
     notes = f"--set data.notes={SHARED}/notes/{name}"
     words = [SUBMIT, *options, "train slow.yaml --name", name, notes]
     cluster.me(" ".join(words), timeout_s=LIMIT_S)
     return Notes(cluster.shared, name)
 
 
-def in_the_middle(cluster: OwnHosts, name: str) -> Notes:
-    """Start a run and wait until it has been saved, on both hosts."""
+def start_and_save(cluster: OwnHosts, name: str) -> Notes:
+    """Start a run and wait until both hosts have trained and a checkpoint is saved."""
     notes = submitted(cluster, name)
     saved = cluster.shared / "runs" / name / "checkpoints"
     cluster.wait(lambda: len(list(saved.glob("step-*"))) >= 1, f"a checkpoint of {name}", LIMIT_S)
@@ -39,7 +39,7 @@ def in_the_middle(cluster: OwnHosts, name: str) -> Notes:
 
 
 def end(cluster: OwnHosts, name: str) -> str:
-    """Wait for a job's end, which has to be a good one; what it printed."""
+    """Wait until a job has succeeded; returns its log."""
     return cluster.me(f"{FOLLOW} {name}", timeout_s=LIMIT_S)
 
 
@@ -50,39 +50,39 @@ def weights(cluster: OwnHosts, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: OwnHosts) -> str:
-    """The weights of a run that nothing happened to, on both hosts, followed to its end."""
-    Notes(cluster.shared, "quiet").hurry()
+    """The weights of an undisturbed run on both hosts, followed to its end."""
+    Notes(cluster.shared, "quiet").go_on()
     notes = submitted(cluster, "quiet", "--follow")
     assert {host for _, host in notes.steps()} == {"one", "two"}
     return weights(cluster, "quiet")
 
 
-def test_power_pulled_in_mid_training_and_an_empty_machine_in_its_place(
+def test_a_worker_is_replaced_by_an_empty_machine_during_training(
     cluster: OwnHosts, undisturbed: str
 ) -> None:
-    notes = in_the_middle(cluster, "pulled")
+    notes = start_and_save(cluster, "pulled")
     cluster.pull("two")
     cluster.wait_for_nodes(2)
     cluster.boot("two")
-    notes.hurry()
+    notes.go_on()
     end(cluster, "pulled")
     assert weights(cluster, "pulled") == undisturbed
 
 
-def test_a_cut_of_the_network(cluster: OwnHosts, undisturbed: str) -> None:
-    """It lasts until the cluster has seen it, which takes about 10 s."""
+def test_a_worker_loses_its_network_for_a_while(cluster: OwnHosts, undisturbed: str) -> None:
+    """Until the cluster has noticed, which takes about 10 s."""
     cluster.wait_for_nodes(3)
-    notes = in_the_middle(cluster, "cut")
+    notes = start_and_save(cluster, "cut")
     cluster.cut("two")
     cluster.wait_for_nodes(2)
     cluster.heal("two")
-    notes.hurry()
+    notes.go_on()
     end(cluster, "cut")
     assert weights(cluster, "cut") == undisturbed
 
 
 def tracked(cluster: OwnHosts, sweep: str) -> dict[str, str]:
-    """Name -> status of a sweep's run and its trials', as the head's MLflow has them."""
+    """Name -> status in MLflow of a sweep's run and of its trials' runs."""
     code = f"""
 import json, mlflow
 client = mlflow.MlflowClient('http://10.77.0.10:5000')
@@ -95,12 +95,12 @@ print('found', json.dumps([[run.info.run_name, run.info.status] for run in own])
     output = cluster.run("head", f'MLFLOW_TRACKING_URI=http://10.77.0.10:5000 python -c "{code}"')
     line = next(line for line in output.stdout.splitlines() if line.startswith("found "))
     found = json.loads(line.removeprefix("found "))
-    assert len(dict(found)) == len(found), "a trial is there twice"
+    assert len(dict(found)) == len(found), "a trial has two runs"
     return dict(found)
 
 
-def test_a_sweep_outlives_the_head(cluster: OwnHosts) -> None:
-    """Its machine is replaced by an empty one in mid-sweep; no trial is lost or done twice."""
+def test_a_sweep_survives_the_loss_of_the_head(cluster: OwnHosts) -> None:
+    """An empty machine replaces the head; no trial is lost or run twice."""
     cluster.wait_for_nodes(3)
     few = "--set sweep.trials=4 --set sweep.fuse=off --set train.epochs=20"
     few += f" --set storage={SHARED}/runs"

@@ -1,4 +1,4 @@
-"""A cluster whose state is in the user's own Redis."""
+"""A cluster that keeps its state in the user's Redis."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-def test_a_replaced_head_finds_its_workers_there(tmp_path: Path) -> None:
+def test_a_replaced_head_finds_its_workers_in_redis(tmp_path: Path) -> None:
     spec = re.sub("^state: .*$", f"state: redis://{REDIS}:6379", SPEC, flags=re.MULTILINE)
     with OwnHosts(tmp_path / "rack", spec) as cluster:
         cluster.start("neighbour", f"redis-server --bind {REDIS} --protected-mode no --save ''")

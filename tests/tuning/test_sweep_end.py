@@ -39,8 +39,8 @@ class Tracker:
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Tracker:
     tracker = Tracker()
-    monkeypatch.setattr(sweeps.run, "start_tracking", lambda *_, **__: tracker)
-    monkeypatch.setattr(sweeps.run, "end_tracking", lambda *_: {"run_id": "r"})
+    monkeypatch.setattr(sweeps.mlflow_run, "start_tracking", lambda *_, **__: tracker)
+    monkeypatch.setattr(sweeps.mlflow_run, "end_tracking", lambda *_: {"run_id": "r"})
     monkeypatch.setattr(sweeps, "wait_until_sent", lambda *_, **__: None)
     return tracker
 

@@ -46,7 +46,7 @@ def _check(folder: Path) -> int:
     from rich.console import Console
 
     from cluster.base.errors import DataError
-    from trainers.data.partitions import damaged_files
+    from trainers.data.partitioned_dataset import damaged_files
     from trainers.data.splits import read_dataset_manifest
     from trainers.run_folder import display_path
 

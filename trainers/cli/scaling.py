@@ -34,7 +34,8 @@ def scaling_command(args: argparse.Namespace) -> int:
     from trainers.probes import scaling_study
     from trainers.run_folder import create_run_folder, display_path, unique_name
     from trainers.runs.run import find_started
-    from trainers.runs.session import end_tracking, folder_session, start_tracking
+    from trainers.runs.session import folder_session
+    from trainers.tracking.mlflow_run import end_tracking, start_tracking
 
     own = read_user_prices()
     asked = read_probe_request(args)

@@ -14,7 +14,7 @@ from filelock import FileLock
 from cluster.base.config import Spec
 from cluster.base.errors import DataError, SpecError
 from cluster.base.files import commit_folder
-from trainers.data.partitions import (
+from trainers.data.partitioned_dataset import (
     ProgressCallback,
     encode_parquet,
     ignore_progress,

@@ -38,9 +38,8 @@ def train(
     """Train from the latest checkpoint in `folder`, or from the start, to the last step.
 
     Stops early, with its state saved, when the reporter says so. `dataset` is a folder that
-    `trainers.data.dataset.prepare_dataset` returned; `started` is the Unix time of the user's
-    command, from which goodput counts. Every worker calls this with the same arguments but its
-    own `worker` and `reporter`.
+    `prepare_dataset` returned, `started` the Unix time of the user's command, from which goodput
+    counts. Every worker calls this with the same arguments but its own `worker` and `reporter`.
     """
     samples = count_samples(dataset, "train")
     total = spec.train.total_steps(samples)
@@ -53,11 +52,9 @@ def train(
     saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
     coordinator = StepCoordinator(worker, reporter, start)
     losses = LossWindow(worker, scalars)
-    if worker.world_size > 1:
-        reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
+    _log_strategy(steps, reporter)
 
     done = start
-    meter.mark("start")
     for step in range(start, total):
         heartbeat(step)
         done = step + 1
@@ -100,6 +97,12 @@ def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, flo
     if steps.skipped_steps:
         metrics["train/skipped_steps"] = steps.skipped_steps
     return metrics
+
+
+def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:
+    """Log how the model is spread over the workers, if there are several."""
+    if steps.worker.world_size > 1:
+        reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
 
 
 def _log_first_step(spec: RunSpec, steps: TrainStep, reporter: Reporter) -> None:

@@ -136,6 +136,7 @@ class TrainStep:
         done, scalars = checkpoints.resume(self.network, self._update.optimizer)
         self._update.load_scalars(scalars)
         self.meter.load_state_dict(scalars)
+        self.meter.mark("start")
         return done, scalars
 
     def _forward_backward(self, step: int) -> Tensor:

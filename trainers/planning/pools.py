@@ -43,7 +43,7 @@ class Pool:
         return self.accelerator == "cpu"
 
     def nodes_for(self, workers: int) -> int | None:
-        """The number of nodes that the workers take, since Ray fills nodes; None if they do not fit."""
+        """The number of nodes that the workers take; Ray fills nodes. None if they do not fit."""
         capacities = enumerate(itertools.accumulate(self.slots), start=1)
         return next((nodes for nodes, capacity in capacities if capacity >= workers), None)
 

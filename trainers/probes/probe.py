@@ -18,8 +18,8 @@ from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
 from trainers.probes.timing import probe_loop
 from trainers.run_folder import unique_name
+from trainers.runs.failure_policy import failure_reason
 from trainers.runs.ray_train import WorkerConfig, ray_trainer, scaling_config
-from trainers.runs.worker_errors import failure_reason
 from trainers.spec import RunSpec, resolve
 
 CAPACITY_TIMEOUT_S = 60.0

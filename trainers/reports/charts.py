@@ -4,13 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.reports.history import Span
-from trainers.reports.vega import (
-    Chart,
-    Columns,
-    choose_scale,
-    data_source,
-    quantitative,
-)
+from trainers.reports.vega import Chart, Columns, choose_scale, data_source, quantitative
 
 PART_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
 """Colours for parts of a whole, told apart by the colour-blind too (Paul Tol, "bright")."""

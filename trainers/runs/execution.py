@@ -14,8 +14,12 @@ from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.runs.driver_meter import DriverMeter
 from trainers.runs.ray_train import ProgressCallback, WorkerConfig, run_workers, scaling_config
 from trainers.runs.run import Run
-from trainers.runs.session import end_tracking, start_tracking
-from trainers.tracking.descriptions import DESCRIPTION_TAG, run_description
+from trainers.tracking.mlflow_run import (
+    DESCRIPTION_TAG,
+    end_tracking,
+    run_description,
+    start_tracking,
+)
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 

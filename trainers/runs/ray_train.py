@@ -25,10 +25,7 @@ from trainers.engine.reporter import NullReporter, Reporter
 from trainers.engine.stall_files import STALLS
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS, MODEL
-from trainers.runs.ray_train_internals import announced_preemption, trainer_class
-from trainers.runs.stalls import StallWatch
-from trainers.runs.visibility import can_see_run, require_run_visible
-from trainers.runs.worker_errors import (
+from trainers.runs.failure_policy import (
     PeerLostError,
     PeerPreemptedError,
     decide_retry,
@@ -36,6 +33,9 @@ from trainers.runs.worker_errors import (
     format_error,
     is_peer_loss,
 )
+from trainers.runs.ray_train_internals import announced_preemption, trainer_class
+from trainers.runs.stalls import StallWatch
+from trainers.runs.visibility import can_see_run, require_run_visible
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
 from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.tracking.operation_log import MetricPoint

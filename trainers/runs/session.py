@@ -3,20 +3,18 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.config import flatten
 from cluster.base.errors import SpecError
 from cluster.base.terminal import redirect_output
 from cluster.connection.ray_connection import ray_session
-from trainers.run_folder import ENVIRONMENT, LOG, SPEC, TRACKING, display_path, git_tags, locked
+from trainers.run_folder import LOG, display_path, locked
 from trainers.runs.ray_train import resource_shortage
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
 from trainers.tracking.preflight import check_access
-from trainers.tracking.tracker import TrackedRun, start_tracker, wait_until_sent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,35 +95,3 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         signal.signal(signal.SIGTERM, terminate)
         signal.signal(signal.SIGINT, interrupt)
-
-
-def start_tracking(
-    folder: Path, spec: RunSpec, spec_data: Mapping[str, Any], kind: str = "train"
-) -> Any:
-    """Start the tracker of the run or sweep in `folder`; log its spec and its environment."""
-    key, tracking = folder.name, spec.tracking
-    tracker = start_tracker(folder / TRACKING, str(tracking.uri), tracking.experiment, key)
-    tracker.start.remote(tracked_run(key, spec_data, kind=kind))
-    for name in (SPEC, ENVIRONMENT):
-        tracker.log_artifact.remote(key, str(folder / name))
-    return tracker
-
-
-def tracked_run(
-    key: str, spec_data: Mapping[str, Any], parent: str | None = None, kind: str = "train"
-) -> TrackedRun:
-    """The run as MLflow shows it: the spec's fields are parameters, named by dotted path."""
-    params = {k: v for k, v in flatten(spec_data).items() if not k.startswith("sweep.")}
-    tags = {"heliostat.kind": kind, **git_tags(Path.cwd())}
-    return TrackedRun(key, params, tags, parent)
-
-
-def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
-    """Wait until MLflow has everything; return the run's entry there (`Tracker.read`).
-
-    If MLflow cannot be reached, return {"unsent": LINE} instead.
-    """
-    import ray
-
-    unsent = wait_until_sent(tracker, timeout_s=60)
-    return {"unsent": unsent} if unsent else ray.get(tracker.read.remote(key))

@@ -39,7 +39,7 @@ class StallWatch:
         self._next_poll_s = 0.0
 
     def poll(self) -> Stall | None:
-        """A new stall, at most once a second and only after all workers have written their stacks."""
+        """A new stall, at most once a second, after all workers have written their stacks."""
         now_s = time.monotonic()
         if now_s < self._next_poll_s:
             return None

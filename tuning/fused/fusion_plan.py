@@ -1,4 +1,7 @@
-"""Whether a sweep's trials are fused, and into how many slots: decided by what is measured."""
+"""Whether the trials of a sweep are fused, and into how many slots: decided by measurements.
+
+The decision is kept in the sweep's folder, so that a resumed sweep goes on with it.
+"""
 
 import json
 import math
@@ -15,64 +18,66 @@ from trainers.data.splits import count_samples, open_split
 from trainers.devices import Device, local_device
 from trainers.engine.step import TrainStep
 from trainers.precision import weights_dtype
-from trainers.runs.worker_errors import format_error
+from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
-from tuning.fused.program import Program
-from tuning.fused.program_signature import Variant, program_key, unsupported_reason
-from tuning.fused.vmap_rewrites import NotFusibleError
+from trainers.workload import Batch
+from tuning.fused.sweep_variants import distinct_programs, varied_floats
+from tuning.programs.program import Program
+from tuning.programs.program_signature import Variant, unsupported_reason
+from tuning.programs.vmap_rewrites import NotFusibleError
 from tuning.trials.trial import Sweep, set_threads
 
 PLAN_FILE = "fuse.json"
 MIN_STEPS_TO_FUSE = 5000
-"""Steps of all trials together below which compiling takes longer than it can save."""
+"""Steps of all trials together below which compiling costs more time than it can save."""
 MAX_SLOTS = 64
 MAX_TRIED_PROGRAMS = 8
-"""Programs that are tried before a sweep begins; what a trial beyond them needs shows later."""
+"""Programs that are traced before a sweep begins; others are traced when a trial needs them."""
 COMPILE_S_PER_NODE = 0.03
-"""Seconds of compiling for each operation of a step, on one core; measured, on the safe side."""
+"""Seconds of compiling per operation of a step, on one core: measured, and rounded up."""
 EXPECTED_STEP_SHARE = {"asha": 0.5, "median": 0.7}
-"""Share of all trials' steps that a scheduler is expected to let them do."""
+"""Share of all trials' steps that are expected to be done under a scheduler."""
 PROCESS_TRIAL_S = 0.5
-"""Seconds that a trial in a process costs besides its steps, its process being there already."""
+"""Seconds that a trial in a running process costs besides its steps."""
 ADAPTIVE_SEARCHES, GENERATIONS = ("tpe", "cmaes"), 4
-"""Searches that learn from trials, and how often their trials fill all slots at least."""
+"""Searches that learn from earlier trials, and how many rounds of trials they get at least."""
 MEMORY_SHARE = 0.5
-"""How much of the memory that is free may be slots."""
+"""Share of the free memory that slots may take."""
 FIRST_CPU_SLOTS = 4
-"""Slots that are tried first on a CPU, where a compiled step costs little besides computing: few
-fill a core, and more make each trial slower. On a GPU it is as many as its idle share has room for,
-since there they cost a trial nothing."""
+"""Slots that are tried first on a CPU. There a compiled step has little overhead: few slots fill a
+core, and more make each trial slower. On a GPU the first number is what its idle share has room
+for, since there slots cost a trial nothing."""
 
 
 @dataclass(frozen=True)
 class FusionPlan:
-    """What was decided for a sweep."""
+    """The decision for a sweep."""
 
     slots: int
     """Slots of each program; 0 where each trial gets a process."""
     line: str
-    """Why, for the user; empty where nothing was asked for."""
+    """The reason, for the user; empty if there is nothing to tell."""
 
     def save(self, sweep: Sweep) -> None:
-        """Keep the plan with the sweep, which goes on with it whenever it is resumed."""
+        """Keep the plan in the sweep's folder."""
         write_atomic(sweep.folder / PLAN_FILE, json.dumps(asdict(self)))
 
 
 def load_plan(sweep: Sweep) -> FusionPlan | None:
-    """The plan that the sweep began with; None before that."""
+    """The plan with which the sweep began; None before that."""
     path = sweep.folder / PLAN_FILE
     return FusionPlan(**json.loads(path.read_text())) if path.exists() else None
 
 
 def planned_slots(sweep: Sweep) -> int:
-    """Slots of each of the sweep's programs; 0 where it is not fused."""
+    """The slots of each of the sweep's programs; 0 if it is not fused."""
     plan = load_plan(sweep)
     return plan.slots if plan else 0
 
 
 def plan_from_spec(sweep: Sweep) -> FusionPlan | None:
-    """That a sweep is not fused, where its spec says enough; None where it has to be tried."""
+    """The plan of a sweep whose spec rules fusing out; None if it has to be tried."""
     if sweep.spec.fuse == "off":
         return FusionPlan(0, "")
     spec, _ = resolve(sweep.spec_data, RunSpec)
@@ -84,11 +89,11 @@ def plan_from_spec(sweep: Sweep) -> FusionPlan | None:
 
 
 def try_plan(sweep: Sweep, engines: int) -> tuple[FusionPlan, Program | None]:
-    """As `make_plan`; a sweep whose trials cannot even be tried is not fused."""
+    """`make_plan`, but a sweep whose trials cannot even be built is not fused."""
     threads = torch.get_num_threads()
     try:
         return make_plan(sweep, engines)
-    except Exception as error:  # a trial in a process of its own will say what is wrong
+    except Exception as error:  # a trial in a process of its own will report what is wrong
         return FusionPlan(0, f"not fused: {format_error(error)}"), None
     finally:
         torch.set_num_threads(threads)
@@ -97,73 +102,133 @@ def try_plan(sweep: Sweep, engines: int) -> tuple[FusionPlan, Program | None]:
 def make_plan(
     sweep: Sweep, engines: int, free_bytes: int | None = None
 ) -> tuple[FusionPlan, Program | None]:
-    """The plan for a sweep on `engines` devices like this process' own, where it is made.
+    """Decide for a sweep on `engines` devices like the one of this process.
 
-    Takes some seconds to measure a lone trial's step, and compiles where that promises to pay;
-    a program that was compiled for the plan comes with it. Slots get half of `free_bytes`, of
-    what the device has when that is None.
+    Takes some seconds to measure the step of a trial alone, and compiles if that promises to pay
+    off; returns the program that was compiled, if any. Slots may take half of `free_bytes`, which
+    is the device's free memory if not given.
     """
     set_threads(sweep)
+    try:
+        probe = _probe(sweep)
+        if isinstance(sweep.spec.fuse, int):
+            return FusionPlan(sweep.spec.fuse, _fused_message(sweep.spec.fuse, engines)), None
+        most = _max_slots(sweep, engines, probe, free_bytes)
+        return _fastest_plan(sweep, engines, probe, most)
+    except NotFusibleError as error:
+        return FusionPlan(0, f"not fused: {error}"), None
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A sweep whose trials can be traced as programs."""
+
+    sweep: Sweep
+    device: Device
+    samples: Batch
+    variant: Variant
+    """The reference trial."""
+    one_slot: Program
+    """Its program, with one slot."""
+    programs: int
+    """How many programs the sweep's trials need."""
+
+    def program(self, slots: int) -> Program:
+        varied = varied_floats(self.sweep, self.variant)
+        return Program(self.variant, slots, self.samples, self.device, varied)
+
+    @property
+    def compile_s(self) -> float:
+        """Estimated time of compiling one program."""
+        return COMPILE_S_PER_NODE * len(self.one_slot.graph.graph.nodes)
+
+
+def _probe(sweep: Sweep) -> _Probe:
+    """Trace the sweep's programs; raises NotFusibleError for the first that cannot be."""
     spec, _ = resolve(sweep.spec_data, RunSpec)
     device = local_device(spec.scale.accelerator)
     samples = open_split(local_dataset(sweep.dataset, spec), "train")
-    variants, programs = _distinct_programs(sweep)
+    variants, programs = distinct_programs(sweep, MAX_TRIED_PROGRAMS)
     for variant in variants:
         reason = unsupported_reason(variant.spec)
         if reason:
-            return FusionPlan(0, f"not fused: {reason}"), None
+            raise NotFusibleError(reason)
+    first, *_ = [
+        Program(variant, 1, samples, device, varied_floats(sweep, variant)) for variant in variants
+    ]
+    return _Probe(sweep, device, samples, variants[0], first, programs)
 
-    def program(slots: int, variant: Variant = variants[0]) -> Program:
-        return Program(variant, slots, samples, device, varied_floats(sweep, variant))
 
-    try:
-        first, *_ = [program(1, variant) for variant in variants]
-    except NotFusibleError as error:
-        return FusionPlan(0, f"not fused: {error}"), None
-    if isinstance(sweep.spec.fuse, int):
-        return FusionPlan(sweep.spec.fuse, _fused_message(sweep.spec.fuse, engines)), None
-    slot_bytes = program(2).peak_bytes() - first.peak_bytes()
-    free = device.memory().free if free_bytes is None else free_bytes
+def _max_slots(sweep: Sweep, engines: int, probe: _Probe, free_bytes: int | None) -> int:
+    """The most slots that the sweep can use, and the memory has room for; at least 2."""
+    one_bytes = probe.one_slot.peak_bytes()
+    slot_bytes = probe.program(2).peak_bytes() - one_bytes
+    free = probe.device.memory().free if free_bytes is None else free_bytes
     room = math.inf if free is None else MEMORY_SHARE * free
-    if device.type == "cpu":
+    if probe.device.type == "cpu":
         room /= engines
     most = min(MAX_SLOTS, math.ceil(sweep.spec.total_trials / engines))
     if sweep.spec.search in ADAPTIVE_SEARCHES:
         most = min(most, math.ceil(sweep.spec.total_trials / engines / GENERATIONS))
     most = min(most, sweep.spec.concurrency or most)
-    most = min(most, int((room - first.peak_bytes()) / max(1, slot_bytes)) + 1)
+    if room < math.inf:
+        most = min(most, int((room - one_bytes) / max(1, slot_bytes)) + 1)
     if most < 2:
-        return FusionPlan(0, "not fused: there is no room for two trials on a device"), None
-    alone_s, busy = _measure_unfused_step(variants[0], samples, device)
-    steps = sweep.spec.total_trials * variants[0].total_steps
-    steps = round(steps * EXPECTED_STEP_SHARE.get(sweep.spec.scheduler.name, 1.0))
-    compile_s = COMPILE_S_PER_NODE * len(first.graph.graph.nodes)
+        raise NotFusibleError("there is no room for two trials on a device")
+    return most
 
-    def takes_s(step_s: float, slots: int) -> float:
-        """Seconds that all trials' steps take when `slots` at a time take one in `step_s`.
 
-        All work, and once more the longest trial: at the end few are left, and wait for no one.
+@dataclass(frozen=True)
+class _SweepTime:
+    """Estimates how long the steps of a sweep take."""
+
+    steps: int
+    """Of all trials together."""
+    trial_steps: int
+    """Of the longest trial."""
+    engines: int
+
+    def seconds(self, step_s: float, slots: int) -> float:
+        """The time of all steps if `slots` trials at a time take a step in `step_s`.
+
+        The steps of the longest trial are counted once more: at the end few trials are left, and
+        their slots' neighbours are idle.
         """
-        return step_s * (steps / slots / engines + variants[0].total_steps)
+        return step_s * (self.steps / slots / self.engines + self.trial_steps)
 
-    unfused_s = takes_s(alone_s, 1) + PROCESS_TRIAL_S * sweep.spec.total_trials / engines
-    start = FIRST_CPU_SLOTS if device.type == "cpu" else 2 ** round(math.log2(1 / busy))
-    best = program(min(most, start))
-    guess_s = alone_s * max(0.3, 2 * busy * best.slots)  # half of the peak, and what a start costs
-    if takes_s(guess_s, best.slots) + programs * compile_s > 0.8 * unfused_s:
-        return FusionPlan(0, _not_worth_message(busy, unfused_s, compile_s * programs)), None
-    step_s = _compiled_step_s(best, device)
+
+def _fastest_plan(
+    sweep: Sweep, engines: int, probe: _Probe, most: int
+) -> tuple[FusionPlan, Program]:
+    """The plan with the shortest sweep, of at most `most` slots.
+
+    Raises NotFusibleError if the sweep is expected to be faster without fusing.
+    """
+    alone_s, busy = _measure_unfused_step(probe.variant, probe.samples, probe.device)
+    trials, trial_steps = sweep.spec.total_trials, probe.variant.total_steps
+    share = EXPECTED_STEP_SHARE.get(sweep.spec.scheduler.name, 1.0)
+    time_of = _SweepTime(round(trials * trial_steps * share), trial_steps, engines)
+    unfused_s = time_of.seconds(alone_s, 1) + PROCESS_TRIAL_S * trials / engines
+    compile_s, programs = probe.compile_s, probe.programs
+    not_worth = NotFusibleError(_not_worth_message(busy, unfused_s, compile_s * programs))
+    start = FIRST_CPU_SLOTS if probe.device.type == "cpu" else 2 ** round(math.log2(1 / busy))
+    best = probe.program(min(most, start))
+    # Assumes half of the device's peak, and a fixed part of the time for starting kernels.
+    guess_s = alone_s * max(0.3, 2 * busy * best.slots)
+    if time_of.seconds(guess_s, best.slots) + programs * compile_s > 0.8 * unfused_s:
+        raise not_worth
+    step_s = _compiled_step_s(best, probe.device)
     # At best, twice as many slots take a step in the same time.
     while 2 * best.slots <= most and (
-        takes_s(step_s, best.slots) - takes_s(step_s, 2 * best.slots) > compile_s
+        time_of.seconds(step_s, best.slots) - time_of.seconds(step_s, 2 * best.slots) > compile_s
     ):
-        wider = program(2 * best.slots)
-        wider_s = _compiled_step_s(wider, device)
-        if takes_s(wider_s, wider.slots) > takes_s(step_s, best.slots):
+        wider = probe.program(2 * best.slots)
+        wider_s = _compiled_step_s(wider, probe.device)
+        if time_of.seconds(wider_s, wider.slots) > time_of.seconds(step_s, best.slots):
             break
         best, step_s = wider, wider_s
-    if takes_s(step_s, best.slots) + (programs - 1) * compile_s > 0.9 * unfused_s:
-        return FusionPlan(0, _not_worth_message(busy, unfused_s, compile_s * programs)), None
+    if time_of.seconds(step_s, best.slots) + (programs - 1) * compile_s > 0.9 * unfused_s:
+        raise not_worth
     gain = alone_s / step_s * best.slots
     line = f"{_fused_message(best.slots, engines)}, {gain:.1f} times as fast as alone"
     return FusionPlan(best.slots, line), best
@@ -176,71 +241,23 @@ def _fused_message(slots: int, engines: int) -> str:
 
 def _not_worth_message(busy: float, alone_s: float, compile_s: float) -> str:
     if busy > 0.25:
-        return f"not fused: a lone trial keeps {busy:.0%} of its device busy"
-    return (
-        f"not fused: compiling takes about {compile_s:.0f} s, and all trials without it "
-        f"{alone_s:.0f} s"
-    )
+        return f"a lone trial keeps {busy:.0%} of its device busy"
+    return f"compiling takes about {compile_s:.0f} s, and all trials without it {alone_s:.0f} s"
 
 
-def _distinct_programs(sweep: Sweep) -> tuple[list[Variant], int]:
-    """A variant for each value that needs a program of its own, and how many programs there are.
+def _measure_unfused_step(variant: Variant, samples: Batch, device: Device) -> tuple[float, float]:
+    """The time of a step of a trial alone, and the share of the device's arithmetic it uses.
 
-    The first is as the others in all but one field.
-    """
-    found, count = {}, 1
-    first = reference_variant(sweep)
-    found[program_key(first, varied_floats(sweep, first))] = first
-    for path, distribution in sweep.spec.parameters.items():
-        others = [
-            reference_variant(sweep, **{path: value}) for value in distribution.boundary_values()
-        ]
-        keys = {program_key(each, varied_floats(sweep, each)): each for each in others}
-        found = {**keys, **found}
-        if len(keys) > 1 and distribution.choice is None:
-            low, high = distribution.bounds or (0, 0)
-            count *= int(high - low + 1)
-        else:
-            count *= len(keys)
-    chosen = [first, *(each for each in found.values() if each is not first)]
-    return chosen[:MAX_TRIED_PROGRAMS], min(count, sweep.spec.total_trials)
-
-
-def reference_variant(sweep: Sweep, **changed: Any) -> Variant:
-    """A trial of the sweep, with some of its parameters `changed`."""
-    usual = {path: d.boundary_values()[-1] for path, d in sweep.spec.parameters.items()}
-    spec, workload = resolve(sweep.trial_spec_data({**usual, **changed}), RunSpec)
-    return Variant(spec, workload, spec.train.total_steps(count_samples(sweep.dataset, "train")))
-
-
-def varied_floats(sweep: Sweep, variant: Variant) -> dict[str, list[float]]:
-    """The numbers of the section `model` that the sweep varies, with some of their values."""
-    model = variant.workload.model
-    fields = {
-        path.removeprefix("model."): distribution
-        for path, distribution in sweep.spec.parameters.items()
-        if path.startswith("model.")
-    }
-    return {
-        name: [float(value) for value in distribution.boundary_values()]
-        for name, distribution in fields.items()
-        if isinstance(getattr(model, name, None), float)
-    }
-
-
-def _measure_unfused_step(variant: Variant, samples: Any, device: Device) -> tuple[float, float]:
-    """Seconds of a lone trial's step, and the share of the device's arithmetic that it uses.
-
-    The share is that of the fastest product of two matrices in the same precision.
+    The share is relative to a product of two large matrices in the same precision.
     """
     spec, total = variant.spec, variant.total_steps
-    stepper = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
-    flops = stepper.meter.flops
-    stepper.network.train()
+    train_step = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
+    flops = train_step.meter.flops
+    train_step.network.train()
     steps = iter(range(total))
 
     def step() -> None:
-        stepper.run(next(steps, 0))
+        train_step.run(next(steps, 0))
 
     alone_s = _fastest_s(step, device)
     if flops is None:
@@ -254,13 +271,13 @@ def _measure_unfused_step(variant: Variant, samples: Any, device: Device) -> tup
 
 
 def _compiled_step_s(program: Program, device: Device) -> float:
-    """Seconds that a step of all slots takes."""
+    """Compile a program, and return the time of a step of all slots."""
     program.compile()
     return _fastest_s(lambda: program.run([], 4), device) / 4
 
 
 def _fastest_s(action: Callable[[], Any], device: Device, budget_s: float = 0.5) -> float:
-    """Seconds that `action` takes when nothing else is in its way."""
+    """The time of an action, little disturbed by other processes: the lower quartile."""
     for _ in range(3):
         action()
     times: list[float] = []

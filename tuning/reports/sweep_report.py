@@ -14,12 +14,7 @@ from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
-from tuning.trials.leaderboard import (
-    Leaderboard,
-    pareto_front,
-    read_leaderboard,
-    with_importances,
-)
+from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard, with_importances
 from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import Sweep
 

@@ -59,7 +59,7 @@ class SweepBudget:
         for rate in metering.rates.all_used():
             if self._cost_metric == "cost_usd" and rate.usd_per_h is None:
                 raise SpecError(
-                    f"sweep.scheduler.resource: {rate.price_source}; say cost.usd_per_h"
+                    f"sweep.scheduler.resource: {rate.price_source}; set cost.usd_per_h"
                 )
         self._first_rung_epochs = first_rung_epochs(spec.sweep.scheduler, epochs_per_trial)
         self._lock = threading.Lock()

@@ -26,9 +26,9 @@ from trainers.engine.heartbeat import stall_watchdog
 from trainers.engine.loop import train
 from trainers.engine.stall_files import STALLS
 from trainers.run_folder import CHECKPOINTS, TRIALS
+from trainers.runs.failure_policy import format_error
 from trainers.runs.ray_train import WorkerConfig, run_workers
 from trainers.runs.visibility import require_sweep_visible
-from trainers.runs.worker_errors import format_error
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.operation_log import MetricPoint
@@ -187,7 +187,7 @@ class TuneReporter:
     def on_progress(self, step: int, points: list[MetricPoint], lines: list[str]) -> None:
         """Report the evaluations among the workers' metrics, and log the workers' messages."""
         for line in lines:
-            logger.info("%s", line)
+            logger.warning("%s", line)  # Ray shows no lower level of a Tune worker
         for name, value, row_step, _ in points:
             if name.startswith("val/"):
                 self._unreported.setdefault(row_step, {})[name] = value

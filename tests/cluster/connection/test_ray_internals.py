@@ -14,9 +14,6 @@ import ray
 
 from cluster.connection import ray_internals
 
-READ_IN = "2.60.0"
-"""The release in which every item was read."""
-
 
 def private(module: str, name: str = "", item: str = "") -> Any:
     """A module of Ray's, or a name in it; fails where this release has none."""
@@ -32,8 +29,9 @@ def private(module: str, name: str = "", item: str = "") -> Any:
 
 def changed(item: str, what: str) -> str:
     """The message of a failed test."""
+    release = ray_internals.READ_IN_RELEASE
     return (
-        f"ray_internals.{item}: was read in Ray {READ_IN}; in Ray {ray.__version__} {what}. "
+        f"ray_internals.{item}: was read in Ray {release}; in Ray {ray.__version__} {what}. "
         f"Read the new release, look for a public way first, and adapt {item} alone."
     )
 

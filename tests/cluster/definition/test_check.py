@@ -126,7 +126,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     (
         "head_setup_commands.0",
         "python -m cluster.doors --group ours",
-        "head_setup_commands.0: there is no module cluster.doors (any more); render the file again",
+        "head_setup_commands.0: there is no module cluster.doors in this version; render the ",
     ),
     ("setup_commands.0", "pip install -c ~/pins.txt ray", "setup_commands.0: ~/pins.txt is not am"),
     (

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import ray.autoscaler
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.base.config import Spec, read_yaml, validate
 from cluster.base.errors import SpecError
 from cluster.base.labels import FALLBACK_FOR
+from cluster.connection.ray_internals import prepare_launcher_file, validate_launcher_file
 from cluster.definition.commented_yaml import plain_data
 from cluster.definition.launcher_file import commented_config, render
 from cluster.definition.spec import SHIPPED_SPEC, ClusterSpec, Provider, read_cluster_spec
@@ -43,15 +43,15 @@ def test_the_committed_file_is_up_to_date(path: Path) -> None:
 def test_ray_accepts_the_file_and_adds_no_commands(provider: Provider) -> None:
     """Ray's defaults would install a nightly build and open the dashboard to the network."""
     config = yaml.safe_load(render(read_cluster_spec(SHIPPED_SPEC), provider))
-    prepared = prepare_config(config)
-    validate_config(prepared)
+    prepared = prepare_launcher_file(config)
+    validate_launcher_file(prepared)
     for key in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         assert prepared[key] == config[key]
     assert "dev0" not in str(prepared)
     assert prepared["worker_setup_commands"] == config["setup_commands"]
     config["max_worker"] = 1
     with pytest.raises(Exception, match="max_worker"):
-        validate_config(prepare_config(config))
+        validate_launcher_file(prepare_launcher_file(config))
 
 
 @pytest.mark.parametrize("provider", [*LAUNCHED, "kuberay"])

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and training goes on from it as if nothing had happened."""
+"""A checkpoint is complete or absent, and training goes on from it bit by bit."""
 
 import json
 import os
@@ -29,7 +29,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 class Net(nn.Module):
-    """Whatever makes a state awkward: buffers, a shared, a frozen, an idle weight, a scalar."""
+    """A network with buffers, a shared, a frozen and an idle weight, and a scalar."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 class Strided(nn.Module):
-    """Weights whose elements do not lie in the order of their indices."""
+    """Weights that are not contiguous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def make(
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Steps [first, last), each on a batch of its own."""
+    """Train steps [first, last), each on a batch of its own."""
     dtype = next(model.parameters()).dtype
     for step in range(first, last):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).to(dtype)
@@ -173,7 +173,7 @@ class TestContinuation:
         load_checkpoint(two / "step-00000002", model, optimizer)
         assert model.second.weight is model.first.weight
 
-    def test_what_was_loaded_can_be_saved_again_at_once(self, tmp_path: Path) -> None:
+    def test_a_loaded_state_can_be_saved_again_at_once(self, tmp_path: Path) -> None:
         straight, first = make()
         train(straight, first, 0, 3)
         path = save(tmp_path / "a", 3, straight, first)
@@ -186,7 +186,7 @@ class TestContinuation:
             train(model, optimizer, 3, 6)
         assert_same(state(resumed), state(straight))
 
-    def test_before_the_first_step_there_is_a_state_too(self, folder: Path) -> None:
+    def test_the_state_before_the_first_step_can_be_saved(self, folder: Path) -> None:
         straight, first = make()
         path = save(folder, 0, straight, first)
         resumed, second = make(seed=1)
@@ -195,7 +195,7 @@ class TestContinuation:
             train(model, optimizer, 0, 3)
         assert_same(state(resumed), state(straight))
 
-    def test_the_rule_is_the_new_optimizers(self, folder: Path) -> None:
+    def test_learning_rate_and_decay_are_those_of_the_new_optimizer(self, folder: Path) -> None:
         model, optimizer = make(lr=0.5, weight_decay=0.3, betas=[0.5, 0.6])
         train(model, optimizer, 0, 2)
         path = save(folder, 2, model, optimizer)
@@ -225,7 +225,7 @@ class TestContinuation:
         train(double, second, 2, 4)
         assert all(tensor.isfinite().all() for tensor in double.state_dict().values())
 
-    def test_the_network_alone(self, folder: Path) -> None:
+    def test_the_weights_can_be_loaded_without_the_optimizer(self, folder: Path) -> None:
         model, optimizer = make()
         train(model, optimizer, 0, 2)
         other, _ = make(seed=1)
@@ -234,16 +234,16 @@ class TestContinuation:
 
 
 class TestSave:
-    def test_only_the_newest_are_kept(self, folder: Path) -> None:
+    def test_only_the_latest_are_kept(self, folder: Path) -> None:
         saved(folder, 1, 2, 3, 10, 200, keep=2)
         assert names(folder) == ["step-00000010", "step-00000200"]
 
-    def test_a_step_that_is_there_is_not_written_twice(self, two: Path) -> None:
+    def test_a_checkpoint_that_is_there_is_not_written_again(self, two: Path) -> None:
         before = (two / "step-00000002" / "state-00000.safetensors").stat()
         saved(two, 2)
         assert (two / "step-00000002" / "state-00000.safetensors").stat() == before
 
-    def test_a_damaged_one_is_replaced_by_its_next_save(self, two: Path) -> None:
+    def test_a_damaged_checkpoint_is_replaced_by_the_next_save_of_its_step(self, two: Path) -> None:
         """A run that went on from an older one comes to the same step again."""
         (two / "step-00000002" / "state-00000.safetensors").write_bytes(b"damaged")
         model, optimizer = make(seed=5)
@@ -253,7 +253,7 @@ class TestSave:
         load_model_weights(path, other)
         assert_same(state(other), state(model))
 
-    def test_what_is_saved_is_the_state_at_the_call(self, folder: Path) -> None:
+    def test_the_saved_state_is_that_at_the_call(self, folder: Path) -> None:
         model, optimizer = make()
         wanted = state(model)
         checkpoints = Checkpoints(folder, CheckpointSpec(keep=1))
@@ -306,7 +306,7 @@ class TestSave:
         saved(two, 3)
         assert names(two) == ["step-00000001", "step-00000002", "step-00000003"]
 
-    def test_a_full_disk_is_told_and_what_was_saved_stays(self, small_disk: Path) -> None:
+    def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(self, small_disk: Path) -> None:
         saved(small_disk, 1)
         free = os.statvfs(small_disk)
         (small_disk / "others").write_bytes(bytes(free.f_bavail * free.f_frsize))
@@ -361,7 +361,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 class TestDamage:
     @pytest.mark.parametrize("damage", DAMAGE)
-    def test_a_damaged_one_is_passed_over_and_reported(
+    def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
         self, two: Path, caplog: pytest.LogCaptureFixture, damage: str
     ) -> None:
         path = two / "step-00000002"
@@ -374,7 +374,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="step-00000002"):
             load_checkpoint(path, *make())
 
-    def test_nothing_whole_is_nothing(self, two: Path, tmp_path: Path) -> None:
+    def test_no_latest_checkpoint_if_none_is_intact(self, two: Path, tmp_path: Path) -> None:
         for path in two.iterdir():
             truncate(path)
         assert newest(two) is None
@@ -387,7 +387,7 @@ class TestDamage:
         assert newest(two) == "step-00000002"
 
     def test_no_flipped_bit_of_the_manifest_changes_the_step(self, two: Path) -> None:
-        """Any one of them is noticed, or does no harm."""
+        """Each flipped bit is noticed or harmless."""
         path = two / "step-00000002" / "manifest.json"
         content = path.read_bytes()
         for bit in range(len(content) * 8):
@@ -432,7 +432,7 @@ class TestMisfit:
         ],
         ids=["another shape", "a layer more", "a layer less"],
     )
-    def test_the_tensor_is_named(
+    def test_a_tensor_that_does_not_fit_is_named(
         self, two: Path, network: Callable[[], nn.Module], says: str
     ) -> None:
         path = two / "step-00000002"

@@ -11,7 +11,7 @@ from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 
 
 class StubbornError(Exception):
-    """It pickles, and cannot be unpickled."""
+    """An error that can be pickled, but not unpickled."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(f"{first} {second}")

@@ -26,7 +26,7 @@ from trainers.precision import weights_dtype
 from trainers.spec import RunSpec, resolve
 
 Exported = tuple[Path, nn.Module]
-"""The folder of an exported model, and the network that it is to be."""
+"""The folder of an exported model, and the network that was exported."""
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ print(json.dumps(found))
 """
 
 
-def test_it_needs_nothing_but_its_folder(
+def test_an_exported_model_needs_nothing_but_its_folder(
     own_folder: Path, tmp_path: Path, export: Callable[..., Exported]
 ) -> None:
     """In another process, from another folder, after the user's own is gone."""
@@ -169,7 +169,7 @@ def changed(own_folder: Path) -> None:
     forget_spirals()
 
 
-def test_it_is_what_was_trained_though_the_users_code_has_changed_since(
+def test_later_changes_of_the_users_code_do_not_matter(
     own_folder: Path, export: Callable[..., Exported]
 ) -> None:
     folder, network = export("own", "spirals:Spirals")
@@ -223,7 +223,7 @@ def test_nothing_in_it_is_a_pickle(own_folder: Path, export: Callable[..., Expor
 def test_pickled_code_is_refused(
     own_folder: Path, export: Callable[..., Exported], tmp_path: Path, name: str
 ) -> None:
-    """Under any name, in what is exported as in what is loaded."""
+    """Under any name, at export and at load."""
     folder, network = export("own", "spirals:Spirals")
     if name == "plain":
         (folder / name).write_bytes(pickle.dumps(network.state_dict()))
@@ -246,7 +246,7 @@ def test_missing_weights_are_named(own_folder: Path, export: Callable[..., Expor
 def test_a_folder_with_several_models_is_refused(
     own_folder: Path, export: Callable[..., Exported]
 ) -> None:
-    """Loading any one of them would be a guess; a run's own model, or the only one, is none."""
+    """Which one to load would be a guess, unless one is the run's own or the only one."""
     folder, network = export("runs/first/model", "spirals:Spirals")
     points = torch.randn(5, 2)
     assert torch.equal(load_model(folder.parents[1])(points), network(points))
@@ -263,7 +263,7 @@ def test_a_folder_with_several_models_is_refused(
     assert torch.equal(load_model(second.parent)(points), other(points))
 
 
-def test_a_model_that_was_registered_before_the_rooms_has_its_loader(
+def test_the_loader_that_earlier_releases_registered_is_there(
     own_folder: Path, export: Callable[..., Exported]
 ) -> None:
     folder, network = export("own", "spirals:Spirals")

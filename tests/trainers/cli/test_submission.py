@@ -47,7 +47,7 @@ def test_a_resumed_run_is_found_by_its_name_on_the_cluster(folder: Path) -> None
     submission = submission_of("train --resume runs/mine")
     assert (submission.name, submission.argv) == ("mine", ("train", "--resume", "mine"))
     there = submission_of("sweep --resume /shared/runs/mine")
-    assert (there.name, there.words) == ("mine", ("sweep", "--resume", "/shared/runs/mine"))
+    assert (there.name, there.argv) == ("mine", ("sweep", "--resume", "/shared/runs/mine"))
 
 
 def test_a_spec_file_is_named_relative_to_the_working_folder(

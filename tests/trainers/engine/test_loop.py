@@ -1,4 +1,4 @@
-"""The loop itself, in one process: parity with plain PyTorch, exactness, what goes wrong."""
+"""The training loop in one process: parity with plain PyTorch, exact resumption, errors."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from trainers.spec import RunSpec, resolve
 
 
 class Recorder:
-    """Keeps what the loop reports; asks it to stop after `stop_after` steps."""
+    """Keeps the reports of the loop; stops it after `stop_after` steps."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.rows: dict[str, dict[int, float]] = {}
@@ -63,7 +63,7 @@ class Recorder:
 def run(
     own_folder: Path, name: str, stop_after: int | None = None, **sections: dict[str, Any]
 ) -> tuple[Outcome, Recorder, dict[str, Tensor]]:
-    """Train spirals with the given sections; the outcome, the report, the final weights."""
+    """Train spirals with these sections of a spec; the outcome, the reports, the final weights."""
     data: dict[str, Any] = {"workload": "spirals:Spirals", "tracking": {"every_steps": 1}}
     spec, workload = resolve({**data, **sections}, RunSpec)
     folder, recorder = own_folder / name, Recorder(stop_after)
@@ -151,7 +151,7 @@ def test_micro_batches_add_up_to_the_global_batch(own_folder: Path) -> None:
 
 
 def test_a_compiled_model_gives_the_same_losses(own_folder: Path) -> None:
-    """And drops the same elements."""
+    """With dropout, whose masks are the same."""
     section = {"steps": 5, "global_batch": 32, "precision": "fp64"}
     model = {"dropout": 0.3}
     _, eager, _ = run(own_folder, "eager", train=section, model=model)
@@ -175,7 +175,7 @@ def spoil(own_folder: Path, step: int) -> None:
     (own_folder / "spirals.py").write_text(source.replace("\n    def build(self):", change))
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_says_where(own_folder: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_gradients(own_folder: Path) -> None:
     spoil(own_folder, step=7)
     with pytest.raises(TrainingError) as caught:
         run(own_folder, "spoilt", train=STEPS)
@@ -184,17 +184,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_where(own_folder: Path) 
     assert "the gradients of 0.weight, 0.bias" in message
 
 
-def test_where_nobody_waits_for_each_loss_it_is_found_at_the_next_report(
+def test_a_loss_that_stays_on_the_device_is_checked_at_the_next_report(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: the step is the right one all the same."""
+    """As on a GPU: the message still names the right step."""
     monkeypatch.setattr(TrainStep, "_check_finite", lambda *_: None)
     spoil(own_folder, step=7)
     with pytest.raises(TrainingError, match=r"^the loss is nan at step 8 \(the last finite one"):
         run(own_folder, "spoilt", train=STEPS, tracking={"every_steps": 20})
 
 
-def test_or_is_skipped_and_counted(own_folder: Path) -> None:
+def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(own_folder: Path) -> None:
     spoil(own_folder, step=7)
     outcome, recorder, weights = run(own_folder, "skipped", train={**STEPS, "on_nonfinite": "skip"})
     assert outcome.complete
@@ -204,7 +204,7 @@ def test_or_is_skipped_and_counted(own_folder: Path) -> None:
     assert set(counts.values()) == {1.0}
 
 
-def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
+def test_a_loss_of_the_wrong_shape_is_refused(own_folder: Path) -> None:
     source = (own_folder / "spirals.py").read_text()
     (own_folder / "spirals.py").write_text(source.replace('reduction="none"', 'reduction="mean"'))
     with pytest.raises(TrainingError, match=r"loss must have one value per sample, shape \[32\]"):
@@ -219,7 +219,7 @@ def test_a_loss_of_the_wrong_shape_is_told(own_folder: Path) -> None:
         ({"steps": 7}, [7]),
     ],
 )
-def test_when_it_evaluates(fields: dict[str, float], evaluations: list[int]) -> None:
+def test_evaluation_steps(fields: dict[str, float], evaluations: list[int]) -> None:
     spec = RunSpec.model_validate({"workload": "x", "train": {**fields, "global_batch": 10}})
     assert sorted(spec.train.evaluation_steps(100)) == evaluations
 
@@ -228,13 +228,13 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/*"))
 
 
-def test_it_saves_at_an_interval_and_at_the_end(own_folder: Path) -> None:
+def test_saves_at_an_interval_and_at_the_end(own_folder: Path) -> None:
     run(own_folder, "regular", train=STEPS, checkpoint={"every_steps": 15, "keep": 9})
     assert saved_steps(own_folder / "regular") == [15, 30, 40]
 
 
-def test_the_best_saves_stay_beside_the_newest(own_folder: Path) -> None:
-    """By the metric of the evaluation of just this state."""
+def test_the_best_saves_are_kept_beside_the_latest(own_folder: Path) -> None:
+    """Best by the metric of the evaluation of the same state."""
     sections = {"train": {"steps": 80, "global_batch": 16, "evaluate_every_epochs": 0.25}}
     rule = {"keep": 1, "keep_best": 2, "metric": "val/accuracy", "mode": "max"}
     _, recorder, _ = run(own_folder, "best", **sections, checkpoint=rule)
@@ -246,7 +246,7 @@ def test_the_best_saves_stay_beside_the_newest(own_folder: Path) -> None:
 def test_the_automatic_interval_follows_what_a_save_costs(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Failures that come every few seconds make it save often; and it says what it chose."""
+    """Frequent failures make it save often, and the choice is logged."""
     monkeypatch.setattr(coordination, "FIRST_SAVE_S", 0.0)
     often = {"failure_every_hours": 1e-6, "keep": 99}
     _, recorder, _ = run(own_folder, "often", train=STEPS, checkpoint=often)
@@ -257,10 +257,10 @@ def test_the_automatic_interval_follows_what_a_save_costs(
 
 
 @pytest.mark.parametrize("every_steps", [3, "auto"])
-def test_the_reported_losses_do_not_depend_on_when_it_saves(
+def test_the_reported_losses_do_not_depend_on_saves(
     every_steps: int | str, own_folder: Path
 ) -> None:
-    """A window of the mean goes on over saves, stops and restarts."""
+    """The window of the mean loss goes on over saves, stops and restarts."""
     sections = {"train": STEPS, "tracking": {"every_steps": 8}}
     _, straight, _ = run(own_folder, "straight", **sections)
     saves = {"every_steps": every_steps}
@@ -269,7 +269,7 @@ def test_the_reported_losses_do_not_depend_on_when_it_saves(
     assert before.rows["train/loss"] | after.rows["train/loss"] == straight.rows["train/loss"]
 
 
-def test_it_says_where_the_time_goes(own_folder: Path) -> None:
+def test_perf_metrics_are_reported(own_folder: Path) -> None:
     _, recorder, _ = run(own_folder, "metered", train=STEPS)
     newest = {name: list(steps.values())[-1] for name, steps in recorder.rows.items()}
     parts = ("data", "compute", "checkpoint", "other")
@@ -298,7 +298,7 @@ def test_goodput_goes_on_over_a_wanted_stop(own_folder: Path) -> None:
         assert after["numbers"][name] > before[name] > 0
 
 
-def test_a_precision_that_is_not_to_be_had_is_refused(own_folder: Path) -> None:
+def test_a_precision_without_its_package_is_refused(own_folder: Path) -> None:
     if importlib.util.find_spec("torchao") is None:
         with pytest.raises(SpecError, match=r"^train\.precision: fp8 needs the package torchao"):
             run(own_folder, "fp8", train={**STEPS, "precision": "fp8"})

@@ -1,4 +1,4 @@
-"""What is told when memory runs out, against PyTorch's own allocator."""
+"""Messages when memory runs out, with PyTorch's own allocator."""
 
 import contextlib
 import resource
@@ -36,7 +36,7 @@ def allocate(gib: int) -> None:
     torch.empty(gib * GIB, dtype=torch.uint8)
 
 
-def test_what_the_allocator_refuses_is_recognised_and_nothing_else() -> None:
+def test_errors_of_the_allocator_are_recognised_and_no_others() -> None:
     with room():
         assert fits(lambda: allocate(5))
         assert not fits(lambda: allocate(6))
@@ -46,7 +46,7 @@ def test_what_the_allocator_refuses_is_recognised_and_nothing_else() -> None:
         fits(lambda: (torch.zeros(2) + torch.zeros(3), None)[1])
 
 
-def test_what_a_failed_attempt_held_is_free_again() -> None:
+def test_the_memory_of_a_failed_attempt_is_free_again() -> None:
     def attempt() -> None:
         held = torch.empty(4 * GIB, dtype=torch.uint8)
         allocate(len(held) // GIB)
@@ -84,7 +84,7 @@ def test_the_proposal_divides_the_workers_share() -> None:
         assert nothing.startswith("out of memory on cuda:0: not even one sample fits; what helps ")
 
 
-def test_a_step_that_does_not_fit_says_what_would(own_folder: Path) -> None:
+def test_a_step_that_does_not_fit_proposes_a_micro_batch(own_folder: Path) -> None:
     """A GiB for each sample and room for five of them; 12 samples a step on one worker."""
     source = (own_folder / "spirals.py").read_text()
     answer = 'return model(batch["point"])'

@@ -1,4 +1,4 @@
-"""What one optimizer step draws, and whether the model draws numbers of its own."""
+"""The random numbers of one step, those of the model itself, and activation checkpointing."""
 
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,16 @@ def test_dropout_modules_are_not_the_models_own_random_numbers(
 
 
 @pytest.mark.parametrize("case", NATIVE)
-def test_all_other_draws_are_noticed_in_the_first_step(case: str, own_folder: Path) -> None:
+def test_random_numbers_of_the_model_are_noticed_in_the_first_step(
+    case: str, own_folder: Path
+) -> None:
     change(own_folder, *NATIVE[case])
     steps = stepper(own_folder)
     steps.run(0)
     assert steps.uses_native_rng is True
 
 
-def test_and_are_the_same_whenever_the_step_is_done(own_folder: Path) -> None:
+def test_random_numbers_of_the_model_are_the_same_whenever_a_step_is_done(own_folder: Path) -> None:
     change(own_folder, *NATIVE["subclass"])
     losses = []
     for _ in range(2):
@@ -90,6 +92,6 @@ def test_a_step_with_activation_checkpointing_is_the_same_step(own_folder: Path)
         assert weight.equal(same)
 
 
-def test_which_needs_blocks(own_folder: Path) -> None:
+def test_activation_checkpointing_needs_blocks(own_folder: Path) -> None:
     with pytest.raises(SpecError, match=r"^train\.activation_checkpointing: the model has no"):
         stepper(own_folder, activation_checkpointing=True)

@@ -1,4 +1,4 @@
-"""Where a run's time goes, what a model costs, and how much of a run was of use."""
+"""The phases of a step, the rates that follow, MFU and goodput."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from trainers.engine.throughput import STEP_PHASES, ThroughputMeter
 
 
 class Clock:
-    """A clock that goes on when told to, used for laps and for Unix time."""
+    """A clock that is moved by hand, used as monotonic clock and as Unix time."""
 
     def __init__(self) -> None:
         self.s = 1_700_000_000.0
@@ -143,10 +143,10 @@ EVENTS = st.lists(
 
 class TestGoodput:
     @given(EVENTS)
-    def test_is_the_time_of_steps_that_count_over_all_time_but_pauses(
+    def test_is_the_time_of_steps_that_were_not_lost_over_all_time_but_pauses(
         self, events: list[tuple[str, float]]
     ) -> None:
-        """Any history of a run, against a count of its own."""
+        """Any history of a run, against a count kept by the test."""
         clock = Clock()
         begin = clock()
         it, saved = meter(clock), None
@@ -207,7 +207,7 @@ class TestGoodput:
     def test_a_clock_that_is_set_back_or_forward_does_not_matter(
         self, laps: list[tuple[float, float]]
     ) -> None:
-        """Within a start not at all; between two, never so that more than all of it was of use."""
+        """Not within a start; between two, goodput stays below 1."""
         clock, unix = Clock(), Clock()
         it = ThroughputMeter(32, clock=clock, now=unix)
         for seconds, jump_s in laps:
@@ -276,7 +276,7 @@ print(json.dumps({"same": same, **meter.read()}))
 """
 
 
-def test_communication_is_what_could_not_be_hidden(tmp_path: Path) -> None:
+def test_communication_is_the_exposed_part_of_the_exchange(tmp_path: Path) -> None:
     """Of two processes one is 0.3 s late each step: the other's wait is communication."""
     processes = [
         subprocess.Popen(

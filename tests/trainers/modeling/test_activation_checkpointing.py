@@ -1,4 +1,4 @@
-"""Activation checkpointing changes what is kept between forward and backward, and nothing else."""
+"""Activation checkpointing changes the memory between forward and backward, and nothing else."""
 
 import copy
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def test_the_same_gradients_from_less_memory(native: bool) -> None:
         assert kept_bytes < all_bytes / 2
 
 
-def test_a_compiled_network_too() -> None:
+def test_a_compiled_network_gives_the_same_gradients() -> None:
     torch._dynamo.reset()
     plain, (network, rng) = pair(compiled=True)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -95,7 +95,7 @@ def test_a_compiled_network_too() -> None:
 
 
 def test_gradients_of_gradients() -> None:
-    """The graph is gone through twice, the first time in the middle of the draws of a step."""
+    """The graph is walked twice, the first time in the middle of the draws of a step."""
     results = []
     for network, rng in pair():
         x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8).requires_grad_()
@@ -133,7 +133,7 @@ def test_blocks_inside_of_blocks_are_left_to_the_outer_ones() -> None:
     assert type(inner) is nn.Linear
 
 
-def test_a_model_without_blocks_is_told() -> None:
+def test_a_model_without_blocks_is_refused() -> None:
     message = r"^train\.activation_checkpointing: the model has no blocks .* method blocks$"
     with pytest.raises(SpecError, match=message):
         checkpoint_activations([], DropoutRng())

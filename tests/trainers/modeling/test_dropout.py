@@ -1,4 +1,4 @@
-"""Dropout is a function of (seed, position, draw): of nothing else, and at random."""
+"""Dropout masks are a function of (seed, position, draw) alone, and random."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Twice(nn.Module):
 def dropped(
     network: nn.Module, x: Tensor, positions: list[int] | Tensor | None = None, seed: int = 0
 ) -> Tensor:
-    """What the network makes of samples `x` at `positions` of the run."""
+    """The network's output for samples `x` at `positions` of the run."""
     network = copy.deepcopy(network)
     rng = key_dropout_by_sample(network)
     where = torch.arange(len(x)) if positions is None else torch.as_tensor(positions)
@@ -54,7 +54,7 @@ def dropped(
 class TestAFunctionOfThePosition:
     @settings(deadline=None)
     @given(seed=st.integers(0, 2**31 - 1), positions=POSITIONS, data=st.data())
-    def test_whoever_else_is_in_the_batch(
+    def test_does_not_depend_on_other_samples_of_the_batch(
         self, seed: int, positions: list[int], data: st.DataObject
     ) -> None:
         """Any choice of samples, in any order and with repetitions, drops the same elements."""
@@ -66,7 +66,7 @@ class TestAFunctionOfThePosition:
         assert torch.equal(whole[chosen], part)
 
     @pytest.mark.parametrize("size", [1, 3, 4, 12])
-    def test_whatever_the_micro_batches(self, size: int) -> None:
+    def test_does_not_depend_on_the_micro_batch(self, size: int) -> None:
         x = torch.ones(12, 7)
         rng = key_dropout_by_sample(network := Twice())
         parts = []
@@ -75,7 +75,7 @@ class TestAFunctionOfThePosition:
                 parts.append(network(x[positions]))
         assert torch.equal(torch.cat(parts), dropped(Twice(), x))
 
-    def test_with_the_rows_of_a_sample_together(self) -> None:
+    def test_rows_of_a_sample_may_be_flattened_into_the_batch(self) -> None:
         """[B, T, C] and [B * T, C] are the same."""
         x = torch.ones(4, 6, 5)
         assert torch.equal(
@@ -84,7 +84,7 @@ class TestAFunctionOfThePosition:
         )
 
     def test_masks_are_high_bits_of_splitmix64(self) -> None:
-        """A change would be seen: every run that was ever recorded depends on the formula."""
+        """The formula must not change: every recorded run depends on it."""
         keys_B = advance_keys(SampleRandom(42, torch.tensor([0, 1, 2**40])).keys_B)
         assert torch.equal(
             dropout_mask(keys_B, drop_threshold(0.3), 50),
@@ -120,7 +120,7 @@ class TestDistribution:
         )
         assert stats.binomtest(gone, 500_000, p).pvalue > 1e-3
 
-    def test_all_or_none(self) -> None:
+    def test_rates_of_zero_and_one(self) -> None:
         x = torch.rand(50, 50)
         assert torch.equal(dropped(nn.Dropout(0.0), x), x)
         assert torch.equal(dropped(nn.Dropout(1.0), x), torch.zeros(50, 50))
@@ -137,7 +137,7 @@ class TestDistribution:
         # The standard error is at most 1 / sqrt(20,000 * 6) = 0.003.
         assert max(abs(samples), abs(elements), abs(draws)) < 0.012
 
-    def test_how_many_a_sample_keeps_is_binomial(self) -> None:
+    def test_the_count_that_a_sample_keeps_is_binomial(self) -> None:
         counts = dropout_mask(
             SampleRandom(9, torch.arange(20_000)).keys_B, drop_threshold(0.3), 40
         ).sum(1)
@@ -147,7 +147,7 @@ class TestDistribution:
         expected = expected[common] * found[common].sum() / expected[common].sum()
         assert stats.chisquare(found[common], expected).pvalue > 1e-3
 
-    def test_what_stays_is_scaled_to_keep_the_mean(self) -> None:
+    def test_elements_that_stay_are_scaled_to_keep_the_mean(self) -> None:
         x = torch.ones(200, 500, dtype=torch.float64)
         y = dropped(nn.Dropout(0.2), x)
         assert set(y.unique().tolist()) == {0.0, 1.25}
@@ -158,7 +158,9 @@ class TestDistribution:
     ("module", "shape"),
     [(nn.Dropout1d, (3,)), (nn.Dropout2d, (3, 2)), (nn.Dropout3d, (3, 2, 2))],
 )
-def test_whole_channels(module: Callable[..., nn.Module], shape: tuple[int, ...]) -> None:
+def test_dropout_of_whole_channels(
+    module: Callable[..., nn.Module], shape: tuple[int, ...]
+) -> None:
     y = dropped(module(0.5), torch.ones(16, 30, *shape)).flatten(2)
     assert torch.equal(y.amin(2), y.amax(2))
     assert 0.4 < (y[..., 0] == 0).double().mean() < 0.6
@@ -200,14 +202,14 @@ class TestInANetwork:
         ("module", "shape"),
         [(nn.Dropout(), (5, 3)), (nn.Dropout(), ()), (nn.Dropout3d(), (4, 3, 2, 2))],
     )
-    def test_what_is_not_samples_is_left_to_torch(
+    def test_inputs_that_are_not_samples_are_left_to_torch(
         self, module: nn.Module, shape: tuple[int, ...]
     ) -> None:
         before = device_rng_state(Cpu())
         dropped(module, torch.ones(shape), list(range(4)))
         assert not before.equal(device_rng_state(Cpu()))
 
-    def test_a_subclass_keeps_its_own_way(self) -> None:
+    def test_a_subclass_keeps_its_own_forward(self) -> None:
         class Own(nn.Dropout):
             def forward(self, input: Tensor) -> Tensor:
                 return input + 1

@@ -1,4 +1,4 @@
-"""What a run over shapes alone tells of a model: its FLOPs, unused parameters, shapes."""
+"""What a dry run tells of a model: its FLOPs, its unused parameters, the inputs of dropout."""
 
 from typing import Any
 
@@ -87,7 +87,7 @@ class TestFlops:
         assert count_flops(Model(network), network, batch) == expected
 
     def test_of_a_convolutional_network(self) -> None:
-        """Two a weight and place forward, and four backward but where no gradient is needed."""
+        """Two per weight and place forward, four backward where gradients are needed."""
         first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1, stride=2)
         network = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.Flatten())
         expected = 4 * (3 * 8 * 9) * 32**2 + 6 * (8 * 16 * 9) * 16**2
@@ -126,7 +126,7 @@ class TestFlops:
     def test_in_double_precision(self) -> None:
         assert flops(nn.Linear(8, 8, bias=False).double(), 8) == 4 * 64
 
-    def test_as_in_training_whatever_mode_the_network_is_in(self) -> None:
+    def test_are_those_of_training_mode(self) -> None:
         class Twice(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
                 x = super().forward(x)
@@ -134,14 +134,14 @@ class TestFlops:
 
         assert flops(Twice(8, 8, bias=False).eval(), 8) == (2 + 4 + 4) * 64
 
-    def test_none_where_the_way_depends_on_the_data(self) -> None:
+    def test_none_if_control_flow_depends_on_the_data(self) -> None:
         class Branch(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x) if x.mean() > 0 else x
 
         assert flops(Branch(8, 8), 8) is None
 
-    def test_none_where_the_model_is_wrong(self) -> None:
+    def test_none_if_the_model_raises(self) -> None:
         assert flops(nn.Linear(8, 8), 9) is None
 
 

@@ -1,4 +1,4 @@
-"""Learning rates by step, and what an optimizer does to which weights."""
+"""Learning rates by step, groups of weights, and the update rules."""
 
 import itertools
 from typing import Any
@@ -39,7 +39,7 @@ class TestLearningRate:
         warmup=st.floats(0, 0.9),
         final=st.floats(0, 1),
     )
-    def test_it_rises_linearly_to_the_peak_and_falls_to_the_end(
+    def test_rises_linearly_to_the_peak_and_falls_to_the_end(
         self, name: str, total_steps: int, warmup: float, final: float
     ) -> None:
         found = rates(total_steps, name=name, warmup=warmup, final=final)
@@ -106,7 +106,7 @@ def test_only_matrices_and_kernels_decay(name: str) -> None:
         torch.testing.assert_close(after[key], value * factor, msg=key)
 
 
-def test_what_is_frozen_is_left_out() -> None:
+def test_frozen_weights_are_left_out() -> None:
     model = Everything()
     optimizer = build_optimizer(OptimizerSpec(), model)
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}

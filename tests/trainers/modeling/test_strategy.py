@@ -1,4 +1,4 @@
-"""However a model is spread over the workers, it is the same training."""
+"""Training gives the same losses and weights in every parallel mode."""
 
 import multiprocessing
 import os
@@ -163,7 +163,7 @@ class Trained:
         return [row[name] for _, row in sorted(self.rows.items()) if name in row]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """As one process reads them from the newest checkpoint."""
+        """The weights of the latest checkpoint, read by one process."""
         _, workload = resolve({**TOWER, "model": self.model}, RunSpec)
         network = workload.build().double()
         newest = Checkpoints(self.folder / "checkpoints").latest()
@@ -177,7 +177,7 @@ Runner = Callable[..., Trained]
 
 @pytest.fixture(scope="module")
 def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """Trains the tower in so many processes, in a new folder or in one that was used before."""
+    """Trains the tower in `workers` processes, in a new folder or an earlier one."""
     (modules / "tower.py").write_text(TOWER_SOURCE)
     import tower
 
@@ -251,7 +251,9 @@ def test_losses_and_weights_are_those_of_one_worker(
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp, shares of different size"])
-def test_with_micro_batches_too(train: Runner, alone: Trained, mode: str) -> None:
+def test_micro_batches_do_not_change_losses_and_weights(
+    train: Runner, alone: Trained, mode: str
+) -> None:
     assert_close(train(**SPREAD[mode], train={"micro_batch": 4}), alone)
 
 
@@ -275,7 +277,7 @@ def test_a_run_goes_on_with_other_workers_in_another_mode(
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_and_with_the_same_ones_bit_by_bit(train: Runner, mode: str) -> None:
+def test_a_run_goes_on_with_the_same_workers_bit_by_bit(train: Runner, mode: str) -> None:
     straight = train(**SPREAD[mode])
     first = train(**SPREAD[mode], stop_after=7)
     second = train(**SPREAD[mode], folder=first.folder)
@@ -285,7 +287,7 @@ def test_and_with_the_same_ones_bit_by_bit(train: Runner, mode: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sharded_in_half_precision(train: Runner, precision: str) -> None:
-    """Not the same bits, as rounding comes elsewhere; but it learns."""
+    """Rounding differs, so the losses do; but the model learns."""
     found = train(**SPREAD["fsdp"], train={"precision": precision, "steps": 60})
     assert found.error is None
     losses = found.column("train/loss")
@@ -297,7 +299,7 @@ def test_sharded_in_half_precision(train: Runner, precision: str) -> None:
 def test_parameters_that_the_loss_does_not_always_use(
     train: Runner, aside: str, micro_batch: int | None
 ) -> None:
-    """Never, or by some batches only: they are left alone then, as by a plain loop."""
+    """Parameters that no batch uses, or some only, are updated as in a plain loop."""
     section = {"micro_batch": micro_batch}
     one = train(model={"aside": aside})
     found = train(**SPREAD["ddp"], train=section, model={"aside": aside})
@@ -318,7 +320,7 @@ def test_an_idle_parameter_of_a_sharded_model(train: Runner) -> None:
 def test_parameters_that_are_not_used_for_another_reason_are_refused_in_a_line(
     train: Runner, unused: int, names: str, step: int
 ) -> None:
-    """In the first step before its update, later before the next one."""
+    """In the first step before the update, later before the next step."""
     found = train(**SPREAD["ddp"], model={"aside": f"pass {unused}"})
     assert found.error is not None
     message = f"TrainingError: {names} got no gradient at step {step} on this worker"
@@ -333,7 +335,7 @@ def test_dropout_between_split_layers_is_that_of_one_worker(train: Runner, mode:
 
 class TestChoice:
     def choice(self, memory: float, workers: int = 4, local: int = 2, **scale: Any) -> Any:
-        """The layout for a worker with so many times the memory that the model's state takes."""
+        """The strategy for a worker with `memory` times the bytes of the model's state."""
         spec, workload = resolve({**TOWER, "scale": {"workers": workers, **scale}}, RunSpec)
         network = workload.build()
         available = int(memory * state_bytes(spec.optimizer, network))
@@ -342,7 +344,7 @@ class TestChoice:
 
     @pytest.fixture(autouse=True)
     def _tower(self, train: Runner) -> None:
-        """The workload is there."""
+        """Make the workload importable."""
 
     @pytest.mark.parametrize(
         ("memory", "workers", "local", "mode"),
@@ -359,7 +361,7 @@ class TestChoice:
         assert layout.mode == mode
         assert "weights, gradients and optimizer take" in layout.reason or workers == 1
 
-    def test_the_traffic_of_sharded_fp16_is_told(self) -> None:
+    def test_the_reason_names_the_traffic_of_sharded_fp16(self) -> None:
         def reason(precision: str, parallel: str) -> str:
             scale = {"workers": 4, "parallel": parallel}
             data = {**TOWER, "train": {"precision": precision}, "scale": scale}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.base.errors import TrainingError
+from trainers.runs.failure_policy import PeerLostError, PeerPreemptedError, decide_retry
 from trainers.runs.ray_train_internals import trainer_class
-from trainers.runs.worker_errors import PeerLostError, PeerPreemptedError, decide_retry
 
 
 def private(path: str) -> Any:

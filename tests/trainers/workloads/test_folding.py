@@ -51,8 +51,8 @@ from trainers.workloads.folding.network import (
 from trainers.workloads.folding.proteins import CONTACT_DISTANCE, Array, ProteinPart
 from trainers.workloads.folding.structures import AMINO_ACIDS, UNKNOWN_INDEX, chain_segments
 from trainers.workloads.folding.workload import Folding, fape, in_local_frames, input_features
-from tuning.fused.program import Program
-from tuning.fused.program_signature import Variant
+from tuning.programs.program import Program
+from tuning.programs.program_signature import Variant
 from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
 
 LENGTH = 36

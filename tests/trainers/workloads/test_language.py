@@ -26,8 +26,8 @@ from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.language import text, tokenizer
 from trainers.workloads.language.workload import Language
-from tuning.fused.program import Program
-from tuning.fused.program_signature import Variant
+from tuning.programs.program import Program
+from tuning.programs.program_signature import Variant
 from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
 
 POEM = "Füllest wieder Busch und Tal\nStill mit Nebelglanz,\nLösest endlich auch einmal\n"

@@ -207,7 +207,7 @@ def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
     thread.start()
     saved = f"trials/*/{CHECKPOINTS}/step-*"
     wait_until(lambda: len(list(sweep.folder.glob(saved))) >= 6)
-    filters = [("class_name", "=", "Host"), ("state", "=", "ALIVE")]
+    filters = [("class_name", "=", "EngineActor"), ("state", "=", "ALIVE")]
     for actor in list_actors(address=ray_dashboard, filters=filters, detail=True):
         os.kill(actor.pid, signal.SIGKILL)
     thread.join(180)

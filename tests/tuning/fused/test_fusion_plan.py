@@ -1,4 +1,4 @@
-"""Whether and how widely a sweep is fused, as measured on this machine's CPU."""
+"""Whether a sweep is fused, and into how many slots, as measured on this machine's CPU."""
 
 import re
 from collections.abc import Callable
@@ -9,14 +9,9 @@ import pytest
 from cluster.base.config import write_yaml
 from trainers.data.splits import open_split
 from trainers.devices import Cpu
-from tuning.fused.fusion_plan import (
-    MEMORY_SHARE,
-    FusionPlan,
-    make_plan,
-    plan_from_spec,
-    reference_variant,
-)
-from tuning.fused.program import Program
+from tuning.fused.fusion_plan import MEMORY_SHARE, FusionPlan, make_plan, plan_from_spec
+from tuning.fused.sweep_variants import reference_variant
+from tuning.programs.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import Sweep
 

@@ -103,7 +103,7 @@ def test_the_cost_of_an_epoch_is_that_of_its_device_time(tmp_path: Path) -> None
 
 def test_trials_cannot_be_compared_by_dollars_without_a_price(tmp_path: Path) -> None:
     unpriced = replace(RATE, usd_per_h=None, price_source="price of a unknown")
-    line = r"sweep\.scheduler\.resource: price of a unknown; say cost\.usd_per_h"
+    line = r"sweep\.scheduler\.resource: price of a unknown; set cost\.usd_per_h"
     with pytest.raises(SpecError, match=line):
         resumed_budget(tmp_path, BudgetSpec(), unpriced, resource="usd")
 

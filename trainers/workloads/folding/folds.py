@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainers.workloads.folding.structures import (
-    AMINO_ACIDS,
-)
+from trainers.workloads.folding.structures import AMINO_ACIDS
 
 # Suffixes: B samples, L residues, A atoms (N, CA, C of a residue), X coordinates in Å, T torsions
 # (phi and psi). Backbones are [B, L, A, X] and have none.

@@ -23,11 +23,7 @@ from trainers.workloads.folding.folds import (
     draw_sequences,
     generate_folds,
 )
-from trainers.workloads.folding.structures import (
-    chain_segments,
-    structure_files,
-    windows,
-)
+from trainers.workloads.folding.structures import chain_segments, structure_files, windows
 
 # Suffixes: B samples, L residues. Backbones are [B, L, A, X], as in `folds.py`, and have none.
 

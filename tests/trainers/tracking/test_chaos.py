@@ -1,4 +1,4 @@
-"""Server and writer killed at times that nobody planned: MLflow has every metric, once."""
+"""MLflow's server and the writer are killed at random times: MLflow has every metric once."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ from trainers.tracking.tracker import TrackedRun, Tracker
 folder, uri, run = sys.argv[1:]
 tracker = Tracker(folder, uri, "chaos", wait_s=60)
 tracker.start(TrackedRun(run, {{"optimizer.lr": 0.1}}, {{"kind": "chaos"}}))
-for step in range({STEPS}):  # a writer that takes over hears of all steps again
+for step in range({STEPS}):  # a new writer gets all steps again
     rows = [(name, step / 7, step, now_ms()) for name in ("train/loss", "val/loss")]
     tracker.log(run, rows, step)
 tracker.finish(run, "FINISHED")
@@ -37,11 +37,11 @@ EVENTS = st.lists(
     min_size=2,
     max_size=4,
 )
-"""Who is killed, at which share of all that is to be sent, and how many seconds after that."""
+"""(Victim, share of the metrics sent before the kill, additional delay in seconds)."""
 
 
 class Server:
-    """MLflow on SQLite, which can be killed and comes back at the same address."""
+    """MLflow on SQLite, which can be killed and started again at the same address."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -74,9 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from trainers.tracking.mlflow_store import create_database
 
     folder = tmp_path_factory.mktemp("chaos")
-    create_database(
-        f"sqlite:///{folder}/mlflow.db"
-    )  # one that is killed while it does so is broken
+    # A server that is killed while it creates its database leaves a broken one.
+    create_database(f"sqlite:///{folder}/mlflow.db")
     server = Server(folder)
     yield server
     server.kill()
@@ -86,7 +85,7 @@ numbers = itertools.count()
 
 
 def progress(folder: Path) -> float:
-    """The share of all metrics that MLflow has, by what the writer has recorded of it."""
+    """The share of all metrics that were sent, by the writer's record."""
     sent, spool = folder / "sent", folder / "spool.jsonl"
     whole = 2 * STEPS * 45  # bytes, about
     return int(sent.read_text()) / max(whole, spool.stat().st_size) if sent.exists() else 0.0
@@ -116,7 +115,7 @@ def survives(
     tmp_path_factory: pytest.TempPathFactory,
     wait_until: Callable[..., None],
 ) -> None:
-    """Everybody in `events` is killed in turn while a run is written: nothing is lost or double."""
+    """Kill the victims of `events` in turn while a run is written: MLflow has it once."""
     folder, run = tmp_path_factory.mktemp("spool"), f"chaos-{next(numbers)}"
 
     def write() -> subprocess.Popen[bytes]:

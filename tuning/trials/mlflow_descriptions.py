@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.tracking.descriptions import markdown_table, with_facts
+from trainers.tracking.mlflow_run import markdown_table, with_facts
 from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep
 

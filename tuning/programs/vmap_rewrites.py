@@ -1,4 +1,4 @@
-"""Calls that PyTorch cannot batch over trials, in terms of ones that it can; while tracing."""
+"""Rewrites calls that `torch.vmap` cannot batch over trials, while a step is traced."""
 
 import operator
 from collections.abc import Sequence
@@ -10,29 +10,29 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 ValuePath = tuple[str, str]
-"""Where a number that differs between trials stands: a module's name and attribute, or MODEL."""
+"""Where a float of a trial is: a module's name and an attribute, or MODEL_SECTION and a field."""
 MODEL_SECTION = "spec.model"
-"""In place of a module's name: a field of the spec's section `model`."""
+"""Stands in place of a module's name for a field of the spec's section `model`."""
 Guards = dict[tuple[ValuePath, str, float], bool]
-"""A number, a comparison, a constant -> the answer that a program was traced with."""
+"""(Path of a float, comparison, constant) -> the outcome with which the program was traced."""
 
 
 class NotFusibleError(Exception):
-    """Why a trial cannot be a slot of a program, in a phrase."""
+    """A trial cannot be a slot of a program; the message is the reason, in a phrase."""
 
 
 def first_sentence(error: Exception) -> str:
-    """An error's first sentence, after the operation that `Rewrites` has noted on it."""
+    """The first sentence of an error, after the operation that `VmapRewrites` has noted on it."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
     return "".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {sentence}"])
 
 
 class VmapRewrites(TorchFunctionMode):
-    """The few calls whose numbers PyTorch cannot batch, in terms of ones where it can.
+    """Replaces the few calls that PyTorch cannot batch by equivalent ones, and records guards.
 
-    Where a lifted number that is compared with a constant decides how the program goes on, the
-    answer is that of the trial that the program is traced for. It is kept as a guard: trials with
-    another answer get a program of their own.
+    If the code branches on a comparison of a batched float with a constant, it takes the branch of
+    the trial that the program is traced for. The outcome is recorded as a guard: a trial with
+    another outcome gets another program.
     """
 
     def __init__(
@@ -40,9 +40,10 @@ class VmapRewrites(TorchFunctionMode):
         batched: Sequence[tuple[Tensor, tuple[ValuePath, float]]],
         guards: Guards,
     ) -> None:
+        """`batched` has each float as it is while tracing, its path, and its value in the trial."""
         super().__init__()
-        self._lifted, self._guards = {id(number): known for number, known in batched}, guards
-        self._questions = {id(number): (number, "ne", 0.0) for number, _ in batched}
+        self._batched, self._guards = {id(number): known for number, known in batched}, guards
+        self._comparisons = {id(number): (number, "ne", 0.0) for number, _ in batched}
         self._held: list[Tensor] = []
 
     def __torch_function__(
@@ -55,29 +56,34 @@ class VmapRewrites(TorchFunctionMode):
             raise
 
     def _rewritten(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if function is Tensor.__bool__ and id(args[0]) in self._questions:
-            return self._answer(*self._questions[id(args[0])])
-        if function in _TESTS and id(args[0]) in self._lifted and isinstance(args[1], (int, float)):
-            answer = function(*args, **kwargs)
-            self._questions[id(answer)] = (args[0], _TESTS[function], float(args[1]))
-            self._held.append(answer)  # so that no other object gets its id
-            return answer
+        if function is Tensor.__bool__ and id(args[0]) in self._comparisons:
+            return self._outcome(*self._comparisons[id(args[0])])
+        if (
+            function in _TESTS
+            and id(args[0]) in self._batched
+            and isinstance(args[1], (int, float))
+        ):
+            compared = function(*args, **kwargs)
+            self._comparisons[id(compared)] = (args[0], _TESTS[function], float(args[1]))
+            self._held.append(compared)  # so that no other object gets its id
+            return compared
         smoothing = kwargs.get("label_smoothing", 0.0)
         if function is F.cross_entropy and isinstance(smoothing, Tensor):
             sharp, flat = (
                 function(*args, **{**kwargs, "label_smoothing": share}) for share in (0.0, 1.0)
             )
-            return sharp + smoothing * (flat - sharp)  # it is linear in the share
+            return sharp + smoothing * (flat - sharp)  # the loss is linear in the smoothing
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if function is F.embedding:
             return _embedding(*args, **kwargs)
         return function(*args, **kwargs)
 
-    def _answer(self, number: Tensor, test: str, other: float) -> bool:
-        place, value = self._lifted[id(number)]
+    def _outcome(self, number: Tensor, test: str, other: float) -> bool:
+        """The outcome of a comparison for the trial that is traced; recorded as a guard."""
+        path, value = self._batched[id(number)]
         outcome = bool(getattr(operator, test)(value, other))
-        self._guards[place, test, other] = outcome
+        self._guards[path, test, other] = outcome
         return outcome
 
 
@@ -98,9 +104,9 @@ _TESTS = {
 
 
 class _Attention(torch.autograd.Function):
-    """Attention with the slots folded into the batch: one kernel. PyTorch has no rule for it.
+    """Attention with the slots folded into the batch, as one kernel: PyTorch has no vmap rule.
 
-    Gradients are taken outside of vmap, through the attention that stands in `vmap`.
+    Gradients are taken outside of vmap, through the attention that the rule below calls.
     """
 
     @staticmethod
@@ -136,7 +142,9 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, **options
         )
     if dropout_p:
-        raise NotFusibleError("F.scaled_dot_product_attention(dropout_p): masks of no trial's own")
+        raise NotFusibleError(
+            "F.scaled_dot_product_attention(dropout_p): its masks cannot depend on the trial"
+        )
     options["is_causal"] = is_causal
     output: Tensor = _Attention.apply(query, key, value, options)  # type: ignore[no-untyped-call]
     return output
@@ -145,7 +153,10 @@ def _attention(
 def _embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, *options: Any, **named: Any
 ) -> Tensor:
-    """Batched, PyTorch leaves out the gradient of the padding in the first slot alone."""
+    """An embedding whose padding has no gradient in any slot.
+
+    PyTorch's own batching rule leaves the padding's gradient out in the first slot only.
+    """
     rows = F.embedding(input, weight, None, *options, **named)
     if padding_idx is None:
         return rows

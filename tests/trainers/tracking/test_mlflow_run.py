@@ -1,7 +1,7 @@
 """The description on a run's page in MLflow."""
 
 from trainers.outcome import Outcome
-from trainers.tracking.descriptions import markdown_table, run_description
+from trainers.tracking.mlflow_run import markdown_table, run_description
 
 
 def test_a_description_has_metrics_forecast_and_costs() -> None:

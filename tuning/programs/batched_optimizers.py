@@ -1,7 +1,9 @@
-"""What optimizers do to the weights of many trials at once, each in a row of its own.
+"""Optimizers that update the weights of many trials at once, one row per trial.
 
-All that depends on the step (schedule, bias correction) is folded into a few coefficients on the
-host, in float64: one small copy per step, no powers in the kernel.
+Everything that depends on the step (schedule, bias correction) is folded into a few coefficients on
+the host, in float64: one small copy per step, no powers in the kernel.
+
+To add an optimizer, give it an entry in `BATCHED_OPTIMIZERS` under its name in the spec.
 
 Suffixes: K slots, P weights of a trial, n steps.
 """
@@ -22,14 +24,15 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BatchedOptimizer:
-    """An optimizer."""
+    """An optimizer as a function of its coefficients."""
 
     moments: tuple[str, ...]
-    """The names under which torch's optimizer keeps them."""
+    """The names of its state in `torch.optim.Optimizer.state`."""
     coefficients: Callable[[OptimizerSpec, FloatArray, FloatArray], list[FloatArray]]
-    """Of the learning rates and the numbers of steps (from 1), [n] each: C arrays of [n]."""
+    """(spec, learning rates [n], numbers of the steps from 1 [n]) -> C arrays of [n]."""
     update: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-    """(weights, gradient [K, P]; moments; decayed columns [P]; C coefficients [K, 1])."""
+    """(weights [K, P], gradient [K, P], moments, 1 where weights decay [P], coefficients [K, 1])
+    -> new weights and moments."""
 
 
 def _adamw_coefficients(
@@ -67,7 +70,8 @@ def _sgd_update(
     gradient_KP = gradient_KP + decay_K1 * decays_P * weights_KP
     buffer_KP = momentum_K1 * moments[0] + gradient_KP
     new_KP = weights_KP - rate_K1 * (gradient_KP + momentum_K1 * buffer_KP)
-    # Without momentum torch keeps none, for one who goes on from here with some.
+    # Without momentum torch keeps no buffer. Nor is there one here, for a trial with momentum that
+    # continues from this state.
     return new_KP, (torch.where(momentum_K1 > 0, buffer_KP, 0),)
 
 

@@ -17,9 +17,9 @@ from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
-from tuning.fused.program import Program
-from tuning.fused.program_signature import Variant, unsupported_reason
-from tuning.fused.vmap_rewrites import NotFusibleError
+from tuning.programs.program import Program
+from tuning.programs.program_signature import Variant, unsupported_reason
+from tuning.programs.vmap_rewrites import NotFusibleError
 from tuning.trials.space import trial_spec_data
 
 

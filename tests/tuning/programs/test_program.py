@@ -24,8 +24,9 @@ from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from trainers.workloads.vision.workload import Vision
-from tuning.fused.program import Program, TrialState
-from tuning.fused.program_signature import Variant
+from tuning.programs.program import Program
+from tuning.programs.program_signature import Variant
+from tuning.programs.trial_state import TrialState
 from tuning.trials.space import trial_spec_data
 
 Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]

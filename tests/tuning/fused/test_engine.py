@@ -1,0 +1,269 @@
+"""The engine in this process, without Ray: what its two kinds of threads do to each other."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.base.errors import CheckpointError, TrainingError
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.data.splits import open_split
+from trainers.devices import Cpu
+from trainers.engine.reporter import NullReporter
+from tuning.fused import engine as engine_module
+from tuning.fused import program_pool, trial_saver
+from tuning.fused.engine import Engine
+from tuning.fused.sweep_variants import reference_variant
+from tuning.programs.program import Program
+from tuning.sweep import new_sweep
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE
+
+SPEC = """
+workload: spirals:Spirals
+model: {width: 8}
+train: {epochs: 4, global_batch: 70}
+checkpoint: {every_steps: 1000000}
+sweep:
+  parameters:
+    optimizer.lr: {loguniform: [1e-4, 1.0]}
+  search: random
+  trials: 8
+  fuse: 4
+"""
+EPOCH = 4
+"""Steps of an epoch, after each of which a trial is evaluated."""
+StartEngine = Callable[..., Engine]
+
+
+class UntrackedReporter(NullReporter):
+    def __init__(self, tracker: Any, run: str, interval_s: float) -> None:
+        pass
+
+
+@pytest.fixture
+def start_engine(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEngine]:
+    """Starts an engine of four slots, with some fields of the spec changed.
+
+    An engine that would end its process fails the test.
+    """
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(engine_module, "TrackerReporter", UntrackedReporter)
+    monkeypatch.setattr(program_pool, "set_gauge", lambda *_: None)
+    (own_folder / "s.yaml").write_text(SPEC)
+    started: list[Engine] = []
+
+    def start(*overrides: str) -> Engine:
+        sweep = new_sweep("s.yaml", list(overrides), None)
+        samples = open_split(sweep.dataset, "train")
+        program = Program(reference_variant(sweep), 4, samples, Cpu())  # not compiled, to save time
+        started.append(Engine(sweep, None, slots=4, program=program))
+        return started[-1]
+
+    yield start
+    ended_itself = bool(exits)
+    for engine in started:
+        engine._loop.post(_end_thread)
+    assert not ended_itself, "the engine ended its process"
+
+
+def _end_thread() -> None:
+    raise SystemExit
+
+
+def config(number: int, lr: float = 0.01) -> dict[str, Any]:
+    return {"trial": number, "optimizer.lr": lr}
+
+
+def within(seconds: float, action: Callable[..., Any], *args: Any) -> Any:
+    """The result of an action in another thread; TimeoutError if that takes longer."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(action(*args))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(seconds)
+
+
+def next_step(engine: Engine, lease: str) -> int:
+    """Train up to the next evaluation, and return its step."""
+    step: int = within(30, engine.next, lease)["step"]
+    return step
+
+
+def train_to_end(engine: Engine, lease: str) -> None:
+    while not within(30, engine.next, lease)["done"]:
+        pass
+
+
+def disk_full(*args: Any, **kwargs: Any) -> None:
+    raise CheckpointError("the disk is full")
+
+
+class TestSaving:
+    def test_while_a_trial_starts_does_not_end_the_engine(
+        self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The trials are saved one by one, and a call adds another one meanwhile."""
+        monkeypatch.setattr(trial_saver, "FIRST_SAVE_S", 0.0)
+        monkeypatch.setattr(trial_saver, "save_interval_s", lambda *_: 0.0)
+        engine = start_engine("checkpoint.every_steps=auto")
+        leases = [engine.start(config(number)) for number in range(2)]
+        save, late = Checkpoints.save, iter([2])
+
+        def save_while_another_starts(self: Checkpoints, *args: Any, **kwargs: Any) -> None:
+            for number in late:
+                leases.append(within(30, engine.start, config(number)))
+            save(self, *args, **kwargs)
+
+        monkeypatch.setattr(Checkpoints, "save", save_while_another_starts)
+        for epoch in (1, 2):
+            for lease in leases[:2]:
+                assert next_step(engine, lease) == EPOCH * epoch
+        assert next_step(engine, leases[2]) == EPOCH
+
+    @pytest.mark.parametrize("every", ["auto", "1"])
+    def test_that_fails_ends_the_trial_and_not_the_engine(
+        self, every: str, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(trial_saver, "FIRST_SAVE_S", 0.0)
+        monkeypatch.setattr(trial_saver, "save_interval_s", lambda *_: 0.0)
+        engine = start_engine(f"checkpoint.every_steps={every}")
+        unsaved, other = engine.start(config(0)), engine.start(config(1))
+        folder = engine._trials.get(unsaved).folder
+        save = Checkpoints.save
+
+        def save_or_fail(self: Checkpoints, *args: Any, **kwargs: Any) -> None:
+            if self is engine._trials.get(unsaved).checkpoints:
+                disk_full()
+            save(self, *args, **kwargs)
+
+        monkeypatch.setattr(Checkpoints, "save", save_or_fail)
+        with pytest.raises(TrainingError, match="the disk is full"):
+            train_to_end(engine, unsaved)
+        assert (folder / FAILED_FILE).read_text() == "the disk is full"
+        assert [next_step(engine, other) for _ in range(4)] == [4, 8, 12, 16]
+
+    def test_that_fails_when_a_trial_is_stopped_frees_its_slot(
+        self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = start_engine()
+        leases = [engine.start(config(number)) for number in range(4)]
+        for lease in leases:
+            next_step(engine, lease)
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoints, "save", disk_full)
+            with pytest.raises(CheckpointError):
+                within(30, engine.stop, leases[0])
+        assert next_step(engine, engine.start(config(4))) == EPOCH
+
+
+class TestATrialThatContinuesFromAnother:
+    """As under PBT: Tune saves one trial, and loads the checkpoint into another one."""
+
+    def losses_from(self, engine: Engine, lease: str, folder: Path) -> list[float]:
+        """The validation losses of a trial that continues from an exported checkpoint."""
+        within(30, engine.load, lease, folder)
+        return [within(30, engine.next, lease)["val/loss"] for _ in range(2)]
+
+    def export(self, engine: Engine, lease: str, folder: Path) -> Path:
+        folder.mkdir()
+        within(30, engine.save, lease, folder)
+        return folder
+
+    def test_uses_a_second_donor_after_the_first(
+        self, start_engine: StartEngine, tmp_path: Path
+    ) -> None:
+        """Both were saved at the same step, and the second one has gone on since."""
+        engine = start_engine()
+        one, two, taker = (engine.start(config(n, lr=0.1**n)) for n in range(3))
+        for lease in (one, two, taker):
+            next_step(engine, lease)
+        first = self.export(engine, one, tmp_path / "one")
+        second = self.export(engine, two, tmp_path / "two")
+        next_step(engine, two)
+        from_first = self.losses_from(engine, taker, first)
+        from_second = self.losses_from(engine, taker, second)
+        other = engine.start(config(4, lr=0.1**2))
+        assert from_second == pytest.approx(self.losses_from(engine, other, second), rel=1e-6)
+        assert from_second != pytest.approx(from_first, rel=1e-2)
+
+    def test_uses_the_checkpoint_if_the_donor_has_another_state_at_that_step(
+        self, start_engine: StartEngine, tmp_path: Path
+    ) -> None:
+        """The donor itself has continued from another trial, at the step of its own checkpoint."""
+        engine = start_engine("train.global_batch=2")  # an epoch takes long enough to look at it
+        one, two = (engine.start(config(n, lr=0.1**n)) for n in range(2))
+        for lease in (one, two):
+            next_step(engine, lease)
+        first = self.export(engine, one, tmp_path / "one")
+        second = self.export(engine, two, tmp_path / "two")
+        within(30, engine.stop, two)
+        two = engine.start(config(1, lr=0.1))
+        within(30, engine.load, two, first)
+        donor = engine._trials.get(two)
+        engine._loop.post(lambda: engine._loop.request_next(donor))
+        taker, other = (engine.start(config(n, lr=0.01)) for n in (2, 3))
+        while engine._loop.call(lambda: donor.evaluated_state is None):
+            pass
+        assert (
+            engine._loop.call(lambda: donor.evaluated_step)
+            == json.loads((second / trial_saver.ORIGIN_FILE).read_text())["step"]
+        )
+        taken = self.losses_from(engine, taker, second)
+        within(30, engine.stop, two)
+        assert taken == pytest.approx(self.losses_from(engine, other, second), rel=1e-6)
+
+    def test_takes_the_state_of_a_donor_that_is_still_here(
+        self, start_engine: StartEngine, tmp_path: Path
+    ) -> None:
+        engine = start_engine()
+        donor, taker = engine.start(config(0)), engine.start(config(1))
+        next_step(engine, donor)
+        folder = self.export(engine, donor, tmp_path / "donor")
+        within(30, engine.load, taker, folder)
+        state = engine._trials.get(donor).evaluated_state
+        assert state is not None
+        assert engine._trials.get(taker).donor_state is state
+        next_step(engine, taker)
+        assert engine._trials.get(taker).donor_state is None
+
+
+class TestATrial:
+    def test_that_a_scheduler_had_stopped_is_done_when_it_starts_again(
+        self, start_engine: StartEngine
+    ) -> None:
+        """Otherwise Tune might wait for its next evaluation, for ever."""
+        engine = start_engine()
+        lease = engine.start(config(0))
+        result = within(30, engine.next, lease)
+        assert not result["done"]
+        ended = engine._trials.get(lease).folder / ENDED_FILE
+        ended.write_text(json.dumps({"complete": False, "step": result["step"]}))
+        within(30, engine.stop, lease)
+        again = within(30, engine.next, engine.start(config(0)))
+        assert again["done"]
+        assert again["step"] == result["step"]
+
+    def test_that_starts_again_ends_the_wait_of_the_instance_before(
+        self, start_engine: StartEngine
+    ) -> None:
+        engine = start_engine()
+        first = engine.start(config(0))
+        next_step(engine, first)
+        instance = engine._trials.get(first)
+        second = engine.start(config(0))
+        engine._trials.add(instance)  # as for a call that looked it up just before
+        with pytest.raises(TrainingError, match="trial 0 was started again"):
+            within(10, engine.next, first)
+        assert not (instance.folder / FAILED_FILE).exists()
+        assert next_step(engine, second) == 2 * EPOCH

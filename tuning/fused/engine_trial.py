@@ -1,0 +1,124 @@
+"""A trial on an engine, and the trials of an engine by lease."""
+
+import bisect
+import math
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cluster.base.errors import TrainingError
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.tracking.reporter import TrackerReporter
+from tuning.programs.program_signature import Variant
+from tuning.programs.trial_state import TrialState
+from tuning.trials.trial import TuneReporter
+
+if TYPE_CHECKING:
+    from tuning.fused.program_pool import ProgramSlots
+
+
+class SupersededError(TrainingError):
+    """Another instance of the trial was started; this one is not trained any more."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"trial {number} was started again, or has been stopped")
+
+
+@dataclass(eq=False)
+class EngineTrial:
+    """An instance of a trial, from `Engine.start` to `Engine.stop`.
+
+    Which thread uses what: the fields up to `checkpoints` never change; `reporter` has a lock of
+    its own; `results` goes from the computing thread to the call that waits in `Engine.next`.
+    Everything below `results` belongs to the computing thread. So does `checkpoints`, until the
+    trial has ended; from then on only calls use it, to wait for the last save.
+    """
+
+    number: int
+    lease: str
+    """Identifies the instance; the one named in the trial's folder may save there."""
+    variant: Variant
+    folder: Path
+    evaluation_steps: set[int]
+    progress: TuneReporter
+    reporter: TrackerReporter
+    checkpoints: Checkpoints
+    had_ended: bool = False
+    """Whether the trial had ended before this instance, which only repeats its result."""
+    results: "SimpleQueue[dict[str, Any] | TrainingError]" = field(default_factory=SimpleQueue)
+
+    result_requested: bool = False
+    """Whether Tune waits for its next evaluation."""
+    ended: bool = False
+    steps_done: int = 0
+    reported_step: int = 0
+    """The last step whose evaluation Tune knows."""
+    network: nn.Module | None = None
+    """As built, while the trial waits for a slot of `program_slots`."""
+    program_slots: "ProgramSlots | None" = None
+    slot: int = -1
+    donor_state: TrialState | None = None
+    """Another trial's state on this device, from which this one is to continue; used once."""
+    evaluated_state: TrialState | None = None
+    """The state at the last evaluation, which is saved, or given to another trial."""
+    export_id: str | None = None
+    """Identifies the export of `evaluated_state` to Tune; None if it has not been exported."""
+    saved_step: int = -1
+    saved_scalars: dict[str, float] = field(default_factory=dict)
+    """Numbers that are saved with `evaluated_state`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    loss_sum: float = 0.0
+    losses: int = 0
+    last_finite: float = math.nan
+    device_s: float = 0.0
+    """Time of the device, divided by the number of trials that shared it."""
+    steps_s: float = 0.0
+    """Time of the device since the last evaluation, undivided."""
+
+    def __post_init__(self) -> None:
+        self._sorted_evaluation_steps = sorted(self.evaluation_steps)
+
+    @property
+    def evaluated_step(self) -> int:
+        return self.evaluated_state.steps_done if self.evaluated_state is not None else 0
+
+    @property
+    def next_evaluation_step(self) -> int:
+        """The step of the next evaluation; after the last one, that of the last one."""
+        steps = self._sorted_evaluation_steps
+        following = bisect.bisect_right(steps, self.evaluated_step)
+        return steps[min(following, len(steps) - 1)]
+
+    @property
+    def evaluation_due(self) -> bool:
+        at_step = self.steps_done == self.next_evaluation_step
+        return at_step and self.result_requested and not self.ended
+
+
+class TrialRegistry:
+    """The trials of an engine by lease. A lock guards it: every thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._trials: dict[str, EngineTrial] = {}
+
+    def add(self, trial: EngineTrial) -> None:
+        with self._lock:
+            self._trials[trial.lease] = trial
+
+    def get(self, lease: str) -> EngineTrial:
+        """Raises KeyError after the trial was stopped."""
+        with self._lock:
+            return self._trials[lease]
+
+    def pop(self, lease: str) -> EngineTrial | None:
+        with self._lock:
+            return self._trials.pop(lease, None)
+
+    def all(self) -> list[EngineTrial]:
+        with self._lock:
+            return list(self._trials.values())

@@ -1,0 +1,108 @@
+"""Saves the trials of an engine, and passes their states on to other trials.
+
+Used by the engine's computing thread only. A checkpoint is written by a thread of its own, after
+its tensors have been copied here.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from uuid import uuid4
+
+from cluster.base.errors import TrainingError
+from cluster.base.files import write_atomic
+from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
+from trainers.engine.coordination import FIRST_SAVE_S
+from trainers.run_folder import CHECKPOINTS
+from trainers.spec import RunSpec
+from tuning.fused.engine_trial import EngineTrial, TrialRegistry
+
+LEASE_FILE = "lease"
+"""In a trial's folder: the lease of the instance that may save there."""
+ORIGIN_FILE = "origin.json"
+"""Beside a checkpoint that Tune passes from trial to trial: whose state it is."""
+
+
+def write_origin(folder: Path, origin: dict[str, int | str]) -> None:
+    write_atomic(folder / ORIGIN_FILE, json.dumps(origin))
+
+
+class TrialSaver:
+    """Writes checkpoints of evaluated states: when the spec says so, and from time to time."""
+
+    def __init__(self, spec: RunSpec, trials: TrialRegistry) -> None:
+        self._trials = trials
+        self._failure_every_s = spec.checkpoint.failure_every_hours * 3600
+        self._next_save = time.monotonic() + FIRST_SAVE_S
+
+    def periodic_save_due(self) -> bool:
+        return time.monotonic() >= self._next_save
+
+    def saved_periodically(self) -> list[EngineTrial]:
+        """The trials to save from time to time, against the loss of the engine."""
+        every = (trial for trial in self._trials.all() if not trial.ended)
+        return [each for each in every if each.variant.spec.checkpoint.every_steps == "auto"]
+
+    def schedule_next(self, began: float) -> None:
+        """Set the time of the next periodic save, after one that began at `began`."""
+        now = time.monotonic()
+        interval_s = save_interval_s(now - began, self._failure_every_s)
+        self._next_save = now + max(FIRST_SAVE_S, interval_s)
+
+    def save_if_due(self, trial: EngineTrial) -> None:
+        """Save the last evaluation if the spec asks for it, whatever happens to the trial."""
+        spec = trial.variant.spec.checkpoint
+        every = spec.every_steps
+        due = every != "auto" and trial.evaluated_step - max(0, trial.saved_step) >= every
+        if due or spec.keep_best > 0:
+            self.save(trial)
+
+    def save(self, trial: EngineTrial) -> None:
+        """Begin to write the last evaluated state, unless it has been saved already.
+
+        Raises what went wrong with the save before this one, as `Checkpoints.save` does.
+        """
+        if trial.evaluated_state is None or trial.saved_step >= trial.evaluated_step:
+            return
+        if (trial.folder / LEASE_FILE).read_text() == trial.lease:
+            self._save_to(trial, trial.checkpoints)
+            trial.saved_step = trial.evaluated_step
+
+    def export(self, trial: EngineTrial, checkpoints: Checkpoints) -> dict[str, int | str]:
+        """Begin to write the last evaluated state for Tune; returns its origin."""
+        self._save_to(trial, checkpoints)
+        trial.export_id = trial.export_id or uuid4().hex
+        return {"trial": trial.number, "step": trial.evaluated_step, "export": trial.export_id}
+
+    def import_from(self, trial: EngineTrial, folder: Path) -> None:
+        """Make the exported checkpoint in `folder` the only one of a trial, which has no slot.
+
+        Where the state exported is still on this device, the trial will take it from there.
+        """
+        source = Checkpoints(folder / CHECKPOINTS).latest()
+        if source is None:
+            raise TrainingError(f"{folder}: no checkpoint to continue from")
+        origin = json.loads((folder / ORIGIN_FILE).read_text())
+        donors = (other for other in self._trials.all() if other.export_id is not None)
+        donor = next((d for d in donors if d.export_id == origin.get("export")), None)
+        trial.donor_state = donor.evaluated_state if donor is not None else None
+        trial.checkpoints.wait()
+        shutil.rmtree(trial.folder / CHECKPOINTS, ignore_errors=True)
+        trial.checkpoints.import_from(source)
+        trial.network = trial.program_slots = trial.evaluated_state = trial.export_id = None
+        trial.reported_step, trial.saved_step = origin["step"], -1
+
+    def _save_to(self, trial: EngineTrial, checkpoints: Checkpoints) -> None:
+        state = trial.evaluated_state
+        if state is None or trial.program_slots is None:
+            raise TrainingError(f"trial {trial.number} has no evaluation to save")
+        program = trial.program_slots.program
+        checkpoints.save(
+            state.steps_done,
+            program.network_with(state),
+            program.optimizer,
+            trial.saved_scalars,
+            trial.metrics,
+            trial.reporter.flush,
+        )

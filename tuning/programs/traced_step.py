@@ -1,0 +1,177 @@
+"""One training step of all slots, as one graph of plain tensor operations.
+
+The network goes through `torch.vmap` over the slots, outside of which one call takes the gradient
+of all losses: so only forward batching rules are needed. Tracing sees what runs eagerly, so that
+the user's code meets none of the limits of Dynamo.
+
+Suffixes: K slots, P trained weights of a trial in one row, B samples of a batch, C coefficients of
+the update, F batched values.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import GraphModule
+
+from trainers.counter_rng import SampleRandom
+from trainers.data.sampling import SampleStream, to_device
+from trainers.engine.step import check_per_sample
+from trainers.modeling.dropout import DropoutRng
+from trainers.precision import compute_precision, weights_dtype
+from trainers.spec import RunSpec
+from trainers.workload import Batch, Workload
+from tuning.programs.batched_optimizers import BatchedOptimizer
+from tuning.programs.batched_values import BatchedValues
+from tuning.programs.program_signature import Variant
+from tuning.programs.torch_internals import node_bytes, trace_operations
+from tuning.programs.trial_state import SlotStates, named_tensors
+from tuning.programs.vmap_rewrites import NotFusibleError, first_sentence
+
+
+class SlotStep:
+    """A training step of all slots, as a function of tensors that can be traced."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        network: nn.Module,
+        dropout_rng: DropoutRng,
+        optimizer: BatchedOptimizer,
+        values: BatchedValues,
+        states: SlotStates,
+        columns: Sequence[str],
+    ) -> None:
+        """`columns` are the names of a batch's tensors, which the step takes last."""
+        self._variant, self._network, self._dropout_rng = variant, network, dropout_rng
+        self._optimizer, self._values, self._states = optimizer, values, states
+        self._columns = columns
+
+    def trace(self, inputs: Sequence[Tensor]) -> GraphModule:
+        """The operations of a step; raises NotFusibleError that names the one in the way."""
+        try:
+            with torch.enable_grad():
+                graph = trace_operations(self, inputs)
+        except NotFusibleError:
+            raise
+        except Exception as error:  # a user's model may do anything
+            raise NotFusibleError(first_sentence(error)) from error
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """One step, in place on the state; returns the loss of each slot [K].
+
+        Takes the tensors of `SlotStates`, the update's coefficients, the position of the first
+        sample, the seed's key, the batched values with their thresholds, and the batch's columns.
+        """
+        count = len(self._states.moments)
+        weights_KP, moments, rest = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
+        buffers = dict(zip(self._states.buffers, rest, strict=False))
+        active_K, coefficients_KC, first_K, *others = rest[len(buffers) :]
+        seed_key_K, values_KF, thresholds_KF, *columns = others
+        batch = dict(zip(self._columns, columns, strict=True))
+        leaf_KP = weights_KP.detach().requires_grad_()
+        loss_K, changed = torch.vmap(self._slot_loss)(
+            leaf_KP,
+            {name: value.clone() for name, value in buffers.items()},
+            values_KF,
+            thresholds_KF,
+            seed_key_K,
+            first_K,
+            batch,
+        )
+        (gradient_KP,) = torch.autograd.grad(loss_K.sum(), leaf_KP)
+        with torch.no_grad():
+            *c, clip_K1 = (column[:, None] for column in coefficients_KC.unbind(1))
+            if self._variant.spec.train.clip_norm is not None:
+                norm_K1 = gradient_KP.square().sum(1, keepdim=True).sqrt()
+                gradient_KP = gradient_KP * (clip_K1 / (norm_K1 + 1e-6)).clamp(max=1.0)
+            new_KP, new_moments = self._optimizer.update(
+                weights_KP, gradient_KP, moments, self._states.decayed_P, c
+            )
+            # A trial whose loss is not finite keeps its last good state, and stands still.
+            loss_K = torch.where(active_K, loss_K.detach(), math.nan)
+            good_K = torch.isfinite(loss_K)
+            updated = (new_KP, *new_moments, *(changed[name] for name in buffers))
+            for old, new in zip((weights_KP, *moments, *buffers.values()), updated, strict=True):
+                good = good_K.view(-1, *[1] * (old.ndim - 1))
+                old.copy_(torch.where(good, new, old))
+            active_K.copy_(good_K)
+        return loss_K
+
+    def _slot_loss(
+        self,
+        weights_P: Tensor,
+        buffers: dict[str, Tensor],
+        values_F: Tensor,
+        thresholds_F: Tensor,
+        seed_key: Tensor,
+        first: Tensor,
+        batch: Batch,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of one slot's batch, and its buffers afterwards; runs under vmap."""
+        tensors = {**self._states.weights_by_name(weights_P), **buffers}
+        spec = self._variant.spec
+        positions_B = torch.arange(spec.train.global_batch, device=first.device)
+        random = SampleRandom(seed_key, first + positions_B)
+        with (
+            self._values.substituted(values_F, thresholds_F) as workload,
+            self._dropout_rng.seeded_by(random),
+        ):
+            return functional_call(  # type: ignore[no-any-return]
+                _LossModule(self._network, buffers),
+                {f"network.{name}": value for name, value in tensors.items()},
+                (workload, spec, batch, random),
+            )
+
+
+def reference_loss(
+    variant: Variant,
+    network: nn.Module,
+    dropout_rng: DropoutRng,
+    step: int,
+    samples: SampleStream,
+    device: torch.device,
+) -> Tensor:
+    """The loss of a step as the trial's own network computes it, outside of any program."""
+    positions, index = samples.positions_and_indices(step)
+    batch = samples.gather(index.to(samples.device))
+    batch = to_device(batch, device, weights_dtype(variant.spec.train))
+    random = SampleRandom(variant.spec.train.seed, positions.to(device))
+    with dropout_rng.seeded_by(random):
+        loss, _ = _LossModule(network, {})(variant.workload, variant.spec, batch, random)
+    return loss  # type: ignore[no-any-return]
+
+
+def peak_bytes(graph: GraphModule) -> int:
+    """The most memory that the tensors of a step take at once, its inputs included."""
+    last_use = {each: node for node in graph.graph.nodes for each in node.all_input_nodes}
+    held, peak = 0, 0
+    for node in graph.graph.nodes:
+        held += node_bytes(node)
+        peak = max(peak, held)
+        held -= sum(node_bytes(each) for each in node.all_input_nodes if last_use[each] is node)
+    return peak
+
+
+class _LossModule(nn.Module):
+    """A network with its loss, for `functional_call`: workloads are given whole modules."""
+
+    def __init__(self, network: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self._names = list(buffers)
+
+    def forward(
+        self, workload: Workload, spec: RunSpec, batch: Batch, random: SampleRandom
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = workload.augment(batch, random)
+        with compute_precision(spec.train, random.positions.device):
+            loss_B = workload.loss(workload.forward(self.network, batch), batch)
+        check_per_sample("loss", loss_B, spec.train.global_batch)
+        held = named_tensors(self.network)
+        return loss_B.mean(), {name: held[name].detach() for name in self._names}
