@@ -34,7 +34,6 @@ def test_tiny_sizes_on_a_cpu() -> None:
     mfu = [("GPT, tiny, MFU", "Heliostat"), ("GPT, tiny, MFU", "bare PyTorch")]
     assert compared == [*mfu, ("GPT, tiny", "bare PyTorch")]
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in result["rows"])
-    assert all(row["ratio"] < 1 for row in result["rows"][:2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
