@@ -106,9 +106,20 @@ def dropout_mask(keys_B: Tensor, threshold: int | Tensor, count: int) -> Tensor:
     mixing of their low bits is left out, since the high bits decide. In place throughout, it is as
     fast as `bernoulli_`. `threshold` may be an int64 tensor without dimensions.
     """
-    elements = torch.arange(count, device=keys_B.device)
+    counters = _element_counters(count, keys_B.device)
+    return _splitmix_rounds(keys_B[:, None] + counters) >= threshold
+
+
+def _element_counters(count: int, device: torch.device) -> Tensor:
+    """i * _GOLDEN_INT64 for each of `count` elements, wrapping.
+
+    The bitwise operation changes nothing. It hides the range from Inductor, which otherwise folds
+    the product into `Vectorized<int64_t>::arange(base, step)`. That C++ relies on signed overflow,
+    which is undefined: with AVX2, one element of eight was wrong (PyTorch 2.13.0, GCC 12).
+    """
+    elements = torch.arange(count, device=device).bitwise_and_(_MASK >> 1)
     elements *= _GOLDEN_INT64
-    return _splitmix_rounds(keys_B[:, None] + elements) >= threshold
+    return elements
 
 
 class SampleRandom:
@@ -133,7 +144,7 @@ class SampleRandom:
         """Uniform in [0, 1), float32 with 24 random bits, of shape [B, *shape]."""
         self._draws += 1
         count = math.prod(shape)
-        elements = torch.arange(count, device=self.keys_B.device) * _GOLDEN_INT64
+        elements = _element_counters(count, self.keys_B.device)
         # The constant is wrapped here: compilers that fold it refuse one of more than 64 bits.
         elements += _as_int64((self._draws << 40) * _GOLDEN)
         bits = _splitmix64(self.keys_B[:, None] ^ _splitmix64(elements))

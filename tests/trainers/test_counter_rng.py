@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainers.counter_rng import SampleRandom, combine_seeds, seed_device
+from trainers.counter_rng import (
+    SampleRandom,
+    combine_seeds,
+    drop_threshold,
+    dropout_mask,
+    seed_device,
+)
 from trainers.devices import Cpu
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -42,6 +48,14 @@ class TestSampleRandom:
         """Every recorded run depends on the formula."""
         found = (uniform(42, [0, 1, 2**40], 2) * 2**24).to(torch.int64)
         assert found.tolist() == [[5244447, 10861296], [9130442, 2923083], [12185863, 8201067]]
+
+
+def test_a_compiled_mask_is_the_same() -> None:
+    """Inductor must not compute the counters of the elements in C++ that relies on overflow."""
+    keys_B = SampleRandom(3, torch.arange(18)).keys_B
+    compiled = torch.compile(dropout_mask, fullgraph=True, dynamic=False)
+    threshold = drop_threshold(0.5)
+    assert compiled(keys_B, threshold, 8).equal(dropout_mask(keys_B, threshold, 8))
 
 
 def test_draws_seeds_positions_and_elements_all_differ() -> None:

@@ -150,7 +150,7 @@ class Program:
     def load_trial(
         self, slot: int, variant: Variant, network: nn.Module, state: TrialState | None = None
     ) -> None:
-        """Put a trial into a slot, from its first step or from `state`, whoever was there before.
+        """Put a trial into a slot, from its first step or from `state`; replaces what was there.
 
         `network` is the trial's own: as built, or with the weights of `state`.
         """
