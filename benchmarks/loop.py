@@ -109,6 +109,13 @@ def loader(case: str) -> tuple[Any, torch.utils.data.DataLoader[Any]]:
     return workload, batches
 
 
+def mean_loss(workload: Any, model: Any, values: Any) -> torch.Tensor:
+    """The loss of a batch as the loader gives it: a tensor for each column."""
+    batch = dict(zip(workload.columns, values, strict=True))
+    loss: torch.Tensor = workload.loss(workload.forward(model, batch), batch).mean()
+    return loss
+
+
 def accelerate(case: str) -> float:
     from accelerate import Accelerator
 
@@ -124,8 +131,7 @@ def accelerate(case: str) -> float:
             start = time.perf_counter()
         if step == WARM_UP + STEPS - 1:
             return (time.perf_counter() - start) / (STEPS - 1)
-        batch = dict(zip(workload.columns, values, strict=True))
-        loss = workload.loss(workload.forward(model, batch), batch).mean()
+        loss = mean_loss(workload, model, values)
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()
@@ -149,8 +155,7 @@ def lightning(case: str) -> float:
             self.network = workload.build()
 
         def training_step(self, values: Any, index: int) -> torch.Tensor:
-            batch = dict(zip(workload.columns, values, strict=True))
-            loss = workload.loss(workload.forward(self.network, batch), batch).mean()
+            loss = mean_loss(workload, self.network, values)
             if index % 10 == 9:
                 loss.item()
             return loss
@@ -226,6 +231,7 @@ def _tutorial(config: dict[str, Any]) -> float:
     sys.path.insert(0, config["path"])
     import ray.train
     from loop import loader as load
+    from loop import mean_loss
     from ray.train.torch import prepare_data_loader, prepare_model
 
     torch.set_num_threads(1)
@@ -245,8 +251,7 @@ def _tutorial(config: dict[str, Any]) -> float:
                 start = time.perf_counter()
             if step == WARM_UP + STEPS - 1:
                 return (time.perf_counter() - start) / (STEPS - 1)
-            batch = dict(zip(workload.columns, values, strict=True))
-            loss = workload.loss(workload.forward(model, batch), batch).mean()
+            loss = mean_loss(workload, model, values)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

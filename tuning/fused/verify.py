@@ -1,4 +1,4 @@
-"""Whether fused trials gave what they give alone: some of them trained again, by themselves."""
+"""Trains some fused trials again, each by itself, and compares the metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Series = dict[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest difference between what a trial reported in a slot and alone."""
+    """The largest difference between a trial's metrics in a slot and alone."""
 
     trial: int
     value: float
@@ -41,7 +41,7 @@ class Deviation:
 
 
 def trials_to_verify(board: Leaderboard) -> list[TrialResult]:
-    """The trials to train alone."""
+    """The trials to train again: spread evenly over the leaderboard."""
     last = len(board.results) - 1
     places = sorted(
         {round(last * share / (VERIFIED_TRIALS - 1)) for share in range(VERIFIED_TRIALS)}
@@ -49,26 +49,26 @@ def trials_to_verify(board: Leaderboard) -> list[TrialResult]:
     return [board.results[place] for place in places] if board.results else []
 
 
-def measure_deviation(sweep: Sweep, standing: TrialResult) -> Deviation:
-    """Train a trial alone as far as it came in its slot, and compare losses and evaluations.
+def measure_deviation(sweep: Sweep, trial: TrialResult) -> Deviation:
+    """Train a trial alone up to the step that it reached, and compare losses and evaluations.
 
-    Called in a process that has what the sweep's trials have. Untracked, and without a trace.
+    To be called in a process with the resources of a trial. Nothing is tracked or kept.
     """
     set_threads(sweep)
-    spec, workload = resolve(sweep.trial_spec_data(standing.parameters), RunSpec)
-    alone = _Recorder(standing.step)
+    spec, workload = resolve(sweep.trial_spec_data(trial.parameters), RunSpec)
+    alone = _Recorder(trial.step)
     worker = Worker(hardware=local_device(spec.scale.accelerator))
     with TemporaryDirectory() as folder:
         train(spec, workload, sweep.dataset, Path(folder), alone, worker)
-    told = read_metrics(sweep.folder / TRACKING, sweep.trial_key(standing.number))
-    fused = {(name, step): value for name, value, step, _ in told}
+    points = read_metrics(sweep.folder / TRACKING, sweep.trial_key(trial.number))
+    fused = {(name, step): value for name, value, step, _ in points}
     both = [(abs(value - fused[at]), at) for at, value in alone.series.items() if at in fused]
     value, (metric, step) = max(both)
-    return Deviation(standing.number, value, metric, step, len(both))
+    return Deviation(trial.number, value, metric, step, len(both))
 
 
 class _Recorder(NullReporter):
-    """Keeps losses and evaluations in memory, and stops the run after so many steps."""
+    """Keeps losses and evaluations in memory, and stops the run after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps

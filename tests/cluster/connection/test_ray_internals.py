@@ -14,6 +14,9 @@ import ray
 
 from cluster.connection import ray_internals
 
+RAY_CONSTANTS = "ray._private.ray_constants"
+TRAIN_CONSTANTS = "ray.train.v2._internal.constants"
+
 
 def private(module: str, name: str = "", item: str = "") -> Any:
     """A module of Ray's, or a name in it; fails where this release has none."""
@@ -213,17 +216,9 @@ def test_names_and_messages(item: str, module: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("item", "module", "name"),
     [
-        (
-            "DASHBOARD_AGENT_PORT",
-            "ray._private.ray_constants",
-            "DEFAULT_DASHBOARD_AGENT_LISTEN_PORT",
-        ),
+        ("DASHBOARD_AGENT_PORT", RAY_CONSTANTS, "DEFAULT_DASHBOARD_AGENT_LISTEN_PORT"),
         ("JOB_CONFIG_ENV_VAR", "ray._private.runtime_env.constants", "RAY_JOB_CONFIG_JSON_ENV_VAR"),
-        (
-            "PREEMPTION_WATCHER_ENV_VAR",
-            "ray.train.v2._internal.constants",
-            "ENABLE_PREEMPTION_WATCHER_ENV_VAR",
-        ),
+        ("PREEMPTION_WATCHER_ENV_VAR", TRAIN_CONSTANTS, "ENABLE_PREEMPTION_WATCHER_ENV_VAR"),
     ],
 )
 def test_constants(item: str, module: str, name: str) -> None:

@@ -10,7 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -43,10 +43,17 @@ def history(client: mlflow.MlflowClient, run_id: str, name: str = "train/loss") 
     return [metric.step for metric in client.get_metric_history(run_id, name)]
 
 
+@pytest.fixture
+def tracker(tmp_path: Path, mlflow_server: str) -> Iterator[Tracker]:
+    """A tracker with an operation log in `tmp_path`; closed after the test."""
+    made = Tracker(str(tmp_path), mlflow_server, "track")
+    yield made
+    made.close()
+
+
 def test_a_parent_and_its_child(
-    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+    tracker: Tracker, tmp_path: Path, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
-    tracker = Tracker(str(tmp_path), mlflow_server, "track")
     (tmp_path / "spec.yaml").write_text("uri: http://me:secret@host\n")
     tracker.start(TrackedRun("sweep", {"train.seed": 3}, {"kind": "sweep"}))
     tracker.start(TrackedRun("sweep/0001", {"optimizer.lr": 3e-4}, parent="sweep"))
@@ -64,19 +71,16 @@ def test_a_parent_and_its_child(
     assert history(client, child["run_id"]) == list(range(5))
     path = client.download_artifacts(parent["run_id"], "spec.yaml", str(tmp_path))
     assert Path(path).read_text() == "uri: http://me:***@host\n"
-    tracker.close()
 
 
 def test_a_repeated_step_is_sent_once(
-    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+    tracker: Tracker, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
-    tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("again", {}))
     tracker.log("again", rows(range(10)), 10)
     tracker.log("again", rows(range(6, 15)), 15)
     drained(tracker, wait_until)
     assert history(client, tracker.read("again")["run_id"]) == list(range(15))
-    tracker.close()
 
 
 def test_a_second_writer_continues_where_the_first_was_killed(
@@ -237,9 +241,8 @@ def test_a_server_that_is_away_gets_everything_later(
 
 
 def test_values_and_names_that_mlflow_cannot_hold(
-    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+    tracker: Tracker, tmp_path: Path, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
-    tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("odd", {"long": "x" * 7000, "uri": "http://me:secret@host"}))
     inf, nan, at = float("inf"), float("nan"), 1_700_000_000_000
     tracker.log("odd", [("loss", v, i, at) for i, v in enumerate((inf, nan, -inf, 1.0))], 4)
@@ -263,7 +266,6 @@ def test_values_and_names_that_mlflow_cannot_hold(
         assert shown.endswith(f"({len(text)} characters, whole in {kind}/{name}.txt)")
         path = client.download_artifacts(run_id, f"{kind}/{name}.txt", str(tmp_path))
         assert Path(path).read_text() == text
-    tracker.close()
 
 
 def test_two_names_that_mlflow_would_write_alike_stay_two_series(
@@ -291,14 +293,9 @@ def test_two_names_that_mlflow_would_write_alike_stay_two_series(
 
 
 def test_an_unreadable_environment_variable_loses_nothing(
-    tmp_path: Path,
-    mlflow_server: str,
-    client: mlflow.MlflowClient,
-    wait_until: Wait,
-    monkeypatch: pytest.MonkeyPatch,
+    tracker: Tracker, client: mlflow.MlflowClient, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow raises a plain ValueError for it, with every request."""
-    tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("environment", {}))
     drained(tracker, wait_until)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon")
@@ -307,17 +304,11 @@ def test_an_unreadable_environment_variable_loses_nothing(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     drained(tracker, wait_until)
     assert history(client, tracker.read("environment")["run_id"]) == list(range(5))
-    tracker.close()
 
 
 def test_a_clock_that_is_set_back(
-    tmp_path: Path,
-    mlflow_server: str,
-    client: mlflow.MlflowClient,
-    wait_until: Wait,
-    monkeypatch: pytest.MonkeyPatch,
+    tracker: Tracker, client: mlflow.MlflowClient, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("clock", {}))
     for step in range(20):
         tracker.log("clock", [("loss", step / 7, step, 1_900_000_000_000 - 60_000 * step)], step)
@@ -329,13 +320,11 @@ def test_a_clock_that_is_set_back(
     run = client.get_run(run_id)
     assert run.data.metrics["loss"] == 19 / 7
     assert run.info.end_time >= run.info.start_time
-    tracker.close()
 
 
 def test_a_refused_operation_does_not_hold_up_the_rest(
-    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+    tracker: Tracker, tmp_path: Path, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
-    tracker = Tracker(str(tmp_path), mlflow_server, "track")
     tracker.start(TrackedRun("refused", {}))
     at = 1_700_000_000_000
     tracker.log("refused", [("loss", 0.5, 0, at), ("loss too far", 1.0, 2**70, at)], 0)
@@ -346,7 +335,6 @@ def test_a_refused_operation_does_not_hold_up_the_rest(
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
     assert run.data.tags["heliostat.refused.log"].startswith("loss too far: ")
     assert run.data.tags["heliostat.refused.artifact"].endswith("missing.txt is gone")
-    tracker.close()
 
 
 def test_a_stop_request_is_the_answer_to_the_next_metrics(tmp_path: Path) -> None:

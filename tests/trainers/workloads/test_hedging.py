@@ -107,7 +107,7 @@ class TestCosts:
         for cost, same in ((0.0, True), (0.01, False)):
             workload = hedging({"cost": cost}, rebalancings=3)
             network = workload.build()
-            # One by one: equal rows of a batch may differ in the last bit with several threads.
+            # One by one: equal rows of one batch may differ in the last bit on some thread counts.
             each = [workload.forward(network, {"price": one})[1] for one in path.split(1)]
             holding = torch.cat(each)
             assert (holding[0, 2] == holding[1, 2]).item() is same

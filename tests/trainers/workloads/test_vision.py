@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ def splits_of(workload: Vision) -> dict[str, Split]:
         }
         for name, rows in workload.dataset().items()
     }
+
+
+def sizes(splits: Mapping[str, Any]) -> dict[str, int]:
+    """Samples of each split."""
+    return {name: len(samples) for name, samples in splits.items()}
 
 
 def contents(split: Split) -> set[tuple[bytes, int]]:
@@ -233,18 +238,10 @@ class TestFolder:
         write_images(tmp_path / "train")
         write_images(tmp_path / "test", each=3, first_seed=1000)
         found = vision(source=str(tmp_path), classes=2).dataset()
-        assert {name: len(rows) for name, rows in found.items()} == {
-            "train": 36,
-            "val": 4,
-            "test": 6,
-        }
+        assert sizes(found) == {"train": 36, "val": 4, "test": 6}
         write_images(tmp_path / "val", each=5, first_seed=2000)
         found = vision(source=str(tmp_path), classes=2).dataset()
-        assert {name: len(rows) for name, rows in found.items()} == {
-            "train": 40,
-            "val": 10,
-            "test": 6,
-        }
+        assert sizes(found) == {"train": 40, "val": 10, "test": 6}
 
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         write_images(tmp_path)

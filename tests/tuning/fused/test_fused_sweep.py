@@ -1,4 +1,4 @@
-"""Fused sweeps on the real Ray Tune: what users see of a trial is what they see of any other."""
+"""Fused sweeps with the real Ray Tune: a user sees the same of a fused trial as of any other."""
 
 import os
 import re
@@ -41,7 +41,7 @@ SPIRALS: dict[str, Any] = {
 
 @pytest.fixture
 def spirals(modules: Path, spirals_source: str, tmp_path: Path) -> Path:
-    """The spec file of a small sweep over a workload that all Ray workers can import."""
+    """The spec file of a small sweep, whose workload all Ray workers can import."""
     (modules / "spirals_to_fuse.py").write_text(spirals_source)
     spec = tmp_path / "spirals.yaml"
     write_yaml({**SPIRALS, "storage": str(tmp_path)}, spec)
@@ -50,7 +50,7 @@ def spirals(modules: Path, spirals_source: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_sweep(spirals: Path, ray_cluster: str, mlflow_server: str) -> Callable[..., Result]:
-    """Runs the sweep with some fields changed, to its end."""
+    """Runs the sweep to its end, with some fields changed."""
 
     def runner(*overrides: str) -> Result:
         lines: list[str] = []
@@ -69,7 +69,7 @@ def children(uri: str, run_id: str) -> list[Any]:
 
 
 def assert_tracked_once(uri: str, tracked: dict[str, Any], board: Leaderboard) -> None:
-    """All trials are in MLflow, none twice, each with every step of what it did once."""
+    """All trials are in MLflow, none twice, each with every step once."""
     client, found = mlflow.MlflowClient(uri), children(uri, tracked["run_id"])
     by_number = {int(run.info.run_name): run for run in found}
     assert len(by_number) == len(found)
@@ -85,8 +85,8 @@ def assert_tracked_once(uri: str, tracked: dict[str, Any], board: Leaderboard) -
             assert max(steps) == standing.step
 
 
-def test_a_fused_trial_is_a_trial_like_any_other(run_sweep: Any, mlflow_server: str) -> None:
-    """Two programs, with trials that are stopped and others that take their slots."""
+def test_a_fused_trial_is_tracked_like_any_other(run_sweep: Any, mlflow_server: str) -> None:
+    """With two programs; trials are stopped, and others take their slots."""
     sweep, board, tracked, lines = run_sweep(
         "sweep.parameters={optimizer.lr: {loguniform: [1e-4, 1e-1]}, model.dropout: "
         "{uniform: [0.0, 0.5]}, model.width: {choice: [8, 16]}}"
@@ -106,7 +106,7 @@ def test_a_fused_trial_is_a_trial_like_any_other(run_sweep: Any, mlflow_server: 
         assert newest.name == f"step-{standing.step:08d}"
 
 
-def test_fused_trials_give_what_they_give_alone_and_asha_decides_the_same(run_sweep: Any) -> None:
+def test_fused_trials_have_the_same_metrics_and_asha_stops_the_same_ones(run_sweep: Any) -> None:
     """One at a time, so that asha sees the same results in the same order."""
     fp64 = ("train.precision=fp64", "sweep.concurrency=1")
     _, fused, _, _ = run_sweep(*fp64)
@@ -125,7 +125,7 @@ def test_fused_trials_give_what_they_give_alone_and_asha_decides_the_same(run_sw
 
 
 @pytest.mark.slow
-def test_a_fused_trial_goes_on_as_an_ordinary_run(
+def test_a_fused_trial_continues_as_an_ordinary_run(
     run_sweep: Any, heliostat: Any, spirals_source: str
 ) -> None:
     sweep, board, _, _ = run_sweep("sweep.trials=2", "sweep.scheduler.name=none")
@@ -148,7 +148,7 @@ def test_a_fused_trial_goes_on_as_an_ordinary_run(
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverges_is_told_and_its_neighbours_go_on(
+def test_a_trial_that_diverges_fails_and_its_neighbours_go_on(
     run_sweep: Any, mlflow_server: str
 ) -> None:
     _, board, tracked, _ = run_sweep(
@@ -165,7 +165,7 @@ def test_a_trial_that_diverges_is_told_and_its_neighbours_go_on(
 
 
 @pytest.mark.slow
-def test_pbt_takes_over_weights_from_slot_to_slot(run_sweep: Any) -> None:
+def test_pbt_copies_weights_from_slot_to_slot(run_sweep: Any) -> None:
     sweep, board, _, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 2}",
         "sweep.trials=4",
@@ -176,7 +176,7 @@ def test_pbt_takes_over_weights_from_slot_to_slot(run_sweep: Any) -> None:
     assert list((sweep.folder / "tune").glob("pbt_policy_*.txt")), "no trial took over weights"
 
 
-def test_what_cannot_be_fused_gets_a_process_and_a_line_says_so(
+def test_trials_that_cannot_be_fused_get_processes_and_a_line_says_why(
     run_sweep: Any, modules: Path, spirals_source: str
 ) -> None:
     asks = spirals_source.replace(
@@ -192,7 +192,7 @@ def test_what_cannot_be_fused_gets_a_process_and_a_line_says_so(
 
 
 @pytest.mark.slow
-def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
+def test_the_trials_of_a_killed_engine_resume(
     spirals: Path, ray_cluster: str, mlflow_server: str, wait_until: Wait, ray_dashboard: str
 ) -> None:
     from ray.util.state import list_actors
@@ -217,7 +217,7 @@ def test_an_engine_that_is_killed_goes_on_where_its_trials_were(
 
 
 @pytest.mark.slow
-def test_a_fused_sweep_whose_driver_was_killed_ends_with_the_trials_it_was_to_have(
+def test_a_fused_sweep_whose_driver_was_killed_resumes_to_the_planned_trials(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:
     (heliostat.folder / "spirals_to_fuse.py").write_text(spirals_source)

@@ -30,12 +30,12 @@ sweep:
 
 @pytest.fixture
 def sweep_of(own_folder: Path) -> Callable[..., Sweep]:
-    """A sweep over the spirals with some fields changed; nothing is run."""
+    """Makes a sweep over the spirals, with some fields changed; nothing is run."""
     (own_folder / "s.yaml").write_text(SPEC)
     return lambda *overrides: new_sweep("s.yaml", list(overrides), None)
 
 
-def test_slots_take_no_more_memory_than_there_is_and_fill_it(
+def test_slots_fill_the_memory_and_take_no_more(
     sweep_of: Callable[..., Sweep],
 ) -> None:
     sweep = sweep_of()
@@ -71,7 +71,9 @@ def test_a_model_that_keeps_the_device_busy_is_not_fused(own_folder: Path) -> No
     assert re.fullmatch(r"not fused: a lone trial keeps \d+% of its device busy", plan.line)
 
 
-def test_one_value_that_cannot_be_fused_is_enough(sweep_of: Callable[..., Sweep]) -> None:
+def test_one_value_that_cannot_be_fused_rules_fusing_out(
+    sweep_of: Callable[..., Sweep],
+) -> None:
     sweep = sweep_of(
         "sweep.parameters={train.precision: {choice: [fp32, bf16, fp16]}, optimizer.lr: "
         "{loguniform: [1e-4, 1e-1]}}"
@@ -80,7 +82,7 @@ def test_one_value_that_cannot_be_fused_is_enough(sweep_of: Callable[..., Sweep]
     assert plan.line.startswith("not fused: train.precision: fp16 ")
 
 
-def test_what_the_spec_says_is_not_tried(sweep_of: Callable[..., Sweep]) -> None:
+def test_a_spec_that_rules_fusing_out_is_not_tried(sweep_of: Callable[..., Sweep]) -> None:
     assert plan_from_spec(sweep_of("sweep.fuse=off")) == FusionPlan(0, "")
     assert plan_from_spec(sweep_of("sweep.trials=2", "train.epochs=2")) == FusionPlan(0, "")
     assert plan_from_spec(sweep_of()) is None

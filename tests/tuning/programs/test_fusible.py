@@ -1,4 +1,4 @@
-"""Which trials fit into a program, and which into none; by what they are told apart."""
+"""Which trials fit into a program, and which cannot be fused at all."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from tuning.trials.space import trial_spec_data
 
 
 class Points(Workload):
-    """Points that are moved at random, or not; and a small network."""
+    """A small network over points, which are shifted at random or not."""
 
     class Data(Spec):
         noise: float = 0.0
@@ -63,7 +63,7 @@ class Points(Workload):
 
 
 class Hidden(Points):
-    """One of its numbers is in nobody's sight."""
+    """One of its floats is hidden in a closure."""
 
     def build(self) -> nn.Module:
         network, smoothing = super().build(), self.model.smoothing
@@ -78,7 +78,7 @@ SAMPLES = {
 
 
 def trial(workload: type[Points] = Points, **values: Any) -> Variant:
-    """Fields of the spec's sections are given as SECTION__FIELD."""
+    """A trial; `values` are fields of the spec, as SECTION__FIELD."""
     usual = {"workload": workload.__name__, "train": {"global_batch": 4, "clip_norm": 1.0}}
     data = trial_spec_data(
         usual, {name.replace("__", "."): value for name, value in values.items()}
@@ -105,7 +105,7 @@ class TestAProgramFits:
         other = trial(**values)
         return self.program().fits(other, built(other))
 
-    def test_trials_with_other_numbers(self) -> None:
+    def test_trials_with_other_floats(self) -> None:
         assert self.fits(optimizer__lr=0.5, optimizer__weight_decay=0.0)
         assert self.fits(optimizer__betas=(0.1, 0.2), optimizer__schedule={"name": "constant"})
         assert self.fits(train__clip_norm=7.0, train__seed=7, train__steps=70)
@@ -125,14 +125,14 @@ class TestAProgramFits:
             ("workload", Hidden),
         ],
     )
-    def test_no_trial_that_is_another_program(self, field: str, value: Any) -> None:
+    def test_no_trial_that_needs_another_program(self, field: str, value: Any) -> None:
         assert not self.fits(**{field: value})
 
     def test_no_trial_that_takes_another_branch(self) -> None:
         """`if self.model.move == 0` went the other way when the program was traced."""
         assert not self.fits(model__move=0.0)
 
-    def test_no_trial_with_another_number_that_was_not_to_vary(self) -> None:
+    def test_no_trial_with_another_value_of_a_float_that_is_not_batched(self) -> None:
         assert not self.fits(model__second=0.3)
 
 
@@ -144,9 +144,9 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class TestWhatCannotBeFused:
+class TestATrialThatCannotBeFused:
     @pytest.mark.parametrize("operation", REFUSED)
-    def test_is_named_by_the_operation(self, operation: str) -> None:
+    def test_names_the_operation(self, operation: str) -> None:
         class Own(Points):
             def loss(self, output: Tensor, batch: Batch) -> Tensor:
                 return REFUSED[operation](super().loss(output, batch))
@@ -154,7 +154,7 @@ class TestWhatCannotBeFused:
         with pytest.raises(NotFusibleError, match=f"^{re.escape(operation)}: RuntimeError: "):
             program_of(trial(Own))
 
-    def test_shows_in_the_first_loss_and_holds_up_no_neighbour(self) -> None:
+    def test_is_found_by_its_first_loss_and_its_neighbour_goes_on(self) -> None:
         like, other = trial(Hidden), trial(Hidden, model__smoothing=0.5)
         program = program_of(like, smoothing=(0.1, 0.5))
         assert program.fits(other, built(other))
@@ -178,11 +178,11 @@ class TestWhatCannotBeFused:
             ("train.on_nonfinite", "skip"),
         ],
     )
-    def test_stands_in_the_spec(self, place: str, value: Any) -> None:
+    def test_has_such_a_setting_in_its_spec(self, place: str, value: Any) -> None:
         spec = RunSpec.model_validate(trial_spec_data({"workload": "x"}, {place: value}))
         assert str(unsupported_reason(spec)).startswith(f"{place}: ")
 
-    def test_is_nothing_in_a_usual_spec(self) -> None:
+    def test_is_not_one_with_the_default_spec(self) -> None:
         assert unsupported_reason(RunSpec(workload="x")) is None
 
 

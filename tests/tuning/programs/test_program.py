@@ -1,4 +1,4 @@
-"""Many trials as one program: each is what it is alone, whatever its neighbours do."""
+"""Many trials as one program: each computes what it computes alone, whatever its neighbours do."""
 
 import itertools
 import math
@@ -32,14 +32,14 @@ from tuning.trials.space import trial_spec_data
 Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]
 STEPS = 200
 Values = dict[str, Any]
-"""What a trial's spec says, by dotted path."""
+"""Values of a trial's spec, by dotted path."""
 NOTHING: Values = {}
 State = Mapping[str, Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tensors as small as these gain nothing by more, and lose much where others compute."""
+    """More threads do not help with tensors this small, and slow down on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +54,7 @@ class Divided(nn.Linear):
 
 
 class Points(Workload):
-    """A small network over points. Two dropouts and a divisor stand in its modules."""
+    """A small network over points, with two dropout rates and a divisor in its modules."""
 
     class Model(Spec):
         width: int = 8
@@ -83,7 +83,7 @@ class Points(Workload):
 
 
 class Pictures(Points):
-    """Convolutions with batch normalisation."""
+    """Convolutions with batch normalization."""
 
     def build(self) -> nn.Module:
         width = self.model.width
@@ -93,7 +93,7 @@ class Pictures(Points):
 
 
 class Half(Points):
-    """Of its weights some are frozen, some unused."""
+    """Some weights are frozen, some unused."""
 
     def build(self) -> nn.Module:
         network = nn.ModuleDict({"used": super().build(), "unused": nn.Linear(3, 3)})
@@ -138,7 +138,7 @@ SMALL: dict[type[Workload], Values] = {
 
 
 def trial(workload: type[Workload], values: Values = NOTHING, steps: int = STEPS) -> Variant:
-    """In float64 and with batches of 6, where nothing else is said."""
+    """A trial in float64, with batches of 6, unless `values` say otherwise."""
     usual = {"workload": workload.__name__, "train": {"precision": "fp64", "global_batch": 6}}
     found = trial_spec_data(usual, {**SMALL.get(workload, {}), **values})
     data, model = (
@@ -246,7 +246,7 @@ def wanted(workload: type[Workload], rule: str, which: int) -> tuple[list[float]
 
 @dataclass
 class Visit:
-    """A trial's stay in a slot, and what came of it."""
+    """A trial's time in a slot, with its losses and its last state."""
 
     slot: int
     start: int
@@ -257,7 +257,7 @@ class Visit:
 
 
 CHANGES = st.dictionaries(st.integers(0, STEPS - 1), st.sampled_from([0, 1, 2, None]), max_size=3)
-"""Who comes into a slot at a step, in place of whoever is there; None for nobody."""
+"""Step -> the trial that takes a slot then, or None to free it."""
 
 
 def visits(slot: int, changes: Mapping[int, int | None]) -> list[Visit]:
@@ -292,12 +292,12 @@ def same_bits(row: TrialState | None, other: TrialState | None) -> bool:
     return row.steps_done == other.steps_done and all(one.equal(two) for one, two in pairs)
 
 
-class TestATrialIsWhatItIsAlone:
+class TestATrialComputesWhatItComputesAlone:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("workload", VARIED)
     @settings(max_examples=6, deadline=None)
     @given(slots=st.permutations(range(3)), changes=st.tuples(CHANGES, CHANGES))
-    def test_whoever_comes_and_goes_beside_it(
+    def test_while_other_trials_come_and_go(
         self, workload: type[Workload], rule: str, slots: list[int], changes: Any
     ) -> None:
         program, trials = fused(workload, rule)
@@ -315,7 +315,7 @@ class TestATrialIsWhatItIsAlone:
     @pytest.mark.parametrize(
         ("workload", "still"), [(Half, {"used.0.0", "unused"}), (Words, set())]
     )
-    def test_with_weights_that_stay(self, workload: type[Workload], still: set[str]) -> None:
+    def test_with_untrained_weights(self, workload: type[Workload], still: set[str]) -> None:
         variant = trial(workload, {"optimizer.weight_decay": 0.5})
         program = program_of(variant)
         program.load_trial(2, variant, built(variant))
@@ -332,7 +332,7 @@ class Compiled:
     program: Program
     trials: list[Variant]
     rows: tuple[TrialState, TrialState]
-    """A trial's state just before and after the program was compiled."""
+    """The same trial's state before and after compiling."""
 
 
 STILL = {"model.blocks": (1,), "model.augment": 0.0}
@@ -346,7 +346,7 @@ STILL = {"model.blocks": (1,), "model.augment": 0.0}
     ],
 )
 def compiled(request: pytest.FixtureRequest) -> Compiled:
-    """PyTorch compiles the first one's step in place; on a CPU it cannot do so for the second."""
+    """PyTorch can compile the first one's step in place; not the second one's, on a CPU."""
     workload, rule, changes = request.param
     trials = three_trials(workload, rule, {"train.precision": "fp32", **changes})
     fixed = {name.partition(".")[2] for name in changes}
@@ -359,18 +359,18 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
     return Compiled(program, trials, (before, program.state_of(1).copy()))
 
 
-class TestACompiledTrialHasTheSameBits:
-    def test_as_before_it_was_compiled(self, compiled: Compiled) -> None:
+class TestACompiledTrialIsBitIdentical:
+    def test_before_and_after_compiling(self, compiled: Compiled) -> None:
         assert same_bits(*compiled.rows)
 
-    def test_close_to_those_it_has_alone(self, compiled: Compiled) -> None:
+    def test_and_close_to_the_trial_alone(self, compiled: Compiled) -> None:
         guest = Visit(2, 0, STEPS, 1)
         play(compiled.program, compiled.trials, guest)
         assert guest.losses == pytest.approx(alone(compiled.trials[1])[0], rel=1e-3)
 
     @settings(max_examples=8, deadline=None)
     @given(slots=st.permutations(range(3)), start=st.integers(0, 60), changes=CHANGES)
-    def test_in_any_slot_at_any_time_beside_anybody(
+    def test_in_any_slot_from_any_step_beside_any_trial(
         self, compiled: Compiled, slots: list[int], start: int, changes: dict[int, int | None]
     ) -> None:
         guests = [Visit(slots[0], start, STEPS, 0), *visits(slots[1], changes)]
@@ -404,10 +404,10 @@ class TestACompiledTrialHasTheSameBits:
 
 
 @pytest.mark.parametrize("rule", RULES)
-class TestARow:
-    """The state of a trial, which leaves a program and comes into one."""
+class TestATrialState:
+    """A state that leaves a program, or enters one."""
 
-    def test_goes_on_in_another_slot(self, rule: str) -> None:
+    def test_continues_in_another_slot(self, rule: str) -> None:
         program, trials = fused(Points, rule)
         network = built(trials[0])
         program.load_trial(0, trials[0], network)
@@ -416,8 +416,8 @@ class TestARow:
         program.run([0, 2], 30)
         assert same_bits(program.state_of(0), program.state_of(2))
 
-    def test_goes_on_with_the_numbers_of_another_trial(self, rule: str, tmp_path: Path) -> None:
-        """As from the other's checkpoint, which has no momentum if it had none."""
+    def test_continues_with_other_hyperparameters(self, rule: str, tmp_path: Path) -> None:
+        """As from the other trial's checkpoint, which has no buffer without momentum."""
         program, trials = fused(Points, rule)
         giver, taker = stepper(trials[1]), stepper(trials[0])
         for step in range(30):
@@ -433,7 +433,7 @@ class TestARow:
         assert found == pytest.approx([taker.run(30 + i).item() for i in range(30)], rel=1e-9)
 
     @pytest.mark.parametrize("workload", [Pictures, Text])
-    def test_is_saved_and_resumed_as_ordinary(
+    def test_is_saved_and_resumed_as_an_ordinary_checkpoint(
         self, rule: str, workload: type[Workload], tmp_path: Path
     ) -> None:
         program, trials = fused(workload, rule)
@@ -448,7 +448,7 @@ class TestARow:
         losses = [ordinary.run(step).item() for step in range(30, 60)]
         assert losses == pytest.approx(wanted(workload, rule, 0)[0][30:60], rel=1e-9)
 
-    def test_is_a_network_with_the_numbers_of_its_trial(self, rule: str) -> None:
+    def test_becomes_a_network_with_the_floats_of_its_trial(self, rule: str) -> None:
         program, trials = fused(Points, rule)
         program.load_trial(0, trials[1], built(trials[1]))
         network = program.network_with(program.state_of(0)).eval()
