@@ -391,7 +391,8 @@ class TestFiles:
         source = write_xyz(tmp_path / "own.xyz", labelled(3))
         with pytest.raises(DataError, match=r"line 7: has 5 atoms, data\.max_atoms is 4"):
             dynamics(source=str(source), val_fraction=0.3, **{**OWN, "max_atoms": 4}).dataset()
-        with pytest.raises(DataError, match=r"has \d\d neighbours within 4 Å, data\.max_neigh"):
+        message = r"an atom has \d\d neighbours within 4 Å, data\.max_neigh"
+        with pytest.raises(DataError, match=message):
             dynamics(source=str(source), **{**OWN, "max_neighbors": 9}).dataset()
 
     def test_an_empty_file_is_one_line(self, tmp_path: Path) -> None:
