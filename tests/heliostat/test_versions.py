@@ -28,11 +28,15 @@ def restore(version: str, name: str, home: Path, mlflow_uri: str) -> Path:
     """A run's folder as if it had been written in `home`, and tracked at `mlflow_uri`."""
     folder = home / "runs" / name
     shutil.copytree(FIXTURES / version / name, folder)
-    for path in (folder / "spec.yaml", folder / "best.yaml", folder / "track" / "spool.jsonl"):
+    log = folder / "track" / "spool.jsonl"
+    for path in (folder / "spec.yaml", folder / "best.yaml", log):
         if path.exists():
             text = path.read_text().replace("sqlite:////tmp/heliostat/mlflow.db", mlflow_uri)
             path.write_text(text.replace("/tmp/heliostat", str(home)))
-    (folder / "track" / "sent").unlink()  # that MLflow server is gone; this one knows nothing yet
+    # The MLflow server of that time is gone, and this one knows none of its runs.
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if json.loads(line)["do"] != "made"))
+    (folder / "track" / "sent").unlink()
     return folder
 
 
