@@ -92,15 +92,15 @@ def test_a_fused_trial_is_tracked_like_any_other(run_sweep: Any, mlflow_server: 
         "{uniform: [0.0, 0.5]}, model.width: {choice: [8, 16]}}"
     )
     assert [line.split(" as one program")[0] for line in lines] == ["fused: 4 trials"]
-    assert len(board.standings) == 7
+    assert len(board.results) == 7
     assert not board.failed
-    assert {s.parameters["model.width"] for s in board.standings} == {8, 16}
-    assert any(not standing.complete for standing in board.standings), "asha stopped none"
+    assert {s.parameters["model.width"] for s in board.results} == {8, 16}
+    assert any(not standing.complete for standing in board.results), "asha stopped none"
     assert_tracked_once(mlflow_server, tracked, board)
     for found in children(mlflow_server, tracked["run_id"]):
         assert "device time is divided" in found.data.tags["heliostat.fused"]
         assert found.data.metrics["perf/device_s"] > 0
-    for standing in board.standings:
+    for standing in board.results:
         newest = Checkpoints(sweep.trial_folder(standing.number) / CHECKPOINTS).latest()
         assert newest is not None
         assert newest.name == f"step-{standing.step:08d}"
@@ -116,11 +116,11 @@ def test_fused_trials_have_the_same_metrics_and_asha_stops_the_same_ones(run_swe
         return {s.number: (s.step, s.complete) for s in board.results}
 
     assert ends(fused) == ends(alone)
-    assert {s.number: s.parameters for s in fused.standings} == {
-        s.number: s.parameters for s in alone.standings
+    assert {s.number: s.parameters for s in fused.results} == {
+        s.number: s.parameters for s in alone.results
     }
-    values = {s.number: s.value for s in alone.standings}
-    for standing in fused.standings:
+    values = {s.number: s.value for s in alone.results}
+    for standing in fused.results:
         assert standing.value == pytest.approx(values[standing.number], rel=1e-9)
 
 
@@ -158,8 +158,8 @@ def test_a_trial_that_diverges_fails_and_its_neighbours_go_on(
     )
     assert list(board.failed) == [1]
     assert re.match(r"the loss is (nan|inf) at step \d+ \(the last finite", board.failed[1])
-    assert {s.number for s in board.standings} == {0, 2}
-    assert all(standing.complete for standing in board.standings)
+    assert {s.number for s in board.results} == {0, 2}
+    assert all(standing.complete for standing in board.results)
     statuses = {r.info.run_name: r.info.status for r in children(mlflow_server, tracked["run_id"])}
     assert statuses == {"0000": "FINISHED", "0001": "FAILED", "0002": "FINISHED"}
 
@@ -172,7 +172,7 @@ def test_pbt_copies_weights_from_slot_to_slot(run_sweep: Any) -> None:
         "train.epochs=60",  # slots run ahead of what Tune decides
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
-    assert [s.complete for s in board.standings] == [True] * 4
+    assert [s.complete for s in board.results] == [True] * 4
     assert list((sweep.folder / "tune").glob("pbt_policy_*.txt")), "no trial took over weights"
 
 
@@ -185,7 +185,7 @@ def test_trials_that_cannot_be_fused_get_processes_and_a_line_says_why(
     )
     (modules / "spirals_that_ask.py").write_text(asks)
     _, board, _, lines = run_sweep("workload=spirals_that_ask:Spirals", "sweep.trials=2")
-    assert len(board.standings) == 2
+    assert len(board.results) == 2
     assert len(lines) == 1
     assert lines[0].startswith("not fused: ")
     assert ".item()" in lines[0]
@@ -212,7 +212,7 @@ def test_the_trials_of_a_killed_engine_resume(
         os.kill(actor.pid, signal.SIGKILL)
     thread.join(180)
     board, tracked = found[0]
-    assert [s.complete for s in board.standings] == [True] * 4
+    assert [s.complete for s in board.results] == [True] * 4
     assert_tracked_once(mlflow_server, tracked, board)
 
 
