@@ -86,7 +86,7 @@ CONTRACTS = {
     ),
     "trainers.planning": Contract(
         "computes forecasts and plans from probes; starts nothing",
-        (*_in("cluster", "base", "cost"), *_in("trainers", "", "engine")),
+        (*_in("cluster", "base", "cost"), *_in("trainers", "")),
     ),
     "trainers.runs": Contract(
         "a run from its spec to its end, under Ray Train",
@@ -98,7 +98,7 @@ CONTRACTS = {
     ),
     "trainers.reports": Contract(
         "makes a page of charts from a run's folder",
-        (*_in("cluster", "base", "cost"), *_in("trainers", "", "tracking", "planning")),
+        (*_in("cluster", "base", "cost"), *_in("trainers", "", "tracking")),
     ),
     **{
         f"trainers.workloads.{name}": Contract(
