@@ -72,6 +72,10 @@ class TrainStep:
         return self._model.network
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._update.optimizer
+
+    @property
     def strategy(self) -> ParallelStrategy:
         return self._model.strategy
 
@@ -122,7 +126,7 @@ class TrainStep:
         """
         began = time.monotonic()
         scalars = {**self._update.scalars(), **scalars}
-        optimizer = self._update.optimizer
+        optimizer = self.optimizer
         checkpoints.save(done, self.network, optimizer, scalars, metrics, before_commit)
         self.meter.mark("checkpoint")
         return time.monotonic() - began
@@ -133,7 +137,7 @@ class TrainStep:
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint; returns its steps and its scalars. Collective."""
-        done, scalars = checkpoints.resume(self.network, self._update.optimizer)
+        done, scalars = checkpoints.resume(self.network, self.optimizer)
         self._update.load_scalars(scalars)
         self.meter.load_state_dict(scalars)
         self.meter.mark("start")
@@ -182,7 +186,7 @@ class TrainStep:
 
     def _memory_advice(self, step: int) -> str:
         """Why step `step` ran out of memory, and what to change; the state is of no use after."""
-        optimizer = self._update.optimizer
+        optimizer = self.optimizer
         sharded = self.strategy.mode not in ("single", "ddp")
 
         def these_fit(samples: int) -> bool:
@@ -213,7 +217,7 @@ class TrainStep:
         for _ in range(2):
             loss = self._loss(self.network, self._workload.augment(dict(batch), random), samples)
             torch.autograd.backward(loss)
-            self._update.optimizer.step()
+            self.optimizer.step()
 
     def _check_gradients(self, step: int) -> None:
         """Raise a TrainingError if DDP waits for gradients that this step did not give.
