@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train PyTorch models on Ray clusters and sweep their hyperparameters, "
         "tracked in MLflow.",
     )
-    top.add_argument("--version", action="version", version="heliostat 0.1.0")
+    top.add_argument("--version", action="version", version="heliostat 0.2.0")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     trainers.cli.train.add_verbs(verbs)
     tuning.cli.sweep.add_verbs(verbs)
