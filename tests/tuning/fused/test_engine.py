@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -69,6 +70,10 @@ def start_engine(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     ended_itself = bool(exits)
     for engine in started:
         engine._loop.post(_end_thread)
+    # A thread that is still alive would end the process of the tests, once `os._exit` is back.
+    deadline_s = time.monotonic() + 60
+    while len(exits) < len(started) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
     assert not ended_itself, "the engine ended its process"
 
 
