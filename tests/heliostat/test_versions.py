@@ -75,7 +75,7 @@ def test_a_model_is_loaded(version: str) -> None:
     assert output.shape == (3, 10)
 
 
-def test_a_sweep_is_resumed_or_refused_in_a_line(
+def test_a_sweep_is_resumed_and_keeps_what_has_ended(
     version: str, heliostat: Any, mlflow_server: str
 ) -> None:
     folder = restore(version, "swept", heliostat.folder, mlflow_server)
