@@ -4,6 +4,7 @@ It imports only the standard library until it knows that `cluster` and `trainers
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,23 @@ def main(arguments: list[str] | None = None) -> int:
     if problem is not None:
         print(problem, file=sys.stderr)
         return 2
+    from tuning.cli.parser import build_parser
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = build_parser().parse_args(arguments)
+    modules = getattr(args, "session_modules", None)
+    if modules is not None:  # a verb that trains
+        from cluster.session.session import run_in_session
+
+        needs_ray = not (args.address or os.environ.get("RAY_ADDRESS"))
+        code = run_in_session("heliostat.main:run", arguments, modules, needs_ray)
+        if code is not None:
+            return code
+    return run(arguments)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a verb in this process."""
     from cluster.base.errors import HeliostatError
     from tuning.cli.parser import build_parser
 

@@ -9,9 +9,11 @@ This module imports nothing of ours, and Ray only inside functions: the programs
 the command line must start without it.
 """
 
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,68 @@ def validate_launcher_file(prepared: Mapping[str, Any]) -> None:
     from ray.autoscaler._private.util import validate_config
 
     validate_config(dict(prepared))
+
+
+FORKED_RAY_SETTINGS = {
+    # A worker that is started before it is needed is never used: each actor of Ray Train and Tune
+    # has variables of its own. `ray.init` waits for it all the same.
+    "RAY_prestart_worker_first_driver": "0",
+    # The agents see by a pipe, not by their parent, whether the raylet lives: their parent is the
+    # zygote. Otherwise they end, and the raylet with them.
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
+}
+"""Environment variables of a Ray whose Python processes are forked; none is documented."""
+
+
+def reload_configuration() -> None:
+    """Have a forked process read Ray's settings and token from its own environment.
+
+    Ray's C++ part reads RAY_* once, when it is imported. No public function reads them again.
+    """
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+
+
+@contextlib.contextmanager
+def undrawn_identifiers() -> Iterator[None]:
+    """Within this context, modules with actor classes can be imported before a fork.
+
+    Such a module draws a random identifier of the class. That seeds Ray's generator, whose state
+    all forked children would have, and they would draw the same identifiers of workers and objects.
+    """
+    import ray.actor
+
+    drawn: Any = ray.actor.ActorClassID
+
+    class ActorClassID:
+        """Draws identifiers from the system's generator instead."""
+
+        @staticmethod
+        def from_random() -> Any:
+            return drawn(os.urandom(drawn.size()))
+
+    ray.actor.ActorClassID = ActorClassID  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = drawn  # type: ignore[misc]
+
+
+def leftovers_of_jobs() -> list[str]:
+    """What ended drivers have left in the connected Ray: actors, placement groups, resources.
+
+    `ray.util.state` needs a dashboard, and `ray.nodes()` says nothing about actors.
+    """
+    import ray
+    from ray._private.state import state
+
+    actors = state.actor_table(None).values()
+    left = [f"actor {each['ActorID']}" for each in actors if each["State"] != "DEAD"]
+    groups = [group for group in placement_groups() if group.state != "REMOVED"]
+    left += [f"placement group {group.id}" for group in groups]
+    free = ray.available_resources()
+    for name, amount in ray.cluster_resources().items():
+        if free.get(name, 0.0) < amount and name != "object_store_memory":
+            left.append(f"reserved {name}")
+    return left

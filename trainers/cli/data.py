@@ -23,7 +23,7 @@ def add_verbs(verbs: Subparsers) -> None:
         "If it was interrupted, continue; if the data set exists, check each of its files.",
     )
     data.add_argument("spec", help=SPEC_HELP)
-    data.set_defaults(command=data_command, plan=as_job)
+    data.set_defaults(command=data_command, plan=as_job, session_modules=())
 
 
 def data_command(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> in
 
     from cluster.base.files import cache_folder
     from cluster.base.terminal import JobProgress, redirect_output
-    from cluster.connection.ray_connection import ray_session
+    from cluster.session.ray_session import ray_session
     from trainers.cli.progress import bar_of
     from trainers.data.dataset import prepare_dataset
     from trainers.runs.session import shipped_code

@@ -44,7 +44,7 @@ def add_verbs(verbs: Subparsers) -> None:
         "--budget", type=float, metavar="USD", help="leave out options that may cost more dollars"
     )
     add_seconds_option(plan)
-    plan.set_defaults(command=plan_command, plan=as_job)
+    plan.set_defaults(command=plan_command, plan=as_job, session_modules=())
 
 
 def add_seconds_option(verb: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ def add_verbs(verbs: Subparsers) -> None:
         "--workers", type=parse_counts, required=True, metavar="N,N,...", help="such as 1,2,4,8"
     )
     add_seconds_option(scaling)
-    scaling.set_defaults(command=scaling_command, plan=as_job)
+    scaling.set_defaults(command=scaling_command, plan=as_job, session_modules=())
 
 
 def scaling_command(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ def add_verbs(verbs: Subparsers) -> None:
         metavar="RUN",
         help="start from the newest checkpoint of another run or trial",
     )
-    train.set_defaults(command=train_command, plan=as_job)
+    train.set_defaults(command=train_command, plan=as_job, session_modules=())
     for module in (
         trainers.cli.data,
         trainers.cli.plan,

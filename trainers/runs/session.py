@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.errors import SpecError
 from cluster.base.terminal import redirect_output
-from cluster.connection.ray_connection import ray_session
+from cluster.session.ray_session import ray_session
 from trainers.run_folder import LOG, display_path, locked
 from trainers.runs.ray_train import resource_shortage
 from trainers.runs.visibility import require_visible_everywhere

@@ -8,6 +8,13 @@ from cluster.cli.options import Subparsers, run_options
 if TYPE_CHECKING:
     from cluster.jobs.job import Submission
 
+SWEEP_MODULES = (
+    "tuning.sweep",
+    "tuning.progress",
+    "tuning.cli.sweep_results",
+    "tuning.fused.tune_adapter",
+)
+"""What a sweep imports beyond what a run does."""
 REPORT_FOLDER = "report"
 """Name in the folder of a sweep or run, and among its artifacts in MLflow."""
 
@@ -26,7 +33,9 @@ def add_verbs(verbs: Subparsers) -> None:
         action="store_true",
         help="train three fused trials once more, each alone, and print the largest deviation",
     )
-    sweep.set_defaults(command=sweep_command, plan=plan_sweep_submission)
+    sweep.set_defaults(
+        command=sweep_command, plan=plan_sweep_submission, session_modules=SWEEP_MODULES
+    )
     report = verbs.add_parser(
         "report",
         help="write the HTML report of a sweep or run",

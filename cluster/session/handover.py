@@ -1,0 +1,172 @@
+"""How a process hands its work over to the zygote: the request, the child's end, and signals.
+
+A request is one message on a Unix socket: a length, JSON, and the open files of the process. The
+answers are lines of JSON: `{"pid": 7}` or `{"refused": "why"}`, then `{"code": 0}`.
+
+Imports only the standard library, and little of it: this is what each of Ray's processes costs.
+"""
+
+import array
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 10.0
+"""A request is sent and received within this time, or not at all."""
+MAX_FILES = 64
+RAY_SOCKET, WORKER_SOCKET = "ray.sock", "worker.sock"
+"""Sockets in a session's folder: of the session with Ray imported, and of the zygote with torch."""
+FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH")
+LIMITS = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE")
+
+
+def connect(path: Path) -> socket.socket:
+    """Raises OSError if nobody listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(TIMEOUT_S)
+        connection.connect(str(path))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def send_request(
+    connection: socket.socket, request: Mapping[str, Any], files: tuple[int, ...] = ()
+) -> None:
+    body = json.dumps(request).encode()
+    passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
+    connection.sendmsg([len(body).to_bytes(8, "big")], passed)
+    connection.sendall(body)
+
+
+def receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A request and its open files. Raises OSError or ValueError for anything else."""
+    connection.settimeout(TIMEOUT_S)
+    head, ancillary, *_ = connection.recvmsg(8, socket.CMSG_LEN(MAX_FILES * 4))
+    files = array.array("i")
+    for _, _, data in ancillary:
+        files.frombytes(data[: len(data) // 4 * 4])
+    try:
+        size, body = int.from_bytes(head, "big"), b""
+        while len(body) < size:
+            more = connection.recv(min(size - len(body), 1 << 20))
+            if not more:
+                raise ValueError("the request is incomplete")
+            body += more
+        if not body:
+            raise ValueError("the request is empty")
+        return json.loads(body), list(files)
+    except BaseException:
+        for file in files:
+            os.close(file)
+        raise
+
+
+def process_state() -> dict[str, Any]:
+    """What a child of this process would inherit, except for its open files."""
+    import resource
+
+    umask = os.umask(0o077)
+    os.umask(umask)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    limits = {name: resource.getrlimit(getattr(resource, name)) for name in LIMITS}
+    return {
+        "environment": dict(os.environ),
+        "cwd": os.getcwd(),
+        "umask": umask,
+        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        "ignored": [int(n) for n, handler in handlers.items() if handler == signal.SIG_IGN],
+        "oom_score_adj": Path("/proc/self/oom_score_adj").read_text().strip(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "limits": limits,
+        "leads_group": os.getpgid(0) == os.getpid(),
+    }
+
+
+def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) -> int | None:
+    """Have the zygote at `path` fork a child that does `request`; return the child's exit code.
+
+    `files` are the descriptors that the child gets, under the numbers `request["files"]`. Signals
+    to this process are passed on to the child, which is killed when this process dies. Returns
+    None if there is no zygote, or if it refuses; then nothing has been done.
+    """
+    try:
+        connection = connect(path)
+        send_request(connection, request, files)
+        connection.settimeout(None)
+        answers = connection.makefile("rb")
+        child = json.loads(answers.readline() or "{}").get("pid")
+    except (OSError, ValueError):
+        return None
+    if child is None:
+        return None
+    try:
+        handle = os.pidfd_open(child)
+    except OSError:  # it has ended and been waited for
+        handle = None
+    _pass_signals_on(handle)
+    return _end_of_child(connection, handle)
+
+
+def _end_of_child(connection: socket.socket, handle: int | None) -> int:
+    """The exit code that the child itself or the zygote tells; negative for a signal.
+
+    1 if the zygote was killed first and the child then ended by a signal: nobody can say.
+    """
+    told = b""
+    waited = [connection, *([handle] if handle is not None else [])]
+    while not told.endswith(b"\n"):
+        ready = select.select(waited, [], [])[0]
+        if connection in ready:
+            more = connection.recv(4096)
+            if not more:
+                if handle is not None:
+                    select.select([handle], [], [])
+                return 1
+            told += more
+        else:  # the child has ended; the zygote's word comes within moments, if it lives
+            waited = [connection]
+    return int(json.loads(told.splitlines()[0])["code"])
+
+
+def _pass_signals_on(handle: int | None) -> None:
+    def forward(number: int) -> None:
+        if handle is not None:
+            try:
+                signal.pidfd_send_signal(handle, number)
+            except ProcessLookupError:
+                pass
+
+    def suspend(*_: object) -> None:
+        # The child is in no process group of the terminal, which would stop it.
+        forward(signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, suspend)
+        forward(signal.SIGCONT)
+
+    for name in FORWARDED:
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: forward(number))
+    signal.signal(signal.SIGTSTP, suspend)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def end_as(code: int) -> None:
+    """End this process as the child ended: with its exit code, or by its signal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code < 0:
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 255)

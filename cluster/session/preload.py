@@ -1,0 +1,85 @@
+"""What a zygote has imported before it forks, and whether it may fork."""
+
+import gc
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from cluster.connection.ray_internals import undrawn_identifiers
+
+RAY_MODULES = (
+    "ray._private.workers.default_worker",
+    "ray._private.log_monitor",
+    "ray.autoscaler._private.monitor",
+    "ray.dashboard.dashboard",
+    "ray.dashboard.agent",
+    "ray._private.runtime_env.agent.main",
+    "ray._private.runtime_env.agent.runtime_env_agent",
+)
+"""What Ray's own Python services import."""
+WORKER_MODULES = (
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "ray.train",
+    "ray.train.torch",
+    "ray.train.v2._internal.execution.controller.controller",
+    # Our own, by name, since this package is below them.
+    "trainers.runs.execution",
+    "trainers.runs.session",
+    "trainers.cli.train",
+    "trainers.cli.progress",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "trainers.workloads.vision.workload",
+)
+"""What the workers, trackers, controllers and drivers of runs import."""
+HARMLESS_THREADS = ("jemalloc_bg_thd",)
+"""Threads of other libraries that hold no lock over a fork: pyarrow's allocator handles it."""
+
+logger = logging.getLogger(__name__)
+
+
+def preload(modules: Iterable[str]) -> None:
+    """Import modules; those that are not installed are left out."""
+    with undrawn_identifiers():
+        for name in modules:
+            if name not in sys.modules:
+                try:
+                    importlib.import_module(name)
+                except ImportError as error:
+                    logger.warning("%s: %s", name, error)
+    gc.collect()
+    gc.freeze()  # so that children share the pages of what was imported
+
+
+def fork_hazard() -> str | None:
+    """Why this process must not fork: it has threads, or has used an accelerator."""
+    names = [
+        Path(f"/proc/self/task/{task}/comm").read_text().strip()
+        for task in os.listdir("/proc/self/task")
+        if int(task) != os.getpid()
+    ]
+    others = [name for name in names if name not in HARMLESS_THREADS]
+    if others:
+        return f"it has threads: {', '.join(sorted(others))}"
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue
+        if target.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri")):
+            return f"it has used an accelerator: {target}"
+    return None
+
+
+def top_level_modules(folder: str) -> set[str]:
+    """The names of modules and packages that can be imported from a folder."""
+    try:
+        entries = os.listdir(folder)
+    except OSError:
+        return set()
+    return {name.partition(".")[0] for name in entries if name.isidentifier() or "." in name}

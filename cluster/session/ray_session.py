@@ -1,0 +1,109 @@
+"""The driver's connection to Ray: a given cluster, the session's warm Ray, or one of its own."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.base.errors import ClusterError
+from cluster.connection.auth_token import read_token
+from cluster.connection.ray_connection import local_ray_answers, submission_metadata
+from cluster.connection.ray_internals import (
+    PREEMPTION_WATCHER_ENV_VAR,
+    current_cluster_file,
+    job_metadata,
+    placement_groups,
+    reload_configuration,
+)
+from cluster.session.session import RayLease, find_or_start_session
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str | None = None,
+    code_folder: Path | None = None,
+    exclude: tuple[str, ...] = (),
+    keep_warm_s: float | None = None,
+) -> Iterator[bool]:
+    """Connect to `address`, else to RAY_ADDRESS, else to this machine's Ray, else to the session's.
+
+    `code_folder` is a folder of the user's from which workers import. It is uploaded with the
+    job, without the files that `exclude` names in the notation of .gitignore. The session's Ray
+    stays for `keep_warm_s` after its last use; where there can be no session, a Ray is started and
+    stopped at the end. An existing connection is used and left open.
+    Yields whether Ray is this machine's alone, in which case it cannot grow.
+    Raises ClusterError if the cluster does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield False
+        return
+    runtime_env: dict[str, Any] = {}
+    # A submitted job already has a working directory, and Ray does not let a driver change it.
+    if code_folder is not None and submission_metadata() is None:
+        runtime_env = {"working_dir": str(code_folder), "excludes": list(exclude)}
+    address = address or os.environ.get("RAY_ADDRESS")
+    on_this_machine = not address
+    lease: RayLease | None = None
+    if on_this_machine and not local_ray_answers(current_cluster_file()):
+        # This machine gets no preemption notices, so the watcher would be a process for nothing.
+        os.environ.setdefault(PREEMPTION_WATCHER_ENV_VAR, "0")
+        lease = _lease_warm_ray()
+        # Without an address Ray would wait for minutes for one that was killed.
+        address = lease.address if lease else "local"
+    if address != "local" and read_token():
+        # Ray enables authentication by itself for a cluster that it starts, never for a client.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        reload_configuration()
+    try:
+        ray.init(
+            address=address,
+            runtime_env=runtime_env,
+            include_dashboard=False if on_this_machine and not lease else None,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # Ray raises Exception itself if a node does not start in time
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if cause := str(error.__cause__ or "").strip():
+            reason = f"{reason}: {cause.splitlines()[-1]}"
+        target = "a local Ray" if on_this_machine else f"the cluster at {address}"
+        raise ClusterError(f"cannot connect to {target}: {reason}") from error
+    if lease is not None:
+        lease.keep_command_state(ray.get_runtime_context().get_job_id())
+    _remove_stale_placement_groups()
+    try:
+        yield lease is not None or address == "local"
+    finally:
+        ray.shutdown()
+        if lease is not None:
+            lease.release(keep_warm_s)
+
+
+def _lease_warm_ray() -> RayLease | None:
+    session = find_or_start_session()
+    return session.lease_ray() if session is not None else None
+
+
+def _remove_stale_placement_groups() -> None:
+    """Remove placement groups that earlier attempts of this job still hold.
+
+    Ray frees a driver's placement groups when it learns that the driver has ended. If the driver
+    was lost with its node, while the nodes of its workers live on, Ray may not learn of it, and
+    the groups would keep the devices that this attempt waits for.
+    """
+    name = (submission_metadata() or {}).get("heliostat.name")
+    if name is None:
+        return
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    attempts = {
+        job for job, metadata in job_metadata().items() if metadata.get("heliostat.name") == name
+    }
+    earlier = attempts - {ray.get_runtime_context().get_job_id()}
+    for group in placement_groups():
+        if group.job_id in earlier and group.state != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group.id)))
