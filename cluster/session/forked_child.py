@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ def become(request: Mapping[str, Any], files: Sequence[int], connection: socket.
     `files` get the numbers `request["files"]`. The exit code is told to `connection`.
     """
     code = 1
+    gc.enable()
     try:
         reply = _take_files(request["files"], files, connection)
         _take_state(request)

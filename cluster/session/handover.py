@@ -91,23 +91,24 @@ def process_state() -> dict[str, Any]:
     }
 
 
-def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) -> int | None:
+def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) -> int | str:
     """Have the zygote at `path` fork a child that does `request`; return the child's exit code.
 
     `files` are the descriptors that the child gets, under the numbers `request["files"]`. Signals
     to this process are passed on to the child, which is killed when this process dies. Returns
-    None if there is no zygote, or if it refuses; then nothing has been done.
+    why there is no child, if there is no zygote or it refuses; then nothing has been done.
     """
     try:
         connection = connect(path)
         send_request(connection, request, files)
         connection.settimeout(None)
         answers = connection.makefile("rb")
-        child = json.loads(answers.readline() or "{}").get("pid")
-    except (OSError, ValueError):
-        return None
+        answer = json.loads(answers.readline() or '{"refused": "the zygote has gone"}')
+    except (OSError, ValueError) as error:
+        return f"the zygote does not answer: {error}"
+    child = answer.get("pid")
     if child is None:
-        return None
+        return str(answer["refused"])
     try:
         handle = os.pidfd_open(child)
     except OSError:  # it has ended and been waited for
@@ -133,7 +134,9 @@ def _end_of_child(connection: socket.socket, handle: int | None) -> int:
                 return 1
             told += more
         else:  # the child has ended; the zygote's word comes within moments, if it lives
-            waited = [connection]
+            waited, handle = [connection], None
+    if handle is not None:
+        select.select([handle], [], [])
     return int(json.loads(told.splitlines()[0])["code"])
 
 

@@ -1,6 +1,5 @@
 """What a zygote has imported before it forks, and whether it may fork."""
 
-import gc
 import importlib
 import logging
 import os
@@ -20,23 +19,37 @@ RAY_MODULES = (
     "ray._private.runtime_env.agent.runtime_env_agent",
 )
 """What Ray's own Python services import."""
-WORKER_MODULES = (
+COMMAND_MODULES = (
     "numpy",
     "torch",
-    "torch.distributed",
-    "ray.train",
     "ray.train.torch",
-    "ray.train.v2._internal.execution.controller.controller",
     # Our own, by name, since this package is below them.
+    "tuning.cli.parser",
+    "cluster.cli.jobs",
+    "cluster.cli.files",
+    "trainers.cli.progress",
     "trainers.runs.execution",
     "trainers.runs.session",
-    "trainers.cli.train",
-    "trainers.cli.progress",
-    "mlflow",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "trainers.workloads.vision.workload",
+    "rich.progress",
+    "ray._private.arrow_serialization",
+    "pydantic.v1",
 )
-"""What the workers, trackers, controllers and drivers of runs import."""
+"""What the driver of a run imports: nothing is forked before."""
+WORKER_MODULES = (
+    "ray.train.v2._internal.execution.controller.controller",
+    "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+    "ray._private.workers.default_worker",
+    "trainers.workloads.vision.workload",
+    "torch._dynamo",
+    "torch._inductor.standalone_compile",
+    "ray.tune",
+    "mlflow",
+    "mlflow.pyfunc",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "sqlalchemy.dialects.sqlite",
+    "trainers.tracking.mlflow_run",
+)
+"""What workers, controllers and trackers import: imported while there is nothing to fork."""
 HARMLESS_THREADS = ("jemalloc_bg_thd",)
 """Threads of other libraries that hold no lock over a fork: pyarrow's allocator handles it."""
 
@@ -52,8 +65,6 @@ def preload(modules: Iterable[str]) -> None:
                     importlib.import_module(name)
                 except ImportError as error:
                     logger.warning("%s: %s", name, error)
-    gc.collect()
-    gc.freeze()  # so that children share the pages of what was imported
 
 
 def fork_hazard() -> str | None:

@@ -56,9 +56,18 @@ class RayLease:
     connection: socket.socket
 
     def keep_command_state(self, job_id: str) -> None:
-        """Give the workers of a job this process's environment, working folder and umask."""
+        """Give the workers of a job this process's environment, working folder and umask.
+
+        Without the frozen variables that modules have set since: scikit-learn 1.9 sets KMP_*.
+        """
         state = process_state()
         kept = {name: state[name] for name in ("environment", "cwd", "umask")}
+        fixed = json.loads((self.folder.parent / "frozen.json").read_text())
+        changed = frozen(kept["environment"])
+        kept["environment"] = {
+            **{name: value for name, value in kept["environment"].items() if name not in changed},
+            **fixed,
+        }
         file = self.folder / f"{job_id}.json"
         temporary = file.with_name(f".{file.name}")
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
@@ -189,7 +198,9 @@ def run_in_session(
     }
     code = hand_over(session.folder / WORKER_SOCKET, request, (0, 1, 2))
     use.close()
-    if code is not None and code < 0:
+    if isinstance(code, str):
+        return None
+    if code < 0:
         end_as(code)
     return code
 

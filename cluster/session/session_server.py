@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connection.ray_internals import FORKED_RAY_SETTINGS
-from cluster.session.preload import RAY_MODULES, WORKER_MODULES, preload
+from cluster.session.preload import COMMAND_MODULES, RAY_MODULES, WORKER_MODULES, preload
 from cluster.session.warm_ray import hold_ray
 from cluster.session.zygote import Child, Zygote, tell
 
@@ -89,8 +89,7 @@ class SessionServer(Zygote):
         """Begin with the requests that wait, since Ray starts while its services are imported."""
         passes = iter([True])
         self.serve(lambda: next(passes, False))
-        preload(RAY_MODULES)
-        self.serve(lambda: self.alive)
+        self.serve(lambda: self.alive, RAY_MODULES)
 
     def _status(self) -> dict[str, Any]:
         idle_s = 0.0 if self._users else time.monotonic() - self._idle_since_s
@@ -191,8 +190,8 @@ class SessionServer(Zygote):
         if pid == 0:
             close_all_but(self._workers_listener.fileno())
             zygote = Zygote(self._workers_listener)
-            preload(WORKER_MODULES)
-            zygote.serve(lambda: os.getppid() == session or bool(zygote.children))
+            preload(COMMAND_MODULES)
+            zygote.serve(lambda: os.getppid() == session or bool(zygote.children), WORKER_MODULES)
             os._exit(0)
         return pid
 

@@ -8,6 +8,7 @@ cannot be forked is started as usual: other programs, containers, another enviro
 with which the zygote has imported its modules.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -80,8 +81,10 @@ def main(arguments: list[str]) -> None:
             options += more
     if _is_of_ray(words) and os.path.basename(words[0]) in PROGRAMS:
         code = _fork(folder, owner, words)
-        if code is not None:
+        if isinstance(code, int):
             end_as(code)
+        with contextlib.suppress(OSError), (folder / "log").open("a") as log:
+            log.write(f"{words[0]} is started as usual: {code}\n")
     os.execv(python, [python, *options, *words])
 
 
@@ -97,12 +100,14 @@ def _is_of_ray(words: list[str]) -> bool:
     return bool(words) and "/ray/" in words[0]
 
 
-def _fork(folder: Path, owner: str, words: list[str]) -> int | None:
+def _fork(folder: Path, owner: str, words: list[str]) -> int | str:
+    """The exit code of the forked process, or why it was not forked."""
     is_worker = words[0].endswith("default_worker.py")
     if is_worker:
-        theirs = json.loads((folder / "frozen.json").read_text())
-        if theirs != frozen(os.environ):
-            return None
+        theirs, ours = json.loads((folder / "frozen.json").read_text()), frozen(os.environ)
+        if theirs != ours:
+            names = sorted(name for name, _ in theirs.items() ^ ours.items())
+            return f"another {', '.join(names)}"
     files = [0, 1, 2, *(number for number in map(int, os.listdir("/proc/self/fd")) if number > 2)]
     files = [number for number in files if _is_inherited(number)]
     request = {

@@ -1,6 +1,7 @@
 """The process that holds the session's warm Ray: it starts it, and says whether it is clean."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ def hold_ray(folder: Path, control: socket.socket) -> NoReturn:
     Tells its address to `control`, which asks after each command whether it is clean.
     """
     code = 1
+    gc.enable()
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -6,6 +6,7 @@ a second one that imports torch meanwhile.
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Zygote:
     """Forks children for requests `fork` and `command`, until `alive` returns False."""
 
     def __init__(self, listener: socket.socket) -> None:
+        gc.disable()  # a child enables it; here it would go through all modules again and again
         self.children: dict[int, Child] = {}
         self._events = selectors.DefaultSelector()
         self._listener = listener
@@ -56,10 +58,15 @@ class Zygote:
     def unwatch(self, source: Any) -> None:
         self._events.unregister(source)
 
-    def serve(self, alive: Callable[[], bool]) -> None:
+    def serve(self, alive: Callable[[], bool], modules: Iterable[str] = ()) -> None:
+        """Answer requests until `alive` returns False; import `modules` when there is none."""
+        left = list(modules)
         while alive():
-            for key, _ in self._events.select(timeout=0.5):
+            ready = self._events.select(timeout=0 if left else 0.5)
+            for key, _ in ready:
                 key.data()
+            if left and not ready:
+                preload([left.pop(0)])
 
     def answer(self, request: dict[str, Any], files: list[int], connection: socket.socket) -> None:
         """Do a request; a subclass knows more of them."""
@@ -98,6 +105,7 @@ class Zygote:
             connection.close()
             return
         began_s = time.perf_counter()
+        gc.freeze()  # so that children share the pages of what was imported
         child = os.fork()
         if child == 0:
             become(request, files, connection)
