@@ -41,6 +41,14 @@ CONTRACTS = {
         "connections to Ray: address, token, job server, SSH; everything private to Ray's core",
         _in("cluster", "base"),
     ),
+    "cluster.zygote": Contract(
+        "a process that has imported torch and Ray, and forks Ray's processes and commands",
+        _in("cluster", "base", "connection"),
+    ),
+    "cluster.session": Contract(
+        "this machine's session: its zygotes, and a Ray that stays warm between commands",
+        _in("cluster", "base", "connection", "zygote"),
+    ),
     "cluster.definition": Contract(
         "a cluster's spec, and the files of each provider made from it; no network", _CLUSTER
     ),
@@ -58,7 +66,7 @@ CONTRACTS = {
     ),
     "cluster.cli": Contract(
         "the verbs of clusters and jobs: arguments and printed output",
-        (*_CLUSTER, *_in("cluster", "definition", "jobs", "lifecycle")),
+        (*_CLUSTER, *_in("cluster", "session", "definition", "jobs", "lifecycle")),
     ),
     "trainers": Contract(
         "the parts of a run: spec, workload, device, worker, folder, stores, counter-based RNG",
@@ -90,7 +98,7 @@ CONTRACTS = {
     ),
     "trainers.runs": Contract(
         "a run from its spec to its end, under Ray Train",
-        (*_RUN, *_in("cluster", "jobs"), *_in("trainers", "tracking", "planning")),
+        (*_RUN, *_in("cluster", "session", "jobs"), *_in("trainers", "tracking", "planning")),
     ),
     "trainers.probes": Contract(
         "short measured runs, for the plan and the scaling study",
@@ -117,7 +125,7 @@ CONTRACTS = {
         "the verbs of runs: arguments and printed output",
         (
             *_RUN,
-            *_in("cluster", "cli", "jobs"),
+            *_in("cluster", "session", "cli", "jobs"),
             *_in("trainers", "tracking", "planning", "runs", "probes", "reports"),
         ),
     ),
@@ -150,7 +158,7 @@ CONTRACTS = {
     ),
     "heliostat": Contract(
         "the names that users import, and the entry of the command line",
-        ("cluster.base", "trainers", "tuning.cli"),
+        ("cluster.base", "cluster.session", "trainers", "tuning.cli"),
     ),
 }
 

@@ -195,6 +195,14 @@ class TrackingSpec(Spec):
     """Steps between training metrics. Each value is the mean over the steps since the last one."""
 
 
+class SessionSpec(Spec):
+    """The processes that stay on this machine for the next command."""
+
+    keep_warm_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds for which Ray, and a process that has imported torch, stay after the last command. 0
+    ends them with it."""
+
+
 class RunSpec(Spec):
     """One training run or, with `sweep`, many."""
 
@@ -216,6 +224,7 @@ class RunSpec(Spec):
     tracking: TrackingSpec = TrackingSpec()
     budget: BudgetSpec = BudgetSpec()
     cost: CostSpec = CostSpec()
+    session: SessionSpec = SessionSpec()
     sweep: dict[str, Any] | None = None
     """The search of `heliostat sweep`."""
 

@@ -263,11 +263,11 @@ def undrawn_identifiers() -> Iterator[None]:
         def from_random() -> Any:
             return drawn(os.urandom(drawn.size()))
 
-    ray.actor.ActorClassID = ActorClassID  # type: ignore[misc, assignment]
+    ray.actor.ActorClassID = ActorClassID
     try:
         yield
     finally:
-        ray.actor.ActorClassID = drawn  # type: ignore[misc]
+        ray.actor.ActorClassID = drawn
 
 
 def leftovers_of_jobs() -> list[str]:

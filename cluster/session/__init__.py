@@ -1,7 +1,5 @@
-"""This machine's session: a zygote that forks Ray's processes and commands, and a warm Ray.
+"""This machine's session: it has the zygotes, and a Ray that stays warm between commands.
 
-A zygote is a process that has imported torch, Ray and our engine, and computes nothing. It forks
-in milliseconds what would otherwise start Python and import them again. May import `base` and
-`connection`. Begin with `session.py`, then `zygote.py`. Where no session can be had, everything
-is started as usual.
+May import `base`, `connection` and `zygote`. Begin with `session.py`, which finds or starts the
+session, and `session_server.py`, which is the session. `ray_session.py` connects a driver to Ray.
 """

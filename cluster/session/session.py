@@ -7,23 +7,21 @@ of the code has another session, and each ends when it has been idle for a while
 
 import contextlib
 import fcntl
-import hashlib
+import importlib
 import json
 import os
-import platform
 import shutil
 import socket
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.session.handover import (
-    LIMITS,
+from cluster.session.session_key import session_folder, sessions_folder
+from cluster.zygote.handover import (
+    OF_COMMAND,
     RAY_SOCKET,
     WORKER_SOCKET,
     connect,
@@ -32,14 +30,8 @@ from cluster.session.handover import (
     process_state,
     send_request,
 )
-from cluster.session.stub import frozen
+from cluster.zygote.stub import frozen
 
-HOME = Path(__file__).resolve().parents[2]
-LONGEST_FOLDER = 43
-"""Characters of a session's folder, below which Ray has sockets with paths of 64 characters more;
-a Unix socket's path has at most 107."""
-SESSION_ENV_VAR = "HELIOSTAT_SESSION"
-"""`off` starts every process as usual, as where no session can be had."""
 START_TIMEOUT_S = 60.0
 
 _current: "Session | None" = None
@@ -70,8 +62,7 @@ class RayLease:
         }
         file = self.folder / f"{job_id}.json"
         temporary = file.with_name(f".{file.name}")
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-            json.dump(kept, out)
+        temporary.write_text(json.dumps(kept))  # in a folder that is open to this user only
         temporary.rename(file)
 
     def release(self, keep_warm_s: float | None = None) -> None:
@@ -88,6 +79,10 @@ class Session:
 
     folder: Path
 
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
     def ask(self, request: Mapping[str, Any]) -> socket.socket:
         """Send a request; the answer can be read from the connection. Raises OSError."""
         connection = connect(self.folder / RAY_SOCKET)
@@ -98,11 +93,13 @@ class Session:
         with self.ask({"do": "status"}) as connection:
             return _read_line(connection)
 
-    def end(self) -> bool:
-        """Have it end, and wait; False if a command is using it."""
+    def end(self, wait: bool = True) -> bool:
+        """Have it end; False if it is in use."""
         with self.ask({"do": "end"}) as connection:
-            if _read_line(connection)["busy"]:
+            if _read_line(connection)["in_use"]:
                 return False
+        if not wait:
+            return True
         with contextlib.suppress(OSError), connect(self.folder / RAY_SOCKET) as connection:
             connection.settimeout(START_TIMEOUT_S)
             connection.recv(1)  # until it has gone
@@ -137,7 +134,7 @@ def find_session() -> Session | None:
 
 def all_sessions() -> list[Session]:
     """Every running session of this user below the folder for temporary files."""
-    place = _place()
+    place = sessions_folder()
     found = []
     for folder in sorted(place.glob("*/")) if place is not None else []:
         with contextlib.suppress(OSError):
@@ -146,10 +143,17 @@ def all_sessions() -> list[Session]:
     return found
 
 
-def enter_session(folder: Path) -> None:
-    """Make the session in `folder` that of this process, which it has forked."""
+def run_in_child(arguments: list[str]) -> int:
+    """In a process that a session has forked: call a function of `run_in_session`.
+
+    `arguments` are the session's folder, the function and its arguments.
+    """
     global _current
-    _current = Session(folder)
+    folder, function, *rest = arguments
+    sys.argv[1:] = rest
+    _current = Session(Path(folder))
+    module, _, name = function.partition(":")
+    return int(getattr(importlib.import_module(module), name)(rest))
 
 
 def find_or_start_session() -> Session | None:
@@ -189,11 +193,10 @@ def run_in_session(
     request = {
         **process_state(),
         "do": "command",
-        "function": function,
+        "function": f"{__name__}:{run_in_child.__name__}",
         "title": sys.argv[0],
-        "arguments": list(arguments),
+        "arguments": [str(session.folder), function, *arguments],
         "modules": list(modules),
-        "session": str(session.folder),
         "files": [0, 1, 2],
     }
     code = hand_over(session.folder / WORKER_SOCKET, request, (0, 1, 2))
@@ -205,67 +208,14 @@ def run_in_session(
     return code
 
 
-def session_folder() -> Path | None:
-    """The folder of the session for this environment; None where there can be no session."""
-    if os.environ.get(SESSION_ENV_VAR) == "off" or not hasattr(os, "pidfd_open"):
-        return None
-    if any(not _is_open(number) for number in (0, 1, 2)):
-        return None
-    place = _place()
-    if place is None:
-        return None
-    folder = place / session_key()
-    return folder if len(str(folder)) <= LONGEST_FOLDER else None
-
-
-def session_key() -> str:
-    """Eight hexadecimal digits for all that makes processes of one session interchangeable."""
-    import resource
-
-    facts = {
-        "python": [sys.executable, sys.prefix, platform.python_version(), list(sys.flags)],
-        "packages": [(path, _modified_ns(path)) for path in sys.path if path.endswith("-packages")],
-        "code": code_fingerprint(),
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if _is_fixed(name)
-        },
-        "limits": [resource.getrlimit(getattr(resource, name)) for name in LIMITS],
-        "cpus": sorted(os.sched_getaffinity(0)),
-        "groups": sorted(os.getgroups()),
-        "cgroup": Path("/proc/self/cgroup").read_text(),
-        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "pid")],
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-
-
-def _is_fixed(name: str) -> bool:
-    """Whether a variable must be the same in all processes of a session."""
-    return (
-        bool(frozen({name: ""}))
-        or name in ("PYTHONPATH", "PATH", "HOME", "TMPDIR")
-        or name.endswith("_VISIBLE_DEVICES")
-        or (name.startswith("RAY_") and not name.startswith(_OF_COMMAND))
-    )
-
-
-_OF_COMMAND = ("RAY_ADDRESS", "RAY_JOB_", "RAY_RAYLET_PID", "RAY_NODE_ID")
-"""Beginnings of the names of Ray's variables that say what a command talks to."""
-
-
-def code_fingerprint() -> str:
-    """A digest of the names, sizes and times of our source files."""
-    digest = hashlib.sha256()
-    for package in ("cluster", "trainers", "tuning", "heliostat"):
-        for folder, _, names in sorted(os.walk(HOME / package)):
-            for name in sorted(names):
-                if name.endswith(".py"):
-                    found = os.stat(os.path.join(folder, name))
-                    digest.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
 def _start(folder: Path) -> Session:
-    """Start the session's process; its sockets listen at once, and requests wait in them."""
+    """Start the session's process; its sockets listen at once, and requests wait in them.
+
+    Other sessions that are idle end, so that one at most takes memory for nothing.
+    """
+    for other in all_sessions():
+        with contextlib.suppress(OSError, ValueError):
+            other.end(wait=False)
     folder.mkdir(mode=0o700)
     (folder / "python.path").write_text(sys.executable)
     (folder / "frozen.json").write_text(json.dumps(frozen(os.environ)))
@@ -276,8 +226,8 @@ def _start(folder: Path) -> Session:
         listener.listen(256)
         listeners.append(listener)
     numbers = [listener.fileno() for listener in listeners]
-    fixed = {name: value for name, value in os.environ.items() if not name.startswith(_OF_COMMAND)}
-    with open(folder / "log", "ab") as log:
+    fixed = {name: value for name, value in os.environ.items() if not name.startswith(OF_COMMAND)}
+    with (folder / "log").open("ab") as log:
         subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "cluster.session.session_server"),
@@ -296,44 +246,11 @@ def _start(folder: Path) -> Session:
     return Session(folder)
 
 
-def _place() -> Path | None:
-    """This user's folder for sessions; None if another user could reach into it."""
-    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    place = base / f"heliostat-{os.getuid()}"
-    try:
-        place.mkdir(mode=0o700, exist_ok=True)
-        found = place.lstat()
-    except OSError:
-        return None
-    private = found.st_uid == os.getuid() and not found.st_mode & 0o077
-    return place / "s" if private and stat.S_ISDIR(found.st_mode) and _made(place / "s") else None
-
-
-def _made(folder: Path) -> bool:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return True
-
-
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
-
-
-def _modified_ns(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _read_line(connection: socket.socket) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connection.ray_internals import FORKED_RAY_SETTINGS
-from cluster.session.preload import COMMAND_MODULES, RAY_MODULES, WORKER_MODULES, preload
 from cluster.session.warm_ray import hold_ray
-from cluster.session.zygote import Child, Zygote, tell
+from cluster.zygote.handover import open_files
+from cluster.zygote.preload import COMMAND_MODULES, RAY_MODULES, WORKER_MODULES, preload
+from cluster.zygote.zygote import Child, Zygote, tell
 
 KEEP_WARM_S = 600.0
 END_TIMEOUT_S = 15.0
@@ -54,10 +55,16 @@ class SessionServer(Zygote):
         self._worker_zygote = self._fork_worker_zygote()
 
     @property
+    def in_use(self) -> bool:
+        """Whether a client uses the session, or another Ray than the warm one has processes."""
+        owners = {child.owner for child in self.children.values()}
+        return bool(self._users or owners - {self._owner})
+
+    @property
     def alive(self) -> bool:
         if self._ending:
             return False
-        if self._users or any(child.owner != self._owner for child in self.children.values()):
+        if self.in_use:
             self._idle_since_s = time.monotonic()
         return time.monotonic() < self._idle_since_s + self._keep_warm_s
 
@@ -78,10 +85,9 @@ class SessionServer(Zygote):
                 tell(connection, self._status())
                 connection.close()
             case "end":
-                busy = bool(self._users)
-                tell(connection, {"busy": busy})
+                self._ending = not self.in_use
+                tell(connection, {"in_use": self.in_use})
                 connection.close()
-                self._ending = not busy
             case _:
                 super().answer(request, files, connection)
 
@@ -92,12 +98,12 @@ class SessionServer(Zygote):
         self.serve(lambda: self.alive, RAY_MODULES)
 
     def _status(self) -> dict[str, Any]:
-        idle_s = 0.0 if self._users else time.monotonic() - self._idle_since_s
+        idle_s = 0.0 if self.in_use else time.monotonic() - self._idle_since_s
         return {
             "pid": os.getpid(),
             "worker_zygote": self._worker_zygote,
             "began_s": self._began_s,
-            "users": len(self._users),
+            "in_use": self.in_use,
             "ray": self._ray_address,
             "ray_pid": self._ray_pid,
             "ends_in_s": self._keep_warm_s - idle_s,
@@ -217,7 +223,7 @@ class SessionServer(Zygote):
 def close_all_but(*kept: int) -> None:
     """In a forked child: close all but these files, the log and the standard streams."""
     logs = {handler.stream.fileno() for handler in logging.root.handlers}  # type: ignore[attr-defined]
-    for number in map(int, os.listdir("/proc/self/fd")):
+    for number in open_files():
         if number > 2 and number not in {*kept, *logs}:
             with contextlib.suppress(OSError):
                 os.close(number)

@@ -18,7 +18,7 @@ from cluster.connection.ray_internals import (
     leftovers_of_jobs,
     reload_configuration,
 )
-from cluster.session.python_for_ray import python_for
+from cluster.zygote.python_for_ray import python_for
 
 CLEAN_TIMEOUT_S = 10.0
 """Within this time Ray has ended what a driver left behind when it ended."""

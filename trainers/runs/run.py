@@ -24,7 +24,7 @@ from trainers.workload import Workload
 if TYPE_CHECKING:
     from argparse import Namespace
 
-CHANGEABLE_SECTIONS = ("scale", "checkpoint", "budget", "cost")
+CHANGEABLE_SECTIONS = ("scale", "checkpoint", "budget", "cost", "session")
 """Sections of the spec that do not change what a run computes."""
 
 

@@ -56,7 +56,7 @@ def folder_session(
     with (
         locked(folder),
         redirect_output(log, verbose) as console,
-        ray_session(address, *shipped_code(spec)) as started_here,
+        ray_session(address, *shipped_code(spec), spec.session.keep_warm_s) as started_here,
     ):
         if not verbose:
             console.print(f"log: {display_path(log)}", style="dim")

@@ -8,6 +8,7 @@ def build_parser() -> argparse.ArgumentParser:
     import cluster.cli.files
     import cluster.cli.jobs
     import cluster.cli.lifecycle
+    import cluster.cli.session
     import trainers.cli.train
     import tuning.cli.sweep
 
@@ -23,4 +24,5 @@ def build_parser() -> argparse.ArgumentParser:
     cluster.cli.files.add_verbs(verbs)
     cluster.cli.jobs.add_verbs(verbs)
     cluster.cli.lifecycle.add_verbs(verbs)
+    cluster.cli.session.add_verbs(verbs)
     return top

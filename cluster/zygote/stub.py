@@ -18,11 +18,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: it may hold anything
 
-from cluster.session.handover import (  # noqa: E402
+from cluster.zygote.handover import (
     RAY_SOCKET,
     WORKER_SOCKET,
     end_as,
     hand_over,
+    open_files,
     process_state,
 )
 
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> None:
         if prepared is not None:
             more, words = _split_options(prepared)
             options += more
-    if _is_of_ray(words) and os.path.basename(words[0]) in PROGRAMS:
+    if _is_of_ray(words) and Path(words[0]).name in PROGRAMS:
         code = _fork(folder, owner, words)
         if isinstance(code, int):
             end_as(code)
@@ -108,8 +109,7 @@ def _fork(folder: Path, owner: str, words: list[str]) -> int | str:
         if theirs != ours:
             names = sorted(name for name, _ in theirs.items() ^ ours.items())
             return f"another {', '.join(names)}"
-    files = [0, 1, 2, *(number for number in map(int, os.listdir("/proc/self/fd")) if number > 2)]
-    files = [number for number in files if _is_inherited(number)]
+    files = [0, 1, 2, *(number for number in open_files() if _is_inherited(number))]
     request = {
         **process_state(),
         "do": "fork",
@@ -122,7 +122,7 @@ def _fork(folder: Path, owner: str, words: list[str]) -> int | str:
 
 def _is_inherited(number: int) -> bool:
     try:
-        return number <= 2 or os.get_inheritable(number)
+        return number > 2 and os.get_inheritable(number)
     except OSError:
         return False
 
@@ -140,7 +140,7 @@ def _take_command_state(folder: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.umask(state["umask"])
-    if os.path.isdir(state["cwd"]):
+    if Path(state["cwd"]).is_dir():
         os.chdir(state["cwd"])
 
 

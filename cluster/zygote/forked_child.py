@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.connection.ray_internals import reload_configuration
-from cluster.session.preload import top_level_modules
-from cluster.session.session import enter_session
+from cluster.zygote.preload import top_level_modules
 
 FIRST_MOVED_FILE = 600
 """Where open files are moved before they get their numbers; above all that a process inherits."""
@@ -80,8 +79,8 @@ def _take_state(request: Mapping[str, Any]) -> None:
     old_path = os.environ.get("PYTHONPATH", "")
     os.environ.clear()
     os.environ.update(request["environment"])
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(request["oom_score_adj"])
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(request["oom_score_adj"])
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
     for name, limits in request["limits"].items():
@@ -97,8 +96,7 @@ def _refresh_modules(old_path: str) -> None:
     """Do again what Python does at its start, and modules at their import."""
     new_path = os.environ.get("PYTHONPATH", "")
     if new_path != old_path:
-        gone = {os.path.abspath(path) for path in old_path.split(os.pathsep) if path}
-        new = [os.path.abspath(path) for path in new_path.split(os.pathsep) if path]
+        gone, new = _folders(old_path), _folders(new_path)
         sys.path[:] = [*new, *(path for path in sys.path if path not in gone)]
     importlib.invalidate_caches()
     tempfile.tempdir = None
@@ -115,6 +113,11 @@ def _refresh_modules(old_path: str) -> None:
         threads = os.environ.get("MKL_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
         if threads.isdigit():
             torch.set_num_threads(int(threads))
+
+
+def _folders(search_path: str) -> list[str]:
+    """The folders of a PYTHONPATH, as Python enters them into `sys.path`."""
+    return [str(Path(folder).absolute()) for folder in search_path.split(os.pathsep) if folder]
 
 
 def shadowed_module(environment: Mapping[str, str]) -> str | None:
@@ -150,13 +153,12 @@ def _action(request: Mapping[str, Any]) -> Callable[[], int | None]:
     if request["do"] == "fork":
         program = request["program"]
         sys.argv = list(program)
-        sys.path.insert(0, os.path.dirname(program[0]))
+        sys.path.insert(0, str(Path(program[0]).parent))
 
         def run_program() -> None:
             runpy.run_path(program[0], run_name="__main__")
 
         return run_program
-    enter_session(Path(request["session"]))
     module, _, name = request["function"].partition(":")
     arguments = request["arguments"]
     sys.argv = [request["title"], *arguments]

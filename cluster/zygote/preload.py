@@ -1,5 +1,6 @@
 """What a zygote has imported before it forks, and whether it may fork."""
 
+import contextlib
 import importlib
 import logging
 import os
@@ -52,6 +53,8 @@ WORKER_MODULES = (
 """What workers, controllers and trackers import: imported while there is nothing to fork."""
 HARMLESS_THREADS = ("jemalloc_bg_thd",)
 """Threads of other libraries that hold no lock over a fork: pyarrow's allocator handles it."""
+ACCELERATORS = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
+"""Beginnings of the names of files that are open once CUDA or ROCm has been initialised."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,28 +72,24 @@ def preload(modules: Iterable[str]) -> None:
 
 def fork_hazard() -> str | None:
     """Why this process must not fork: it has threads, or has used an accelerator."""
-    names = [
-        Path(f"/proc/self/task/{task}/comm").read_text().strip()
-        for task in os.listdir("/proc/self/task")
-        if int(task) != os.getpid()
-    ]
+    own = str(os.getpid())
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != own]
+    names = [(task / "comm").read_text().strip() for task in tasks]
     others = [name for name in names if name not in HARMLESS_THREADS]
     if others:
         return f"it has threads: {', '.join(sorted(others))}"
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{number}")
-        except OSError:
-            continue
-        if target.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri")):
-            return f"it has used an accelerator: {target}"
+    for file in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(file.readlink())
+            if target.startswith(ACCELERATORS):
+                return f"it has used an accelerator: {target}"
     return None
 
 
 def top_level_modules(folder: str) -> set[str]:
     """The names of modules and packages that can be imported from a folder."""
     try:
-        entries = os.listdir(folder)
+        names = [entry.name for entry in Path(folder).iterdir()]
     except OSError:
         return set()
-    return {name.partition(".")[0] for name in entries if name.isidentifier() or "." in name}
+    return {name.partition(".")[0] for name in names}

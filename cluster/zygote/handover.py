@@ -7,6 +7,7 @@ Imports only the standard library, and little of it: this is what each of Ray's 
 """
 
 import array
+import contextlib
 import json
 import os
 import select
@@ -23,6 +24,8 @@ MAX_FILES = 64
 RAY_SOCKET, WORKER_SOCKET = "ray.sock", "worker.sock"
 """Sockets in a session's folder: of the session with Ray imported, and of the zygote with torch."""
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH")
+OF_COMMAND = ("RAY_ADDRESS", "RAY_JOB_", "RAY_RAYLET_PID", "RAY_NODE_ID")
+"""Beginnings of the names of Ray's variables that differ from command to command."""
 LIMITS = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE")
 
 
@@ -70,6 +73,11 @@ def receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int
         raise
 
 
+def open_files() -> list[int]:
+    """The descriptors of this process, those of the list itself among them."""
+    return [int(file.name) for file in Path("/proc/self/fd").iterdir()]
+
+
 def process_state() -> dict[str, Any]:
     """What a child of this process would inherit, except for its open files."""
     import resource
@@ -80,7 +88,7 @@ def process_state() -> dict[str, Any]:
     limits = {name: resource.getrlimit(getattr(resource, name)) for name in LIMITS}
     return {
         "environment": dict(os.environ),
-        "cwd": os.getcwd(),
+        "cwd": str(Path.cwd()),
         "umask": umask,
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         "ignored": [int(n) for n, handler in handlers.items() if handler == signal.SIG_IGN],
@@ -123,7 +131,7 @@ def _end_of_child(connection: socket.socket, handle: int | None) -> int:
     1 if the zygote was killed first and the child then ended by a signal: nobody can say.
     """
     told = b""
-    waited = [connection, *([handle] if handle is not None else [])]
+    waited: list[Any] = [connection, *([handle] if handle is not None else [])]
     while not told.endswith(b"\n"):
         ready = select.select(waited, [], [])[0]
         if connection in ready:
@@ -143,10 +151,8 @@ def _end_of_child(connection: socket.socket, handle: int | None) -> int:
 def _pass_signals_on(handle: int | None) -> None:
     def forward(number: int) -> None:
         if handle is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, number)
-            except ProcessLookupError:
-                pass
 
     def suspend(*_: object) -> None:
         # The child is in no process group of the terminal, which would stop it.

@@ -16,11 +16,12 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cluster.session.forked_child import become, shadowed_module
-from cluster.session.handover import receive_request
-from cluster.session.preload import fork_hazard, preload
+from cluster.zygote.forked_child import become, shadowed_module
+from cluster.zygote.handover import receive_request
+from cluster.zygote.preload import fork_hazard, preload
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Zygote:
         if child == 0:
             become(request, files, connection)
         tell(connection, {"pid": child})
-        what = os.path.basename(request.get("program", request.get("arguments", [""]))[0])
+        what = Path(request["program"][0]).name if "program" in request else request["function"]
         logger.info("%d: %s, %.1f ms", child, what, 1e3 * (time.perf_counter() - began_s))
         self.children[child] = Child(request.get("owner", "command"), connection)
         self.watch(connection, lambda: self._lost(child))
