@@ -10,6 +10,7 @@ import fcntl
 import importlib
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -96,13 +97,14 @@ class Session:
     def end(self, wait: bool = True) -> bool:
         """Have it end; False if it is in use."""
         with self.ask({"do": "end"}) as connection:
-            if _read_line(connection)["in_use"]:
-                return False
-        if not wait:
-            return True
-        with contextlib.suppress(OSError), connect(self.folder / RAY_SOCKET) as connection:
-            connection.settimeout(START_TIMEOUT_S)
-            connection.recv(1)  # until it has gone
+            answer = _read_line(connection)
+        if answer["in_use"]:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(answer["pid"])
+            if wait:
+                select.select([handle], [], [])
+            os.close(handle)
         return True
 
     def lease_ray(self) -> RayLease | None:

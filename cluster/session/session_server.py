@@ -86,7 +86,7 @@ class SessionServer(Zygote):
                 connection.close()
             case "end":
                 self._ending = not self.in_use
-                tell(connection, {"in_use": self.in_use})
+                tell(connection, {"in_use": self.in_use, "pid": os.getpid()})
                 connection.close()
             case _:
                 super().answer(request, files, connection)

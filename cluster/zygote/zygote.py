@@ -81,7 +81,14 @@ class Zygote:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        connection.setblocking(True)
+        # Read when there is something to read: a client that says nothing must not stop others.
+        self.watch(connection, lambda: self._receive(connection))
+
+    def _receive(self, connection: socket.socket) -> None:
+        self.unwatch(connection)
+        if not connection.recv(1, socket.MSG_PEEK):  # it has only looked whether we are here
+            connection.close()
+            return
         files: list[int] = []
         try:
             _require_same_user(connection)
