@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.shards import local_tensor
 from trainers.counter_rng import SampleRandom, combine_seeds, device_rng_state, seed_device
 from trainers.engine.micro_batches import MicroBatches
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
@@ -26,7 +25,7 @@ from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
 from trainers.spec import RunSpec
 from trainers.torch_internals import is_unfinished_reduction
-from trainers.worker import Worker
+from trainers.worker import Worker, local_tensor
 from trainers.workload import Batch, Workload
 
 
