@@ -55,7 +55,6 @@ class TrainStep:
             started=started,
         )
         self._model = build_model(spec, workload, samples, worker)
-        self.meter.flops = self._model.flops_per_sample
         if isinstance(self._model.parallel, DistributedDataParallel):
             measure_communication(self._model.parallel, self.meter)
         self.worker = worker = self._model.worker
@@ -90,10 +89,14 @@ class TrainStep:
         of the batch, as a scalar on its device; zero for a step that was skipped. Raises a
         TrainingError that says what would fit when memory runs out.
         """
+        first = self.uses_native_rng is None
         try:
             loss = self._run(step)
             self.meter.mark("compute")
             self.meter.count_step()
+            if first:
+                self.meter.flops = self._model.count_flops()
+                self.meter.mark("start")
             return loss
         except RuntimeError as error:
             if is_unfinished_reduction(error):

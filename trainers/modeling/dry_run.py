@@ -1,8 +1,7 @@
-"""One training step over tensors without values: what can be known of a model before it trains."""
+"""One training step over fake tensors: what can be known of a model before it trains."""
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,19 +38,6 @@ def dry_run(workload: Workload, network: nn.Module, batch: Batch) -> DryRun | No
     FLOPs are those of products and convolutions, at two for a multiplication with its addition.
     Recomputation does not count, so give the network before it is wrapped in anything.
     """
-    # Fake tensors run more models, but take 2 s of CPU time, for imports.
-    return _dry_run(workload, network, batch, lambda: torch.device("meta")) or _dry_run(
-        workload, network, batch, fake_tensor_mode
-    )
-
-
-def _dry_run(
-    workload: Workload,
-    network: nn.Module,
-    batch: Batch,
-    without_memory: Callable[[], AbstractContextManager[Any]],
-) -> DryRun | None:
-    """See `dry_run`; `without_memory` is a context in which new tensors take none."""
     counter = FlopCounterMode(display=False)
     samples = len(next(iter(batch.values())))
     shapes: dict[str, set[Shape]] = {}
@@ -60,15 +46,17 @@ def _dry_run(
         with (
             torch.random.fork_rng(devices=[]),
             sdpa_kernel(SDPBackend.MATH),
-            without_memory(),
+            fake_tensor_mode(),
         ):
-            model = _fake_copy(network).train()
+            model = _copy(network, "cpu").train()
             for name, module in dropout_modules(model):
                 shapes[name] = set()
                 module.register_forward_pre_hook(partial(_record, shapes[name], samples))
             dtype = model_dtype(model)
             columns = {
-                name: _empty(values, dtype if values.is_floating_point() else values.dtype)
+                name: torch.empty(
+                    values.shape, dtype=dtype if values.is_floating_point() else values.dtype
+                )
                 for name, values in batch.items()
             }
             with counter:
@@ -101,8 +89,19 @@ def _record(shapes: set[Shape], samples: int, module: nn.Module, inputs: tuple[A
         shapes.add((shape[0] // samples, *shape[1:]))
 
 
-def _fake_copy(network: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU, to be made where tensors are fake."""
+def skeleton(network: nn.Module) -> nn.Module | None:
+    """A copy of the network whose tensors have shapes and dtypes but no memory, for a dry run.
+
+    None if a network cannot be copied so.
+    """
+    try:
+        return _copy(network, "meta")
+    except Exception:  # a user's model may hold anything
+        return None
+
+
+def _copy(network: nn.Module, device: str) -> nn.Module:
+    """A copy of the network with other values in its tensors."""
     copies: dict[int, Any] = {}
     for module in network.modules():
         for tensor in (
@@ -111,13 +110,8 @@ def _fake_copy(network: nn.Module) -> nn.Module:
             *vars(module).values(),
         ):
             if isinstance(tensor, nn.Parameter):
-                copies[id(tensor)] = nn.Parameter(
-                    _empty(tensor, tensor.dtype), tensor.requires_grad
-                )
+                values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                copies[id(tensor)] = nn.Parameter(values, tensor.requires_grad)
             elif isinstance(tensor, Tensor):
-                copies[id(tensor)] = _empty(tensor, tensor.dtype)
+                copies[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return copy.deepcopy(network, copies)
-
-
-def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tensor.shape, dtype=dtype)
