@@ -3,7 +3,9 @@
 `tests/trainers/tracking/test_mlflow_internals.py` fails when another release has another shape.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +35,24 @@ def schema_heads() -> frozenset[str]:
     text = "\n".join(path.read_text() for path in (migrations() / "versions").glob("*.py"))
     revisions = set(re.findall(r'^revision = "(\w+)"', text, re.MULTILINE))
     return frozenset(revisions - set(re.findall(r'^down_revision = "(\w+)"', text, re.MULTILINE)))
+
+
+@contextlib.contextmanager
+def requirements_unchecked() -> Iterator[None]:
+    """In here a model is saved without a check that its requirements are installed.
+
+    Ours are pinned to what is installed. For the check MLflow reads the list of files of every
+    installed package, 1 s of CPU time, whatever is said of requirements or of an environment
+    (3.17.2: `mlflow.utils.environment` calls `warn_dependency_requirement_mismatches`).
+    """
+    from mlflow.utils import environment
+
+    check = environment.warn_dependency_requirement_mismatches
+    environment.warn_dependency_requirement_mismatches = lambda requirements: None
+    try:
+        yield
+    finally:
+        environment.warn_dependency_requirement_mismatches = check
 
 
 def migrations() -> Path:

@@ -137,7 +137,9 @@ def test_a_fixed_number_of_workers_asks_no_coordinator_for_nodes(
     assert given["scaling_policy"] is elastic
 
 
-def test_no_process_is_started_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_is_started_for_nothing(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private("ray.train.v2._internal.callbacks.datasets:DatasetsCallback")
     trainer = private("ray.train.torch:TorchTrainer")
     usual = {type(each).__name__ for each in trainer(lambda: None)._create_default_callbacks()}
