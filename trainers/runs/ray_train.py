@@ -1,4 +1,4 @@
-"""The workers of a run under Ray Train: the driver that starts them, and the code they run."""
+"""The workers of a run: the driver that starts them, with Ray Train or alone, and their code."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.base.errors import SpecError, TrainingError
 from cluster.connection.ray_connection import missing_resources
@@ -244,6 +244,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """The code of each worker; returns the fields of an `Outcome`."""
     run: WorkerConfig = pickle.loads(config["worker_config"])
     tracker = config["tracker"]
+    local_rank = _place(run).local_rank
     notice = (lambda: None) if run.alone else preemption_notice
     with worker_context(run) as (spec, workload, worker):
         require_run_visible(run.folder, spec)
@@ -252,7 +253,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         if worker.is_rank_zero:
             reporter = TrackerReporter(tracker, run.key, preemption_notice=notice)
         with (
-            WorkerMeter(tracker, run.key, worker.hardware, _local_rank(run), run.power_trace),
+            WorkerMeter(tracker, run.key, worker.hardware, local_rank, run.power_trace),
             watch_for_stalls(run, spec, worker),
         ):
             outcome = train(spec, workload, dataset, run.folder, reporter, worker, run.started)
@@ -270,14 +271,14 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
     """
     import torch
 
-    rank, world_size, local_world_size, index = _place(config)
-    cores = (os.cpu_count() or 1) // local_world_size
+    place = _place(config)
+    cores = (os.cpu_count() or 1) // place.local_world_size
     torch.set_num_threads(config.threads or max(1, cores))
     try:
         spec, workload = resolve(config.spec_data, RunSpec)
-        hardware = local_device(spec.scale.accelerator, index)
+        hardware = local_device(spec.scale.accelerator, place.device_index)
         hardware.select()
-        yield spec, workload, Worker(rank, world_size, hardware, local_world_size)
+        yield spec, workload, Worker(place.rank, place.world_size, hardware, place.local_world_size)
     except Exception as error:
         if is_peer_loss(error):
             lost = PeerPreemptedError if preemption_notice() else PeerLostError
@@ -287,27 +288,29 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
         raise TrainingError(format_error(error)) from error
 
 
-def _place(config: WorkerConfig) -> tuple[int, int, int, int]:
-    """Rank, number of workers, number of those on this machine, and the index of the device."""
+class _Place(NamedTuple):
+    """The place of this process in its group."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device_index: int = 0
+
+
+def _place(config: WorkerConfig) -> _Place:
     if config.alone:
-        return 0, 1, 1, 0
+        return _Place()
     import ray.train.torch
 
     context = ray.train.get_context()
-    return (
+    return _Place(
         context.get_world_rank(),
         context.get_world_size(),
+        context.get_local_rank(),
         context.get_local_world_size(),
         ray.train.torch.get_device().index or 0,
     )
-
-
-def _local_rank(config: WorkerConfig) -> int:
-    if config.alone:
-        return 0
-    import ray.train
-
-    return int(ray.train.get_context().get_local_rank())
 
 
 def watch_for_stalls(
