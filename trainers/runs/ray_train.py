@@ -165,7 +165,7 @@ def _fit_alone(
                 return ray.get(actor.run.remote(train_loop, config))
             except ray.exceptions.RayTaskError as error:
                 failure = error.cause
-            except ray.exceptions.RayActorError as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 failure = error
             if decide_retry({0: failure}) == "raise" or restarts == scale.max_restarts:
                 raise LoneWorkerError(failure) from failure
