@@ -98,23 +98,29 @@ def test_two_workers_give_the_losses_of_one(one_worker: EndedRun, two_workers: E
         assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_killed_in_mid_epoch_changes_no_result(
-    train: Runner, two_workers: EndedRun, tmp_path: Path, mlflow_server: str
+    workers: int,
+    train: Runner,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    mlflow_server: str,
 ) -> None:
     """The weights are bit for bit the same, and MLflow has each loss once."""
     import mlflow
 
+    undisturbed = request.getfixturevalue("one_worker" if workers == 1 else "two_workers")
     marker = tmp_path / "killed"
     fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
-    killed = train(scale={"workers": 2}, data=fault)
+    killed = train(scale={"workers": workers}, data=fault)
     assert marker.exists(), "no worker was killed"
     assert killed.outcome.complete
-    for name, weight in two_workers.weights().items():
+    for name, weight in undisturbed.weights().items():
         assert killed.weights()[name].equal(weight), name
     client = mlflow.MlflowClient(mlflow_server)
     history = client.get_metric_history(killed.tracked["run_id"], "train/loss")
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
-    assert {m.step: m.value for m in history} == two_workers.losses
+    assert {m.step: m.value for m in history} == undisturbed.losses
 
 
 @pytest.mark.slow
