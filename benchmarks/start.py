@@ -1,20 +1,26 @@
 """From the command to the end of the first optimizer step, against Ray's own guide.
 
-    python benchmarks/start.py [--rounds 5] [--workers 1] [--tiny]
+    python benchmarks/start.py [--rounds 5] [--workers 1] [--before FOLDER] [--tiny]
 
 `heliostat train digits` is compared with `tutorial.py`, the same network trained as in Ray's guide
 to Ray Train with PyTorch. Ours also checks its spec, starts the tracker and creates a run in
-MLflow. Both start a Ray of their own. Each has run once before in its folder, so the data set,
-MLflow's database and compiled Python files exist.
+MLflow. It runs twice in each round: cold, when no session of Heliostat runs, and then warm, when
+the first command has left one. The guide starts a Ray of its own. Each has run once before in its
+folder, so the data set, MLflow's database and compiled Python files exist.
+
+Then runs of 20 steps are compared by the CPU-seconds of all processes, from the command to its
+end, with those of the checkout of an earlier commit in `--before`.
 
 Our first step ends when its loss is logged: the timestamp of that metric, which the worker takes
 in milliseconds, is read from the run's operation log. The guide's script writes the time itself.
-The milestones before that are observed from outside, in the names of all processes every 50 ms.
+The milestones before that are observed from outside, in the names of all processes every 50 ms:
+a process belongs to the command if it has its folder for temporary files.
 """
 
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -22,11 +28,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from contest import compete, finish, options, parse, rows, show
+from contest import compete, finish, leave_out, options, parse, rows, show
 
 MILESTONES = {
     "Ray's first process": "gcs_server",
@@ -37,76 +44,132 @@ MILESTONES = {
 }
 """Milestone -> regular expression. A process whose command line matches shows that the milestone
 has been reached; for the last one, at most 0.3 s before."""
-FIRST_STEP = "first step"
+FIRST_STEP, CPU = "first step", "CPU"
 LIMIT_S = 120
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+OLD_COMMAND = "import sys; from tuning.main import main; sys.exit(main())"
+"""The command of version 0.1.0, to which commit 082b5a4 belongs."""
 
 
-def heliostat(workers: int, folder: Path) -> dict[str, float]:
-    """Seconds from the command to each milestone."""
+class Place:
+    """A folder to work in, and one for temporary files, by which processes are recognised."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.temporary = Path(tempfile.mkdtemp(prefix="hb"))  # short: paths of sockets are limited
+        self.environment = {**os.environ, "RAY_TMPDIR": str(self.temporary)}
+        for name in ("RAY_ADDRESS", "PYTHONPATH", "MLFLOW_TRACKING_URI"):
+            self.environment.pop(name, None)
+
+    def end_session(self) -> None:
+        command = [str(Path(sys.executable).with_name("heliostat")), "session", "--end"]
+        while subprocess.run(command, env=self.environment, capture_output=True).returncode:
+            time.sleep(0.2)  # it has not yet seen that the last command has ended
+
+    def close(self) -> None:
+        self.end_session()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def observe(self, command: list[str]) -> tuple[float, dict[str, float]]:
+        """Run a command to its end; its Unix start time, and the seconds to each milestone.
+
+        Also the CPU-seconds that all processes of this place took meanwhile.
+        """
+        log = self.folder / "log"
+        before = sum(self._cpu_s().values())
+        start = time.time()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        seen, used = dict[str, float](), dict[int, float]()
+        while process.poll() is None:
+            now = time.time() - start
+            if now > LIMIT_S:
+                os.killpg(process.pid, signal.SIGKILL)
+            used |= self._cpu_s()
+            for pid in used:
+                name = _read(pid, "cmdline").replace("\0", " ")
+                for milestone, pattern in MILESTONES.items():
+                    if re.search(pattern, name):
+                        seen.setdefault(milestone, now)
+            time.sleep(0.05)
+        if process.returncode != 0:
+            sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{log.read_text()}")
+        return start, {**seen, CPU: sum(used.values()) - before}
+
+    def _cpu_s(self) -> dict[int, float]:
+        """The CPU-seconds so far of each process of this place that lives."""
+        mark = f"RAY_TMPDIR={self.temporary}"
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and mark in _read(int(entry.name), "environ").split("\0"):
+                fields = _read(int(entry.name), "stat").rpartition(")")[2].split()
+                if fields:
+                    found[int(entry.name)] = (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+        return found
+
+
+def heliostat(
+    place: Place, workers: int, steps: int | None, old: Path | None = None
+) -> dict[str, float]:
+    """The seconds from the command to each milestone, and the CPU-seconds of the whole run."""
     name = f"run-{time.time_ns()}"
-    once = {"train.epochs": 0.001, "tracking.every_steps": 1, "scale.workers": workers}
-    options = [word for key, value in once.items() for word in ("--set", f"{key}={value}")]
-    command = str(Path(sys.executable).with_name("heliostat"))
-    start, seen = observe([command, "train", "digits", "--name", name, *options], folder)
-    log_file = folder / "runs" / name / "track" / "spool.jsonl"
+    length = (
+        {"train.epochs": 0.001} if steps is None else {"train.epochs": "null", "train.steps": steps}
+    )
+    fields = {**length, "tracking.every_steps": 1, "scale.workers": workers}
+    words = [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
+    command = [str(Path(sys.executable).with_name("heliostat"))]
+    if old is not None:
+        place.environment["PYTHONPATH"] = str(old)
+        command = [sys.executable, "-c", OLD_COMMAND]
+    start, seen = place.observe([*command, "train", "digits", "--name", name, *words])
+    log_file = place.folder / "runs" / name / "track" / "spool.jsonl"
     operations = [json.loads(line) for line in log_file.read_text().splitlines()]
     first = next(operation for operation in operations if operation["do"] == "log")
     stamp_ms = next(stamp for name, _, _, stamp in first["rows"] if name == "train/loss")
     return {**seen, FIRST_STEP: stamp_ms / 1e3 - start}
 
 
-def tutorial(workers: int, folder: Path) -> dict[str, float]:
-    """Seconds from the command to each milestone."""
+def cold(place: Place, workers: int, steps: int | None) -> dict[str, float]:
+    place.end_session()
+    return heliostat(place, workers, steps)
+
+
+def warm(place: Place, workers: int, steps: int | None) -> dict[str, float]:
+    if (
+        "idle"
+        not in subprocess.run(
+            [str(Path(sys.executable).with_name("heliostat")), "session"],
+            env=place.environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    ):
+        heliostat(place, workers, steps)
+    time.sleep(5)  # a person takes longer; the session imports the rest of its modules
+    return heliostat(place, workers, steps)
+
+
+def tutorial(place: Place, workers: int) -> dict[str, float]:
+    """The same for Ray's guide."""
     from sklearn.datasets import load_digits
 
-    digits, stamp = folder / "digits.npz", folder / "stamp"
+    digits, stamp = place.folder / "digits.npz", place.folder / "stamp"
     if not digits.exists():
         bunch = load_digits()
         np.savez(digits, image=bunch.images[:, None].astype(np.float32), label=bunch.target)
     script = str(Path(__file__).with_name("tutorial.py"))
-    start, seen = observe([sys.executable, script, str(workers), str(digits), str(stamp)], folder)
+    start, seen = place.observe([sys.executable, script, str(workers), str(digits), str(stamp)])
     return {**seen, FIRST_STEP: float(stamp.read_text()) - start}
-
-
-def observe(command: list[str], folder: Path) -> tuple[float, dict[str, float]]:
-    """Run a command to its end; returns its Unix start time and the seconds to each milestone."""
-    log = folder / "log"
-    # Without these, another Ray on this machine would be found and used.
-    environment = {**os.environ, "RAY_TMPDIR": str(folder.parent)}
-    environment.pop("RAY_ADDRESS", None)
-    start = time.time()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    family, others, seen = {process.pid}, set[int](), dict[str, float]()
-    while process.poll() is None:
-        now = time.time() - start
-        if now > LIMIT_S:
-            os.killpg(process.pid, signal.SIGKILL)
-        _adopt(family, others)
-        for pid in family:
-            name = _read(pid, "cmdline").replace("\0", " ")
-            for milestone, pattern in MILESTONES.items():
-                if re.search(pattern, name):
-                    seen.setdefault(milestone, now)
-        time.sleep(0.05)
-    if process.returncode != 0:
-        sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{log.read_text()}")
-    return start, seen
-
-
-def _adopt(family: set[int], others: set[int]) -> None:
-    """Add new child processes of the family to it, and all other new processes to the others."""
-    alive = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
-    for pid in sorted(alive - family - others):
-        parent = _read(pid, "stat").rpartition(")")[2].split()[1:2]
-        (family if parent and int(parent[0]) in family else others).add(pid)
 
 
 def _read(pid: int, name: str) -> str:
@@ -120,32 +183,58 @@ def _read(pid: int, name: str) -> str:
 def main() -> None:
     parser = options(__doc__, rounds=5)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="an earlier checkout")
     args = parse(parser)
     seen: dict[str, list[dict[str, float]]] = defaultdict(list)
 
-    def first_step(name: str, run: partial[dict[str, float]]) -> float:
+    def measure(name: str, key: str, run: Callable[[], dict[str, float]]) -> float:
         seen[name].append(run())
-        return seen[name][-1][FIRST_STEP]
+        return seen[name][-1][key]
 
     with tempfile.TemporaryDirectory() as folder:
-        contenders = {}
-        for name, run in {"Heliostat": heliostat, "Ray's guide": tutorial}.items():
-            own = Path(folder) / run.__name__
-            own.mkdir()
-            if not args.tiny:
-                run(args.workers, own)
-            contenders[name] = partial(first_step, name, partial(run, args.workers, own))
-        measured = compete(contenders, args.rounds)
+        names = ("cold", "warm", "guide", "before")
+        places = {name: Place(Path(folder) / name) for name in names}
+        starts: dict[str, Callable[[], dict[str, float]]] = {
+            "Heliostat, cold": partial(cold, places["cold"], args.workers, None),
+            "Heliostat, warm": partial(warm, places["warm"], args.workers, None),
+            "Ray's guide": partial(tutorial, places["guide"], args.workers),
+        }
+        runs: dict[str, Callable[[], dict[str, float]]] = {
+            "20 steps, cold": partial(cold, places["cold"], args.workers, 20),
+            "20 steps, warm": partial(warm, places["warm"], args.workers, 20),
+        }
+        if args.before:
+            old = args.before.resolve()
+            runs["20 steps, before"] = partial(heliostat, places["before"], args.workers, 20, old)
+        else:
+            leave_out("20 steps, before", "--before is not given")
+        if not args.tiny:
+            for run in (*starts.values(), *list(runs.values())[2:]):
+                run()
+        first = compete(
+            {k: partial(measure, k, FIRST_STEP, v) for k, v in starts.items()}, args.rounds
+        )
+        used = compete({k: partial(measure, k, CPU, v) for k, v in runs.items()}, args.rounds)
+        for place in places.values():
+            place.close()
     case = f"first step, {args.workers} workers"
-    show(case, measured, "s", 1.0)
-    print(f"\n{'seconds until':<24}" + "".join(f"{name:>16}" for name in seen))
-    for milestone in [*MILESTONES, FIRST_STEP]:
+    show(case, first, "s", 1.0)
+    show("20 steps", used, "CPU-s", 1.0)
+    print(f"\n{'seconds until':<24}" + "".join(f"{name:>18}" for name in seen))
+    for milestone in [*MILESTONES, FIRST_STEP, CPU]:
         line = f"{milestone:<24}"
-        for runs in seen.values():
-            times = [run[milestone] for run in runs if milestone in run]
-            line += f"{statistics.median(times):>16.2f}" if times else f"{'-':>16}"
+        for each in seen.values():
+            times = [run[milestone] for run in each if milestone in run]
+            line += f"{statistics.median(times):>18.2f}" if times else f"{'-':>18}"
         print(line)
-    finish("start", rows(case, "Heliostat", measured))
+    results = []
+    for ours in ("Heliostat, cold", "Heliostat, warm"):
+        results += rows(f"first step, {ours}", ours, {k: first[k] for k in (ours, "Ray's guide")})
+    if args.before:
+        for ours in ("20 steps, cold", "20 steps, warm"):
+            both = {k: used[k] for k in (ours, "20 steps, before")}
+            results += rows(f"CPU-s, {ours}", ours, both)
+    finish("start", results)
 
 
 if __name__ == "__main__":

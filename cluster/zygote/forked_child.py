@@ -5,6 +5,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import resource
 import runpy
@@ -64,6 +65,9 @@ def _take_files(numbers: Sequence[int], files: Sequence[int], connection: socket
 
 def _take_state(request: Mapping[str, Any]) -> None:
     """Become what the process that asked is, in all that a child inherits."""
+    for handler in list(logging.root.handlers):  # the zygote's log, whose file is closed here
+        logging.root.removeHandler(handler)
+    logging.root.setLevel(logging.WARNING)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

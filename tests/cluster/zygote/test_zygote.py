@@ -19,7 +19,7 @@ import pytest
 from cluster.zygote.handover import connect
 
 WORK = """
-import json, os, random, resource, sys, time
+import json, logging, os, random, resource, sys, time
 from pathlib import Path
 
 def ends(arguments):
@@ -30,6 +30,11 @@ def exits(arguments):
 
 def kills(arguments):
     os.kill(os.getpid(), int(arguments[0]))
+
+def warns(arguments):
+    logging.warning("hot")
+    logging.info("not shown")
+    return 0
 
 def raises(arguments):
     raise ValueError("no way")
@@ -54,8 +59,9 @@ def waits(arguments):
     return 5
 """
 ZYGOTE = """
-import socket, sys, threading
+import logging, socket, sys, threading
 from cluster.zygote.zygote import Zygote
+logging.basicConfig(filename="zygote.log", level=logging.INFO)
 zygote = Zygote(socket.socket(fileno=int(sys.argv[1])))
 if "thread" in sys.argv:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
@@ -115,6 +121,7 @@ def start_zygote(tmp_path: Path) -> Iterator[Callable[..., RunningZygote]]:
             [sys.executable, "-c", ZYGOTE, str(number), *options],
             env=environment,
             pass_fds=[number],
+            cwd=folder,
             stdin=subprocess.DEVNULL,
         )
         listener.close()
@@ -134,6 +141,7 @@ def test_a_process_ends_as_its_child_does(start_zygote: Callable[..., RunningZyg
     assert zygote.run("exits", "a line")[::2] == (1, "a line\n")
     assert zygote.run("kills", int(signal.SIGTERM))[0] == -signal.SIGTERM
     assert zygote.run("kills", int(signal.SIGKILL))[0] == -signal.SIGKILL
+    assert zygote.run("warns") == (0, "", "WARNING:root:hot\n")
     code, _, error = zygote.run("raises")
     assert code == 1
     assert error.endswith("ValueError: no way\n")
