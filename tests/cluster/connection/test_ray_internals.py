@@ -6,6 +6,8 @@ A failure says what has changed and what to do; most items are also used by test
 import importlib
 import importlib.util
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,66 @@ def test_raylet_flags() -> None:
     start = inspect.getsource(private("ray._private.services", "start_raylet", item))
     for flag in ray_internals.RAYLET_FLAGS.values():
         expect(f'f"--{flag}=' in start, item, f"a raylet is started without --{flag}")
+
+
+def test_forked_ray_settings() -> None:
+    item = "FORKED_RAY_SETTINGS"
+    raylet = Path(private("ray").__file__).parent / "core/src/ray/raylet/raylet"
+    names = [name.removeprefix("RAY_") for name in ray_internals.FORKED_RAY_SETTINGS]
+    program = raylet.read_bytes()
+    for name in names:
+        expect(name.encode() in program, item, f"the raylet has no setting {name}")
+    expect_in_source("ray.dashboard.consts", names[1], item)
+
+
+def test_reload_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = private("ray._raylet", "Config", "reload_configuration")
+    kept = config.worker_register_timeout_seconds()
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", str(kept + 5))
+    ray_internals.reload_configuration()
+    read = config.worker_register_timeout_seconds()
+    monkeypatch.delenv("RAY_worker_register_timeout_seconds")
+    ray_internals.reload_configuration()
+    expect(read == kept + 5, "reload_configuration", "Config.initialize reads no environment")
+    assert config.worker_register_timeout_seconds() == kept
+
+
+def test_undrawn_identifiers() -> None:
+    item = "undrawn_identifiers"
+    module = private("ray.actor")
+    drawn = private("ray.actor", "ActorClassID", item)
+    expect_in_source("ray.actor", "ActorClassID.from_random()", item)
+    with ray_internals.undrawn_identifiers():
+        first, second = (module.ActorClassID.from_random() for _ in range(2))
+    assert type(first) is drawn
+    assert first != second
+    assert module.ActorClassID is drawn
+
+
+def test_run_ray_command() -> None:
+    expect_in_source("ray.scripts.scripts", "def main():", "run_ray_command")
+    code = "from cluster.connection.ray_internals import run_ray_command as run; run(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, ray.__version__ in done.stdout) == (0, True), done.stderr
+
+
+def test_leftovers_of_jobs(ray_cluster: str) -> None:
+    item = "leftovers_of_jobs"
+    state = private("ray._private.state", "GlobalState.actor_table", item)
+    expect("actor_id" in inspect.signature(state).parameters, item, "actor_table has no actor_id")
+
+    @ray.remote(num_cpus=0)
+    class Left:
+        pass
+
+    actor = Left.remote()
+    found = ray_internals.leftovers_of_jobs()
+    expect(any(actor._actor_id.hex() in each for each in found), item, f"it finds {found}")
+    ray.kill(actor)
+
+
+def test_other_drivers(ray_cluster: str) -> None:
+    item = "other_drivers"
+    table = private("ray.core.generated.gcs_pb2", "JobTableData", item)
+    expect("is_dead" in fields(table), item, "JobTableData has no is_dead")
+    assert ray.get_runtime_context().get_job_id() not in ray_internals.other_drivers()
