@@ -300,9 +300,11 @@ def test_leftovers_of_jobs(ray_cluster: str) -> None:
 
     @ray.remote(num_cpus=0)
     class Left:
-        pass
+        def is_there(self) -> bool:
+            return True
 
     actor = Left.remote()
+    assert ray.get(actor.is_there.remote())
     found = ray_internals.leftovers_of_jobs()
     expect(any(actor._actor_id.hex() in each for each in found), item, f"it finds {found}")
     ray.kill(actor)
