@@ -18,9 +18,15 @@ from trainers.modeling.build import build_network
 from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.workload import Batch
-from tuning.fused.step_times import known_compiled, measure_compiled, measure_unfused
 from tuning.fused.sweep_variants import distinct_programs, reference_variant, varied_floats
-from tuning.programs.measurements import keep_measurement, read_measurement, trial_key
+from tuning.programs.measurements import (
+    keep_measurement,
+    known_compiled,
+    measure_compiled,
+    measure_unfused,
+    read_measurement,
+    trial_key,
+)
 from tuning.programs.program import Program
 from tuning.programs.program_signature import unsupported_reason
 from tuning.programs.torch_internals import trace_operations

@@ -1,18 +1,20 @@
-"""What was measured of trials and programs on this machine, kept beside the compiled programs.
+"""How long a step takes: of a trial alone, and of a compiled program. Measured once per machine.
 
-A later sweep of the same network finds it, whatever its data set, seeds and search space, and need
-not measure again. A measurement's key is a hash of all that it may depend on: the operations or the
-source, shapes, constants, PyTorch, and the device. Files are written whole, so that any number of
-processes may read and write, and be killed.
+Measurements are kept beside the compiled programs. A later sweep of the same network finds them,
+whatever its data set, seeds and search space. A measurement's key is a hash of all that it may
+depend on: the operations or the source, shapes, constants, PyTorch, and the device. Files are
+written whole, so that any number of processes may read and write, and be killed.
 """
 
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,8 +23,63 @@ from torch.fx import GraphModule
 from cluster.base.files import write_atomic
 from trainers.data.dataset import source_files
 from trainers.devices import Device
+from trainers.engine.step import TrainStep
+from trainers.precision import weights_dtype
+from trainers.worker import Worker
+from trainers.workload import Batch
 from tuning.programs.program_signature import Variant, signature
 from tuning.programs.torch_internals import COMPILE_OPTIONS, compiled_code_folder
+
+if TYPE_CHECKING:
+    from tuning.programs.program import Program
+
+UNKNOWN_BUSY = 1 / 16
+"""The share of the device that a trial is taken to use where its arithmetic cannot be counted; the
+compiled program is measured."""
+
+
+@dataclass(frozen=True)
+class UnfusedTime:
+    """A step of a trial alone."""
+
+    step_s: float
+    busy: float
+    """The share of the device's arithmetic that it uses, relative to a product of two large
+    matrices in the same precision."""
+
+
+@dataclass(frozen=True)
+class CompiledTime:
+    """A step of all slots of a compiled program."""
+
+    step_s: float
+    compile_s: float
+    """Seconds that compiling it took."""
+
+
+def measure_unfused(key: str, variant: Variant, samples: Batch, device: Device) -> UnfusedTime:
+    """Measure a trial alone, which takes a second, or read what was kept under its key."""
+    known = read_measurement(key)
+    if not known:
+        known = asdict(_measured_unfused(variant, samples, device))
+        keep_measurement(key, known)
+    return UnfusedTime(**known)
+
+
+def known_compiled(program: "Program") -> CompiledTime | None:
+    """The times of a program that was compiled and measured on this machine before."""
+    known = read_measurement(graph_key(program.graph, program.device))
+    return CompiledTime(**known) if known else None
+
+
+def measure_compiled(program: "Program", device: Device) -> CompiledTime:
+    """Compile a program and measure it; keeps both times for `known_compiled`."""
+    began = time.perf_counter()
+    program.compile()
+    compile_s = time.perf_counter() - began
+    measured = CompiledTime(_fastest_s(lambda: program.run([], 4), device) / 4, compile_s)
+    keep_measurement(graph_key(program.graph, program.device), asdict(measured))
+    return measured
 
 
 def graph_key(graph: GraphModule, device: torch.device) -> str:
@@ -64,6 +121,42 @@ def keep_measurement(key: str, measured: Mapping[str, float]) -> None:
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(dict(measured)))
+
+
+def _measured_unfused(variant: Variant, samples: Batch, device: Device) -> UnfusedTime:
+    spec, total = variant.spec, variant.total_steps
+    train_step = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
+    flops = train_step.meter.flops
+    train_step.network.train()
+    steps = iter(range(total))
+
+    def step() -> None:
+        train_step.run(next(steps, 0))
+
+    alone_s = _fastest_s(step, device)
+    if flops is None:
+        return UnfusedTime(alone_s, UNKNOWN_BUSY)
+    size = 512 if device.type == "cpu" else 4096
+    matrix = torch.ones(size, size, dtype=weights_dtype(spec.train), device=device.device)
+    product_s = _fastest_s(lambda: matrix @ matrix, device)
+    peak_flop_per_s = 2 * size**3 / product_s
+    share = flops * spec.train.global_batch / alone_s / peak_flop_per_s
+    return UnfusedTime(alone_s, min(1.0, max(1e-4, share)))
+
+
+def _fastest_s(action: Callable[[], Any], device: Device, budget_s: float = 0.5) -> float:
+    """The time of an action, little disturbed by other processes: the lower quartile."""
+    for _ in range(3):
+        action()
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
+        device.synchronize()
+        began = time.perf_counter()
+        action()
+        device.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 4]
 
 
 def _path(key: str) -> Path:

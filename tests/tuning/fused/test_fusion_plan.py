@@ -9,9 +9,10 @@ import pytest
 from cluster.base.config import write_yaml
 from trainers.data.splits import open_split
 from trainers.devices import Cpu
-from tuning.fused import fusion_plan, step_times
+from tuning.fused import fusion_plan
 from tuning.fused.fusion_plan import MEMORY_SHARE, FusionPlan, make_plan, plan_from_spec
 from tuning.fused.sweep_variants import reference_variant
+from tuning.programs import measurements
 from tuning.programs.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import Sweep
@@ -87,7 +88,7 @@ def test_what_was_measured_is_not_measured_again(
     first, program = make_plan(sweep_of(), engines=1, on_compile=lambda: compiled.append("first"))
     assert program is not None
     assert compiled == ["first"]
-    monkeypatch.setattr(step_times, "_fastest_s", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measurements, "_fastest_s", lambda *_: pytest.fail("measured again"))
     rates = (
         "sweep.parameters={optimizer.lr: {uniform: [0.1, 0.2]}, model.dropout: {uniform: [0, 1]}}"
     )
