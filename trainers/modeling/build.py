@@ -10,7 +10,7 @@ from trainers.counter_rng import combine_seeds, seed_device
 from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
-from trainers.modeling.dry_run import dry_run
+from trainers.modeling.dry_run import dry_run, dry_run_once
 from trainers.modeling.strategy import (
     ParallelStrategy,
     choose_strategy,
@@ -69,7 +69,8 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     check_precision(spec.train.precision, worker.hardware)
     network = build_network(spec.train, workload)
     dropout_rng = key_dropout_by_sample(network)
-    foreseen = dry_run(workload, network, _first_samples(samples))
+    foresee = dry_run_once if worker.world_size == 1 else dry_run
+    foreseen = foresee(workload, network, _first_samples(samples))
     if spec.train.precision == "fp8":
         network = convert_to_fp8(network)
     blocks = workload.blocks(network)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers import Batch, Workload, table
+from trainers import Batch, Spec, Workload, table
 from trainers.devices import Cpu
+from trainers.modeling import dry_run as module
 from trainers.modeling.dropout import key_dropout_by_sample
-from trainers.modeling.dry_run import DryRun, count_flops, dry_run
+from trainers.modeling.dry_run import DryRun, count_flops, dry_run, dry_run_once
 
 
 class Model(Workload):
@@ -193,3 +194,44 @@ def test_a_model_that_asks_for_values_is_not_known() -> None:
 
     network = Routed(4, 4)
     assert dry_run(Model(network), network, {"x": torch.randn(2, 4)}) is None
+
+
+class Scaled(Workload):
+    """A linear layer, and a second one unless its share is 0."""
+
+    class Model(Spec):
+        share: float = 0.5
+        width: int = 4
+
+    def __init__(self, **model: Any) -> None:
+        super().__init__(None, self.Model(**model))
+
+    def dataset(self) -> dict[str, pa.Table]:
+        return {"train": table(), "val": table()}
+
+    def build(self) -> nn.Module:
+        width = self.model.width
+        return nn.ModuleList([nn.Linear(4, width), nn.Linear(4, width)])
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        first, second = model
+        output = first(batch["x"])
+        return output + self.model.share * second(batch["x"]) if self.model.share else output
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return output.square().mean(1)
+
+
+def test_it_is_run_once_for_models_that_differ_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(workload: Workload, samples: int = 2) -> DryRun | None:
+        return dry_run_once(workload, workload.build(), {"x": torch.randn(samples, 4)})
+
+    different = [found(Scaled()), found(Scaled(share=0.0)), found(Scaled(width=8))]
+    expected = [
+        dry_run(each, each.build(), {"x": torch.randn(2, 4)})
+        for each in (Scaled(), Scaled(share=0.0), Scaled(width=8))
+    ]
+    assert different == expected
+    assert len({each.flops_per_sample for each in different if each}) == 3
+    monkeypatch.setattr(module, "dry_run", lambda *_: pytest.fail("run again"))
+    assert found(Scaled(share=0.7)) == different[0]
