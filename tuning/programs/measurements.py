@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cluster.base.files import write_atomic
@@ -84,15 +84,18 @@ def measure_compiled(program: "Program", device: Device) -> CompiledTime:
 
 def graph_key(graph: GraphModule, device: torch.device) -> str:
     """The key of a traced step on such a device: of its operations, shapes and constants."""
-    digest = hashlib.sha256(graph.code.encode())
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            digest.update(repr(node.meta.get("tensor_meta")).encode())
-        elif node.op == "get_attr":
-            value = getattr(graph, node.target)
-            digest.update(repr((value.shape, value.dtype)).encode())
-            digest.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(_machine(device).encode())
+    digest = hashlib.sha256(_machine(device).encode())
+    for part in graph.modules():  # control flow has graphs of its own
+        if not isinstance(part, GraphModule):
+            continue
+        digest.update(part.code.encode())
+        for node in part.graph.nodes:
+            if node.op == "placeholder":
+                digest.update(repr(node.meta.get("tensor_meta")).encode())
+            value = getattr(part, node.target) if node.op == "get_attr" else None
+            if isinstance(value, Tensor):
+                digest.update(repr((value.shape, value.dtype)).encode())
+                digest.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
