@@ -10,7 +10,6 @@ from typing import Any
 from cluster.base.config import apply_overrides, read_yaml
 from cluster.base.errors import SpecError
 from trainers.data.dataset import prepare_dataset
-from trainers.devices import local_device
 from trainers.run_folder import SPEC, create_run_folder, find_run_folder, unique_name
 from trainers.runs import run
 from trainers.spec import resolve
@@ -183,13 +182,12 @@ def _fused_slots(
     try:
         capacity = cluster_capacity(spec)
         plan = fusion_plan.load_plan(sweep) or fusion_plan.plan_from_spec(sweep)
-        if plan is None and _trials_run_on_local_cpu(spec):
-            plan, _ = fusion_plan.try_plan(
-                sweep, capacity
-            )  # engines find its compiled code on disk
         if plan is None:
-            engines = start_engines(sweep, tracker, capacity)
-            plan = ray.get(engines[0].plan.remote(len(engines)))
+            engines += start_engines(sweep, tracker, 1)
+            planned = engines[0].plan.remote(capacity)
+            if ray.get(engines[0].compiles.remote()):  # the others start in the meantime
+                engines += start_engines(sweep, tracker, capacity - 1)
+            plan = ray.get(planned)
         plan.save(sweep)
         concurrency = min(
             sweep.spec.total_trials, sweep.spec.concurrency or sweep.spec.total_trials
@@ -212,15 +210,6 @@ def _fused_slots(
     finally:
         for engine in engines:
             ray.kill(engine)
-
-
-def _trials_run_on_local_cpu(spec: SweepRunSpec) -> bool:
-    """Whether trials run on CPUs of this machine, the only one of the cluster."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    on_cpu = not spec.sweep.resources.gpu and local_device(spec.scale.accelerator).type == "cpu"
-    return on_cpu and len(nodes) == 1
 
 
 def verify_fused_trials(sweep: Sweep, board: Leaderboard) -> Iterator[str]:

@@ -18,6 +18,7 @@ from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
+from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
@@ -172,6 +173,8 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
             shared = f"a slot of {slots}; device time is divided by the trials that shared it"
             tracked = replace(tracked, tags={**tracked.tags, "heliostat.fused": shared})
         self._tracker().start.remote(tracked)
+        if trial.config["trial"] + 1 == self._sweep.spec.total_trials:
+            load_packages()  # needed when the sweep ends; until then slots get idle
         self._notify("start", trial)
 
     def on_trial_result(

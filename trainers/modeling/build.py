@@ -11,7 +11,7 @@ from trainers.counter_rng import combine_seeds, seed_device
 from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
-from trainers.modeling.dry_run import count_flops, dry_run, skeleton
+from trainers.modeling.dry_run import dry_run, dry_run_once, skeleton
 from trainers.modeling.strategy import (
     ParallelStrategy,
     choose_strategy,
@@ -89,9 +89,8 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
         split_dropout(network, dropout_rng, foreseen.dropout_shapes if foreseen else None, worker)
 
     def flops_per_sample() -> float | None:
-        if outline is not None:
-            return count_flops(workload, outline, first)
-        return foreseen.flops_per_sample if foreseen else None
+        found = foreseen if outline is None else dry_run_once(workload, outline, first)
+        return found.flops_per_sample if found else None
 
     find_unused = foreseen is None or bool(foreseen.unused_parameters)
     parallel = parallelize(network, spec, workload, strategy, worker, find_unused)

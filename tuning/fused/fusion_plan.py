@@ -5,10 +5,8 @@ The decision is kept in the sweep's folder, so that a resumed sweep goes on with
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -16,16 +14,24 @@ from cluster.base.files import write_atomic
 from trainers.data.remote import local_dataset
 from trainers.data.splits import count_samples, open_split
 from trainers.devices import Device, local_device
-from trainers.engine.step import TrainStep
-from trainers.precision import weights_dtype
+from trainers.modeling.build import build_network
 from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
-from trainers.worker import Worker
 from trainers.workload import Batch
-from tuning.fused.sweep_variants import distinct_programs, varied_floats
+from tuning.fused.sweep_variants import distinct_programs, reference_variant, varied_floats
+from tuning.programs.measurements import (
+    keep_measurement,
+    known_compiled,
+    measure_compiled,
+    measure_unfused,
+    read_measurement,
+    trial_key,
+)
 from tuning.programs.program import Program
-from tuning.programs.program_signature import Variant, unsupported_reason
+from tuning.programs.program_signature import unsupported_reason
+from tuning.programs.torch_internals import trace_operations
 from tuning.programs.vmap_rewrites import NotFusibleError
+from tuning.trials.schedulers import expected_step_share
 from tuning.trials.trial import Sweep, set_threads
 
 PLAN_FILE = "fuse.json"
@@ -34,10 +40,9 @@ MIN_STEPS_TO_FUSE = 5000
 MAX_SLOTS = 64
 MAX_TRIED_PROGRAMS = 8
 """Programs that are traced before a sweep begins; others are traced when a trial needs them."""
-COMPILE_S_PER_NODE = 0.03
-"""Seconds of compiling per operation of a step, on one core: measured, and rounded up."""
-EXPECTED_STEP_SHARE = {"asha": 0.5, "median": 0.7}
-"""Share of all trials' steps that are expected to be done under a scheduler."""
+COMPILE_PER_TRACE = 30
+"""Compiling a step takes about so many times the CPU time of tracing it. Measured: 26 for an MLP,
+40 for a CNN. So the estimate holds on slow machines too."""
 PROCESS_TRIAL_S = 0.5
 """Seconds that a trial in a running process costs besides its steps."""
 ADAPTIVE_SEARCHES, GENERATIONS = ("tpe", "cmaes"), 4
@@ -88,11 +93,13 @@ def plan_from_spec(sweep: Sweep) -> FusionPlan | None:
     return FusionPlan(0, "") if sweep.spec.fuse == "auto" and steps < MIN_STEPS_TO_FUSE else None
 
 
-def try_plan(sweep: Sweep, engines: int) -> tuple[FusionPlan, Program | None]:
+def try_plan(
+    sweep: Sweep, engines: int, on_compile: Callable[[], None]
+) -> tuple[FusionPlan, Program | None]:
     """`make_plan`, but a sweep whose trials cannot even be built is not fused."""
     threads = torch.get_num_threads()
     try:
-        return make_plan(sweep, engines)
+        return make_plan(sweep, engines, on_compile=on_compile)
     except Exception as error:  # a trial in a process of its own will report what is wrong
         return FusionPlan(0, f"not fused: {format_error(error)}"), None
     finally:
@@ -100,82 +107,60 @@ def try_plan(sweep: Sweep, engines: int) -> tuple[FusionPlan, Program | None]:
 
 
 def make_plan(
-    sweep: Sweep, engines: int, free_bytes: int | None = None
+    sweep: Sweep,
+    engines: int,
+    free_bytes: int | None = None,
+    on_compile: Callable[[], None] = lambda: None,
 ) -> tuple[FusionPlan, Program | None]:
     """Decide for a sweep on `engines` devices like the one of this process.
 
     Takes some seconds to measure the step of a trial alone, and compiles if that promises to pay
-    off; returns the program that was compiled, if any. Slots may take half of `free_bytes`, which
-    is the device's free memory if not given.
+    off, after a call of `on_compile`. What an earlier sweep has measured is not measured again.
+    Returns the program if one was compiled. Slots may take half of `free_bytes`, which is the
+    device's free memory if not given.
     """
     set_threads(sweep)
     try:
-        probe = _probe(sweep)
         if isinstance(sweep.spec.fuse, int):
+            _trace(sweep)
             return FusionPlan(sweep.spec.fuse, _fused_message(sweep.spec.fuse, engines)), None
-        most = _max_slots(sweep, engines, probe, free_bytes)
-        return _fastest_plan(sweep, engines, probe, most)
+        return _Planner(sweep, engines, free_bytes, on_compile).fastest_plan()
     except NotFusibleError as error:
         return FusionPlan(0, f"not fused: {error}"), None
 
 
 @dataclass(frozen=True)
-class _Probe:
+class _Traced:
     """A sweep whose trials can be traced as programs."""
 
-    sweep: Sweep
-    device: Device
-    samples: Batch
-    variant: Variant
-    """The reference trial."""
     one_slot: Program
-    """Its program, with one slot."""
+    """The program of the reference trial, with one slot."""
     programs: int
     """How many programs the sweep's trials need."""
 
-    def program(self, slots: int) -> Program:
-        varied = varied_floats(self.sweep, self.variant)
-        return Program(self.variant, slots, self.samples, self.device, varied)
 
-    @property
-    def compile_s(self) -> float:
-        """Estimated time of compiling one program."""
-        return COMPILE_S_PER_NODE * len(self.one_slot.graph.graph.nodes)
-
-
-def _probe(sweep: Sweep) -> _Probe:
+def _trace(sweep: Sweep) -> _Traced:
     """Trace the sweep's programs; raises NotFusibleError for the first that cannot be."""
-    spec, _ = resolve(sweep.spec_data, RunSpec)
-    device = local_device(spec.scale.accelerator)
-    samples = open_split(local_dataset(sweep.dataset, spec), "train")
+    device, samples = _device_and_samples(sweep)
     variants, programs = distinct_programs(sweep, MAX_TRIED_PROGRAMS)
     for variant in variants:
-        reason = unsupported_reason(variant.spec)
-        if reason:
-            raise NotFusibleError(reason)
+        _check_supported(variant.spec)
     first, *_ = [
         Program(variant, 1, samples, device, varied_floats(sweep, variant)) for variant in variants
     ]
-    return _Probe(sweep, device, samples, variants[0], first, programs)
+    return _Traced(first, programs)
 
 
-def _max_slots(sweep: Sweep, engines: int, probe: _Probe, free_bytes: int | None) -> int:
-    """The most slots that the sweep can use, and the memory has room for; at least 2."""
-    one_bytes = probe.one_slot.peak_bytes()
-    slot_bytes = probe.program(2).peak_bytes() - one_bytes
-    free = probe.device.memory().free if free_bytes is None else free_bytes
-    room = math.inf if free is None else MEMORY_SHARE * free
-    if probe.device.type == "cpu":
-        room /= engines
-    most = min(MAX_SLOTS, math.ceil(sweep.spec.total_trials / engines))
-    if sweep.spec.search in ADAPTIVE_SEARCHES:
-        most = min(most, math.ceil(sweep.spec.total_trials / engines / GENERATIONS))
-    most = min(most, sweep.spec.concurrency or most)
-    if room < math.inf:
-        most = min(most, int((room - one_bytes) / max(1, slot_bytes)) + 1)
-    if most < 2:
-        raise NotFusibleError("there is no room for two trials on a device")
-    return most
+def _check_supported(spec: RunSpec) -> None:
+    reason = unsupported_reason(spec)
+    if reason:
+        raise NotFusibleError(reason)
+
+
+def _device_and_samples(sweep: Sweep) -> tuple[Device, Batch]:
+    spec, _ = resolve(sweep.spec_data, RunSpec)
+    dataset = local_dataset(sweep.dataset, spec)
+    return local_device(spec.scale.accelerator), open_split(dataset, "train")
 
 
 @dataclass(frozen=True)
@@ -197,96 +182,129 @@ class _SweepTime:
         return step_s * (self.steps / slots / self.engines + self.trial_steps)
 
 
-def _fastest_plan(
-    sweep: Sweep, engines: int, probe: _Probe, most: int
-) -> tuple[FusionPlan, Program]:
-    """The plan with the shortest sweep, of at most `most` slots.
+class _Planner:
+    """Finds the plan with the shortest sweep."""
 
-    Raises NotFusibleError if the sweep is expected to be faster without fusing.
-    """
-    alone_s, busy = _measure_unfused_step(probe.variant, probe.samples, probe.device)
-    trials, trial_steps = sweep.spec.total_trials, probe.variant.total_steps
-    share = EXPECTED_STEP_SHARE.get(sweep.spec.scheduler.name, 1.0)
-    time_of = _SweepTime(round(trials * trial_steps * share), trial_steps, engines)
-    unfused_s = time_of.seconds(alone_s, 1) + PROCESS_TRIAL_S * trials / engines
-    compile_s, programs = probe.compile_s, probe.programs
-    not_worth = NotFusibleError(_not_worth_message(busy, unfused_s, compile_s * programs))
-    start = FIRST_CPU_SLOTS if probe.device.type == "cpu" else 2 ** round(math.log2(1 / busy))
-    best = probe.program(min(most, start))
-    # Assumes half of the device's peak, and a fixed part of the time for starting kernels.
-    guess_s = alone_s * max(0.3, 2 * busy * best.slots)
-    if time_of.seconds(guess_s, best.slots) + programs * compile_s > 0.8 * unfused_s:
-        raise not_worth
-    step_s = _compiled_step_s(best, probe.device)
-    # At best, twice as many slots take a step in the same time.
-    while 2 * best.slots <= most and (
-        time_of.seconds(step_s, best.slots) - time_of.seconds(step_s, 2 * best.slots) > compile_s
-    ):
-        wider = probe.program(2 * best.slots)
-        wider_s = _compiled_step_s(wider, probe.device)
-        if time_of.seconds(wider_s, wider.slots) > time_of.seconds(step_s, best.slots):
-            break
-        best, step_s = wider, wider_s
-    if time_of.seconds(step_s, best.slots) + (programs - 1) * compile_s > 0.9 * unfused_s:
-        raise not_worth
-    gain = alone_s / step_s * best.slots
-    line = f"{_fused_message(best.slots, engines)}, {gain:.1f} times as fast as alone"
-    return FusionPlan(best.slots, line), best
+    def __init__(
+        self,
+        sweep: Sweep,
+        engines: int,
+        free_bytes: int | None,
+        on_compile: Callable[[], None],
+    ) -> None:
+        self._sweep, self._engines, self._free_bytes = sweep, engines, free_bytes
+        self._on_compile = on_compile
+        self._device, self._samples = _device_and_samples(sweep)
+        self._variant = reference_variant(sweep)
+        _check_supported(self._variant.spec)
+        network = build_network(self._variant.spec.train, self._variant.workload)
+        self._varied = varied_floats(sweep, self._variant)
+        self._key = trial_key(self._variant, network, self._varied, self._device)
+        self._alone = measure_unfused(self._key, self._variant, self._samples, self._device)
+        trials, trial_steps = sweep.spec.total_trials, self._variant.total_steps
+        samples = count_samples(sweep.dataset, "train")
+        epochs = trial_steps * self._variant.spec.train.global_batch / samples
+        share = expected_step_share(sweep.spec.scheduler, epochs)
+        self._time_of = _SweepTime(round(trials * trial_steps * share), trial_steps, engines)
+        self._unfused_s = (
+            self._time_of.seconds(self._alone.step_s, 1) + PROCESS_TRIAL_S * trials / engines
+        )
+
+    def fastest_plan(self) -> tuple[FusionPlan, Program | None]:
+        """Raises NotFusibleError if the sweep is expected to be faster without fusing."""
+        best, compile_s = self._first_program()
+        traced = _trace(self._sweep)
+        most = self._max_slots(traced.one_slot, best)
+        best = best if best.slots <= most else self._program(most)
+        measured, compiled = known_compiled(best), None
+        if measured is None:
+            guess_s = self._time_of.seconds(self._guess_s(best.slots), best.slots)
+            self._check_worth(guess_s, compile_s * traced.programs, 0.8)
+            self._on_compile()
+            measured, compiled = measure_compiled(best, self._device), best
+        # At best, twice as many slots take a step in the same time.
+        while 2 * best.slots <= most:
+            now_s = self._time_of.seconds(measured.step_s, best.slots)
+            at_best_s = self._time_of.seconds(measured.step_s, 2 * best.slots)
+            wider = self._program(2 * best.slots)
+            times, wider_compiled = known_compiled(wider), None
+            if times is None:
+                if now_s - at_best_s <= measured.compile_s:
+                    break
+                times, wider_compiled = measure_compiled(wider, self._device), wider
+            if self._time_of.seconds(times.step_s, wider.slots) > now_s:
+                break
+            best, measured, compiled = wider, times, wider_compiled
+        fused_s = self._time_of.seconds(measured.step_s, best.slots)
+        self._check_worth(fused_s, (traced.programs - 1) * measured.compile_s, 0.9)
+        gain = self._alone.step_s / measured.step_s * best.slots
+        line = f"{_fused_message(best.slots, self._engines)}, {gain:.1f} times as fast as alone"
+        return FusionPlan(best.slots, line), compiled
+
+    def _first_program(self) -> tuple[Program, float]:
+        """The program that is tried first, and the estimated time of compiling one.
+
+        Tracing a large network takes seconds: where the estimate, of now or of an earlier sweep,
+        already rules fusing out, nothing more is traced.
+        """
+        on_cpu, busy = self._device.type == "cpu", self._alone.busy
+        slots = FIRST_CPU_SLOTS if on_cpu else min(MAX_SLOTS, 2 ** round(math.log2(1 / busy)))
+        guess_s = self._time_of.seconds(self._guess_s(slots), slots)
+        key = f"{self._key}-compile"
+        self._check_worth(guess_s, read_measurement(key).get("compile_s", 0.0), 0.8)
+        trace_operations(torch.neg, [torch.ones(1)])  # what it imports is not to be timed
+        program = self._program(max(2, slots))
+        compile_s = COMPILE_PER_TRACE * program.trace_s
+        if known_compiled(program) is None:
+            try:
+                self._check_worth(guess_s, compile_s, 0.8)
+            except NotFusibleError:
+                keep_measurement(key, {"compile_s": compile_s})
+                raise
+        return program, compile_s
+
+    def _program(self, slots: int) -> Program:
+        return Program(self._variant, slots, self._samples, self._device, self._varied)
+
+    def _guess_s(self, slots: int) -> float:
+        """The time of a compiled step of so many slots.
+
+        Assumes half of the device's peak, and a fixed part of the time for starting kernels.
+        """
+        return self._alone.step_s * max(0.3, 2 * self._alone.busy * slots)
+
+    def _check_worth(self, fused_s: float, compile_s: float, share: float) -> None:
+        """Raise NotFusibleError unless both together are below a share of the unfused time."""
+        if fused_s + compile_s <= share * self._unfused_s:
+            return
+        busy = self._alone.busy
+        if busy > 0.25 or not compile_s:
+            raise NotFusibleError(f"a lone trial keeps {busy:.0%} of its device busy")
+        raise NotFusibleError(
+            f"compiling takes about {compile_s:.0f} s, "
+            f"and all trials without it {self._unfused_s:.0f} s"
+        )
+
+    def _max_slots(self, one_slot: Program, more: Program) -> int:
+        """The most slots that the sweep can use, and the memory has room for; at least 2."""
+        one_bytes = one_slot.peak_bytes()
+        slot_bytes = (more.peak_bytes() - one_bytes) / (more.slots - 1)
+        spec, engines = self._sweep.spec, self._engines
+        free = self._device.memory().free if self._free_bytes is None else self._free_bytes
+        room = math.inf if free is None else MEMORY_SHARE * free
+        if self._device.type == "cpu":
+            room /= engines
+        most = min(MAX_SLOTS, math.ceil(spec.total_trials / engines))
+        if spec.search in ADAPTIVE_SEARCHES:
+            most = min(most, math.ceil(spec.total_trials / engines / GENERATIONS))
+        most = min(most, spec.concurrency or most)
+        if room < math.inf:
+            most = min(most, int((room - one_bytes) / max(1, slot_bytes)) + 1)
+        if most < 2:
+            raise NotFusibleError("there is no room for two trials on a device")
+        return most
 
 
 def _fused_message(slots: int, engines: int) -> str:
     where = "one device" if engines == 1 else f"each of {engines} devices"
     return f"fused: {slots} trials as one program on {where}"
-
-
-def _not_worth_message(busy: float, alone_s: float, compile_s: float) -> str:
-    if busy > 0.25:
-        return f"a lone trial keeps {busy:.0%} of its device busy"
-    return f"compiling takes about {compile_s:.0f} s, and all trials without it {alone_s:.0f} s"
-
-
-def _measure_unfused_step(variant: Variant, samples: Batch, device: Device) -> tuple[float, float]:
-    """The time of a step of a trial alone, and the share of the device's arithmetic it uses.
-
-    The share is relative to a product of two large matrices in the same precision.
-    """
-    spec, total = variant.spec, variant.total_steps
-    train_step = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
-    train_step.network.train()
-    steps = iter(range(total))
-
-    def step() -> None:
-        train_step.run(next(steps, 0))
-
-    alone_s = _fastest_s(step, device)
-    train_step.read_meter()
-    flops = train_step.meter.flops
-    if flops is None:
-        return alone_s, 1 / 16  # a guess; the compiled program is measured
-    size = 512 if device.type == "cpu" else 4096
-    matrix = torch.ones(size, size, dtype=weights_dtype(spec.train), device=device.device)
-    product_s = _fastest_s(lambda: matrix @ matrix, device)
-    peak_flop_per_s = 2 * size**3 / product_s
-    share = flops * spec.train.global_batch / alone_s / peak_flop_per_s
-    return alone_s, min(1.0, max(1e-4, share))
-
-
-def _compiled_step_s(program: Program, device: Device) -> float:
-    """Compile a program, and return the time of a step of all slots."""
-    program.compile()
-    return _fastest_s(lambda: program.run([], 4), device) / 4
-
-
-def _fastest_s(action: Callable[[], Any], device: Device, budget_s: float = 0.5) -> float:
-    """The time of an action, little disturbed by other processes: the lower quartile."""
-    for _ in range(3):
-        action()
-    times: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 100):
-        device.synchronize()
-        began = time.perf_counter()
-        action()
-        device.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 4]

@@ -16,6 +16,7 @@ import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,13 +83,25 @@ class EngineActor:
         self._lock = threading.Condition()
         self._trainables: dict[int, SlotTrainable] = {}
         self._program: Program | None = None
+        self._compiles: Future[bool] = Future()
         self._called: defaultdict[int, int] = defaultdict(int)
         """Key of a trainable -> number of calls to it that have returned."""
 
     def plan(self, engines: int) -> FusionPlan:
         """Decide whether the sweep is fused on so many devices, and into how many slots."""
-        plan, self._program = try_plan(self._sweep, engines)
+
+        def on_compile() -> None:
+            if not self._compiles.done():
+                self._compiles.set_result(True)
+
+        plan, self._program = try_plan(self._sweep, engines, on_compile)
+        if not self._compiles.done():
+            self._compiles.set_result(False)
         return plan
+
+    def compiles(self) -> bool:
+        """Wait until `plan` compiles a program, which takes long; False if it does not."""
+        return self._compiles.result()
 
     def prepare(self) -> None:
         """Start the engine with the slots of the sweep's plan; it compiles its first program."""

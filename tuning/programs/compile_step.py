@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cluster.base.files import cache_folder
+from tuning.programs.measurements import graph_key
 from tuning.programs.torch_internals import compile_graph
 from tuning.programs.vmap_rewrites import NotFusibleError, first_sentence
 
@@ -38,7 +39,8 @@ def _compiled(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     try:
         # Engines of one machine compile the same program: only the first one has to, the others
         # find it in Inductor's cache on disk.
-        with FileLock(cache_folder() / "compile.lock"):
+        key = graph_key(graph, inputs[0].device)
+        with FileLock(cache_folder() / f"compile-{key[:16]}.lock"):
             return compile_graph(graph, inputs)
     except Exception as error:
         raise NotFusibleError(f"torch.compile: {first_sentence(error)}") from error

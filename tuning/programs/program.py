@@ -14,6 +14,7 @@ the update, n steps.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,7 +112,10 @@ class Program:
             self._samples.columns,
         )
         inputs = [*(tensor.clone() for tensor in self._states.tensors()), *self._idle_inputs()]
+        began_s = time.thread_time()
         self.graph = step.trace(inputs)
+        self.trace_s = time.thread_time() - began_s
+        """Seconds of a CPU that tracing took."""
         self._step: CompiledStep = self.graph
 
     def _trained_weights(self, dropout_rng: DropoutRng) -> dict[str, nn.Parameter]:

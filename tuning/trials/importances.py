@@ -1,5 +1,6 @@
 """Which parameters of a sweep mattered: fANOVA by Optuna."""
 
+import threading
 from typing import TYPE_CHECKING
 
 from tuning.trials.journal import Journal
@@ -37,6 +38,16 @@ def parameter_importances(sweep: SweepSpec, journal: Journal) -> dict[str, float
     except RuntimeError:  # Optuna 5.0.0: "Encountered zero total variance in all trees."
         return {}
     return {str(path): float(share) for path, share in found.items()}
+
+
+def load_packages() -> None:
+    """Import what `parameter_importances` needs, which takes a second, in a thread."""
+
+    def load() -> None:
+        import optuna.importance  # noqa: F401
+        import sklearn.ensemble  # noqa: F401
+
+    threading.Thread(target=load, daemon=True, name="load-importances").start()
 
 
 def _as_complete(trial: "optuna.trial.FrozenTrial") -> "optuna.trial.FrozenTrial":

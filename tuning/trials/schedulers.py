@@ -67,6 +67,24 @@ def first_rung_epochs(spec: SchedulerSpec, epochs_per_trial: float) -> float:
     return min(epochs_per_trial, spec.every_epochs if spec.name == "pbt" else spec.grace_epochs)
 
 
+def expected_step_share(spec: SchedulerSpec, epochs_per_trial: float) -> float:
+    """The share of all trials' steps that are expected to be done.
+
+    Of the trials at a rung, asha continues one of `reduction`; early ones are continued before they
+    can be compared. 64 trials of 200 epochs from a grace of 10 did 1.5 times as many steps as that.
+    """
+    if spec.name == "median":
+        return 0.7  # a guess
+    if spec.name != "asha":
+        return 1.0
+    begin, share, epochs = 0.0, 1.0, 0.0
+    rung = spec.grace_epochs
+    while begin < epochs_per_trial:
+        epochs += share * (min(rung, epochs_per_trial) - begin)
+        begin, share, rung = rung, share / spec.reduction, rung * spec.reduction
+    return min(1.0, 1.5 * epochs / epochs_per_trial)
+
+
 def _comparing_trials(
     scheduler_class: Any, spec: SchedulerSpec, cost_per_epoch: CostPerEpoch, **options: Any
 ) -> Any:

@@ -37,6 +37,9 @@ from trainers.worker import Worker
 from tuning.trials.space import SweepSpec, trial_spec_data
 
 JOURNAL_FILE = "journal.jsonl"
+REPORT_S = 2.0
+"""Seconds between a trial's reports to the tracker, besides those at evaluations: MLflow takes 10
+to 30 ms of the same cores for each of them, however little it is sent."""
 LAST_RESULT_FILE, ENDED_FILE, FAILED_FILE = "last.json", "ended.json", "failed.json"
 """In a trial's folder: the result of its last evaluation, how it ended, the error if it failed."""
 
@@ -199,7 +202,7 @@ class _TrackerAndTuneReporter(TrackerReporter):
     """Reports everything to the tracker, and each evaluation to Ray Tune as well."""
 
     def __init__(self, tracker: Any, run: str, tune_reporter: TuneReporter) -> None:
-        super().__init__(tracker, run)
+        super().__init__(tracker, run, REPORT_S)
         self._tune_reporter = tune_reporter
 
     def on_evaluation_end(

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers import Batch, Workload, table
+from trainers import Batch, Spec, Workload, table
 from trainers.devices import Cpu
+from trainers.modeling import dry_run as module
 from trainers.modeling.dropout import key_dropout_by_sample
-from trainers.modeling.dry_run import DryRun, count_flops, dry_run, skeleton
+from trainers.modeling.dry_run import DryRun, dry_run, dry_run_once, skeleton
 
 
 class Model(Workload):
@@ -37,8 +38,13 @@ class Model(Workload):
         return output.flatten(1).square().mean(1)
 
 
+def flops_of(network: nn.Module, batch: Batch) -> float | None:
+    found = dry_run(Model(network), network, batch)
+    return found.flops_per_sample if found else None
+
+
 def flops(network: nn.Module, *shape: int) -> float | None:
-    return count_flops(Model(network), network, {"x": torch.randn(2, *shape)})
+    return flops_of(network, {"x": torch.randn(2, *shape)})
 
 
 class Attention(nn.Module):
@@ -85,7 +91,7 @@ class TestFlops:
         batch = {"x": torch.zeros(2, context, dtype=torch.int64)}
         weights = 12 * width**2 * layers + 256 * width
         expected = context * (6 * weights + 12 * layers * context * width)
-        assert count_flops(Model(network), network, batch) == expected
+        assert flops_of(network, batch) == expected
 
     def test_of_a_convolutional_network(self) -> None:
         """Two per weight and place forward, four backward where gradients are needed."""
@@ -107,7 +113,7 @@ class TestFlops:
         batch = {"x": torch.randn(4, 8)}
         before = {name: value.clone() for name, value in network.state_dict().items()}
         x, random = batch["x"].clone(), torch.get_rng_state()
-        assert count_flops(Model(network), network, batch)
+        assert flops_of(network, batch)
         after = network.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert torch.equal(batch["x"], x)
@@ -212,3 +218,44 @@ def test_a_model_may_use_tensors_that_it_makes_on_the_cpu() -> None:
             return super().forward(x) * torch.from_numpy(np.ones(4, np.float32))
 
     assert run(Scaled(4, 4), 2, 4).flops_per_sample == flops(nn.Linear(4, 4), 4)
+
+
+class Scaled(Workload):
+    """A linear layer, and a second one unless its share is 0."""
+
+    class Model(Spec):
+        share: float = 0.5
+        width: int = 4
+
+    def __init__(self, **model: Any) -> None:
+        super().__init__(None, self.Model(**model))
+
+    def dataset(self) -> dict[str, pa.Table]:
+        return {"train": table(), "val": table()}
+
+    def build(self) -> nn.Module:
+        width = self.model.width
+        return nn.ModuleList([nn.Linear(4, width), nn.Linear(4, width)])
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        first, second = model
+        output = first(batch["x"])
+        return output + self.model.share * second(batch["x"]) if self.model.share else output
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return output.square().mean(1)
+
+
+def test_it_is_run_once_for_models_that_differ_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(workload: Workload, samples: int = 2) -> DryRun | None:
+        return dry_run_once(workload, workload.build(), {"x": torch.randn(samples, 4)})
+
+    different = [found(Scaled()), found(Scaled(share=0.0)), found(Scaled(width=8))]
+    expected = [
+        dry_run(each, each.build(), {"x": torch.randn(2, 4)})
+        for each in (Scaled(), Scaled(share=0.0), Scaled(width=8))
+    ]
+    assert different == expected
+    assert len({each.flops_per_sample for each in different if each}) == 3
+    monkeypatch.setattr(module, "dry_run", lambda *_: pytest.fail("run again"))
+    assert found(Scaled(share=0.7)) == different[0]

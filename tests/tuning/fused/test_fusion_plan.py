@@ -9,8 +9,10 @@ import pytest
 from cluster.base.config import write_yaml
 from trainers.data.splits import open_split
 from trainers.devices import Cpu
+from tuning.fused import fusion_plan
 from tuning.fused.fusion_plan import MEMORY_SHARE, FusionPlan, make_plan, plan_from_spec
 from tuning.fused.sweep_variants import reference_variant
+from tuning.programs import measurements
 from tuning.programs.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.trial import Sweep
@@ -24,8 +26,15 @@ sweep:
     optimizer.lr: {loguniform: [1e-4, 1e-1]}
     model.dropout: {uniform: [0.0, 0.5]}
   search: random
+  scheduler: {name: none}
   trials: 40
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No program has been compiled or measured before."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
 
 
 @pytest.fixture
@@ -69,6 +78,37 @@ def test_a_model_that_keeps_the_device_busy_is_not_fused(own_folder: Path) -> No
     plan, _ = make_plan(new_sweep("busy.yaml", [], None), engines=1)
     assert plan.slots == 0
     assert re.fullmatch(r"not fused: a lone trial keeps \d+% of its device busy", plan.line)
+
+
+def test_what_was_measured_is_not_measured_again(
+    sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with another seed, nor with other bounds of a batched value."""
+    compiled: list[str] = []
+    first, program = make_plan(sweep_of(), engines=1, on_compile=lambda: compiled.append("first"))
+    assert program is not None
+    assert compiled == ["first"]
+    monkeypatch.setattr(measurements, "_fastest_s", lambda *_: pytest.fail("measured again"))
+    rates = (
+        "sweep.parameters={optimizer.lr: {uniform: [0.1, 0.2]}, model.dropout: {uniform: [0, 1]}}"
+    )
+    again = sweep_of("train.seed=7", "sweep.seed=7", rates)
+    second, program = make_plan(again, engines=1, on_compile=lambda: compiled.append("second"))
+    assert second == first
+    assert program is None
+    assert compiled == ["first"]
+
+
+def test_a_program_that_compiles_too_long_is_traced_once(
+    sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion_plan, "COMPILE_PER_TRACE", 1e7)
+    first, _ = make_plan(sweep_of(), engines=1)
+    assert re.fullmatch(
+        r"not fused: compiling takes about \d+ s, and all trials without it \d+ s", first.line
+    )
+    monkeypatch.setattr(fusion_plan, "Program", lambda *_: pytest.fail("traced again"))
+    assert make_plan(sweep_of(), engines=1) == (first, None)
 
 
 def test_one_value_that_cannot_be_fused_rules_fusing_out(

@@ -1,5 +1,7 @@
 """Which parameters mattered."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,15 @@ def test_there_are_none_where_the_values_differ_by_rounding_alone(tmp_path: Path
     """As of four trials that converged; Optuna refuses them."""
     values = [0.019016825492896555, 0.01901682387860409, 0.01901682387860409, 0.01901682536872021]
     assert parameter_importances(SWEEP, journal(tmp_path, values)) == {}
+
+
+def test_packages_are_loaded_before_they_are_needed() -> None:
+    script = (
+        "import sys, threading\n"
+        "from tuning.trials.importances import load_packages\n"
+        "assert 'sklearn.ensemble' not in sys.modules\n"
+        "load_packages()\n"
+        "[t.join() for t in threading.enumerate() if t.name == 'load-importances']\n"
+        "assert {'sklearn.ensemble', 'optuna.importance'} <= sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,7 +8,7 @@ import cloudpickle
 import pytest
 from ray.tune import schedulers
 
-from tuning.trials.schedulers import build_scheduler
+from tuning.trials.schedulers import build_scheduler, expected_step_share
 from tuning.trials.space import SchedulerSpec, SweepSpec
 
 KINDS = {
@@ -55,6 +55,15 @@ def sweep(name: str, **scheduler: Any) -> SweepSpec:
 def test_each_name_is_rays_scheduler(name: str) -> None:
     assert type(build_scheduler(sweep(name), 10)) is KINDS[name] or name == "pbt"
     assert isinstance(build_scheduler(sweep(name), 10), KINDS[name])
+
+
+def test_the_expected_share_of_steps_is_that_of_the_rungs() -> None:
+    """Epochs of asha: 10, then 20 for a third, 60 for a ninth, 110 for a 27th of the trials."""
+    asha = SchedulerSpec(grace_epochs=10)
+    epochs = 10 + 20 / 3 + 60 / 9 + 110 / 27
+    assert expected_step_share(asha, 200) == pytest.approx(1.5 * epochs / 200)
+    assert expected_step_share(asha, 10) == 1
+    assert expected_step_share(SchedulerSpec(name="none"), 200) == 1
 
 
 def test_expensive_trials_are_stopped_earlier_when_compared_by_cost() -> None:
