@@ -5,11 +5,12 @@ import functools
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "packages": {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]},
+        "packages": dict(_name_and_version(distribution) for distribution in distributions()),
     }
+
+
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """From the text of the metadata; importlib parses all of it, at ten times the time."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    fields = dict(re.findall(r"^(Name|Version): *(\S+)", text.partition("\n\n")[0], re.MULTILINE))
+    return fields.get("Name", "unknown"), fields.get("Version", "unknown")
 
 
 @functools.cache

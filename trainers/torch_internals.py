@@ -4,17 +4,20 @@ Each item says why there is no public way. `tests/trainers/test_torch_internals.
 name of the item when a release of PyTorch has another form of it.
 """
 
+import inspect
 import logging
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
-from torch.distributed.checkpoint import _hf_utils
+import torch
+from torch.optim import Optimizer
 
-SHARDING_INFO_KEY: str = _hf_utils.CUSTOM_METADATA_KEY
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+SHARDING_INFO_KEY = "DCP_SHARDING_INFO"
 """Key of a safetensors file's metadata under which `HuggingFaceStorageReader` looks for the offsets
-of the shards. The format is public in PyTorch's own writer only. The keys are imported, so that a
-renamed one is an error at import and not an unreadable checkpoint."""
-SAVED_OFFSETS_KEY: str = _hf_utils.SAVED_OFFSETS_KEY
+of the shards. The format is public in PyTorch's own writer only."""
+SAVED_OFFSETS_KEY = "saved_offsets"
 """Key of the offsets of one shard, within that."""
 
 _DCP_LOGGER = "c10d-NullHandler-dcp_logger"
@@ -28,11 +31,27 @@ def quiet_checkpoint_log() -> None:
     logging.getLogger(_DCP_LOGGER).setLevel(logging.WARNING)
 
 
+def without_compile_guards(kind: type[OptimizerT]) -> type[OptimizerT]:
+    """The class of optimizers without what its methods do to be left out of a `torch.compile`.
+
+    For that they import `torch._dynamo` when they are first called, compiled or not: 2 s of CPU
+    time in each worker, of which SymPy and DTensor are a part. Steps here are compiled without the
+    optimizer. The methods beneath are `__wrapped__`, as Python has it; that a call of nothing else
+    imports Dynamo is PyTorch's own affair.
+    """
+    methods: dict[str, Any] = {
+        name: inspect.unwrap(getattr(Optimizer, name)) for name in ("add_param_group", "zero_grad")
+    }
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods)
+
+
 def fake_tensor_mode() -> AbstractContextManager[Any]:
     """In here tensors have shapes and dtypes but no memory, and nothing is computed.
 
     `torch.device("meta")` is the public way, but mixing its tensors with those that a model makes
-    on the CPU in `forward` is an error; fake tensors may be mixed. `torch.compile` uses the same.
+    on the CPU in `forward` is an error; fake tensors may be mixed. `torch.compile` uses the same,
+    and its modules are imported for it, which takes 2 s of CPU time.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

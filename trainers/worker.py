@@ -1,13 +1,17 @@
-"""Which worker of a group this process is."""
+"""Which worker of a group this process is, and which tensors the group holds together."""
 
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainers.devices import Cpu, Device
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,17 @@ class Worker:
         """Block until all workers have called this. Collective."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def is_distributed(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether workers hold the tensor together.
+
+    Does not import DTensor, which takes 1 s of CPU time: where it was not imported, none exists.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return isinstance(tensor, getattr(module, "DTensor", ()))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if is_distributed(tensor) else tensor

@@ -1,6 +1,7 @@
 """The folder of a run: one process at a time, and the versions that made it."""
 
 import json
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,4 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
 def test_the_environment_names_versions() -> None:
     packages = json.loads(json.dumps(folders.environment()))["packages"]
     assert packages["ray"] == "2.60.0"
+    assert packages == {found.name: found.version for found in distributions()}

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,28 @@ def test_the_logger_of_distributed_checkpointing_has_its_name() -> None:
     assert dcp._dcp_logger.name == name, f"torch.distributed.checkpoint: no logger {name}"
     torch_internals.quiet_checkpoint_log()
     assert not dcp._dcp_logger.isEnabledFor(logging.INFO)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})],
+)
+def test_optimizers_without_guards_are_pytorchs_own(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    ours = torch_internals.without_compile_guards(kind)
+    assert ours.__name__ == kind.__name__, "checkpoints hold the name"
+    networks = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for network, optimizer_type in zip(networks, (kind, ours), strict=True):
+        optimizer = optimizer_type(network.parameters(), lr=0.1, fused=True, **options)
+        for step in range(3):
+            network(torch.full((2, 4), step + 1.0)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert network.weight.grad is None
+    assert networks[0].weight.equal(networks[1].weight)
+    assert networks[0].bias.equal(networks[1].bias)
 
 
 def test_fake_tensors_have_shapes_and_gradients_and_mix_with_real_ones() -> None:

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from cluster.base.errors import CheckpointError, SpecError
 from cluster.base.files import write_atomic
@@ -54,8 +53,7 @@ class Checkpoints:
         self._worker = worker or Worker()
         self._store = _open_store(folder, self._spec.uri, self._worker)
         self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
-        pinned = self._worker.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
         self._writing: concurrent.futures.Future[None] | None = None
 
     def save(
@@ -74,10 +72,9 @@ class Checkpoints:
         gets its name. Waits for the save before this one, and raises its error. Collective.
         """
         self.wait()
-        copies = self._stager.stage(
+        copies = self._stage(
             collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
         )
-        assert isinstance(copies, dict)  # the stager was not asked to do it in the background
         self._worker.hardware.synchronize()
         manifest = {
             "step": step,

@@ -1,38 +1,24 @@
-"""Tensors to files and back: each worker writes the shards it holds and reads those it needs.
+"""Tensors to files and back, for a worker on its own and, by `distributed.py`, for several.
 
-PyTorch's distributed checkpointing (DCP) plans which worker writes and reads which shard. So any
-number of workers, in any parallel mode, reads a state that another number wrote in another mode.
 The files are safetensors with the offsets of each shard in its tensor, as PyTorch's
-`HuggingFaceStorageReader` reads them; nothing is pickled.
+`HuggingFaceStorageReader` reads them; nothing is pickled. One worker reads what any number wrote.
 """
 
-import dataclasses
 import json
-import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
-from trainers.torch_internals import SAVED_OFFSETS_KEY, SHARDING_INFO_KEY, quiet_checkpoint_log
+from trainers.torch_internals import SAVED_OFFSETS_KEY, SHARDING_INFO_KEY
 
 SUFFIX = ".safetensors"
-
-# Saving from a single process is intended.
-warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-quiet_checkpoint_log()
 
 
 def write(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -40,8 +26,35 @@ def write(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | 
 
     Tensors must be in host memory. A shard that several workers hold is written by one of them.
     """
-    writer = _SafetensorsWriter(folder)
-    save(dict(state), storage_writer=writer, process_group=group, no_dist=group is None)
+    if group is not None:
+        from trainers.checkpoints import distributed
+
+        return distributed.write(state, folder, group)
+    whole = {name: [0] * tensor.ndim for name, tensor in state.items()}
+    return save_shards(folder / shard_file(0), state, whole)
+
+
+def stage_with(
+    pinned: bool, group: dist.ProcessGroup | None
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """A function that copies tensors, or this worker's shards of them, to host memory.
+
+    It uses the same memory each time; `pinned` memory is filled without waiting for the device.
+    """
+    if group is not None:
+        from trainers.checkpoints import distributed
+
+        return distributed.stage_with(pinned)
+    copies: dict[str, Tensor] = {}
+
+    def stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in state.items():
+            if name not in copies:
+                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+            copies[name].copy_(tensor.detach(), non_blocking=pinned)
+        return {name: copies[name] for name in state}
+
+    return stage
 
 
 def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -49,20 +62,25 @@ def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | N
 
     Values are converted to the dtypes of the tensors in `state`.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    load(dict(state), storage_reader=reader, process_group=group, no_dist=group is None)
+    if group is not None:
+        from trainers.checkpoints import distributed
+
+        return distributed.read(state, folder, group)
+    for shard in _shards(folder):
+        if shard.name in state:
+            ranges = zip(shard.offsets, shard.shape, strict=True)
+            place = tuple(slice(start, start + length) for start, length in ranges)
+            state[shard.name].detach()[place].copy_(shard.load())
+    return None
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:
     """The full shape of each tensor in `folder`, by name."""
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    entries = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
-    return {name: list(entry.size) for name, entry in entries.items()}
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    found: dict[str, list[int]] = {}
+    for shard in _shards(folder):
+        ends = [start + length for start, length in zip(shard.offsets, shard.shape, strict=True)]
+        found[shard.name] = [*map(max, ends, found.get(shard.name, ends))]
+    return found
 
 
 def shard_file(rank: int) -> str:
@@ -70,51 +88,36 @@ def shard_file(rank: int) -> str:
     return f"state-{rank:05d}{SUFFIX}"
 
 
-class _SafetensorsWriter(StorageWriter):
-    """One safetensors file per worker.
+def save_shards(path: Path, shards: Mapping[str, Tensor], offsets: Mapping[str, list[int]]) -> None:
+    """Write a worker's file; `offsets` are the places of the shards in their tensors."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, shard in shards.items():
+        tensor = shard.detach().contiguous()
+        if tensor.data_ptr() in seen:  # weights that are shared are written twice
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor
+    if tensors:
+        places = {name: {SAVED_OFFSETS_KEY: offsets[name]} for name in tensors}
+        save_file(tensors, path, metadata={SHARDING_INFO_KEY: json.dumps(places)})
 
-    PyTorch's own writer for this format takes three times as long: it builds each file in memory.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+class _Shard(NamedTuple):
+    """A part of a tensor in a file."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        tensors: dict[str, Tensor] = {}
-        offsets: dict[str, dict[str, list[int]]] = {}
-        seen: set[int] = set()
-        for item in plan.items:
-            name, tensor = item.index.fqn, planner.resolve_data(item)
-            assert isinstance(tensor, Tensor)
-            tensor = tensor.detach().contiguous()
-            if tensor.data_ptr() in seen:  # weights that are shared are written twice
-                tensor = tensor.clone()
-            seen.add(tensor.data_ptr())
-            assert item.tensor_data is not None
-            tensors[name] = tensor
-            offsets[name] = {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
-        if tensors:
-            path = self._folder / shard_file(plan.storage_data)
-            save_file(tensors, path, metadata={SHARDING_INFO_KEY: json.dumps(offsets)})
-        done: Future[list[WriteResult]] = Future()
-        done.set_result([])
-        return done
+    name: str
+    offsets: list[int]
+    shape: list[int]
+    load: Callable[[], Tensor]
+    """Must be called before the next shard is asked for."""
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [dataclasses.replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Nothing to write: everything else is in the checkpoint's manifest."""
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+def _shards(folder: Path) -> Iterator[_Shard]:
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        with safe_open(path, framework="pt") as file:
+            places = json.loads((file.metadata() or {}).get(SHARDING_INFO_KEY, "{}"))
+            for name in file.keys():  # noqa: SIM118
+                shape = file.get_slice(name).get_shape()
+                offsets = places[name][SAVED_OFFSETS_KEY] if places else [0] * len(shape)
+                yield _Shard(name, offsets, shape, partial(file.get_tensor, name))

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cluster.base.errors import CheckpointError
 from trainers.checkpoints import shards
 from trainers.checkpoints.manifest import read_manifest
+from trainers.worker import is_distributed
 
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
 
@@ -26,7 +26,7 @@ def collect_state(
     for weight, name in _trainable_names(model).items():
         for part, value in optimizer.state[weight].items():
             state[f"{OPTIMIZER_PREFIX}{name}/{part}"] = torch.as_tensor(value)
-    return {k: v for k, v in state.items() if include_replicated or isinstance(v, DTensor)}
+    return {k: v for k, v in state.items() if include_replicated or is_distributed(v)}
 
 
 def load_checkpoint(

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.shards import local_tensor
 from trainers.counter_rng import SampleRandom, combine_seeds, device_rng_state, seed_device
 from trainers.engine.micro_batches import MicroBatches
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
@@ -26,7 +25,7 @@ from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
 from trainers.spec import RunSpec
 from trainers.torch_internals import is_unfinished_reduction
-from trainers.worker import Worker
+from trainers.worker import Worker, local_tensor
 from trainers.workload import Batch, Workload
 
 
@@ -56,7 +55,6 @@ class TrainStep:
             started=started,
         )
         self._model = build_model(spec, workload, samples, worker)
-        self.meter.flops = self._model.flops_per_sample
         if isinstance(self._model.parallel, DistributedDataParallel):
             measure_communication(self._model.parallel, self.meter)
         self.worker = worker = self._model.worker
@@ -91,10 +89,14 @@ class TrainStep:
         of the batch, as a scalar on its device; zero for a step that was skipped. Raises a
         TrainingError that says what would fit when memory runs out.
         """
+        first = self.uses_native_rng is None
         try:
             loss = self._run(step)
             self.meter.mark("compute")
             self.meter.count_step()
+            if first:
+                self.meter.flops = self._model.count_flops()
+                self.meter.mark("start")
             return loss
         except RuntimeError as error:
             if is_unfinished_reduction(error):

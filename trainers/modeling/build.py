@@ -1,5 +1,6 @@
 """From a workload to the model that a worker trains: built, spread over the workers, compiled."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from trainers.counter_rng import combine_seeds, seed_device
 from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
-from trainers.modeling.dry_run import dry_run
+from trainers.modeling.dry_run import count_flops, dry_run, skeleton
 from trainers.modeling.strategy import (
     ParallelStrategy,
     choose_strategy,
@@ -47,7 +48,8 @@ class TrainedModel:
     strategy: ParallelStrategy
     worker: Worker
     """The worker, with its share of the data under the strategy."""
-    flops_per_sample: float | None
+    count_flops: Callable[[], float | None]
+    """Floating-point operations of one sample; see `dry_run`. May take seconds."""
     every_parameter_used: bool
     """Whether each step must give every parameter a gradient; see `missing_gradients`."""
 
@@ -69,7 +71,11 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     check_precision(spec.train.precision, worker.hardware)
     network = build_network(spec.train, workload)
     dropout_rng = key_dropout_by_sample(network)
-    foreseen = dry_run(workload, network, _first_samples(samples))
+    first = _first_samples(samples)
+    # A worker on its own need not know more than its FLOPs, and those not before its first step.
+    alone = worker.world_size == 1
+    outline = skeleton(network) if alone else None
+    foreseen = None if alone else dry_run(workload, network, first)
     if spec.train.precision == "fp8":
         network = convert_to_fp8(network)
     blocks = workload.blocks(network)
@@ -81,6 +87,12 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     worker = strategy.applied_to(worker)
     if strategy.mode == "tensor":
         split_dropout(network, dropout_rng, foreseen.dropout_shapes if foreseen else None, worker)
+
+    def flops_per_sample() -> float | None:
+        if outline is not None:
+            return count_flops(workload, outline, first)
+        return foreseen.flops_per_sample if foreseen else None
+
     find_unused = foreseen is None or bool(foreseen.unused_parameters)
     parallel = parallelize(network, spec, workload, strategy, worker, find_unused)
     return TrainedModel(
@@ -90,7 +102,7 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
         dropout_rng=dropout_rng,
         strategy=strategy,
         worker=worker,
-        flops_per_sample=foreseen.flops_per_sample if foreseen else None,
+        count_flops=flops_per_sample,
         every_parameter_used=isinstance(parallel, DistributedDataParallel) and not find_unused,
     )
 

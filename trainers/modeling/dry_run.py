@@ -48,13 +48,15 @@ def dry_run(workload: Workload, network: nn.Module, batch: Batch) -> DryRun | No
             sdpa_kernel(SDPBackend.MATH),
             fake_tensor_mode(),
         ):
-            model = _fake_copy(network).train()
+            model = _copy(network, "cpu").train()
             for name, module in dropout_modules(model):
                 shapes[name] = set()
                 module.register_forward_pre_hook(partial(_record, shapes[name], samples))
             dtype = model_dtype(model)
             columns = {
-                name: _empty(values, dtype if values.is_floating_point() else values.dtype)
+                name: torch.empty(
+                    values.shape, dtype=dtype if values.is_floating_point() else values.dtype
+                )
                 for name, values in batch.items()
             }
             with counter:
@@ -87,8 +89,19 @@ def _record(shapes: set[Shape], samples: int, module: nn.Module, inputs: tuple[A
         shapes.add((shape[0] // samples, *shape[1:]))
 
 
-def _fake_copy(network: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU, to be made where tensors are fake."""
+def skeleton(network: nn.Module) -> nn.Module | None:
+    """A copy of the network whose tensors have shapes and dtypes but no memory, for a dry run.
+
+    None if a network cannot be copied so.
+    """
+    try:
+        return _copy(network, "meta")
+    except Exception:  # a user's model may hold anything
+        return None
+
+
+def _copy(network: nn.Module, device: str) -> nn.Module:
+    """A copy of the network with other values in its tensors."""
     copies: dict[int, Any] = {}
     for module in network.modules():
         for tensor in (
@@ -97,13 +110,8 @@ def _fake_copy(network: nn.Module) -> nn.Module:
             *vars(module).values(),
         ):
             if isinstance(tensor, nn.Parameter):
-                copies[id(tensor)] = nn.Parameter(
-                    _empty(tensor, tensor.dtype), tensor.requires_grad
-                )
+                values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                copies[id(tensor)] = nn.Parameter(values, tensor.requires_grad)
             elif isinstance(tensor, Tensor):
-                copies[id(tensor)] = _empty(tensor, tensor.dtype)
+                copies[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return copy.deepcopy(network, copies)
-
-
-def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tensor.shape, dtype=dtype)

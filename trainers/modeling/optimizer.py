@@ -8,6 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trainers.modeling.strategy import mesh_of
 from trainers.spec import OptimizerSpec, ScheduleSpec
+from trainers.torch_internals import without_compile_guards
+
+AdamW = without_compile_guards(torch.optim.AdamW)
+SGD = without_compile_guards(torch.optim.SGD)
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
@@ -25,11 +29,9 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     ordered = sorted(groups.items(), key=lambda item: -item[0][0])
     params = [{"params": group, "weight_decay": decay} for (decay, _), group in ordered]
     if spec.name == "adamw":
-        return torch.optim.AdamW(params, lr=spec.lr, betas=spec.betas, fused=True)
+        return AdamW(params, lr=spec.lr, betas=spec.betas, fused=True)
     nesterov = spec.momentum > 0
-    return torch.optim.SGD(
-        params, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True
-    )
+    return SGD(params, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True)
 
 
 def has_weight_decay(weight: nn.Parameter) -> bool:

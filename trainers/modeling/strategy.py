@@ -5,23 +5,25 @@ sharding. The model computes the same in every mode; only the place of its parts
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import SpecError
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
-from trainers.worker import Worker
+from trainers.worker import Worker, is_distributed, local_tensor
 from trainers.workload import Workload
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 ParallelMode = Literal["single", "ddp", "fsdp", "hsdp", "tensor"]
 
@@ -108,6 +110,9 @@ def parallelize(
             find_unused_parameters=find_unused,
         )
 
+    # Imported here only: one worker, or replicas, would wait 1 s for it.
+    from torch.distributed.fsdp import fully_shard
+
     if strategy.mode == "fsdp":
         shards = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     elif strategy.mode == "hsdp":
@@ -137,7 +142,7 @@ def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -
     """
     if train.compile == "off":
         return model
-    if isinstance(model, FSDPModule) and blocks:
+    if blocks and _sharded(model) is not None:
         for block in blocks:
             block.compile(mode=train.compile)
         return model
@@ -145,12 +150,21 @@ def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -
     return result
 
 
-def _mixed_precision(train: TrainSpec) -> MixedPrecisionPolicy:
+def _sharded(model: nn.Module) -> "FSDPModule | None":
+    """The model if FSDP shards it. Where FSDP was not imported, it does not."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    sharded = isinstance(model, getattr(module, "FSDPModule", ()))
+    return cast("FSDPModule", model) if sharded else None
+
+
+def _mixed_precision(train: TrainSpec) -> "MixedPrecisionPolicy":
     """Sharded bf16 models gather weights in bf16 and reduce gradients in fp32.
 
     Others gather in fp32, fp16 too: with fp16 weights, modules would also get fp16 inputs and
     give fp16 outputs, in which a loss overflows that does not under autocast.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     if train.precision not in ("bf16", "fp8"):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -162,8 +176,8 @@ def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
 
     `last` is whether this is the last micro-batch of a step.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    if (sharded := _sharded(model)) is not None:
+        sharded.set_requires_gradient_sync(last)
         yield
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
@@ -180,7 +194,7 @@ def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
     if strategy.mode in ("single", "ddp"):
         return
     for buffer in network.buffers():
-        dist.broadcast(buffer.to_local() if isinstance(buffer, DTensor) else buffer, src=0)
+        dist.broadcast(local_tensor(buffer), src=0)
 
 
 def gradient_norm(network: nn.Module) -> Tensor:
@@ -203,7 +217,7 @@ def _total_norm(meshes: dict[DeviceMesh | None, list[nn.Parameter]]) -> Tensor:
         nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         for weights in meshes.values()
     ]
-    full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    full = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
     return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
 
 
@@ -218,7 +232,7 @@ def _trained_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[nn.Para
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     """The device mesh of a distributed tensor; None for a plain one."""
-    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+    return tensor.device_mesh if is_distributed(tensor) else None
 
 
 def state_bytes(optimizer: OptimizerSpec, network: nn.Module) -> int:

@@ -3,11 +3,11 @@
 `tests/trainers/tracking/test_mlflow_internals.py` fails when another release has another shape.
 """
 
-from importlib.metadata import version
+import contextlib
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-
-from cluster.base.files import cache_folder, write_atomic
 
 EXPERIMENT_KIND_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Tags of an experiment of training runs. Without them MLflow's pages open on its tools for
@@ -29,15 +29,30 @@ def schema_heads() -> frozenset[str]:
     """The revisions in the `alembic_version` table of a database of the installed MLflow.
 
     MLflow publishes the number nowhere but in its Alembic migrations (3.17.2: the package's folder
-    `store/db_migrations`). Alembic imports the migrations, and they import MLflow, which takes 3 s
-    of CPU time. So the answer is kept in the user's cache folder, by MLflow's version.
+    `store/db_migrations/versions`), each of which names itself and the one before it. They are
+    read as text: Alembic would import them, and with them MLflow, which takes 3 s of CPU time.
     """
-    known = cache_folder() / f"mlflow-{version('mlflow')}-schema"
-    if not known.exists():
-        from alembic.script import ScriptDirectory
+    text = "\n".join(path.read_text() for path in (migrations() / "versions").glob("*.py"))
+    revisions = set(re.findall(r'^revision = "(\w+)"', text, re.MULTILINE))
+    return frozenset(revisions - set(re.findall(r'^down_revision = "(\w+)"', text, re.MULTILINE)))
 
-        write_atomic(known, "\n".join(ScriptDirectory(str(migrations())).get_heads()))
-    return frozenset(known.read_text().split())
+
+@contextlib.contextmanager
+def requirements_unchecked() -> Iterator[None]:
+    """In here a model is saved without a check that its requirements are installed.
+
+    Ours are pinned to what is installed. For the check MLflow reads the list of files of every
+    installed package, 1 s of CPU time, whatever is said of requirements or of an environment
+    (3.17.2: `mlflow.utils.environment` calls `warn_dependency_requirement_mismatches`).
+    """
+    from mlflow.utils import environment
+
+    check = environment.warn_dependency_requirement_mismatches
+    environment.warn_dependency_requirement_mismatches = lambda requirements: None
+    try:
+        yield
+    finally:
+        environment.warn_dependency_requirement_mismatches = check
 
 
 def migrations() -> Path:

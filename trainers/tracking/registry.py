@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.base.errors import HeliostatError
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
+from trainers.tracking.mlflow_internals import requirements_unchecked
 
 REQUIRED_PACKAGES = (
     "torch",
@@ -68,16 +69,17 @@ def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
         for name, tensor in tensors.items()
     }
     example = load_file(folder / EXAMPLE)["input"] if (folder / EXAMPLE).exists() else None
-    mlflow.pyfunc.save_model(
-        path=str(files),
-        loader_module="trainers.checkpoints.export",
-        data_path=str(folder),
-        code_paths=[str(TRAINERS.parent / "cluster"), str(TRAINERS)],
-        signature=ModelSignature(schemas["input"], schemas.get("output")) if schemas else None,
-        input_example=example,
-        pip_requirements=pip_requirements(folder / CODE),
-        mlflow_model=Model(run_id=run_id, model_id=model_id),
-    )
+    with requirements_unchecked():
+        mlflow.pyfunc.save_model(
+            path=str(files),
+            loader_module="trainers.checkpoints.export",
+            data_path=str(folder),
+            code_paths=[str(TRAINERS.parent / "cluster"), str(TRAINERS)],
+            signature=ModelSignature(schemas["input"], schemas.get("output")) if schemas else None,
+            input_example=example,
+            pip_requirements=pip_requirements(folder / CODE),
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
 
 
 def pip_requirements(code: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -123,8 +124,10 @@ class Sender:
 class BackgroundSender:
     """A daemon thread that writes the log to the disk every second and sends it to MLflow."""
 
-    def __init__(self, log: OperationLog, sender: Sender) -> None:
+    def __init__(self, log: OperationLog, sender: Sender, hold_s: float = 0) -> None:
+        """Nothing is sent before `release` is called, or `hold_s` are over."""
         self._log, self._sender = log, sender
+        self._held_until_s = time.monotonic() + hold_s
         self._closed, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="mlflow-sender")
         self.error: str | None = None
@@ -136,6 +139,11 @@ class BackgroundSender:
     def wake(self) -> None:
         """The log has grown."""
         self._wake.set()
+
+    def release(self) -> None:
+        """Send from now on; the log may have grown."""
+        self._held_until_s = 0.0
+        self.wake()
 
     def close(self) -> None:
         """Stop after the operation under way; blocks until then."""
@@ -151,7 +159,8 @@ class BackgroundSender:
             self._wake.clear()
             try:
                 self._log.write_and_sync()
-                self._sender.send(self._closed)
+                if time.monotonic() >= self._held_until_s:
+                    self._sender.send(self._closed)
                 self.error, pause_s = None, FIRST_PAUSE_S
             except Exception as error:  # whatever MLflow raises: nothing is lost, it is tried again
                 self.error = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -28,6 +28,9 @@ from trainers.tracking.sender import BackgroundSender, Sender
 
 WRITER_TIMEOUT_S = 30.0
 """Seconds that a new writer waits for the one before it to end."""
+HOLD_S = 30.0
+"""Seconds for which a new writer leaves MLflow alone, unless a run reports a step or ends before.
+MLflow's import takes 2 s of CPU time, which the workers need for their own."""
 MAX_UNPOLLED_POINTS = 10_000
 """Points of a run that are kept for its driver; the oldest are dropped first."""
 
@@ -128,8 +131,13 @@ class Tracker:
     `close`, then again when the run is resumed or `heliostat track flush` is called.
     """
 
-    def __init__(self, folder: str, uri: str, experiment: str, wait_s: float = 0) -> None:
-        """Raises SpecError when `folder` has another writer for `wait_s`, or cannot be written."""
+    def __init__(
+        self, folder: str, uri: str, experiment: str, wait_s: float = 0, hold_s: float = 0
+    ) -> None:
+        """Raises SpecError when `folder` has another writer for `wait_s`, or cannot be written.
+
+        Nothing is sent for `hold_s`, unless a run reports a step or ends before.
+        """
         self._lock = threading.Lock()
         self._log = OperationLog(Path(folder), wait_s)
         self._started: set[str] = set()
@@ -142,7 +150,7 @@ class Tracker:
         for operation, end in self._log.read():
             self._observe(operation)
             self._sender.observe(operation, sent=end <= self._log.sent_offset)
-        self._background = BackgroundSender(self._log, self._sender)
+        self._background = BackgroundSender(self._log, self._sender, hold_s)
         self._background.start()
 
     def start(self, run: TrackedRun) -> None:
@@ -164,6 +172,7 @@ class Tracker:
         with self._lock:
             self._mailbox.put_step(run, step)
         self.log_points(run, points)
+        self._background.release()
         if sync:
             self._log.write_and_sync()
         return self._mailbox.is_stop_requested(run)
@@ -202,6 +211,7 @@ class Tracker:
         """End a run as FINISHED, FAILED or KILLED."""
         operation = {"do": "finish", "run": run, "status": status, "tags": dict(tags or {})}
         self._append({**operation, "at": self._clock.now()})
+        self._background.release()
         with self._lock:
             self._gauges.finish(run)
 
@@ -278,7 +288,7 @@ def start_tracker(folder: Path, uri: str, experiment: str, name: str) -> Any:
     actor = ray.remote(Tracker).options(
         name=name, num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     )
-    return actor.remote(str(folder), uri, experiment, WRITER_TIMEOUT_S)
+    return actor.remote(str(folder), uri, experiment, WRITER_TIMEOUT_S, HOLD_S)
 
 
 def wait_until_sent(tracker: Any, timeout_s: float) -> str | None:

@@ -252,7 +252,6 @@ def _measure_unfused_step(variant: Variant, samples: Batch, device: Device) -> t
     """
     spec, total = variant.spec, variant.total_steps
     train_step = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
-    flops = train_step.meter.flops
     train_step.network.train()
     steps = iter(range(total))
 
@@ -260,6 +259,7 @@ def _measure_unfused_step(variant: Variant, samples: Batch, device: Device) -> t
         train_step.run(next(steps, 0))
 
     alone_s = _fastest_s(step, device)
+    flops = train_step.meter.flops
     if flops is None:
         return alone_s, 1 / 16  # a guess; the compiled program is measured
     size = 512 if device.type == "cpu" else 4096

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,43 @@ def run(
 
 
 STEPS = {"steps": 40, "global_batch": 32}
+
+ALONE = """
+import sys
+from pathlib import Path
+
+from trainers.data.dataset import prepare_dataset
+from trainers.engine.loop import train
+from trainers.engine.reporter import NullReporter
+from trainers.modeling import build
+from trainers.spec import RunSpec, resolve
+
+spec, workload = resolve({"workload": "spirals:Spirals", "train": {"steps": 3}}, RunSpec)
+dataset = prepare_dataset(workload, Path())
+build.count_flops = lambda *_: None  # imports Dynamo, after the first step
+for stop in (False, True):
+    reporter = NullReporter()
+    reporter.should_stop = lambda: not stop
+    print(train(spec, workload, dataset, Path("run"), reporter).step)
+print(*sorted(sys.modules))
+"""
+
+
+def test_one_worker_imports_nothing_that_it_does_not_use(own_folder: Path) -> None:
+    """Not up to its first step, nor in a save and a resumption."""
+    _, workload = resolve({"workload": "spirals:Spirals"}, RunSpec)
+    prepare_dataset(workload, own_folder)
+    shown = subprocess.run(
+        [sys.executable, "-c", ALONE], cwd=own_folder, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    first, second, modules = shown.stdout.splitlines()
+    assert (first, second) == ("1", "3")
+    unwanted = {
+        *("ray", "mlflow", "sklearn", "scipy", "sympy", "torch._dynamo"),
+        *("torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+    }
+    assert sorted(unwanted.intersection(modules.split())) == []
 
 
 def test_the_losses_are_those_of_a_plain_loop(own_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from trainers import Batch, Workload, table
 from trainers.devices import Cpu
 from trainers.modeling.dropout import key_dropout_by_sample
-from trainers.modeling.dry_run import DryRun, count_flops, dry_run
+from trainers.modeling.dry_run import DryRun, count_flops, dry_run, skeleton
 
 
 class Model(Workload):
@@ -193,3 +194,21 @@ def test_a_model_that_asks_for_values_is_not_known() -> None:
 
     network = Routed(4, 4)
     assert dry_run(Model(network), network, {"x": torch.randn(2, 4)}) is None
+
+
+def test_a_skeleton_is_as_good_as_the_network() -> None:
+    network = Net()
+    network.idle.weight = network.up.weight
+    key_dropout_by_sample(network)
+    outline = skeleton(network)
+    assert outline is not None
+    assert all(weight.is_meta for weight in outline.parameters())
+    assert run(outline, 2, 3, 4) == run(network, 2, 3, 4)
+
+
+def test_a_model_may_use_tensors_that_it_makes_on_the_cpu() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.from_numpy(np.ones(4, np.float32))
+
+    assert run(Scaled(4, 4), 2, 4).flops_per_sample == flops(nn.Linear(4, 4), 4)

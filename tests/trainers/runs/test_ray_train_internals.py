@@ -4,13 +4,22 @@ They were read in Ray 2.60.0. If one of these tests fails after an upgrade, read
 Ray again and adapt `trainers/runs/ray_train_internals.py`.
 """
 
+import asyncio
 import importlib
 import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.train import ScalingConfig
+from ray.util.state import list_actors
 
 from cluster.base.errors import TrainingError
+from cluster.connection.ray_internals import placement_groups
 from trainers.runs.failure_policy import PeerLostError, PeerPreemptedError, decide_retry
 from trainers.runs.ray_train_internals import trainer_class
 
@@ -50,7 +59,7 @@ def test_the_trainer_hands_its_failure_policy_to_the_controller(
         trainer, "_initialize_and_run_controller", lambda self, **kwargs: given.update(kwargs)
     )
     ours = trainer_class(decide_retry)(lambda: None)
-    ours._initialize_and_run_controller(failure_policy="Ray's own", other=1)
+    ours._initialize_and_run_controller(failure_policy="Ray's own", scaling_policy=None, other=1)
     policy = private(
         "ray.train.v2._internal.execution.failure_handling.default:DefaultFailurePolicy"
     )
@@ -59,6 +68,7 @@ def test_the_trainer_hands_its_failure_policy_to_the_controller(
     source = inspect.getsource(private("ray.train.torch:TorchTrainer.fit"))
     assert "self._initialize_and_run_controller(" in source
     assert "failure_policy=" in source
+    assert "scaling_policy=" in source
     assert "self._create_default_callbacks()" in source
 
 
@@ -84,9 +94,9 @@ def test_the_policy_decides_by_the_exceptions_of_workers(
         trainer, "_initialize_and_run_controller", lambda self, **kwargs: given.update(kwargs)
     )
     run_config = RunConfig(failure_config=FailureConfig(max_failures=max_failures))
-    trainer_class(decide_retry)(
-        lambda: None, run_config=run_config
-    )._initialize_and_run_controller()
+    trainer_class(decide_retry)(lambda: None, run_config=run_config)._initialize_and_run_controller(
+        scaling_policy=None
+    )
     assert given["failure_policy"].make_decision(error) == getattr(decisions, expected)
 
 
@@ -101,13 +111,89 @@ def test_failures_of_workers_are_the_exceptions_of_the_users_code() -> None:
     assert failures == {0: error}, "this release of Ray hands out its wrapper: unwrap it first"
 
 
-def test_no_process_is_started_for_ray_data() -> None:
+def test_a_fixed_number_of_workers_asks_no_coordinator_for_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    create = private("ray.train.v2._internal.execution.scaling_policy:create_scaling_policy")
+    base = private("ray.train.v2._internal.execution.scaling_policy:ScalingPolicy")
+    for name in ("after_controller_start", "_maybe_send_resource_request"):
+        assert hasattr(base, name), f"another method asks than {name}: see _fixed_scaling_policy"
+    given: dict[str, Any] = {}
+    trainer = private("ray.train.torch:TorchTrainer")
+    monkeypatch.setattr(
+        trainer, "_initialize_and_run_controller", lambda self, **kwargs: given.update(kwargs)
+    )
+    ours = trainer_class(decide_retry)(lambda: None, scaling_config=ScalingConfig(num_workers=3))
+    ours._initialize_and_run_controller(scaling_policy=create(ours.scaling_config))
+    policy = given["scaling_policy"]
+    policy.after_controller_start(None)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 3
+    policy.make_decision_for_running_worker_group(None, None)
+    asyncio.run(policy.before_controller_shutdown())
+    assert policy._coordinator_client is None
+
+    elastic = create(ScalingConfig(num_workers=(1, 3)))
+    ours._initialize_and_run_controller(scaling_policy=elastic)
+    assert given["scaling_policy"] is elastic
+
+
+def test_no_process_is_started_for_nothing(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     private("ray.train.v2._internal.callbacks.datasets:DatasetsCallback")
     trainer = private("ray.train.torch:TorchTrainer")
     usual = {type(each).__name__ for each in trainer(lambda: None)._create_default_callbacks()}
-    ours = {
-        type(each).__name__
-        for each in trainer_class(decide_retry)(lambda: None)._create_default_callbacks()
-    }
-    assert usual - ours == {"DatasetsCallback"}
-    assert ours < usual
+
+    def ours() -> set[str]:
+        callbacks = trainer_class(decide_retry)(lambda: None)._create_default_callbacks()
+        return {type(each).__name__ for each in callbacks}
+
+    assert usual - ours() == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert ours() < usual
+    monkeypatch.setattr(ray.get_runtime_context().worker, "mode", ray.WORKER_MODE)
+    assert usual - ours() == {"DatasetsCallback"}, "a sweep goes on where its trial's group is lost"
+
+
+DRIVER = """
+import sys
+import time
+from pathlib import Path
+
+import ray
+
+from trainers.runs.failure_policy import decide_retry
+from trainers.runs.ray_train_internals import trainer_class
+
+
+def loop(config):
+    Path(config["begun"]).touch()
+    time.sleep(600)
+
+
+ray.init(address=sys.argv[1])
+Path(sys.argv[2]).write_text(ray.get_runtime_context().get_job_id())
+trainer_class(decide_retry)(loop, train_loop_config={"begun": sys.argv[3]}).fit()
+"""
+
+
+def test_a_killed_driver_leaves_no_reservation(
+    ray_cluster: str, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """Ray frees what the run has reserved; and until then, only these actors were started."""
+    job_file, begun, log = tmp_path / "job", tmp_path / "begun", tmp_path / "log"
+    command = [sys.executable, "-c", DRIVER, ray_cluster, str(job_file), str(begun)]
+    with log.open("w") as output:
+        driver = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path)
+    wait_until(lambda: begun.exists() or driver.poll() is not None, log.read_text)
+    assert driver.poll() is None, log.read_text()
+    job = job_file.read_text()
+    actors = {actor.class_name for actor in list_actors(filters=[("job_id", "=", job)])}
+    assert actors == {"TrainController", "RayTrainWorker", "SynchronizationActor"}
+
+    def states() -> list[str]:
+        return [group.state for group in placement_groups() if group.job_id == job]
+
+    assert states() == ["CREATED"]
+    driver.kill()
+    driver.wait(60)
+    wait_until(lambda: states() == ["REMOVED"], lambda: str(states()))

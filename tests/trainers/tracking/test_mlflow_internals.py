@@ -6,12 +6,13 @@ from pathlib import Path
 import mlflow
 import pytest
 from alembic.script import ScriptDirectory
+from mlflow.utils import requirements_utils
 
-from trainers.tracking import mlflow_internals
 from trainers.tracking.mlflow_internals import (
     EXPERIMENT_KIND_TAGS,
     create_sqlite_tables,
     migrations,
+    requirements_unchecked,
     schema_heads,
 )
 
@@ -26,19 +27,37 @@ def test_a_new_store_is_at_the_head_of_the_migrations(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*-journal")), "the store is still open"
 
 
-def test_the_heads_are_read_once_for_each_version(
+def test_the_heads_of_the_migrations_are_those_that_alembic_finds() -> None:
+    heads = ScriptDirectory(str(migrations())).get_heads()
+    assert schema_heads() == set(heads), f"another shape than in {READ_IN}"
+
+
+def test_a_model_is_saved_without_a_look_through_all_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_internals, "cache_folder", lambda: tmp_path)
-    reads = []
+    def save(name: str) -> dict[str, str]:
+        mlflow.pyfunc.save_model(
+            tmp_path / name, loader_module="json", pip_requirements=["numpy==1.2.3", "filelock"]
+        )
+        return {
+            path.name: path.read_text()
+            for path in (tmp_path / name).iterdir()
+            if path.name != "MLmodel"  # it has the time and a random number
+        }
 
-    def two_heads(self: ScriptDirectory) -> list[str]:
-        reads.append(self.dir)
-        return ["a", "b"]
+    looked_through: list[bool] = []
 
-    monkeypatch.setattr(ScriptDirectory, "get_heads", two_heads)
-    assert schema_heads() == schema_heads() == {"a", "b"}
-    assert reads == [str(migrations())]
+    def look() -> dict[str, list[str]]:
+        looked_through.append(True)
+        return {}
+
+    monkeypatch.setattr(requirements_utils, "_MODULES_TO_PACKAGES", None)
+    monkeypatch.setattr(requirements_utils.importlib_metadata, "packages_distributions", look)
+    with requirements_unchecked():
+        files = save("unchecked")
+    assert not looked_through, f"another function looks than in {READ_IN}"
+    assert save("checked") == files
+    assert looked_through, f"nothing looks any more as in {READ_IN}: requirements_unchecked can go"
 
 
 def test_the_kind_of_an_experiment_is_one_that_mlflows_pages_know() -> None:

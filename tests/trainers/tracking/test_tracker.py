@@ -73,6 +73,26 @@ def test_a_parent_and_its_child(
     assert Path(path).read_text() == "uri: http://me:***@host\n"
 
 
+@pytest.mark.parametrize("end", ["step", "failure"])
+def test_a_run_is_sent_with_its_first_step_or_at_its_end(
+    end: str, tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    tracker = Tracker(str(tmp_path), mlflow_server, "track", hold_s=3600)
+    try:
+        tracker.start(TrackedRun("held", {"a": 1}))
+        tracker.log_points("held", rows(range(1), "cost_usd"))
+        if end == "step":
+            tracker.log("held", rows(range(1)), 1)
+        else:
+            tracker.finish("held", "FAILED")
+        drained(tracker, wait_until)
+        found = client.get_run(tracker.read("held")["run_id"])
+    finally:
+        tracker.close()
+    assert found.info.status == ("RUNNING" if end == "step" else "FAILED")
+    assert found.data.metrics["cost_usd"] == 0
+
+
 def test_a_repeated_step_is_sent_once(
     tracker: Tracker, client: mlflow.MlflowClient, wait_until: Wait
 ) -> None:
