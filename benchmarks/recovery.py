@@ -5,7 +5,7 @@
 The digits network is trained on one worker, which kills itself once, at the beginning of step 60
 of 80. `heliostat train` saves a checkpoint every ten steps. It is compared with the loop of Ray's
 guide to saving and loading checkpoints, which reports one per epoch (22.5 steps here). Each starts
-a Ray of its own.
+a Ray of its own; ours is the one of a session, which is ended after the run.
 
 Each process records when it was created and when it begins a step. So the time has three parts:
 until a new worker process exists, until it begins its first step, and the repeated steps.
@@ -30,6 +30,7 @@ from contest import compete, finish, options, parse, rows, show
 from trainers import Batch, SampleRandom
 from trainers.workloads.vision.workload import Vision
 
+HERE, HELIOSTAT = Path(__file__).resolve().parent, Path(sys.executable).with_name("heliostat")
 KILLED, STEPS, BATCH, EVERY = 60, 80, 64, 10
 PARTS = ("a new process", "its first step", "steps done again")
 
@@ -66,8 +67,7 @@ def heliostat(folder: Path, events: Path) -> None:
         "checkpoint.every_steps": EVERY,
     }
     options = [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
-    command = Path(sys.executable).with_name("heliostat")
-    _run([str(command), "train", "recovery:Watched", *options], folder)
+    _run([str(HELIOSTAT), "train", "recovery:Watched", *options], folder)
 
 
 def tutorial(folder: Path, events: Path) -> None:
@@ -75,10 +75,12 @@ def tutorial(folder: Path, events: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    path = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "RAY_TMPDIR": str(folder.parent)}
     environment.pop("RAY_ADDRESS", None)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    start = partial(subprocess.run, cwd=folder, env=environment, capture_output=True, text=True)
+    done = start(command)
+    start([str(HELIOSTAT), "session", "--end"])
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 
