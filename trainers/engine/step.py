@@ -94,7 +94,7 @@ class TrainStep:
             loss = self._run(step)
             self.meter.mark("compute")
             self.meter.count_step()
-            if first:
+            if first and self.meter.flops is None:  # a checkpoint has those that were counted
                 self.meter.flops = self._model.count_flops()
                 self.meter.mark("start")
             return loss
