@@ -15,6 +15,9 @@ HOME = Path(__file__).resolve().parent.parent
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 for a user's mistake, 130 after Ctrl-C.
 
+    The command itself runs its verb in a process that the session forks, where that is quicker; a
+    program that calls this with `arguments` runs it in its own process.
+
     An error that the user can mend is printed in one line; any other error is a traceback.
     """
     problem = find_shadowed_package(Path.cwd())
@@ -23,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from tuning.cli.parser import build_parser
 
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is not None:
+        return run(arguments)
+    arguments = sys.argv[1:]
     args = build_parser().parse_args(arguments)
     modules = getattr(args, "session_modules", None)
     if modules is not None:  # a verb that trains

@@ -168,15 +168,23 @@ def ray_cluster(modules: Path) -> Iterator[str]:
     """The address of a Ray with four CPUs, which all tests share."""
     import ray
 
-    ray.init(
-        num_cpus=4,
-        dashboard_port=_free_port(),
-        log_to_driver=False,
-        object_store_memory=300_000_000,
-        logging_level="ERROR",
-    )
+    from cluster.session.session import all_sessions, find_or_start_session
+    from cluster.zygote.python_for_ray import forked_processes
+
+    session = find_or_start_session()
+    assert session is not None
+    with forked_processes(session.folder, "tests"):
+        ray.init(
+            num_cpus=4,
+            dashboard_port=_free_port(),
+            log_to_driver=False,
+            object_store_memory=300_000_000,
+            logging_level="ERROR",
+        )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+    for each in all_sessions():  # of this process and of the commands in tests
+        each.end(wait=False)
 
 
 @pytest.fixture

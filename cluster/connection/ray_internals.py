@@ -270,6 +270,16 @@ def undrawn_identifiers() -> Iterator[None]:
         ray.actor.ActorClassID = drawn
 
 
+def other_drivers() -> list[str]:
+    """The ids of the jobs of the connected Ray that run, without this process's."""
+    import ray
+    from ray.core.generated.gcs_pb2 import JobTableData
+
+    own = ray.get_runtime_context().get_job_id()
+    jobs = map(JobTableData.FromString, _accessor().get_job_table())
+    return [job.job_id.hex() for job in jobs if not job.is_dead and job.job_id.hex() != own]
+
+
 def leftovers_of_jobs() -> list[str]:
     """What ended drivers have left in the connected Ray: actors, placement groups, resources.
 

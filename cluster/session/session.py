@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from cluster.session.session_key import session_folder, sessions_folder
@@ -34,6 +35,8 @@ from cluster.zygote.handover import (
 from cluster.zygote.stub import frozen
 
 START_TIMEOUT_S = 60.0
+ALIVE_FILE = "alive"
+"""File in a session's folder that its processes hold locked as long as one of them lives."""
 
 _current: "Session | None" = None
 """The session that has forked this process."""
@@ -127,11 +130,8 @@ def find_session() -> Session | None:
     folder = session_folder()
     if folder is None:
         return None
-    try:
-        connect(folder / RAY_SOCKET).close()
-    except OSError:
-        return None
-    return Session(folder)
+    running = [each for each in all_sessions() if each.folder.name.startswith(folder.name)]
+    return running[0] if running else None
 
 
 def all_sessions() -> list[Session]:
@@ -169,8 +169,7 @@ def find_or_start_session() -> Session | None:
         with _locked(folder.with_suffix(".lock")):
             session = find_session()
             if session is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                session = _start(folder)
+                session = _start(_unused(folder))
     except OSError:
         return None
     return session
@@ -210,6 +209,21 @@ def run_in_session(
     return code
 
 
+def _unused(folder: Path) -> Path:
+    """The folder with a suffix with which it does not exist.
+
+    Folders of sessions of which no process lives are removed. A session that was killed may have
+    left a Ray behind that a command still uses.
+    """
+    candidates = [folder.with_name(f"{folder.name}{suffix}") for suffix in ("", *ascii_lowercase)]
+    for candidate in candidates:
+        if candidate.is_dir():
+            with (candidate / ALIVE_FILE).open("w") as alive, contextlib.suppress(OSError):
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(candidate)
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
 def _start(folder: Path) -> Session:
     """Start the session's process; its sockets listen at once, and requests wait in them.
 
@@ -219,6 +233,8 @@ def _start(folder: Path) -> Session:
         with contextlib.suppress(OSError, ValueError):
             other.end(wait=False)
     folder.mkdir(mode=0o700)
+    alive = (folder / ALIVE_FILE).open("w")
+    fcntl.flock(alive, fcntl.LOCK_SH)
     (folder / "python.path").write_text(sys.executable)
     (folder / "frozen.json").write_text(json.dumps(frozen(os.environ)))
     listeners = []
@@ -227,7 +243,7 @@ def _start(folder: Path) -> Session:
         listener.bind(str(folder / name))
         listener.listen(256)
         listeners.append(listener)
-    numbers = [listener.fileno() for listener in listeners]
+    numbers = [*(listener.fileno() for listener in listeners), alive.fileno()]
     fixed = {name: value for name, value in os.environ.items() if not name.startswith(OF_COMMAND)}
     with (folder / "log").open("ab") as log:
         subprocess.Popen(
@@ -245,6 +261,7 @@ def _start(folder: Path) -> Session:
         )
     for listener in listeners:
         listener.close()
+    alive.close()
     return Session(folder)
 
 

@@ -1,11 +1,11 @@
 """The session's own process: it forks Ray's services, keeps the warm Ray, and ends when idle.
 
-    python -P -m cluster.session.session_server FOLDER RAY_LISTENER WORKER_LISTENER
+    python -P -m cluster.session.session_server FOLDER RAY_LISTENER WORKER_LISTENER ALIVE
 
-FOLDER is the session's; the two numbers are sockets that listen already. Clients tell by an open
-connection that they use the session: a command for as long as it runs, the driver of a run for as
-long as it needs the warm Ray. When nothing has used it for `keep_warm_s`, it ends all that is its
-own, and itself.
+FOLDER is the session's; the numbers are sockets that listen already, and a locked file. Clients
+tell by an open connection that they use the session: a command for as long as it runs, the driver
+of a run for as long as it needs the warm Ray. When nothing has used it for `keep_warm_s`, it ends
+all that is its own, and itself.
 """
 
 import contextlib
@@ -36,9 +36,13 @@ logger = logging.getLogger(__name__)
 class SessionServer(Zygote):
     """A zygote for Ray's services that also answers `use`, `ray`, `status` and `end`."""
 
-    def __init__(self, folder: Path, listener: socket.socket, workers: socket.socket) -> None:
+    def __init__(
+        self, folder: Path, listener: socket.socket, workers: socket.socket, alive: int
+    ) -> None:
         super().__init__(listener)
         self._folder = folder
+        self._alive = alive
+        """The descriptor of a locked file, which all processes of the session keep open."""
         self._workers_listener = workers
         self._began_s = time.time()
         self._users: dict[socket.socket, bool] = {}
@@ -148,7 +152,7 @@ class SessionServer(Zygote):
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            close_all_but(theirs.fileno())
+            close_all_but(theirs.fileno(), self._alive)
             hold_ray(self._folder, theirs)
         theirs.close()
         self._ray_pid, self._ray_control = pid, ours
@@ -194,7 +198,7 @@ class SessionServer(Zygote):
         session = os.getpid()
         pid = os.fork()
         if pid == 0:
-            close_all_but(self._workers_listener.fileno())
+            close_all_but(self._workers_listener.fileno(), self._alive)
             zygote = Zygote(self._workers_listener)
             preload(COMMAND_MODULES)
             zygote.serve(lambda: os.getppid() == session or bool(zygote.children), WORKER_MODULES)
@@ -230,7 +234,8 @@ def close_all_but(*kept: int) -> None:
 
 
 def main() -> None:
-    folder, listener, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder = Path(sys.argv[1])
+    listener, workers, alive = map(int, sys.argv[2:])
     logging.basicConfig(
         filename=folder / "log",
         level=logging.INFO,
@@ -241,7 +246,9 @@ def main() -> None:
     os.environ.update(RAY_JOB_ID="ffffffff", RAY_RAYLET_PID="1")
     preload(["ray"])
     del os.environ["RAY_JOB_ID"], os.environ["RAY_RAYLET_PID"]
-    server = SessionServer(folder, socket.socket(fileno=listener), socket.socket(fileno=workers))
+    server = SessionServer(
+        folder, socket.socket(fileno=listener), socket.socket(fileno=workers), alive
+    )
     server.serve_from_start()
     server.end()
     shutil.rmtree(folder, ignore_errors=True)

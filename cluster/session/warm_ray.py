@@ -16,6 +16,7 @@ from typing import NoReturn
 from cluster.base.files import write_atomic
 from cluster.connection.ray_internals import (
     leftovers_of_jobs,
+    other_drivers,
     reload_configuration,
 )
 from cluster.zygote.python_for_ray import python_for
@@ -27,7 +28,8 @@ CLEAN_TIMEOUT_S = 10.0
 def hold_ray(folder: Path, control: socket.socket) -> NoReturn:
     """Start a Ray whose Python processes are forked, and keep it until SIGTERM or a left-over.
 
-    Tells its address to `control`, which asks after each command whether it is clean.
+    Tells its address to `control`, which asks after each command whether it is clean. When the
+    other end of `control` has gone, it ends after the commands that use it.
     """
     code = 1
     gc.enable()
@@ -79,6 +81,8 @@ def _hold(folder: Path, control: socket.socket) -> None:
             if file.name != "base.json":
                 file.unlink()
         control.sendall(json.dumps({"clean": True}).encode() + b"\n")
+    while other_drivers():  # the session was killed, and they go on
+        time.sleep(0.5)
 
 
 def _becomes_clean() -> bool:

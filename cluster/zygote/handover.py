@@ -110,8 +110,7 @@ def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) ->
         connection = connect(path)
         send_request(connection, request, files)
         connection.settimeout(None)
-        answers = connection.makefile("rb")
-        answer = json.loads(answers.readline() or '{"refused": "the zygote has gone"}')
+        answer = json.loads(_read_line(connection) or '{"refused": "the zygote has gone"}')
     except (OSError, ValueError) as error:
         return f"the zygote does not answer: {error}"
     child = answer.get("pid")
@@ -125,27 +124,29 @@ def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) ->
     return _end_of_child(connection, handle)
 
 
+def _read_line(connection: socket.socket) -> bytes:
+    """A line, and nothing of the next one; empty at the end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte:
+            return b""
+        line += byte
+    return line
+
+
 def _end_of_child(connection: socket.socket, handle: int | None) -> int:
     """The exit code that the child itself or the zygote tells; negative for a signal.
 
     1 if the zygote was killed first and the child then ended by a signal: nobody can say.
     """
-    told = b""
-    waited: list[Any] = [connection, *([handle] if handle is not None else [])]
-    while not told.endswith(b"\n"):
-        ready = select.select(waited, [], [])[0]
-        if connection in ready:
-            more = connection.recv(4096)
-            if not more:
-                if handle is not None:
-                    select.select([handle], [], [])
-                return 1
-            told += more
-        else:  # the child has ended; the zygote's word comes within moments, if it lives
-            waited, handle = [connection], None
+    if handle is not None:
+        # If it is the child that has ended, the zygote's word comes within moments, if it lives.
+        select.select([connection.fileno(), handle], [], [])
+    told = _read_line(connection)
     if handle is not None:
         select.select([handle], [], [])
-    return int(json.loads(told.splitlines()[0])["code"])
+    return int(json.loads(told)["code"]) if told else 1
 
 
 def _pass_signals_on(handle: int | None) -> None:

@@ -61,13 +61,15 @@ logger = logging.getLogger(__name__)
 
 def preload(modules: Iterable[str]) -> None:
     """Import modules; those that are not installed are left out."""
+    missing = [name for name in modules if name not in sys.modules]
+    if not missing:
+        return
     with undrawn_identifiers():
-        for name in modules:
-            if name not in sys.modules:
-                try:
-                    importlib.import_module(name)
-                except ImportError as error:
-                    logger.warning("%s: %s", name, error)
+        for name in missing:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                logger.warning("%s: %s", name, error)
 
 
 def fork_hazard() -> str | None:

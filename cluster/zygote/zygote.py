@@ -125,6 +125,8 @@ class Zygote:
 
     def _lost(self, child: int) -> None:
         """The process for which a child stands has died, and its child dies as it would have."""
+        if child not in self.children:  # it ended at the same moment
+            return
         self._drop_connection(child)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
