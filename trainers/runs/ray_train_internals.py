@@ -145,11 +145,11 @@ def _controller_class() -> Any:
     the lost workers, but they are for torchft: each is a process group of its own, all local
     ranks are 0, and no preemption is announced.
     """
-    from ray.train.v2._internal.execution.controller.controller import TrainController
+    from ray.train.v2._internal.execution.controller import controller
     from ray.train.v2._internal.execution.controller.state import SchedulingState
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
-    class Controller(TrainController):  # type: ignore[misc]
+    class TrainController(controller.TrainController):  # type: ignore[misc]
         worker_group_cls = _worker_group_class()
         _worker_group: Any
         _kept: Any = None
@@ -170,11 +170,11 @@ def _controller_class() -> Any:
                     self._worker_group = kept
                     return
                 except Exception:  # such as another loss meanwhile: begin with nothing
-                    logger.info("all workers are started anew", exc_info=True)
+                    logger.warning("all workers are started anew", exc_info=True)
                     kept.shutdown()
             super()._start_worker_group(num_workers, resources_per_worker)
 
-    return Controller
+    return TrainController
 
 
 def _worker_group_class() -> Any:
