@@ -7,8 +7,11 @@ The exceptions of failed workers need nothing private: `WorkerGroupError.worker_
 exceptions of the user's code, which Ray Train takes out of its own wrapper.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,13 +141,15 @@ def _run_controller(arguments: Mapping[str, Any]) -> Any:
 def _controller_class() -> Any:
     """Ray Train's controller, which keeps what it can of its workers when one of them is lost.
 
-    Private: `TrainController` with its methods `_shutdown_worker_group` and `_start_worker_group`,
-    called in this order in the state `SchedulingState` when workers are restarted. No option of
+    Private: `TrainController` with `_poll_workers`, which waits since `_latest_poll_time`, and the
+    methods `_shutdown_worker_group` and `_start_worker_group`, called in this order in the state
+    `SchedulingState` when workers are restarted. No option of
     Ray Train 2.60 does without ending all workers and giving their resources back; with those of
     a whole machine, asking for them again takes up to a second. Its replica groups replace only
     the lost workers, but they are for torchft: each is a process group of its own, all local
     ranks are 0, and no preemption is announced.
     """
+    import ray
     from ray.train.v2._internal.execution.controller import controller
     from ray.train.v2._internal.execution.controller.state import SchedulingState
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -152,8 +157,20 @@ def _controller_class() -> Any:
     class TrainController(controller.TrainController):  # type: ignore[misc]
         worker_group_cls = _worker_group_class()
         _worker_group: Any
+        _latest_poll_time: float
         _kept: Any = None
         """The workers between the two parts of a restart."""
+
+        async def _poll_workers(self) -> Any:
+            """Poll when it is time, or at once when a worker's process has ended here."""
+            here = ray.get_runtime_context().get_node_id()
+            workers = [worker.metadata for worker in self._worker_group.get_workers()]
+            interval_s = self._health_check_interval_s
+            left_s = self._latest_poll_time + interval_s - time.monotonic()
+            await _end_of_one([each.pid for each in workers if each.node_id == here], left_s)
+            # A millisecond is left, after which Ray Train looks whether it was told to abort.
+            self._latest_poll_time = time.monotonic() - interval_s + 1e-3
+            return await super()._poll_workers()
 
         def _shutdown_worker_group(self) -> None:
             fixed = isinstance(self._scaling_policy, FixedScalingPolicy)
@@ -175,6 +192,22 @@ def _controller_class() -> Any:
             super()._start_worker_group(num_workers, resources_per_worker)
 
     return TrainController
+
+
+async def _end_of_one(processes: list[int], timeout_s: float) -> None:
+    """Wait until one of these processes of this machine has ended, at most for `timeout_s`."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.ExitStack() as handles:
+        for process in processes if hasattr(os, "pidfd_open") else []:
+            try:
+                handle = os.pidfd_open(process)
+            except OSError:
+                return
+            handles.callback(os.close, handle)
+            loop.add_reader(handle, ended.set)
+            handles.callback(loop.remove_reader, handle)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), max(0.0, timeout_s))
 
 
 def _worker_group_class() -> Any:

@@ -7,8 +7,10 @@ Ray again and adapt `trainers/runs/ray_train_internals.py`.
 import asyncio
 import importlib
 import inspect
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,33 @@ def test_a_restart_ends_and_starts_the_workers_in_one_state() -> None:
         "ray.train.v2._internal.execution.worker_group:WorkerGroup"
     )
     assert ray_train_internals._controller_class().worker_group_cls.replace_lost_workers
+
+
+def test_a_poll_waits_since_the_last_one() -> None:
+    """`_controller_class` waits in its place, and then says that the last poll was long ago."""
+    controller = "ray.train.v2._internal.execution.controller.controller:TrainController"
+    source = inspect.getsource(private(f"{controller}._poll_workers"))
+    assert "time_monotonic() - self._latest_poll_time" in source
+    assert "if time_since_last_poll < self._health_check_interval_s:" in source
+
+
+def test_a_process_that_ends_is_noticed_at_once() -> None:
+    async def wait(processes: list[int], timeout_s: float) -> float:
+        began_s = time.monotonic()
+        await ray_train_internals._end_of_one(processes, timeout_s)
+        return time.monotonic() - began_s
+
+    with subprocess.Popen(["sleep", "600"]) as process:
+        assert asyncio.run(wait([process.pid], 0.2)) >= 0.2
+
+        async def killed() -> float:
+            asyncio.get_running_loop().call_later(0.2, process.kill)
+            return await wait([os.getpid(), process.pid], 300)
+
+        assert asyncio.run(killed()) < 200
+        process.wait()
+        assert asyncio.run(wait([process.pid], 300)) < 200
+    assert asyncio.run(wait([], -1)) < 200
 
 
 def test_a_group_of_workers_has_the_parts_by_which_the_lost_are_replaced() -> None:
