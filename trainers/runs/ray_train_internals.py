@@ -155,6 +155,7 @@ def _controller_class() -> Any:
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     class TrainController(controller.TrainController):  # type: ignore[misc]
+        __qualname__ = "TrainController"  # which Ray shows
         worker_group_cls = _worker_group_class()
         _worker_group: Any
         _latest_poll_time: float
