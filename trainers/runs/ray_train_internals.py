@@ -249,18 +249,19 @@ def _worker_group_class() -> Any:
                 callback.after_worker_group_training_start(self)
 
         def _start_in_place_of(self, lost: set[int], workers: list[Any]) -> None:
-            """Start new workers where those of the ranks `lost` were, and tell all their ranks."""
+            """Start new workers where those of the ranks `lost` were; all are told their ranks."""
             state = self._worker_group_state
-            indices = [workers[rank].placement_group_bundle_index for rank in lost]
+            indices = [workers[rank].placement_group_bundle_index for rank in sorted(lost)]
             new = self._create_workers(
                 len(lost),
                 state.placement_group_handle.placement_group,
                 self._worker_group_context.resources_per_worker,
                 placement_group_bundle_indices=indices,
             )
-            by_index = {worker.placement_group_bundle_index: worker for worker in (*workers, *new)}
-            workers = [by_index[worker.placement_group_bundle_index] for worker in workers]
-            workers = self._assign_worker_ranks(workers)
+            # Rank 0 makes the process group's store, and a new process would be late with it:
+            # who does not find the store asks again after most of a second.
+            kept = [worker for rank, worker in enumerate(workers) if rank not in lost]
+            workers = self._assign_worker_ranks([*kept, *new])
             self._worker_group_state = dataclasses.replace(state, workers=workers)
             self._world_rank_to_ongoing_poll.clear()
             self._latest_poll_status = None
