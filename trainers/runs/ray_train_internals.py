@@ -231,14 +231,15 @@ def _worker_group_class() -> Any:
             an exception if this cannot be done, or while it is done; nothing is of use then.
             """
             status, workers = self.get_latest_poll_status(), self.get_workers()
+            dead = _dead_workers(status)
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             if status.get_preemption_info() is not None or status.has_preempted_worker():
                 raise RuntimeError("a machine is going")
+            if any(workers[rank].metadata.node_id not in alive for rank in dead):
+                raise RuntimeError("a machine was lost")
             for callback in self._callbacks:  # destroys the process groups
                 callback.before_worker_group_shutdown(self)
-            lost = set(range(len(workers))) - _stopped_workers(workers, status)
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            if any(workers[rank].metadata.node_id not in alive for rank in lost):
-                raise RuntimeError("a machine was lost")
+            lost = set(range(len(workers))) - _stopped_workers(workers, dead)
             _shutdown_workers([workers[rank] for rank in lost])
             self._start_in_place_of(lost, workers)
             for callback in self._callbacks:
@@ -270,22 +271,28 @@ def _worker_group_class() -> Any:
     return Group
 
 
-def _stopped_workers(workers: list[Any], status: Any) -> set[int]:
-    """The ranks of workers on CPUs that live, when they have stopped training.
-
-    The destroyed process group ends a collective that waits for a lost worker: tried with gloo.
-    """
-    import ray
+def _dead_workers(status: Any) -> set[int]:
+    """The ranks of the workers whose process does not answer any more."""
     from ray.train.v2._internal.exceptions import (
         WorkerHealthCheckFailedError,
         WorkerHealthCheckTimeoutError,
     )
 
     gone = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+    return {rank for rank, each in status.worker_statuses.items() if isinstance(each.error, gone)}
+
+
+def _stopped_workers(workers: list[Any], dead: set[int]) -> set[int]:
+    """The ranks of workers on CPUs that live, when they have stopped training.
+
+    The destroyed process group ends a collective that waits for a lost worker: tried with gloo.
+    """
+    import ray
+
     running = {
         rank
-        for rank, each in status.worker_statuses.items()
-        if not isinstance(each.error, gone) and not workers[rank].resources.keys() - {"CPU"}
+        for rank, worker in enumerate(workers)
+        if rank not in dead and not worker.resources.keys() - {"CPU"}
     }
     stopped = set[int]()
     deadline_s = time.monotonic() + STOP_TIMEOUT_S

@@ -91,12 +91,15 @@ def _end(command: "subprocess.Popen[str]") -> None:
     assert command.returncode == 0, output
 
 
-@pytest.mark.parametrize("victims", [(), ("worker_zygote",), ("pid", "worker_zygote")])
-def test_a_worker_is_replaced_with_and_without_the_processes_that_fork(
+@pytest.mark.parametrize("victims", [("worker_zygote",), ("pid", "worker_zygote")])
+def test_a_worker_is_replaced_after_the_processes_that_fork_were_killed(
     commands: Commands, victims: tuple[str, ...]
 ) -> None:
-    """The weights are bit for bit those of a run in which nothing was killed."""
-    name = "-".join(("killed", *victims))
+    """By a new zygote's child, and without a session by a process that starts as usual.
+
+    The weights are bit for bit those of a run in which nothing was killed.
+    """
+    name = "-".join(victims)
     wait = commands.folder / name
     command = commands.train(name, f"data.wait={wait}", f"data.step={MARKED}")
     deadline_s = time.monotonic() + 300
