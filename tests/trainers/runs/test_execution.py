@@ -38,16 +38,24 @@ TINY = {
 
 RECORDED = """
 import os
+import time
+from pathlib import Path
+
 from faulty import Faulty
 
 
 class Recorded(Faulty):
     class Data(Faulty.Data):
         events: str = ""
+        slow: int = -1
 
     def augment(self, batch, random):
         with open(self.data.events, "a") as file:
             file.write(f"{os.getpid()}\\n")
+        slept = Path(self.data.events + ".slept")
+        if self.data.slow in random.positions.tolist() and not slept.exists():
+            slept.touch()
+            time.sleep(600)
         return super().augment(batch, random)
 """
 
@@ -151,6 +159,19 @@ def test_a_worker_killed_in_mid_epoch_changes_no_result(
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
     assert {m.step: m.value for m in history} == undisturbed.losses
     assert len(set(events.read_text().split())) == workers + 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_stop_after_a_loss_is_replaced_too(
+    train: Runner, two_workers: EndedRun, recorded: str, tmp_path: Path
+) -> None:
+    marker, events = tmp_path / "killed", tmp_path / "events"
+    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
+    data = {**fault, "events": str(events), "slow": 18 * 64}
+    killed = train(scale={"workers": 2, "max_restarts": 1}, data=data, workload=recorded)
+    for name, weight in two_workers.weights().items():
+        assert killed.weights()[name].equal(weight), name
+    assert len(set(events.read_text().split())) == 4
 
 
 def test_a_worker_lost_too_often_ends_the_run(train: Runner, tmp_path: Path) -> None:
