@@ -32,8 +32,8 @@ MILESTONES = {
     "Ray's first process": "gcs_server",
     "tracker": ":Tracker",
     "Train's controller": "ray::TrainController",
-    "Train's worker": "ray::RayTrainWorker",
-    "torch in the worker": r"ray::execute\.|run_train_fn",
+    "Train's worker": r"ray::(Ray)?TrainWorker",
+    "torch in the worker": r"ray::execute\.|run_train_fn|ray::TrainWorker\.run",
 }
 """Milestone -> regular expression. A process whose command line matches shows that the milestone
 has been reached; for the last one, at most 0.3 s before."""

@@ -12,7 +12,7 @@ from ray import tune
 from cluster.base.files import write_atomic
 from trainers.data.splits import count_samples
 from trainers.engine.stall_files import STALLS
-from trainers.runs.ray_train import scaling_config
+from trainers.runs.ray_train import resources_per_worker
 from trainers.runs.stalls import last_stall
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
@@ -126,7 +126,7 @@ def cluster_capacity(spec: SweepRunSpec) -> int:
 
     workers = spec.scale.max_workers
     if workers > 1:
-        per_worker = scaling_config(spec.scale).resources_per_worker
+        per_worker = resources_per_worker(spec.scale)
         needed = {name: amount * workers for name, amount in per_worker.items()}
     else:
         needed = {name.upper(): amount for name, amount in _trial_resources(spec).items()}

@@ -29,13 +29,16 @@ def session_command(args: argparse.Namespace) -> int:
         print("no session runs on this machine")
     busy = 0
     for session in sessions:
-        if not args.end:
-            print(_describe(session))
-        elif session.end():
-            print(f"session {session.name}: ended")
-        else:
-            print(f"session {session.name}: a command is using it")
-            busy += 1
+        try:
+            if not args.end:
+                print(_describe(session))
+            elif session.end():
+                print(f"session {session.name}: ended")
+            else:
+                print(f"session {session.name}: a command is using it")
+                busy += 1
+        except (OSError, ValueError):  # it ended before it answered
+            print(f"session {session.name}: ending")
     return 2 if busy else 0
 
 

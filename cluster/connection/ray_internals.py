@@ -12,6 +12,7 @@ the command line must start without it.
 import contextlib
 import logging
 import os
+import runpy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -199,6 +200,15 @@ def find_head(file: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any
 def launcher_command() -> list[str]:
     """The command `ray` of this Python; the one on PATH may belong to another environment."""
     return [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def run_ray_command(words: list[str]) -> None:
+    """Run the command `ray WORDS...` in this process, and end it.
+
+    A process of its own would build the commands of Ray's processes from its own `sys.executable`.
+    """
+    sys.argv = ["ray", *words]
+    runpy.run_module("ray.scripts.scripts", run_name="__main__", alter_sys=True)
 
 
 def prepare_launcher_file(config: Mapping[str, Any]) -> dict[str, Any]:

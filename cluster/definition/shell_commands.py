@@ -61,6 +61,8 @@ _HEAD_ADDRESS = (
     '$(grep -o \'"head_ip": "[^"]*\' ~/ray_bootstrap_config.yaml | cut -d\'"\' -f4)',
 )
 """The head's private address: cloud machines have one address, other hosts can have several."""
+RAY_START = "python -m cluster.session.forked ray start"
+"""Starts Ray so that its workers and drivers are forked. Ray's launcher looks for `ray start`."""
 _RECONNECT_S = 600
 """Seconds that workers wait for a lost head whose state is kept; Ray's default is 60 s."""
 
@@ -124,7 +126,7 @@ def head_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellComm
     if provider == "local" and spec.local is not None:
         resources = spec.local.head_resources
     start = [
-        "ray start --head --port=6379 --dashboard-host=127.0.0.1 --disable-usage-stats",
+        f"{RAY_START} --head --port=6379 --dashboard-host=127.0.0.1 --disable-usage-stats",
         "--autoscaling-config=~/ray_bootstrap_config.yaml",
         *_resource_options(resources if provider == "local" else {}),
         *_label_options(spec, provider),
@@ -155,7 +157,7 @@ def worker_start_commands(spec: ClusterSpec, provider: Provider) -> list[ShellCo
     exports = _environment(spec, "$RAY_HEAD_IP")
     if spec.state is not None:
         exports.append(f"RAY_gcs_rpc_server_reconnect_timeout_s={_RECONNECT_S}")
-    start = ["ray start --address=$RAY_HEAD_IP:6379 --disable-usage-stats"]
+    start = [f"{RAY_START} --address=$RAY_HEAD_IP:6379 --disable-usage-stats"]
     if provider == "local" and spec.local is not None:
         start += _resource_options(spec.local.worker_resources)
     start += _label_options(spec, provider)

@@ -61,7 +61,7 @@ def _is_fixed(name: str) -> bool:
     """Whether a variable must be the same in all processes of a session."""
     return (
         bool(frozen({name: ""}))
-        or name in ("PYTHONPATH", "PATH", "HOME", "TMPDIR")
+        or name in ("PYTHONPATH", "PATH", "HOME", "TMPDIR", "HELIOSTAT_CLUSTER")
         or name.endswith("_VISIBLE_DEVICES")
         or (name.startswith("RAY_") and not name.startswith(OF_COMMAND))
     )

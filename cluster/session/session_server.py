@@ -23,7 +23,7 @@ from typing import Any
 from cluster.connection.ray_internals import FORKED_RAY_SETTINGS
 from cluster.session.warm_ray import hold_ray
 from cluster.zygote.handover import open_files
-from cluster.zygote.preload import COMMAND_MODULES, RAY_MODULES, WORKER_MODULES, preload
+from cluster.zygote.preload import COMMAND_MODULES, LATER_MODULES, RAY_MODULES, preload
 from cluster.zygote.zygote import Child, Zygote, tell
 
 KEEP_WARM_S = 600.0
@@ -99,7 +99,7 @@ class SessionServer(Zygote):
         """Begin with the requests that wait, since Ray starts while its services are imported."""
         passes = iter([True])
         self.serve(lambda: next(passes, False))
-        self.serve(lambda: self.alive, RAY_MODULES)
+        self.serve(lambda: self.alive, RAY_MODULES, quiet_s=0)
 
     def _status(self) -> dict[str, Any]:
         idle_s = 0.0 if self.in_use else time.monotonic() - self._idle_since_s
@@ -201,7 +201,7 @@ class SessionServer(Zygote):
             close_all_but(self._workers_listener.fileno(), self._alive)
             zygote = Zygote(self._workers_listener)
             preload(COMMAND_MODULES)
-            zygote.serve(lambda: os.getppid() == session or bool(zygote.children), WORKER_MODULES)
+            zygote.serve(lambda: os.getppid() == session or bool(zygote.children), LATER_MODULES)
             os._exit(0)
         return pid
 

@@ -24,8 +24,13 @@ MAX_FILES = 64
 RAY_SOCKET, WORKER_SOCKET = "ray.sock", "worker.sock"
 """Sockets in a session's folder: of the session with Ray imported, and of the zygote with torch."""
 FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH")
-OF_COMMAND = ("RAY_ADDRESS", "RAY_JOB_", "RAY_RAYLET_PID", "RAY_NODE_ID")
-"""Beginnings of the names of Ray's variables that differ from command to command."""
+OF_COMMAND = (
+    *("RAY_ADDRESS", "RAY_JOB_", "RAY_RAYLET_PID", "RAY_NODE_ID", "RAY_CLIENT_MODE"),
+    *("RAY_EXPERIMENTAL_NOSET_", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_USAGE_STATS_"),
+    *("RAY_enable_pipe_based_", "RAY_prestart_"),
+)
+"""Beginnings of the names of Ray's variables that differ from command to command, most of them
+because Ray 2.60 sets them in workers and jobs."""
 LIMITS = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_AS", "RLIMIT_NPROC", "RLIMIT_FSIZE")
 
 
@@ -140,9 +145,6 @@ def _end_of_child(connection: socket.socket, handle: int | None) -> int:
 
     1 if the zygote was killed first and the child then ended by a signal: nobody can say.
     """
-    if handle is not None:
-        # If it is the child that has ended, the zygote's word comes within moments, if it lives.
-        select.select([connection.fileno(), handle], [], [])
     told = _read_line(connection)
     if handle is not None:
         select.select([handle], [], [])

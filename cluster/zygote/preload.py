@@ -23,7 +23,6 @@ RAY_MODULES = (
 COMMAND_MODULES = (
     "numpy",
     "torch",
-    "ray.train.torch",
     # Our own, by name, since this package is below them.
     "tuning.cli.parser",
     "cluster.cli.jobs",
@@ -33,24 +32,24 @@ COMMAND_MODULES = (
     "trainers.runs.session",
     "rich.progress",
     "ray._private.arrow_serialization",
+    "ray._private.workers.default_worker",
     "pydantic.v1",
 )
-"""What the driver of a run imports: nothing is forked before."""
-WORKER_MODULES = (
-    "ray.train.v2._internal.execution.controller.controller",
-    "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
-    "ray._private.workers.default_worker",
-    "trainers.workloads.vision.workload",
-    "torch._dynamo",
-    "torch._inductor.standalone_compile",
-    "ray.tune",
+"""What a run's driver and worker import: nothing is forked before."""
+LATER_MODULES = (
     "mlflow",
     "mlflow.pyfunc",
     "mlflow.store.tracking.sqlalchemy_store",
     "sqlalchemy.dialects.sqlite",
-    "trainers.tracking.mlflow_run",
+    "trainers.workloads.vision.workload",
+    "ray.train.torch",
+    "ray.train.v2._internal.execution.controller.controller",
+    "torch._dynamo",
+    "torch._inductor.standalone_compile",
+    "ray.tune",
 )
-"""What workers, controllers and trackers import: imported while there is nothing to fork."""
+"""What trackers, runs of several workers, compilers and sweeps import: imported when there has been
+nothing to fork for a while, since nothing is forked meanwhile."""
 HARMLESS_THREADS = ("jemalloc_bg_thd",)
 """Threads of other libraries that hold no lock over a fork: pyarrow's allocator handles it."""
 ACCELERATORS = ("/dev/nvidia", "/dev/kfd", "/dev/dri")

@@ -23,6 +23,9 @@ from cluster.zygote.forked_child import become, shadowed_module
 from cluster.zygote.handover import receive_request
 from cluster.zygote.preload import fork_hazard, preload
 
+POLL_S = 0.5
+"""Seconds between looks whether the zygote is to go on."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,11 +62,16 @@ class Zygote:
     def unwatch(self, source: Any) -> None:
         self._events.unregister(source)
 
-    def serve(self, alive: Callable[[], bool], modules: Iterable[str] = ()) -> None:
-        """Answer requests until `alive` returns False; import `modules` when there is none."""
+    def serve(
+        self, alive: Callable[[], bool], modules: Iterable[str] = (), quiet_s: float = POLL_S
+    ) -> None:
+        """Answer requests until `alive` returns False.
+
+        Imports `modules`, one whenever there has been no request for `quiet_s`.
+        """
         left = list(modules)
         while alive():
-            ready = self._events.select(timeout=0 if left else 0.5)
+            ready = self._events.select(timeout=quiet_s if left else POLL_S)
             for key, _ in ready:
                 key.data()
             if left and not ready:

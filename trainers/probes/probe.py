@@ -19,7 +19,7 @@ from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
 from trainers.probes.timing import probe_loop
 from trainers.run_folder import unique_name
 from trainers.runs.failure_policy import failure_reason
-from trainers.runs.ray_train import WorkerConfig, ray_trainer, scaling_config
+from trainers.runs.ray_train import WorkerConfig, fit, resources_per_worker
 from trainers.spec import RunSpec, resolve
 
 CAPACITY_TIMEOUT_S = 60.0
@@ -89,7 +89,7 @@ def probe(
     config = WorkerConfig(largest, target.dataset, folder, folder.name, started)
     timing = {"seconds": target.seconds, "batches": list(batches)}
     try:
-        pickled = ray_trainer(probe_loop, config, timing).fit().return_value
+        pickled = fit(probe_loop, config, timing)
     except Exception as error:
         raise failure_reason(error, folder) from error
     finally:
@@ -108,13 +108,11 @@ def wait_for_capacity(spec_data: Mapping[str, Any], timeout_s: float = CAPACITY_
     import ray
 
     spec, _ = resolve(spec_data, RunSpec)
-    config = scaling_config(spec.scale)
+    per_worker = resources_per_worker(spec.scale)
     deadline_s = time.monotonic() + timeout_s
     while True:
         free = ray.available_resources()
-        wanted = {
-            name: n * spec.scale.max_workers for name, n in config.resources_per_worker.items()
-        }
+        wanted = {name: n * spec.scale.max_workers for name, n in per_worker.items()}
         lacking = [name for name, n in wanted.items() if n > free.get(name, 0)]
         if not lacking:
             return

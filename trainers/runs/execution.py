@@ -12,7 +12,12 @@ from trainers.outcome import Outcome
 from trainers.planning.forecast import Forecast, ForecastHistory, describe_outcome, forecast_keys
 from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.runs.driver_meter import DriverMeter
-from trainers.runs.ray_train import ProgressCallback, WorkerConfig, run_workers, scaling_config
+from trainers.runs.ray_train import (
+    ProgressCallback,
+    WorkerConfig,
+    resources_per_worker,
+    run_workers,
+)
 from trainers.runs.run import Run
 from trainers.tracking.mlflow_run import (
     DESCRIPTION_TAG,
@@ -88,7 +93,7 @@ def _latest_forecast(run: Run) -> Forecast | None:
     """
     if Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest() is not None:
         return None
-    keys = forecast_keys(run.spec_data, with_gpus=bool(scaling_config(run.spec.scale).use_gpu))
+    keys = forecast_keys(run.spec_data, with_gpus="GPU" in resources_per_worker(run.spec.scale))
     return ForecastHistory(Path(run.spec.storage)).latest_for(keys)
 
 

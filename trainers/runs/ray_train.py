@@ -1,4 +1,4 @@
-"""The workers of a run under Ray Train: the driver that starts them, and the code they run."""
+"""The workers of a run: the driver that starts them, with Ray Train or alone, and their code."""
 
 import contextlib
 import os
@@ -9,12 +9,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.base.errors import SpecError, TrainingError
 from cluster.connection.ray_connection import missing_resources
+from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
@@ -45,6 +46,8 @@ from trainers.worker import Worker
 from trainers.workload import Workload
 
 POLL_S = 0.2
+ANY_MODEL = ("auto", "cpu", "gpu")
+"""Values of `scale.accelerator` that name no model of accelerator."""
 
 ProgressCallback = Callable[[int, list[MetricPoint], list[str]], None]
 """Called often with the steps done so far, and the new metrics and new lines for the user."""
@@ -64,6 +67,8 @@ class WorkerConfig:
     """A recorded power trace that replaces the readings of the workers' devices."""
     threads: int | None = None
     """Threads of each worker on a CPU; its share of the machine's cores when None."""
+    alone: bool = False
+    """Whether this is one worker without Ray Train; see `fit`."""
 
 
 def run_workers(
@@ -76,17 +81,16 @@ def run_workers(
     """
     import ray
 
-    trainer = ray_trainer(_train_loop, config, {"tracker": tracker})
     outcome: list[Outcome] = []
     errors: list[BaseException] = []
 
-    def fit() -> None:
+    def train_to_end() -> None:
         try:
-            outcome.append(Outcome(**trainer.fit().return_value))
+            outcome.append(Outcome(**fit(_train_loop, config, {"tracker": tracker})))
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=fit, daemon=True, name="ray-train")
+    thread = threading.Thread(target=train_to_end, daemon=True, name="ray-train")
     thread.start()
     stop_requested = False
     stalls = StallWatch(config.folder / STALLS)
@@ -112,17 +116,82 @@ def run_workers(
         stalls.remove_empty()
 
 
-def ray_trainer(
+def fit(
     train_loop: Callable[[dict[str, Any]], Any], worker_config: WorkerConfig, more: dict[str, Any]
 ) -> Any:
-    """Ray's trainer that calls `train_loop` in every worker; its `fit` blocks.
+    """Call `train_loop` in every worker; returns what it returns on rank 0. Blocks.
 
-    `train_loop` is given a dictionary: `more`, and the pickled `worker_config`. The
-    `return_value` of the result is that of rank 0.
+    `train_loop` is given a dictionary: `more`, and the pickled `worker_config`. A failure of
+    workers is an exception with `worker_failures`, the exception of each failed worker by rank.
+
+    One worker on a machine that gets no preemption notices has no use for Ray Train, whose
+    controller and its helper are two more processes, between which a start goes back and forth.
     """
+    spec, _ = resolve(worker_config.spec_data, RunSpec)
+    watched = os.environ.get(PREEMPTION_WATCHER_ENV_VAR) != "0"
+    if spec.scale.workers != 1 or spec.scale.accelerator not in ANY_MODEL or watched:
+        return _ray_trainer(train_loop, worker_config, more, spec.scale).fit().return_value
+    config = {**more, "worker_config": pickle.dumps(replace(worker_config, alone=True))}
+    return _fit_alone(train_loop, config, spec.scale)
+
+
+class LoneWorkerError(Exception):
+    """The one worker of a run has failed, for good."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__(str(failure))
+        self.worker_failures = {0: failure}
+
+
+def _fit_alone(
+    train_loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], scale: ScaleSpec
+) -> Any:
+    """Call `train_loop` in an actor, again if it is lost. Raises LoneWorkerError."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    resources = resources_per_worker(scale)
+    group = placement_group([resources])  # by which `driver_meter` knows what is reserved
+    named = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    worker = ray.remote(TrainWorker).options(
+        **{named[name]: amount for name, amount in resources.items()},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+    )
+    restarts = 0
+    try:
+        while True:
+            actor = worker.remote()
+            try:
+                return ray.get(actor.run.remote(train_loop, config))
+            except ray.exceptions.RayTaskError as error:
+                failure = error.cause
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                failure = error
+            if decide_retry({0: failure}) == "raise" or restarts == scale.max_restarts:
+                raise LoneWorkerError(failure) from failure
+            restarts += 1
+            ray.kill(actor)
+    finally:
+        remove_placement_group(group)
+
+
+class TrainWorker:
+    """The process of a worker without Ray Train; it ends with the handle."""
+
+    def run(self, train_loop: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> Any:
+        return train_loop(config)
+
+
+def _ray_trainer(
+    train_loop: Callable[[dict[str, Any]], Any],
+    worker_config: WorkerConfig,
+    more: dict[str, Any],
+    scale: ScaleSpec,
+) -> Any:
+    """Ray's trainer for several workers, or for machines that come and go; see `fit`."""
     from ray.train import FailureConfig, RunConfig
 
-    spec, _ = resolve(worker_config.spec_data, RunSpec)
     # How soon Ray Train notices that workers are done or dead, or that a node is to go; its
     # defaults are 2 s and 5 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
@@ -131,55 +200,59 @@ def ray_trainer(
         train_loop,
         # Ray's controller unpickles this too; as bytes it does not import the user's code there.
         train_loop_config={**more, "worker_config": pickle.dumps(worker_config)},
-        scaling_config=scaling_config(spec.scale),
+        scaling_config=_scaling_config(scale),
         run_config=RunConfig(
             name=secrets.token_hex(4),
             storage_path=str(worker_config.folder / "ray"),
-            failure_config=FailureConfig(max_failures=spec.scale.max_restarts),
+            failure_config=FailureConfig(max_failures=scale.max_restarts),
         ),
     )
 
 
-def scaling_config(scale: ScaleSpec) -> Any:
-    """Ray Train's configuration for the spec's workers: one accelerator each, or none."""
+def resources_per_worker(scale: ScaleSpec) -> dict[str, float]:
+    """What Ray reserves for each of the spec's workers: CPUs, and one accelerator or none."""
     import ray
-    from ray.train import ScalingConfig
 
-    resource: str | None = ray_resource(scale.accelerator)  # GPU for gpu
-    named = scale.accelerator not in ("auto", "cpu", "gpu")
+    cpus = {"CPU": scale.cpus_per_worker}
     if scale.accelerator == "cpu" or (
         scale.accelerator == "auto" and not ray.cluster_resources().get("GPU", 0)
     ):
-        resource = None
+        return cpus
+    return {**cpus, ray_resource(scale.accelerator): 1}
+
+
+def _scaling_config(scale: ScaleSpec) -> Any:
+    """Ray Train's configuration for the spec's workers."""
+    from ray.train import ScalingConfig
+
+    resources = resources_per_worker(scale)
     return ScalingConfig(
         num_workers=scale.workers,
-        use_gpu=resource == "GPU",
-        resources_per_worker={"CPU": scale.cpus_per_worker, **({resource: 1} if resource else {})},
-        accelerator_type=scale.accelerator if named else None,
+        use_gpu="GPU" in resources,
+        resources_per_worker=resources,
+        accelerator_type=None if scale.accelerator in ANY_MODEL else scale.accelerator,
     )
 
 
 def resource_shortage(scale: ScaleSpec) -> str | None:
     """One line on the resources that the cluster lacks today for the spec's workers, or None."""
-    config = scaling_config(scale)
     fewest = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
-    missing = missing_resources(fewest, dict(config.resources_per_worker))
+    missing = missing_resources(fewest, resources_per_worker(scale))
     return f"scale.workers: {missing}" if missing else None
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """The code of each worker; returns the fields of an `Outcome`."""
-    import ray.train
-
     run: WorkerConfig = pickle.loads(config["worker_config"])
     tracker = config["tracker"]
-    local_rank = ray.train.get_context().get_local_rank()
+    local_rank = _place(run).local_rank
+    notice = (lambda: None) if run.alone else preemption_notice
     with worker_context(run) as (spec, workload, worker):
         require_run_visible(run.folder, spec)
         dataset = local_dataset(run.dataset, spec)
         reporter: Reporter = NullReporter()
         if worker.is_rank_zero:
-            reporter = TrackerReporter(tracker, run.key, preemption_notice=preemption_notice)
+            reporter = TrackerReporter(tracker, run.key, preemption_notice=notice)
         with (
             WorkerMeter(tracker, run.key, worker.hardware, local_rank, run.power_trace),
             watch_for_stalls(run, spec, worker),
@@ -193,25 +266,20 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Worker]]:
-    """Set this process up as one of Ray Train's workers, on its device.
+    """Set this process up as one of a run's workers, on its device.
 
     Errors are converted to an exception type that tells the driver whether to restart.
     """
-    import ray.train
-    import ray.train.torch
     import torch
 
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    local_world_size = context.get_local_world_size()
-    cores = (os.cpu_count() or 1) // local_world_size
+    place = _place(config)
+    cores = (os.cpu_count() or 1) // place.local_world_size
     torch.set_num_threads(config.threads or max(1, cores))
     try:
         spec, workload = resolve(config.spec_data, RunSpec)
-        index = ray.train.torch.get_device().index or 0
-        hardware = local_device(spec.scale.accelerator, index)
+        hardware = local_device(spec.scale.accelerator, place.device_index)
         hardware.select()
-        yield spec, workload, Worker(rank, world_size, hardware, local_world_size)
+        yield spec, workload, Worker(place.rank, place.world_size, hardware, place.local_world_size)
     except Exception as error:
         if is_peer_loss(error):
             traceback.clear_frames(error.__traceback__)  # its model: this process may train again
@@ -220,6 +288,31 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
         if isinstance(error, SpecError):  # a mistake that only the worker's own device shows
             raise
         raise TrainingError(format_error(error)) from error
+
+
+class _Place(NamedTuple):
+    """The place of this process in its group."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device_index: int = 0
+
+
+def _place(config: WorkerConfig) -> _Place:
+    if config.alone:
+        return _Place()
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    return _Place(
+        context.get_world_rank(),
+        context.get_world_size(),
+        context.get_local_rank(),
+        context.get_local_world_size(),
+        ray.train.torch.get_device().index or 0,
+    )
 
 
 def watch_for_stalls(

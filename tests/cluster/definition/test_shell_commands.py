@@ -28,6 +28,9 @@ for name in ${4//|/ }; do [ -e ~/runs.$name ] && exit 0; done; exit 1
 NOTE = """#!/bin/bash
 echo "$(basename $0) $* $(env | grep -E '^(MLFLOW_|HELIOSTAT_)' | sort | tr '\\n' ' ')" >> ~/said
 """
+PYTHON = NOTE.replace(
+    "\n", '\n[ "$2" = cluster.session.forked ] && [ "$3" = ray ] && exec ray "${@:4}"\n', 1
+)
 MLFLOW = NOTE.replace("\n", "\necho $$ > ~/server.pid\n", 1) + "exec sleep 120\n"
 
 
@@ -38,7 +41,7 @@ class Host:
         self.home = home
         programs = home / "venv" / "bin"
         programs.mkdir(parents=True)
-        for name, text in {"ray": RAY, "pgrep": PGREP, "mlflow": MLFLOW, "python": NOTE}.items():
+        for name, text in {"ray": RAY, "pgrep": PGREP, "mlflow": MLFLOW, "python": PYTHON}.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         (home / ".ray").mkdir()

@@ -277,7 +277,12 @@ def test_a_killed_driver_leaves_no_reservation(
     job_file, begun, log = tmp_path / "job", tmp_path / "begun", tmp_path / "log"
     command = [sys.executable, "-c", DRIVER, ray_cluster, str(job_file), str(begun)]
     with log.open("w") as output:
-        driver = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path)
+        driver = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     wait_until(lambda: begun.exists() or driver.poll() is not None, log.read_text)
     assert driver.poll() is None, log.read_text()
     job = job_file.read_text()
