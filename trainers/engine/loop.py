@@ -93,7 +93,7 @@ def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, flo
     metrics = {"train/lr": steps.learning_rate(step)}
     steps.meter.mark("compute")  # a GPU has been waited for
     if evaluates or steps.meter.unreported_s() > PERF_INTERVAL_S:
-        metrics |= steps.meter.read()
+        metrics |= steps.read_meter()
     if steps.skipped_steps:
         metrics["train/skipped_steps"] = steps.skipped_steps
     return metrics

@@ -63,6 +63,7 @@ class TrainStep:
         self.uses_native_rng: bool | None = None
         """Whether the model drew from the device's generator; None before the first step."""
         self._last_finite_loss = math.nan
+        self._flops_uncounted = True
 
     @property
     def network(self) -> nn.Module:
@@ -89,14 +90,10 @@ class TrainStep:
         of the batch, as a scalar on its device; zero for a step that was skipped. Raises a
         TrainingError that says what would fit when memory runs out.
         """
-        first = self.uses_native_rng is None
         try:
             loss = self._run(step)
             self.meter.mark("compute")
             self.meter.count_step()
-            if first and self.meter.flops is None:  # a checkpoint has those that were counted
-                self.meter.flops = self._model.count_flops()
-                self.meter.mark("start")
             return loss
         except RuntimeError as error:
             if is_unfinished_reduction(error):
@@ -132,6 +129,18 @@ class TrainStep:
         checkpoints.save(done, self.network, optimizer, scalars, metrics, before_commit)
         self.meter.mark("checkpoint")
         return time.monotonic() - began
+
+    def read_meter(self) -> dict[str, float]:
+        """Where the time of the steps since the last report went; see `ThroughputMeter.read`.
+
+        The first call counts the model's FLOPs, unless a checkpoint had them. That may take
+        seconds: no step waits for it before there is a report.
+        """
+        if self._flops_uncounted and self.meter.flops is None:
+            self.meter.flops = self._model.count_flops()
+            self.meter.mark("start")
+        self._flops_uncounted = False
+        return self.meter.read()
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""

@@ -259,6 +259,7 @@ def _measure_unfused_step(variant: Variant, samples: Batch, device: Device) -> t
         train_step.run(next(steps, 0))
 
     alone_s = _fastest_s(step, device)
+    train_step.read_meter()
     flops = train_step.meter.flops
     if flops is None:
         return alone_s, 1 / 16  # a guess; the compiled program is measured

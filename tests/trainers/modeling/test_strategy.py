@@ -184,7 +184,9 @@ def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     root = tmp_path_factory.mktemp("towers")
     dataset = prepare_dataset(resolve(TOWER, RunSpec)[1], root)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tower"])
+    # And what each of them would import by itself, for 3 s of CPU time.
+    torch_modules = ["_dynamo", "distributed.checkpoint", "distributed.fsdp"]
+    context.set_forkserver_preload(["tower", *(f"torch.{name}" for name in torch_modules)])
 
     def runner(
         workers: int | tuple[int, int] = 1,
