@@ -7,6 +7,7 @@ weight decay are not in it: they are a function of the spec and the step.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -55,6 +56,15 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
         self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
         self._writing: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """After an error, let the save under way end: this process may train again."""
+        if error is not None:
+            with contextlib.suppress(Exception):
+                self.wait()
 
     def save(
         self,
@@ -107,7 +117,7 @@ class Checkpoints:
     def import_from(self, path: Path) -> None:
         """Copy another run's checkpoint into this run; not collective.
 
-        The donor's goodput counters are not copied.
+        What the donor's meter has counted is not copied.
         """
         manifest = read_manifest(path)
         name = _name(manifest)

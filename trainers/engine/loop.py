@@ -46,46 +46,46 @@ def train(
     splits = open_splits(dataset)
     steps = TrainStep(spec, workload, splits["train"], worker or Worker(), total, started)
     worker, meter = steps.worker, steps.meter
-    checkpoints = Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker)
-    start, scalars = steps.resume(checkpoints)
-    evaluator = Evaluator(spec, workload, splits, steps, reporter)
-    saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
-    coordinator = StepCoordinator(worker, reporter, start)
-    losses = LossWindow(worker, scalars)
-    _log_strategy(steps, reporter)
+    with Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker) as checkpoints:
+        start, scalars = steps.resume(checkpoints)
+        evaluator = Evaluator(spec, workload, splits, steps, reporter)
+        saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
+        coordinator = StepCoordinator(worker, reporter, start)
+        losses = LossWindow(worker, scalars)
+        _log_strategy(steps, reporter)
 
-    done = start
-    for step in range(start, total):
-        heartbeat(step)
-        done = step + 1
-        losses.add(steps.run(step), done)
-        if step == start:
-            _log_first_step(spec, steps, reporter)
+        done = start
+        for step in range(start, total):
+            heartbeat(step)
+            done = step + 1
+            losses.add(steps.run(step), done)
+            if step == start:
+                _log_first_step(spec, steps, reporter)
 
-        decision = coordinator.decide(done, saves.is_due)
-        evaluates = done in evaluator.steps
-        if evaluates or done % spec.tracking.every_steps == 0:
-            epoch = done * spec.train.global_batch / samples
-            progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
-            reporter.log_metrics(progress | _step_metrics(steps, step, evaluates), done)
-        evaluated = evaluator.run(done)
-        if decision.saves or saves.is_scheduled(done):
-            state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
-            blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
-            saves.record_save(done, blocked_s, reporter)
-        if decision.save_every_step:  # the next step may be the last one here
-            checkpoints.wait()
-        if evaluates:
-            reporter.on_evaluation_end(evaluator.latest, done, checkpoints)
-        reporter.on_step_end(done)
-        meter.mark("other")
-        if decision.stop:
-            break
+            decision = coordinator.decide(done, saves.is_due)
+            evaluates = done in evaluator.steps
+            if evaluates or done % spec.tracking.every_steps == 0:
+                epoch = done * spec.train.global_batch / samples
+                progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
+                reporter.log_metrics(progress | _step_metrics(steps, step, evaluates), done)
+            evaluated = evaluator.run(done)
+            if decision.saves or saves.is_scheduled(done):
+                state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
+                blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
+                saves.record_save(done, blocked_s, reporter)
+            if decision.save_every_step:  # the next step may be the last one here
+                checkpoints.wait()
+            if evaluates:
+                reporter.on_evaluation_end(evaluator.latest, done, checkpoints)
+            reporter.on_step_end(done)
+            meter.mark("other")
+            if decision.stop:
+                break
 
-    checkpoints.wait()
-    reporter.flush()
-    worker.barrier()
-    return Outcome(done, total, evaluator.latest, meter.samples_per_s())
+        checkpoints.wait()
+        reporter.flush()
+        worker.barrier()
+        return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
 def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, float]:

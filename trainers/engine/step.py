@@ -133,13 +133,13 @@ class TrainStep:
     def read_meter(self) -> dict[str, float]:
         """Where the time of the steps since the last report went; see `ThroughputMeter.read`.
 
-        The first call counts the model's FLOPs, which may take seconds: no step waits for it before
-        there is a report.
+        The first call counts the model's FLOPs, unless a checkpoint had them. That may take
+        seconds: no step waits for it before there is a report.
         """
-        if self._flops_uncounted:
-            self._flops_uncounted = False
+        if self._flops_uncounted and self.meter.flops is None:
             self.meter.flops = self._model.count_flops()
             self.meter.mark("start")
+        self._flops_uncounted = False
         return self.meter.read()
 
     def learning_rate(self, step: int) -> float:

@@ -20,6 +20,7 @@ USEFUL_PHASES: tuple[Phase, ...] = ("data", "compute", "communication")
 
 _USEFUL_S, _WALL_S = "goodput.useful_s", "goodput.wall_s"
 _SAVED_S, _STOPPED = "goodput.saved_unix_s", "goodput.stopped"
+_FLOPS = "goodput.flops_per_sample"
 
 
 class ThroughputMeter:
@@ -132,7 +133,7 @@ class ThroughputMeter:
         return {f"perf/{name}": value for name, value in found.items()}
 
     def state_dict(self, stopped: bool) -> dict[str, float]:
-        """The counters of goodput, for a checkpoint.
+        """The counters of goodput and the FLOPs, for a checkpoint.
 
         `stopped` says that the run ends here on request, not at its last step.
         """
@@ -141,10 +142,12 @@ class ThroughputMeter:
             _WALL_S: self._wall_now(),
             _SAVED_S: self._now(),
             _STOPPED: float(stopped),
+            **({} if self.flops is None else {_FLOPS: self.flops}),
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from a checkpoint; one without these counters changes nothing."""
+        self.flops = state.get(_FLOPS, self.flops)
         if not state.keys() >= {_USEFUL_S, _WALL_S, _SAVED_S, _STOPPED}:
             return
         self._useful_s, self._wall_s = state[_USEFUL_S], state[_WALL_S]

@@ -6,6 +6,7 @@ import pickle
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -281,6 +282,7 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
         yield spec, workload, Worker(place.rank, place.world_size, hardware, place.local_world_size)
     except Exception as error:
         if is_peer_loss(error):
+            traceback.clear_frames(error.__traceback__)  # its model: this process may train again
             lost = PeerPreemptedError if preemption_notice() else PeerLostError
             raise lost(str(error)) from error
         if isinstance(error, SpecError):  # a mistake that only the worker's own device shows

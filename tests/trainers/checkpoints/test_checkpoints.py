@@ -1,9 +1,11 @@
 """A checkpoint is complete or absent, and training goes on from it bit by bit."""
 
+import contextlib
 import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,16 @@ def names(folder: Path) -> list[str]:
 def newest(folder: Path) -> str | None:
     path = Checkpoints(folder, CheckpointSpec(keep=9)).latest()
     return path.name if path else None
+
+
+def test_an_error_waits_for_the_save_under_way(folder: Path) -> None:
+    """Else a worker that trains again in the same process would write beside it."""
+    model, optimizer = make()
+    with contextlib.suppress(KeyError), Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, model, optimizer, before_commit=lambda: time.sleep(0.3))
+        assert newest(folder) is None
+        raise KeyError
+    assert names(folder) == ["step-00000001"]
 
 
 class TestContinuation:

@@ -23,6 +23,7 @@ from trainers.data.splits import open_split
 from trainers.engine import coordination
 from trainers.engine.loop import train
 from trainers.engine.step import TrainStep
+from trainers.modeling import build
 from trainers.outcome import Outcome
 from trainers.spec import RunSpec, resolve
 
@@ -323,6 +324,21 @@ def test_perf_metrics_are_reported(own_folder: Path) -> None:
     assert newest["perf/model_flop_per_s"] == pytest.approx(speed)
     assert 0 < newest["perf/goodput"] < 1
     assert "perf/mfu" not in newest, "nobody knows the peak of this machine's CPU"
+
+
+def test_flops_are_not_counted_again_after_a_restart(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, before, _ = run(own_folder, "cut", 13, train=STEPS)
+    monkeypatch.setattr(build, "count_flops", lambda *_: pytest.fail("counted again"))
+    _, after, _ = run(own_folder, "cut", train=STEPS)
+    rates = [
+        rows["perf/model_flop_per_s"][step] / rows["perf/samples_per_s"][step]
+        for rows in (before.rows, after.rows)
+        for step in rows["perf/model_flop_per_s"]
+    ]
+    assert rates == pytest.approx([rates[0]] * len(rates))
+    assert len(rates) > 1
 
 
 def test_goodput_goes_on_over_a_wanted_stop(own_folder: Path) -> None:

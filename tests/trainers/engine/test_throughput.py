@@ -222,6 +222,14 @@ class TestGoodput:
         spend(again, clock, "compute", 1)
         assert 0 < again.goodput() < 1
 
+    def test_flops_are_counted_once_in_a_run(self) -> None:
+        first, second = meter(Clock()), meter(Clock())
+        first.flops = 7.5
+        second.load_state_dict(first.state_dict(stopped=False))
+        assert second.flops == 7.5
+        second.load_state_dict({})
+        assert second.flops == 7.5
+
     def test_the_state_survives_json_beside_other_numbers(self) -> None:
         clock = Clock()
         it = meter(clock)

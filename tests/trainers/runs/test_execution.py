@@ -25,7 +25,6 @@ from trainers.spec import RunSpec, resolve
 STEPS = 30
 
 TINY = {
-    "workload": "faulty:Faulty",
     "model": {"width": 4, "blocks": [1, 1], "dropout": 0.3},
     "train": {
         "steps": STEPS,
@@ -36,6 +35,29 @@ TINY = {
     "checkpoint": {"every_steps": 7},
     "tracking": {"every_steps": 1},
 }
+
+RECORDED = """
+import os
+import time
+from pathlib import Path
+
+from faulty import Faulty
+
+
+class Recorded(Faulty):
+    class Data(Faulty.Data):
+        events: str = ""
+        slow: int = -1
+
+    def augment(self, batch, random):
+        with open(self.data.events, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        slept = Path(self.data.events + ".slept")
+        if self.data.slow in random.positions.tolist() and not slept.exists():
+            slept.touch()
+            time.sleep(600)
+        return super().augment(batch, random)
+"""
 
 
 @dataclass
@@ -57,16 +79,20 @@ def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_ser
     """Runs the tiny spec with some fields changed, to its end."""
     storage = tmp_path_factory.mktemp("storage")
 
-    def runner(lines_shown: list[str] | None = None, **sections: dict[str, Any]) -> EndedRun:
-        data: dict[str, Any] = {**TINY, "storage": str(storage)}
+    def runner(
+        lines_shown: list[str] | None = None,
+        workload: str = "faulty:Faulty",
+        **sections: dict[str, Any],
+    ) -> EndedRun:
+        data: dict[str, Any] = {**TINY, "workload": workload, "storage": str(storage)}
         data["tracking"] = {**data["tracking"], "uri": mlflow_server}
         for name, values in sections.items():
             data[name] = {**data.get(name, {}), **values}
-        spec, workload = resolve(data, RunSpec)
+        spec, resolved = resolve(data, RunSpec)
         full = resolved_data(spec)
         folder = folders.create_run_folder(storage, folders.unique_name("tiny"), full)
-        dataset = prepare_dataset(workload, storage)
-        one = Run(full, spec, workload, dataset, folder)
+        dataset = prepare_dataset(resolved, storage)
+        one = Run(full, spec, resolved, dataset, folder)
         losses: dict[int, float] = {}
 
         def on_progress(step: int, points: list[Any], lines: list[str]) -> None:
@@ -98,21 +124,32 @@ def test_two_workers_give_the_losses_of_one(one_worker: EndedRun, two_workers: E
         assert two_workers.outcome.metrics[name] == pytest.approx(value, rel=1e-9)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.fixture(scope="module")
+def recorded(modules: Path) -> str:
+    """A workload that does as `faulty` does, and writes its process into `data.events`."""
+    (modules / "recorded.py").write_text(RECORDED)
+    return "recorded:Recorded"
+
+
+@pytest.mark.parametrize(("workers", "victim"), [(1, 0), (2, 0), (2, 1)])
 def test_a_worker_killed_in_mid_epoch_changes_no_result(
-    workers: int,
     train: Runner,
     request: pytest.FixtureRequest,
+    recorded: str,
     tmp_path: Path,
     mlflow_server: str,
+    workers: int,
+    victim: int,
 ) -> None:
-    """The weights are bit for bit the same, and MLflow has each loss once."""
+    """The weights are bit for bit the same, MLflow has each loss once, and one process is new."""
     import mlflow
 
     undisturbed = request.getfixturevalue("one_worker" if workers == 1 else "two_workers")
-    marker = tmp_path / "killed"
-    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
-    killed = train(scale={"workers": workers}, data=fault)
+    marker, events = tmp_path / "killed", tmp_path / "events"
+    fault = {"fault": "kill", "position": 18 * 64 + 40 * victim, "marker": str(marker)}
+    data = {**fault, "events": str(events)}
+    scale = {"workers": workers, "max_restarts": 1}
+    killed = train(scale=scale, data=data, workload=recorded)
     assert marker.exists(), "no worker was killed"
     assert killed.outcome.complete
     for name, weight in undisturbed.weights().items():
@@ -121,6 +158,26 @@ def test_a_worker_killed_in_mid_epoch_changes_no_result(
     history = client.get_metric_history(killed.tracked["run_id"], "train/loss")
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
     assert {m.step: m.value for m in history} == undisturbed.losses
+    assert len(set(events.read_text().split())) == workers + 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_stop_after_a_loss_is_replaced_too(
+    train: Runner, two_workers: EndedRun, recorded: str, tmp_path: Path
+) -> None:
+    marker, events = tmp_path / "killed", tmp_path / "events"
+    fault = {"fault": "kill", "position": 18 * 64 + 40, "marker": str(marker)}
+    data = {**fault, "events": str(events), "slow": 18 * 64}
+    killed = train(scale={"workers": 2, "max_restarts": 1}, data=data, workload=recorded)
+    for name, weight in two_workers.weights().items():
+        assert killed.weights()[name].equal(weight), name
+    assert len(set(events.read_text().split())) == 4
+
+
+def test_a_worker_lost_too_often_ends_the_run(train: Runner, tmp_path: Path) -> None:
+    fault = {"fault": "kill", "position": 3 * 64, "marker": str(tmp_path / "killed")}
+    with pytest.raises(TrainingError, match="worker 0 was lost too often"):
+        train(data=fault, scale={"max_restarts": 0})
 
 
 @pytest.mark.slow
