@@ -45,6 +45,18 @@ MILESTONES = {
 """Milestone -> regular expression. A process whose command line matches shows that the milestone
 has been reached; for the last one, at most 0.3 s before."""
 FIRST_STEP, CPU = "first step", "CPU"
+PROCESSES = {
+    "worker": r"ray::(Ray)?TrainWorker|ray::execute\.|run_train_fn",
+    "driver": "heliostat",
+    "tracker": ":Tracker",
+    "Ray Train's other actors": "ray::",
+    "session: services' zygote": "session$",
+    "session: workers' zygote": "session-zygote",
+    "session: Ray's holder": "session-ray",
+    "Ray's services in C++": "gcs_server|raylet",
+    "Ray's services in Python": "dashboard|agent|monitor|main",
+}
+"""Name of a row -> regular expression for a process's title and name; the first that matches."""
 LIMIT_S = 120
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 OLD_COMMAND = "import sys; from tuning.main import main; sys.exit(main())"
@@ -77,7 +89,7 @@ class Place:
         Also the CPU-seconds that all processes of this place took meanwhile.
         """
         log = self.folder / "log"
-        before = sum(self._cpu_s().values())
+        before = self._cpu_s()
         start = time.time()
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -89,6 +101,7 @@ class Place:
                 start_new_session=True,
             )
         seen, used = dict[str, float](), dict[int, float]()
+        names = dict[int, str]()
         while process.poll() is None:
             now = time.time() - start
             if now > LIMIT_S:
@@ -96,13 +109,21 @@ class Place:
             used |= self._cpu_s()
             for pid in used:
                 name = _read(pid, "cmdline").replace("\0", " ")
+                names[pid] = (name if name.startswith("ray::") else _read(pid, "comm")) or names[
+                    pid
+                ]
                 for milestone, pattern in MILESTONES.items():
                     if re.search(pattern, name):
                         seen.setdefault(milestone, now)
             time.sleep(0.05)
         if process.returncode != 0:
             sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{log.read_text()}")
-        return start, {**seen, CPU: sum(used.values()) - before}
+        by_process = defaultdict[str, float](float)
+        for pid, cpu_s in used.items():
+            kinds = (kind for kind, pattern in PROCESSES.items() if re.search(pattern, names[pid]))
+            by_process[next(kinds, "other")] += cpu_s - before.get(pid, 0.0)
+        total = sum(by_process.values())
+        return start, {**seen, **by_process, CPU: total}
 
     def _cpu_s(self) -> dict[int, float]:
         """The CPU-seconds so far of each process of this place that lives."""
@@ -221,11 +242,17 @@ def main() -> None:
     show(case, first, "s", 1.0)
     show("20 steps", used, "CPU-s", 1.0)
     print(f"\n{'seconds until':<24}" + "".join(f"{name:>18}" for name in seen))
-    for milestone in [*MILESTONES, FIRST_STEP, CPU]:
+    for milestone in [*MILESTONES, FIRST_STEP]:
         line = f"{milestone:<24}"
         for each in seen.values():
             times = [run[milestone] for run in each if milestone in run]
             line += f"{statistics.median(times):>18.2f}" if times else f"{'-':>18}"
+        print(line)
+    print(f"\n{'CPU-seconds of':<28}" + "".join(f"{name:>18}" for name in runs))
+    for kind in [*PROCESSES, "other", CPU]:
+        line = f"{kind:<28}"
+        for name in runs:
+            line += f"{statistics.median(run.get(kind, 0.0) for run in seen[name]):>18.1f}"
         print(line)
     results = []
     for ours in ("Heliostat, cold", "Heliostat, warm"):

@@ -23,7 +23,13 @@ from typing import Any
 from cluster.connection.ray_internals import FORKED_RAY_SETTINGS
 from cluster.session.warm_ray import hold_ray
 from cluster.zygote.handover import open_files
-from cluster.zygote.preload import COMMAND_MODULES, LATER_MODULES, RAY_MODULES, preload
+from cluster.zygote.preload import (
+    COMMAND_MODULES,
+    LATER_MODULES,
+    RAY_MODULES,
+    name_process,
+    preload,
+)
 from cluster.zygote.zygote import Child, Zygote, tell
 
 KEEP_WARM_S = 600.0
@@ -199,6 +205,7 @@ class SessionServer(Zygote):
         pid = os.fork()
         if pid == 0:
             close_all_but(self._workers_listener.fileno(), self._alive)
+            name_process("session-zygote")
             zygote = Zygote(self._workers_listener)
             preload(COMMAND_MODULES)
             zygote.serve(lambda: os.getppid() == session or bool(zygote.children), LATER_MODULES)
@@ -241,6 +248,7 @@ def main() -> None:
         level=logging.INFO,
         format="%(asctime)s %(process)d %(message)s",
     )
+    name_process("session")
     os.environ.update(FORKED_RAY_SETTINGS)  # one of them is read when Ray's services are imported
     # Ray's C++ part reads these two once, when it is imported, and keeps them for good.
     os.environ.update(RAY_JOB_ID="ffffffff", RAY_RAYLET_PID="1")

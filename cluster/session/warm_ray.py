@@ -19,6 +19,7 @@ from cluster.connection.ray_internals import (
     other_drivers,
     reload_configuration,
 )
+from cluster.zygote.preload import name_process
 from cluster.zygote.python_for_ray import python_for
 
 CLEAN_TIMEOUT_S = 10.0
@@ -58,6 +59,7 @@ def _hold(folder: Path, control: socket.socket) -> None:
     import ray
 
     owner = f"ray-{os.getpid()}"
+    name_process("session-ray")
     (folder / owner).mkdir()
     reload_configuration()
     write_atomic(folder / owner / "base.json", json.dumps(dict(os.environ)))

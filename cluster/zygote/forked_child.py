@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.connection.ray_internals import reload_configuration
-from cluster.zygote.preload import top_level_modules
+from cluster.zygote.preload import name_process, top_level_modules
 
 FIRST_MOVED_FILE = 600
 """Where open files are moved before they get their numbers; above all that a process inherits."""
@@ -156,6 +156,7 @@ def _action(request: Mapping[str, Any]) -> Callable[[], int | None]:
     """The program of Ray, or the function of ours, that the child is to run."""
     if request["do"] == "fork":
         program = request["program"]
+        name_process(Path(program[0]).stem)
         sys.argv = list(program)
         sys.path.insert(0, str(Path(program[0]).parent))
 
@@ -163,6 +164,7 @@ def _action(request: Mapping[str, Any]) -> Callable[[], int | None]:
             runpy.run_path(program[0], run_name="__main__")
 
         return run_program
+    name_process(Path(request["title"]).name)
     module, _, name = request["function"].partition(":")
     arguments = request["arguments"]
     sys.argv = [request["title"], *arguments]

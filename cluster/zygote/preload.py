@@ -71,6 +71,12 @@ def preload(modules: Iterable[str]) -> None:
                 logger.warning("%s: %s", name, error)
 
 
+def name_process(name: str) -> None:
+    """Name this process as `ps` and `top` show it, by its first 15 characters."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
 def fork_hazard() -> str | None:
     """Why this process must not fork: it has threads, or has used an accelerator."""
     own = str(os.getpid())

@@ -46,7 +46,7 @@ def tells(arguments):
         "nice": os.getpriority(os.PRIO_PROCESS, 0), "stdin": sys.stdin.read(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE), "random": random.random(),
         "numpy": __import__("numpy").random.random(),
-        "path": sys.path, "pid": os.getpid(), "open": len(os.listdir("/proc/self/fd")),
+        "path": sys.path, "pid": os.getpid(), "name": Path("/proc/self/comm").read_text(), "open": len(os.listdir("/proc/self/fd")),
     }))
     print("told")
     return 0
@@ -173,6 +173,7 @@ def test_a_child_is_what_the_process_would_have_been(
         told.append(json.loads((tmp_path / name).read_text()))
         assert told[-1]["environment"] == environment
         assert told[-1]["cwd"] == str(tmp_path / "cwd")
+        assert told[-1]["name"] == "x\n"  # the title that it asked for
         assert told[-1]["umask"] == 0o027
         assert told[-1]["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 3
         assert told[-1]["files"] == [100, 200]
