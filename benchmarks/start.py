@@ -109,9 +109,8 @@ class Place:
             used |= self._cpu_s()
             for pid in used:
                 name = _read(pid, "cmdline").replace("\0", " ")
-                names[pid] = (name if name.startswith("ray::") else _read(pid, "comm")) or names[
-                    pid
-                ]
+                short = name if name.startswith("ray::") else _read(pid, "comm").strip()
+                names[pid] = short or names.get(pid, "")
                 for milestone, pattern in MILESTONES.items():
                     if re.search(pattern, name):
                         seen.setdefault(milestone, now)

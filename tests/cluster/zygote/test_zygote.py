@@ -46,7 +46,8 @@ def tells(arguments):
         "nice": os.getpriority(os.PRIO_PROCESS, 0), "stdin": sys.stdin.read(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE), "random": random.random(),
         "numpy": __import__("numpy").random.random(),
-        "path": sys.path, "pid": os.getpid(), "name": Path("/proc/self/comm").read_text(), "open": len(os.listdir("/proc/self/fd")),
+        "path": sys.path, "name": Path("/proc/self/comm").read_text(),
+        "open": len(os.listdir("/proc/self/fd")),
     }))
     print("told")
     return 0
