@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from importlib.machinery import all_suffixes
 from pathlib import Path
 
 from cluster.connection.ray_internals import undrawn_identifiers
@@ -94,9 +95,15 @@ def fork_hazard() -> str | None:
 
 
 def top_level_modules(folder: str) -> set[str]:
-    """The names of modules and packages that can be imported from a folder."""
-    try:
-        names = [entry.name for entry in Path(folder).iterdir()]
-    except OSError:
-        return set()
-    return {name.partition(".")[0] for name in names}
+    """The names of modules and packages that Python would import from a folder.
+
+    Not those of folders without `__init__.py`: any real package has precedence over them.
+    """
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in Path(folder).iterdir():
+            name, dot, _ = entry.name.partition(".")
+            is_module = dot and entry.name.endswith(tuple(all_suffixes()))
+            if is_module or any((entry / f"__init__{end}").exists() for end in all_suffixes()):
+                found.add(name)
+    return found

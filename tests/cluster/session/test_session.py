@@ -141,6 +141,7 @@ def test_the_second_command_finds_the_first_ones_ray(user: User) -> None:
     user.train()
     second = user.session().status()
     assert (second["pid"], second["ray"]) == (first["pid"], first["ray"])
+    assert "as usual" not in (user.session().folder / "log").read_text()  # all were forked
     shown = user.run("session")
     assert re.search(r"session \w+: idle, ends in \d+ s; [\d,]+ MB; Ray at 127.0.0.1:\d+", shown)
 

@@ -44,6 +44,9 @@ def test_the_modules_of_commands_start_no_thread_and_touch_no_accelerator() -> N
 def test_modules_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "one.py").touch()
     (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "__init__.py").touch()
+    (tmp_path / "mlflow.db").touch()  # as in the working folder of most users
+    (tmp_path / "torch").mkdir()
     (tmp_path / "three.cpython-311-x86_64-linux-gnu.so").touch()
     assert preload.top_level_modules(str(tmp_path)) == {"one", "two", "three"}
     assert preload.top_level_modules(str(tmp_path / "none")) == set()
