@@ -46,6 +46,7 @@ LATER_MODULES = (
     "ray.train.torch",
     "ray.train.v2._internal.execution.controller.controller",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch._inductor.standalone_compile",
     "ray.tune",
 )
