@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.base.errors import SpecError, TrainingError
-from cluster.connection.ray_connection import missing_resources
+from cluster.connection.ray_connection import missing_resources, submission_metadata
 from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
 from trainers.checkpoints.checkpoints import Checkpoints
@@ -65,10 +65,20 @@ class WorkerConfig:
     """When the command was given (Unix time)."""
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """A recorded power trace that replaces the readings of the workers' devices."""
-    threads: int | None = None
-    """Threads of each worker on a CPU; its share of the machine's cores when None."""
+    threads: int | None = field(default_factory=lambda: _threads_of_command())
+    """Threads of each worker on a CPU: the command's OMP_NUM_THREADS, or when None its share of
+    the machine's cores."""
     alone: bool = False
     """Whether this is one worker without Ray Train; see `fit`."""
+
+
+def _threads_of_command() -> int | None:
+    """OMP_NUM_THREADS of the user, with which threads do not wait for each other on busy cores.
+
+    Ray sets the variable to 1 in the processes of workers and of submitted jobs.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and submission_metadata() is None else None
 
 
 def run_workers(

@@ -98,3 +98,16 @@ def test_others_are_started_by_ray_train(
 
     monkeypatch.setattr(ray_train, "_ray_trainer", lambda *_: Trainer())
     assert fit(mistaken, config(tmp_path, **scale), {}) == "by Ray Train"
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("3", 3), (None, None), ("", None)])
+def test_workers_have_the_threads_that_the_user_asks_for(
+    asked: str | None, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert config(tmp_path).threads == threads
+    # In a submitted job, it is Ray that has set the variable.
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert config(tmp_path).threads is None
