@@ -1,9 +1,11 @@
 # Two commands: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
 PYTHON ?= python3
 BIN := .venv/bin
+CI_MARKS := not cluster and not slow
+MARKS := $(CI_MARKS) and not thorough
 NAME := digits-demo-$(shell date +%m%d-%H%M%S)
 
-.PHONY: setup demo test test-rack test-cluster test-all answers lint
+.PHONY: setup demo test test-ci test-rack test-cluster test-all answers lint
 
 setup: .venv/ready
 
@@ -18,12 +20,17 @@ demo: setup
 	$(BIN)/heliostat train runs/$(NAME)/best.yaml --name $(NAME)-best --set scale.workers=2
 	@echo "see every run and trial: $(BIN)/heliostat ui"
 
+# Some minutes; whole runs, sweeps and hosts are left out.
 test: setup
-	$(BIN)/pytest --durations=25 $(TESTS)
+	$(BIN)/pytest -m "$(MARKS)" --durations=25 $(TESTS)
+
+# What every change must pass; `.ci/run` runs these tests in two halves at once.
+test-ci:
+	$(MAKE) test MARKS="$(CI_MARKS)"
 
 # Tests on hosts that are Linux namespaces, with real SSH: need root, openssh-server, rsync, iproute2.
 test-rack: setup
-	$(BIN)/pytest tests/rack
+	$(BIN)/pytest -m "not cluster" tests/rack
 
 # The tests on whole clusters, which take minutes: training while machines are lost, emulated AWS.
 test-cluster: setup

@@ -81,6 +81,7 @@ def test_the_readme_is_short_and_lists_every_room() -> None:
     assert rooms - linked == set()
 
 
+@pytest.mark.thorough
 def test_use_it(heliostat: Any) -> None:
     """The commands of 'Use it', in their order; then the model of the last one is loaded."""
     for command in blocks("console")[1].splitlines():
@@ -118,6 +119,7 @@ def test_your_own_model(heliostat: Any) -> None:
     assert float(re.search(r"\d{4} +([\d.]+)", output)[1]) > 0.9
 
 
+@pytest.mark.thorough
 def test_a_ray_job(job_cluster: Any, tmp_path: Path) -> None:
     """`ray job submit` as in docs/clusters.md, on a shorter run."""
     page = (ROOT / "docs" / "clusters.md").read_text()
@@ -140,6 +142,7 @@ def test_a_ray_job(job_cluster: Any, tmp_path: Path) -> None:
     assert list((job_cluster.folder / "runs").glob("digits-*/model/model.safetensors"))
 
 
+@pytest.mark.thorough
 def test_ui_serves_the_runs_of_this_folder(
     tmp_path: Path, free_port: int, wait_until: Callable[..., None]
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 HIDDEN = ("ray", "mlflow", "optuna", "rich", "sklearn", "PIL")
 

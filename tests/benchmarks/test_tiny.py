@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
 """Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
@@ -36,6 +38,7 @@ def test_in_seconds(name: str) -> None:
     run_tiny(name)
 
 
+@pytest.mark.slow
 def test_known_answers() -> None:
     run_tiny("answers", "vision", "hedging")
 

@@ -21,7 +21,7 @@ VERSIONS = sorted(path.name for path in FIXTURES.iterdir())
 ENDED_LOSS = 0.3956
 """Of the test split, when `begun` was resumed to its end by the version that began it."""
 
-pytestmark = pytest.mark.parametrize("version", VERSIONS)
+pytestmark = [pytest.mark.parametrize("version", VERSIONS), pytest.mark.thorough]
 
 
 def restore(version: str, name: str, home: Path, mlflow_uri: str) -> Path:

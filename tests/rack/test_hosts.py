@@ -6,6 +6,8 @@ import re
 import pytest
 from own_hosts import ADDRESSES, HOSTS, OwnHosts
 
+pytestmark = pytest.mark.thorough
+
 WORKERS = (ADDRESSES["one"], ADDRESSES["two"])
 ATTACK = """
 import json, sys, urllib.error, urllib.request

@@ -98,6 +98,7 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     assert best.checkpoint.keep_best == 0, "a trial saves more than its spec says"
 
 
+@pytest.mark.thorough
 def test_a_grid_tries_every_combination_once(run_sweep: Any) -> None:
     _, board, _ = run_sweep(
         "sweep.search=grid",
@@ -112,6 +113,7 @@ def test_a_grid_tries_every_combination_once(run_sweep: Any) -> None:
     assert tried == [(0.001, [1]), (0.001, [1, 1]), (0.01, [1]), (0.01, [1, 1])]
 
 
+@pytest.mark.thorough
 def test_a_failed_trial_has_its_reason_in_a_line_and_the_others_continue(
     run_sweep: Any, mlflow_server: str
 ) -> None:
@@ -141,6 +143,7 @@ def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
         assert "train/loss" in run.data.metrics
 
 
+@pytest.mark.thorough
 def test_pbt_continues_from_the_better_trials_weights(run_sweep: Any) -> None:
     sweep, board, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 1}",
@@ -156,6 +159,7 @@ def test_pbt_continues_from_the_better_trials_weights(run_sweep: Any) -> None:
     assert policies, "no trial took over another one's weights"
 
 
+@pytest.mark.thorough
 def test_a_sweep_whose_driver_was_killed_is_resumed_with_exactly_its_trials(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:
@@ -203,6 +207,7 @@ sweep:
     assert len(again) >= 3
 
 
+@pytest.mark.thorough
 def test_ctrl_c_keeps_the_sweep_and_says_how_to_resume_it(
     heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
 ) -> None:

@@ -48,13 +48,15 @@ class RateCache:
 
 
 class DriverMeter:
-    """The bill of a run or sweep, beside its driver. Only `ledger.totals` is thread-safe."""
+    """The bill of a run or sweep, beside its driver. Threads may call `tick` and `finish`."""
 
     def __init__(self, folder: Path, spec: RunSpec, tracker: Any) -> None:
         """Raises SpecError if a budget cannot be kept or is spent already."""
         import ray
 
         self._key, self._budget, self._tracker = folder.name, spec.budget, tracker
+        self._lock = threading.RLock()
+        self._finished = False
         nodes = ray_nodes()
         known = instances()
         if any(INSTANCE in node.labels for node in nodes):  # no other node's price is looked up
@@ -87,10 +89,14 @@ class DriverMeter:
 
     def tick(self, force: bool = False) -> str | None:
         """Charge the time since the last tick if that is due. Returns `limit_reached`."""
+        with self._lock:
+            return self._tick(force)
+
+    def _tick(self, force: bool) -> str | None:
         import ray
 
         now_s = time.monotonic()
-        if now_s < self._next_tick_s and not force:
+        if self._finished or (now_s < self._next_tick_s and not force):
             return self.limit_reached
         self._next_tick_s = now_s + BILLING_INTERVAL_S
         self._biller.tick(ray_nodes(), ray.get(self._tracker.take_usage_reports.remote()))
@@ -115,10 +121,12 @@ class DriverMeter:
 
     def finish(self) -> tuple[CostTotals, dict[str, str]]:
         """Charge the rest and close the ledger. Returns the totals, and MLflow tags on them."""
-        self.tick(force=True)
-        totals = self.ledger.totals()
-        self.ledger.close()
-        return totals, self.tags(totals)
+        with self._lock:  # a sweep's billing thread may be in a tick
+            self._tick(force=True)
+            self._finished = True
+            totals = self.ledger.totals()
+            self.ledger.close()
+            return totals, self.tags(totals)
 
     def tags(self, totals: CostTotals) -> dict[str, str]:
         """MLflow tags that say where the numbers come from."""

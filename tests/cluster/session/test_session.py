@@ -20,6 +20,8 @@ from cluster.session.session_key import sessions_folder
 from cluster.session.session_memory import descendants
 from cluster.zygote.handover import connect
 
+pytestmark = pytest.mark.thorough
+
 WATCHED = """
 import os, time
 from pathlib import Path

@@ -20,6 +20,8 @@ from trainers.modeling.strategy import choose_strategy, state_bytes
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
+pytestmark = pytest.mark.thorough
+
 TOWER_SOURCE = '''
 """A residual network in blocks, whose layers can be split; and how a worker of several runs it."""
 

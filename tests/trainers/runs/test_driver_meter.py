@@ -14,9 +14,11 @@ from cluster.base.errors import SpecError
 from cluster.cost.ledger import read_entries, total_costs
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.run_folder import CHECKPOINTS, LEDGER
+from trainers.runs.driver_meter import DriverMeter
 from trainers.runs.execution import run_to_end
 from trainers.runs.run import Run, new_run, resumed_run
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
+from trainers.tracking.mlflow_run import start_tracking
 
 TRACE_ROWS = """t_s,device,covers,method,counter_j,power_w
 0,GPU-a,gpu,power_integrated,,3600000
@@ -136,3 +138,29 @@ def test_a_budget_without_a_price_is_refused(
     values = settings(storage, mlflow_server, budget__usd=5, cost__usd_per_h="null")
     with pytest.raises(SpecError, match=r"^budget.usd: price of .* unknown: .*usd_per_h$"):
         train(new_run("digits", values, "unpriced", None))
+
+
+def test_the_billing_thread_may_tick_at_the_end(
+    ray_cluster: str, mlflow_server: str, storage: Path
+) -> None:
+    run = new_run("digits", settings(storage, mlflow_server), "ticks", None)
+    meter = DriverMeter(run.folder, run.spec, start_tracking(run.folder, run.spec, run.spec_data))
+    done, failures = threading.Event(), list[Exception]()
+
+    def bill() -> None:
+        while not done.is_set():
+            try:
+                meter.tick(force=True)
+            except Exception as error:
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=bill) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    totals, _ = meter.finish()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert total_costs(read_entries(run.folder / LEDGER)) == totals

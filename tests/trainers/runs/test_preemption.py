@@ -22,6 +22,8 @@ from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 
+pytestmark = pytest.mark.thorough
+
 SLOW = '''\
 import time
 from pathlib import Path

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from cluster.session.session import Session
 
+pytestmark = pytest.mark.thorough
+
 STEPS, MARKED = 12, 8
 
 MARKED_SOURCE = """

@@ -19,6 +19,8 @@ from tuning import sweep as sweeps
 from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep
 
+pytestmark = pytest.mark.thorough
+
 Wait = Callable[..., None]
 Result = tuple[Sweep, Leaderboard, dict[str, Any], list[str]]
 

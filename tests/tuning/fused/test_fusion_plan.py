@@ -44,6 +44,7 @@ def sweep_of(own_folder: Path) -> Callable[..., Sweep]:
     return lambda *overrides: new_sweep("s.yaml", list(overrides), None)
 
 
+@pytest.mark.thorough
 def test_slots_fill_the_memory_and_take_no_more(
     sweep_of: Callable[..., Sweep],
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_model_that_keeps_the_device_busy_is_not_fused(own_folder: Path) -> No
     assert re.fullmatch(r"not fused: a lone trial keeps \d+% of its device busy", plan.line)
 
 
+@pytest.mark.thorough
 def test_what_was_measured_is_not_measured_again(
     sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:

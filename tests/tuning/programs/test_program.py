@@ -29,6 +29,8 @@ from tuning.programs.program_signature import Variant
 from tuning.programs.trial_state import TrialState
 from tuning.trials.space import trial_spec_data
 
+pytestmark = pytest.mark.thorough
+
 Text = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "models.py"))["Text"]
 STEPS = 200
 Values = dict[str, Any]

@@ -115,6 +115,7 @@ def test_each_scheduler_has_its_first_rung(name: str, epochs: float) -> None:
     assert first_rung_epochs(spec, 1) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fuse", "kwh"), [("off", 40), pytest.param(2, 100, marks=pytest.mark.slow)]
 )
