@@ -209,7 +209,9 @@ def main() -> None:
 
     def measure(name: str, key: str, run: Callable[[], dict[str, float]]) -> float:
         seen[name].append(run())
-        return seen[name][-1][key]
+        value = seen[name][-1][key]
+        print(f"{name}: {value:.2f}", file=sys.stderr, flush=True)
+        return value
 
     with tempfile.TemporaryDirectory() as folder:
         names = ("cold", "warm", "guide", "before")

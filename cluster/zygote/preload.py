@@ -71,6 +71,18 @@ def preload(modules: Iterable[str]) -> None:
                 importlib.import_module(name)
             except ImportError as error:
                 logger.warning("%s: %s", name, error)
+    _end_threads_of_blas()
+
+
+def _end_threads_of_blas() -> None:
+    """Fork once for nothing: OpenBLAS ends its threads before a fork, which its import starts.
+
+    It starts them again when it computes, which a zygote does not.
+    """
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def name_process(name: str) -> None:

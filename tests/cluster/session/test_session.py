@@ -127,7 +127,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
     place = tempfile.mkdtemp(prefix="hs")  # short, since paths of sockets are limited
     folder = tmp_path_factory.mktemp("user")
     (folder / "watched.py").write_text(WATCHED)
-    hidden = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH", "SEEN")
+    hidden = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH", "SEEN", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     made = User(folder, {**environment, "RAY_TMPDIR": place, "COLUMNS": "200"})
     yield made

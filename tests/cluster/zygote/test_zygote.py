@@ -74,6 +74,7 @@ from pathlib import Path
 from cluster.zygote.handover import end_as, hand_over, process_state
 path, function, *arguments = sys.argv[1:]
 request = {"do": "command", "function": function, "title": "x", "arguments": arguments}
+request["modules"] = ["numpy"]  # whose OpenBLAS starts threads
 code = hand_over(Path(path), {**process_state(), **request, "files": [0, 1, 2]}, (0, 1, 2))
 if isinstance(code, str):
     sys.exit(code)
@@ -110,7 +111,8 @@ def start_zygote(tmp_path: Path) -> Iterator[Callable[..., RunningZygote]]:
     (tmp_path / "work.py").write_text(WORK)
     folder = Path(tempfile.mkdtemp(prefix="hz"))  # short, since paths of sockets are limited
     home = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": f"{home}:{tmp_path}", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{home}:{tmp_path}"}
+    environment.pop("OMP_NUM_THREADS", None)
     started = []
 
     def start(*options: str) -> RunningZygote:
