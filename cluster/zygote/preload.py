@@ -46,7 +46,6 @@ LATER_MODULES = (
     "ray.train.torch",
     "ray.train.v2._internal.execution.controller.controller",
     "torch._dynamo",
-    "torch._inductor.compile_fx",
     "torch._inductor.standalone_compile",
     "ray.tune",
 )
