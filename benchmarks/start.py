@@ -153,8 +153,8 @@ def heliostat(
     start, seen = place.observe([*command, "train", "digits", "--name", name, *words])
     log_file = place.folder / "runs" / name / "track" / "spool.jsonl"
     operations = [json.loads(line) for line in log_file.read_text().splitlines()]
-    first = next(operation for operation in operations if operation["do"] == "log")
-    stamp_ms = next(stamp for name, _, _, stamp in first["rows"] if name == "train/loss")
+    logged = [each["rows"] for each in operations if each["do"] == "log"]
+    stamp_ms = next(stamp for each in logged for name, _, _, stamp in each if name == "train/loss")
     return {**seen, FIRST_STEP: stamp_ms / 1e3 - start}
 
 

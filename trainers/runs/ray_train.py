@@ -66,17 +66,13 @@ class WorkerConfig:
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """A recorded power trace that replaces the readings of the workers' devices."""
     threads: int | None = field(default_factory=lambda: _threads_of_command())
-    """Threads of each worker on a CPU: the command's OMP_NUM_THREADS, or when None its share of
-    the machine's cores."""
+    """Threads of each worker on a CPU; its share of the machine's cores when None."""
     alone: bool = False
     """Whether this is one worker without Ray Train; see `fit`."""
 
 
 def _threads_of_command() -> int | None:
-    """OMP_NUM_THREADS of the user, with which threads do not wait for each other on busy cores.
-
-    Ray sets the variable to 1 in the processes of workers and of submitted jobs.
-    """
+    """OMP_NUM_THREADS of the user; Ray itself sets it to 1 in workers and submitted jobs."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and submission_metadata() is None else None
 
