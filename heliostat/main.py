@@ -24,30 +24,26 @@ def main(arguments: list[str] | None = None) -> int:
     if problem is not None:
         print(problem, file=sys.stderr)
         return 2
-    from tuning.cli.parser import build_parser
-
-    if arguments is not None:
-        return run(arguments)
-    arguments = sys.argv[1:]
-    args = build_parser().parse_args(arguments)
-    modules = getattr(args, "session_modules", None)
-    if modules is not None:  # a verb that trains
-        from cluster.session.session import run_in_session
-
-        needs_ray = not (args.address or os.environ.get("RAY_ADDRESS"))
-        code = run_in_session("heliostat.main:run", arguments, modules, needs_ray)
-        if code is not None:
-            return code
+    if arguments is None:
+        return run(sys.argv[1:], in_session=True)
     return run(arguments)
 
 
-def run(arguments: list[str]) -> int:
-    """Run a verb in this process."""
+def run(arguments: list[str], in_session: bool = False) -> int:
+    """Run a verb in this process or, with `in_session`, in one that the session forks."""
     from cluster.base.errors import HeliostatError
     from tuning.cli.parser import build_parser
 
     try:
         args = build_parser().parse_args(arguments)
+        modules = getattr(args, "session_modules", None)
+        if in_session and modules is not None:  # a verb that trains
+            from cluster.session.session import run_in_session
+
+            needs_ray = not (args.address or os.environ.get("RAY_ADDRESS"))
+            code = run_in_session("heliostat.main:run", arguments, modules, needs_ray)
+            if code is not None:
+                return code
         return int(args.command(args))
     except HeliostatError as error:
         print(error, file=sys.stderr)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.session.session import Session, all_sessions, find_or_start_session
+
 SPIRALS_SOURCE = '''\
 """Two spirals in the plane: which of them does a point lie on?"""
 
@@ -168,7 +170,6 @@ def ray_cluster(modules: Path) -> Iterator[str]:
     """The address of a Ray with four CPUs, which all tests share."""
     import ray
 
-    from cluster.session.session import all_sessions, find_or_start_session
     from cluster.zygote.python_for_ray import forked_processes
 
     session = find_or_start_session()
@@ -296,6 +297,29 @@ class CommandLine:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == code, output
         return output
+
+    def session(self) -> Session:
+        """The one running session of `user_with_sessions`."""
+        alive = []
+        for folder in Path(self.environment["RAY_TMPDIR"]).glob("heliostat-*/s/*/"):
+            with contextlib.suppress(OSError):
+                Session(folder).status()
+                alive.append(Session(folder))
+        (session,) = alive
+        return session
+
+
+@pytest.fixture(scope="module")
+def user_with_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """The command line of a user who has a folder for temporary files, so sessions, of its own."""
+    place = tempfile.mkdtemp(prefix="hs")  # short, since paths of sockets are limited
+    hidden = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH", "SEEN", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"RAY_TMPDIR": place, "COLUMNS": "200"}
+    user = CommandLine(tmp_path_factory.mktemp("user"), environment)
+    yield user
+    user("session", "--end")
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture

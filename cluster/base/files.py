@@ -8,7 +8,12 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """This user's folder on this machine for data that can be recreated."""
-    folder = Path(tempfile.gettempdir()) / f"heliostat-{os.getuid()}"
+    return user_folder(Path(tempfile.gettempdir()))
+
+
+def user_folder(base: Path) -> Path:
+    """This user's folder below `base`, which other users share."""
+    folder = base / f"heliostat-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 

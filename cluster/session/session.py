@@ -21,6 +21,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from cluster.base.files import write_atomic
 from cluster.session.session_key import session_folder, sessions_folder
 from cluster.zygote.handover import (
     OF_COMMAND,
@@ -30,6 +31,7 @@ from cluster.zygote.handover import (
     end_as,
     hand_over,
     process_state,
+    read_answer,
     send_request,
 )
 from cluster.zygote.stub import frozen
@@ -64,10 +66,8 @@ class RayLease:
             **{name: value for name, value in kept["environment"].items() if name not in changed},
             **fixed,
         }
-        file = self.folder / f"{job_id}.json"
-        temporary = file.with_name(f".{file.name}")
-        temporary.write_text(json.dumps(kept))  # in a folder that is open to this user only
-        temporary.rename(file)
+        # The folder is open to this user only.
+        write_atomic(self.folder / f"{job_id}.json", json.dumps(kept))
 
     def release(self, keep_warm_s: float | None = None) -> None:
         with contextlib.suppress(OSError):
@@ -95,12 +95,12 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         with self.ask({"do": "status"}) as connection:
-            return _read_line(connection)
+            return read_answer(connection)
 
     def end(self, wait: bool = True) -> bool:
         """Have it end; False if it is in use."""
         with self.ask({"do": "end"}) as connection:
-            answer = _read_line(connection)
+            answer = read_answer(connection)
         if answer["in_use"]:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -115,7 +115,7 @@ class Session:
         try:
             connection = self.ask({"do": "ray"})
             connection.settimeout(START_TIMEOUT_S)
-            answer = _read_line(connection)
+            answer = read_answer(connection)
         except (OSError, ValueError):
             return None
         if "address" not in answer:
@@ -270,12 +270,3 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _read_line(connection: socket.socket) -> dict[str, Any]:
-    """Raises OSError or ValueError if the session has gone."""
-    line = connection.makefile("rb").readline()
-    if not line:
-        raise ValueError("the session has gone")
-    found: dict[str, Any] = json.loads(line)
-    return found

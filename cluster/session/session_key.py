@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cluster.base.files import user_folder
 from cluster.zygote.handover import LIMITS, OF_COMMAND
 from cluster.zygote.stub import frozen
 
@@ -79,20 +80,15 @@ def code_fingerprint() -> str:
 
 def sessions_folder() -> Path | None:
     """This user's folder for sessions; None if another user could reach into it."""
-    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    place = base / f"heliostat-{os.getuid()}"
     try:
-        place.mkdir(mode=0o700, exist_ok=True)
+        place = user_folder(Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()))
         found = place.lstat()
     except OSError:
         return None
-    private = found.st_uid == os.getuid() and not found.st_mode & 0o077
-    return place / "s" if private and stat.S_ISDIR(found.st_mode) and _made(place / "s") else None
-
-
-def _made(folder: Path) -> bool:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return True
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
+        return None
+    (place / "s").mkdir(mode=0o700, exist_ok=True)
+    return place / "s"
 
 
 def _is_open(number: int) -> bool:

@@ -50,7 +50,6 @@ class SessionServer(Zygote):
         self._alive = alive
         """The descriptor of a locked file, which all processes of the session keep open."""
         self._workers_listener = workers
-        self._began_s = time.time()
         self._users: dict[socket.socket, bool] = {}
         """The connections of clients, and whether each of them uses the warm Ray."""
         self._keep_warm_s = KEEP_WARM_S
@@ -112,12 +111,10 @@ class SessionServer(Zygote):
         return {
             "pid": os.getpid(),
             "worker_zygote": self._worker_zygote,
-            "began_s": self._began_s,
             "in_use": self.in_use,
             "ray": self._ray_address,
             "ray_pid": self._ray_pid,
             "ends_in_s": self._keep_warm_s - idle_s,
-            "children": sorted(self.children),
         }
 
     def _add_user(self, connection: socket.socket) -> None:

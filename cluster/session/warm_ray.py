@@ -20,7 +20,7 @@ from cluster.connection.ray_internals import (
     reload_configuration,
 )
 from cluster.zygote.preload import name_process
-from cluster.zygote.python_for_ray import python_for
+from cluster.zygote.python_for_ray import forked_processes
 
 CLEAN_TIMEOUT_S = 10.0
 """Within this time Ray has ended what a driver left behind when it ended."""
@@ -62,9 +62,9 @@ def _hold(folder: Path, control: socket.socket) -> None:
     name_process("session-ray")
     (folder / owner).mkdir()
     reload_configuration()
-    write_atomic(folder / owner / "base.json", json.dumps(dict(os.environ)))
-    python, sys.executable = sys.executable, str(python_for(folder, owner))
-    try:
+    base = folder / owner / "base.json"
+    write_atomic(base, json.dumps(dict(os.environ)))
+    with forked_processes(folder, owner):
         ray.init(
             address="local",
             include_dashboard=False,
@@ -72,15 +72,13 @@ def _hold(folder: Path, control: socket.socket) -> None:
             logging_level=logging.ERROR,
             _temp_dir=str(folder / "ray"),
         )
-    finally:
-        sys.executable = python
     address = ray.get_runtime_context().gcs_address
     control.sendall(json.dumps({"address": address}).encode() + b"\n")
     while control.recv(64):
         if not _becomes_clean():
             raise RuntimeError("a command left something in the session's Ray")
-        for file in (folder / owner).glob("[0-9a-f]*.json"):
-            if file.name != "base.json":
+        for file in base.parent.glob("*.json"):
+            if file != base:
                 file.unlink()
         control.sendall(json.dumps({"clean": True}).encode() + b"\n")
     while other_drivers():  # the session was killed, and they go on

@@ -115,7 +115,7 @@ def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) ->
         connection = connect(path)
         send_request(connection, request, files)
         connection.settimeout(None)
-        answer = json.loads(_read_line(connection) or '{"refused": "the zygote has gone"}')
+        answer = read_answer(connection)
     except (OSError, ValueError) as error:
         return f"the zygote does not answer: {error}"
     child = answer.get("pid")
@@ -129,15 +129,16 @@ def hand_over(path: Path, request: Mapping[str, Any], files: tuple[int, ...]) ->
     return _end_of_child(connection, handle)
 
 
-def _read_line(connection: socket.socket) -> bytes:
-    """A line, and nothing of the next one; empty at the end."""
+def read_answer(connection: socket.socket) -> dict[str, Any]:
+    """One line of JSON, and nothing of the next. Raises OSError, or ValueError at the end."""
     line = b""
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
         if not byte:
-            return b""
+            raise ValueError("it has gone")
         line += byte
-    return line
+    found: dict[str, Any] = json.loads(line)
+    return found
 
 
 def _end_of_child(connection: socket.socket, handle: int | None) -> int:
@@ -145,10 +146,13 @@ def _end_of_child(connection: socket.socket, handle: int | None) -> int:
 
     1 if the zygote was killed first and the child then ended by a signal: nobody can say.
     """
-    told = _read_line(connection)
+    try:
+        code = int(read_answer(connection)["code"])
+    except ValueError:
+        code = 1
     if handle is not None:
         select.select([handle], [], [])
-    return int(json.loads(told)["code"]) if told else 1
+    return code
 
 
 def _pass_signals_on(handle: int | None) -> None:

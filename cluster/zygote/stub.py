@@ -3,7 +3,7 @@
     python -I -S stub.py FOLDER OWNER ARGUMENTS...
 
 FOLDER is the session's, OWNER the name of the Ray that starts this process, ARGUMENTS are those of
-Python. `session.python_for` makes a script of the first part, which Ray takes for its Python. What
+Python. Ray takes a script with the first part for its Python (`python_for_ray.python_for`). What
 cannot be forked is started as usual: other programs, containers, another environment than that
 with which the zygote has imported its modules.
 """

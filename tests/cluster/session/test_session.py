@@ -1,17 +1,14 @@
 """Commands in a session: warm, and each as if it were the only one."""
 
-import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,26 +62,21 @@ class Watched(Workload):
 
 @dataclass
 class User:
-    """A user with a folder for temporary files of its own, hence with sessions of its own."""
+    """A user of `watched.py`."""
 
-    folder: Path
-    environment: dict[str, str]
+    commands: Any
 
-    def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [str(Path(sys.executable).with_name("heliostat")), *arguments],
-            cwd=self.folder,
-            env={**self.environment, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    @property
+    def folder(self) -> Path:
+        return Path(self.commands.folder)
+
+    def session(self) -> Session:
+        session: Session = self.commands.session()
+        return session
 
     def run(self, *arguments: str, **variables: str) -> str:
-        command = self.start(*arguments, **variables)
-        output, _ = command.communicate(timeout=300)
-        assert command.returncode == 0, output
-        return output
+        environment = {**self.commands.environment, **variables}
+        return str(replace(self.commands, environment=environment)(*arguments))
 
     def train(self, *fields: str, **variables: str) -> str:
         return self.run("train", "watched:Watched", *_sets(*fields), **variables)
@@ -92,23 +84,13 @@ class User:
     def start_waiting(self, name: str) -> "subprocess.Popen[str]":
         """A run that waits in its first step until `name` exists in the folder."""
         fields = _sets(f"data.wait={self.folder / name}")
-        command = self.start("train", "watched:Watched", *fields)
+        command: subprocess.Popen[str] = self.commands.start("train", "watched:Watched", *fields)
         deadline_s = time.monotonic() + 300
         while not (self.folder / f"{name}.reached").exists():
             assert command.poll() is None, command.communicate()[0]
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         return command
-
-    def session(self) -> Session:
-        place = Path(self.environment["RAY_TMPDIR"]) / f"heliostat-{os.getuid()}" / "s"
-        alive = []
-        for folder in place.glob("*/"):
-            with contextlib.suppress(OSError):
-                Session(folder).status()
-                alive.append(Session(folder))
-        (session,) = alive
-        return session
 
 
 def _sets(*fields: str) -> list[str]:
@@ -123,16 +105,9 @@ def _shown(output: str, metric: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
-    place = tempfile.mkdtemp(prefix="hs")  # short, since paths of sockets are limited
-    folder = tmp_path_factory.mktemp("user")
-    (folder / "watched.py").write_text(WATCHED)
-    hidden = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH", "SEEN", "OMP_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    made = User(folder, {**environment, "RAY_TMPDIR": place, "COLUMNS": "200"})
-    yield made
-    made.run("session", "--end")
-    shutil.rmtree(place, ignore_errors=True)
+def user(user_with_sessions: Any) -> User:
+    (user_with_sessions.folder / "watched.py").write_text(WATCHED)
+    return User(user_with_sessions)
 
 
 def test_the_second_command_finds_the_first_ones_ray(user: User) -> None:
