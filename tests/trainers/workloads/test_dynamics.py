@@ -489,6 +489,6 @@ def test_it_learns_most_of_the_forces(tmp_path: Path) -> None:
     stepper = TrainStep(spec, workload, splits["train"], Worker(), total)
     for step in range(total):
         stepper.run(step)
-    found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
+    found = evaluate(spec, workload, stepper.forward, splits["test"], Worker())
     usual = 1e3 * splits["test"]["forces"].square().mean().sqrt().item()
     assert found["force_rmse_mev_per_a"] < 0.25 * usual
