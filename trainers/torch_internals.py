@@ -71,21 +71,20 @@ def flop_counter(
 def noting_unused_shards() -> Iterator[list[nn.Parameter]]:
     """In here, the sharded parameters for which a backward pass has no gradient are noted.
 
-    FSDP contributes zeros for them, if `set_reduce_scatter_unused_params` says so; here negative
-    zeros. A sum of negative zeros is the only one that is a negative zero, so the result of the
-    exchange tells whether any worker had a gradient. There is no public way to learn that.
+    FSDP contributes zeros for them, if `set_reduce_scatter_unused_params` says so, and does not
+    tell for which parameters it did.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
     unused: list[nn.Parameter] = []
     zeros = FSDPParam.unsharded_zero_grad_data
 
-    def negative_zeros(parameter: Any) -> Tensor:
+    def noted(parameter: Any) -> Tensor:
         unused.append(parameter.sharded_param)
-        result: Tensor = zeros.fget(parameter).neg_()
+        result: Tensor = zeros.fget(parameter)
         return result
 
-    FSDPParam.unsharded_zero_grad_data = property(negative_zeros)
+    FSDPParam.unsharded_zero_grad_data = property(noted)
     try:
         yield unused
     finally:

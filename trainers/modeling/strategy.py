@@ -125,6 +125,8 @@ def parallelize(
     policy = _mixed_precision(spec.train)
     for block in separate_blocks(blocks, network):
         fully_shard(block, mesh=shards, mp_policy=policy)
+        if spec.train.compile == "off":
+            _gather_for_parts(block)
     if policy.param_dtype is not None:  # a batch has more than the model's inputs: targets
         network.register_forward_pre_hook(
             partial(_cast_inputs, policy.param_dtype), with_kwargs=True
@@ -132,6 +134,18 @@ def parallelize(
     root = fully_shard(forward, mesh=shards, mp_policy=replace(policy, cast_forward_inputs=False))
     root.set_reduce_scatter_unused_params(True)
     return forward.to(worker.device)
+
+
+def _gather_for_parts(block: nn.Module) -> None:
+    """Gather the weights of a block also when a part of it is called, but not the block itself."""
+
+    def gather(part: nn.Module, _: Any) -> None:
+        if is_distributed(next(part.parameters(recurse=False))):
+            cast("FSDPModule", block).unshard()
+
+    for part in block.modules():
+        if part is not block and any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(gather)
 
 
 def _split_layers(network: nn.Module, group: DeviceMesh, workload: Workload) -> None:
@@ -220,8 +234,9 @@ def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
 
 def release_gathered(model: nn.Module) -> None:
     """Keep this worker's part of the weights only, after forward passes without backward ones."""
-    if (sharded := _sharded(model)) is not None:
-        sharded.reshard()
+    for module in model.modules():
+        if (sharded := _sharded(module)) is not None:
+            sharded.reshard()
 
 
 class BackwardPass:
@@ -241,16 +256,14 @@ class BackwardPass:
         if last and self._replicated:
             self._run_replicated(loss)
         elif last and self._sharded:
-            with noting_unused_shards() as unused:
-                torch.autograd.backward(loss)
-            _forget_unused(unused)
+            self._run_sharded(loss)
         else:
             torch.autograd.backward(loss)
 
     def _run_replicated(self, loss: Tensor) -> None:
         """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
 
-        It could look for them itself in each forward pass, for an exchange more in each step.
+        DDP could look for them itself in each forward pass, for an exchange more in each step.
         """
         before = [weight.grad for weight in self._weights]
         torch.autograd.backward(loss)
@@ -262,7 +275,26 @@ class BackwardPass:
         missing = [(weight, grad) for weight, grad in same if weight not in reached]
         weights = [weight for weight, _ in missing]
         torch.autograd.backward(weights, [torch.full_like(w, -0.0) for w in weights])
-        _forget_unused([weight for weight, grad in missing if grad is None])
+        unused = [weight for weight, grad in missing if grad is None]
+        for weight, idle in zip(unused, _negative_zeros(unused), strict=True):
+            if idle:
+                weight.grad = None
+
+    def _run_sharded(self, loss: Tensor) -> None:
+        """FSDP takes zeros for missing gradients. An exchange tells whether all workers did.
+
+        Zeros do not: of a few rows, some workers have no part.
+        """
+        with noting_unused_shards() as unused:
+            torch.autograd.backward(loss)
+        here = {id(weight) for weight in unused}
+        used = torch.tensor([id(weight) not in here for weight in self._weights])
+        counts = used.to(loss.device, torch.int32, non_blocking=True)
+        dist.all_reduce(counts)
+        if unused:  # else there is nothing to wait for
+            for weight, count in zip(self._weights, counts.tolist(), strict=True):
+                if not count:
+                    weight.grad = None
 
 
 def _reached(loss: Tensor) -> set[Tensor]:
@@ -281,19 +313,12 @@ def _reached(loss: Tensor) -> set[Tensor]:
     return found
 
 
-def _forget_unused(weights: list[nn.Parameter]) -> None:
-    """Take away the gradients that no worker has added anything to: those of negative zeros.
-
-    Such a sum tells that all workers gave -0.0: a zero of any other sign makes it positive.
-    """
-    grads = [(weight, local_tensor(weight.grad)) for weight in weights if weight.grad is not None]
-    if not grads:
-        return
-    parts = [torch.view_as_real(grad) if grad.is_complex() else grad for _, grad in grads]
-    empty = torch.stack([(part.signbit() & (part == 0)).all() for part in parts]).tolist()
-    for (weight, _), unused in zip(grads, empty, strict=True):
-        if unused:
-            weight.grad = None
+def _negative_zeros(weights: list[nn.Parameter]) -> list[bool]:
+    """Whether each gradient is -0.0 throughout: a sum to which all workers have added that."""
+    grads = [cast(Tensor, weight.grad) for weight in weights]
+    parts = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    found = [(part.signbit() & (part == 0)).all() for part in parts]
+    return torch.stack(found).tolist() if found else []
 
 
 def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:

@@ -233,6 +233,58 @@ class Repeated(Base):
         return RepeatedParts()
 
 
+class Apart(nn.Module):
+    """Of one block the layers are called, of the other one a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, INPUTS))
+        self.blocks = nn.ModuleList([block, MethodBlock(), nn.Linear(INPUTS, INPUTS)])
+        self.head = nn.Linear(INPUTS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, methods, last = self.blocks
+        for layer in layers:  # type: ignore[attr-defined]
+            x = layer(x)
+        return self.head(last(x + methods.mixed(x)))  # type: ignore[operator]
+
+
+class MethodBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, INPUTS)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PartsOfBlocks(Base):
+    """Blocks that are not called themselves."""
+
+    def build(self) -> nn.Module:
+        return Apart()
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(INPUTS // 2 + 1, dtype=torch.cfloat))
+        self.head = nn.Linear(INPUTS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=INPUTS))
+
+
+class Complex(Base):
+    """Complex weights, as in a Fourier neural operator."""
+
+    def build(self) -> nn.Module:
+        return Spectral()
+
+
 class TiedParts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -311,5 +363,5 @@ class LateBuffer(Base):
 
 MODELS: list[type[Base]] = [
     *(Base, Idle, Routed, Alternating, Methods, Dataclasses, Dicts, Twice, NestedLists),
-    *(Repeated, Tied, Caches, LateBuffer),
+    *(Repeated, PartsOfBlocks, Tied, Caches, LateBuffer),
 ]
