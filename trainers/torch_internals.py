@@ -6,13 +6,18 @@ name of the item when a release of PyTorch has another form of it.
 
 import inspect
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+FlopFormula = Callable[..., int]
+"""Operations of one call, from its arguments and its result, which is called `out_val`."""
 
 SHARDING_INFO_KEY = "DCP_SHARDING_INFO"
 """Key of a safetensors file's metadata under which `HuggingFaceStorageReader` looks for the offsets
@@ -46,16 +51,44 @@ def without_compile_guards(kind: type[OptimizerT]) -> type[OptimizerT]:
     return type(kind.__name__, (kind,), methods)
 
 
-def fake_tensor_mode() -> AbstractContextManager[Any]:
-    """In here tensors have shapes and dtypes but no memory, and nothing is computed.
+def flop_counter(
+    corrected: Mapping[Any, FlopFormula], guarded: Callable[[FlopFormula], FlopFormula]
+) -> FlopCounterMode:
+    """PyTorch's counter of operations, with some formulas replaced, and all of them `guarded`.
 
-    `torch.device("meta")` is the public way, but mixing its tensors with those that a model makes
-    on the CPU in `forward` is an error; fake tensors may be mixed. `torch.compile` uses the same,
-    and its modules are imported for it, which takes 2 s of CPU time.
+    Its own formulas raise errors for shapes that they do not expect, in the middle of the step that
+    is counted. Their table is not public, and neither is the mark of a formula that gets the
+    tensors instead of their shapes.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    formulas: dict[Any, FlopFormula] = {}
+    for operation, formula in {**flop_registry, **corrected}.items():
+        formulas[operation] = guarded(formula)
+        formulas[operation]._get_raw = True  # type: ignore[attr-defined]
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+
+@contextmanager
+def noting_unused_shards() -> Iterator[list[nn.Parameter]]:
+    """In here, the sharded parameters for which a backward pass has no gradient are noted.
+
+    FSDP contributes zeros for them, if `set_reduce_scatter_unused_params` says so, and does not
+    tell for which parameters it did.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    unused: list[nn.Parameter] = []
+    zeros = FSDPParam.unsharded_zero_grad_data
+
+    def noted(parameter: Any) -> Tensor:
+        unused.append(parameter.sharded_param)
+        result: Tensor = zeros.fget(parameter)
+        return result
+
+    FSDPParam.unsharded_zero_grad_data = property(noted)
+    try:
+        yield unused
+    finally:
+        FSDPParam.unsharded_zero_grad_data = zeros
 
 
 def compile_time_s() -> float:
@@ -75,13 +108,3 @@ def allow_dropout_in_compiled_checkpoints() -> None:
     import torch._dynamo
 
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-
-
-def is_unfinished_reduction(error: BaseException) -> bool:
-    """Whether DistributedDataParallel missed the gradient of a parameter in the step before.
-
-    It raises a plain RuntimeError; its text is the only sign.
-    """
-    return isinstance(error, RuntimeError) and (
-        "Expected to have finished reduction in the prior iteration" in str(error)
-    )

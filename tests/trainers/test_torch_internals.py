@@ -15,7 +15,6 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.nn.parallel import DistributedDataParallel
 
 from trainers import torch_internals
 
@@ -69,16 +68,24 @@ def test_optimizers_without_guards_are_pytorchs_own(
     assert networks[0].bias.equal(networks[1].bias)
 
 
-def test_fake_tensors_have_shapes_and_gradients_and_mix_with_real_ones() -> None:
-    real = torch.ones(3)
-    with torch_internals.fake_tensor_mode():
-        weight = nn.Parameter(torch.empty(1_000_000, 3_000_000))
-        loss = (weight[:, :3] * real).sum()
-        loss.backward()
-        assert weight.grad is not None, "FakeTensorMode: no gradients"
-        assert weight.grad.shape == weight.shape
-        with pytest.raises(Exception, match=r"_local_scalar_dense"):
-            loss.item()
+def test_the_counter_of_operations_takes_formulas_that_get_tensors() -> None:
+    seen: list[Any] = []
+
+    def guarded(formula: torch_internals.FlopFormula) -> torch_internals.FlopFormula:
+        def noted(*inputs: Any, **options: Any) -> int:
+            seen.append((inputs, options["out_val"]))
+            return formula(*inputs, **options)
+
+        return noted
+
+    weight = torch.ones(3, 5)
+    corrected = {torch.ops.aten.mv: lambda *_, **__: 7}
+    with torch_internals.flop_counter(corrected, guarded) as counter:
+        torch.mm(torch.ones(2, 3), weight)
+        torch.mv(weight, torch.ones(5))
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5 + 7, "FlopCounterMode: custom_mapping"
+    assert seen[0][0][1] is weight, "FlopCounterMode: _get_raw"
+    assert seen[0][1].shape == (2, 5)
 
 
 def test_the_time_of_compiling_is_counted() -> None:
@@ -108,16 +115,16 @@ class Half(nn.Module):
         return self.used(x)
 
 
-def test_ddp_tells_of_a_missing_gradient_in_these_words(tmp_path: Path) -> None:
+def test_unused_parameters_of_a_sharded_model_are_noted(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(Half())
-        model(torch.ones(1, 2)).sum().backward()
-        with pytest.raises(RuntimeError) as caught:
-            model(torch.ones(1, 2))
+        model = Half()
+        fully_shard(model).set_reduce_scatter_unused_params(True)
+        with torch_internals.noting_unused_shards() as unused:
+            model(torch.ones(1, 2)).sum().backward()
+        assert unused == [model.idle.weight, model.idle.bias], "FSDPParam: other zeros"
+        assert all(weight.grad is not None for weight in model.parameters())
     finally:
         dist.destroy_process_group()
-    assert torch_internals.is_unfinished_reduction(caught.value), (
-        f"DistributedDataParallel: another message: {caught.value}"
-    )
-    assert not torch_internals.is_unfinished_reduction(RuntimeError("another"))

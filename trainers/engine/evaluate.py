@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample
-from trainers.modeling.strategy import broadcast_buffers
+from trainers.modeling.forward import Forward
+from trainers.modeling.strategy import broadcast_buffers, release_gathered
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.worker import Worker
@@ -44,7 +45,7 @@ class Evaluator:
         for split in splits_due(done, self._total, self.steps, self._splits):
             broadcast_buffers(trained.network, trained.strategy)
             samples = self._splits[split]
-            means = evaluate(self._spec, self._workload, trained.network, samples, trained.worker)
+            means = evaluate(self._spec, self._workload, trained.forward, samples, trained.worker)
             metrics |= {f"{split}/{name}": mean for name, mean in means.items()}
             trained.meter.mark("evaluation")
         if metrics:
@@ -64,7 +65,7 @@ def splits_due(
 def evaluate(
     spec: RunSpec,
     workload: Workload,
-    network: nn.Module,
+    forward: Forward,
     samples: Batch,
     worker: Worker,
 ) -> dict[str, float]:
@@ -78,7 +79,7 @@ def evaluate(
     # All ranks of a sharded model need the same number of forward passes, some for nothing.
     rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
-    network.eval()
+    forward.eval()
     with torch.inference_mode(), compute_precision(spec.train, worker.device):
         for turn in range(rounds):
             heartbeat()
@@ -86,12 +87,13 @@ def evaluate(
             part = slice(min(low, count - 1), max(high, low + 1))
             batch = {name: values[part] for name, values in samples.items()}
             batch = to_device(batch, worker.device, weights_dtype(spec.train))
-            output = workload.forward(network, batch)
+            output = forward(batch, with_loss=False)
             found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
             for name, values_B in found.items():
                 check_per_sample(name, values_B, len(next(iter(batch.values()))))
                 total = values_B[: high - low].double().sum()
                 sums[name] = sums[name] + total if name in sums else total
-    network.train()
+    forward.train()
+    release_gathered(forward)
     means = (worker.all_reduce_sum(torch.stack(list(sums.values()))) / count).tolist()
     return workload.summary(dict(zip(sums, means, strict=True)))

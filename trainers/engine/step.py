@@ -20,11 +20,11 @@ from trainers.engine.micro_batches import MicroBatches
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
 from trainers.engine.throughput import ThroughputMeter, measure_communication
 from trainers.modeling.build import build_model
+from trainers.modeling.forward import Forward
 from trainers.modeling.strategy import ParallelStrategy, sync_gradients_if
 from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
 from trainers.spec import RunSpec
-from trainers.torch_internals import is_unfinished_reduction
 from trainers.worker import Worker, local_tensor
 from trainers.workload import Batch, Workload
 
@@ -63,12 +63,16 @@ class TrainStep:
         self.uses_native_rng: bool | None = None
         """Whether the model drew from the device's generator; None before the first step."""
         self._last_finite_loss = math.nan
-        self._flops_uncounted = True
 
     @property
     def network(self) -> nn.Module:
         """The workload's network; its weights are this worker's part of them."""
         return self._model.network
+
+    @property
+    def forward(self) -> Forward:
+        """The workload's forward pass with the network, for an evaluation on all workers."""
+        return self._model.forward
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -96,8 +100,6 @@ class TrainStep:
             self.meter.count_step()
             return loss
         except RuntimeError as error:
-            if is_unfinished_reduction(error):
-                raise TrainingError(_unused("a parameter", step - 1)) from error
             if not is_out_of_memory(error):
                 raise
         # Out here the error is gone, and with it the tensors that its frames hold.
@@ -133,13 +135,10 @@ class TrainStep:
     def read_meter(self) -> dict[str, float]:
         """Where the time of the steps since the last report went; see `ThroughputMeter.read`.
 
-        The first call counts the model's FLOPs, unless a checkpoint had them. That may take
-        seconds: no step waits for it before there is a report.
+        The model's FLOPs are those of the run's first step, see `OperationCounter`.
         """
-        if self._flops_uncounted and self.meter.flops is None:
-            self.meter.flops = self._model.count_flops()
-            self.meter.mark("start")
-        self._flops_uncounted = False
+        if self.meter.flops is None:
+            self.meter.flops = self._model.operations.per_sample
         return self.meter.read()
 
     def learning_rate(self, step: int) -> float:
@@ -157,7 +156,6 @@ class TrainStep:
     def _forward_backward(self, step: int) -> Tensor:
         """Backward through all micro-batches of this worker's share; the loss, detached."""
         seed, hardware = self._spec.train.seed, self.worker.hardware
-        first = self.uses_native_rng is None
         batches, count = self._micro_batches.of_step(step), self._micro_batches.accumulation_steps
         losses = []
         for number in range(count):
@@ -166,20 +164,20 @@ class TrainStep:
             random = SampleRandom(seed, positions)
             seed_device(hardware, combine_seeds(seed, step, self.worker.data_rank, number))
             state = device_rng_state(hardware) if self.uses_native_rng is None else None
+            last = number == count - 1
             with (
                 self._model.dropout_rng.seeded_by(random),
-                sync_gradients_if(self._model.parallel, number == count - 1),
+                sync_gradients_if(self._model.parallel, last),
             ):
                 batch = self._workload.augment(batch, random)
                 counted = self._micro_batches.counted(number)
-                loss = self._loss(self._model.compiled, batch, counted)
-                torch.autograd.backward(self._update.scaler.scale(loss))
+                with self._model.counting_operations(step, number, len(positions)):
+                    loss = self._loss(self._model.compiled, batch, counted)
+                    self._model.backward(self._update.scaler.scale(loss), last)
             if state is not None:
                 self.uses_native_rng = not state.equal(device_rng_state(hardware))
             losses.append(loss.detach())
             self.meter.mark("compute")
-        if first and self._model.every_parameter_used:
-            self._check_gradients(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _loss(self, model: nn.Module, batch: Batch, counted: int) -> Tensor:
@@ -189,7 +187,7 @@ class TrainStep:
         """
         samples = len(next(iter(batch.values())))
         with compute_precision(self._spec.train, self.worker.device):
-            loss_B = self._workload.loss(self._workload.forward(model, batch), batch)
+            loss_B = model(batch)
         check_per_sample("loss", loss_B, samples)
         share = counted * self.worker.data_world_size / self._spec.train.global_batch
         mean = (loss_B if counted == samples else loss_B[:counted].sum() / max(1, counted)).mean()
@@ -226,18 +224,9 @@ class TrainStep:
         positions, batch = self._micro_batches.first_of(step, samples)
         random = SampleRandom(self._spec.train.seed, positions)
         for _ in range(2):
-            loss = self._loss(self.network, self._workload.augment(dict(batch), random), samples)
+            loss = self._loss(self.forward, self._workload.augment(dict(batch), random), samples)
             torch.autograd.backward(loss)
             self.optimizer.step()
-
-    def _check_gradients(self, step: int) -> None:
-        """Raise a TrainingError if DDP waits for gradients that this step did not give.
-
-        It would tell in the next step, after an update with gradients that were not averaged.
-        """
-        missing = self._model.missing_gradients()
-        if missing:
-            raise TrainingError(_unused(_listed(missing), step))
 
     def _check_finite(self, loss: float, step: int) -> None:
         """Raise a TrainingError that says where a loss that is not finite comes from."""
@@ -260,14 +249,6 @@ def _listed(names: list[str]) -> str:
     """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _unused(names: str, step: int) -> str:
-    return (
-        f"{names} got no gradient at step {step + 1} on this worker, though the model used all "
-        "parameters when it was tried alone; with scale.parallel: ddp, only the values of the "
-        "batch may decide which parts of a model are used"
-    )
 
 
 def check_per_sample(name: str, values: Tensor, samples: int) -> None:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import SpecError
+from trainers.modeling.forward import Forward, separate_blocks
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
+from trainers.torch_internals import noting_unused_shards
 from trainers.worker import Worker, is_distributed, local_tensor
 from trainers.workload import Workload
 
@@ -84,31 +87,25 @@ def choose_strategy(
 
 
 def parallelize(
-    network: nn.Module,
+    forward: Forward,
     spec: RunSpec,
     workload: Workload,
     strategy: ParallelStrategy,
     worker: Worker,
-    find_unused: bool = False,
+    blocks: list[nn.Module],
 ) -> nn.Module:
-    """Wrap the network so that it trains on all workers; collective.
+    """Wrap the forward pass so that it trains on all workers; collective.
 
-    Its weights become this worker's part of them. `find_unused` is for a network of which a step
-    may leave parameters without a gradient: replicas then look for these in each step, which
-    takes a walk over the graph and a small all-reduce.
+    The weights of its network become this worker's part of them. `blocks` are units of sharding.
+    Raises SpecError if tensor parallelism would part weights that are shared.
     """
-    world, kind = worker.world_size, worker.device.type
+    network, world, kind = forward.network, worker.world_size, worker.device.type
     if strategy.mode == "single":
-        return network.to(worker.device)
+        return forward.to(worker.device)
     if strategy.mode == "ddp":
-        network.to(worker.device)
+        forward.to(worker.device)
         devices = None if kind == "cpu" else [worker.device]
-        return DistributedDataParallel(
-            network,
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=find_unused,
-        )
+        return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
 
     # Imported here only: one worker, or replicas, would wait 1 s for it.
     from torch.distributed.fsdp import fully_shard
@@ -119,19 +116,68 @@ def parallelize(
         shape = (world // strategy.group, strategy.group)
         shards = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     else:
-        from torch.distributed.tensor.parallel import parallelize_module
-
         shape = (world // strategy.group, strategy.group)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("shard", "tensor"))
         network.to(worker.device)
-        parallelize_module(network, mesh["tensor"], workload.tensor_plan(network))
+        _split_layers(network, mesh["tensor"], workload)
         shards = mesh["shard"]
 
-    blocks = workload.blocks(network)
-    for block in blocks:
-        fully_shard(block, mesh=shards, mp_policy=_mixed_precision(spec.train))
-    fully_shard(network, mesh=shards, mp_policy=_mixed_precision(spec.train))
-    return network.to(worker.device)
+    policy = _mixed_precision(spec.train)
+    for block in separate_blocks(blocks, network):
+        fully_shard(block, mesh=shards, mp_policy=policy)
+        if spec.train.compile == "off":
+            _gather_for_parts(block)
+    if policy.param_dtype is not None:  # a batch has more than the model's inputs: targets
+        network.register_forward_pre_hook(
+            partial(_cast_inputs, policy.param_dtype), with_kwargs=True
+        )
+    root = fully_shard(forward, mesh=shards, mp_policy=replace(policy, cast_forward_inputs=False))
+    root.set_reduce_scatter_unused_params(True)
+    return forward.to(worker.device)
+
+
+def _gather_for_parts(block: nn.Module) -> None:
+    """Gather the weights of a block also when a part of it is called, but not the block itself."""
+
+    def gather(part: nn.Module, _: Any) -> None:
+        if is_distributed(next(part.parameters(recurse=False))):
+            cast("FSDPModule", block).unshard()
+
+    for part in block.modules():
+        if part is not block and any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(gather)
+
+
+def _split_layers(network: nn.Module, group: DeviceMesh, workload: Workload) -> None:
+    """Split layers by the workload's plan; SpecError if weights that were one no longer are."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, weight in network.named_parameters(remove_duplicate=False):
+        names.setdefault(weight, []).append(name)
+    parallelize_module(network, group, workload.tensor_plan(network))
+    now = dict(network.named_parameters(remove_duplicate=False))
+    for shared in names.values():
+        if len({now[name] for name in shared}) > 1:
+            raise SpecError(
+                f"scale.parallel: tensor cannot split {' and '.join(shared)}, which are one "
+                "weight; leave them out of the workload's tensor_plan"
+            )
+
+
+def _cast_inputs(
+    dtype: torch.dtype, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A forward pre-hook that gives floating-point inputs the dtype of the weights."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {name: cast(part) for name, part in value.items()}
+        return type(value)(map(cast, value)) if type(value) in (list, tuple) else value
+
+    return cast(inputs), cast(options)
 
 
 def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -> nn.Module:
@@ -184,6 +230,95 @@ def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Keep this worker's part of the weights only, after forward passes without backward ones."""
+    for module in model.modules():
+        if (sharded := _sharded(module)) is not None:
+            sharded.reshard()
+
+
+class BackwardPass:
+    """Backward passes of a parallel model; the last one of a step exchanges the gradients.
+
+    A parameter that no worker has used in a step has no gradient, as on one worker: the optimizer
+    leaves it alone. One that some workers have used has their mean, where the others count as zero.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._replicated = isinstance(model, DistributedDataParallel)
+        self._sharded = _sharded(model) is not None
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def run(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
+        if last and self._replicated:
+            self._run_replicated(loss)
+        elif last and self._sharded:
+            self._run_sharded(loss)
+        else:
+            torch.autograd.backward(loss)
+
+    def _run_replicated(self, loss: Tensor) -> None:
+        """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
+
+        DDP could look for them itself in each forward pass, for an exchange more in each step.
+        """
+        before = [weight.grad for weight in self._weights]
+        torch.autograd.backward(loss)
+        # DDP gives a weight another tensor for its gradient, a part of a bucket.
+        same = [(w, grad) for w, grad in zip(self._weights, before, strict=True) if w.grad is grad]
+        if not same:
+            return
+        reached = _reached(loss)
+        missing = [(weight, grad) for weight, grad in same if weight not in reached]
+        weights = [weight for weight, _ in missing]
+        torch.autograd.backward(weights, [torch.full_like(w, -0.0) for w in weights])
+        unused = [weight for weight, grad in missing if grad is None]
+        for weight, idle in zip(unused, _negative_zeros(unused), strict=True):
+            if idle:
+                weight.grad = None
+
+    def _run_sharded(self, loss: Tensor) -> None:
+        """FSDP takes zeros for missing gradients. An exchange tells whether all workers did.
+
+        Zeros do not: of a few rows, some workers have no part.
+        """
+        with noting_unused_shards() as unused:
+            torch.autograd.backward(loss)
+        here = {id(weight) for weight in unused}
+        used = torch.tensor([id(weight) not in here for weight in self._weights])
+        counts = used.to(loss.device, torch.int32, non_blocking=True)
+        dist.all_reduce(counts)
+        if unused:  # else there is nothing to wait for
+            for weight, count in zip(self._weights, counts.tolist(), strict=True):
+                if not count:
+                    weight.grad = None
+
+
+def _reached(loss: Tensor) -> set[Tensor]:
+    """The parameters on which the loss depends."""
+    found: set[Tensor] = set()
+    seen: set[Any] = set()
+    pending = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # where the gradient of a leaf is accumulated
+            found.add(node.variable)
+        pending.extend(function for function, _ in node.next_functions)
+    return found
+
+
+def _negative_zeros(weights: list[nn.Parameter]) -> list[bool]:
+    """Whether each gradient is -0.0 throughout: a sum to which all workers have added that."""
+    grads = [cast(Tensor, weight.grad) for weight in weights]
+    parts = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    found = [(part.signbit() & (part == 0)).all() for part in parts]
+    return torch.stack(found).tolist() if found else []
 
 
 def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:

@@ -28,6 +28,7 @@ from trainers.engine.evaluate import evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
+from trainers.modeling.forward import Forward
 from trainers.modeling.optimizer import learning_rate
 from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
@@ -256,12 +257,13 @@ class EngineLoop:
     def _evaluation_metrics(self, trial: EngineTrial, state: TrialState) -> dict[str, float]:
         """The metrics of the splits that are due at the state's step."""
         assert trial.program_slots is not None
-        network = trial.program_slots.program.network_with(state)
         variant, step = trial.variant, state.steps_done
+        network = trial.program_slots.program.network_with(state)
+        forward = Forward(variant.workload, network)
         found: dict[str, float] = {}
         for split in splits_due(step, variant.total_steps, trial.evaluation_steps, self._splits):
             samples = self._splits[split]
-            means = evaluate(variant.spec, variant.workload, network, samples, self._worker)
+            means = evaluate(variant.spec, variant.workload, forward, samples, self._worker)
             found |= {f"{split}/{name}": mean for name, mean in means.items()}
         return found
 

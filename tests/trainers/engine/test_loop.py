@@ -23,7 +23,7 @@ from trainers.data.splits import open_split
 from trainers.engine import coordination
 from trainers.engine.loop import train
 from trainers.engine.step import TrainStep
-from trainers.modeling import build
+from trainers.modeling.operations import OperationCounter
 from trainers.outcome import Outcome
 from trainers.spec import RunSpec, resolve
 
@@ -87,12 +87,10 @@ from pathlib import Path
 from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.modeling import build
 from trainers.spec import RunSpec, resolve
 
 spec, workload = resolve({"workload": "spirals:Spirals", "train": {"steps": 3}}, RunSpec)
 dataset = prepare_dataset(workload, Path())
-build.dry_run_once = lambda *_: None  # imports Dynamo, after the first step
 for stop in (False, True):
     reporter = NullReporter()
     reporter.should_stop = lambda: not stop
@@ -330,7 +328,7 @@ def test_flops_are_not_counted_again_after_a_restart(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, before, _ = run(own_folder, "cut", 13, train=STEPS)
-    monkeypatch.setattr(build, "dry_run_once", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(OperationCounter, "counting", lambda *_: pytest.fail("counted again"))
     _, after, _ = run(own_folder, "cut", train=STEPS)
     rates = [
         rows["perf/model_flop_per_s"][step] / rows["perf/samples_per_s"][step]
