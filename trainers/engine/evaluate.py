@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from trainers.checks.modes import evaluation_mode
+from trainers.checks.returned_values import check_per_sample
 from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
-from trainers.engine.step import TrainStep, check_per_sample
+from trainers.engine.step import TrainStep
 from trainers.modeling.strategy import broadcast_buffers
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
@@ -78,8 +80,11 @@ def evaluate(
     # All ranks of a sharded model need the same number of forward passes, some for nothing.
     rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
-    network.eval()
-    with torch.inference_mode(), compute_precision(spec.train, worker.device):
+    with (
+        evaluation_mode(network),
+        torch.inference_mode(),
+        compute_precision(spec.train, worker.device),
+    ):
         for turn in range(rounds):
             heartbeat()
             low, high = (start + bound for bound in shard_bounds(stop - start, turn, rounds))
@@ -92,6 +97,5 @@ def evaluate(
                 check_per_sample(name, values_B, len(next(iter(batch.values()))))
                 total = values_B[: high - low].double().sum()
                 sums[name] = sums[name] + total if name in sums else total
-    network.train()
     means = (worker.all_reduce_sum(torch.stack(list(sums.values()))) / count).tolist()
     return workload.summary(dict(zip(sums, means, strict=True)))

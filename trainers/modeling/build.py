@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers.counter_rng import combine_seeds, seed_device
+from trainers.checks.modes import begin_training
+from trainers.checks.returned_values import check_network
+from trainers.counter_rng import combine_seeds, seed_device, seed_host
 from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
@@ -19,16 +21,30 @@ from trainers.modeling.strategy import (
     memory_per_worker,
     parallelize,
 )
-from trainers.precision import check_precision, convert_to_fp8, weights_dtype
+from trainers.precision import (
+    check_precision,
+    convert_to_fp8,
+    convert_weights,
+    weights_dtype,
+)
 from trainers.spec import RunSpec, TrainSpec
 from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 
 def build_network(train: TrainSpec, workload: Workload) -> nn.Module:
-    """A new network of the workload on the CPU, the same for the same seed; not collective."""
-    seed_device(Cpu(), combine_seeds(train.seed))
-    network = workload.build().to(weights_dtype(train))
+    """A new network of the workload on the CPU, the same for the same seed; not collective.
+
+    It is in training mode, but for the parts that `build` put into evaluation mode. Raises
+    TrainingError if it is no network that can be trained.
+    """
+    seed = combine_seeds(train.seed)
+    seed_device(Cpu(), seed)
+    seed_host(seed)
+    network = workload.build()
+    check_network(workload, network)
+    convert_weights(network, weights_dtype(train))
+    begin_training(network)
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
@@ -82,7 +98,6 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     if spec.train.activation_checkpointing:
         compiles = spec.train.compile != "off"
         checkpoint_activations(blocks, dropout_rng, compiled=compiles)
-    network.train()
     strategy = choose_strategy(spec, workload, network, worker, memory_per_worker(worker))
     worker = strategy.applied_to(worker)
     if strategy.mode == "tensor":

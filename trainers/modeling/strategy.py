@@ -197,39 +197,6 @@ def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
         dist.broadcast(local_tensor(buffer), src=0)
 
 
-def gradient_norm(network: nn.Module) -> Tensor:
-    """The 2-norm of the whole gradient, over all shards; collective if sharded."""
-    return _total_norm(_trained_by_mesh(network))
-
-
-def clip_gradients(network: nn.Module, max_norm: float) -> None:
-    """Scale the gradient down so that its norm is at most `max_norm`; collective if sharded."""
-    meshes = _trained_by_mesh(network)
-    norm = _total_norm(meshes)
-    for mesh, weights in meshes.items():
-        # PyTorch's default scales DTensors one by one.
-        foreach = True if mesh and mesh.device_type in ("cpu", "cuda", "xpu") else None
-        nn.utils.clip_grads_with_norm_(weights, max_norm, norm, foreach)
-
-
-def _total_norm(meshes: dict[DeviceMesh | None, list[nn.Parameter]]) -> Tensor:
-    norms = [
-        nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        for weights in meshes.values()
-    ]
-    full = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
-    return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
-
-
-def _trained_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:
-    """The parameters with a gradient; a kernel takes a list of those on one device mesh."""
-    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for weight in network.parameters():
-        if weight.grad is not None:
-            meshes.setdefault(mesh_of(weight), []).append(weight)
-    return meshes
-
-
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     """The device mesh of a distributed tensor; None for a plain one."""
     return tensor.device_mesh if is_distributed(tensor) else None
