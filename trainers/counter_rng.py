@@ -97,6 +97,12 @@ def seed_host(seed: int) -> None:
     np.random.seed(seed & 0xFFFFFFFF)
 
 
+def seed_process(seed: int) -> None:
+    """Seed all generators that the code of this process shares, on the CPU."""
+    torch.default_generator.manual_seed(seed)
+    seed_host(seed)
+
+
 def host_rng_state() -> tuple[Any, ...]:
     """The state of the generators that `seed_host` seeds; any draw changes it."""
     numpys = np.random.get_state(legacy=False)

@@ -136,7 +136,9 @@ def plain_loop(
         rate = RULE["lr"] * (1 + math.cos(math.pi * step / (steps - 1))) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = {n: v[index].double() if v.is_floating_point() else v[index] for n, v in split.items()}
+        batch = {
+            n: v[index].double() if v.is_floating_point() else v[index] for n, v in split.items()
+        }
         kept = {name: value.clone() for name, value in network.state_dict().items()}
         loss = workload.loss(workload.forward(network, batch), batch).mean()
         optimizer.zero_grad()

@@ -46,5 +46,11 @@ def held_in_evaluation(network: nn.Module) -> list[str]:
     return found
 
 
+def normalises_batches(network: nn.Module) -> bool:
+    """Whether a layer takes statistics from the samples that are in a forward pass together."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return any(isinstance(module, kinds) and module.training for module in network.modules())
+
+
 def _is_within(name: str, part: str) -> bool:
     return not part or name.startswith(f"{part}.")

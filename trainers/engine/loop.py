@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checks.finite import listed
-from trainers.checks.modes import held_in_evaluation
+from trainers.checks.modes import held_in_evaluation, normalises_batches
 from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
@@ -125,3 +125,10 @@ def _log_first_step(spec: RunSpec, steps: TrainStep, reporter: Reporter) -> None
     if evaluating:
         names = listed([name or "the whole model" for name in evaluating])
         reporter.log_note("modes", f"in evaluation mode, as build left it: {names}")
+    together, batch = steps.samples_at_once, spec.train.global_batch
+    if together < batch and normalises_batches(steps.network):
+        reporter.log_note(
+            "batch norm",
+            f"statistics of {together} samples at a time, not of the {batch} of a step: other "
+            "numbers of workers, or another train.micro_batch, change the results",
+        )

@@ -100,6 +100,11 @@ class TrainStep:
     def strategy(self) -> ParallelStrategy:
         return self._model.strategy
 
+    @property
+    def samples_at_once(self) -> int:
+        """Samples of a forward pass of this worker."""
+        return self._micro_batches.largest
+
     def run(self, step: int) -> Tensor:
         """Do step `step`, counted from 0; collective.
 

@@ -9,8 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers.checks.modes import begin_training
 from trainers.checks.returned_values import check_network
-from trainers.counter_rng import combine_seeds, seed_device, seed_host
-from trainers.devices import Cpu
+from trainers.counter_rng import combine_seeds, seed_process
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
 from trainers.modeling.dry_run import dry_run, dry_run_once, skeleton
@@ -38,9 +37,7 @@ def build_network(train: TrainSpec, workload: Workload) -> nn.Module:
     It is in training mode, but for the parts that `build` put into evaluation mode. Raises
     TrainingError if it is no network that can be trained.
     """
-    seed = combine_seeds(train.seed)
-    seed_device(Cpu(), seed)
-    seed_host(seed)
+    seed_process(combine_seeds(train.seed))
     network = workload.build()
     check_network(workload, network)
     convert_weights(network, weights_dtype(train))

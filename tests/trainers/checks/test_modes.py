@@ -1,8 +1,8 @@
 """Parts that `build` puts into evaluation mode stay in it."""
 
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -56,23 +56,17 @@ def test_a_frozen_part_keeps_its_statistics_and_is_told_of(tmp_path: Path) -> No
     workload = workload_of(FrozenNorm)
     rows, state = run(workload, tmp_path, train={"evaluate_every_epochs": 0.5})
     losses, network = plain_loop(workload, tmp_path)
-    assert list(rows.rows["train/loss"].values()) == [*map(approximately, losses)]
+    assert list(rows.rows["train/loss"].values()) == pytest.approx(losses, rel=1e-9)
     assert_same(state, network)
     assert (state["model.0.1.running_mean"] == 5.0).all()
     assert rows.notes["modes"] == "in evaluation mode, as build left it: 0"
-
-
-def approximately(value: float) -> Any:
-    import pytest
-
-    return pytest.approx(value, rel=1e-9)
 
 
 def test_a_modules_own_train_is_called(tmp_path: Path) -> None:
     workload = workload_of(Overridden)
     rows, state = run(workload, tmp_path, train={"evaluate_every_epochs": 1})
     losses, network = plain_loop(workload, tmp_path, prepare=lambda network: network.train())
-    assert list(rows.rows["train/loss"].values()) == [*map(approximately, losses)]
+    assert list(rows.rows["train/loss"].values()) == pytest.approx(losses, rel=1e-9)
     assert_same(state, network)
     assert (state["model.norm.running_mean"] == 0.5).all()
 
@@ -101,3 +95,12 @@ def test_evaluation_mode_restores_each_module_also_after_an_error() -> None:
         pass
     assert [module.training for module in network.modules()] == before
     assert network[0].calls == [True, False, True]
+
+
+def test_statistics_of_a_part_of_a_batch_are_told_of(tmp_path: Path) -> None:
+    whole, _ = run(workload_of(FrozenNorm), tmp_path, "whole", train={"steps": 2})
+    assert "batch norm" not in whole.notes
+    parts, _ = run(workload_of(FrozenNorm), tmp_path, "parts", train={"steps": 2, "micro_batch": 4})
+    assert parts.notes["batch norm"].startswith("statistics of 4 samples at a time, not of the 16")
+    none, _ = run(workload_of(Points), tmp_path, "none", train={"steps": 2, "micro_batch": 4})
+    assert "batch norm" not in none.notes

@@ -1,5 +1,6 @@
-"""What a workload's methods must return: one line that names the method, before the first update."""
+"""What a workload's methods must return: a line that names the method, before the first update."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ def test_a_loss_must_be_a_number_per_sample(case: str, tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError) as caught:
         run(workload_of(Odd), tmp_path)
-    assert_line(caught, "Odd.loss must return one value per sample, a floating-point tensor of "
-                rf"shape \[{BATCH}\] \(got {got}\)")
+    assert_line(
+        caught,
+        "Odd.loss must return one value per sample, a floating-point tensor of "
+        rf"shape \[{BATCH}\] \(got {got}\)",
+    )
 
 
 def assert_line(caught: pytest.ExceptionInfo[TrainingError], wanted: str) -> None:
-    import re
-
     assert re.fullmatch(wanted, str(caught.value)), str(caught.value)
 
 
@@ -125,5 +127,8 @@ def test_an_augmented_batch_has_as_many_samples(case: str, tmp_path: Path) -> No
 
     with pytest.raises(TrainingError) as caught:
         run(workload_of(Odd), tmp_path)
-    assert_line(caught, "Odd.augment must return the batch, a dict of columns with 16 samples each "
-                rf"\(got {got}\)")
+    assert_line(
+        caught,
+        "Odd.augment must return the batch, a dict of columns with 16 samples each "
+        rf"\(got {got}\)",
+    )

@@ -77,9 +77,7 @@ class Convolution(Workload):
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"on_nonfinite": "skip"}])
-def test_complex_weights_are_those_of_a_plain_loop(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_complex_weights_are_those_of_a_plain_loop(options: dict[str, Any], tmp_path: Path) -> None:
     workload = workload_of(Fourier)
     rows, state = run(workload, tmp_path, train=options)
     clip = options.get("clip_norm")
@@ -155,7 +153,7 @@ def test_what_is_more_precise_than_the_weights_keeps_its_digits(
     precision: str, tmp_path: Path
 ) -> None:
     rule = {"name": "sgd", "lr": 1e-30, "momentum": 0.9}
-    rows, state = run(
+    _, state = run(
         workload_of(Clock), tmp_path, train={"precision": precision, "steps": 3}, optimizer=rule
     )
     usual = torch.float64 if precision == "fp64" else torch.float32
@@ -213,5 +211,3 @@ def test_a_model_of_another_precision_is_converted_as_a_whole() -> None:
 def test_a_lazy_model_is_converted() -> None:
     network = convert_weights(nn.LazyLinear(3), torch.float64)
     assert network(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
-
-

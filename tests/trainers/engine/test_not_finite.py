@@ -1,7 +1,6 @@
 """Losses, gradients and states that are not finite: nothing of them is kept."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from tests.trainers.plain_loop import (
     workload_of,
 )
 from trainers import Batch, Workload
-from trainers.engine.step import TrainStep
 from trainers.modeling.weight_update import LEAST_SCALE, WeightUpdate
 
 SKIP = {"on_nonfinite": "skip"}

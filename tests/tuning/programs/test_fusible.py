@@ -1,6 +1,6 @@
 """Which trials fit into a program, and which cannot be fused at all."""
 
-import random
+import random as python_random
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -157,11 +157,11 @@ class TestATrialThatCannotBeFused:
         with pytest.raises(NotFusibleError, match=f"^{re.escape(operation)}: RuntimeError: "):
             program_of(trial(Own))
 
-    @pytest.mark.parametrize("draw", ["random.random()", "np.random.rand()"])
-    def test_draws_from_a_generator_of_the_process(self, draw: str) -> None:
+    @pytest.mark.parametrize("draw", [python_random.random, np.random.rand])
+    def test_draws_from_a_generator_of_the_process(self, draw: Callable[[], float]) -> None:
         class Drawn(Points):
             def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-                return super().forward(model, batch) * eval(draw)
+                return super().forward(model, batch) * draw()
 
         with pytest.raises(NotFusibleError, match=r"^the model draws from Python's or numpy's"):
             program_of(trial(Drawn))
