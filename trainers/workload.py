@@ -232,5 +232,10 @@ def _import_error_location(error: Exception) -> str:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights, and so of its floating-point inputs."""
-    return next(model.parameters()).dtype
+    """The dtype of a model's weights, and so of its floating-point inputs; never a complex one.
+
+    PyTorch's default for a model without weights.
+    """
+    kinds = (weight.dtype for weight in model.parameters())
+    found = next((kind for kind in kinds if kind.is_floating_point or kind.is_complex), None)
+    return found.to_real() if found is not None else torch.get_default_dtype()

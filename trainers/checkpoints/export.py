@@ -29,7 +29,7 @@ from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
 from trainers.checkpoints.state import load_model_weights
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
-from trainers.precision import weights_dtype
+from trainers.precision import complex_as_pairs, convert_weights, weights_dtype
 from trainers.run_folder import MODEL
 from trainers.spec import RunSpec
 from trainers.workload import SHIPPED_WORKLOADS, Workload, load_workload, model_dtype
@@ -45,12 +45,13 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     Raises CheckpointError if the checkpoint holds a pickle.
     """
     refuse_pickles(checkpoint)
-    network = workload.build().to(weights_dtype(spec.train))
+    network = convert_weights(workload.build(), weights_dtype(spec.train))
     load_model_weights(checkpoint, network)
     building = folder.with_name(f".{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_weights(network, str(building / WEIGHTS))
+    with complex_as_pairs(network):
+        save_weights(network, str(building / WEIGHTS))
     sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
     if spec.workload not in SHIPPED_WORKLOADS:  # the class, not the name that the spec has for it
         sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
@@ -142,8 +143,9 @@ def load_model(source: str | Path) -> nn.Module:
         validate(workload.Data, sections["data"]), validate(workload.Model, sections["model"])
     ).build()
     try:
-        network = network.to(_dtype(folder / WEIGHTS))
-        load_weights(network, str(folder / WEIGHTS))
+        convert_weights(network, _dtype(folder / WEIGHTS))
+        with complex_as_pairs(network):
+            load_weights(network, str(folder / WEIGHTS))
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
     return network.eval()
@@ -197,11 +199,13 @@ def _importing_from(code: Path, module: str) -> Iterator[None]:
 
 
 def _dtype(path: Path) -> torch.dtype:
+    """The dtype of the run's weights. A model of fp32 may have some tensors of more."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    floats = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
+    return torch.float64 if dtypes & floats == {torch.float64} else torch.float32
 
 
 class _Predictor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cluster.base.errors import CheckpointError
 from trainers.checkpoints import shards
 from trainers.checkpoints.manifest import read_manifest
+from trainers.precision import as_real
 from trainers.worker import is_distributed
 
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
@@ -19,6 +20,8 @@ def collect_state(
 ) -> dict[str, Tensor]:
     """Everything that steps change, by name: `model.NAME`, and `optimizer.NAME/PART` per weight.
 
+    Complex tensors are pairs of real numbers in it.
+
     Ranks other than 0 pass False for `include_replicated` and return sharded tensors only.
     Replicated state, such as running means, is saved by rank 0.
     """
@@ -26,7 +29,7 @@ def collect_state(
     for weight, name in _trainable_names(model).items():
         for part, value in optimizer.state[weight].items():
             state[f"{OPTIMIZER_PREFIX}{name}/{part}"] = torch.as_tensor(value)
-    return {k: v for k, v in state.items() if include_replicated or is_distributed(v)}
+    return {k: as_real(v) for k, v in state.items() if include_replicated or is_distributed(v)}
 
 
 def load_checkpoint(
@@ -59,14 +62,16 @@ def load_checkpoint(
             raise CheckpointError(f"{path}: does not fit the optimizer: {name} is unknown")
         weight = weights[name]
         # Fused kernels pair a weight with its moments by their order in memory.
-        moments[name][part] = state[key] = (
+        moments[name][part] = (
             torch.zeros((), device=weight.device)
             if part == "step"
             else torch.empty_like(weight, requires_grad=False)
         )
+        state[key] = as_real(moments[name][part])
     shards.read(state, path, group)
     for name, weight in weights.items():
-        optimizer.state[weight] = moments[name]
+        if moments[name]:
+            optimizer.state[weight] = moments[name]
     return int(manifest["step"]), manifest["numbers"]
 
 
@@ -83,7 +88,7 @@ def _matching_tensors(
 
     Raises CheckpointError unless the checkpoint has the same names and shapes.
     """
-    wanted = model.state_dict()
+    wanted = {name: as_real(tensor) for name, tensor in model.state_dict().items()}
     for key in shapes:
         if key.startswith(MODEL_PREFIX) and key.removeprefix(MODEL_PREFIX) not in wanted:
             name = key.removeprefix(MODEL_PREFIX)

@@ -14,6 +14,7 @@ from filelock import FileLock
 from cluster.base.config import Spec
 from cluster.base.errors import DataError, SpecError
 from cluster.base.files import commit_folder
+from trainers.counter_rng import seed_process
 from trainers.data.partitioned_dataset import (
     ProgressCallback,
     encode_parquet,
@@ -100,6 +101,7 @@ def _write_dataset(
     if isinstance(workload, PartitionedWorkload):
         files = write_parts(workload, folder, on_progress)
     else:
+        seed_process(0)  # the same rows wherever they are made
         for split, rows in workload.dataset().items():
             content = encode_parquet(rows)
             (folder / f"{split}.parquet").write_bytes(content)

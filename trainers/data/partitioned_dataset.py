@@ -8,6 +8,7 @@ workers need no shared folder.
 import hashlib
 import io
 import json
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from cluster.base.errors import HeliostatError
 from cluster.base.files import write_atomic, write_bytes_atomic
+from trainers.counter_rng import seed_process
 from trainers.workload import PartitionedWorkload
 
 FileEntries = dict[str, dict[str, Any]]
@@ -84,6 +86,7 @@ def _common_files(
     saved = _saved_files(folder, "common.part.json")
     if saved is not None:
         return {name: (folder / name).read_bytes() for name in saved}
+    seed_process(0)
     contents = workload.common(parts)
     entries = {name: manifest_entry(content) for name, content in contents.items()}
     _save_files(folder, "common.part.json", contents, entries)
@@ -155,6 +158,7 @@ def build_part(
     workload: PartitionedWorkload, part: Any, common: Mapping[str, bytes]
 ) -> EncodedPart:
     """Build and encode one part; the same on every machine."""
+    seed_process(zlib.crc32(repr(part).encode()))
     tables = workload.part(part, common)
     return {split: (len(rows), encode_parquet(rows)) for split, rows in tables.items() if len(rows)}
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainers.checks.modes import evaluation_mode
+from trainers.checks.returned_values import check_per_sample
 from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
-from trainers.engine.step import TrainStep, check_per_sample
+from trainers.engine.step import TrainStep
 from trainers.modeling.forward import Forward
 from trainers.modeling.strategy import broadcast_buffers, release_gathered
 from trainers.precision import compute_precision, weights_dtype
@@ -79,8 +81,11 @@ def evaluate(
     # All ranks of a sharded model need the same number of forward passes, some for nothing.
     rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
-    forward.eval()
-    with torch.inference_mode(), compute_precision(spec.train, worker.device):
+    with (
+        evaluation_mode(forward),
+        torch.inference_mode(),
+        compute_precision(spec.train, worker.device),
+    ):
         for turn in range(rounds):
             heartbeat()
             low, high = (start + bound for bound in shard_bounds(stop - start, turn, rounds))
@@ -93,7 +98,6 @@ def evaluate(
                 check_per_sample(name, values_B, len(next(iter(batch.values()))))
                 total = values_B[: high - low].double().sum()
                 sums[name] = sums[name] + total if name in sums else total
-    forward.train()
     release_gathered(forward)
     means = (worker.all_reduce_sum(torch.stack(list(sums.values()))) / count).tolist()
     return workload.summary(dict(zip(sums, means, strict=True)))

@@ -8,6 +8,8 @@ same weights as one that was not.
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checks.finite import listed
+from trainers.checks.modes import held_in_evaluation, normalises_batches
 from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
@@ -51,25 +53,32 @@ def train(
         evaluator = Evaluator(spec, workload, splits, steps, reporter)
         saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
         coordinator = StepCoordinator(worker, reporter, start)
-        losses = LossWindow(worker, scalars)
+        losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_strategy(steps, reporter)
 
-        done = start
+        done, told = start, False
         for step in range(start, total):
             heartbeat(step)
             done = step + 1
-            losses.add(steps.run(step), done)
+            losses.add(steps.run(step), steps.gradient_norm, done)
             if step == start:
                 _log_first_step(spec, steps, reporter)
+            if steps.uses_native_rng and not told:
+                reporter.log_note("random", NATIVE_RNG_NOTE)
+                told = True
 
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
             if evaluates or done % spec.tracking.every_steps == 0:
                 epoch = done * spec.train.global_batch / samples
                 progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
-                reporter.log_metrics(progress | _step_metrics(steps, step, evaluates), done)
+                measured = _step_metrics(steps, step, losses.skipped, evaluates)
+                reporter.log_metrics(progress | measured, done)
+            kept = decision.saves or saves.is_scheduled(done)
+            if evaluates or kept:
+                steps.check_state(done)
             evaluated = evaluator.run(done)
-            if decision.saves or saves.is_scheduled(done):
+            if kept:
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
@@ -88,14 +97,14 @@ def train(
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
-def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, float]:
-    """The learning rate, and where the time goes if that is due."""
+def _step_metrics(steps: TrainStep, step: int, skipped: int, evaluates: bool) -> dict[str, float]:
+    """The learning rate, where the time goes if that is due, and steps that were `skipped`."""
     metrics = {"train/lr": steps.learning_rate(step)}
     steps.meter.mark("compute")  # a GPU has been waited for
     if evaluates or steps.meter.unreported_s() > PERF_INTERVAL_S:
         metrics |= steps.read_meter()
-    if steps.skipped_steps:
-        metrics["train/skipped_steps"] = steps.skipped_steps
+    if skipped:
+        metrics["train/skipped_steps"] = skipped
     return metrics
 
 
@@ -112,5 +121,14 @@ def _log_first_step(spec: RunSpec, steps: TrainStep, reporter: Reporter) -> None
     device = steps.meter.catalogued
     if device is not None:
         reporter.log_note("device", f"{device.name}, {device.peak_text()}")
-    if steps.uses_native_rng:
-        reporter.log_note("random", NATIVE_RNG_NOTE)
+    evaluating = held_in_evaluation(steps.network)
+    if evaluating:
+        names = listed([name or "the whole model" for name in evaluating])
+        reporter.log_note("modes", f"in evaluation mode, as build left it: {names}")
+    together, batch = steps.samples_at_once, spec.train.global_batch
+    if together < batch and normalises_batches(steps.network):
+        reporter.log_note(
+            "batch norm",
+            f"statistics of {together} samples at a time, not of the {batch} of a step: other "
+            "numbers of workers, or another train.micro_batch, change the results",
+        )

@@ -8,6 +8,7 @@ device's generator, seeded from (seed, step, rank, micro-batch).
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.counter_rng import SampleRandom, combine_seeds, device_rng_state, seed_device
+from trainers.checks.finite import listed, not_finite, state_not_finite
+from trainers.checks.returned_values import (
+    check_augmented,
+    check_dense_gradients,
+    check_differentiable,
+    check_loss,
+)
+from trainers.counter_rng import (
+    SampleRandom,
+    combine_seeds,
+    device_rng_state,
+    host_rng_state,
+    seed_device,
+    seed_host,
+)
 from trainers.engine.micro_batches import MicroBatches
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
 from trainers.engine.throughput import ThroughputMeter, measure_communication
@@ -25,7 +40,7 @@ from trainers.modeling.strategy import ParallelStrategy, sync_gradients_if
 from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
 from trainers.spec import RunSpec
-from trainers.worker import Worker, local_tensor
+from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 
@@ -61,8 +76,15 @@ class TrainStep:
         self._update = WeightUpdate(spec, self.network, worker.device, total_steps)
         self._micro_batches = MicroBatches(samples, spec.train, worker, total_steps)
         self.uses_native_rng: bool | None = None
-        """Whether the model drew from the device's generator; None before the first step."""
-        self._last_finite_loss = math.nan
+        """Whether the model drew from a generator of the process; None before the first step."""
+        self.gradient_norm = torch.zeros(())
+        """The norm of the last step's gradient, not finite where the step was left out; of this
+        worker's shards alone in some cases, see `WeightUpdate.prepare`."""
+        stops = spec.train.on_nonfinite == "stop"
+        # Elsewhere a step would wait for the device, or one worker would stop without the others.
+        self._stops_at_once = stops and self._update.on_host and self._update.norm_is_whole
+        self._last_loss = torch.tensor(math.nan)
+        self._uses_host_rng = False
 
     @property
     def network(self) -> nn.Module:
@@ -83,16 +105,17 @@ class TrainStep:
         return self._model.strategy
 
     @property
-    def skipped_steps(self) -> int:
-        """Steps whose gradient was not finite, since this start; see `train.on_nonfinite`."""
-        return self._update.skipped_steps
+    def samples_at_once(self) -> int:
+        """Samples of a forward pass of this worker."""
+        return self._micro_batches.largest
 
     def run(self, step: int) -> Tensor:
         """Do step `step`, counted from 0; collective.
 
         Returns this worker's part of the loss over the global batch, times the number of shares
-        of the batch, as a scalar on its device; zero for a step that was skipped. Raises a
-        TrainingError that says what would fit when memory runs out.
+        of the batch, as a scalar on its device. A step whose loss or gradient is not finite
+        changes nothing: `gradient_norm` tells. On a CPU such a step raises a TrainingError if
+        `train.on_nonfinite` is stop. Raises one that says what would fit when memory runs out.
         """
         try:
             loss = self._run(step)
@@ -106,12 +129,14 @@ class TrainStep:
         raise TrainingError(self._memory_advice(step))
 
     def _run(self, step: int) -> Tensor:
+        update = self._update
+        update.begin()
         loss = self._forward_backward(step)
-        if not self._update.prepare(step):
-            return torch.zeros_like(loss)
-        if loss.device.type == "cpu":  # elsewhere it would wait for the device
-            self._check_finite(loss.item(), step)
-        self._update.apply()
+        norm = update.prepare(step)
+        if self._stops_at_once and not math.isfinite(norm.item()):
+            self._stop(loss, norm, step)
+        self.gradient_norm = update.apply(loss, norm)
+        self._last_loss = loss
         return loss
 
     def save(
@@ -126,11 +151,21 @@ class TrainStep:
         training was blocked. Collective.
         """
         began = time.monotonic()
-        scalars = {**self._update.scalars(), **scalars}
+        scalars = {**self._update.scalars(), "host_rng": float(self._uses_host_rng), **scalars}
         optimizer = self.optimizer
         checkpoints.save(done, self.network, optimizer, scalars, metrics, before_commit)
         self.meter.mark("checkpoint")
         return time.monotonic() - began
+
+    def check_state(self, done: int) -> None:
+        """Raise a TrainingError if training has made weights or buffers not finite. Collective.
+
+        To be called before the state is evaluated or saved; waits for the device.
+        """
+        bad = self._update.state_not_finite()
+        count = torch.tensor(float(len(bad)), device=self.worker.device)
+        if self.worker.all_reduce_sum(count).item():
+            raise TrainingError(state_not_finite(bad or ["weights of another worker"], done))
 
     def read_meter(self) -> dict[str, float]:
         """Where the time of the steps since the last report went; see `ThroughputMeter.read`.
@@ -149,6 +184,7 @@ class TrainStep:
         """Load the latest checkpoint; returns its steps and its scalars. Collective."""
         done, scalars = checkpoints.resume(self.network, self.optimizer)
         self._update.load_scalars(scalars)
+        self._uses_host_rng = bool(scalars.get("host_rng", 0.0))
         self.meter.load_state_dict(scalars)
         self.meter.mark("start")
         return done, scalars
@@ -156,29 +192,54 @@ class TrainStep:
     def _forward_backward(self, step: int) -> Tensor:
         """Backward through all micro-batches of this worker's share; the loss, detached."""
         seed, hardware = self._spec.train.seed, self.worker.hardware
+        first = self.uses_native_rng is None
+        watches = first or step & (step - 1) == 0  # steps that are powers of two
         batches, count = self._micro_batches.of_step(step), self._micro_batches.accumulation_steps
         losses = []
         for number in range(count):
             positions, batch = next(batches)
             self.meter.mark("data")
             random = SampleRandom(seed, positions)
-            seed_device(hardware, combine_seeds(seed, step, self.worker.data_rank, number))
-            state = device_rng_state(hardware) if self.uses_native_rng is None else None
+            drawn = combine_seeds(seed, step, self.worker.data_rank, number)
+            seed_device(hardware, drawn)
+            if watches or self._uses_host_rng:
+                seed_host(drawn)
+            before = self._rng_states() if watches and number == 0 else None
             last = number == count - 1
             with (
                 self._model.dropout_rng.seeded_by(random),
                 sync_gradients_if(self._model.parallel, last),
             ):
                 batch = self._workload.augment(batch, random)
+                check_augmented(self._workload, batch, len(positions))
                 counted = self._micro_batches.counted(number)
                 with self._model.counting_operations(step, number, len(positions)):
                     loss = self._loss(self._model.compiled, batch, counted)
-                    self._model.backward(self._update.scaler.scale(loss), last)
-            if state is not None:
-                self.uses_native_rng = not state.equal(device_rng_state(hardware))
+                    check_differentiable(self._workload, loss)
+                    # One, or NaN: then all workers find that a loss is not finite in the gradient.
+                    finite = loss.detach() * 0 + 1
+                    self._model.backward(self._update.scaler.scale(loss), finite, last)
+            if before is not None:
+                self._notice_draws(before)
             losses.append(loss.detach())
             self.meter.mark("compute")
+        if first:
+            check_dense_gradients(self._workload, self.network)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _rng_states(self) -> tuple[Tensor, tuple[Any, ...]]:
+        return device_rng_state(self.worker.hardware), host_rng_state()
+
+    def _notice_draws(self, before: tuple[Tensor, tuple[Any, ...]]) -> None:
+        """Notice random numbers of the model's own, by what has happened to the generators.
+
+        Python's and numpy's are seeded in each step only where they are used: it takes as long as
+        several kernels.
+        """
+        device, host = self._rng_states()
+        self._uses_host_rng |= host != before[1]
+        own = self._uses_host_rng or not device.equal(before[0])
+        self.uses_native_rng = bool(self.uses_native_rng) or own
 
     def _loss(self, model: nn.Module, batch: Batch, counted: int) -> Tensor:
         """The mean over the global batch of the first `counted` samples' losses, times the shares.
@@ -188,7 +249,7 @@ class TrainStep:
         samples = len(next(iter(batch.values())))
         with compute_precision(self._spec.train, self.worker.device):
             loss_B = model(batch)
-        check_per_sample("loss", loss_B, samples)
+        check_loss(self._workload, loss_B, samples)
         share = counted * self.worker.data_world_size / self._spec.train.global_batch
         mean = (loss_B if counted == samples else loss_B[:counted].sum() / max(1, counted)).mean()
         return mean if share == 1 else mean * share
@@ -228,33 +289,23 @@ class TrainStep:
             torch.autograd.backward(loss)
             self.optimizer.step()
 
-    def _check_finite(self, loss: float, step: int) -> None:
-        """Raise a TrainingError that says where a loss that is not finite comes from."""
-        if math.isfinite(loss):
-            self._last_finite_loss = loss
+    def _stop(self, loss: Tensor, norm: Tensor, step: int) -> None:
+        """Raise a TrainingError that says where a gradient that is not finite comes from.
+
+        Not if it is one of too large a scale of fp16.
+        """
+        if self._update.searches_scale(loss):
+
+    def _stop(self, loss: Tensor, norm: Tensor, step: int) -> None:
+        """Raise a TrainingError that says where a gradient that is not finite comes from.
+
+        Not if it is one of too large a scale of fp16.
+        """
+        if self._update.searches_scale(loss):
             return
-        bad = [
-            name
-            for name, p in self.network.named_parameters()
-            if p.grad is not None and not torch.isfinite(local_tensor(p.grad)).all()
-        ]
-        where = f"; not finite: the gradients of {_listed(bad)}" if bad else ""
-        raise TrainingError(
-            f"the loss is {loss} at step {step + 1} (the last finite one was "
-            f"{self._last_finite_loss:.6g}){where}"
-        )
+        bad = self._update.gradients_not_finite()
+        where = f"; not finite: the gradients of {listed(bad)}" if bad else ""
+        line = not_finite(loss.item(), norm.item(), step + 1, self._last_loss.item())
+        raise TrainingError(f"{line}{where}")
 
 
-def _listed(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def check_per_sample(name: str, values: Tensor, samples: int) -> None:
-    """Raise a TrainingError unless a workload's values are one per sample."""
-    if values.shape != (samples,):
-        raise TrainingError(
-            f"the workload's {name} must have one value per sample, shape [{samples}] "
-            f"(got {list(values.shape)})"
-        )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-from trainers.counter_rng import combine_seeds, seed_device
-from trainers.devices import Cpu
+from trainers.checks.modes import begin_training
+from trainers.checks.returned_values import check_network
+from trainers.counter_rng import combine_seeds, seed_process
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import (
     DropoutRng,
@@ -31,16 +32,28 @@ from trainers.modeling.strategy import (
     memory_per_worker,
     parallelize,
 )
-from trainers.precision import check_precision, convert_to_fp8, weights_dtype
+from trainers.precision import (
+    check_precision,
+    convert_to_fp8,
+    convert_weights,
+    weights_dtype,
+)
 from trainers.spec import RunSpec, TrainSpec
 from trainers.worker import Worker
 from trainers.workload import Batch, Workload, model_dtype
 
 
 def build_network(train: TrainSpec, workload: Workload) -> nn.Module:
-    """A new network of the workload on the CPU, the same for the same seed; not collective."""
-    seed_device(Cpu(), combine_seeds(train.seed))
-    network = workload.build().to(weights_dtype(train))
+    """A new network of the workload on the CPU, the same for the same seed; not collective.
+
+    It is in training mode, but for the parts that `build` put into evaluation mode. Raises
+    TrainingError if it is no network that can be trained.
+    """
+    seed_process(combine_seeds(train.seed))
+    network = workload.build()
+    check_network(workload, network)
+    convert_weights(network, weights_dtype(train))
+    begin_training(network)
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
@@ -65,10 +78,10 @@ class TrainedModel:
     backward_pass: BackwardPass
     operations: OperationCounter
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
+    def backward(self, loss: Tensor, gradient: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`, whose own is `gradient`; see `BackwardPass.run`."""
         self.operations.in_backward = True
-        self.backward_pass.run(loss, last)
+        self.backward_pass.run(loss, gradient, last)
 
     def counting_operations(
         self, step: int, micro_batch: int, samples: int
@@ -116,7 +129,6 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     if spec.train.activation_checkpointing:
         compiles = spec.train.compile != "off"
         checkpoint_activations(blocks, dropout_rng, compiled=compiles)
-    network.train()
     forward = Forward(workload, network)
     parallel = parallelize(forward, spec, workload, strategy, worker, blocks)
     return TrainedModel(

@@ -251,22 +251,24 @@ class BackwardPass:
         self._sharded = _sharded(model) is not None
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
 
-    def run(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
+    def run(self, loss: Tensor, gradient: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`, whose own is `gradient`; collective if this is the `last`
+        backward pass of a step.
+        """
         if last and self._replicated:
-            self._run_replicated(loss)
+            self._run_replicated(loss, gradient)
         elif last and self._sharded:
-            self._run_sharded(loss)
+            self._run_sharded(loss, gradient)
         else:
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss, gradient)
 
-    def _run_replicated(self, loss: Tensor) -> None:
+    def _run_replicated(self, loss: Tensor, gradient: Tensor) -> None:
         """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
 
         DDP could look for them itself in each forward pass, for an exchange more in each step.
         """
         before = [weight.grad for weight in self._weights]
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss, gradient)
         # DDP gives a weight another tensor for its gradient, a part of a bucket.
         same = [(w, grad) for w, grad in zip(self._weights, before, strict=True) if w.grad is grad]
         if not same:
@@ -280,13 +282,13 @@ class BackwardPass:
             if idle:
                 weight.grad = None
 
-    def _run_sharded(self, loss: Tensor) -> None:
+    def _run_sharded(self, loss: Tensor, gradient: Tensor) -> None:
         """FSDP takes zeros for missing gradients. An exchange tells whether all workers did.
 
         Zeros do not: of a few rows, some workers have no part.
         """
         with noting_unused_shards() as unused:
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss, gradient)
         here = {id(weight) for weight in unused}
         used = torch.tensor([id(weight) not in here for weight in self._weights])
         counts = used.to(loss.device, torch.int32, non_blocking=True)
@@ -330,39 +332,6 @@ def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
         return
     for buffer in network.buffers():
         dist.broadcast(local_tensor(buffer), src=0)
-
-
-def gradient_norm(network: nn.Module) -> Tensor:
-    """The 2-norm of the whole gradient, over all shards; collective if sharded."""
-    return _total_norm(_trained_by_mesh(network))
-
-
-def clip_gradients(network: nn.Module, max_norm: float) -> None:
-    """Scale the gradient down so that its norm is at most `max_norm`; collective if sharded."""
-    meshes = _trained_by_mesh(network)
-    norm = _total_norm(meshes)
-    for mesh, weights in meshes.items():
-        # PyTorch's default scales DTensors one by one.
-        foreach = True if mesh and mesh.device_type in ("cpu", "cuda", "xpu") else None
-        nn.utils.clip_grads_with_norm_(weights, max_norm, norm, foreach)
-
-
-def _total_norm(meshes: dict[DeviceMesh | None, list[nn.Parameter]]) -> Tensor:
-    norms = [
-        nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        for weights in meshes.values()
-    ]
-    full = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
-    return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
-
-
-def _trained_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:
-    """The parameters with a gradient; a kernel takes a list of those on one device mesh."""
-    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for weight in network.parameters():
-        if weight.grad is not None:
-            meshes.setdefault(mesh_of(weight), []).append(weight)
-    return meshes
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:

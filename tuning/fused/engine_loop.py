@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checks.finite import not_finite, state_not_finite
 from trainers.data.remote import local_dataset
 from trainers.data.splits import count_samples, open_splits
 from trainers.devices import local_device
@@ -203,8 +204,9 @@ class EngineLoop:
             trial.steps_done += 1
             step = trial.steps_done
             if not math.isfinite(loss):
-                last = f"the last finite one was {trial.last_finite:.6g}"
-                self._fail(trial, f"the loss is {loss} at step {step} ({last})")
+                assert trial.program_slots is not None
+                failed = trial.program_slots.program.failed_step(trial.slot)
+                self._fail(trial, not_finite(*failed, step, trial.last_finite))
                 return
             trial.last_finite = loss
             trial.loss_sum, trial.losses = trial.loss_sum + loss, trial.losses + 1
@@ -225,6 +227,10 @@ class EngineLoop:
         began = time.perf_counter()
         state = trial.program_slots.program.state_of(trial.slot).copy()
         steps = state.steps_done - trial.evaluated_step
+        spoilt = trial.program_slots.program.not_finite(state)
+        if spoilt:
+            self._fail(trial, state_not_finite(spoilt, state.steps_done))
+            return
         try:
             found = self._evaluation_metrics(trial, state)
             trial.metrics |= found

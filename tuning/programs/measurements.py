@@ -129,7 +129,6 @@ def keep_measurement(key: str, measured: Mapping[str, float]) -> None:
 def _measured_unfused(variant: Variant, samples: Batch, device: Device) -> UnfusedTime:
     spec, total = variant.spec, variant.total_steps
     train_step = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
-    train_step.network.train()
     steps = iter(range(total))
 
     def step() -> None:

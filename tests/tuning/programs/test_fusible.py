@@ -1,15 +1,18 @@
 """Which trials fit into a program, and which cannot be fused at all."""
 
+import random as python_random
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.base.errors import TrainingError
 from trainers import Batch, Spec, Workload
 from trainers.counter_rng import SampleRandom
 from trainers.devices import Cpu
@@ -153,6 +156,58 @@ class TestATrialThatCannotBeFused:
 
         with pytest.raises(NotFusibleError, match=f"^{re.escape(operation)}: RuntimeError: "):
             program_of(trial(Own))
+
+    @pytest.mark.parametrize("draw", [python_random.random, np.random.rand])
+    def test_draws_from_a_generator_of_the_process(self, draw: Callable[[], float]) -> None:
+        class Drawn(Points):
+            def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+                return super().forward(model, batch) * draw()
+
+        with pytest.raises(NotFusibleError, match=r"^the model draws from Python's or numpy's"):
+            program_of(trial(Drawn))
+
+    def test_has_weights_of_several_kinds(self) -> None:
+        class Spectral(Points):
+            def build(self) -> nn.Module:
+                network = super().build()
+                network.spectrum = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+                return network
+
+            def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+                x = torch.fft.irfft(torch.fft.rfft(batch["x"]) * model.spectrum, n=3)
+                return super().forward(model, {**batch, "x": x})
+
+        class Clock(Spectral):
+            def build(self) -> nn.Module:
+                network = super().build()
+                network.spectrum = nn.Parameter(torch.ones(2, dtype=torch.double))
+                return network
+
+        for kind, name in ((Spectral, "complex64"), (Clock, "float64")):
+            with pytest.raises(NotFusibleError, match=f"^spectrum is {name}: a slot's weights"):
+                program_of(trial(kind))
+
+    def test_breaks_a_rule_for_every_trial(self) -> None:
+        class Mean(Points):
+            def loss(self, output: Tensor, batch: Batch) -> Tensor:
+                return super().loss(output, batch).mean()
+
+        class Cut(Points):
+            def loss(self, output: Tensor, batch: Batch) -> Tensor:
+                return super().loss(output.detach(), batch)
+
+        class Frozen(Points):
+            def build(self) -> nn.Module:
+                return super().build().requires_grad_(False)
+
+        lines = {
+            Mean: r"^Mean\.loss must return one value per sample, .* \[4\] \(got shape \[\],",
+            Cut: r"^Cut\.loss must depend on the weights that are trained",
+            Frozen: r"^Frozen\.build must return a network of which something is trained",
+        }
+        for kind, line in lines.items():
+            with pytest.raises(TrainingError, match=line):
+                program_of(trial(kind))
 
     def test_is_found_by_its_first_loss_and_its_neighbour_goes_on(self) -> None:
         like, other = trial(Hidden), trial(Hidden, model__smoothing=0.5)

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cluster.base.errors import TrainingError
 from trainers import Batch, Spec, Workload
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checks.finite import not_finite
 from trainers.devices import Cpu
 from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
@@ -104,6 +106,51 @@ class Half(Points):
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return super().forward(model["used"], batch)
+
+
+class Held(Points):
+    """A part stays in evaluation mode: its statistics are kept, and its dropout is off."""
+
+    def build(self) -> nn.Module:
+        width, divided = self.model.width, super().build()
+        held = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
+        held[1].running_mean.fill_(0.5)
+        norm = nn.BatchNorm1d(width)
+        return nn.Sequential(held, divided[0], norm, *divided[1:])
+
+
+class Complex(Points):
+    """A complex buffer, and one in more precision than the weights."""
+
+    def build(self) -> nn.Module:
+        network = super().build()
+        network.register_buffer("phase", torch.tensor([1j, 0.5]))
+        network.register_buffer("shift", torch.tensor(1 / 3, dtype=torch.float64))
+        return network
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        turned = torch.fft.irfft(torch.fft.rfft(batch["x"]) * model.phase, n=3)
+        x = turned + model.shift.to(turned.dtype)
+        return super().forward(model, {**batch, "x": x})
+
+
+class Spoilt(Points):
+    """The gradient is NaN from the sixth step on."""
+
+    def build(self) -> nn.Module:
+        network = super().build()
+        network.register_buffer("seen", torch.zeros(()))
+        return network
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return super().loss(output, batch) + self.extra
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        model.seen.add_(1)
+        output = super().forward(model, batch)
+        late = (model.seen > 5) & (batch["label"] >= 0)
+        self.extra = torch.where(late, output.sum(1) * 0, 1.0).sqrt()  # its derivative: 0 / 0
+        return output
 
 
 class Words(Points):
@@ -315,7 +362,13 @@ class TestATrialComputesWhatItComputesAlone:
             assert_close(state_of(program.network_with(guest.row)), states[length])
 
     @pytest.mark.parametrize(
-        ("workload", "still"), [(Half, {"used.0.0", "unused"}), (Words, set())]
+        ("workload", "still"),
+        [
+            (Half, {"used.0.0", "unused"}),
+            (Words, set()),
+            (Held, {"0.1"}),
+            (Complex, {""}),
+        ],
     )
     def test_with_untrained_weights(self, workload: type[Workload], still: set[str]) -> None:
         variant = trial(workload, {"optimizer.weight_decay": 0.5})
@@ -327,6 +380,29 @@ class TestATrialComputesWhatItComputesAlone:
         assert_close(found, states[20])
         same = {name.rpartition(".")[0] for name in found if found[name].equal(states[0][name])}
         assert same == still
+
+    def test_up_to_a_gradient_that_is_not_finite(self) -> None:
+        """Its weights are those of the step before, and the line is that of the trial alone."""
+        variant = trial(Spoilt)
+        program = program_of(variant)
+        program.load_trial(1, variant, built(variant))
+        found = [loss for (loss,) in program.run([1], 20)]
+        ordinary, losses = stepper(variant), []
+        with pytest.raises(TrainingError) as caught:
+            losses += [ordinary.run(step).item() for step in range(20)]
+        assert all(map(math.isnan, found[5:]))
+        state = program.state_of(1)
+        assert state.steps_done == 5
+        assert state.buffers["seen"] == 5
+        own = dict(ordinary.network.named_parameters())
+        for name, value in program.network_with(state).named_parameters():
+            torch.testing.assert_close(value, own[name], rtol=1e-9, atol=1e-9)
+        line = not_finite(*program.failed_step(1), 6, found[4])
+        assert str(caught.value).startswith(line[: line.index("the loss")])
+        assert line.startswith("the gradient is not finite at step 6: its norm is nan, the loss ")
+        assert program.not_finite(state) == []
+        state.weights_P[3] = math.inf
+        assert program.not_finite(state) == ["0.0.weight"]
 
 
 @dataclass(frozen=True)
