@@ -12,6 +12,7 @@ from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
 from trainers.engine.heartbeat import heartbeat
+from trainers.engine.metrics import MetricsError
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.dropout import NATIVE_RNG_NOTE
@@ -68,11 +69,13 @@ def train(
                 epoch = done * spec.train.global_batch / samples
                 progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
                 reporter.log_metrics(progress | _step_metrics(steps, step, evaluates), done)
-            evaluated = evaluator.run(done)
-            if decision.saves or saves.is_scheduled(done):
+            evaluated, mistake = _evaluated(evaluator, done)
+            if decision.saves or saves.is_scheduled(done) or mistake:
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
+            if mistake:
+                raise mistake
             if decision.save_every_step:  # the next step may be the last one here
                 checkpoints.wait()
             if evaluates:
@@ -86,6 +89,14 @@ def train(
         reporter.flush()
         worker.barrier()
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
+
+
+def _evaluated(evaluator: Evaluator, done: int) -> tuple[dict[str, float], Exception | None]:
+    """The metrics after `done` steps; none, and the mistake in them, to raise after a save."""
+    try:
+        return evaluator.run(done), None
+    except MetricsError as error:
+        return {}, error.error
 
 
 def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, float]:

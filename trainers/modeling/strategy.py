@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import SpecError
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
-from trainers.worker import Worker, is_distributed, local_tensor
+from trainers.worker import Worker, is_distributed
 from trainers.workload import Workload
 
 if TYPE_CHECKING:
@@ -184,17 +183,6 @@ def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
-    """Give all workers the buffers of rank 0, such as running means; collective.
-
-    Replicas do this themselves before each forward pass; sharded models don't.
-    """
-    if strategy.mode in ("single", "ddp"):
-        return
-    for buffer in network.buffers():
-        dist.broadcast(local_tensor(buffer), src=0)
 
 
 def gradient_norm(network: nn.Module) -> Tensor:
