@@ -16,7 +16,7 @@ from trainers.data.dataset import prepare_dataset
 from trainers.data.splits import count_samples
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, resolve
 from trainers.workloads.language.workload import Language
 

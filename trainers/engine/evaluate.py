@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from cluster.base.errors import SpecError
+from trainers.checkpoints.buffers import share_buffers
 from trainers.checkpoints.ranking import check_metric
 from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.metrics import MetricSums, MetricsError
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample
-from trainers.modeling.shared_buffers import share_buffers
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.worker import Worker

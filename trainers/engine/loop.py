@@ -8,6 +8,7 @@ same weights as one that was not.
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import check_model_state
 from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
@@ -53,7 +54,10 @@ def train(
         saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars)
+        check_model_state(steps.network)
         _log_strategy(steps, reporter)
+        if checkpoints.taken is not None:
+            reporter.log_note("from", checkpoints.taken)
 
         done = start
         for step in range(start, total):

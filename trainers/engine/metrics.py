@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cluster.base.errors import TrainingError
-from trainers.mlflow_names import mlflow_name
+from trainers.engine.reporter import mlflow_name
 from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainers.counter_rng import combine_seeds, seed_device
+from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
 from trainers.modeling.dry_run import dry_run, dry_run_once, skeleton
@@ -16,11 +19,19 @@ from trainers.modeling.strategy import (
     memory_per_worker,
     parallelize,
 )
-from trainers.network import build_network
-from trainers.precision import check_precision, convert_to_fp8
-from trainers.spec import RunSpec
+from trainers.precision import check_precision, convert_to_fp8, weights_dtype
+from trainers.spec import RunSpec, TrainSpec
 from trainers.worker import Worker
 from trainers.workload import Batch, Workload
+
+
+def build_network(train: TrainSpec, workload: Workload) -> nn.Module:
+    """A new network of the workload on the CPU, the same for the same seed; not collective."""
+    seed_device(Cpu(), combine_seeds(train.seed))
+    network = workload.build().to(weights_dtype(train))
+    if train.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from trainers.mlflow_names import mlflow_name
+from trainers.engine.reporter import mlflow_name
 from trainers.tracking.operation_log import MetricPoint
 
 MAX_LENGTH = {"parameters": 6000, "tags": 5000}

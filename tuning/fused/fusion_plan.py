@@ -14,7 +14,7 @@ from cluster.base.files import write_atomic
 from trainers.data.remote import local_dataset
 from trainers.data.splits import count_samples, open_split
 from trainers.devices import Device, local_device
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
 from trainers.workload import Batch

@@ -10,7 +10,7 @@ from torch import nn
 
 from cluster.connection.run_gauges import set_gauge
 from trainers.devices import Device
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.modeling.optimizer import build_optimizer
 from trainers.workload import Batch
 from tuning.fused.engine_trial import EngineTrial

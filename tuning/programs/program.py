@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trainers.counter_rng import seed_key
 from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Device
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample
 from trainers.modeling.optimizer import build_optimizer, learning_rate
 from trainers.precision import weights_dtype

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.workload import Workload
 from tuning.programs.vmap_rewrites import ValuePath

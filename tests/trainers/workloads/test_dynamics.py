@@ -28,7 +28,7 @@ from trainers.engine.evaluate import evaluate
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.engine.step import TrainStep
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.modeling.dry_run import dry_run
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve

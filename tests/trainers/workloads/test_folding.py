@@ -19,7 +19,7 @@ from trainers.data.splits import open_splits
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.folding import folds, proteins

@@ -14,7 +14,7 @@ from trainers import Batch, Spec, Workload
 from trainers.counter_rng import SampleRandom
 from trainers.devices import Cpu
 from trainers.engine.step import TrainStep
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from tuning.programs.program import Program

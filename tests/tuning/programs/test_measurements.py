@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainers.devices import Cpu
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from tuning.fused.sweep_variants import reference_variant
 from tuning.programs.measurements import (
     graph_key,

@@ -20,7 +20,7 @@ from trainers import Batch, Spec, Workload
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.devices import Cpu
 from trainers.engine.step import TrainStep
-from trainers.network import build_network
+from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 from trainers.workloads.vision.workload import Vision

@@ -1,11 +1,52 @@
-"""Buffers, such as running means, made the same on all workers."""
+"""Buffers of a network, such as running means: by their names, and the same on all workers."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.network import fill, saved_buffers, set_buffer
 from trainers.worker import Worker, local_tensor
+
+
+def saved_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are part of the state_dict, by name; one may have several names."""
+    saved = network.state_dict()
+    found = network.named_buffers(remove_duplicate=False)
+    return {name: buffer for name, buffer in found if name in saved}
+
+
+def set_buffer(
+    network: nn.Module, name: str, value: Tensor | None, persistent: bool = True
+) -> None:
+    """Make `value` the buffer `name`, which need not have been there; None removes its value."""
+    path, _, last = name.rpartition(".")
+    module = network.get_submodule(path)
+    if hasattr(module, last):
+        setattr(module, last, value)
+    else:
+        module.register_buffer(last, value, persistent)
+
+
+def has_no(network: nn.Module, name: str) -> bool:
+    """Whether nothing is in the place of `name`, in a module that is there."""
+    path, _, last = name.rpartition(".")
+    try:
+        return getattr(network.get_submodule(path), last, None) is None
+    except AttributeError:
+        return False
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements of a tensor are one in memory, as `expand` makes them."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in strides)
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values` into `tensor`, also where several of its elements are one in memory."""
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dimension] > 1:
+            tensor, values = tensor.narrow(dimension, 0, 1), values.narrow(dimension, 0, 1)
+    tensor.detach().copy_(values)
 
 
 def share_buffers(network: nn.Module, worker: Worker) -> None:
