@@ -198,7 +198,9 @@ class Checkpoints:
         names = self._names()
         kept = set(names[-self._spec.keep :])
         if self._spec.keep_best:
-            metrics = {name: json.loads(self._store.read_manifest(name))["metrics"] for name in names}
+            metrics = {
+                name: json.loads(self._store.read_manifest(name))["metrics"] for name in names
+            }
             kept |= set(best_checkpoints(self._spec, metrics))
         for name in names:
             if name not in kept:

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainers.checkpoints.shards import save_shards, shard_file
 from trainers.checkpoints.buffers import fill, is_expanded
+from trainers.checkpoints.shards import save_shards, shard_file
 from trainers.torch_internals import quiet_checkpoint_log
 from trainers.worker import is_distributed
 

@@ -63,9 +63,10 @@ def _to_plain(value: Any, name: str, path: str, tensors: dict[str, Tensor]) -> A
         values = [_to_plain(v, name, f"{path}[{key!r}]", tensors) for key, v in value.items()]
         return {kind: [list(pair) for pair in zip(keys, values, strict=True)]}
     where = f", at {path}" if path else ""
+    module = name.partition("/")[2].removesuffix("_extra_state").rstrip(".")
     raise CheckpointError(
-        f"{name.removeprefix('extra.')}: get_extra_state returns a {kind}{where}; a checkpoint "
-        "holds numbers, text, bytes, lists, tuples, sets, dicts, tensors and arrays"
+        f"{module or 'the model'}: get_extra_state returns a {kind}{where}; a checkpoint holds "
+        "numbers, text, bytes, lists, tuples, sets, dicts, tensors and arrays"
     )
 
 

@@ -80,16 +80,17 @@ def stage_with(
     return stage
 
 
-def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+def read(state: Mapping[str, Tensor], place: Path, group: dist.ProcessGroup | None) -> None:
     """Fill the tensors of `state`, or this worker's shards of them, in place; collective.
 
+    `place` is a folder of files or, without a group, a file.
     Values are converted to the dtypes of the tensors in `state`.
     """
     if group is not None:
         from trainers.checkpoints import distributed
 
-        return distributed.read(state, folder, group)
-    for shard in _shards(folder):
+        return distributed.read(state, place, group)
+    for shard in _shards(place):
         if shard.name in state:
             ranges = zip(shard.offsets, shard.shape, strict=True)
             place = tuple(slice(start, start + length) for start, length in ranges)
@@ -105,10 +106,10 @@ class SavedTensor(NamedTuple):
     dtype: torch.dtype
 
 
-def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
-    """The tensors in `folder`, by name."""
+def saved_tensors(place: Path) -> dict[str, SavedTensor]:
+    """The tensors in a file, or in all files of a folder, by name."""
     found: dict[str, SavedTensor] = {}
-    for shard in _shards(folder):
+    for shard in _shards(place):
         ends = [start + length for start, length in zip(shard.offsets, shard.shape, strict=True)]
         known = found[shard.name].shape if shard.name in found else ends
         found[shard.name] = SavedTensor([*map(max, ends, known)], shard.dtype)
@@ -163,8 +164,9 @@ class _Shard(NamedTuple):
     """Must be called before the next shard is asked for."""
 
 
-def _shards(folder: Path) -> Iterator[_Shard]:
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+def _shards(place: Path) -> Iterator[_Shard]:
+    """The shards in a file, or in all files of a folder."""
+    for path in [place] if place.is_file() else sorted(place.glob(f"*{SUFFIX}")):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             places = json.loads(metadata.get(SHARDING_INFO_KEY, "{}"))

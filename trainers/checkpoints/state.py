@@ -4,7 +4,7 @@ The model's part is its `state_dict`, as in a plain PyTorch loop, with all that 
 buffers that appeared since the model was built, and extra state of any plain kind.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from trainers.checkpoints.plain_values import from_plain, to_plain
 from trainers.checkpoints.shards import DTYPES, SavedTensor
 from trainers.worker import is_distributed
 
-MODEL_PREFIX, OPTIMIZER_PREFIX, EXTRA_PREFIX = "model.", "optimizer.", "extra."
+MODEL_PREFIX, OPTIMIZER_PREFIX, EXTRA_PREFIX = "model.", "optimizer.", "extra/"
 WRITABLE = {*DTYPES.values(), torch.complex128}
 EXTRA_STATE = "_extra_state"
 """PyTorch's name, within a module, of what its `get_extra_state` returns."""
@@ -33,7 +33,7 @@ class State:
     """Everything that steps change, in the form in which it is written."""
 
     tensors: dict[str, Tensor]
-    """`model.NAME`, `optimizer.NAME/PART` per weight, `extra.NAME/NUMBER` within extra state."""
+    """`model.NAME`, `optimizer.NAME/PART` per weight, `extra/NAME/NUMBER` within extra state."""
     buffers: list[str] = field(default_factory=list)
     """The names of the model's buffers, which need not be those that it was built with."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def collect_state(
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a model, `model.NAME` and `extra.NAME/NUMBER`, and its extra state.
+    """The tensors of a model, `model.NAME` and `extra/NAME/NUMBER`, and its extra state.
 
     Raises CheckpointError for what cannot be written.
     """
@@ -116,8 +116,8 @@ def load_checkpoint(
     weights = {name: weight for weight, name in _trainable_names(model).items()}
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     targets: dict[str, Tensor] = {}
-    source = _Source(path, manifest)
-    for key in source.saved if same_kind else ():
+    source = _saved_state(path, manifest)
+    for key in source.tensors if same_kind else ():
         if not key.startswith(OPTIMIZER_PREFIX):
             continue
         name, _, part = key.removeprefix(OPTIMIZER_PREFIX).rpartition("/")
@@ -142,81 +142,86 @@ def load_checkpoint(
 
 def load_model_weights(path: Path, model: nn.Module) -> None:
     """Load the model's part of a checkpoint; raises as `load_checkpoint` does."""
-    _Source(path, read_manifest(path)).load(model, {}, None)
+    _saved_state(path, read_manifest(path)).load(model)
 
 
-def adopt_state(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    extra: Mapping[str, Any],
-    buffers: Mapping[str, Tensor | None],
-) -> None:
-    """Make a model's state one that `model_state` returned; names are without `model.`.
-
-    `buffers` are those that the model was not built with, or in another form; None for one that
-    disappeared. Tensors may be those of the model itself.
-    """
-    for name, buffer in buffers.items():
-        set_buffer(model, name, buffer)
-    state = model.state_dict()
-    device = next((v.device for v in state.values() if isinstance(v, Tensor)), torch.device("cpu"))
-    for name in [*state]:
-        del state[name]
-    for name, tensor in tensors.items():
-        # An expanded tensor cannot be copied to; `fill` has filled it.
-        if not name.startswith(EXTRA_PREFIX) and name not in buffers and not is_expanded(tensor):
-            state[name] = tensor
-    state |= {name: from_plain(plain, tensors, device) for name, plain in extra.items()}
-    # Modules may do more with a state than to copy it: lazy ones take their shapes from it.
-    model.load_state_dict(state, strict=False)
+def _saved_state(path: Path, manifest: Mapping[str, Any]) -> "SavedState":
+    return SavedState(path, manifest.get("buffers"), manifest.get("extra", {}))
 
 
-class _Source:
-    """The model's part of a checkpoint."""
+class SavedState:
+    """The model's part of a checkpoint or of an exported model."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self._path, self._manifest = path, manifest
-        self.saved = shards.saved_tensors(path)
+    def __init__(
+        self,
+        place: Path,
+        buffers: Collection[str] | None,
+        extra: Mapping[str, Any],
+        prefix: str = MODEL_PREFIX,
+    ) -> None:
+        """The state in a folder of files, or in a file, with `prefix` before the names.
+
+        `buffers` and `extra` are those of `State`; an earlier release did not write the buffers.
+        """
+        self._place, self._prefix = place, prefix
+        self._buffers, self._extra = buffers, extra
+        self.tensors = shards.saved_tensors(place)
+
+    def _named(self) -> Iterator[tuple[str, SavedTensor]]:
+        """The model's own tensors."""
+        for key, found in self.tensors.items():
+            if key.startswith(self._prefix) and not key.startswith(EXTRA_PREFIX):
+                yield key.removeprefix(self._prefix), found
 
     def load(
-        self, model: nn.Module, others: Mapping[str, Tensor], group: dist.ProcessGroup | None
+        self,
+        model: nn.Module,
+        others: Mapping[str, Tensor] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Load it into `model`, and the tensors of `others`; see `load_checkpoint`."""
+        """Load it into `model`, and fill `others`, tensors by their names in the files.
+
+        Collective over `group`. Raises CheckpointError if it does not fit.
+        """
         own = _model_tensors(model)
         changed = self._changed_buffers(model, own)
         device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
+        inner = {
+            key: torch.empty(found.shape, dtype=found.dtype)
+            for key, found in self.tensors.items()
+            if key.startswith(EXTRA_PREFIX)
+        }
         targets: dict[str, Tensor] = {}
-        for key, found in self.saved.items():
-            if key.startswith(EXTRA_PREFIX):
-                targets[key] = torch.empty(found.shape, dtype=found.dtype)
-            elif key.startswith(MODEL_PREFIX):
-                name = key.removeprefix(MODEL_PREFIX)
-                targets[key] = own.get(name, _NOTHING)
-                if name in changed or is_lazy(targets[key]):
-                    dtype = own[name].dtype if name not in changed else found.dtype
-                    targets[key] = torch.empty(found.shape, dtype=dtype, device=device)
-        shards.read({**targets, **others}, self._path, group)
-        tensors = {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in targets.items()}
-        buffers = {name: tensors[name] if found else None for name, found in changed.items()}
+        for name, found in self._named():
+            if name in changed or is_lazy(own[name]):
+                dtype = found.dtype if name in changed else own[name].dtype
+                targets[name] = torch.empty(found.shape, dtype=dtype, device=device)
+            else:
+                targets[name] = own[name]
+        named = {self._prefix + name: tensor for name, tensor in targets.items()}
+        shards.read({**named, **inner, **(others or {})}, self._place, group)
+        extra = {k: from_plain(plain, inner, device) for k, plain in self._extra.items()}
+        for name, found in changed.items():
+            set_buffer(model, name, targets[name] if found else None)
+        kept = {name: tensor for name, tensor in targets.items() if name not in changed}
         try:
-            adopt_state(model, tensors, self._manifest.get("extra", {}), buffers)
+            _adopt(model, {**kept, **extra})
         except RuntimeError as error:  # of a module's own way to load its state
             raise self._misfit(" ".join(str(error).split())) from error
 
     def _changed_buffers(
         self, model: nn.Module, own: Mapping[str, Tensor]
     ) -> dict[str, SavedTensor | None]:
-        """The model's buffers that have another form in the checkpoint; None for one it lacks.
+        """The model's buffers that were saved in another form; None for one that was not saved.
 
         Raises CheckpointError if anything else does not fit.
         """
-        buffers, saved_as_buffers = saved_buffers(model), self._manifest.get("buffers")
+        buffers = saved_buffers(model)
         changed: dict[str, SavedTensor | None] = {}
-        for key, found in self.saved.items():
-            name = key.removeprefix(MODEL_PREFIX)
-            if not key.startswith(MODEL_PREFIX) or (name in own and _fits(own[name], found)):
+        for name, found in self._named():
+            if name in own and _fits(own[name], found):
                 continue
-            if name in (saved_as_buffers or ()) and (name in buffers or has_no(model, name)):
+            if name in (self._buffers or ()) and (name in buffers or has_no(model, name)):
                 changed[name] = found
             elif name not in own:
                 raise self._misfit(f"{name} is unknown")
@@ -225,19 +230,31 @@ class _Source:
             else:
                 raise self._misfit(f"{name} is {found.shape}, not {list(own[name].shape)}")
         for name, tensor in own.items():
-            if MODEL_PREFIX + name in self.saved:
+            if self._prefix + name in self.tensors:
                 continue
-            if saved_as_buffers is None or name not in buffers:
+            if self._buffers is None or name not in buffers:
                 shape = "" if is_lazy(tensor) else f", not {list(tensor.shape)}"
                 raise self._misfit(f"{name} is missing{shape}")
             changed[name] = None
         return changed
 
     def _misfit(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: does not fit the model: {reason}")
+        return CheckpointError(f"{self._place}: does not fit the model: {reason}")
 
 
-_NOTHING = torch.empty(0)
+def _adopt(model: nn.Module, values: Mapping[str, Any]) -> None:
+    """Have a model load values of its state_dict, which may be the model's own tensors, filled.
+
+    Modules may do more with a state than to copy it: lazy ones take their shapes from it.
+    """
+    state = model.state_dict()  # a dict that also says which versions of modules have made it
+    for name in [*state]:
+        del state[name]
+    for name, value in values.items():
+        # An expanded tensor cannot be copied to; it has its values already.
+        if not isinstance(value, Tensor) or is_lazy(value) or not is_expanded(value):
+            state[name] = value
+    model.load_state_dict(state, strict=False)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

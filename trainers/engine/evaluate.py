@@ -11,7 +11,7 @@ from trainers.checkpoints.buffers import share_buffers
 from trainers.checkpoints.ranking import check_metric
 from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
-from trainers.engine.metrics import MetricSums, MetricsError
+from trainers.engine.metrics import MetricsError, MetricSums
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample
 from trainers.precision import compute_precision, weights_dtype
