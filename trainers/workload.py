@@ -101,13 +101,17 @@ class Workload(ABC):
         """The loss of each sample [B]; training minimises the mean."""
 
     def metrics(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Metrics of each sample, [B] each; evaluation takes the mean over a split."""
+        """Metrics of each sample, [B] each; evaluation takes the mean over a split.
+
+        Every batch has the same names, of which `loss` is taken.
+        """
         return {}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """A split's reported metrics, from the means of `metrics` and of the loss, as `loss`.
 
-        For metrics that are not means over samples: a ratio of means, a root, an exponential.
+        For metrics that are not means over samples: a ratio of means, a root, an exponential. Each
+        is one real number of any kind; `loss`, if it is among them, stays as it is.
         """
         return means
 

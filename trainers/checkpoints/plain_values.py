@@ -21,6 +21,7 @@ SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
     "frozenset": frozenset,
     "deque": deque,
 }
+DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if type(d) is torch.dtype}
 MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {"dict": dict, "OrderedDict": OrderedDict}
 
 
@@ -87,7 +88,7 @@ def from_plain(plain: Any, tensors: Mapping[str, Tensor], device: torch.device) 
     if kind == "complex":
         return complex(*content)
     if kind == "dtype":
-        return getattr(torch, content)
+        return DTYPES[content]
     if kind == "device":
         return torch.device(content)
     if kind == "size":

@@ -373,5 +373,5 @@ def test_a_run_begins_from_another_ones_weights(
 def test_a_run_that_goes_on_by_itself_says_nothing_and_must_fit(tmp_path: Path) -> None:
     first = fit(tmp_path, Freezable, stop_after=3)
     assert "from" not in first.notes
-    with pytest.raises(CheckpointError, match="does not fit the optimizer: 0.weight is unknown"):
+    with pytest.raises(CheckpointError, match=r"does not fit the optimizer: 0.weight is unknown"):
         fit(tmp_path, Freezable, model={"kind": "frozen"})

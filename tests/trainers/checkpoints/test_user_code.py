@@ -1,7 +1,6 @@
 """An exported model has what it needs of the user's folder, or says at export what it lacks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +106,7 @@ def loaded_elsewhere(folder: Path, model: Path) -> tuple[int, str]:
     """What another process prints that loads the model, when the user's folder is gone."""
     gone, elsewhere = folder.with_name("gone"), folder.with_name("elsewhere")
     elsewhere.mkdir()
-    os.rename(folder, gone)
+    folder.rename(gone)
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(model)],
         cwd=elsewhere,
@@ -115,7 +114,7 @@ def loaded_elsewhere(folder: Path, model: Path) -> tuple[int, str]:
         text=True,
         check=False,
     )
-    os.rename(gone, folder)
+    gone.rename(folder)
     return done.returncode, done.stdout + done.stderr
 
 
