@@ -7,11 +7,9 @@ user's own workload, its source and the files that it reads under `code/`. In ML
 `pyfunc` model. It holds no pickle, and no pickle is ever read.
 """
 
-import contextlib
 import json
-import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from trainers.checkpoints.manifest import is_pickle
 from trainers.checkpoints.shards import COMPLEX_KEY, saved_tensors, storable
 from trainers.checkpoints.state import MODEL_PREFIX, SavedState, load_model_weights, model_state
 from trainers.checkpoints.user_code import UserCode, importing_from
+from trainers.counter_rng import random_state_kept
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
 from trainers.run_folder import MODEL
 from trainers.spec import RunSpec, TrainSpec
@@ -216,18 +215,6 @@ def _find_model(folder: Path, source: str) -> Path:
     return folder / found[0]
 
 
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What is drawn in here from torch's, numpy's and Python's generators changes no later draw."""
-    of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(of_torch)
-        np.random.set_state(of_numpy)
-        random.setstate(of_python)
-
-
 def _precision(path: Path) -> str:
     dtypes = {tensor.dtype for tensor in saved_tensors(path).values()}
     return "fp64" if torch.float64 in dtypes else "fp32"
@@ -239,10 +226,23 @@ class _Predictor:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    def predict(self, data: npt.NDArray[Any], params: Any = None) -> npt.NDArray[Any]:
+    def predict(self, data: npt.NDArray[Any], params: Any = None) -> Any:
+        """The network's output for an array: an array for each tensor in it."""
         with torch.no_grad():
-            output: torch.Tensor = self.network(torch.from_numpy(np.asarray(data)))
-        return np.asarray(output)
+            # A copy: the network may change its input.
+            return _as_arrays(self.network(torch.from_numpy(np.array(data))))
+
+
+def _as_arrays(output: Any) -> Any:
+    """The tensors of an output as numpy arrays, also within dicts, lists and tuples."""
+    if isinstance(output, torch.Tensor):
+        known = output.float() if output.dtype == torch.bfloat16 else output
+        return known.resolve_conj().resolve_neg().numpy()
+    if isinstance(output, Mapping):
+        return {name: _as_arrays(value) for name, value in output.items()}
+    if type(output) in (list, tuple):
+        return type(output)(map(_as_arrays, output))
+    return np.asarray(output)
 
 
 def _load_pyfunc(path: str) -> _Predictor:

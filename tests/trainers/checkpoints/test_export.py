@@ -398,3 +398,33 @@ def test_tied_weights_are_exported(tmp_path: Path) -> None:
     with torch.no_grad():
         loss = nn.functional.cross_entropy(loaded(val["x"])[:, :3], val["y"])
     assert loss.item() == pytest.approx(found.last("val/loss"), rel=1e-12)
+
+
+def test_random_numbers_of_a_modules_import_are_those_of_the_run(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    """They are drawn anew in each process that imports the module."""
+    path = own_folder / "spirals.py"
+    drawn = "B = torch.randn(2, 2)\nC = np.random.rand()\n\n\nclass Spirals"
+    source = path.read_text().replace("class Spirals", drawn, 1)
+    source = source.replace(
+        "return nn.Sequential(*first",
+        "first[0].bias.data.fill_(C)\n        return nn.Sequential(Turn(B), *first",
+    )
+    source += """
+
+class Turn(nn.Module):
+    def __init__(self, b):
+        super().__init__()
+        self.b = b
+
+    def forward(self, x):
+        return x @ self.b
+"""
+    path.write_text(source)
+    torch.manual_seed(1)
+    folder, network = export("own", "spirals:Spirals")
+    forget_spirals()
+    torch.manual_seed(2)
+    points = torch.randn(5, 2)
+    assert load_model(folder)(points).equal(network(points))
