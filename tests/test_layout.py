@@ -32,6 +32,7 @@ LARGE_ROOMS = {
     "trainers": 12,
     "trainers.checkpoints": 12,
     "trainers.engine": 12,
+    "trainers.modeling": 12,
 }
 """Room -> its limit, for rooms with more files than `MAX_ROOM_FILES`. `cluster.cost` has a file for
 each source of prices, power and carbon, and `trainers` one for each part of a run's definition."""

@@ -26,7 +26,7 @@ from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
 from trainers.checkpoints.buffers import saved_buffers
 from trainers.checkpoints.manifest import is_pickle
-from trainers.checkpoints.shards import COMPLEX_KEY, saved_tensors, storable
+from trainers.checkpoints.shards import COMPLEX_KEY, SavedTensor, saved_tensors, storable
 from trainers.checkpoints.state import MODEL_PREFIX, SavedState, load_model_weights, model_state
 from trainers.checkpoints.user_code import UserCode, importing_from
 from trainers.counter_rng import random_state_kept
@@ -216,8 +216,13 @@ def _find_model(folder: Path, source: str) -> Path:
 
 
 def _precision(path: Path) -> str:
-    dtypes = {tensor.dtype for tensor in saved_tensors(path).values()}
-    return "fp64" if torch.float64 in dtypes else "fp32"
+    """The precision of a model's weights. One of fp32 may have some tensors of more."""
+    dtypes = {each.dtype.to_real() for each in saved_tensors(path).values() if _is_inexact(each)}
+    return "fp64" if dtypes == {torch.float64} else "fp32"
+
+
+def _is_inexact(tensor: SavedTensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 class _Predictor:

@@ -133,7 +133,8 @@ def load_checkpoint(
             raise CheckpointError(f"{path}: does not fit the optimizer: {name} is unknown")
     source.load(model, targets, group)
     for name, weight in weights.items():
-        optimizer.state[weight] = moments[name]
+        if moments[name]:
+            optimizer.state[weight] = moments[name]
     if donor:
         kinds = (manifest["optimizer"], kind)
         note(f"the weights of {donor}, {_optimizer_taken(kinds, moments)}")

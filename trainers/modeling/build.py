@@ -12,6 +12,7 @@ from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
 from trainers.modeling.dry_run import dry_run, dry_run_once, skeleton
+from trainers.modeling.lazy_modules import give_shapes
 from trainers.modeling.strategy import (
     ParallelStrategy,
     choose_strategy,
@@ -70,6 +71,7 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     """
     check_precision(spec.train.precision, worker.hardware)
     network = build_network(spec.train, workload)
+    give_shapes(workload, network, samples, weights_dtype(spec.train))
     dropout_rng = key_dropout_by_sample(network)
     first = _first_samples(samples)
     # A worker on its own need not know more than its FLOPs, and those not before its first report.

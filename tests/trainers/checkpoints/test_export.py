@@ -21,7 +21,7 @@ from torch import nn
 
 from cluster.base.config import read_yaml
 from cluster.base.errors import CheckpointError
-from tests.trainers.checkpoints.test_state import ExtraState, LateBuffers, Spectral, Views
+from tests.trainers.checkpoints.test_state import ExtraState, LateBuffers, Lazy, Spectral, Views
 from tests.trainers.engine.test_evaluate import Cached
 from tests.trainers.wild import Base, fit, spec_of, split
 from trainers.checkpoints.buffers import is_expanded
@@ -325,7 +325,7 @@ def test_what_is_not_in_the_state_dict_is_built_from_the_runs_seed(
     assert load_model(tmp_path)(example["input"]).equal(example["output"])
 
 
-@pytest.mark.parametrize("workload", [ExtraState, LateBuffers])
+@pytest.mark.parametrize("workload", [ExtraState, LateBuffers, Lazy])
 def test_all_state_is_exported(tmp_path: Path, workload: type[Base]) -> None:
     found = fit(tmp_path, workload)
     export_model(tmp_path / "model", found.spec, found.workload, found.checkpoint)

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cluster.base.errors import CheckpointError, TrainingError
-from tests.trainers.wild import Base, Trained, fit, fit_together
+from tests.trainers.wild import Base, Trained, fit, fit_together, split
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.plain_values import from_plain, to_plain
 from trainers.checkpoints.state import check_model_state, load_model_weights
+from trainers.counter_rng import combine_seeds
+from trainers.data.sampling import epoch_permutation
 from trainers.modeling.optimizer import build_optimizer
 from trainers.spec import CheckpointSpec, OptimizerSpec
 
@@ -304,6 +306,31 @@ def test_the_weights_of_a_run_shape_a_lazy_module(tmp_path: Path) -> None:
     assert other.eval()(x).equal(network.eval()(x))
 
 
+class Lazy(Base):
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(3))
+
+
+def test_lazy_modules_train_as_in_a_plain_loop_and_go_on(tmp_path: Path) -> None:
+    found = fit(tmp_path / "a", Lazy)
+    torch.manual_seed(combine_seeds(0))
+    network = found.workload.build().double()
+    data = split(found.workload, "train")
+    index = epoch_permutation(0, 0, 96)[:24]
+    loss = found.workload.loss(network(data["x"][index]), {"y": data["y"][index]}).mean()
+    assert found.rows["train/loss"][1] == pytest.approx(loss.item(), rel=1e-9)
+    fit(tmp_path / "b", Lazy, stop_after=5)
+    again = fit(tmp_path / "b", Lazy)
+    states = [load_file(each.checkpoint / "state-00000.safetensors") for each in (found, again)]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_lazy_modules_on_several_workers(tmp_path: Path, mode: str) -> None:
+    found = fit_together(tmp_path, Lazy, scale={"parallel": mode})
+    assert found.error is None
+
+
 class Freezable(Base):
     def build(self) -> nn.Module:
         network = super().build()
@@ -356,9 +383,6 @@ def test_a_run_begins_from_another_ones_weights(
         key = f"optimizer.{name}/"
         if weight.requires_grad and optimizer == "adamw" and f"{key}step" in moments:
             plain.state[weight] = {k: moments[key + k] for k in ("step", "exp_avg", "exp_avg_sq")}
-    from tests.trainers.wild import split
-    from trainers.data.sampling import epoch_permutation
-
     data = split(found.workload, "train")
     index = epoch_permutation(0, 2, 96)[:24]
     loss = found.workload.loss(network(data["x"][index]), {"y": data["y"][index]}).mean()
