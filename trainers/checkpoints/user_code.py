@@ -31,6 +31,7 @@ LIBRARIES = tuple(
 )
 
 
+MODULE_SUFFIXES = (".py", ".so", ".pyd")
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", sys.prefix, sys.base_prefix)
 """Where files are that belong to a machine or to an installation of Python."""
 
@@ -189,22 +190,26 @@ def importing_from(code: Path) -> Iterator[None]:
     if not code.is_dir():
         yield
         return
-    tops = {path.stem.partition(".")[0] if path.is_file() else path.name for path in code.iterdir()}
+    files = [path.relative_to(code) for path in code.rglob("*") if path.is_file()]
+    modules = [path for path in files if path.suffix in MODULE_SUFFIXES]
+    tops = {path.parts[0].partition(".")[0] for path in modules}
+    reads_files = any("__pycache__" not in path.parts for path in {*files} - {*modules})
 
     def loaded() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] in tops]
 
     hidden: dict[str, ModuleType] = {name: sys.modules.pop(name) for name in loaded()}
-    path, before = list(sys.path), Path.cwd()
+    path, before, writes = list(sys.path), Path.cwd(), sys.dont_write_bytecode
     sys.path[:0] = [str(code), str(before)]
+    sys.dont_write_bytecode = True  # a model's folder stays as it is
     try:
-        if any(file.suffix != ".py" for file in code.rglob("*") if file.is_file()):
+        if reads_files:
             os.chdir(code)
         importlib.invalidate_caches()
         yield
     finally:
         os.chdir(before)
-        sys.path[:] = path
+        sys.path[:], sys.dont_write_bytecode = path, writes
         for name in loaded():
             del sys.modules[name]
         sys.modules.update(hidden)
@@ -307,4 +312,8 @@ def _pickles(folder: str, names: list[str]) -> list[str]:
 
 
 def _is_data(path: Path) -> bool:
-    return path.suffix not in (".py", ".pyc", ".so") and path.name[0] != "." and not is_pickle(path)
+    return (
+        path.suffix not in (*MODULE_SUFFIXES, ".pyc")
+        and path.name[0] != "."
+        and not is_pickle(path)
+    )
