@@ -7,6 +7,8 @@ counter. Its int64 arithmetic wraps, so the numbers are the same on every device
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +69,18 @@ def combine_seeds(*parts: int) -> int:
 def seed_key(seed: int) -> int:
     """A signed 64-bit key by which the numbers of different seeds differ."""
     return _as_int64(combine_seeds(seed))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn in here from torch's, numpy's and Python's generators changes no later draw."""
+    of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 def seed_device(device: Device, seed: int) -> None:

@@ -1,13 +1,16 @@
 """The contract of a workload: a data set, a model and a loss. It needs neither Ray nor MLflow."""
 
 import importlib
+import random
 import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import AfterValidator, model_validator
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from cluster.base.config import Spec, did_you_mean
 from cluster.base.errors import SpecError
-from trainers.counter_rng import SampleRandom
+from trainers.counter_rng import SampleRandom, random_state_kept
 
 Batch = dict[str, Tensor]
 """Columns of the data set by name, each [B, ...] in the column's own dtype."""
@@ -101,13 +104,17 @@ class Workload(ABC):
         """The loss of each sample [B]; training minimises the mean."""
 
     def metrics(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Metrics of each sample, [B] each; evaluation takes the mean over a split."""
+        """Metrics of each sample, [B] each; evaluation takes the mean over a split.
+
+        Every batch has the same names, of which `loss` is taken.
+        """
         return {}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """A split's reported metrics, from the means of `metrics` and of the loss, as `loss`.
 
-        For metrics that are not means over samples: a ratio of means, a root, an exponential.
+        For metrics that are not means over samples: a ratio of means, a root, an exponential. Each
+        is one real number of any kind; `loss`, if it is among them, stays as it is.
         """
         return means
 
@@ -194,7 +201,7 @@ def load_workload(name: str) -> type[Workload]:
     if name not in SHIPPED_WORKLOADS and folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
+        module = _imported(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0] and error.name != module_name:
             raise SpecError(f"workload: {module_name} cannot be imported: {error}") from error
@@ -214,6 +221,17 @@ def load_workload(name: str) -> type[Workload]:
         raise SpecError(f"workload: {target} does not define {', '.join(missing)}")
     workload: type[Workload] = found
     return workload
+
+
+def _imported(name: str) -> ModuleType:
+    """A module, whose random numbers at its import are the same in every process."""
+    if name in sys.modules:
+        return importlib.import_module(name)
+    with random_state_kept():
+        torch.default_generator.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        return importlib.import_module(name)
 
 
 def _is_workload(found: Any) -> bool:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,12 +29,14 @@ from cluster.base.files import write_atomic
 from trainers.checkpoints import shards
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
+from trainers.checkpoints.ranking import best_checkpoints
 from trainers.checkpoints.state import collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
 from trainers.stores import LocalStore, RemoteStore, Store
 from trainers.worker import Worker
 
+NAME = re.compile(r"step-\d{8,}")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,9 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
         self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
         self._writing: concurrent.futures.Future[None] | None = None
+        self.taken: str | None = None
+        """What `resume` took from another run's checkpoint, in a line; None if it was this run's.
+        """
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -82,15 +88,16 @@ class Checkpoints:
         gets its name. Waits for the save before this one, and raises its error. Collective.
         """
         self.wait()
-        copies = self._stage(
-            collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
-        )
+        state = collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
+        copies = self._stage(state.tensors)
         self._worker.hardware.synchronize()
         manifest = {
             "step": step,
             "optimizer": type(optimizer).__name__,
             "numbers": dict(scalars or {}),
-            "metrics": dict(metrics or {}),
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "buffers": state.buffers,
+            "extra": state.extra,
         }
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = writer.submit(self._write, manifest, copies, before_commit)
@@ -112,12 +119,17 @@ class Checkpoints:
         name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
         if name is None:
             return 0, {}
-        return load_checkpoint(self._store.download(name), model, optimizer, self._group)
+        path = self._store.download(name)
+        return load_checkpoint(path, model, optimizer, self._group, self._note_taken)
+
+    def _note_taken(self, line: str) -> None:
+        self.taken = line
 
     def import_from(self, path: Path) -> None:
         """Copy another run's checkpoint into this run; not collective.
 
-        What the donor's meter has counted is not copied.
+        What the donor's meter has counted is not copied. This run may train other parts of the
+        model, see `load_checkpoint`.
         """
         manifest = read_manifest(path)
         name = _name(manifest)
@@ -126,12 +138,13 @@ class Checkpoints:
         for file in manifest["files"]:
             shutil.copy(path / file, self._store.staging_dir(name))
             self._store.upload(name, file)
-        write_manifest(self._store.staging_dir(name), {**manifest, "numbers": scalars})
+        content = {**manifest, "numbers": scalars, "from": _described(path)}
+        write_manifest(self._store.staging_dir(name), content)
         self._store.commit(name)
 
     def latest(self) -> Path | None:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
-        return next(filter(None, map(self._validated, reversed(self._store.names()))), None)
+        return next(filter(None, map(self._validated, reversed(self._names()))), None)
 
     def _write(
         self,
@@ -176,26 +189,26 @@ class Checkpoints:
     def _run_on_rank_zero(self, action: Callable[[], Any]) -> Any:
         return run_on_rank_zero(action, self._worker.rank, self._group)
 
+    def _names(self) -> list[str]:
+        """The names of all checkpoints, by step."""
+        return sorted(filter(NAME.fullmatch, self._store.names()), key=_step)
+
     def _apply_retention(self) -> None:
         """Remove all but the latest checkpoints and the best by the spec's metric."""
-        names = self._store.names()
+        names = self._names()
         kept = set(names[-self._spec.keep :])
         if self._spec.keep_best:
-            scores = {name: self._score(name) for name in names}
-            kept |= set(sorted(names, key=lambda name: scores[name])[: self._spec.keep_best])
+            metrics = {
+                name: json.loads(self._store.read_manifest(name))["metrics"] for name in names
+            }
+            kept |= set(best_checkpoints(self._spec, metrics))
         for name in names:
             if name not in kept:
                 self._store.remove(name)
 
-    def _score(self, name: str) -> float:
-        """Smaller is better; infinite for a checkpoint that was not evaluated."""
-        manifest = json.loads(self._store.read_manifest(name))
-        value = manifest["metrics"].get(self._spec.metric, math.inf)
-        return -value if self._spec.mode == "max" and value != math.inf else float(value)
-
     def _validated(self, name: str) -> Path | None:
         """The checkpoint if it is intact. A damaged one is None with a warning, as is none."""
-        if name not in self._store.names():
+        if name not in self._names():
             return None
         try:
             path = self._store.download(name)
@@ -209,6 +222,15 @@ class Checkpoints:
 
 def _name(manifest: Mapping[str, Any]) -> str:
     return f"step-{manifest['step']:08d}"
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _described(checkpoint: Path) -> str:
+    """A checkpoint as users know it: its run, and its step."""
+    return f"{checkpoint.parents[1].name}, step {_step(checkpoint.name)}"
 
 
 def _open_store(folder: Path, uri: str | None, worker: Worker) -> Store:

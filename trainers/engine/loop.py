@@ -8,12 +8,14 @@ same weights as one that was not.
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.state import check_model_state
 from trainers.checks.finite import listed
 from trainers.checks.modes import held_in_evaluation, normalises_batches
 from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
 from trainers.engine.heartbeat import heartbeat
+from trainers.engine.metrics import MetricsError
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.dropout import NATIVE_RNG_NOTE
@@ -54,7 +56,10 @@ def train(
         saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
+        check_model_state(steps.network)
         _log_strategy(steps, reporter)
+        if checkpoints.taken is not None:
+            reporter.log_note("from", checkpoints.taken)
 
         done, told = start, False
         for step in range(start, total):
@@ -77,11 +82,13 @@ def train(
             kept = decision.saves or saves.is_scheduled(done)
             if evaluates or kept:
                 steps.check_state(done)
-            evaluated = evaluator.run(done)
-            if kept:
+            evaluated, mistake = _evaluated(evaluator, done)
+            if kept or mistake:
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
+            if mistake:
+                raise mistake
             if decision.save_every_step:  # the next step may be the last one here
                 checkpoints.wait()
             if evaluates:
@@ -95,6 +102,14 @@ def train(
         reporter.flush()
         worker.barrier()
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
+
+
+def _evaluated(evaluator: Evaluator, done: int) -> tuple[dict[str, float], Exception | None]:
+    """The metrics after `done` steps; none, and the mistake in them, to raise after a save."""
+    try:
+        return evaluator.run(done), None
+    except MetricsError as error:
+        return {}, error.error
 
 
 def _step_metrics(steps: TrainStep, step: int, skipped: int, evaluates: bool) -> dict[str, float]:

@@ -295,13 +295,6 @@ class TrainStep:
         Not if it is one of too large a scale of fp16.
         """
         if self._update.searches_scale(loss):
-
-    def _stop(self, loss: Tensor, norm: Tensor, step: int) -> None:
-        """Raise a TrainingError that says where a gradient that is not finite comes from.
-
-        Not if it is one of too large a scale of fp16.
-        """
-        if self._update.searches_scale(loss):
             return
         bad = self._update.gradients_not_finite()
         where = f"; not finite: the gradients of {listed(bad)}" if bad else ""

@@ -23,6 +23,7 @@ from trainers.modeling.dropout import (
     split_dropout,
 )
 from trainers.modeling.forward import Forward, outermost_blocks
+from trainers.modeling.lazy_modules import give_shapes
 from trainers.modeling.operations import OperationCounter
 from trainers.modeling.strategy import (
     BackwardPass,
@@ -115,6 +116,7 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     """
     check_precision(spec.train.precision, worker.hardware)
     network = build_network(spec.train, workload)
+    give_shapes(workload, network, samples, weights_dtype(spec.train))
     dropout_rng = key_dropout_by_sample(network)
     strategy = choose_strategy(spec, workload, network, worker, memory_per_worker(worker))
     worker = strategy.applied_to(worker)

@@ -22,7 +22,7 @@ from cluster.base.errors import SpecError
 from trainers.modeling.forward import Forward, separate_blocks
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
 from trainers.torch_internals import noting_unused_shards
-from trainers.worker import Worker, is_distributed, local_tensor
+from trainers.worker import Worker, is_distributed
 from trainers.workload import Workload
 
 if TYPE_CHECKING:
@@ -321,17 +321,6 @@ def _negative_zeros(weights: list[nn.Parameter]) -> list[bool]:
     parts = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
     found = [(part.signbit() & (part == 0)).all() for part in parts]
     return torch.stack(found).tolist() if found else []
-
-
-def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
-    """Give all workers the buffers of rank 0, such as running means; collective.
-
-    Replicas do this themselves before each forward pass; sharded models don't.
-    """
-    if strategy.mode in ("single", "ddp"):
-        return
-    for buffer in network.buffers():
-        dist.broadcast(local_tensor(buffer), src=0)
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:

@@ -62,7 +62,8 @@ def run_to_end(
         account, tags = meter.finish()
         summary = {"account": meter.summary_lines(account), "reason": meter.limit_reached}
     if outcome.complete:
-        _export_if_missing(run)
+        if notes := _export_if_missing(run):
+            tracker.log_note.remote(run.key, "export", "; ".join(notes))
         if forecast is not None and wall_s:
             summary["forecast"] = _record_forecast_outcome(run, tracker, forecast, outcome, wall_s)
         tracker.log_model.remote(run.key, str(run.folder / MODEL))
@@ -115,9 +116,13 @@ def _record_forecast_outcome(
     return text
 
 
-def _export_if_missing(run: Run) -> None:
-    """Export the model here if rank 0 ran on a machine that cannot see the run's folder."""
-    if not (run.folder / MODEL).exists():
-        latest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest()
-        assert latest is not None  # the last step is always saved
-        export_model(run.folder / MODEL, run.spec, run.workload, latest)
+def _export_if_missing(run: Run) -> list[str]:
+    """Export the model here if rank 0 ran on a machine that cannot see the run's folder.
+
+    Returns what `export_model` does.
+    """
+    if (run.folder / MODEL).exists():
+        return []
+    latest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest()
+    assert latest is not None  # the last step is always saved
+    return export_model(run.folder / MODEL, run.spec, run.workload, latest)

@@ -25,8 +25,9 @@ from trainers.checks.finite import not_finite, state_not_finite
 from trainers.data.remote import local_dataset
 from trainers.data.splits import count_samples, open_splits
 from trainers.devices import local_device
-from trainers.engine.evaluate import evaluate, splits_due
+from trainers.engine.evaluate import check_ranking, evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
+from trainers.engine.metrics import MetricsError
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
 from trainers.modeling.forward import Forward
@@ -236,7 +237,8 @@ class EngineLoop:
             trial.metrics |= found
             result = trial.progress.result(trial.metrics, state.steps_done)
         except Exception as error:
-            self._fail(trial, format_error(error))
+            mistake = error.error if isinstance(error, MetricsError) else error
+            self._fail(trial, format_error(mistake))
             return
         trial.reporter.log_metrics(found, state.steps_done)
         if steps > 0 and trial.steps_s:
@@ -271,6 +273,7 @@ class EngineLoop:
             samples = self._splits[split]
             means = evaluate(variant.spec, variant.workload, forward, samples, self._worker)
             found |= {f"{split}/{name}": mean for name, mean in means.items()}
+        check_ranking(variant.spec, found)
         return found
 
     def _report_performance(self, trial: EngineTrial, steps: int, step: int) -> None:
