@@ -24,6 +24,7 @@ from trainers.data.splits import open_split
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.modeling.build import build_network
+from trainers.modeling.forward import Forward
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.programs.program import Program
@@ -81,7 +82,7 @@ class Row:
     def _alone(self) -> "Found | Refused | Wrong":
         job = self.job("alone", checkpoint=SAVES)
         try:
-            return found_by(job, run_job(job, Worker()))
+            return found_by(job, run_job(job, Worker()), self.kind.told_after)
         except (Refused, Wrong) as error:
             return error
 
@@ -103,18 +104,23 @@ class Row:
             for split, columns in splits.items()
         }
 
+    @functools.cached_property
+    def evaluated(self) -> set[int]:
+        """The steps after which there is an evaluation: after each epoch, and at the end."""
+        samples = len(self.splits()["train"]["y"])
+        ends = {math.ceil(epoch * samples / BATCH) for epoch in range(1, STEPS * BATCH)}
+        return {step for step in ends if step < STEPS} | {STEPS}
+
     def _plain(self, shares: int = 1, parts: int = 1) -> plain.Plain:
         _, workload = resolve(self.data(), RunSpec)
         splits = self.splits()
-        samples = len(splits["train"]["y"])
-        epochs = {math.ceil(epoch * samples / BATCH) for epoch in range(1, STEPS * BATCH)}
         return plain.train(
             workload,
             splits["train"],
             splits["val"],
             steps=STEPS,
             batch=BATCH,
-            evaluated={step for step in epochs if step < STEPS} | {STEPS},
+            evaluated=self.evaluated,
             rule=self.kind.optimizer,
             clip=CLIP,
             shares=shares,
@@ -128,10 +134,10 @@ def newest_checkpoint(folder: Path) -> Path:
     return newest
 
 
-def found_by(job: Job, answer: Answer) -> Found:
-    """What a job left; raises Refused or Wrong if it has failed."""
+def found_by(job: Job, answer: Answer, told_after: int = 0) -> Found:
+    """What a job left; raises Refused or Wrong if it has failed, see `Wild.told_after`."""
     if answer.error:
-        refused = answer.refused and not answer.steps
+        refused = answer.refused and answer.steps <= told_after
         raise (Refused if refused else Wrong)(answer.error)
     spec, workload = resolve(job.data, RunSpec)
     network = build_network(spec.train, workload)
@@ -193,7 +199,7 @@ def check_losses(row: Row, found: Found, shares: int = 1, parts: int = 1) -> Non
 
 def trained(row: Row, column: str, **sections: dict[str, Any]) -> Found:
     job = row.job(column, **sections)
-    return found_by(job, run_job(job, Worker()))
+    return found_by(job, run_job(job, Worker()), row.kind.told_after)
 
 
 def alone(row: Row) -> Found:
@@ -216,7 +222,7 @@ def killed_and_resumed(row: Row) -> None:
     before = run_job(row.job("killed", KILLED_AFTER, checkpoint=SAVES), Worker())
     job = row.job("killed", checkpoint=SAVES)
     if before.error:
-        found_by(job, before)
+        found_by(job, before, row.kind.told_after)
     found = found_by(job, run_job(job, Worker()))
     found.losses = before.losses | found.losses
     found.evaluations = before.evaluations | found.evaluations
@@ -267,10 +273,11 @@ def fused(row: Row) -> None:
         val = open_split(row.dataset, "val")
         for step in range(STEPS):
             losses[step + 1] = program.run([0, 1], 1)[0][1]
-            if step + 1 in row.plain().evaluations:
+            if step + 1 in row.evaluated:
                 network = program.network_with(program.state_of(1).copy())
-                evaluations[step + 1] = evaluate(spec, workload, network, val, Worker())
-    except NotFusibleError as error:
+                forward = Forward(workload, network)
+                evaluations[step + 1] = evaluate(spec, workload, forward, val, Worker())
+    except (NotFusibleError, HeliostatError) as error:
         raise Refused(str(error)) from error
     state = program.network_with(program.state_of(1)).state_dict()
     check_losses(row, Found(losses, evaluations, state))
@@ -292,4 +299,4 @@ PAIRED: dict[str, dict[str, Any]] = {
 
 def check_paired(row: Row, job: Job, answer: Answer) -> None:
     """Check the answer of two workers to a job of a column in `PAIRED`."""
-    check_losses(row, found_by(job, answer), shares=2)
+    check_losses(row, found_by(job, answer, row.kind.told_after), shares=2)

@@ -7,6 +7,7 @@ its name, with the tracebacks of errors; it writes nothing.
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,19 @@ class Cell:
         return f"refused: {self.refused}" if self.refused else "equal"
 
 
-def run_matrix(root: Path, names: Iterable[str]) -> dict[str, dict[str, Cell]]:
-    """Train each model in each column; cells by row and column."""
+def run_matrix(
+    root: Path, names: Iterable[str], show: Callable[[str, str, Cell], object] = lambda *_: None
+) -> dict[str, dict[str, Cell]]:
+    """Train each model in each column; cells by row and column, also given to `show` at once."""
     torch.set_num_threads(1)
     models = all_models()
-    pair = Pair(root)
     cells: dict[str, dict[str, Cell]] = {name: {} for name in names}
+
+    def check(name: str, column: str, function: Callable[..., object], *arguments: Any) -> None:
+        cells[name][column] = _cell(root, function, rows[name], *arguments)
+        show(name, column, cells[name][column])
+
+    pair = Pair(root)
     try:
         rows = {name: Row(models[name], root) for name in cells}
         jobs = [
@@ -57,12 +65,11 @@ def run_matrix(root: Path, names: Iterable[str]) -> dict[str, dict[str, Cell]]:
         ]
         for _, _, job in jobs:
             pair.submit(job)
-        for name, row in rows.items():
-            for column, check in ALONE.items():
-                cells[name][column] = _cell(root, check, row)
+        for name in rows:
+            for column, function in ALONE.items():
+                check(name, column, function)
         for name, column, job in jobs:
-            answer = pair.result()
-            cells[name][column] = _cell(root, check_paired, rows[name], job, answer)
+            check(name, column, check_paired, job, pair.result())
     finally:
         pair.close()
     return cells
@@ -77,7 +84,7 @@ def _cell(root: Path, check: Callable[..., object], *arguments: Any) -> Cell:
         return Cell(wrong=_without_paths(str(error), root))
     except Exception as error:
         if os.environ.get("CONFORMANCE_TRACEBACKS"):
-            raise
+            traceback.print_exc()
         return Cell(wrong=_without_paths(f"{type(error).__name__}: {error}", root))
     return Cell()
 
@@ -136,11 +143,12 @@ def as_page(cells: Mapping[str, Mapping[str, Cell]]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CONFORMANCE_TRACEBACKS", "")
+    os.environ["CONFORMANCE_TRACEBACKS"] = "1"
     words = sys.argv[1:]
     chosen = [name for name in all_models() if not words or any(word in name for word in words)]
     with tempfile.TemporaryDirectory() as folder:
-        found = run_matrix(Path(folder), chosen)
-    for name, row in found.items():
-        for column in COLUMNS:
-            print(f"{name:50} {column:26} {row[column]}")
+        run_matrix(
+            Path(folder),
+            chosen,
+            lambda name, column, cell: print(f"{name:50} {column:26} {cell}", flush=True),
+        )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 MASK, GOLDEN = (1 << 64) - 1, 0x9E3779B97F4A7C15
 Rows = dict[str, Tensor]
@@ -96,6 +97,15 @@ def build(workload: Any, seed: int) -> nn.Module:
     return network
 
 
+def give_shapes(workload: Any, network: nn.Module, data: Rows) -> None:
+    """Lazy modules get their weights from two samples, in evaluation mode."""
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        network.eval()
+        with torch.no_grad():
+            workload.forward(network, take(data, slice(2)))
+        network.train()
+
+
 @dataclass
 class Plain:
     """What the loop found."""
@@ -155,6 +165,8 @@ def train(
 ) -> Plain:
     """`steps` steps on batches of `batch`, in `shares` workers of `parts` micro-batches each."""
     networks = [build(workload, seed) for _ in range(shares)]
+    for network in networks:
+        give_shapes(workload, network, train)
     optimizers = [optimizer(network, rule) for network in networks]
     samples, each = len(next(iter(train.values()))), batch // shares // parts
     stream, plain = order(seed, samples, steps * batch), Plain(networks[0])

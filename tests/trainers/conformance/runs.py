@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import queue
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +23,9 @@ from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
 sys.path.append(str(Path(__file__).parent))  # for `wild_models`
+
+
+HANGS_AFTER_S = 120.0
 
 
 class Killed(BaseException):
@@ -83,51 +89,67 @@ def run_job(job: Job, worker: Worker) -> Answer:
     return answer
 
 
-def _serve(rank: int, world: int, path: list[str], jobs: Any, answers: Any) -> None:
+def _serve(rank: int, path: list[str], jobs: Any, answers: Any) -> None:
     """One process of the pair: takes jobs until it gets None."""
     sys.path[:] = path
     torch.set_num_threads(1)
-    for number in iter(jobs.get, None):
-        job, meeting = number
+    for job, meeting in iter(jobs.get, None):
         dist.init_process_group(
             "gloo",
             init_method=f"file://{meeting}",
             rank=rank,
-            world_size=world,
+            world_size=2,
             timeout=timedelta(seconds=60),
         )
         try:
-            answer = run_job(job, Worker(rank, world, local_world_size=world))
+            answer = run_job(job, Worker(rank, 2, local_world_size=2))
         finally:  # a rank that failed leaves the other one's collectives, which then fail too
             dist.destroy_process_group()
-        answers.put((rank, answer))
+        answers.put(answer)
 
 
 class Pair:
     """Two processes that train together, job after job."""
 
     def __init__(self, root: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         self._root = root
-        self._jobs = [context.Queue() for _ in range(2)]
-        self._answers = [context.Queue() for _ in range(2)]
+        self._pending: deque[Job] = deque()
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._jobs, self._answers = ([context.Queue() for _ in range(2)] for _ in range(2))
         self._processes = [
-            context.Process(
-                target=_serve, args=(rank, 2, sys.path, self._jobs[rank], self._answers[rank])
-            )
-            for rank in range(2)
+            context.Process(target=_serve, args=(rank, sys.path, jobs, answers), daemon=True)
+            for rank, (jobs, answers) in enumerate(zip(self._jobs, self._answers, strict=True))
         ]
         for process in self._processes:
             process.start()
 
     def submit(self, job: Job) -> None:
+        self._pending.append(job)
+        self._send(job)
+
+    def _send(self, job: Job) -> None:
         meeting = self._root / os.urandom(6).hex()
         for jobs in self._jobs:
             jobs.put((job, meeting))
 
     def result(self) -> Answer:
-        """The answer to the next job in turn: rank 0's, or the first sensible error."""
-        found = [answers.get(timeout=300)[1] for answers in self._answers]
+        """The answer to the next job in turn: rank 0's, or the error that tells the most.
+
+        Processes that hang or die are replaced.
+        """
+        self._pending.popleft()
+        try:
+            found = [self._answer(rank) for rank in range(2)]
+        except queue.Empty:
+            lost = [process.exitcode for process in self._processes]
+            self.close()
+            self._start()
+            for job in self._pending:
+                self._send(job)
+            return Answer({}, {}, 0, f"hangs, or dies with exit codes {lost}")
         told = found[0]
         errors = [answer for answer in found if answer.error]
         if errors:  # the other one may only tell that its peer has gone
@@ -137,10 +159,19 @@ class Pair:
         told.steps = max(answer.steps for answer in found)
         return told
 
+    def _answer(self, rank: int) -> Answer:
+        deadline = time.monotonic() + HANGS_AFTER_S
+        while True:
+            try:
+                answer: Answer = self._answers[rank].get(timeout=1)
+                return answer
+            except queue.Empty:
+                alive = all(process.is_alive() for process in self._processes)
+                if not alive or time.monotonic() > deadline:
+                    raise
+
     def close(self) -> None:
-        for jobs in self._jobs:
-            jobs.put(None)
+        """End both processes, whatever they do."""
         for process in self._processes:
-            process.join(60)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()

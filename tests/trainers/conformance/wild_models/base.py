@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainers import Spec, Workload, table
+from trainers import Workload, table
 
 WIDTH, WORDS, CLASSES, LENGTH = 16, 11, 3, 6
 
@@ -29,9 +29,8 @@ class Wild(Workload):
     tolerance: ClassVar[float] = 1e-9
     """Relative and absolute, of losses, metrics and weights."""
     optimizer: ClassVar[dict[str, Any]] = {"name": "adamw", "lr": 0.01, "weight_decay": 0.1}
-
-    class Data(Spec):
-        pass
+    told_after: ClassVar[int] = 0
+    """A mistake that this model has is told after so many steps at the latest."""
 
     def dataset(self):
         return {"train": rows(40, seed=0), "val": rows(21, seed=1)}

@@ -204,6 +204,8 @@ class NoLoss(Wild):
 class FloatMetric(Wild):
     """a metric that is a float"""
 
+    told_after = 5  # the first evaluation
+
     def metrics(self, output, batch):
         return {"accuracy": (output.argmax(1) == batch["y"]).double().mean().item()}
 

@@ -251,14 +251,14 @@ class Overlapping(Wild):
 class SharedBufferNet(Tower):
     def __init__(self):
         super().__init__([tanh_block(), tanh_block()])
-        steps = torch.zeros(1)
+        steps = torch.zeros(1, dtype=torch.int64)
         self.register_buffer("steps", steps)
         self.first.register_buffer("steps", steps)
 
     def forward(self, x):
         if self.training:
             self.steps += 1
-        return super().forward(x) * (1 + 0.1 * torch.tanh(self.first.steps))
+        return super().forward(x) * (1 + 0.1 * torch.tanh(self.first.steps.to(x.dtype)))
 
 
 class SharedBuffer(Wild):
@@ -273,13 +273,13 @@ class KindsNet(Tower):
         super().__init__([tanh_block(), tanh_block()])
         self.register_buffer("chosen", torch.arange(WIDTH).flip(0))
         self.register_buffer("mask", torch.arange(WIDTH) % 2 == 0)
-        self.register_buffer("bytes", torch.arange(WIDTH, dtype=torch.uint8))
-        self.register_buffer("half", torch.linspace(0, 1, WIDTH, dtype=torch.float16))
+        self.register_buffer("octets", torch.arange(WIDTH, dtype=torch.uint8))
+        self.register_buffer("short", torch.linspace(0, 1, WIDTH, dtype=torch.float16))
         self.register_buffer("empty", torch.zeros(0))
 
     def forward(self, x):
-        x = x[:, self.chosen] * self.mask + self.bytes / 16
-        return super().forward(x + self.half.to(x.dtype))
+        x = x[:, self.chosen] * self.mask + self.octets / 16
+        return super().forward(x + self.short.to(x.dtype))
 
 
 class Kinds(Wild):
