@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,27 +69,34 @@ def flop_counter(
 
 
 @contextmanager
-def noting_unused_shards() -> Iterator[list[nn.Parameter]]:
-    """In here, the sharded parameters for which a backward pass has no gradient are noted.
+def noting_used_shards() -> Iterator[tuple[set[nn.Parameter], set[nn.Parameter]]]:
+    """In here, the sharded parameters are noted for which a backward pass has a gradient, or none.
 
-    FSDP contributes zeros for them, if `set_reduce_scatter_unused_params` says so, and does not
-    tell for which parameters it did.
+    A block that is called several times may have both. FSDP contributes zeros for missing ones, if
+    `set_reduce_scatter_unused_params` says so, and does not tell for which parameters it did.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-    unused: list[nn.Parameter] = []
-    zeros = FSDPParam.unsharded_zero_grad_data
+    used: set[nn.Parameter] = set()
+    unused: set[nn.Parameter] = set()
+    noted = {
+        "unsharded_grad_data": used,
+        "unsharded_accumulated_grad_data": used,
+        "unsharded_zero_grad_data": unused,
+    }
+    before = {name: getattr(FSDPParam, name) for name in noted}
 
-    def noted(parameter: Any) -> Tensor:
-        unused.append(parameter.sharded_param)
-        result: Tensor = zeros.fget(parameter)
-        return result
+    def noting(name: str, parameter: Any) -> Any:
+        noted[name].add(parameter.sharded_param)
+        return before[name].fget(parameter)
 
-    FSDPParam.unsharded_zero_grad_data = property(noted)
+    for name in noted:
+        setattr(FSDPParam, name, property(partial(noting, name)))
     try:
-        yield unused
+        yield used, unused
     finally:
-        FSDPParam.unsharded_zero_grad_data = zeros
+        for name, original in before.items():
+            setattr(FSDPParam, name, original)
 
 
 def compile_time_s() -> float:

@@ -122,9 +122,10 @@ def test_unused_parameters_of_a_sharded_model_are_noted(tmp_path: Path) -> None:
     try:
         model = Half()
         fully_shard(model).set_reduce_scatter_unused_params(True)
-        with torch_internals.noting_unused_shards() as unused:
+        with torch_internals.noting_used_shards() as (used, unused):
             model(torch.ones(1, 2)).sum().backward()
-        assert unused == [model.idle.weight, model.idle.bias], "FSDPParam: other zeros"
+        assert used == {model.used.weight, model.used.bias}, "FSDPParam: other gradients"
+        assert unused == {model.idle.weight, model.idle.bias}, "FSDPParam: other zeros"
         assert all(weight.grad is not None for weight in model.parameters())
     finally:
         dist.destroy_process_group()

@@ -82,7 +82,7 @@ class _State:
     def forget_unchanged(self) -> None:
         """Keep only what the forward pass has changed; to be called after it."""
         for key, (tensor, version) in self._versions.items():
-            if tensor._version == version:
+            if tensor._version == version and tensor.numel() > _SMALL:
                 del self.values[key]
         if self.host_random is not None and self.host_random.is_current():
             self.host_random = None
@@ -155,6 +155,9 @@ class _HostRandom:
 
 
 _CONTAINERS = (list, dict, set)
+_SMALL = 1 << 16
+"""Elements of a tensor that is taken to have changed: batch normalisation does not raise the version
+of its running statistics."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _BUFFERS = "_buffers"
 

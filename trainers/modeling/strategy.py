@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.base.errors import SpecError
 from trainers.modeling.forward import Forward, separate_blocks
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
-from trainers.torch_internals import noting_unused_shards
+from trainers.torch_internals import noting_used_shards
 from trainers.worker import Worker, is_distributed, local_tensor
 from trainers.workload import Workload
 
@@ -285,11 +285,11 @@ class BackwardPass:
 
         Zeros do not: of a few rows, some workers have no part.
         """
-        with noting_unused_shards() as unused:
+        with noting_used_shards() as (used, unused):
             torch.autograd.backward(loss)
-        here = {id(weight) for weight in unused}
-        used = torch.tensor([id(weight) not in here for weight in self._weights])
-        counts = used.to(loss.device, torch.int32, non_blocking=True)
+        unused -= used
+        here = torch.tensor([int(weight not in unused) for weight in self._weights])
+        counts = here.to(loss.device, non_blocking=True)
         dist.all_reduce(counts)
         if unused:  # else there is nothing to wait for
             for weight, count in zip(self._weights, counts.tolist(), strict=True):
