@@ -73,7 +73,7 @@ class _State:
         self.dropout_rng, self.keys_B = dropout_rng, dropout_rng.keys_B
         self.host_random: _HostRandom | None = _HostRandom()
         self.entries = [(holder, _entries(holder)) for holder in _holders(block)]
-        """Attributes and buffers by name, beside the dictionaries in which the modules have them."""
+        """Attributes and buffers by name, with the dictionaries that the modules have them in."""
         tensors = [t for _, held in self.entries for t in held.values() if _may_change(t)]
         self._versions = {id(tensor): (tensor, tensor._version) for tensor in tensors}
         self.values = {key: tensor.clone() for key, (tensor, _) in self._versions.items()}

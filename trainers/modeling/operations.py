@@ -7,14 +7,19 @@ products without a mask, as is usual (Chowdhery et al., PaLM, 2022, appendix B).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainers.torch_internals import FlopFormula, flop_counter
+from trainers.torch_internals import (
+    FlopFormula,
+    flop_formulas,
+    noting_operations,
+    takes_functions,
+)
 
 
 class OperationCounter:
@@ -30,28 +35,31 @@ class OperationCounter:
     @contextmanager
     def counting(self, samples: int) -> Iterator[None]:
         """In here the forward and backward pass of `samples` samples is counted."""
+        self._formulas = {**flop_formulas(), **_corrected()}
         self.in_backward = self._failed = False
-        with flop_counter(_corrected(), self._guarded) as counter:
+        self._total = 0
+        with noting_operations(self._note):
             yield
-        self.per_sample = None if self._failed else counter.get_total_flops() / samples
+        self.per_sample = None if self._failed else self._total / samples
 
-    def _guarded(self, formula: FlopFormula) -> FlopFormula:
-        """The formula for any arguments; for those that it does not know, nothing is counted."""
-
-        def guarded(*inputs: Any, out_val: Any = None, **options: Any) -> int:
-            if self.in_backward and torch.is_grad_enabled():
-                return 0
-            tensors = [value for value in inputs if isinstance(value, Tensor)]
-            try:
-                if all(tensor.layout is torch.strided for tensor in tensors):
-                    count = formula(*inputs, out_val=out_val, **options)
-                    return count * 4 if any(tensor.is_complex() for tensor in tensors) else count
-            except Exception:  # it must not end the step that it counts
-                pass
-            self._failed = True
-            return 0
-
-        return guarded
+    def _note(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
+        """Count an operation; where that cannot be done, the operations of all are unknown."""
+        formula = self._formulas.get(operation)
+        if self._failed or (self.in_backward and torch.is_grad_enabled()):
+            return
+        if formula is None:
+            # The operations of those functions are not seen.
+            self._failed = takes_functions(operation)
+            return
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        try:
+            if all(tensor.layout is torch.strided for tensor in tensors):
+                count = formula(*inputs, out_val=result)
+                self._total += count * 4 if any(t.is_complex() for t in tensors) else count
+                return
+        except Exception:  # it must not end the step that it counts
+            pass
+        self._failed = True
 
 
 def _corrected() -> dict[Any, FlopFormula]:
@@ -64,7 +72,7 @@ def _corrected() -> dict[Any, FlopFormula]:
         "convolution": _convolution,
         "convolution_backward": _convolution_backward,
         "conv_tbc": lambda x, weight, *_, out_val, **__: 2 * _rows(out_val) * weight.numel(),
-        **{name: _attention for name in _ATTENTION},
+        **dict.fromkeys(_ATTENTION, _attention),
         **{f"{name}_backward": _attention_backward for name in _ATTENTION},
         "mkldnn_rnn_layer": _mkldnn_rnn,
         "mkldnn_rnn_layer_backward": _mkldnn_rnn_backward,
