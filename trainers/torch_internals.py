@@ -62,7 +62,7 @@ def noting_operations(
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Noting(TorchDispatchMode):
+    class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         supports_higher_order_operators = True
 
     def dispatch(
@@ -74,11 +74,11 @@ def noting_operations(
 
     # Only a method that a class has from the start is hidden from Dynamo.
     Noting.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
-    return Noting()
+    return Noting()  # type: ignore[no-untyped-call]
 
 
 def takes_functions(operation: Any) -> bool:
-    """Whether an operation runs functions that it is given, such as the branches of `torch.cond`."""
+    """Whether an operation runs functions that it is given, as `torch.cond` does."""
     from torch._ops import HigherOrderOperator
 
     return isinstance(operation, HigherOrderOperator)

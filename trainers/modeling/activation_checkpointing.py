@@ -156,8 +156,8 @@ class _HostRandom:
 
 _CONTAINERS = (list, dict, set)
 _SMALL = 1 << 16
-"""Elements of a tensor that is taken to have changed: batch normalisation does not raise the version
-of its running statistics."""
+"""Elements of a tensor that is taken to have changed anyway: batch normalisation does not raise
+the version of its running statistics."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _BUFFERS = "_buffers"
 
