@@ -250,6 +250,8 @@ class BackwardPass:
         self._replicated = isinstance(model, DistributedDataParallel)
         self._sharded = _sharded(model) is not None
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._before: list[Tensor | None] | None = None
+        """The gradients before the last backward pass of a step, if there were others."""
 
     def run(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
@@ -259,23 +261,29 @@ class BackwardPass:
             self._run_sharded(loss)
         else:
             torch.autograd.backward(loss)
+            if self._replicated:
+                self._before = [weight.grad for weight in self._weights]
 
     def _run_replicated(self, loss: Tensor) -> None:
         """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
 
         DDP could look for them itself in each forward pass, for an exchange more in each step.
         """
-        before = [weight.grad for weight in self._weights]
+        before, self._before = self._before, None
         torch.autograd.backward(loss)
-        # DDP gives a weight another tensor for its gradient, a part of a bucket.
-        same = [(w, grad) for w, grad in zip(self._weights, before, strict=True) if w.grad is grad]
+        if before is None:  # for most steps this is all
+            same = [weight for weight in self._weights if weight.grad is None]
+        else:  # DDP gives a weight another tensor for its gradient, a part of a bucket
+            both = zip(self._weights, before, strict=True)
+            same = [weight for weight, grad in both if weight.grad is grad]
         if not same:
             return
         reached = _reached(loss)
-        missing = [(weight, grad) for weight, grad in same if weight not in reached]
-        weights = [weight for weight, _ in missing]
-        torch.autograd.backward(weights, [torch.full_like(w, -0.0) for w in weights])
-        unused = [weight for weight, grad in missing if grad is None]
+        missing = [weight for weight in same if weight not in reached]
+        if not missing:
+            return
+        unused = [weight for weight in missing if weight.grad is None]
+        torch.autograd.backward(missing, [torch.full_like(weight, -0.0) for weight in missing])
         for weight, idle in zip(unused, _negative_zeros(unused), strict=True):
             if idle:
                 weight.grad = None
