@@ -6,14 +6,14 @@ name of the item when a release of PyTorch has another form of it.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 FlopFormula = Callable[..., int]
@@ -51,44 +51,75 @@ def without_compile_guards(kind: type[OptimizerT]) -> type[OptimizerT]:
     return type(kind.__name__, (kind,), methods)
 
 
-def flop_counter(
-    corrected: Mapping[Any, FlopFormula], guarded: Callable[[FlopFormula], FlopFormula]
-) -> FlopCounterMode:
-    """PyTorch's counter of operations, with some formulas replaced, and all of them `guarded`.
+def noting_operations(
+    note: Callable[[Any, Sequence[Any], Any], None],
+) -> AbstractContextManager[Any]:
+    """In here `note(operation, inputs, result)` is called after each operation, backward ones too.
 
-    Its own formulas raise errors for shapes that they do not expect, in the middle of the step that
-    is counted. Their table is not public, and neither is the mark of a formula that gets the
-    tensors instead of their shapes.
+    `FlopCounterMode` does the same, but the class beneath imports `torch._dynamo` at its first
+    operation, for 2 s of CPU time, to be left out of a `torch.compile`; and it sets hooks on all
+    modules.
     """
-    formulas: dict[Any, FlopFormula] = {}
-    for operation, formula in {**flop_registry, **corrected}.items():
-        formulas[operation] = guarded(formula)
-        formulas[operation]._get_raw = True  # type: ignore[attr-defined]
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Noting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        supports_higher_order_operators = True
+
+    def dispatch(
+        self: Any, operation: Any, types: Any, inputs: Any = (), options: Any = None
+    ) -> Any:
+        result = operation(*inputs, **(options or {}))
+        note(getattr(operation, "overloadpacket", operation), inputs, result)
+        return result
+
+    # Only a method that a class has from the start is hidden from Dynamo.
+    Noting.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
+    return Noting()  # type: ignore[no-untyped-call]
+
+
+def takes_functions(operation: Any) -> bool:
+    """Whether an operation runs functions that it is given, as `torch.cond` does."""
+    from torch._ops import HigherOrderOperator
+
+    return isinstance(operation, HigherOrderOperator)
+
+
+def flop_formulas() -> dict[Any, FlopFormula]:
+    """PyTorch's formulas by operation, whose table is not public."""
+    from torch.utils.flop_counter import flop_registry
+
+    return dict(flop_registry)
 
 
 @contextmanager
-def noting_unused_shards() -> Iterator[list[nn.Parameter]]:
-    """In here, the sharded parameters for which a backward pass has no gradient are noted.
+def noting_used_shards() -> Iterator[tuple[set[nn.Parameter], set[nn.Parameter]]]:
+    """In here, the sharded parameters are noted for which a backward pass has a gradient, or none.
 
-    FSDP contributes zeros for them, if `set_reduce_scatter_unused_params` says so, and does not
-    tell for which parameters it did.
+    A block that is called several times may have both. FSDP contributes zeros for missing ones, if
+    `set_reduce_scatter_unused_params` says so, and does not tell for which parameters it did.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-    unused: list[nn.Parameter] = []
-    zeros = FSDPParam.unsharded_zero_grad_data
+    used: set[nn.Parameter] = set()
+    unused: set[nn.Parameter] = set()
+    noted = {
+        "unsharded_grad_data": used,
+        "unsharded_accumulated_grad_data": used,
+        "unsharded_zero_grad_data": unused,
+    }
+    before = {name: getattr(FSDPParam, name) for name in noted}
 
-    def noted(parameter: Any) -> Tensor:
-        unused.append(parameter.sharded_param)
-        result: Tensor = zeros.fget(parameter)
-        return result
+    def noting(name: str, parameter: Any) -> Any:
+        noted[name].add(parameter.sharded_param)
+        return before[name].fget(parameter)
 
-    FSDPParam.unsharded_zero_grad_data = property(noted)
+    for name in noted:
+        setattr(FSDPParam, name, property(partial(noting, name)))
     try:
-        yield unused
+        yield used, unused
     finally:
-        FSDPParam.unsharded_zero_grad_data = zeros
+        for name, original in before.items():
+            setattr(FSDPParam, name, original)
 
 
 def compile_time_s() -> float:

@@ -5,6 +5,8 @@ A test that fails says which part another release has changed; what to do is wri
 
 import json
 import logging
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,24 +70,31 @@ def test_optimizers_without_guards_are_pytorchs_own(
     assert networks[0].bias.equal(networks[1].bias)
 
 
-def test_the_counter_of_operations_takes_formulas_that_get_tensors() -> None:
+def test_operations_are_noted_with_those_of_the_backward_pass() -> None:
     seen: list[Any] = []
+    x, weight = torch.ones(2, 3), torch.ones(3, 5, requires_grad=True)
+    with torch_internals.noting_operations(lambda *each: seen.append(each)):
+        torch.mm(x, weight).sum().backward()
+    products = [each for each in seen if each[0] is torch.ops.aten.mm]
+    assert len(products) == 2, "TorchDispatchMode: other operations"
+    (_, inputs, result), _ = products
+    assert inputs[1] is weight, "TorchDispatchMode: other tensors"
+    assert result.shape == (2, 5)
 
-    def guarded(formula: torch_internals.FlopFormula) -> torch_internals.FlopFormula:
-        def noted(*inputs: Any, **options: Any) -> int:
-            seen.append((inputs, options["out_val"]))
-            return formula(*inputs, **options)
 
-        return noted
+def test_noting_operations_does_not_import_dynamo() -> None:
+    code = (
+        "import sys, torch; from trainers.torch_internals import noting_operations\n"
+        "with noting_operations(lambda *_: None): torch.ones(2, 2) @ torch.ones(2)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
-    weight = torch.ones(3, 5)
-    corrected = {torch.ops.aten.mv: lambda *_, **__: 7}
-    with torch_internals.flop_counter(corrected, guarded) as counter:
-        torch.mm(torch.ones(2, 3), weight)
-        torch.mv(weight, torch.ones(5))
-    assert counter.get_total_flops() == 2 * 2 * 3 * 5 + 7, "FlopCounterMode: custom_mapping"
-    assert seen[0][0][1] is weight, "FlopCounterMode: _get_raw"
-    assert seen[0][1].shape == (2, 5)
+
+def test_formulas_get_shapes_and_the_result_as_out_val() -> None:
+    formula = torch_internals.flop_formulas()[torch.ops.aten.mm]
+    x, weight = torch.ones(2, 3), torch.ones(3, 5)
+    assert formula(x, weight, out_val=x @ weight) == 2 * 2 * 3 * 5, "flop_registry: other formulas"
 
 
 def test_the_time_of_compiling_is_counted() -> None:
@@ -122,9 +131,10 @@ def test_unused_parameters_of_a_sharded_model_are_noted(tmp_path: Path) -> None:
     try:
         model = Half()
         fully_shard(model).set_reduce_scatter_unused_params(True)
-        with torch_internals.noting_unused_shards() as unused:
+        with torch_internals.noting_used_shards() as (used, unused):
             model(torch.ones(1, 2)).sum().backward()
-        assert unused == [model.idle.weight, model.idle.bias], "FSDPParam: other zeros"
+        assert used == {model.used.weight, model.used.bias}, "FSDPParam: other gradients"
+        assert unused == {model.idle.weight, model.idle.bias}, "FSDPParam: other zeros"
         assert all(weight.grad is not None for weight in model.parameters())
     finally:
         dist.destroy_process_group()

@@ -248,10 +248,12 @@ class TrainStep:
         """
         samples = len(next(iter(batch.values())))
         with compute_precision(self._spec.train, self.worker.device):
-            loss_B = model(batch)
+            loss_B: Tensor = model(batch)
         check_loss(self._workload, loss_B, samples)
         share = counted * self.worker.data_world_size / self._spec.train.global_batch
-        mean = (loss_B if counted == samples else loss_B[:counted].sum() / max(1, counted)).mean()
+        mean: Tensor = (
+            loss_B if counted == samples else loss_B[:counted].sum() / max(1, counted)
+        ).mean()
         return mean if share == 1 else mean * share
 
     def _memory_advice(self, step: int) -> str:

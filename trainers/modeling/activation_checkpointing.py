@@ -73,7 +73,7 @@ class _State:
         self.dropout_rng, self.keys_B = dropout_rng, dropout_rng.keys_B
         self.host_random: _HostRandom | None = _HostRandom()
         self.entries = [(holder, _entries(holder)) for holder in _holders(block)]
-        """Attributes and buffers by name, beside the dictionaries in which the modules have them."""
+        """Attributes and buffers by name, with the dictionaries that the modules have them in."""
         tensors = [t for _, held in self.entries for t in held.values() if _may_change(t)]
         self._versions = {id(tensor): (tensor, tensor._version) for tensor in tensors}
         self.values = {key: tensor.clone() for key, (tensor, _) in self._versions.items()}
@@ -82,7 +82,7 @@ class _State:
     def forget_unchanged(self) -> None:
         """Keep only what the forward pass has changed; to be called after it."""
         for key, (tensor, version) in self._versions.items():
-            if tensor._version == version:
+            if tensor._version == version and tensor.numel() > _SMALL:
                 del self.values[key]
         if self.host_random is not None and self.host_random.is_current():
             self.host_random = None
@@ -155,6 +155,9 @@ class _HostRandom:
 
 
 _CONTAINERS = (list, dict, set)
+_SMALL = 1 << 16
+"""Elements of a tensor that is taken to have changed anyway: batch normalisation does not raise
+the version of its running statistics."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _BUFFERS = "_buffers"
 

@@ -7,14 +7,20 @@ products without a mask, as is usual (Chowdhery et al., PaLM, 2022, appendix B).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainers.torch_internals import FlopFormula, flop_counter
+from trainers.torch_internals import (
+    FlopFormula,
+    flop_formulas,
+    noting_operations,
+    takes_functions,
+)
 
 
 class OperationCounter:
@@ -30,56 +36,52 @@ class OperationCounter:
     @contextmanager
     def counting(self, samples: int) -> Iterator[None]:
         """In here the forward and backward pass of `samples` samples is counted."""
+        self._formulas = _formulas()
         self.in_backward = self._failed = False
-        with flop_counter(_corrected(), self._guarded) as counter:
+        self._total = 0
+        with noting_operations(self._note):
             yield
-        self.per_sample = None if self._failed else counter.get_total_flops() / samples
+        self.per_sample = None if self._failed else self._total / samples
 
-    def _guarded(self, formula: FlopFormula) -> FlopFormula:
-        """The formula for any arguments; for those that it does not know, nothing is counted."""
+    def _note(self, operation: Any, inputs: Sequence[Any], result: Any) -> None:
+        """Count an operation; where that cannot be done, the operations of all are unknown."""
+        formula = self._formulas.get(operation)
+        if self._failed or (self.in_backward and torch.is_grad_enabled()):
+            return
+        if formula is None:
+            # The operations of those functions are not seen.
+            self._failed = takes_functions(operation)
+            return
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        try:
+            if all(tensor.layout is torch.strided for tensor in tensors):
+                count = formula(*inputs, out_val=result)
+                self._total += count * 4 if any(t.is_complex() for t in tensors) else count
+                return
+        except Exception:  # it must not end the step that it counts
+            pass
+        self._failed = True
 
-        def guarded(*inputs: Any, out_val: Any = None, **options: Any) -> int:
-            if self.in_backward and torch.is_grad_enabled():
-                return 0
-            tensors = [value for value in inputs if isinstance(value, Tensor)]
-            try:
-                if all(tensor.layout is torch.strided for tensor in tensors):
-                    count = formula(*inputs, out_val=out_val, **options)
-                    return count * 4 if any(tensor.is_complex() for tensor in tensors) else count
-            except Exception:  # it must not end the step that it counts
-                pass
-            self._failed = True
-            return 0
 
-        return guarded
+def _formulas() -> dict[Any, FlopFormula]:
+    """Formulas by operation: those of PyTorch's counter, and those that it lacks or has otherwise.
 
-
-def _corrected() -> dict[Any, FlopFormula]:
-    """By operation: the formulas that PyTorch's counter lacks, or has otherwise.
-
-    Its convolutions backward take each group for the whole input, and its fused attention counts
-    what is computed again.
+    Its convolutions backward take each group for the whole input. Its fused attention backward has
+    five products for the forward pass's two, of which one is computed again.
     """
-    formulas = {
-        "convolution": _convolution,
-        "convolution_backward": _convolution_backward,
-        "conv_tbc": lambda x, weight, *_, out_val, **__: 2 * _rows(out_val) * weight.numel(),
-        **{name: _attention for name in _ATTENTION},
-        **{f"{name}_backward": _attention_backward for name in _ATTENTION},
-        "mkldnn_rnn_layer": _mkldnn_rnn,
-        "mkldnn_rnn_layer_backward": _mkldnn_rnn_backward,
-        **dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), _cudnn_rnn),
-        **dict.fromkeys(("_cudnn_rnn_backward", "miopen_rnn_backward"), _cudnn_rnn_backward),
-        "_trilinear": _trilinear,
-        "dot": lambda x, *_, **__: 2 * x.numel(),
-        "vdot": lambda x, *_, **__: 2 * x.numel(),
-        "mv": lambda matrix, *_, **__: 2 * matrix.numel(),
-        "addmv": lambda _, matrix, *__, **___: 2 * matrix.numel(),
-        "addbmm": lambda _, a, b, *__, **___: 2 * a.numel() * b.shape[-1],
-        "_grouped_mm": lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],
-    }
-    aten = torch.ops.aten  # builds for other devices have other operations
-    return {getattr(aten, name): of for name, of in formulas.items() if hasattr(aten, name)}
+    aten = torch.ops.aten
+    formulas = flop_formulas()
+    for operation, formula in formulas.items():
+        if "attention_backward" in str(operation):
+            formulas[operation] = partial(_four_of_five, formula)
+    for name, formula in _CORRECTED.items():
+        if hasattr(aten, name):  # builds for other devices have other operations
+            formulas[getattr(aten, name)] = formula
+    return formulas
+
+
+def _four_of_five(formula: FlopFormula, *inputs: Any, **options: Any) -> int:
+    return formula(*inputs, **options) * 4 // 5
 
 
 _ATTENTION = tuple(
@@ -110,7 +112,8 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *options: Any
     transposed, output_mask = options[4], options[-1]
     places = (x if transposed else grad).shape[2:]
     passes = sum(output_mask[:2])  # of the input and of the weight
-    return 2 * passes * x.shape[0] * math.prod(places) * weight.numel()
+    count: int = 2 * passes * x.shape[0] * math.prod(places) * weight.numel()
+    return count
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -146,7 +149,7 @@ def _cudnn_rnn_backward(
     """As for `_cudnn_rnn` and the gradients that `output_mask` asks for, its last argument."""
     whole = _cudnn_rnn(x, weights)
     of_input, *_, of_weights = options[-1]
-    count = whole * (1 + of_weights)
+    count: int = whole * (1 + of_weights)
     if not of_input:  # the first layer's input, in each direction
         directions = 2 if options[_BIDIRECTIONAL] else 1
         first = weights[: directions * stride : stride]
@@ -165,4 +168,25 @@ def _trilinear(i1: Tensor, i2: Tensor, i3: Tensor, *expands: Any, **_: Any) -> i
         for dim in sorted(new_dims):
             tensor = tensor.unsqueeze(dim)
         shapes.append(tensor.shape)
-    return 2 * math.prod(torch.broadcast_shapes(*shapes))
+    full: Sequence[int] = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return 2 * math.prod(full)
+
+
+_CORRECTED: dict[str, FlopFormula] = {
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "conv_tbc": lambda x, weight, *_, out_val, **__: 2 * _rows(out_val) * weight.numel(),
+    **dict.fromkeys(_ATTENTION, _attention),
+    **{f"{name}_backward": _attention_backward for name in _ATTENTION},
+    "mkldnn_rnn_layer": _mkldnn_rnn,
+    "mkldnn_rnn_layer_backward": _mkldnn_rnn_backward,
+    **dict.fromkeys(("_cudnn_rnn", "miopen_rnn"), _cudnn_rnn),
+    **dict.fromkeys(("_cudnn_rnn_backward", "miopen_rnn_backward"), _cudnn_rnn_backward),
+    "_trilinear": _trilinear,
+    "dot": lambda x, *_, **__: 2 * x.numel(),
+    "vdot": lambda x, *_, **__: 2 * x.numel(),
+    "mv": lambda matrix, *_, **__: 2 * matrix.numel(),
+    "addmv": lambda _, matrix, *__, **___: 2 * matrix.numel(),
+    "addbmm": lambda _, a, b, *__, **___: 2 * a.numel() * b.shape[-1],
+    "_grouped_mm": lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1],
+}

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.base.errors import SpecError
 from trainers.modeling.forward import Forward, separate_blocks
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
-from trainers.torch_internals import noting_unused_shards
+from trainers.torch_internals import noting_used_shards
 from trainers.worker import Worker, is_distributed
 from trainers.workload import Workload
 
@@ -250,6 +250,8 @@ class BackwardPass:
         self._replicated = isinstance(model, DistributedDataParallel)
         self._sharded = _sharded(model) is not None
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._before: list[Tensor | None] | None = None
+        """The gradients before the last backward pass of a step, if there were others."""
 
     def run(self, loss: Tensor, gradient: Tensor, last: bool) -> None:
         """Add the gradients of `loss`, whose own is `gradient`; collective if this is the `last`
@@ -261,23 +263,29 @@ class BackwardPass:
             self._run_sharded(loss, gradient)
         else:
             torch.autograd.backward(loss, gradient)
+            if self._replicated:
+                self._before = [weight.grad for weight in self._weights]
 
     def _run_replicated(self, loss: Tensor, gradient: Tensor) -> None:
         """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
 
         DDP could look for them itself in each forward pass, for an exchange more in each step.
         """
-        before = [weight.grad for weight in self._weights]
+        before, self._before = self._before, None
         torch.autograd.backward(loss, gradient)
-        # DDP gives a weight another tensor for its gradient, a part of a bucket.
-        same = [(w, grad) for w, grad in zip(self._weights, before, strict=True) if w.grad is grad]
+        if before is None:  # for most steps this is all
+            same = [weight for weight in self._weights if weight.grad is None]
+        else:  # DDP gives a weight another tensor for its gradient, a part of a bucket
+            both = zip(self._weights, before, strict=True)
+            same = [weight for weight, grad in both if weight.grad is grad]
         if not same:
             return
         reached = _reached(loss)
-        missing = [(weight, grad) for weight, grad in same if weight not in reached]
-        weights = [weight for weight, _ in missing]
-        torch.autograd.backward(weights, [torch.full_like(w, -0.0) for w in weights])
-        unused = [weight for weight, grad in missing if grad is None]
+        missing = [weight for weight in same if weight not in reached]
+        if not missing:
+            return
+        unused = [weight for weight in missing if weight.grad is None]
+        torch.autograd.backward(missing, [torch.full_like(weight, -0.0) for weight in missing])
         for weight, idle in zip(unused, _negative_zeros(unused), strict=True):
             if idle:
                 weight.grad = None
@@ -287,11 +295,11 @@ class BackwardPass:
 
         Zeros do not: of a few rows, some workers have no part.
         """
-        with noting_unused_shards() as unused:
+        with noting_used_shards() as (used, unused):
             torch.autograd.backward(loss, gradient)
-        here = {id(weight) for weight in unused}
-        used = torch.tensor([id(weight) not in here for weight in self._weights])
-        counts = used.to(loss.device, torch.int32, non_blocking=True)
+        unused -= used
+        here = torch.tensor([int(weight not in unused) for weight in self._weights])
+        counts = here.to(loss.device, non_blocking=True)
         dist.all_reduce(counts)
         if unused:  # else there is nothing to wait for
             for weight, count in zip(self._weights, counts.tolist(), strict=True):

@@ -171,8 +171,7 @@ class Twice(Base):
     """Two calls of the model in one step."""
 
     def build(self) -> nn.Module:
-        network = Nested()
-        return network
+        return Nested()
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(batch["x"]) - 0.5 * model(batch["x"].flip(1))
@@ -314,7 +313,7 @@ class Tied(Base):
         return F.cross_entropy(output, (batch["token"] * 3 + 1) % 11, reduction="none")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ramp(width: int) -> Tensor:
     return torch.linspace(0.5, 1.5, width, dtype=torch.float64)
 
