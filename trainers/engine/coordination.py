@@ -50,14 +50,14 @@ class LossWindow:
         """
         self._unread.append((loss, gradient_norm))
         if len(self._unread) == MAX_LOSSES_ON_DEVICE:
-            self._fetch(step)
+            self.read(step)
 
     def mean(self, step: int) -> float:
         """The mean loss, which begins a new window; NaN if all its steps were skipped. Collective.
 
         Raises TrainingError if a loss or a gradient is not finite, unless such steps are skipped.
         """
-        self._fetch(step)
+        self.read(step)
         mean = self._sum / self._count if self._count else math.nan
         self._sum, self._count = 0.0, 0
         return mean
@@ -67,10 +67,13 @@ class LossWindow:
 
         Raises as `mean` does.
         """
-        self._fetch(step)
+        self.read(step)
         return {"loss_sum": self._sum, "losses": self._count, "skipped": self.skipped}
 
-    def _fetch(self, step: int) -> None:
+    def read(self, step: int) -> None:
+        """Fetch the losses of the steps up to `step` from the device. Collective; may raise as
+        `mean` does.
+        """
         if not self._unread:
             return
         parts_2S = torch.stack(

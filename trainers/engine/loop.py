@@ -76,6 +76,7 @@ def train(
                 reporter.log_metrics(progress | measured, done)
             kept = decision.saves or saves.is_scheduled(done)
             if evaluates or kept:
+                losses.read(done)
                 steps.check_state(done)
             evaluated = evaluator.run(done)
             if kept:
