@@ -56,30 +56,27 @@ def train(
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_strategy(steps, reporter)
 
-        done, told = start, False
+        done = start
         for step in range(start, total):
             heartbeat(step)
             done = step + 1
-            losses.add(steps.run(step), steps.gradient_norm, done)
+            losses.add(steps.run(step), steps.fault, done)
             if step == start:
                 _log_first_step(spec, steps, reporter)
-            if steps.uses_native_rng and not told:
+            if steps.draws_unreported():
                 reporter.log_note("random", NATIVE_RNG_NOTE)
-                told = True
 
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
             if evaluates or done % spec.tracking.every_steps == 0:
-                epoch = done * spec.train.global_batch / samples
-                progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
-                measured = _step_metrics(steps, step, losses.skipped, evaluates)
-                reporter.log_metrics(progress | measured, done)
-            kept = decision.saves or saves.is_scheduled(done)
-            if evaluates or kept:
-                losses.read(done)
-                steps.check_state(done)
+                progress = {"train/epoch": done * spec.train.global_batch / samples}
+                progress |= _step_metrics(steps, losses, step, evaluates)
+                reporter.log_metrics(progress, done)
+            saves_now = decision.saves or saves.is_scheduled(done)
+            if evaluates or saves_now:
+                _check(steps, losses, done)
             evaluated = evaluator.run(done)
-            if kept:
+            if saves_now:
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
@@ -98,15 +95,26 @@ def train(
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
-def _step_metrics(steps: TrainStep, step: int, skipped: int, evaluates: bool) -> dict[str, float]:
-    """The learning rate, where the time goes if that is due, and steps that were `skipped`."""
-    metrics = {"train/lr": steps.learning_rate(step)}
+def _step_metrics(
+    steps: TrainStep, losses: LossWindow, step: int, evaluates: bool
+) -> dict[str, float]:
+    """The mean loss, the learning rate, and where the time goes if that is due. Collective."""
+    metrics = {"train/loss": losses.mean(step + 1), "train/lr": steps.learning_rate(step)}
     steps.meter.mark("compute")  # a GPU has been waited for
     if evaluates or steps.meter.unreported_s() > PERF_INTERVAL_S:
         metrics |= steps.read_meter()
-    if skipped:
-        metrics["train/skipped_steps"] = skipped
+    if losses.skipped:
+        metrics["train/skipped_steps"] = losses.skipped
     return metrics
+
+
+def _check(steps: TrainStep, losses: LossWindow, done: int) -> None:
+    """Raise TrainingError if the losses, gradients or weights so far are not finite. Collective."""
+    losses.read(done)
+    steps.check_state(done)
+
+
+X
 
 
 def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:

@@ -78,7 +78,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
     with pytest.raises(TrainingError) as caught:
         run(workload, tmp_path, checkpoint={"every_steps": 1})
     message = str(caught.value)
-    assert message.startswith("the gradient is not finite at step 4: its norm is nan, the loss 1.")
+    assert message.startswith("the gradient is not finite at step 4, though the loss is 1.")
     assert message.endswith("; not finite: the gradients of 0.weight")
     state = last_state(tmp_path / "run")
     assert all(value.isfinite().all() for value in state.values())
@@ -144,7 +144,7 @@ def test_a_device_skips_what_the_host_would(
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        (NanGradient, "the gradient is not finite at step 4: its norm is nan, the loss 1."),
+        (NanGradient, "the gradient is not finite at step 4, though the loss is 1."),
         (InfiniteLoss, "the loss is nan at step 4 (the last finite one was 1."),
         (ConstantNan, "the loss is nan at step 4 (the last finite one was 1."),
     ],
@@ -180,8 +180,8 @@ class Drifts(Points):
 def test_a_state_that_is_not_finite_is_neither_evaluated_nor_saved(tmp_path: Path) -> None:
     """The update overflows in the last step, or a buffer does, which no loss shows."""
     rule = {"name": "sgd", "lr": 1e40, "momentum": 0.0, "schedule": {"name": "constant"}}
+    section = {"steps": 1, "precision": "fp32"}
     with pytest.raises(TrainingError, match=r"^not finite after step 1: 0\.weight, .*; this state"):
-        section = {"steps": 1, "precision": "fp32"}
         run(workload_of(Points), tmp_path, train=section, optimizer=rule)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     with pytest.raises(TrainingError, match=r"^not finite after step 6: seen; this state is not"):
@@ -300,7 +300,7 @@ def test_a_gradient_that_no_scale_makes_finite_counts(
         as_on_a_device(monkeypatch)
     halvings = 16 - round(math.log2(LEAST_SCALE))
     section = {"precision": "fp16", "steps": halvings + 4}
-    line = f"^the gradient is not finite at step {halvings + 1}: its norm is nan"
+    line = f"^the gradient is not finite at step {halvings + 1}, though the loss is"
     with pytest.raises(TrainingError, match=line):
         run(workload_of(NeverFinite), tmp_path, train=section)
     rows, state = run(workload_of(NeverFinite), tmp_path, "skipped", train={**section, **SKIP})
