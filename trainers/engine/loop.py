@@ -72,11 +72,8 @@ def train(
                 progress = {"train/epoch": done * spec.train.global_batch / samples}
                 progress |= _step_metrics(steps, losses, step, evaluates)
                 reporter.log_metrics(progress, done)
-            saves_now = decision.saves or saves.is_scheduled(done)
-            if evaluates or saves_now:
-                _check(steps, losses, done)
             evaluated = evaluator.run(done)
-            if saves_now:
+            if decision.saves or saves.is_scheduled(done):
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
@@ -106,15 +103,6 @@ def _step_metrics(
     if losses.skipped:
         metrics["train/skipped_steps"] = losses.skipped
     return metrics
-
-
-def _check(steps: TrainStep, losses: LossWindow, done: int) -> None:
-    """Raise TrainingError if the losses, gradients or weights so far are not finite. Collective."""
-    losses.read(done)
-    steps.check_state(done)
-
-
-X
 
 
 def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:

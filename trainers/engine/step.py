@@ -85,6 +85,7 @@ class TrainStep:
         self._stops_at_once = stops and self._update.on_host and self._update.alike
         self._last_loss = torch.tensor(math.nan)
         self._uses_host_rng = self._draws_reported = False
+        self._checked_after = -1
         self._flops_uncounted = True
 
     @property
@@ -147,9 +148,10 @@ class TrainStep:
         before_commit: Callable[[], None],
     ) -> float:
         """Save the state after `done` steps, see `Checkpoints.save`; returns the seconds that
-        training was blocked. Collective.
+        training was blocked. Raises TrainingError for a state that is not finite. Collective.
         """
         began = time.monotonic()
+        self.check_state(done)
         scalars = {**self._update.scalars(), "host_rng": float(self._uses_host_rng), **scalars}
         optimizer = self.optimizer
         checkpoints.save(done, self.network, optimizer, scalars, metrics, before_commit)
@@ -159,8 +161,11 @@ class TrainStep:
     def check_state(self, done: int) -> None:
         """Raise a TrainingError if training has made weights or buffers not finite. Collective.
 
-        To be called before the state is evaluated or saved; waits for the device.
+        To be called before the state is evaluated; waits for the device.
         """
+        if self._checked_after == done:
+            return
+        self._checked_after = done
         bad = self._update.state_not_finite()
         count = torch.tensor(float(len(bad)), device=self.worker.device)
         if self.worker.all_reduce_sum(count).item():

@@ -189,8 +189,9 @@ class _Gradient:
         self.is_sharded = any(mesh is not None for mesh in self._meshes)
 
     def is_not_finite(self, loss: Tensor | None) -> Tensor:
-        """1 if it, or a `loss` given, has a number that is not finite, otherwise 0; of this worker's shards
-        alone, and without waiting for the device.
+        """1 if it, or a `loss` given, has a number that is not finite, otherwise 0.
+
+        Of sharded weights, this worker's shards. Does not wait for the device.
         """
         found, also = torch.zeros_like(self._one), [] if loss is None else [loss]
         for kind, weights in self._kinds.items():
