@@ -61,10 +61,7 @@ def train(
             heartbeat(step)
             done = step + 1
             losses.add(steps.run(step), steps.fault, done)
-            if step == start:
-                _log_first_step(spec, steps, reporter)
-            if steps.draws_unreported():
-                reporter.log_note("random", NATIVE_RNG_NOTE)
+            _log_findings(spec, steps, reporter, first=step == start)
 
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
@@ -111,8 +108,12 @@ def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:
         reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
 
 
-def _log_first_step(spec: RunSpec, steps: TrainStep, reporter: Reporter) -> None:
-    """Log what is known only when a step has been done."""
+def _log_findings(spec: RunSpec, steps: TrainStep, reporter: Reporter, first: bool) -> None:
+    """Log what is known only when a step has been done, the `first` one or another."""
+    if steps.draws_unreported():
+        reporter.log_note("random", NATIVE_RNG_NOTE)
+    if not first:
+        return
     if spec.train.compile != "off":
         reporter.log_note("compile", f"{compile_time_s():.1f} s")
     device = steps.meter.catalogued
