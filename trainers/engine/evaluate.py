@@ -51,7 +51,10 @@ class Evaluator:
         """
         trained = self._trained
         metrics: dict[str, float] = {}
-        for split in splits_due(done, self._total, self.steps, self._splits):
+        due = splits_due(done, self._total, self.steps, self._splits)
+        if due:
+            trained.check_state(done)
+        for split in due:
             share_buffers(trained.network, trained.worker)
             samples = self._splits[split]
             means = evaluate(self._spec, self._workload, trained.forward, samples, trained.worker)

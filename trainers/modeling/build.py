@@ -79,10 +79,10 @@ class TrainedModel:
     backward_pass: BackwardPass
     operations: OperationCounter
 
-    def backward(self, loss: Tensor, gradient: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`, whose own is `gradient`; see `BackwardPass.run`."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
         self.operations.in_backward = True
-        self.backward_pass.run(loss, gradient, last)
+        self.backward_pass.run(loss, last)
 
     def counting_operations(
         self, step: int, micro_batch: int, samples: int

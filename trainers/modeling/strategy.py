@@ -253,26 +253,24 @@ class BackwardPass:
         self._before: list[Tensor | None] | None = None
         """The gradients before the last backward pass of a step, if there were others."""
 
-    def run(self, loss: Tensor, gradient: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`, whose own is `gradient`; collective if this is the `last`
-        backward pass of a step.
-        """
+    def run(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
         if last and self._replicated:
-            self._run_replicated(loss, gradient)
+            self._run_replicated(loss)
         elif last and self._sharded:
-            self._run_sharded(loss, gradient)
+            self._run_sharded(loss)
         else:
-            torch.autograd.backward(loss, gradient)
+            torch.autograd.backward(loss)
             if self._replicated:
                 self._before = [weight.grad for weight in self._weights]
 
-    def _run_replicated(self, loss: Tensor, gradient: Tensor) -> None:
+    def _run_replicated(self, loss: Tensor) -> None:
         """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
 
         DDP could look for them itself in each forward pass, for an exchange more in each step.
         """
         before, self._before = self._before, None
-        torch.autograd.backward(loss, gradient)
+        torch.autograd.backward(loss)
         if before is None:  # for most steps this is all
             same = [weight for weight in self._weights if weight.grad is None]
         else:  # DDP gives a weight another tensor for its gradient, a part of a bucket
@@ -290,13 +288,13 @@ class BackwardPass:
             if idle:
                 weight.grad = None
 
-    def _run_sharded(self, loss: Tensor, gradient: Tensor) -> None:
+    def _run_sharded(self, loss: Tensor) -> None:
         """FSDP takes zeros for missing gradients. An exchange tells whether all workers did.
 
         Zeros do not: of a few rows, some workers have no part.
         """
         with noting_used_shards() as (used, unused):
-            torch.autograd.backward(loss, gradient)
+            torch.autograd.backward(loss)
         unused -= used
         here = torch.tensor([int(weight not in unused) for weight in self._weights])
         counts = here.to(loss.device, non_blocking=True)

@@ -15,7 +15,7 @@ from trainers import Batch, table
 
 LOSSES = {
     "none": (lambda loss_B: None, "None"),
-    "dict": (lambda loss_B: {"loss": loss_B, "kl": 0.5}, "a dict of 2: loss: [16], kl: float"),
+    "dict": (lambda loss_B: {"loss": loss_B, "kl": 0.5}, r"a dict of 2: loss: \[16\], kl: float"),
     "tuple": (lambda loss_B: (loss_B, loss_B), "a tuple of 2"),
     "number": (lambda loss_B: loss_B.mean().item(), r"1\.\d+"),
     "scalar": (lambda loss_B: loss_B.mean(), r"shape \[\], float64"),
