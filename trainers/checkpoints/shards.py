@@ -183,4 +183,5 @@ def _shards(place: Path) -> Iterator[_Shard]:
 
 
 def _load_complex(load: Callable[[], Tensor]) -> Tensor:
-    return torch.view_as_complex(load())
+    # A copy: memory of the file may begin at a place where complex numbers must not.
+    return torch.view_as_complex(load().clone())
