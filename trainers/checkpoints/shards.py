@@ -93,8 +93,8 @@ def read(state: Mapping[str, Tensor], place: Path, group: dist.ProcessGroup | No
     for shard in _shards(place):
         if shard.name in state:
             ranges = zip(shard.offsets, shard.shape, strict=True)
-            place = tuple(slice(start, start + length) for start, length in ranges)
-            fill(state[shard.name].detach()[place], shard.load())
+            part = tuple(slice(start, start + length) for start, length in ranges)
+            fill(state[shard.name].detach()[part], shard.load())
     return None
 
 

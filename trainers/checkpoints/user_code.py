@@ -35,6 +35,7 @@ WORKING_FOLDER = "working_folder.txt"
 """In `code`: says that it is the working folder while a model is built."""
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", sys.prefix, sys.base_prefix)
+INSTALLED = (*map(Path, SYSTEM), *LIBRARIES)
 """Where files are that belong to a machine or to an installation of Python."""
 
 
@@ -121,7 +122,7 @@ class UserCode:
             for path in paths
             if path.is_file()
             and not path.is_relative_to(model)
-            and not any(path.is_relative_to(folder) for folder in (*SYSTEM, *LIBRARIES))
+            and not any(path.is_relative_to(folder) for folder in INSTALLED)
             and not any(path.is_relative_to(_HERE / package) for package in OWN_PACKAGES)
         )
 

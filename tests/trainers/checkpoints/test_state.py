@@ -413,3 +413,20 @@ def test_a_run_that_goes_on_by_itself_says_nothing_and_must_fit(tmp_path: Path) 
     assert "from" not in first.notes
     with pytest.raises(CheckpointError, match=r"does not fit the optimizer: 0.\w+ is unknown"):
         fit(tmp_path, Freezable, model={"kind": "frozen"})
+
+
+def test_a_buffer_of_another_model_is_not_taken(tmp_path: Path) -> None:
+    """A mask of another length is part of what the user has changed."""
+
+    def build(length: int) -> nn.Module:
+        network = nn.Linear(2, 1)
+        network.register_buffer("mask", torch.ones(length))
+        return network
+
+    path = saved(tmp_path / "donor" / "checkpoints", 3, build(4))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints.import_from(path)
+    network = build(6)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: mask is \[4\], not \[6\]"):
+        checkpoints.resume(network, build_optimizer(OptimizerSpec(), network))
+    assert network.mask.equal(torch.ones(6))
