@@ -76,13 +76,13 @@ CONTRACTS = {
         "data sets of a workload, and batches whose order is a function of seed and position",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
-    "trainers.checkpoints": Contract(
-        "saves and loads a run's state, complete or not at all; exported models",
-        (*_in("cluster", "base"), *_in("trainers", "")),
-    ),
     "trainers.modeling": Contract(
         "makes a workload's model ready to train: parallel strategy, dropout, optimizer",
         (*_in("cluster", "base"), *_in("trainers", "")),
+    ),
+    "trainers.checkpoints": Contract(
+        "saves and loads a run's state, complete or not at all; exported models",
+        (*_in("cluster", "base"), *_in("trainers", "", "modeling")),
     ),
     "trainers.engine": Contract(
         "the training loop in one process of a group; knows neither Ray nor MLflow",
