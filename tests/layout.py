@@ -76,10 +76,6 @@ CONTRACTS = {
         "data sets of a workload, and batches whose order is a function of seed and position",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
-    "trainers.checkpoints": Contract(
-        "saves and loads a run's state, complete or not at all; exported models",
-        (*_in("cluster", "base"), *_in("trainers", "")),
-    ),
     "trainers.checks": Contract(
         "checks of what workloads return, of modes and of numbers that are not finite",
         (*_in("cluster", "base"), *_in("trainers", "")),
@@ -87,6 +83,10 @@ CONTRACTS = {
     "trainers.modeling": Contract(
         "makes a workload's model ready to train: parallel strategy, dropout, optimizer",
         (*_in("cluster", "base"), *_in("trainers", "", "checks")),
+    ),
+    "trainers.checkpoints": Contract(
+        "saves and loads a run's state, complete or not at all; exported models",
+        (*_in("cluster", "base"), *_in("trainers", "", "checks", "modeling")),
     ),
     "trainers.engine": Contract(
         "the training loop in one process of a group; knows neither Ray nor MLflow",

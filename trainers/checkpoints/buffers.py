@@ -75,7 +75,7 @@ def share_buffers(network: nn.Module, worker: Worker) -> None:
         return
     sent = torch.cat(contents)
     dist.broadcast(sent, src=0)
-    parts = sent.split([len(content) for content in contents])
+    parts = torch.split(sent, [len(content) for content in contents])
     for buffer, part in zip(values.values(), parts, strict=True):
         value = torch.empty(buffer.shape, dtype=buffer.dtype, device=part.device)
         _bytes(value).copy_(part)

@@ -30,7 +30,7 @@ from trainers.checkpoints import shards
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
 from trainers.checkpoints.ranking import best_checkpoints
-from trainers.checkpoints.state import collect_state, load_checkpoint
+from trainers.checkpoints.state import check_model_state, collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
 from trainers.stores import LocalStore, RemoteStore, Store
@@ -115,7 +115,9 @@ class Checkpoints:
         """Load the latest checkpoint that is intact; returns its step and scalars. Collective.
 
         Any number of workers may have written it, in any parallel mode. (0, {}) without one.
+        Raises TrainingError if the model has a state that `save` cannot write.
         """
+        check_model_state(model)
         name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
         if name is None:
             return 0, {}

@@ -93,8 +93,8 @@ def read(state: Mapping[str, Tensor], place: Path, group: dist.ProcessGroup | No
     for shard in _shards(place):
         if shard.name in state:
             ranges = zip(shard.offsets, shard.shape, strict=True)
-            place = tuple(slice(start, start + length) for start, length in ranges)
-            fill(state[shard.name].detach()[place], shard.load())
+            part = tuple(slice(start, start + length) for start, length in ranges)
+            fill(state[shard.name].detach()[part], shard.load())
     return None
 
 
@@ -183,4 +183,5 @@ def _shards(place: Path) -> Iterator[_Shard]:
 
 
 def _load_complex(load: Callable[[], Tensor]) -> Tensor:
-    return torch.view_as_complex(load())
+    # A copy: memory of the file may begin at a place where complex numbers must not.
+    return torch.view_as_complex(load().clone())

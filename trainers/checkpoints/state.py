@@ -149,7 +149,8 @@ def load_model_weights(path: Path, model: nn.Module) -> None:
 
 
 def _saved_state(path: Path, manifest: Mapping[str, Any]) -> "SavedState":
-    return SavedState(path, manifest.get("buffers"), manifest.get("extra", {}))
+    buffers, extra, foreign = manifest.get("buffers"), manifest.get("extra", {}), "from" in manifest
+    return SavedState(path, buffers, extra, foreign=foreign)
 
 
 class SavedState:
@@ -161,12 +162,14 @@ class SavedState:
         buffers: Collection[str] | None,
         extra: Mapping[str, Any],
         prefix: str = MODEL_PREFIX,
+        foreign: bool = False,
     ) -> None:
         """The state in a folder of files, or in a file, with `prefix` before the names.
 
         `buffers` and `extra` are those of `State`; an earlier release did not write the buffers.
+        `foreign` says that it is of another run.
         """
-        self._place, self._prefix = place, prefix
+        self._place, self._prefix, self._foreign = place, prefix, foreign
         self._buffers, self._extra = buffers, extra
         self.tensors = shards.saved_tensors(place)
 
@@ -204,8 +207,8 @@ class SavedState:
         named = {self._prefix + name: tensor for name, tensor in targets.items()}
         shards.read({**named, **inner, **(others or {})}, self._place, group)
         extra = {k: from_plain(plain, inner, device) for k, plain in self._extra.items()}
-        for name, found in changed.items():
-            set_buffer(model, name, targets[name] if found else None)
+        for name, other in changed.items():
+            set_buffer(model, name, targets[name] if other else None)
         kept = {name: tensor for name, tensor in targets.items() if name not in changed}
         try:
             _adopt(model, {**kept, **extra})
@@ -219,26 +222,23 @@ class SavedState:
 
         Raises CheckpointError if anything else does not fit.
         """
-        buffers = saved_buffers(model)
+        saved, known = dict(self._named()), self._buffers or ()
         changed: dict[str, SavedTensor | None] = {}
-        for name, found in self._named():
-            if name in own and _fits(own[name], found):
-                continue
-            if name in (self._buffers or ()) and (name in buffers or has_no(model, name)):
-                changed[name] = found
-            elif name not in own:
+        for name, found in saved.items():
+            if name not in own and not (name in known and has_no(model, name)):
                 raise self._misfit(f"{name} is unknown")
-            elif found.shape == list(own[name].shape):
-                raise self._misfit(f"{name} is {_kind(found.dtype)}, not {_kind(own[name].dtype)}")
-            else:
-                raise self._misfit(f"{name} is {found.shape}, not {list(own[name].shape)}")
+            if name not in own:
+                changed[name] = found
+        # Another run may have been given another model, whose buffers differ by design.
+        free = saved_buffers(model) if self._buffers is not None and not self._foreign else {}
         for name, tensor in own.items():
-            if self._prefix + name in self.tensors:
+            other = saved.get(name)
+            if other is not None and _fits(tensor, other):
                 continue
-            if self._buffers is None or name not in buffers:
-                shape = "" if is_lazy(tensor) else f", not {list(tensor.shape)}"
-                raise self._misfit(f"{name} is missing{shape}")
-            changed[name] = None
+            if name in free and (other is None or name in known):
+                changed[name] = other
+            else:
+                raise self._misfit(_difference(name, tensor, other))
         return changed
 
     def _misfit(self, reason: str) -> CheckpointError:
@@ -258,6 +258,15 @@ def _adopt(model: nn.Module, values: Mapping[str, Any]) -> None:
         if not isinstance(value, Tensor) or is_lazy(value) or not is_expanded(value):
             state[name] = value
     model.load_state_dict(state, strict=False)
+
+
+def _difference(name: str, tensor: Tensor, saved: SavedTensor | None) -> str:
+    """How a saved tensor differs from the one of the model."""
+    if saved is None:
+        return f"{name} is missing" + ("" if is_lazy(tensor) else f", not {list(tensor.shape)}")
+    if saved.shape != list(tensor.shape):
+        return f"{name} is {saved.shape}, not {list(tensor.shape)}"
+    return f"{name} is {_kind(saved.dtype)}, not {_kind(tensor.dtype)}"
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -31,8 +31,11 @@ LIBRARIES = tuple(
 )
 
 
+WORKING_FOLDER = "working_folder.txt"
+"""In `code`: says that it is the working folder while a model is built."""
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", sys.prefix, sys.base_prefix)
+INSTALLED = (*map(Path, SYSTEM), *LIBRARIES)
 """Where files are that belong to a machine or to an installation of Python."""
 
 
@@ -72,13 +75,21 @@ class UserCode:
         named = [getattr(error, "filename", None), *re.findall(r"[^\s'\"`:,;()\[\]]+", str(error))]
         for text in filter(None, named):
             wanted = Path(os.fsdecode(text))
-            if wanted.is_relative_to(code):
+            inside = wanted.is_relative_to(code)
+            if inside:
                 wanted = wanted.relative_to(code)
-            if wanted.is_absolute() or ".." in wanted.parts or (code / wanted).exists():
+            if wanted.is_absolute() or ".." in wanted.parts:
+                continue
+            if (code / wanted).exists():
+                if not inside and wanted.name and not (code / WORKING_FOLDER).exists():
+                    self._read_from(code)
+                    return True
                 continue
             for source in (folder / wanted for folder in self._folders):
                 if source.is_dir() or (source.is_file() and not is_pickle(source)):
                     self._copy(source, code / wanted)
+                    if not inside:
+                        self._read_from(code)
                     return True
         return False
 
@@ -111,7 +122,7 @@ class UserCode:
             for path in paths
             if path.is_file()
             and not path.is_relative_to(model)
-            and not any(path.is_relative_to(folder) for folder in (*SYSTEM, *LIBRARIES))
+            and not any(path.is_relative_to(folder) for folder in INSTALLED)
             and not any(path.is_relative_to(_HERE / package) for package in OWN_PACKAGES)
         )
 
@@ -124,8 +135,13 @@ class UserCode:
         for path in files:
             if not is_pickle(path) and _replace(sections, str(path), path.name):
                 self._copy(path, code / path.name)
+                self._read_from(code)
                 copied = True
         return copied
+
+    def _read_from(self, code: Path) -> None:
+        """Note that the code reads files by paths that are relative to the working folder."""
+        (code / WORKING_FOLDER).write_text("While a model is built, this is its working folder.\n")
 
     def _is_own(self, name: str) -> bool:
         file = getattr(sys.modules[name], "__file__", None) or ""
@@ -184,16 +200,14 @@ def importing_from(code: Path) -> Iterator[None]:
     """In here modules in `code` are imported from there, even if others of their names are loaded.
 
     So a model is built by the code that it was trained with, and two versions of the code can be
-    used in one process. What was loaded before is back afterwards. If files that the code reads
-    are in `code` too, it is the working folder of this process in here.
+    used in one process. What was loaded before is back afterwards. If the code reads files by
+    relative paths, `code` is the working folder of this process in here.
     """
     if not code.is_dir():
         yield
         return
-    files = [path.relative_to(code) for path in code.rglob("*") if path.is_file()]
-    modules = [path for path in files if path.suffix in MODULE_SUFFIXES]
+    modules = [path.relative_to(code) for path in code.rglob("*") if path.suffix in MODULE_SUFFIXES]
     tops = {path.parts[0].partition(".")[0] for path in modules}
-    reads_files = any("__pycache__" not in path.parts for path in {*files} - {*modules})
 
     def loaded() -> list[str]:
         return [name for name in sys.modules if name.partition(".")[0] in tops]
@@ -203,7 +217,7 @@ def importing_from(code: Path) -> Iterator[None]:
     sys.path[:0] = [str(code), str(before)]
     sys.dont_write_bytecode = True  # a model's folder stays as it is
     try:
-        if reads_files:
+        if (code / WORKING_FOLDER).exists():
             os.chdir(code)
         importlib.invalidate_caches()
         yield

@@ -42,30 +42,41 @@ class Evaluator:
         """The steps after which there is an evaluation."""
         self.latest: dict[str, float] = {}
         """The latest value of each metric: `val/...`, at the end `test/...`."""
+        self.mistake: Exception | None = None
+        """A mistake in the workload's metrics, which is to end the run."""
 
     def run(self, done: int) -> dict[str, float]:
         """The metrics after `done` steps, logged; empty if no split is due. Collective.
 
-        Raises MetricsError, on all workers, for mistakes in the workload's metrics and for a
-        `checkpoint.metric` that is not among them.
+        They are also empty after a mistake in the workload's metrics, or if `checkpoint.metric` is
+        not among them: `raise_mistake` raises it, on all workers, once the state is saved.
         """
         trained = self._trained
         metrics: dict[str, float] = {}
         due = splits_due(done, self._total, self.steps, self._splits)
         if due:
             trained.check_state(done)
-        for split in due:
-            share_buffers(trained.network, trained.worker)
-            samples = self._splits[split]
-            means = evaluate(self._spec, self._workload, trained.forward, samples, trained.worker)
-            metrics |= {f"{split}/{name}": mean for name, mean in means.items()}
-            trained.meter.mark("evaluation")
-            if split == "val":
-                check_ranking(self._spec, metrics)
+        try:
+            for split in due:
+                share_buffers(trained.network, trained.worker)
+                samples, forward = self._splits[split], trained.forward
+                means = evaluate(self._spec, self._workload, forward, samples, trained.worker)
+                metrics |= {f"{split}/{name}": mean for name, mean in means.items()}
+                trained.meter.mark("evaluation")
+                if split == "val":
+                    check_ranking(self._spec, metrics)
+        except MetricsError as error:
+            self.mistake = error.error
+            return {}
         if metrics:
             self.latest |= metrics
             self._reporter.log_metrics(metrics, done)
         return metrics
+
+    def raise_mistake(self) -> None:
+        """Raise the mistake that `run` has met, if it has."""
+        if self.mistake is not None:
+            raise self.mistake
 
 
 def check_ranking(spec: RunSpec, metrics: Mapping[str, float]) -> None:

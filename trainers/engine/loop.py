@@ -8,14 +8,12 @@ same weights as one that was not.
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.state import check_model_state
 from trainers.checks.finite import listed
 from trainers.checks.modes import held_in_evaluation, normalises_batches
 from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
 from trainers.engine.heartbeat import heartbeat
-from trainers.engine.metrics import MetricsError
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.dropout import NATIVE_RNG_NOTE
@@ -56,10 +54,7 @@ def train(
         saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
-        check_model_state(steps.network)
-        _log_strategy(steps, reporter)
-        if checkpoints.taken is not None:
-            reporter.log_note("from", checkpoints.taken)
+        _log_start(steps, checkpoints, reporter)
 
         done = start
         for step in range(start, total):
@@ -67,20 +62,18 @@ def train(
             done = step + 1
             losses.add(steps.run(step), steps.fault, done)
             _log_findings(spec, steps, reporter, first=step == start)
-
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
             if evaluates or done % spec.tracking.every_steps == 0:
                 progress = {"train/epoch": done * spec.train.global_batch / samples}
                 progress |= _step_metrics(steps, losses, step, evaluates)
                 reporter.log_metrics(progress, done)
-            evaluated, mistake = _evaluated(evaluator, done)
-            if decision.saves or saves.is_scheduled(done) or mistake:
+            evaluated = evaluator.run(done)
+            if decision.saves or saves.is_scheduled(done) or evaluator.mistake:
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
-            if mistake:
-                raise mistake
+            evaluator.raise_mistake()
             if decision.save_every_step:  # the next step may be the last one here
                 checkpoints.wait()
             if evaluates:
@@ -96,14 +89,6 @@ def train(
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
-def _evaluated(evaluator: Evaluator, done: int) -> tuple[dict[str, float], Exception | None]:
-    """The metrics after `done` steps; none, and the mistake in them, to raise after a save."""
-    try:
-        return evaluator.run(done), None
-    except MetricsError as error:
-        return {}, error.error
-
-
 def _step_metrics(
     steps: TrainStep, losses: LossWindow, step: int, evaluates: bool
 ) -> dict[str, float]:
@@ -117,8 +102,10 @@ def _step_metrics(
     return metrics
 
 
-def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:
-    """Log how the model is spread over the workers, if there are several."""
+def _log_start(steps: TrainStep, checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """Log what was taken from another run, and how the model is spread over several workers."""
+    if checkpoints.taken is not None:
+        reporter.log_note("from", checkpoints.taken)
     if steps.worker.world_size > 1:
         reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
 

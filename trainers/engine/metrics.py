@@ -157,7 +157,7 @@ def _check_distinct(method: str, names: Mapping[str, Any]) -> None:
 def _not_everywhere(names: list[str]) -> str:
     return (
         "the workload's metrics must have the same names in every batch; some batches lack "
-        f"{', '.join(map(repr, names))} (give 0 or NaN for samples to which a name does not apply)"
+        f"{', '.join(map(repr, names))} (give a value, such as 0, for samples without one)"
     )
 
 

@@ -62,8 +62,8 @@ def run_to_end(
         account, tags = meter.finish()
         summary = {"account": meter.summary_lines(account), "reason": meter.limit_reached}
     if outcome.complete:
-        if notes := _export_if_missing(run):
-            tracker.log_note.remote(run.key, "export", "; ".join(notes))
+        for line in _export_if_missing(run):
+            tracker.log_note.remote(run.key, "export", line)
         if forecast is not None and wall_s:
             summary["forecast"] = _record_forecast_outcome(run, tracker, forecast, outcome, wall_s)
         tracker.log_model.remote(run.key, str(run.folder / MODEL))

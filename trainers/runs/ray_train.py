@@ -266,10 +266,9 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             outcome = train(spec, workload, dataset, run.folder, reporter, worker, run.started)
         latest = Checkpoints(run.folder / CHECKPOINTS).latest() if worker.is_rank_zero else None
         if outcome.complete and latest is not None and can_see_run(run.folder):
-            notes = export_model(run.folder / MODEL, spec, workload, latest)
-            if notes:
-                reporter.log_note("export", "; ".join(notes))
-                reporter.flush()
+            for line in export_model(run.folder / MODEL, spec, workload, latest):
+                reporter.log_note("export", line)
+            reporter.flush()
         return asdict(outcome)
 
 
