@@ -10,6 +10,7 @@ from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample
+from trainers.modeling.model_inputs import mixed_dtypes
 from trainers.modeling.strategy import broadcast_buffers
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
@@ -79,7 +80,11 @@ def evaluate(
     rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
     network.eval()
-    with torch.inference_mode(), compute_precision(spec.train, worker.device):
+    with (
+        torch.inference_mode(),
+        compute_precision(spec.train, worker.device),
+        mixed_dtypes(samples),
+    ):
         for turn in range(rounds):
             heartbeat()
             low, high = (start + bound for bound in shard_bounds(stop - start, turn, rounds))

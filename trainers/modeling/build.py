@@ -12,6 +12,7 @@ from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
 from trainers.modeling.dry_run import dry_run, dry_run_once, skeleton
+from trainers.modeling.model_inputs import convert_inputs
 from trainers.modeling.strategy import (
     ParallelStrategy,
     choose_strategy,
@@ -72,6 +73,7 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     network = build_network(spec.train, workload)
     dropout_rng = key_dropout_by_sample(network)
     first = _first_samples(samples)
+    convert_inputs(network, first, weights_dtype(spec.train))
     # A worker on its own need not know more than its FLOPs, and those not before its first report.
     alone = worker.world_size == 1
     outline = skeleton(network) if alone else None

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.modeling.dropout import Shape, dropout_modules
+from trainers.modeling.model_inputs import mixed_dtypes
+from trainers.precision import column_dtype
 from trainers.torch_internals import fake_tensor_mode
 from trainers.workload import Batch, Workload, model_dtype
 
@@ -54,12 +56,10 @@ def dry_run(workload: Workload, network: nn.Module, batch: Batch) -> DryRun | No
                 module.register_forward_pre_hook(partial(_record, shapes[name], samples))
             dtype = model_dtype(model)
             columns = {
-                name: torch.empty(
-                    values.shape, dtype=dtype if values.is_floating_point() else values.dtype
-                )
+                name: torch.empty(values.shape, dtype=column_dtype(values.dtype, dtype))
                 for name, values in batch.items()
             }
-            with counter:
+            with counter, mixed_dtypes(columns):
                 loss_B = workload.loss(workload.forward(model, columns), columns)
                 torch.autograd.backward(loss_B.sum())
     except Exception:  # a user's model may do anything
