@@ -34,7 +34,8 @@ def table(**columns: npt.ArrayLike) -> pa.Table:
     faster than lists. Their shape and dtype are kept in the column's metadata. Raises DataError
     for anything else than an array of numbers (or pandas and PyTorch's equivalents).
     """
-    fields, arrays = [], []
+    fields: list[pa.Field] = []
+    arrays: list[pa.Array] = []
     for name, given in columns.items():
         try:
             values = _as_array(given)

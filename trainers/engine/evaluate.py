@@ -80,19 +80,16 @@ def evaluate(
     rounds = math.ceil(math.ceil(count / worker.data_world_size) / workload.evaluation_batch)
     sums: dict[str, Tensor] = {}
     network.eval()
-    with (
-        torch.inference_mode(),
-        compute_precision(spec.train, worker.device),
-        mixed_dtypes(samples),
-    ):
+    with torch.inference_mode(), compute_precision(spec.train, worker.device):
         for turn in range(rounds):
             heartbeat()
             low, high = (start + bound for bound in shard_bounds(stop - start, turn, rounds))
             part = slice(min(low, count - 1), max(high, low + 1))
             batch = {name: values[part] for name, values in samples.items()}
             batch = to_device(batch, worker.device, weights_dtype(spec.train))
-            output = workload.forward(network, batch)
-            found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
+            with mixed_dtypes(network):
+                output = workload.forward(network, batch)
+                found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
             for name, values_B in found.items():
                 check_per_sample(name, values_B, len(next(iter(batch.values()))))
                 total = values_B[: high - low].double().sum()

@@ -189,7 +189,7 @@ class TrainStep:
         Workers average their gradients; this makes each sample count the same.
         """
         samples = len(next(iter(batch.values())))
-        with compute_precision(self._spec.train, self.worker.device), mixed_dtypes(batch):
+        with compute_precision(self._spec.train, self.worker.device), mixed_dtypes(self.network):
             loss_B = self._workload.loss(self._workload.forward(model, batch), batch)
         check_per_sample("loss", loss_B, samples)
         share = counted * self.worker.data_world_size / self._spec.train.global_batch

@@ -73,7 +73,7 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     network = build_network(spec.train, workload)
     dropout_rng = key_dropout_by_sample(network)
     first = _first_samples(samples)
-    convert_inputs(network, first, weights_dtype(spec.train))
+    convert_inputs(network, first, weights_dtype(spec.train), spec.train.compile != "off")
     # A worker on its own need not know more than its FLOPs, and those not before its first report.
     alone = worker.world_size == 1
     outline = skeleton(network) if alone else None

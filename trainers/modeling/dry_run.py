@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.modeling.dropout import Shape, dropout_modules
-from trainers.modeling.model_inputs import mixed_dtypes
+from trainers.modeling.model_inputs import MixedDtypes
 from trainers.precision import column_dtype
 from trainers.torch_internals import fake_tensor_mode
 from trainers.workload import Batch, Workload, model_dtype
@@ -59,7 +59,7 @@ def dry_run(workload: Workload, network: nn.Module, batch: Batch) -> DryRun | No
                 name: torch.empty(values.shape, dtype=column_dtype(values.dtype, dtype))
                 for name, values in batch.items()
             }
-            with counter, mixed_dtypes(columns):
+            with counter, MixedDtypes():
                 loss_B = workload.loss(workload.forward(model, columns), columns)
                 torch.autograd.backward(loss_B.sum())
     except Exception:  # a user's model may do anything

@@ -9,12 +9,14 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from trainers.workload import Batch
 
@@ -22,31 +24,72 @@ NARROWER = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 """The dtypes of columns that hold more than float32 weights, and what the model gets instead."""
 REFUSED_BACKWARD = frozenset({F.huber_loss})
 """Functions that take two dtypes, but refuse them in the backward pass."""
-_converting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def is_wide(batch: Batch) -> bool:
-    """Whether a column of a batch may hold more than the weights: see `column_dtype`."""
-    return any(values.dtype in NARROWER for values in batch.values())
+@dataclass
+class _Conversion:
+    """How a network converts its inputs: what the first passes have shown to be needed."""
+
+    learns: bool
+    layers: list[tuple[nn.Module, RemovableHandle]] = field(default_factory=list)
+    """The layers that may convert something, and the hooks that make them do so."""
+    mixes: dict[bool, bool] = field(default_factory=dict)
+    """Whether gradients are recorded -> whether a function had to mix two dtypes then."""
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        recorded = torch.is_grad_enabled()
+        with MixedDtypes() as mode:
+            yield
+        if not self.learns:
+            return
+        self.mixes[recorded] = mode.mixed or self.mixes.get(recorded, False)
+        if recorded:  # a hook costs as much as a small operation
+            for layer, hook in self.layers:
+                if layer not in _converted:
+                    hook.remove()
+            self.layers.clear()
 
 
-def convert_inputs(network: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
+_conversions: weakref.WeakKeyDictionary[nn.Module, _Conversion] = weakref.WeakKeyDictionary()
+_converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that have converted an input."""
+
+
+def convert_inputs(
+    network: nn.Module, batch: Batch, dtype: torch.dtype, compiled: bool = False
+) -> None:
     """Have the network convert its inputs if a column of `batch` holds more than `dtype`.
 
     The network converts what it is called with, and each layer of PyTorch's what it would refuse.
     What is wide on purpose within the network stays so, and so does a network that keeps weights
-    or buffers in float64 itself. Calling this again changes nothing.
+    or buffers in float64 itself. The layers that do not convert anything in the first training
+    pass are left alone from then on, unless the network is `compiled`, which would be done again.
+    Calling this again changes nothing.
     """
-    if dtype in NARROWER or not is_wide(batch):
+    wide = any(values.dtype in NARROWER for values in batch.values())
+    if dtype in NARROWER or not wide or network in _conversions:
         return
+    conversion = _conversions[network] = _Conversion(learns=not compiled)
     for module in network.modules():
-        if module in _converting:
-            continue
         own = _dtypes(module, recurse=module is network)
         refuses = module is network or (bool(own) and _is_layer(module))
         if refuses and not own & NARROWER.keys():
-            module.register_forward_pre_hook(_convert, with_kwargs=True)
-            _converting.add(module)
+            hook = module.register_forward_pre_hook(_convert, with_kwargs=True)
+            if module is not network:
+                conversion.layers.append((module, hook))
+
+
+def mixed_dtypes(network: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The context in which a network that converts its inputs is run, with its loss and metrics.
+
+    Functions of PyTorch that refuse two dtypes take the narrower one there. The first pass shows
+    whether any does. Without wide columns, and later if none does, the context is empty.
+    """
+    conversion = _conversions.get(network)
+    if conversion is None or conversion.mixes.get(torch.is_grad_enabled()) is False:
+        return contextlib.nullcontext()
+    return conversion.first_pass()
 
 
 def _dtypes(module: nn.Module, recurse: bool) -> set[torch.dtype]:
@@ -63,8 +106,11 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _convert(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook."""
+    if not any(each.dtype in NARROWER for each in _tensors([args, kwargs])):
+        return None
+    _converted.add(module)
     return _narrow(args), _narrow(kwargs)
 
 
@@ -85,6 +131,9 @@ def _narrow(value: Any) -> Any:
 class MixedDtypes(TorchFunctionMode):
     """In this context, functions of PyTorch that refuse two dtypes take the narrower one."""
 
+    mixed = False
+    """Whether one has."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -101,12 +150,14 @@ class MixedDtypes(TorchFunctionMode):
             except RuntimeError:
                 if not _mixes(args, kwargs):
                     raise
+        if _mixes(args, kwargs):
+            self.mixed = True
         return func(*_narrow(args), **_narrow(kwargs))
 
 
 def _mixes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether some tensors are wide, and others not but of real or complex numbers too."""
-    found = {each.dtype for each in _tensors([*args, *kwargs.values()])}
+    found = {each.dtype for each in _tensors([args, kwargs])}
     inexact = {dtype for dtype in found if dtype.is_floating_point or dtype.is_complex}
     return bool(inexact & NARROWER.keys()) and bool(inexact - NARROWER.keys())
 
@@ -117,8 +168,5 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
-
-
-def mixed_dtypes(batch: Batch) -> contextlib.AbstractContextManager[Any]:
-    """The context `MixedDtypes` where a column of the batch is wide; otherwise none."""
-    return MixedDtypes() if is_wide(batch) else contextlib.nullcontext()
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())

@@ -172,7 +172,7 @@ class _LossModule(nn.Module):
         self, workload: Workload, spec: RunSpec, batch: Batch, random: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = workload.augment(batch, random)
-        with compute_precision(spec.train, random.positions.device), mixed_dtypes(batch):
+        with compute_precision(spec.train, random.positions.device), mixed_dtypes(self.network):
             loss_B = workload.loss(workload.forward(self.network, batch), batch)
         check_per_sample("loss", loss_B, spec.train.global_batch)
         held = named_tensors(self.network)

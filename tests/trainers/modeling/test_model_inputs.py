@@ -1,5 +1,6 @@
 """float64 and complex columns: workloads get what the columns hold, models what they compute in."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainers.data.sampling import epoch_permutation
 from trainers.data.splits import open_split
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.modeling.model_inputs import convert_inputs, mixed_dtypes
+from trainers.modeling.model_inputs import MixedDtypes, convert_inputs, mixed_dtypes
 from trainers.spec import RunSpec, resolve
 from trainers.workload import Workload
 
@@ -131,7 +132,10 @@ def events(own_folder: Path) -> Callable[..., tuple[RunSpec, Workload]]:
         data = {
             "workload": "events:Events",
             "optimizer": {
-                **{"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
+                "name": "sgd",
+                "lr": 0.1,
+                "momentum": 0.0,
+                "weight_decay": 0.0,
                 "schedule": {"name": "constant", "warmup": 0.0},
             },
             **sections,
@@ -305,6 +309,56 @@ class TestConvertInputs:
         assert kwargs["text"] == "t"
 
 
+class TestWhatTheFirstPassShows:
+    """Later passes pay only for what the first one needed."""
+
+    @staticmethod
+    def layered() -> nn.Module:
+        network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+        convert_inputs(network, wide(), torch.float32)
+        return network
+
+    def test_layers_that_convert_nothing_are_left_alone(self) -> None:
+        network = self.layered()
+        x = wide()["x"]
+        with mixed_dtypes(network):
+            assert network(x).dtype == network[0](x).dtype == torch.float32
+        assert network(x).dtype == network[0](x).dtype == torch.float32
+        with pytest.raises(RuntimeError):
+            network[2](x)
+        assert isinstance(mixed_dtypes(network), contextlib.nullcontext)
+
+    def test_evaluation_has_a_first_pass_of_its_own(self) -> None:
+        network = self.layered()
+        x = wide()["x"]
+        with mixed_dtypes(network):
+            network(x)
+        for _ in range(2):
+            with torch.no_grad(), mixed_dtypes(network):
+                assert (x @ network[0].weight).dtype == torch.float32
+        with mixed_dtypes(network), pytest.raises(RuntimeError):
+            x @ network[0].weight
+
+    def test_functions_that_mixed_dtypes_do_so_again(self) -> None:
+        network = self.layered()
+        x = wide()["x"]
+        for _ in range(3):
+            with mixed_dtypes(network):
+                assert (x @ network[0].weight).dtype == torch.float32
+
+    def test_a_compiled_network_is_not_changed(self) -> None:
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        convert_inputs(network, wide(), torch.float32, compiled=True)
+        x = wide()["x"]
+        for _ in range(2):
+            with mixed_dtypes(network):
+                network(x)
+        assert network[1](x).dtype == torch.float32
+
+    def test_without_wide_columns_there_is_no_context(self) -> None:
+        assert isinstance(mixed_dtypes(nn.Linear(4, 1)), contextlib.nullcontext)
+
+
 class TestMixedDtypes:
     @pytest.mark.parametrize(
         "mix",
@@ -325,7 +379,7 @@ class TestMixedDtypes:
         values = torch.rand(3, 4, dtype=torch.float64)
         with pytest.raises(RuntimeError):
             mix(narrow, values).sum().backward()
-        with mixed_dtypes({"x": values}):
+        with MixedDtypes():
             found = mix(narrow, values)
         found.sum().backward()
         assert found.dtype == torch.float32
@@ -333,9 +387,9 @@ class TestMixedDtypes:
 
     def test_what_pytorch_does_stays_as_it_is(self) -> None:
         values = torch.tensor([1.7e9 + 4.93], dtype=torch.float64)
-        with mixed_dtypes({"x": values}):
+        with MixedDtypes():
             assert (values - torch.tensor(1.7e9)).item() == pytest.approx(4.93, rel=1e-6)
 
     def test_other_errors_are_raised(self) -> None:
-        with mixed_dtypes(wide()), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        with MixedDtypes(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             torch.ones(2, 5) @ wide()["x"]
