@@ -110,6 +110,16 @@ def _computes(tensor: Tensor) -> bool:
     return tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
 
 
+def column_dtype(column: torch.dtype, weights: torch.dtype) -> torch.dtype:
+    """The dtype in which a column comes in batches, for weights of a dtype.
+
+    Its own, or a wider one: a floating-point or complex column is never narrower than the weights.
+    """
+    if column.is_floating_point or column.is_complex:
+        return torch.promote_types(column, weights)
+    return column
+
+
 @contextmanager
 def compute_precision(train: TrainSpec, device: torch.device) -> Iterator[None]:
     """Context in which forward passes run in the spec's precision."""

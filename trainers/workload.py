@@ -21,7 +21,11 @@ from cluster.base.errors import SpecError
 from trainers.counter_rng import SampleRandom, random_state_kept
 
 Batch = dict[str, Tensor]
-"""Columns of the data set by name, each [B, ...] in the column's own dtype."""
+"""Columns of the data set by name, each [B, ...] with the numbers that the column holds.
+
+In the column's own dtype, but floating-point and complex ones at least as wide as the weights. The
+model may be called with wider ones, such as float64: it converts its inputs to its weights' dtype.
+"""
 
 SHIPPED_WORKLOADS = {
     "dynamics": "trainers.workloads.dynamics.workload:Dynamics",
@@ -76,14 +80,16 @@ class Workload(ABC):
         """Build the splits `train`, `val` and, optionally, `test`, which no trial of a sweep sees.
 
         A column holds numbers, with the same shape in all rows; `trainers.table` makes such tables
-        from numpy arrays. Called once, on one machine; the result is kept as Parquet files.
+        from numpy arrays. Called once, on one machine; the result is kept as Parquet files. It is
+        called again when the code changes, a version of a package that the code imports, a field
+        of `data`, or a file or folder that a field of `data` names.
         """
 
     def made_with(self) -> dict[str, str]:
-        """Versions of packages that the data set depends on: {name: version}.
+        """Versions of other things that the data set depends on: {name: version}.
 
-        Another version makes another data set, as do changed code, fields and files. The manifest
-        lists the versions.
+        Another version makes another data set. Packages that a workload's own modules import are
+        known without it. The manifest lists all versions.
         """
         return {}
 

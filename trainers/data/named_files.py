@@ -1,6 +1,6 @@
 """The files that a section of a spec names, at any depth, and the hashes of their contents."""
 
-import glob
+import contextlib
 import hashlib
 import json
 import os
@@ -24,35 +24,18 @@ def named_files(
     """The files that texts in `section` name: the name of their folder, and their hashes by name.
 
     `section` is plain data. A text at any depth, also a key, counts if it is the path of an
-    existing file or folder in one of the `folders`; it may have `~` and wildcards. Of a folder
-    all files count but hidden ones, caches, and those in the folder `without`. Each file is read
-    once per machine, and again when its size, its inode or one of its times has changed: the time
-    of the last change cannot be set by hand. Raises DataError for a file that cannot be read.
+    existing file or folder in one of the `folders`; it may begin with `~/` and have wildcards. Of a
+    folder all files count but hidden ones, caches, and those in the folder `without`. Each file is
+    read once per machine, and again when its size, its inode or one of its times has changed: the
+    time of the last change cannot be set by hand. Raises DataError for a file that cannot be read.
     """
-    found: dict[Path, dict[str, None]] = {}
-    for path in _named_paths(section, [*folders], without):
+    without = without.resolve()
+    found: dict[Path, dict[Path, None]] = {}
+    texts = dict.fromkeys(_texts(section))
+    for path in (path for text in texts for path in _named_paths(text, folders, without)):
         home = path if path.is_dir() else path.parent
         found.setdefault(home, {}).update(dict.fromkeys(_files(path, without)))
-    return [(home.name, _hashes(home, sorted(files))) for home, files in found.items()]
-
-
-def _named_paths(section: Any, folders: list[Path], without: Path) -> list[Path]:
-    """In the order of the texts. `/` and `~` alone are more often separators than data."""
-    found: dict[Path, None] = {}
-    for text in dict.fromkeys(_texts(section)):
-        path = os.path.expanduser(text.removeprefix("file://"))
-        for folder in folders:
-            place = os.path.join(folder, path)
-            if path and os.path.exists(place):
-                found[Path(os.path.abspath(place))] = None
-            elif glob.has_magic(path):
-                matches = map(Path, sorted(glob.glob(os.path.abspath(place), recursive=True)))
-                found |= {
-                    match: None
-                    for match in matches
-                    if _is_data(match.name) and not match.is_relative_to(without)
-                }
-    return [each for each in found if each not in (Path.home(), Path(each.anchor))]
+    return [(home.name, _hashes(home, sorted(files))) for home, files in found.items() if files]
 
 
 def _texts(section: Any) -> Iterator[str]:
@@ -67,7 +50,33 @@ def _texts(section: Any) -> Iterator[str]:
             yield from _texts(value)
 
 
-def _hashes(home: Path, files: Iterable[str]) -> dict[str, str]:
+def _named_paths(text: str, folders: Iterable[Path], without: Path) -> Iterator[Path]:
+    """The existing paths that a text names; `/` and `~` are more often separators than data."""
+    text = text.removeprefix("file://")
+    path = Path.home() / text[2:] if text.startswith("~/") else Path(text)
+    if not text or path in (Path("/"), Path.home()):
+        return
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):  # such as for a text too long for a path
+            if (folder / path).exists():
+                yield (folder / path).resolve()
+            elif any(wildcard in text for wildcard in "*?["):
+                yield from _matches(folder, path, without)
+
+
+def _matches(folder: Path, pattern: Path, without: Path) -> Iterator[Path]:
+    """The data whose path matches a pattern, without what is in the folder `without`."""
+    fixed = pattern
+    while any(wildcard in str(fixed) for wildcard in "*?["):
+        fixed = fixed.parent
+    base = folder / fixed
+    for found in sorted(base.glob(str(pattern.relative_to(fixed)))):
+        names = found.relative_to(base).parts
+        if all(map(_is_data, names)) and not found.resolve().is_relative_to(without):
+            yield found.resolve()
+
+
+def _hashes(home: Path, files: Iterable[Path]) -> dict[str, str]:
     """Path relative to `home` -> SHA-256 of the content, for each of the files in it."""
     key = hashlib.sha256(os.fsencode(home)).hexdigest()[:16]
     cache = cache_folder() / f"contents-{key}.json"
@@ -78,13 +87,13 @@ def _hashes(home: Path, files: Iterable[str]) -> dict[str, str]:
     hashes, kept = {}, dict(known)
     now_ns = time.time_ns()
     for file in files:
-        name = os.path.relpath(file, home)
+        name = str(file.relative_to(home))
         try:
-            status = os.stat(file)
+            status = file.stat()
             state = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
             *before, digest = known.get(name, [None])
             if before != state:
-                with open(file, "rb") as content:
+                with file.open("rb") as content:
                     digest = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"data: {file}: {error.strerror}") from None
@@ -96,20 +105,20 @@ def _hashes(home: Path, files: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
-def _files(path: Path, without: Path | None) -> Iterator[str]:
+def _files(path: Path, without: Path) -> Iterator[Path]:
     """The regular files at or below a path; links are followed, each folder once."""
     if path.is_file():
-        yield str(path)
-    seen = set()
-    for folder, inner, files in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen or (without and real == os.path.realpath(without)):
+        yield path
+    seen = {without}
+    for place, inner, names in os.walk(path, followlinks=True):
+        folder = Path(place)
+        real = folder.resolve()
+        if real in seen:
             inner.clear()
             continue
         seen.add(real)
-        inner[:] = [name for name in inner if _is_data(name)]
-        places = (os.path.join(folder, name) for name in files if _is_data(name))
-        yield from (place for place in places if os.path.isfile(place))
+        inner[:] = filter(_is_data, inner)
+        yield from (each for name in names if _is_data(name) and (each := folder / name).is_file())
 
 
 def _is_data(name: str) -> bool:

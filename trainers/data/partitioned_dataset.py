@@ -68,7 +68,9 @@ def write_parts(
         found[number] = _save_files(folder, _record_name(number), contents, entries)
         on_progress(len(parts) - len(missing) + done, len(parts))
     whole = {name: manifest_entry(content) for name, content in common.items()}
-    made = {name: each for number in range(len(parts)) for name, each in (found[number] or {}).items()}
+    made = {
+        name: each for number in range(len(parts)) for name, each in (found[number] or {}).items()
+    }
     _check_same_columns(folder, made)
     whole |= made
     for path in folder.iterdir():  # the records, and leftovers of a killed process

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -35,7 +34,8 @@ def table(**columns: npt.ArrayLike) -> pa.Table:
     faster than lists. Their shape and dtype are kept in the column's metadata. Raises DataError
     for anything else than an array of numbers (or pandas and PyTorch's equivalents).
     """
-    fields, arrays = [], []
+    fields: list[pa.Field] = []
+    arrays: list[pa.Array] = []
     for name, given in columns.items():
         try:
             values = _as_array(given)
@@ -53,8 +53,9 @@ def table(**columns: npt.ArrayLike) -> pa.Table:
 
 
 def _as_array(given: Any) -> NumberArray:
-    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        raise _NotNumbersError("has masked values; training reads numbers: fill them in")
+    of_pandas = hasattr(given, "isna") and not isinstance(getattr(given, "dtype", None), np.dtype)
+    if np.ma.is_masked(given) or (of_pandas and np.any(given.isna())):
+        raise _NotNumbersError("has missing values; training reads numbers: fill them in")
     of_arrow = isinstance(given, pa.Array | pa.ChunkedArray)
     if of_arrow or not hasattr(given, "__array__"):
         raise _NotNumbersError(
@@ -128,13 +129,15 @@ def _is_stored(field: pa.Field, column: pa.ChunkedArray) -> bool:
 def _check_no_nulls(array: pa.Array | pa.ChunkedArray) -> None:
     if array.null_count:
         raise _NotNumbersError(
-            f"has {array.null_count:,} nulls of {len(array):,}; training reads numbers: fill them "
-            "in, or leave these rows out"
+            f"has nulls ({array.null_count:,} of {len(array):,}); training reads numbers: fill "
+            "them in, or leave these rows out"
         )
 
 
 def _numbers(array: pa.Array) -> NumberArray:
     """The numbers of an Arrow array [N, ...]. Raises _NotNumbersError."""
+    import pyarrow.compute as pc
+
     kind = array.type
     if isinstance(kind, pa.FixedShapeTensorType):
         _check_no_nulls(array.storage.flatten())

@@ -16,6 +16,7 @@ from trainers.engine.metrics import MetricsError, MetricSums
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.forward import Forward
+from trainers.modeling.model_inputs import mixed_dtypes
 from trainers.modeling.strategy import release_gathered
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
@@ -122,9 +123,10 @@ def evaluate(
             # A copy: the split itself is read-only memory, and models may change their batch.
             batch = {name: values[first : first + size].clone() for name, values in samples.items()}
             batch = to_device(batch, worker.device, weights_dtype(spec.train))
-            output = forward(batch, with_loss=False)
-            loss_B = workload.loss(output, batch)
-            check_per_sample("loss", loss_B, size)
-            sums.add(loss_B, output, batch, high - low)
+            with mixed_dtypes(forward.network):
+                output = forward(batch, with_loss=False)
+                loss_B = workload.loss(output, batch)
+                check_per_sample("loss", loss_B, size)
+                sums.add(loss_B, output, batch, high - low)
     release_gathered(forward)
     return sums.summary(count)

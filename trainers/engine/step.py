@@ -36,6 +36,7 @@ from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
 from trainers.engine.throughput import ThroughputMeter, measure_communication
 from trainers.modeling.build import build_model
 from trainers.modeling.forward import Forward
+from trainers.modeling.model_inputs import mixed_dtypes
 from trainers.modeling.strategy import ParallelStrategy, sync_gradients_if
 from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
@@ -261,7 +262,7 @@ class TrainStep:
         Workers average their gradients; this makes each sample count the same.
         """
         samples = len(next(iter(batch.values())))
-        with compute_precision(self._spec.train, self.worker.device):
+        with compute_precision(self._spec.train, self.worker.device), mixed_dtypes(self.network):
             loss_B: Tensor = model(batch)
         check_loss(self._workload, loss_B, samples)
         share = counted * self.worker.data_world_size / self._spec.train.global_batch

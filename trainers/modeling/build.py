@@ -24,6 +24,7 @@ from trainers.modeling.dropout import (
 )
 from trainers.modeling.forward import Forward, outermost_blocks
 from trainers.modeling.lazy_modules import give_shapes
+from trainers.modeling.model_inputs import MixedDtypes, convert_inputs
 from trainers.modeling.operations import OperationCounter
 from trainers.modeling.strategy import (
     BackwardPass,
@@ -35,6 +36,7 @@ from trainers.modeling.strategy import (
 )
 from trainers.precision import (
     check_precision,
+    column_dtype,
     convert_to_fp8,
     convert_weights,
     weights_dtype,
@@ -118,11 +120,12 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     network = build_network(spec.train, workload)
     give_shapes(workload, network, samples, weights_dtype(spec.train))
     dropout_rng = key_dropout_by_sample(network)
+    first = {name: values[:2] for name, values in samples.items()}
+    convert_inputs(network, first, weights_dtype(spec.train), spec.train.compile != "off")
     strategy = choose_strategy(spec, workload, network, worker, memory_per_worker(worker))
     worker = strategy.applied_to(worker)
     operations = OperationCounter()
     if strategy.mode == "tensor":
-        first = {name: values[:2] for name, values in samples.items()}
         shapes = _try_out(workload, network, first, operations)
         split_dropout(network, dropout_rng, shapes, worker)
     if spec.train.precision == "fp8":
@@ -160,11 +163,11 @@ def _try_out(
         workload, network = copy.deepcopy((workload, network.train()))
         dtype = model_dtype(network)
         columns = {
-            name: values.to(dtype) if values.is_floating_point() else values.clone()
+            name: values.to(column_dtype(values.dtype, dtype), copy=True)
             for name, values in batch.items()
         }
         shapes = note_input_shapes(network, samples)
-        with torch.random.fork_rng(devices=[]), operations.counting(samples):
+        with torch.random.fork_rng(devices=[]), operations.counting(samples), MixedDtypes():
             loss_B = workload.loss(workload.forward(network, columns), columns)
             operations.in_backward = True
             torch.autograd.backward(loss_B.sum())

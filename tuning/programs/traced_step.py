@@ -20,6 +20,7 @@ from trainers.checks.returned_values import check_augmented, check_loss
 from trainers.counter_rng import SampleRandom, host_rng_state
 from trainers.data.sampling import SampleStream, to_device
 from trainers.modeling.dropout import DropoutRng
+from trainers.modeling.model_inputs import convert_inputs, mixed_dtypes
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.workload import Batch, Workload
@@ -148,6 +149,7 @@ def reference_loss(
     batch = samples.gather(index.to(samples.device))
     batch = to_device(batch, device, weights_dtype(variant.spec.train))
     random = SampleRandom(variant.spec.train.seed, positions.to(device))
+    convert_inputs(network, batch, weights_dtype(variant.spec.train))
     with dropout_rng.seeded_by(random):
         loss, _ = _LossModule(network, {})(variant.workload, variant.spec, batch, random)
     return loss  # type: ignore[no-any-return]
@@ -177,7 +179,7 @@ class _LossModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = workload.augment(batch, random)
         check_augmented(workload, batch, spec.train.global_batch)
-        with compute_precision(spec.train, random.positions.device):
+        with compute_precision(spec.train, random.positions.device), mixed_dtypes(self.network):
             loss_B = workload.loss(workload.forward(self.network, batch), batch)
         check_loss(workload, loss_B, spec.train.global_batch)
         held = named_tensors(self.network)

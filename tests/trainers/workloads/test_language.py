@@ -238,12 +238,12 @@ class TestBytePairs:
 
         monkeypatch.setattr(text, "version", absent)
         with pytest.raises(SpecError) as caught:
-            dataset_name(language(vocabulary=1000))
+            dataset_name(language(vocabulary=1000), Path())
         assert str(caught.value) == (
             "data.vocabulary: more than 256 needs the package tokenizers, which is not installed "
             "(pip install 'heliostat[language]')"
         )
-        assert dataset_name(language())
+        assert dataset_name(language(), Path())
 
 
 def small(**sections: Any) -> tuple[RunSpec, Language]:

@@ -164,6 +164,16 @@ class Words(Points):
         return super().forward(model, {"x": batch["x"].abs().long().clamp(max=3)})
 
 
+class Stamped(Points):
+    """Points at moments whose differences float32 cannot tell, with float64 columns."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().forward(model, {"x": batch["stamp"].diff(dim=1) @ batch["turn"][0]})
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return super().loss(output, batch) + F.mse_loss(output[:, 0], batch["y"], reduction="none")
+
+
 def random_samples() -> dict[type[Workload], Batch]:
     generator = torch.Generator().manual_seed(0)
 
@@ -172,6 +182,12 @@ def random_samples() -> dict[type[Workload], Batch]:
 
     return {
         Pictures: {"x": torch.randn(50, 1, 6, 6, generator=generator), "label": whole(3)},
+        Stamped: {
+            "stamp": 1.7e9 + torch.randn(50, 4, generator=generator).double().cumsum(1),
+            "turn": torch.eye(3).double().expand(50, 3, 3),
+            "y": torch.randn(50, generator=generator).double(),
+            "label": whole(3),
+        },
         Points: {"x": torch.randn(50, 3, generator=generator), "label": whole(3)},
         Vision: {"image": whole(256, 1, 6, 6).byte(), "label": whole(10)},
         Text: {"tokens": whole(32, 9)},
@@ -339,6 +355,23 @@ def same_bits(row: TrialState | None, other: TrialState | None) -> bool:
         *((row.buffers[name], other.buffers[name]) for name in row.buffers),
     ]
     return row.steps_done == other.steps_done and all(one.equal(two) for one, two in pairs)
+
+
+def test_float64_columns_are_converted_as_in_a_trial_alone() -> None:
+    """In float32. Only the model's inputs are: after a difference in float64."""
+    variant = trial(Stamped, {"train.precision": "fp32"}, steps=12)
+    program = program_of(variant, slots=2)
+    program.load_trial(1, variant, built(variant))
+    found = [losses[0] for losses in program.run([1], 12)]
+    expected, _ = alone(variant, steps=12)
+    assert found == pytest.approx(expected, rel=1e-5)
+    ordinary = stepper(variant)
+    moved = {**samples_of(variant)}
+    moved["stamp"] = moved["stamp"] - 1.7e9  # the same differences, which float32 can tell
+    there = TrainStep(variant.spec, variant.workload, moved, Worker(), 12)
+    assert [ordinary.run(i).item() for i in range(3)] == pytest.approx(
+        [there.run(i).item() for i in range(3)], rel=1e-5
+    )
 
 
 class TestATrialComputesWhatItComputesAlone:
