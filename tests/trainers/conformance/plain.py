@@ -80,14 +80,22 @@ class Dropout(nn.Dropout):
         return x * self.numbers[0].kept(self.p, x) / (1 - self.p)
 
 
-def build(workload: Any, seed: int) -> nn.Module:
-    """The model of a seed in double precision, complex numbers too."""
+def build(workload: Any, seed: int, data: Rows) -> nn.Module:
+    """The model of a seed in double precision, complex numbers too.
+
+    Lazy modules get their weights from the first two samples, in evaluation mode.
+    """
     torch.manual_seed(seed_of(seed))
     np.random.seed(seed_of(seed) % 2**32)
     random.seed(seed_of(seed))
     network: nn.Module = workload.build()
     network.double()
     network._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        network.eval()
+        with torch.no_grad():
+            workload.forward(network, take(data, slice(2)))
+        network.train()
     numbers: list[SampleNumbers] = []
     for module in network.modules():
         if type(module) is nn.Dropout:
@@ -95,15 +103,6 @@ def build(workload: Any, seed: int) -> nn.Module:
             module.numbers = numbers
     network.numbers = numbers
     return network
-
-
-def give_shapes(workload: Any, network: nn.Module, data: Rows) -> None:
-    """Lazy modules get their weights from two samples, in evaluation mode."""
-    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
-        network.eval()
-        with torch.no_grad():
-            workload.forward(network, take(data, slice(2)))
-        network.train()
 
 
 @dataclass
@@ -164,9 +163,7 @@ def train(
     parts: int = 1,
 ) -> Plain:
     """`steps` steps on batches of `batch`, in `shares` workers of `parts` micro-batches each."""
-    networks = [build(workload, seed) for _ in range(shares)]
-    for network in networks:
-        give_shapes(workload, network, train)
+    networks = [build(workload, seed, train) for _ in range(shares)]
     optimizers = [optimizer(network, rule) for network in networks]
     samples, each = len(next(iter(train.values()))), batch // shares // parts
     stream, plain = order(seed, samples, steps * batch), Plain(networks[0])
