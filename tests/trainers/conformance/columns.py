@@ -23,6 +23,7 @@ from trainers.data.dataset import prepare_dataset
 from trainers.data.splits import open_split
 from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
+from trainers.engine.metrics import MetricsError
 from trainers.modeling.build import build_network
 from trainers.modeling.forward import Forward
 from trainers.spec import RunSpec, resolve
@@ -277,6 +278,8 @@ def fused(row: Row) -> None:
                 network = program.network_with(program.state_of(1).copy())
                 forward = Forward(workload, network)
                 evaluations[step + 1] = evaluate(spec, workload, forward, val, Worker())
+    except MetricsError as error:
+        raise Refused(str(error.error)) from error
     except (NotFusibleError, HeliostatError) as error:
         raise Refused(str(error)) from error
     state = program.network_with(program.state_of(1)).state_dict()

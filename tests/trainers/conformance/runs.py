@@ -81,8 +81,9 @@ def run_job(job: Job, worker: Worker) -> Answer:
     except Killed:
         pass
     except Exception as error:
-        answer.error = f"{type(error).__name__}: {error}"
-        answer.refused = isinstance(error, HeliostatError) and "\n" not in str(error)
+        told = isinstance(error, HeliostatError)
+        answer.error = str(error) if told else f"{type(error).__name__}: {error}"
+        answer.refused = told and "\n" not in str(error)
         if os.environ.get("CONFORMANCE_TRACEBACKS"):
             traceback.print_exc()
     answer.steps = recorder.steps
