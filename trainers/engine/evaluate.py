@@ -10,8 +10,9 @@ from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep, check_per_sample
+from trainers.modeling.backward import release_gathered
 from trainers.modeling.forward import Forward
-from trainers.modeling.strategy import broadcast_buffers, release_gathered
+from trainers.modeling.strategy import broadcast_buffers
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.worker import Worker

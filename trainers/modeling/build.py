@@ -16,6 +16,7 @@ from cluster.base.errors import TrainingError
 from trainers.counter_rng import combine_seeds, seed_device
 from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
+from trainers.modeling.backward import BackwardPass
 from trainers.modeling.dropout import (
     DropoutRng,
     Shape,
@@ -26,7 +27,6 @@ from trainers.modeling.dropout import (
 from trainers.modeling.forward import Forward, outermost_blocks
 from trainers.modeling.operations import OperationCounter
 from trainers.modeling.strategy import (
-    BackwardPass,
     ParallelStrategy,
     choose_strategy,
     compile_model,
