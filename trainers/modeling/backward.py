@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cluster.base.errors import TrainingError
 from trainers.torch_internals import noting_used_shards
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class BackwardPass:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model: nn.Module | None = model
+        self._names = {name for name, _ in model.named_parameters()}
         self._replicated = isinstance(model, DistributedDataParallel)
         self._sharded = sharded_module(model) is not None
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -61,7 +64,13 @@ class BackwardPass:
         """The gradients before the last backward pass of a step, if there were others."""
 
     def run(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step."""
+        """Add the gradients of `loss`; collective if this is the `last` backward pass of a step.
+
+        The first call raises a TrainingError if the forward pass has made parameters.
+        """
+        if self._model is not None:
+            self._check_late_parameters(self._model)
+            self._model = None
         if last and self._replicated:
             self._run_replicated(loss)
         elif last and self._sharded:
@@ -70,6 +79,15 @@ class BackwardPass:
             torch.autograd.backward(loss)
             if self._replicated:
                 self._before = [weight.grad for weight in self._weights]
+
+    def _check_late_parameters(self, model: nn.Module) -> None:
+        """What the optimizer does not know is not trained, and differs between the workers."""
+        late = [name for name, _ in model.named_parameters() if name not in self._names]
+        if late:
+            name = late[0].partition("network.")[2]
+            raise TrainingError(
+                f"the workload's build must make all parameters (the forward pass has made {name})"
+            )
 
     def _run_replicated(self, loss: Tensor) -> None:
         """DDP waits for a gradient of every parameter; one that is missing here is -0.0.
