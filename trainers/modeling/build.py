@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.nn.parameter import is_lazy
 
-from cluster.base.errors import TrainingError
 from trainers.counter_rng import combine_seeds, seed_device
 from trainers.devices import Cpu
 from trainers.modeling.activation_checkpointing import checkpoint_activations
@@ -104,7 +102,6 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
     """
     check_precision(spec.train.precision, worker.hardware)
     network = build_network(spec.train, workload)
-    _check_shapes(workload, network)
     dropout_rng = key_dropout_by_sample(network)
     strategy = choose_strategy(spec, workload, network, worker, memory_per_worker(worker))
     worker = strategy.applied_to(worker)
@@ -133,20 +130,6 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
         backward_pass=BackwardPass(parallel),
         operations=operations,
     )
-
-
-def _check_shapes(workload: Workload, network: nn.Module) -> None:
-    """Raise a TrainingError if the network has lazy modules whose weights have no shapes yet.
-
-    Neither the optimizer nor sharding can do without, and a model is not run to find them.
-    """
-    lazy = [name for name, weight in network.named_parameters() if is_lazy(weight)]
-    if lazy:
-        raise TrainingError(
-            f"{type(workload).__name__}.build must return a network whose weights have shapes "
-            f"(that of {lazy[0]} is not known before a forward pass): run the network once in "
-            "build, on zeros for example"
-        )
 
 
 def _try_out(

@@ -26,19 +26,8 @@ from trainers.worker import Worker
 SPEC = RunSpec.model_validate({"workload": "x", "train": {"precision": "fp64"}})
 
 
-class Lazy(Base):
-    def build(self) -> nn.Module:
-        return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
-
-
 def columns(workload: Base, split: str = "train") -> dict[str, Tensor]:
     return {name: torch.from_numpy(of) for name, of in workload.columns()[split].items()}
-
-
-def test_lazy_modules_are_refused_in_a_line() -> None:
-    workload = Lazy(None, None)
-    with pytest.raises(TrainingError, match=r"^Lazy\.build must .*0\.weight is not known before"):
-        build_model(SPEC, workload, columns(workload), Worker())
 
 
 class LateParts(Parts):
