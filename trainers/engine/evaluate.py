@@ -15,9 +15,9 @@ from trainers.engine.heartbeat import heartbeat
 from trainers.engine.metrics import MetricsError, MetricSums
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
+from trainers.modeling.backward import release_gathered
 from trainers.modeling.forward import Forward
 from trainers.modeling.model_inputs import mixed_dtypes
-from trainers.modeling.strategy import release_gathered
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.worker import Worker

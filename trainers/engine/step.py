@@ -34,10 +34,11 @@ from trainers.counter_rng import (
 from trainers.engine.micro_batches import MicroBatches
 from trainers.engine.out_of_memory import fits, is_out_of_memory, memory_advice
 from trainers.engine.throughput import ThroughputMeter, measure_communication
+from trainers.modeling.backward import sync_gradients_if
 from trainers.modeling.build import build_model
 from trainers.modeling.forward import Forward
 from trainers.modeling.model_inputs import mixed_dtypes
-from trainers.modeling.strategy import ParallelStrategy, sync_gradients_if
+from trainers.modeling.strategy import ParallelStrategy
 from trainers.modeling.weight_update import WeightUpdate
 from trainers.precision import compute_precision
 from trainers.spec import RunSpec

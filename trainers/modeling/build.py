@@ -15,6 +15,7 @@ from trainers.checks.modes import begin_training
 from trainers.checks.returned_values import check_network
 from trainers.counter_rng import combine_seeds, seed_process
 from trainers.modeling.activation_checkpointing import checkpoint_activations
+from trainers.modeling.backward import BackwardPass
 from trainers.modeling.dropout import (
     DropoutRng,
     Shape,
@@ -27,7 +28,6 @@ from trainers.modeling.lazy_modules import give_shapes
 from trainers.modeling.model_inputs import MixedDtypes, convert_inputs
 from trainers.modeling.operations import OperationCounter
 from trainers.modeling.strategy import (
-    BackwardPass,
     ParallelStrategy,
     choose_strategy,
     compile_model,

@@ -2,38 +2,58 @@
 
 import functools
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel
 
-from cluster.base.errors import TrainingError
+from cluster.base.errors import SpecError, TrainingError
 from tests.trainers.modeling.users_models import Base, Parts, Tied
 from trainers.modeling import build
 from trainers.modeling.build import build_model
 from trainers.modeling.dropout import key_dropout_by_sample
 from trainers.modeling.operations import OperationCounter
+from trainers.modeling.strategy import _split_layers
 from trainers.spec import RunSpec
 from trainers.worker import Worker
 
 SPEC = RunSpec.model_validate({"workload": "x", "train": {"precision": "fp64"}})
 
 
-class Lazy(Base):
-    def build(self) -> nn.Module:
-        return nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
-
-
 def columns(workload: Base, split: str = "train") -> dict[str, Tensor]:
     return {name: torch.from_numpy(of) for name, of in workload.columns()[split].items()}
 
 
-def test_lazy_modules_are_refused_in_a_line() -> None:
-    workload = Lazy(None, None)
-    with pytest.raises(TrainingError, match=r"^Lazy\.build must .*0\.weight is not known before"):
-        build_model(SPEC, workload, columns(workload), Worker())
+class LateParts(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.late is None:
+            self.late = nn.Linear(3, 3)
+        return self.late(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Late(Base):
+    def build(self) -> nn.Module:
+        return LateParts()
+
+
+def test_parameters_that_the_forward_pass_makes_are_refused_in_a_line() -> None:
+    workload = Late(None, None)
+    spec = RunSpec.model_validate({"workload": "x"})
+    model = build_model(spec, workload, columns(workload), Worker())
+    loss = model.compiled({"x": torch.ones(5, 8), "y": torch.ones(5, 3)}).sum()
+    message = r"^the workload's build must make all parameters .*has made late\.weight\)$"
+    with pytest.raises(TrainingError, match=message):
+        model.backward(loss, last=True)
 
 
 class DrawingParts(Parts):
@@ -99,3 +119,19 @@ def test_the_operations_of_the_first_step_alone_are_counted() -> None:
     with counting(0, 0):
         model.backward(model.compiled(batch).sum(), last=True)
     assert model.operations.per_sample == 2 * (2 * 8 * 6 + 3 * 6 * 3)
+
+
+def test_tensor_parallelism_does_not_part_shared_weights(tmp_path: Path) -> None:
+    class Split(Tied):
+        def tensor_plan(self, model: nn.Module) -> dict[str, Any]:
+            return {"head": ColwiseParallel()}
+
+    workload = Split(None, None)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        group = init_device_mesh("cpu", (1,))
+        message = r"^scale\.parallel: tensor cannot split embedding\.weight and head\.weight, which"
+        with pytest.raises(SpecError, match=message):
+            _split_layers(workload.build(), group, workload)
+    finally:
+        dist.destroy_process_group()

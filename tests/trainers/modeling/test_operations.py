@@ -215,10 +215,29 @@ def test_nothing_is_known_of_sparse_products() -> None:
     assert count(Graph(8, 8), data(8)) is None
 
 
-def test_counting_changes_no_result() -> None:
+class Recurrent(nn.LSTM):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "normalised": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)),
+        (8,),
+    ),
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (5, 8)),
+    "fused attention": (lambda: Attention(8, 2), (5, 8)),
+    "convolution": (lambda: nn.Conv2d(4, 8, 3, groups=2), (4, 9, 9)),
+    "recurrent": (lambda: Recurrent(8, 16, batch_first=True), (5, 8)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_counting_changes_no_result(name: str) -> None:
+    """Not in a bit."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-    x = data(8)
+    build, shape = NETWORKS[name]
+    network, x = build(), data(*shape)
     gradients = []
     for counted in (False, True):
         network.zero_grad()

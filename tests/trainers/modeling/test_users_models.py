@@ -39,13 +39,13 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "hsdp": (4, {"scale": {"parallel": "hsdp", "group": 2}}),
 }
-BLOCKS = {"NestedLists", "Twice", "Repeated", "Tied", "Dataclasses"}
+BLOCKS = {"NestedLists", "Twice", "Repeated", "Skipping", "Tied", "Dataclasses"}
 SLOTS = [
     (model, way)
     for way, (workers, _) in WAYS.items()
     for model in MODELS
     if ("recomputed" not in way or model in BLOCKS)
-    and ("micro" not in way or model != "Alternating")  # which counts them
+    and ("micro" not in way or model not in {"Alternating", "Skipping"})  # which count them
     and (workers < 4 or model in {"Methods", "Routed", "Tied", "Idle"})
 ]
 

@@ -248,6 +248,28 @@ class Apart(nn.Module):
         return self.head(last(x + methods.mixed(x)))  # type: ignore[operator]
 
 
+class SkippingParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(INPUTS, INPUTS) for _ in range(4)])
+        self.head = nn.Linear(INPUTS, 3)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        for number, block in enumerate(self.blocks[:3]):
+            if not self.training or number != self.calls % 3:
+                x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+class Skipping(Base):
+    """Blocks that some steps leave out, and one that is never called."""
+
+    def build(self) -> nn.Module:
+        return SkippingParts()
+
+
 class MethodBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -362,5 +384,5 @@ class LateBuffer(Base):
 
 MODELS: list[type[Base]] = [
     *(Base, Idle, Routed, Alternating, Methods, Dataclasses, Dicts, Twice, NestedLists),
-    *(Repeated, PartsOfBlocks, Tied, Caches, LateBuffer),
+    *(Repeated, Skipping, PartsOfBlocks, Tied, Caches, LateBuffer),
 ]
