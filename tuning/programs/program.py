@@ -34,7 +34,7 @@ from trainers.workload import Batch
 from tuning.programs.batched_optimizers import BATCHED_OPTIMIZERS, FloatArray
 from tuning.programs.batched_values import BatchedValues
 from tuning.programs.compile_step import CompiledStep, compile_step
-from tuning.programs.program_signature import Variant, signature
+from tuning.programs.program_signature import Variant, buffer_shapes, check_buffers, signature
 from tuning.programs.traced_step import SlotStep, peak_bytes, reference_loss
 from tuning.programs.trial_state import SlotStates, TrialState
 from tuning.programs.vmap_rewrites import NotFusibleError
@@ -99,7 +99,9 @@ class Program:
         dropout_rng = key_dropout_by_sample(network)
         zeros_K = torch.zeros(slots, dtype=self._dtype, device=self.device)
         self._values = BatchedValues(variant, network, dropout_rng, self._varied, zeros_K)
+        shapes = buffer_shapes(network)
         trained = self._trained_weights(dropout_rng)
+        check_buffers(shapes, network)
         self._states = SlotStates(network, trained, self._rule.moments, slots)
         self._seed_key_K = zeros_K.to(torch.int64)
         self.optimizer = build_optimizer(spec.optimizer, network)

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.base.errors import TrainingError
+from tests.trainers.checkpoints.test_state import ExtraState, LateBuffers, Lazy
+from tests.trainers.wild import Base, spec_of, split
 from trainers import Batch, Spec, Workload
 from trainers.counter_rng import SampleRandom
 from trainers.devices import Cpu
 from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
-from trainers.spec import RunSpec
+from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant, unsupported_reason
@@ -245,3 +247,20 @@ def test_memory_grows_with_the_slots() -> None:
     one, two, four = (program_of(trial(), slots).peak_bytes() for slots in (1, 2, 4))
     assert 0 < two == pytest.approx(2 * one, rel=0.1)
     assert four == pytest.approx(4 * one, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("workload", "reason"),
+    [
+        (ExtraState, "extra has extra state, which is not in tensors"),
+        (LateBuffers, "a forward pass makes the buffer history or changes its shape"),
+        (Lazy, "0.weight is of a lazy module, which has no shape yet"),
+    ],
+)
+def test_state_of_another_form_than_the_built_one_is_not_fused(
+    workload: type[Base], reason: str
+) -> None:
+    spec, instance = resolve(spec_of(workload), RunSpec)
+    with pytest.raises(NotFusibleError) as caught:
+        Program(Variant(spec, instance, 8), 2, split(instance, "train"), Cpu())
+    assert str(caught.value) == reason
