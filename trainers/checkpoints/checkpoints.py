@@ -8,8 +8,8 @@ weight decay are not in it: they are a function of the spec and the step.
 
 import concurrent.futures
 import contextlib
+import datetime
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -24,17 +24,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster.base.errors import CheckpointError, SpecError
-from cluster.base.files import write_atomic
 from trainers.checkpoints import shards
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
+from trainers.checkpoints.place import current_store, store_at
 from trainers.checkpoints.state import collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
-from trainers.stores import LocalStore, RemoteStore, Store
+from trainers.stores import MANIFEST, Store, storage_wait
 from trainers.worker import Worker
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+SAVE_TIMEOUT = datetime.timedelta(days=1)
+"""How long workers wait for another one's files. The loss of that worker ends it sooner."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +47,25 @@ class Checkpoints:
     def __init__(
         self, folder: Path, spec: CheckpointSpec | None = None, worker: Worker | None = None
     ) -> None:
-        """The checkpoints in `folder`, or at `spec.uri` under the folder's name; collective.
+        """The checkpoints of `folder`; collective.
 
-        A folder whose checkpoints are at a URI holds a file with that URI. `spec` is needed for
-        saving only.
+        With a `spec`, which is needed for saving only, they are where it says (`store_at`).
+        Otherwise they are where they are.
         """
         self._spec = spec or CheckpointSpec()
         self._worker = worker or Worker()
-        self._store = _open_store(folder, self._spec.uri, self._worker)
-        self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
+        self._store: Store = (
+            store_at(folder, spec.uri, moves=self._worker.is_rank_zero)
+            if spec
+            else current_store(folder)
+        )
+        self._group = None
+        if self._worker.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
         self._writing: concurrent.futures.Future[None] | None = None
+        self.resumed_metrics: dict[str, float] = {}
+        """The evaluation that was saved with the checkpoint from which `resume` went on."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -100,7 +110,8 @@ class Checkpoints:
         """Block until the save under way is on disk; raises its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            with storage_wait():
+                writing.result()
 
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -109,29 +120,43 @@ class Checkpoints:
 
         Any number of workers may have written it, in any parallel mode. (0, {}) without one.
         """
-        name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
-        if name is None:
-            return 0, {}
-        return load_checkpoint(self._store.download(name), model, optimizer, self._group)
+        with storage_wait():
+            name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
+            if name is None:
+                return 0, {}
+            path = self._store.download(name)
+            self.resumed_metrics = json.loads((path / MANIFEST).read_text()).get("metrics", {})
+            return load_checkpoint(path, model, optimizer, self._group)
 
-    def import_from(self, path: Path) -> None:
-        """Copy another run's checkpoint into this run; not collective.
+    def import_from(self, path: Path) -> str:
+        """Copy another run's checkpoint into this run; returns its name. Not collective.
 
-        What the donor's meter has counted is not copied.
+        What the donor's meter has counted, and its evaluation, are not copied.
         """
         manifest = read_manifest(path)
         name = _name(manifest)
         scalars = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
-        self._store.start_write(name)
-        for file in manifest["files"]:
-            shutil.copy(path / file, self._store.staging_dir(name))
-            self._store.upload(name, file)
-        write_manifest(self._store.staging_dir(name), {**manifest, "numbers": scalars})
-        self._store.commit(name)
+        with storage_wait():
+            self._store.start_write(name)
+            for file in manifest["files"]:
+                shutil.copy(path / file, self._store.staging_dir(name))
+                self._store.upload(name, file)
+            imported = {**manifest, "numbers": scalars, "metrics": {}, "imported": True}
+            write_manifest(self._store.staging_dir(name), imported)
+            self._store.commit(name)
+        return name
+
+    def replace_by(self, path: Path) -> None:
+        """Make another run's checkpoint the only one of this run; not collective."""
+        imported = self.import_from(path)
+        for name in self._store.names():
+            if name != imported:
+                self._store.remove(name)
 
     def latest(self) -> Path | None:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
-        return next(filter(None, map(self._validated, reversed(self._store.names()))), None)
+        with storage_wait():
+            return next(filter(None, map(self._validated, reversed(self._store.names()))), None)
 
     def _write(
         self,
@@ -194,13 +219,19 @@ class Checkpoints:
         return -value if self._spec.mode == "max" and value != math.inf else float(value)
 
     def _validated(self, name: str) -> Path | None:
-        """The checkpoint if it is intact. A damaged one is None with a warning, as is none."""
+        """The checkpoint if it is intact. A damaged one is None with a warning, as is none.
+
+        Raises the OSError of a store that does not answer: training would begin with another one.
+        """
         if name not in self._store.names():
             return None
         try:
             path = self._store.download(name)
             read_manifest(path)
         except (CheckpointError, OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, CheckpointError) else error
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise
             reason = str(error) if isinstance(error, CheckpointError) else f"{name}: {error}"
             logger.warning("%s; passed over", reason)
             return None
@@ -209,22 +240,6 @@ class Checkpoints:
 
 def _name(manifest: Mapping[str, Any]) -> str:
     return f"step-{manifest['step']:08d}"
-
-
-def _open_store(folder: Path, uri: str | None, worker: Worker) -> Store:
-    pointer = folder / "elsewhere.json"
-    if uri is None and not pointer.exists():
-        return LocalStore(folder)
-    if uri is None:
-        where = json.loads(pointer.read_text())
-        return RemoteStore(where["uri"], where["name"])
-    # The name must be the run's own, and the same at every start.
-    name = f"{folder.parent.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    store = RemoteStore(uri, name, writable=worker.is_rank_zero)
-    if worker.is_rank_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(pointer, json.dumps({"uri": uri, "name": name}))
-    return store
 
 
 def save_interval_s(save_s: float, failure_every_s: float) -> float:

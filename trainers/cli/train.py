@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import trainers.cli.data
 import trainers.cli.plan
+import trainers.cli.remove
 import trainers.cli.scaling
 import trainers.cli.track
 import trainers.cli.ui
@@ -42,6 +43,7 @@ def add_verbs(verbs: Subparsers) -> None:
         trainers.cli.scaling,
         trainers.cli.ui,
         trainers.cli.track,
+        trainers.cli.remove,
     ):
         module.add_verbs(verbs)
 
@@ -58,12 +60,19 @@ def train_command(args: argparse.Namespace) -> int:
         console.print(
             f"[bold]{run.key}[/]: {spec.workload}, {run.samples:,} samples, "
             f"{run.total_steps:,} steps of {spec.train.global_batch}, "
-            f"workers: {spec.scale.workers}"
+            f"workers: {spec.scale.workers}{_beginning(run, args)}"
         )
         with TrainingProgress(console, run.total_steps) as progress:
             outcome, summary = run_to_end(run, progress.on_progress, stop)
         _show_outcome(console, run, outcome, summary, time.monotonic() - start_s)
     return 0 if outcome.complete else 130
+
+
+def _beginning(run: "Run", args: argparse.Namespace) -> str:
+    """Where a run begins that is not new."""
+    if saved := run.saved_steps:
+        return f", from step {saved:,}"
+    return ", from the start: nothing was saved" if args.resume else ""
 
 
 def _requested_run(args: argparse.Namespace) -> "Run":

@@ -52,6 +52,18 @@ class Evaluator:
             self._reporter.log_metrics(metrics, done)
         return metrics
 
+    def resume(self, start: int, saved: Mapping[str, float]) -> None:
+        """Report the evaluation after the `start` steps of a checkpoint once more: the process that
+        saved it may have ended before anybody was told. Collective.
+
+        `saved` are its metrics; a checkpoint that was not evaluated is evaluated now.
+        """
+        if not saved:
+            self.run(start)
+            return
+        self.latest |= saved
+        self._reporter.log_metrics(saved, start)
+
 
 def splits_due(
     done: int, total: int, evaluations: set[int], splits: Mapping[str, Batch]

@@ -53,6 +53,9 @@ def train(
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars)
         _log_strategy(steps, reporter)
+        if start in evaluator.steps:
+            evaluator.resume(start, checkpoints.resumed_metrics)
+            reporter.on_evaluation_end(evaluator.latest, start, checkpoints)
 
         done = start
         for step in range(start, total):

@@ -6,14 +6,12 @@ import pickle
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.base.errors import SpecError, TrainingError
 from cluster.connection.ray_connection import missing_resources, submission_metadata
 from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
@@ -27,14 +25,7 @@ from trainers.engine.reporter import NullReporter, Reporter
 from trainers.engine.stall_files import STALLS
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS, MODEL
-from trainers.runs.failure_policy import (
-    PeerLostError,
-    PeerPreemptedError,
-    decide_retry,
-    failure_reason,
-    format_error,
-    is_peer_loss,
-)
+from trainers.runs.failure_policy import OutageError, decide_retry, failure_reason, worker_failure
 from trainers.runs.ray_train_internals import announced_preemption, trainer_class
 from trainers.runs.stalls import StallWatch
 from trainers.runs.visibility import can_see_run, require_run_visible
@@ -46,6 +37,8 @@ from trainers.worker import Worker
 from trainers.workload import Workload
 
 POLL_S = 0.2
+TELL_TIMEOUT_S = 5.0
+"""How long a worker that failed waits until the tracker knows why."""
 ANY_MODEL = ("auto", "cpu", "gpu")
 """Values of `scale.accelerator` that name no model of accelerator."""
 
@@ -249,8 +242,20 @@ def resource_shortage(scale: ScaleSpec) -> str | None:
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """The code of each worker; returns the fields of an `Outcome`."""
+    import ray
+
     run: WorkerConfig = pickle.loads(config["worker_config"])
-    tracker = config["tracker"]
+    tracker, rank = config["tracker"], _place(run).rank
+    try:
+        return _train(run, tracker)
+    except OutageError as error:
+        told = tracker.post_message.remote(run.key, f"worker {rank} failed: {error}")
+        ray.wait([told], timeout=TELL_TIMEOUT_S)  # this process may be ended right after
+        raise
+
+
+def _train(run: WorkerConfig, tracker: Any) -> dict[str, Any]:
+    """Train, and export the model. Raises what `worker_failure` returns."""
     local_rank = _place(run).local_rank
     notice = (lambda: None) if run.alone else preemption_notice
     with worker_context(run) as (spec, workload, worker):
@@ -287,13 +292,8 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
         hardware.select()
         yield spec, workload, Worker(place.rank, place.world_size, hardware, place.local_world_size)
     except Exception as error:
-        if is_peer_loss(error):
-            traceback.clear_frames(error.__traceback__)  # its model: this process may train again
-            lost = PeerPreemptedError if preemption_notice() else PeerLostError
-            raise lost(str(error)) from error
-        if isinstance(error, SpecError):  # a mistake that only the worker's own device shows
-            raise
-        raise TrainingError(format_error(error)) from error
+        failure = worker_failure(error, preempted=lambda: preemption_notice() is not None)
+        raise failure from (None if failure is error else error)
 
 
 class _Place(NamedTuple):
