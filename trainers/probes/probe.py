@@ -5,6 +5,7 @@ compile, evaluate, save and export. Then they train once for each global batch, 
 measured for long enough. Nothing is sent to MLflow, and no files stay.
 """
 
+import logging
 import pickle
 import shutil
 import time
@@ -18,9 +19,11 @@ from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
 from trainers.probes.timing import probe_loop
 from trainers.run_folder import unique_name
-from trainers.runs.failure_policy import failure_reason
+from trainers.runs.failure_policy import failure_reason, traceback_of
 from trainers.runs.ray_train import WorkerConfig, fit, resources_per_worker
 from trainers.spec import RunSpec, resolve
+
+logger = logging.getLogger(__name__)
 
 CAPACITY_TIMEOUT_S = 60.0
 """How long to wait for free resources: Ray is slow to release those of the last probe."""
@@ -91,7 +94,9 @@ def probe(
     try:
         pickled = fit(probe_loop, config, timing)
     except Exception as error:
-        raise failure_reason(error, folder) from error
+        reason = failure_reason(error, folder)
+        logger.error("%s: %s\n%s", folder.name, reason, traceback_of(reason))
+        raise reason from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     ended = time.time()

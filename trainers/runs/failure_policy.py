@@ -42,7 +42,8 @@ STORE_CLIENTS = (
 """Packages that reach stores over a network, whose exceptions need not be OSErrors."""
 STORE_OUTAGE = re.compile(
     r"slow.?down|throttl|reduce your request rate|too many requests|service.?unavailable"
-    r"|internal.?(?:server.?)?(?:error|failure)|network.?error|curlcode|http status (?:408|429|5\d\d)"
+    r"|internal.?(?:server.?)?(?:error|failure)|network.?error|curlcode"
+    r"|http status (?:408|429|5\d\d)"
     r"|time.?out|timed out|deadline.?exceeded|unavailable:|temporary failure|connect(?:ion|error)"
     r"|protocolerror|disk i/o error|disk is full",
     re.IGNORECASE,
