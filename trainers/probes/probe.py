@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.base.clock import Moment
 from cluster.base.config import flatten, with_value
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
@@ -88,7 +89,7 @@ def probe(
     wait_for_capacity(largest)
     folder = Path(str(target.spec_data["storage"])) / f".{unique_name('probe')}"
     folder.mkdir(parents=True)
-    started = time.time()
+    started = Moment.now()
     config = WorkerConfig(largest, target.dataset, folder, folder.name, started)
     timing = {"seconds": target.seconds, "batches": list(batches)}
     try:
@@ -99,9 +100,9 @@ def probe(
         raise reason from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    ended = time.time()
+    ended = Moment.now()
     probes, loop_ended = pickle.loads(pickled)
-    end_s = max(0.0, ended - loop_ended)
+    end_s = loop_ended.seconds_until(ended)
     return tuple(replace(each, end_s=each.end_s + end_s) for each in probes)
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.base.clock import Moment
 from cluster.connection.ray_connection import missing_resources, submission_metadata
 from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
@@ -54,8 +55,8 @@ class WorkerConfig:
     dataset: Path
     folder: Path
     key: str
-    started: float = field(default_factory=time.time)
-    """When the command was given (Unix time)."""
+    started: Moment = field(default_factory=Moment.now)
+    """When the command was given."""
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """A recorded power trace that replaces the readings of the workers' devices."""
     threads: int | None = field(default_factory=lambda: _threads_of_command())
@@ -268,7 +269,8 @@ def _train(run: WorkerConfig, tracker: Any) -> dict[str, Any]:
             WorkerMeter(tracker, run.key, worker.hardware, local_rank, run.power_trace),
             watch_for_stalls(run, spec, worker),
         ):
-            outcome = train(spec, workload, dataset, run.folder, reporter, worker, run.started)
+            started = run.started.unix_s_here()
+            outcome = train(spec, workload, dataset, run.folder, reporter, worker, started)
         latest = Checkpoints(run.folder / CHECKPOINTS).latest() if worker.is_rank_zero else None
         if outcome.complete and latest is not None and can_see_run(run.folder):
             export_model(run.folder / MODEL, spec, workload, latest)

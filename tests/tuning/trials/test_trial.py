@@ -1,4 +1,4 @@
-"""A trial that is started again tells Tune each evaluation once, in this process and without Ray."""
+"""A trial that is started again tells Tune each evaluation once; in one process, without Ray."""
 
 import json
 from pathlib import Path
