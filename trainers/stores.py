@@ -132,7 +132,7 @@ class RemoteStore:
             self.names()
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise SpecError(f"{spec_field}: {uri} cannot be used: {reason}") from None
+            raise SpecError(f"{spec_field}: {uri} cannot be used: {reason}") from error
         self._base_uri = f"{uri.partition('?')[0].rstrip('/')}/{name}"
         key = hashlib.sha256(f"{uri}/{name}".encode()).hexdigest()[:16]
         self._cache = cache_folder() / f"checkpoints-{key}"
@@ -306,20 +306,23 @@ def _has_content(path: Path, entry: Mapping[str, Any] | None) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
 
 
-_storage_wait: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+_external_wait: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 
-def storage_wait() -> AbstractContextManager[None]:
-    """A context in which the thread waits for storage: for a save, an upload, a download."""
-    return _storage_wait()
+def external_wait() -> AbstractContextManager[None]:
+    """A context in which a thread waits for others: for a save, a download, a decision of Tune.
+
+    A watchdog takes it for a sign of life.
+    """
+    return _external_wait()
 
 
 @contextlib.contextmanager
-def storage_waits_in(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """In here, every `storage_wait` of this process is also in a `context`."""
-    global _storage_wait
-    _storage_wait = context
+def external_waits_in(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """In here, every `external_wait` of this process is also in a `context`."""
+    global _external_wait
+    _external_wait = context
     try:
         yield
     finally:
-        _storage_wait = contextlib.nullcontext
+        _external_wait = contextlib.nullcontext

@@ -31,7 +31,7 @@ from trainers.checkpoints.place import current_store, store_at
 from trainers.checkpoints.state import collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
-from trainers.stores import MANIFEST, Store, storage_wait
+from trainers.stores import MANIFEST, Store, external_wait
 from trainers.worker import Worker
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -110,7 +110,7 @@ class Checkpoints:
         """Block until the save under way is on disk; raises its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            with storage_wait():
+            with external_wait():
                 writing.result()
 
     def resume(
@@ -120,7 +120,7 @@ class Checkpoints:
 
         Any number of workers may have written it, in any parallel mode. (0, {}) without one.
         """
-        with storage_wait():
+        with external_wait():
             name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
             if name is None:
                 return 0, {}
@@ -136,7 +136,7 @@ class Checkpoints:
         manifest = read_manifest(path)
         name = _name(manifest)
         scalars = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
-        with storage_wait():
+        with external_wait():
             self._store.start_write(name)
             for file in manifest["files"]:
                 shutil.copy(path / file, self._store.staging_dir(name))
@@ -155,7 +155,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
-        with storage_wait():
+        with external_wait():
             return next(filter(None, map(self._validated, reversed(self._store.names()))), None)
 
     def _write(

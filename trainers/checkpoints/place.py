@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.stores import MANIFEST, LocalStore, RemoteStore, is_copy, storage_wait
+from trainers.stores import MANIFEST, LocalStore, RemoteStore, external_wait, is_copy
 
 POINTER = "elsewhere.json"
 """In the folder of checkpoints that are kept at a URI: that URI, and their name there."""
@@ -42,7 +42,7 @@ def store_at(folder: Path, uri: str | None, moves: bool) -> LocalStore | RemoteS
     store = RemoteStore(uri, name, writable=moves) if uri else LocalStore(folder)
     if not moves or (where is not None and where["uri"] == uri):
         return store
-    with storage_wait():
+    with external_wait():
         delete_originals = _copy_all(folder, store)
         if uri is None:
             (folder / POINTER).unlink()

@@ -5,7 +5,7 @@ faulthandler dumps the stacks and ends the process. It does so from a C thread o
 runs even while another thread holds the interpreter's lock. Ray Train then replaces the dead
 worker.
 
-A worker that waits for storage is alive, however long it takes: the timer stops in the meantime.
+A worker that waits for storage is alive, however long it takes: its timer stands still meanwhile.
 All times are those of a monotonic clock, since the time of day may be set while a worker runs.
 """
 
@@ -25,7 +25,7 @@ from trainers.engine.stall_files import (
     STEP_FIELD,
     next_stall_path,
 )
-from trainers.stores import storage_waits_in
+from trainers.stores import external_waits_in
 
 
 class _Watchdog:
@@ -62,8 +62,8 @@ class _Watchdog:
             self._rearm(now)
 
     @contextlib.contextmanager
-    def wait_for_storage(self) -> Iterator[None]:
-        """In here the watched thread waits for storage, and the timer stands still."""
+    def external_wait(self) -> Iterator[None]:
+        """In here the watched thread waits for others, and the timer stands still."""
         if threading.get_ident() != self._thread:
             yield
             return
@@ -119,7 +119,7 @@ def stall_watchdog(folder: Path, rank: int, world: int, timeout_s: float) -> Ite
     global _watchdog
     _watchdog = _Watchdog(folder, rank, world, timeout_s)
     try:
-        with storage_waits_in(_watchdog.wait_for_storage):
+        with external_waits_in(_watchdog.external_wait):
             yield
     finally:
         _watchdog.close()

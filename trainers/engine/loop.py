@@ -18,6 +18,7 @@ from trainers.modeling.dropout import NATIVE_RNG_NOTE
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec
+from trainers.stores import external_wait
 from trainers.torch_internals import compile_time_s
 from trainers.worker import Worker
 from trainers.workload import Workload
@@ -85,9 +86,10 @@ def train(
             if decision.stop:
                 break
 
-        checkpoints.wait()
-        reporter.flush()
-        worker.barrier()
+        with external_wait():
+            checkpoints.wait()
+            reporter.flush()
+            worker.barrier()
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 

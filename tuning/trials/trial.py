@@ -31,6 +31,7 @@ from trainers.runs.ray_train import WorkerConfig, run_workers
 from trainers.runs.visibility import require_sweep_visible
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
 from trainers.spec import RunSpec, resolve
+from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
@@ -202,7 +203,8 @@ class TuneReporter:
         newest = None
         if self._attaches_checkpoints:  # only where needed: finding it reads the whole checkpoint
             newest = Checkpoints(self._folder / CHECKPOINTS).latest()
-        tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
+        with external_wait():  # Tune may pause the trial
+            tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
 
     def report_saved(self) -> None:
         """Report the evaluation of the newest checkpoint, unless Tune was told before.
