@@ -202,11 +202,11 @@ class RemoteStore:
     def download(self, name: str) -> Path:
         """This machine's copy; of all checkpoints here, only the one asked for last is kept."""
         target = self._cache / name
-        manifest = self.read_manifest(name)
+        manifest, sizes = self.read_manifest(name), self._sizes(name)
         self._cache.mkdir(parents=True, exist_ok=True)
         with FileLock(self._cache / ".lock"):  # of several workers here, one downloads
-            if not is_copy(target, manifest):
-                self._fetch(name, manifest)
+            if not _is_copy(target, manifest, sizes):
+                self._fetch(name, manifest, sizes)
             self._keep_newest(name)
         return target
 
@@ -241,7 +241,12 @@ class RemoteStore:
                 found.setdefault(each.base_name, set())
         return found
 
-    def _fetch(self, name: str, manifest: bytes) -> None:
+    def _sizes(self, name: str) -> dict[str, int]:
+        """The bytes of a folder's files at the URI: no copy is used of one that is damaged there."""
+        selector = pafs.FileSelector(f"{self._root}/{name}")
+        return {each.base_name: each.size for each in self._filesystem.get_file_info(selector)}
+
+    def _fetch(self, name: str, manifest: bytes, sizes: Mapping[str, int]) -> None:
         """Replace this machine's copy of a folder; the files that are here need no download."""
         _remove_folders(self._cache.glob(".fetch-*"))  # of downloads that were killed
         building, target = self._cache / f".fetch-{secrets.token_hex(4)}", self._cache / name
@@ -249,7 +254,7 @@ class RemoteStore:
         for file, entry in json.loads(manifest)["files"].items():
             places = (target / file, self._cache / f".{name}" / file)
             known = next((place for place in places if _has_content(place, entry)), None)
-            if known is not None:
+            if known is not None and known.stat().st_size == sizes.get(file):
                 known.rename(building / file)
                 continue
             with self._open(name, file) as source, (building / file).open("wb") as copy:
@@ -286,14 +291,15 @@ def _remove_folders(folders: Iterator[Path], but: Path | None = None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_copy(folder: Path, manifest: bytes) -> bool:
-    """Whether a folder has this manifest, and all of its files."""
+def _is_copy(folder: Path, manifest: bytes, sizes: Mapping[str, int]) -> bool:
+    """Whether a folder has this manifest, and all of its files in these sizes."""
     try:
         if (folder / MANIFEST).read_bytes() != manifest:
             return False
+        files = json.loads(manifest)["files"]
+        return all((folder / file).stat().st_size == sizes.get(file) for file in files)
     except FileNotFoundError:
         return False
-    return all((folder / file).is_file() for file in json.loads(manifest)["files"])
 
 
 def _has_content(path: Path, entry: Mapping[str, Any] | None) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.stores import MANIFEST, LocalStore, RemoteStore, external_wait, is_copy
+from trainers.stores import MANIFEST, LocalStore, RemoteStore, external_wait
 
 POINTER = "elsewhere.json"
 """In the folder of checkpoints that are kept at a URI: that URI, and their name there."""
@@ -95,7 +95,7 @@ def _copy(source: LocalStore | RemoteStore, target: LocalStore | RemoteStore, na
         path = source.download(name)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # damaged
         return
-    if not is_copy(path, manifest):
+    if not all((path / file).is_file() for file in files):
         return
     target.start_write(name)
     for file in files:

@@ -103,8 +103,13 @@ def is_peer_loss(error: Exception) -> bool:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether storage or a device failed, rather than the code."""
-    return any(_is_outage(cause) for cause in _causes(error))
+    """Whether storage or a device failed, rather than the code.
+
+    A TrainingError is a verdict already, also on outages that had their restarts.
+    """
+    return not isinstance(error, TrainingError) and any(
+        _is_outage(cause) for cause in _causes(error)
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -112,8 +117,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
         yield cause
-        for failure, _ in getattr(cause, "failures", {}).values():  # PyTorch's CheckpointException
-            yield failure
+        failures = getattr(cause, "failures", None)  # of PyTorch's CheckpointException, by rank
+        if isinstance(failures, Mapping):
+            yield from (failure for failure, _ in failures.values())
         reason = getattr(cause, "reason", None)  # urllib's URLError
         cause = cause.__cause__ or (reason if isinstance(reason, OSError) else None)
 
@@ -140,13 +146,12 @@ def _http_status(error: BaseException) -> int | None:
     """The HTTP status that an exception of a client of a store carries, in the usual places."""
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore
-        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    for place in (error, response):
-        for name in ("status_code", "status", "code"):
-            status = getattr(place, name, None)
-            if isinstance(status, int):
-                return int(status)
-    return response if isinstance(response, int) else None
+        response = response.get("ResponseMetadata")
+    if isinstance(response, Mapping):
+        return response.get("HTTPStatusCode")
+    names = ("status_code", "status", "code")
+    found = (getattr(place, name, None) for place in (error, response) for name in names)
+    return next((int(status) for status in found if isinstance(status, int)), None)
 
 
 def worker_failure(error: Exception, preempted: Callable[[], bool]) -> Exception:

@@ -113,6 +113,10 @@ MISTAKES = {
     "loss": TrainingError("the loss is nan at step 3"),
     "spec": SpecError("train.precision: fp8 needs the package torchao"),
     "damaged": CheckpointError("x: manifest.json is damaged"),
+    "restarts that were used up": raised(
+        TrainingError("OSError: Stale file handle; it failed too often"),
+        OSError(errno.ESTALE, "Stale file handle"),
+    ),
 }
 
 
