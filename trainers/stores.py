@@ -70,6 +70,9 @@ class Store(Protocol):
     def clear(self) -> None:
         """Delete everything here."""
 
+    def forget_copy(self, name: str) -> bool:
+        """Delete this machine's copy of a folder; False if the folder itself is here."""
+
 
 class LocalStore:
     """A folder that all workers can see."""
@@ -112,6 +115,9 @@ class LocalStore:
 
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def forget_copy(self, name: str) -> bool:
+        return False
 
 
 class RemoteStore:
@@ -230,6 +236,10 @@ class RemoteStore:
         if self._filesystem.get_file_info(self._root).type != pafs.FileType.NotFound:
             self._filesystem.delete_dir(self._root)
 
+    def forget_copy(self, name: str) -> bool:
+        shutil.rmtree(self._cache / name, ignore_errors=True)
+        return True
+
     def _files(self) -> dict[str, set[str]]:
         """The files of each folder, committed or not."""
         selector = pafs.FileSelector(self._root, allow_not_found=True, recursive=True)
@@ -242,7 +252,7 @@ class RemoteStore:
         return found
 
     def _sizes(self, name: str) -> dict[str, int]:
-        """The bytes of a folder's files at the URI: no copy is used of one that is damaged there."""
+        """The bytes of a folder's files at the URI; if one is damaged there, no copy is used."""
         selector = pafs.FileSelector(f"{self._root}/{name}")
         return {each.base_name: each.size for each in self._filesystem.get_file_info(selector)}
 
