@@ -134,6 +134,22 @@ def test_checkpoints_at_a_uri_are_found_by_their_folder(tmp_path: Path) -> None:
     assert other.weight.equal(network.weight)
 
 
+def test_a_damaged_copy_is_no_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that had not reached the disk when the machine lost its power."""
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "cache")
+    network = nn.Linear(2, 3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointSpec(uri=f"file://{tmp_path}/b"))
+    checkpoints.save(1, network, torch.optim.SGD(network.parameters()))
+    checkpoints.wait()
+    (state,) = (tmp_path / "cache").glob("*/step-00000001/*.safetensors")
+    state.write_bytes(bytes(state.stat().st_size))
+    newest = Checkpoints(tmp_path / "checkpoints").latest()
+    assert newest is not None
+    load_model_weights(newest, network)
+
+
 def test_a_damaged_one_at_a_uri_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -226,8 +226,7 @@ class Checkpoints:
         if name not in self._store.names():
             return None
         try:
-            path = self._store.download(name)
-            read_manifest(path)
+            return self._read_whole(name)
         except (CheckpointError, OSError, ValueError) as error:
             cause = error.__cause__ if isinstance(error, CheckpointError) else error
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
@@ -235,6 +234,16 @@ class Checkpoints:
             reason = str(error) if isinstance(error, CheckpointError) else f"{name}: {error}"
             logger.warning("%s; passed over", reason)
             return None
+
+    def _read_whole(self, name: str) -> Path:
+        """Read a checkpoint to check it; raises CheckpointError if it is damaged."""
+        path = self._store.download(name)
+        try:
+            read_manifest(path)
+        except CheckpointError:
+            if not self._store.forget_copy(name):
+                raise
+            read_manifest(self._store.download(name))
         return path
 
 
