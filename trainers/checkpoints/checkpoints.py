@@ -31,7 +31,7 @@ from trainers.checkpoints.place import current_store, store_at
 from trainers.checkpoints.state import collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
-from trainers.stores import MANIFEST, Store, external_wait
+from trainers.stores import MANIFEST, Store, external_wait, step_of
 from trainers.worker import Worker
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -141,8 +141,8 @@ class Checkpoints:
             for file in manifest["files"]:
                 shutil.copy(path / file, self._store.staging_dir(name))
                 self._store.upload(name, file)
-            imported = {**manifest, "numbers": scalars, "metrics": {}, "imported": True}
-            write_manifest(self._store.staging_dir(name), imported)
+            content = {**manifest, "numbers": scalars, "metrics": {}, "from": _described(path)}
+            write_manifest(self._store.staging_dir(name), content)
             self._store.commit(name)
         return name
 
@@ -249,6 +249,11 @@ class Checkpoints:
 
 def _name(manifest: Mapping[str, Any]) -> str:
     return f"step-{manifest['step']:08d}"
+
+
+def _described(checkpoint: Path) -> str:
+    """A checkpoint as users know it: its run, and its step."""
+    return f"{checkpoint.parents[1].name}, step {step_of(checkpoint.name)}"
 
 
 def save_interval_s(save_s: float, failure_every_s: float) -> float:

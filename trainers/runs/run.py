@@ -133,7 +133,7 @@ def _has_saved(folder: Path) -> bool:
         manifests = [json.loads(store.read_manifest(name)) for name in store.names()]
     except (OSError, ValueError):  # a damaged one
         return True
-    return not all(manifest.get("imported") for manifest in manifests)
+    return not all(manifest.get("from") for manifest in manifests)
 
 
 def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
