@@ -319,7 +319,8 @@ def _has_content(path: Path, entry: Mapping[str, Any] | None) -> bool:
     if path.stat().st_size != entry["bytes"]:
         return False
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        digest: str = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest == str(entry["sha256"])
 
 
 _external_wait: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext

@@ -38,7 +38,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
         results.append((result["step"], result["val/loss"]))
 
     monkeypatch.setattr(tune, "report", report)
-    monkeypatch.setattr(TrackerReporter, "on_step_end", lambda *_: None)
+    for method in ("on_step_end", "log_note"):
+        monkeypatch.setattr(TrackerReporter, method, lambda *_: None)
     return results
 
 
