@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.data.sampling import shard_bounds, to_device
 from trainers.engine.heartbeat import heartbeat
 from trainers.engine.reporter import Reporter
@@ -52,17 +53,20 @@ class Evaluator:
             self._reporter.log_metrics(metrics, done)
         return metrics
 
-    def resume(self, start: int, saved: Mapping[str, float]) -> None:
-        """Report the evaluation after the `start` steps of a checkpoint once more: the process that
-        saved it may have ended before anybody was told. Collective.
+    def resume(self, start: int, checkpoints: Checkpoints) -> None:
+        """Report the evaluation that is due after the `start` steps of a checkpoint, if one is.
 
-        `saved` are its metrics; a checkpoint that was not evaluated is evaluated now.
+        The process that saved it may have ended before anybody was told. Its metrics are in the
+        checkpoint; one that was not evaluated is evaluated now. Collective.
         """
-        if not saved:
-            self.run(start)
+        if start not in self.steps:
             return
-        self.latest |= saved
-        self._reporter.log_metrics(saved, start)
+        if saved := checkpoints.resumed_metrics:
+            self.latest |= saved
+            self._reporter.log_metrics(saved, start)
+        else:
+            self.run(start)
+        self._reporter.on_evaluation_end(self.latest, start, checkpoints)
 
 
 def splits_due(

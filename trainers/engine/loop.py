@@ -54,9 +54,7 @@ def train(
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars)
         _log_strategy(steps, reporter)
-        if start in evaluator.steps:
-            evaluator.resume(start, checkpoints.resumed_metrics)
-            reporter.on_evaluation_end(evaluator.latest, start, checkpoints)
+        evaluator.resume(start, checkpoints)
 
         done = start
         for step in range(start, total):
@@ -86,11 +84,16 @@ def train(
             if decision.stop:
                 break
 
-        with external_wait():
-            checkpoints.wait()
-            reporter.flush()
-            worker.barrier()
+        _end_together(checkpoints, reporter, worker)
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
+
+
+def _end_together(checkpoints: Checkpoints, reporter: Reporter, worker: Worker) -> None:
+    """Return when everything is on a disk, on all workers. Collective."""
+    with external_wait():
+        checkpoints.wait()
+        reporter.flush()
+        worker.barrier()
 
 
 def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, float]:
