@@ -27,6 +27,11 @@ TRIALS = "trials"
 RESUMABLE = ("train", "sweep")
 Kind = Literal["train", "sweep", "plan", "scaling"]
 """What a folder is of: the verb that made it."""
+KIND_BY_FILE: dict[str, Kind] = {
+    **dict.fromkeys((TRIALS, "tune", "journal.jsonl"), "sweep"),
+    "probes.json": "plan",
+    "scaling.png": "scaling",
+}
 
 
 def create_run_folder(
@@ -65,17 +70,15 @@ def name_taken_error(folder: Path) -> SpecError:
 
 
 def folder_kind(folder: Path) -> Kind:
-    """What a folder is of. Up to version 0.2.0 only its files tell."""
-    with contextlib.suppress(OSError, ValueError):
-        kind: Kind | None = json.loads((folder / ENVIRONMENT).read_text()).get("kind")
-        if kind is not None:
+    """What a folder is of: by its files, or where it has none yet, as its environment says."""
+    for file, kind in KIND_BY_FILE.items():
+        if (folder / file).exists():
             return kind
-    signs: dict[str, Kind] = {
-        **dict.fromkeys((TRIALS, "tune", "journal.jsonl"), "sweep"),
-        "probes.json": "plan",
-        "scaling.png": "scaling",
-    }
-    return next((kind for file, kind in signs.items() if (folder / file).exists()), "train")
+    try:
+        written: Kind = json.loads((folder / ENVIRONMENT).read_text()).get("kind", "train")
+    except (OSError, ValueError):  # a start that was killed
+        return "train"
+    return written
 
 
 def require_kind(folder: Path, kind: Kind) -> None:
