@@ -119,6 +119,13 @@ def display_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def display_place(place: str | None) -> str:
+    """A path, as `display_path` has it, or a URI; none without one."""
+    if place is None:
+        return "none"
+    return place if "://" in place else display_path(Path(place))
+
+
 def environment() -> dict[str, Any]:
     """The versions of Python, the system and every package, to be kept with a run."""
     return {

@@ -70,8 +70,8 @@ class Store(Protocol):
     def clear(self) -> None:
         """Delete everything here."""
 
-    def forget_copy(self, name: str) -> bool:
-        """Delete this machine's copy of a folder; False if the folder itself is here."""
+    def forget_copies(self) -> bool:
+        """Delete this machine's copies; False if there are none, since the folders are here."""
 
 
 class LocalStore:
@@ -116,7 +116,7 @@ class LocalStore:
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def forget_copy(self, name: str) -> bool:
+    def forget_copies(self) -> bool:
         return False
 
 
@@ -232,12 +232,12 @@ class RemoteStore:
 
     def clear(self) -> None:
         """Delete everything here and this machine's copies."""
-        shutil.rmtree(self._cache, ignore_errors=True)
+        self.forget_copies()
         if self._filesystem.get_file_info(self._root).type != pafs.FileType.NotFound:
             self._filesystem.delete_dir(self._root)
 
-    def forget_copy(self, name: str) -> bool:
-        shutil.rmtree(self._cache / name, ignore_errors=True)
+    def forget_copies(self) -> bool:
+        shutil.rmtree(self._cache, ignore_errors=True)
         return True
 
     def _files(self) -> dict[str, set[str]]:

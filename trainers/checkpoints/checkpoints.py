@@ -153,6 +153,10 @@ class Checkpoints:
             if name != imported:
                 self._store.remove(name)
 
+    def forget_copies(self) -> None:
+        """Delete what this machine keeps of checkpoints that are at a URI; not collective."""
+        self._store.forget_copies()
+
     def latest(self) -> Path | None:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
         with external_wait():
@@ -241,7 +245,7 @@ class Checkpoints:
         try:
             read_manifest(path)
         except CheckpointError:
-            if not self._store.forget_copy(name):
+            if not self._store.forget_copies():
                 raise
             read_manifest(self._store.download(name))
         return path

@@ -26,6 +26,13 @@ def current_store(folder: Path) -> LocalStore | RemoteStore:
     return RemoteStore(where["uri"], where["name"]) if where else LocalStore(folder)
 
 
+def newest_checkpoint(folder: Path) -> str | None:
+    """The path or URI of the newest checkpoint of `folder`, which is not read; None without one."""
+    store = current_store(folder)
+    names = store.names()
+    return store.describe(names[-1]) if names else None
+
+
 def store_at(folder: Path, uri: str | None, moves: bool) -> LocalStore | RemoteStore:
     """The store of the checkpoints of `folder`, which are to be at `uri`, or in the folder.
 

@@ -100,9 +100,9 @@ def _show_outcome(
     from rich.table import Table
 
     from cluster.connection.ray_connection import submission_metadata
-    from trainers.checkpoints.checkpoints import Checkpoints
+    from trainers.checkpoints.place import newest_checkpoint
     from trainers.cli.progress import format_step_time
-    from trainers.run_folder import CHECKPOINTS, TRACKING, display_path
+    from trainers.run_folder import CHECKPOINTS, TRACKING, display_path, display_place
 
     metrics = summary.get("metrics", outcome.metrics)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -117,8 +117,7 @@ def _show_outcome(
         table.add_row("forecast", summary["forecast"])
     for name, text in summary.get("account", {}).items():
         table.add_row(name, text)
-    latest = Checkpoints(run.folder / CHECKPOINTS).latest()
-    table.add_row("checkpoint", display_path(latest) if latest else "none")
+    table.add_row("checkpoint", display_place(newest_checkpoint(run.folder / CHECKPOINTS)))
     if "unsent" in summary:
         kept = f"{summary['unsent']}; kept in {run.folder / TRACKING}"
         table.add_row("tracking", f"[yellow]{kept}[/]")

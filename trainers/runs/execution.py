@@ -126,6 +126,8 @@ def _record_forecast_outcome(
 def _export_if_missing(run: Run) -> None:
     """Export the model here if rank 0 ran on a machine that cannot see the run's folder."""
     if not (run.folder / MODEL).exists():
-        latest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest()
+        checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint)
+        latest = checkpoints.latest()
         assert latest is not None  # the last step is always saved
         export_model(run.folder / MODEL, run.spec, run.workload, latest)
+        checkpoints.forget_copies()

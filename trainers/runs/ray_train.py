@@ -18,6 +18,7 @@ from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
+from trainers.checkpoints.place import store_at
 from trainers.data.remote import local_dataset
 from trainers.devices import local_device
 from trainers.engine.heartbeat import stall_watchdog
@@ -38,8 +39,6 @@ from trainers.worker import Worker
 from trainers.workload import Workload
 
 POLL_S = 0.2
-TELL_TIMEOUT_S = 5.0
-"""How long a worker that failed waits until the tracker knows why."""
 ANY_MODEL = ("auto", "cpu", "gpu")
 """Values of `scale.accelerator` that name no model of accelerator."""
 
@@ -251,7 +250,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         return _train(run, tracker)
     except OutageError as error:
         told = tracker.post_message.remote(run.key, f"worker {rank} failed: {error}")
-        ray.wait([told], timeout=TELL_TIMEOUT_S)  # this process may be ended right after
+        ray.wait([told], timeout=5)  # this process may be ended right after
         raise
 
 
@@ -262,18 +261,19 @@ def _train(run: WorkerConfig, tracker: Any) -> dict[str, Any]:
     with worker_context(run) as (spec, workload, worker):
         require_run_visible(run.folder, spec)
         dataset = local_dataset(run.dataset, spec)
-        reporter: Reporter = NullReporter()
-        if worker.is_rank_zero:
-            reporter = TrackerReporter(tracker, run.key, preemption_notice=notice)
+        of_first = TrackerReporter(tracker, run.key, preemption_notice=notice)
+        reporter: Reporter = of_first if worker.is_rank_zero else NullReporter()
         with (
             WorkerMeter(tracker, run.key, worker.hardware, local_rank, run.power_trace),
             watch_for_stalls(run, spec, worker),
         ):
-            started = run.started.unix_s_here()
-            outcome = train(spec, workload, dataset, run.folder, reporter, worker, started)
-        latest = Checkpoints(run.folder / CHECKPOINTS).latest() if worker.is_rank_zero else None
-        if outcome.complete and latest is not None and can_see_run(run.folder):
+            begin_s = run.started.unix_s_here()
+            outcome = train(spec, workload, dataset, run.folder, reporter, worker, begin_s)
+        exports = outcome.complete and worker.is_rank_zero and can_see_run(run.folder)
+        if exports and (latest := Checkpoints(run.folder / CHECKPOINTS).latest()):
             export_model(run.folder / MODEL, spec, workload, latest)
+        if outcome.complete and local_rank == 0:
+            store_at(run.folder / CHECKPOINTS, spec.checkpoint.uri, moves=False).forget_copies()
         return asdict(outcome)
 
 

@@ -87,6 +87,7 @@ class Engine:
         if trial is not None:
             self._loop.call(lambda: self._loop.stop(trial))
             trial.checkpoints.wait()
+            trial.checkpoints.forget_copies()
             trial.reporter.flush()
 
     def save(self, lease: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ that number. So Tune may forget it: a trial that is started again continues from
 checkpoint, and an ended one reports its last result again.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.base.errors import TrainingError
+from cluster.base.errors import HeliostatError, TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.manifest import read_manifest
+from trainers.checkpoints.place import current_store
 from trainers.data.remote import local_dataset
 from trainers.data.splits import count_samples
 from trainers.devices import local_device
@@ -144,6 +146,9 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
             raise OutageError(reason) from error
         write_atomic(folder / FAILED_FILE, reason)
         raise TrainingError(reason) from error
+    finally:
+        with contextlib.suppress(HeliostatError):
+            current_store(folder / CHECKPOINTS).forget_copies()
 
 
 def set_threads(sweep: Sweep) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.place import POINTER, current_store
+from trainers.checkpoints.place import POINTER, current_store, newest_checkpoint
 from trainers.spec import CheckpointSpec
 
 STEPS = ["step-00000003", "step-00000004"]
@@ -158,3 +158,19 @@ def test_another_runs_checkpoint_replaces_all_others(
     step, _, found = resumed(folder, uris["a"])
     assert step == 3
     assert found.weight.equal(network.weight)
+
+
+def test_the_place_of_the_newest_checkpoint_is_told_without_a_download(
+    uris: dict[str, str | None], tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "mine" / "checkpoints", tmp_path / "other" / "checkpoints"
+    assert newest_checkpoint(folder) is None
+    saved(folder, None)
+    saved(other, uris["a"])
+    Checkpoints(other).forget_copies()
+    assert newest_checkpoint(folder) == str(folder / STEPS[1])
+    place = newest_checkpoint(other)
+    assert place is not None
+    assert place.startswith(f"{uris['a']}/other-")
+    assert files(tmp_path / "cache") == []
+    assert resumed(other, uris["a"])[0] == 4
