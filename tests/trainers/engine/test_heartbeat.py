@@ -186,3 +186,40 @@ sleeps()
     code, _ = run_watched(tmp_path / "stalls", body, 2.0, before)
     assert (code, (tmp_path / "done").exists()) == (1, True)
     assert [stall.step for stall in read_stalls(tmp_path / "stalls")] == [4]
+
+
+def test_waiting_for_another_workers_upload_is_a_sign_of_life(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.engine.heartbeat import heartbeat, stall_watchdog
+from trainers.spec import CheckpointSpec
+from trainers.stores import RemoteStore
+from trainers.worker import Worker
+folder, rank = Path({str(tmp_path)!r}), int(sys.argv[1])
+def slowly(self, *arguments, quick=RemoteStore.upload):
+    time.sleep(4)
+    return quick(self, *arguments)
+RemoteStore.upload = slowly
+dist.init_process_group("gloo", f"file://{{folder}}/group", rank=rank, world_size=2)
+network = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(network.parameters())
+spec = CheckpointSpec(uri=f"file://{{folder}}/bucket")
+checkpoints = Checkpoints(folder / "run" / "checkpoints", spec, Worker(rank, 2))
+checkpoints.save(1, network, optimizer)  # imports what a save needs
+checkpoints.wait()
+with stall_watchdog(folder / "stalls", rank, 2, 3.0):
+    heartbeat(0)
+    heartbeat(1)
+    checkpoints.save(2, network, optimizer)
+    checkpoints.wait()
+    heartbeat(2)
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in (0, 1)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert read_stalls(tmp_path / "stalls") == []
+    saved = sorted(path.name for path in (tmp_path / "bucket").glob("*/step-*"))
+    assert saved == ["step-00000001", "step-00000002"]

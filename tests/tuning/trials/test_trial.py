@@ -112,3 +112,16 @@ def test_the_newest_checkpoint_of_a_trial_of_several_workers_is_reported(
         TuneReporter(sweep, spec, folder, known_step).report_saved()
     assert told == [expected]
     assert last_result(folder)["complete"]
+
+
+def test_a_machine_that_has_not_downloaded_the_data_set_counts_its_samples(
+    own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the data set that the driver names is in the driver's cache."""
+    (own_folder / "s.yaml").write_text(SPEC)
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "driver")
+    sweep = new_sweep("s.yaml", [f"datasets=file://{tmp_path}/bucket"], "search")
+    (tmp_path / "driver").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "worker")
+    assert sweep.samples == 280
+    assert not sweep.dataset.exists()
