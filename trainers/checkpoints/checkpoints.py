@@ -8,8 +8,8 @@ weight decay are not in it: they are a function of the spec and the step.
 
 import concurrent.futures
 import contextlib
+import datetime
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -25,19 +25,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster.base.errors import CheckpointError, SpecError
-from cluster.base.files import write_atomic
 from trainers.checkpoints import shards
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
+from trainers.checkpoints.place import current_store, store_at
 from trainers.checkpoints.ranking import best_checkpoints
 from trainers.checkpoints.state import check_model_state, collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
-from trainers.stores import LocalStore, RemoteStore, Store
+from trainers.stores import MANIFEST, Store, external_wait, step_of
 from trainers.worker import Worker
 
 NAME = re.compile(r"step-\d{8,}")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+SAVE_TIMEOUT = datetime.timedelta(days=1)
+"""How long workers wait for another one's files. The loss of that worker ends it sooner."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +50,28 @@ class Checkpoints:
     def __init__(
         self, folder: Path, spec: CheckpointSpec | None = None, worker: Worker | None = None
     ) -> None:
-        """The checkpoints in `folder`, or at `spec.uri` under the folder's name; collective.
+        """The checkpoints of `folder`; collective.
 
-        A folder whose checkpoints are at a URI holds a file with that URI. `spec` is needed for
-        saving only.
+        With a `spec`, which is needed for saving only, they are where it says (`store_at`).
+        Otherwise they are where they are.
         """
         self._spec = spec or CheckpointSpec()
         self._worker = worker or Worker()
-        self._store = _open_store(folder, self._spec.uri, self._worker)
-        self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
+        self._store: Store = (
+            store_at(folder, spec.uri, moves=self._worker.is_rank_zero)
+            if spec
+            else current_store(folder)
+        )
+        self._group = None
+        if self._worker.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
         self._writing: concurrent.futures.Future[None] | None = None
         self.taken: str | None = None
         """What `resume` took from another run's checkpoint, in a line; None if it was this run's.
         """
+        self.resumed_metrics: dict[str, float] = {}
+        """The evaluation that was saved with the checkpoint from which `resume` went on."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -107,7 +117,8 @@ class Checkpoints:
         """Block until the save under way is on disk; raises its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            with external_wait():
+                writing.result()
 
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -118,35 +129,51 @@ class Checkpoints:
         Raises TrainingError if the model has a state that `save` cannot write.
         """
         check_model_state(model)
-        name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
-        if name is None:
-            return 0, {}
-        path = self._store.download(name)
-        return load_checkpoint(path, model, optimizer, self._group, self._note_taken)
+        with external_wait():
+            name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
+            if name is None:
+                return 0, {}
+            path = self._store.download(name)
+            self.resumed_metrics = json.loads((path / MANIFEST).read_text()).get("metrics", {})
+            return load_checkpoint(path, model, optimizer, self._group, self._note_taken)
 
     def _note_taken(self, line: str) -> None:
         self.taken = line
 
-    def import_from(self, path: Path) -> None:
-        """Copy another run's checkpoint into this run; not collective.
+    def import_from(self, path: Path) -> str:
+        """Copy another run's checkpoint into this run; returns its name. Not collective.
 
-        What the donor's meter has counted is not copied. This run may train other parts of the
-        model, see `load_checkpoint`.
+        What the donor's meter has counted, and its evaluation, are not copied. This run may train
+        other parts of the model, see `load_checkpoint`.
         """
         manifest = read_manifest(path)
         name = _name(manifest)
         scalars = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
-        self._store.start_write(name)
-        for file in manifest["files"]:
-            shutil.copy(path / file, self._store.staging_dir(name))
-            self._store.upload(name, file)
-        content = {**manifest, "numbers": scalars, "from": _described(path)}
-        write_manifest(self._store.staging_dir(name), content)
-        self._store.commit(name)
+        with external_wait():
+            self._store.start_write(name)
+            for file in manifest["files"]:
+                shutil.copy(path / file, self._store.staging_dir(name))
+                self._store.upload(name, file)
+            content = {**manifest, "numbers": scalars, "metrics": {}, "from": _described(path)}
+            write_manifest(self._store.staging_dir(name), content)
+            self._store.commit(name)
+        return name
+
+    def replace_by(self, path: Path) -> None:
+        """Make another run's checkpoint the only one of this run; not collective."""
+        imported = self.import_from(path)
+        for name in self._names():
+            if name != imported:
+                self._store.remove(name)
+
+    def forget_copies(self) -> None:
+        """Delete what this machine keeps of checkpoints that are at a URI; not collective."""
+        self._store.forget_copies()
 
     def latest(self) -> Path | None:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
-        return next(filter(None, map(self._validated, reversed(self._names()))), None)
+        with external_wait():
+            return next(filter(None, map(self._validated, reversed(self._names()))), None)
 
     def _write(
         self,
@@ -193,7 +220,7 @@ class Checkpoints:
 
     def _names(self) -> list[str]:
         """The names of all checkpoints, by step."""
-        return sorted(filter(NAME.fullmatch, self._store.names()), key=_step)
+        return sorted(filter(NAME.fullmatch, self._store.names()), key=step_of)
 
     def _apply_retention(self) -> None:
         """Remove all but the latest checkpoints and the best by the spec's metric."""
@@ -209,16 +236,31 @@ class Checkpoints:
                 self._store.remove(name)
 
     def _validated(self, name: str) -> Path | None:
-        """The checkpoint if it is intact. A damaged one is None with a warning, as is none."""
+        """The checkpoint if it is intact. A damaged one is None with a warning, as is none.
+
+        Raises the OSError of a store that does not answer: training would begin with another one.
+        """
         if name not in self._names():
             return None
         try:
-            path = self._store.download(name)
-            read_manifest(path)
+            return self._read_whole(name)
         except (CheckpointError, OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, CheckpointError) else error
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise
             reason = str(error) if isinstance(error, CheckpointError) else f"{name}: {error}"
             logger.warning("%s; passed over", reason)
             return None
+
+    def _read_whole(self, name: str) -> Path:
+        """Read a checkpoint to check it; raises CheckpointError if it is damaged."""
+        path = self._store.download(name)
+        try:
+            read_manifest(path)
+        except CheckpointError:
+            if not self._store.forget_copies():
+                raise
+            read_manifest(self._store.download(name))
         return path
 
 
@@ -226,29 +268,9 @@ def _name(manifest: Mapping[str, Any]) -> str:
     return f"step-{manifest['step']:08d}"
 
 
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
-
-
 def _described(checkpoint: Path) -> str:
     """A checkpoint as users know it: its run, and its step."""
-    return f"{checkpoint.parents[1].name}, step {_step(checkpoint.name)}"
-
-
-def _open_store(folder: Path, uri: str | None, worker: Worker) -> Store:
-    pointer = folder / "elsewhere.json"
-    if uri is None and not pointer.exists():
-        return LocalStore(folder)
-    if uri is None:
-        where = json.loads(pointer.read_text())
-        return RemoteStore(where["uri"], where["name"])
-    # The name must be the run's own, and the same at every start.
-    name = f"{folder.parent.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    store = RemoteStore(uri, name, writable=worker.is_rank_zero)
-    if worker.is_rank_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(pointer, json.dumps({"uri": uri, "name": name}))
-    return store
+    return f"{checkpoint.parents[1].name}, step {step_of(checkpoint.name)}"
 
 
 def save_interval_s(save_s: float, failure_every_s: float) -> float:

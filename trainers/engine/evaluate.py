@@ -7,6 +7,7 @@ import torch
 
 from cluster.base.errors import SpecError
 from trainers.checkpoints.buffers import share_buffers
+from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.ranking import check_metric
 from trainers.checks.modes import evaluation_mode
 from trainers.checks.returned_values import check_per_sample
@@ -73,6 +74,22 @@ class Evaluator:
             self.latest |= metrics
             self._reporter.log_metrics(metrics, done)
         return metrics
+
+    def resume(self, start: int, checkpoints: Checkpoints) -> None:
+        """Report the evaluation that is due after the `start` steps of a checkpoint, if one is.
+
+        The process that saved it may have ended before anybody was told. Its metrics are in the
+        checkpoint; one that was not evaluated is evaluated now. Collective.
+        """
+        if start not in self.steps:
+            return
+        if saved := checkpoints.resumed_metrics:
+            self.latest |= saved
+            self._reporter.log_metrics(saved, start)
+        else:
+            self.run(start)
+            self.raise_mistake()
+        self._reporter.on_evaluation_end(self.latest, start, checkpoints)
 
     def raise_mistake(self) -> None:
         """Raise the mistake that `run` has met, if it has."""

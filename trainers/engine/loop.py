@@ -20,6 +20,7 @@ from trainers.modeling.dropout import NATIVE_RNG_NOTE
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec
+from trainers.stores import external_wait
 from trainers.torch_internals import compile_time_s
 from trainers.worker import Worker
 from trainers.workload import Workload
@@ -55,6 +56,7 @@ def train(
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_start(steps, checkpoints, reporter)
+        evaluator.resume(start, checkpoints)
 
         done = start
         for step in range(start, total):
@@ -83,10 +85,16 @@ def train(
             if decision.stop:
                 break
 
+        _end_together(checkpoints, reporter, worker)
+        return Outcome(done, total, evaluator.latest, meter.samples_per_s())
+
+
+def _end_together(checkpoints: Checkpoints, reporter: Reporter, worker: Worker) -> None:
+    """Return when everything is on a disk, on all workers. Collective."""
+    with external_wait():
         checkpoints.wait()
         reporter.flush()
         worker.barrier()
-        return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
 def _step_metrics(

@@ -370,3 +370,61 @@ def test_channels_last_changes_no_result(own_folder: Path) -> None:
         train(spec, workload, prepare_dataset(workload, own_folder), folder, recorder)
         losses.append(list(recorder.rows["train/loss"].values()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+class Dies(Recorder):
+    """Ends the process, as it were, when it is told of the evaluation after step `at`."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+        self.told: list[int] = []
+
+    def on_evaluation_end(
+        self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints
+    ) -> None:
+        super().on_evaluation_end(metrics, step, checkpoints)
+        self.told.append(step)
+        if step == self._at:
+            checkpoints.wait()
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("saves", [{"keep_best": 1}, {"every_steps": 9}])
+@pytest.mark.parametrize("at", [9, 40])
+def test_an_evaluation_that_was_saved_but_not_reported_is_reported_on_resume(
+    at: int, saves: dict[str, Any], own_folder: Path
+) -> None:
+    """Once, with the values that it would have had, also that of the last step."""
+    _, straight, _ = run(own_folder, "straight", train=STEPS)
+    sections = {"train": STEPS, "checkpoint": saves}
+    spec, workload = resolve(
+        {"workload": "spirals:Spirals", "tracking": {"every_steps": 1}, **sections}, RunSpec
+    )
+    dataset = prepare_dataset(workload, own_folder)
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, workload, dataset, own_folder / "cut", Dies(at))
+    after = Dies(-1)
+    outcome = train(spec, workload, dataset, own_folder / "cut", after)
+    assert after.told == [step for step in (9, 18, 27, 35, 40) if step >= at]
+    for name in ("val/loss", "val/accuracy", "test/accuracy"):
+        expected = {step: value for step, value in straight.rows[name].items() if step >= at}
+        assert after.rows[name] == expected
+    assert outcome.metrics["test/loss"] == straight.rows["test/loss"][40]
+
+
+def test_a_checkpoint_of_another_run_is_evaluated_on_this_runs_data(own_folder: Path) -> None:
+    """The donor's evaluation is of its own data set."""
+    run(own_folder, "donor", 9, train=STEPS)
+    donor = Checkpoints(own_folder / "donor" / "checkpoints")
+    newest = donor.latest()
+    assert newest is not None
+    copied = Checkpoints(own_folder / "mine" / "checkpoints")
+    copied.import_from(newest)
+    network_data = {"points": 600}
+    _, recorder, _ = run(
+        own_folder, "mine", train={"steps": 9, "global_batch": 32}, data=network_data
+    )
+    metrics = json.loads((newest / "manifest.json").read_text())["metrics"]
+    assert recorder.ticks == []
+    assert recorder.rows["val/loss"][9] != metrics["val/loss"]
