@@ -8,6 +8,8 @@ from tests.trainers.conformance.matrix import Cell, as_page, run_matrix
 
 from wild_models import all_models  # isort: skip
 
+pytestmark = pytest.mark.thorough
+
 PAGE = Path(__file__).parents[3] / "docs" / "conformance.md"
 Cells = dict[str, dict[str, Cell]]
 

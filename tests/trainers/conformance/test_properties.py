@@ -73,10 +73,12 @@ class Trainer:
 
     def __init__(self, root: Path) -> None:
         torch.set_num_threads(1)
-        self.root, self._pair = root, Pair(root)
+        self.root = root
+        self._pair: Pair | None = None
 
     def close(self) -> None:
-        self._pair.close()
+        if self._pair is not None:
+            self._pair.close()
 
     def train(self, data: dict[str, Any], killed: list[int]) -> Found:
         """A run to its end, started again after each kill."""
@@ -97,6 +99,8 @@ class Trainer:
     def _run(self, job: Job) -> Answer:
         if job.data.get("scale", {}).get("workers", 1) == 1:
             return run_job(job, Worker())
+        if self._pair is None:
+            self._pair = Pair(self.root)
         self._pair.submit(job)
         return self._pair.result()
 
