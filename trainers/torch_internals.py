@@ -149,3 +149,11 @@ def allow_dropout_in_compiled_checkpoints() -> None:
     import torch._dynamo
 
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def is_shard_taken_for_whole(error: BaseException) -> bool:
+    """Whether an operation got a sharded parameter that nobody has gathered, and a plain tensor.
+
+    DTensor raises a plain RuntimeError; its text is the only sign.
+    """
+    return "got mixed torch.Tensor and DTensor" in str(error)

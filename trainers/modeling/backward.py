@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import TrainingError
+from trainers.modeling.sharding import average_gradients
 from trainers.torch_internals import noting_used_shards
+from trainers.worker import is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -60,6 +62,7 @@ class BackwardPass:
         self._replicated = isinstance(model, DistributedDataParallel)
         self._sharded = sharded_module(model) is not None
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._whole = [weight for weight in self._weights if not is_distributed(weight)]
         self._before: list[Tensor | None] | None = None
         """The gradients before the last backward pass of a step, if there were others."""
 
@@ -121,9 +124,11 @@ class BackwardPass:
         with noting_used_shards() as (used, unused):
             torch.autograd.backward(loss)
         unused -= used
+        unused |= {weight for weight in self._whole if weight.grad is None}
         here = torch.tensor([int(weight not in unused) for weight in self._weights])
         counts = here.to(loss.device, non_blocking=True)
         dist.all_reduce(counts)
+        average_gradients(self._whole)
         if unused:  # else there is nothing to wait for
             for weight, count in zip(self._weights, counts.tolist(), strict=True):
                 if not count:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from cluster.base.errors import TrainingError
+from trainers.torch_internals import is_shard_taken_for_whole
 from trainers.workload import Batch, Workload
 
 
@@ -25,7 +27,16 @@ class Forward(nn.Module):
 
     def forward(self, batch: Batch, with_loss: bool = True) -> Any:
         """The loss of each sample [B]; without the loss, the workload's output."""
-        output = self._workload.forward(self.network, batch)
+        try:
+            output = self._workload.forward(self.network, batch)
+        except RuntimeError as error:
+            if not is_shard_taken_for_whole(error):
+                raise
+            raise TrainingError(
+                "scale.parallel: the workload's forward uses a weight of a block without calling "
+                "the block or a part of it, where weights are sharded; use ddp, or leave the "
+                "block out of the workload's method blocks"
+            ) from error
         return self._workload.loss(output, batch) if with_loss else output
 
 

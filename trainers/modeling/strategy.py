@@ -17,6 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.base.errors import SpecError
 from trainers.modeling.backward import sharded_module
 from trainers.modeling.forward import Forward, separate_blocks
+from trainers.modeling.sharding import (
+    refuse_written_weights,
+    share_buffers_each_step,
+    stays_whole,
+)
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
 from trainers.worker import Worker, is_distributed
 from trainers.workload import Workload
@@ -119,24 +124,38 @@ def parallelize(
         shards = mesh["shard"]
 
     policy = _mixed_precision(spec.train)
-    for block in separate_blocks(blocks, network):
-        fully_shard(block, mesh=shards, mp_policy=policy)
-        if spec.train.compile == "off":
-            _gather_for_parts(block)
+    root_policy = replace(policy, cast_forward_inputs=False)
+    whole = {weight for weight in network.parameters() if stays_whole(weight)}
+    eager = spec.train.compile == "off"
+    if eager:
+        refuse_written_weights(forward)
+    try:
+        for block in separate_blocks(blocks, network):
+            if eager:
+                refuse_written_weights(block)
+                _gather_for_parts(block)
+            fully_shard(block, mesh=shards, mp_policy=policy, ignored_params=whole)
+        root = fully_shard(forward, mesh=shards, mp_policy=root_policy, ignored_params=whole)
+    except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SpecError(
+            f"scale.parallel: {strategy.mode} cannot shard this model: {reason}"
+        ) from error
+    root.set_reduce_scatter_unused_params(True)
     if policy.param_dtype is not None:  # a batch has more than the model's inputs: targets
         network.register_forward_pre_hook(
             partial(_cast_inputs, policy.param_dtype), with_kwargs=True
         )
-    root = fully_shard(forward, mesh=shards, mp_policy=replace(policy, cast_forward_inputs=False))
-    root.set_reduce_scatter_unused_params(True)
-    return forward.to(worker.device)
+    forward.to(worker.device)
+    share_buffers_each_step(forward)
+    return forward
 
 
 def _gather_for_parts(block: nn.Module) -> None:
     """Gather the weights of a block also when a part of it is called, but not the block itself."""
 
     def gather(part: nn.Module, _: Any) -> None:
-        if is_distributed(next(part.parameters(recurse=False))):
+        if any(is_distributed(weight) for weight in part.parameters(recurse=False)):
             cast("FSDPModule", block).unshard()
 
     for part in block.modules():

@@ -299,6 +299,51 @@ class Spectral(nn.Module):
         return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=INPUTS))
 
 
+class ScaledParts(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.rare = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("size", torch.tensor(1.0))
+        self.head.weight.register_hook(lambda gradient: 0.1 * gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        y = super().forward(x) * self.scale
+        return y * self.rare if self.training and self.calls % 2 else y
+
+
+class Scalars(Base):
+    """Weights without dimensions, one of them used in every other step; a hook on a gradient."""
+
+    def build(self) -> nn.Module:
+        return ScaledParts()
+
+
+class ClampedParts(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.head.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Clamped(Base):
+    """Writes into a weight."""
+
+    def build(self) -> nn.Module:
+        return ClampedParts()
+
+
+class Penalty(Base):
+    """A weight of a block, used by itself."""
+
+    def build(self) -> nn.Module:
+        return Nested()
+
+    def forward(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]) + (model.downs[0][0].weight.abs() * torch.ones(())).sum()
+
+
 class Complex(Base):
     """Complex weights, as in a Fourier neural operator."""
 
@@ -382,7 +427,12 @@ class LateBuffer(Base):
         return LateParts()
 
 
+REFUSED_BY_SHARDS: dict[str, str] = {
+    "Clamped": "scale.parallel: the forward pass writes into the weight network.head.weight",
+    "Penalty": "scale.parallel: the workload's forward uses a weight of a block without calling",
+}
 MODELS: list[type[Base]] = [
     *(Base, Idle, Routed, Alternating, Methods, Dataclasses, Dicts, Twice, NestedLists),
-    *(Repeated, Skipping, PartsOfBlocks, Tied, Caches, LateBuffer),
+    *(Repeated, Skipping, PartsOfBlocks, Scalars, Tied, Caches, LateBuffer),
+    *(Clamped, Penalty),
 ]
