@@ -100,7 +100,7 @@ class UserCode:
         Yields the set of the files that this thread opens in here.
         """
         path, before = list(sys.path), Path.cwd()
-        own = {str(folder) for folder in self._folders}
+        own = {str(folder) for folder in self._folders if folder != _HERE}
         hidden = {name: sys.modules[name] for name in [*sys.modules] if self._is_own(name)}
         with tempfile.TemporaryDirectory() as empty, _opened_files() as opened:
             for name in hidden:
@@ -280,6 +280,7 @@ def _root(name: str, path: Path) -> Path:
 
 
 _HERE = Path(__file__).resolve().parents[2]
+"""The folder that Heliostat's packages are in."""
 _watching: tuple[int, set[str]] | None = None
 """The thread whose opened files are noted now, and those files."""
 
