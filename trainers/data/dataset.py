@@ -72,7 +72,7 @@ def dataset_name(workload: Workload, storage: Path) -> str:
     digest.update(data.model_dump_json().encode())
     digest.update(json.dumps(_made_with(workload), sort_keys=True).encode())
     folders = dict.fromkeys([Path.cwd(), *(path.parent for path in code.files)])
-    if files := named_files(data.model_dump(mode="json"), folders, without=storage.absolute()):
+    if files := named_files(data, folders, without=storage.absolute()):
         digest.update(json.dumps(files).encode())
     return f"{type(workload).__name__.lower()}-{digest.hexdigest()[:12]}"
 

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from cluster.base.config import Spec
 from cluster.base.errors import DataError
 from cluster.base.files import cache_folder, write_atomic
 
@@ -19,15 +22,15 @@ SETTLED_S = 2.0
 
 
 def named_files(
-    section: Any, folders: Iterable[Path], without: Path
+    section: Spec, folders: Iterable[Path], without: Path
 ) -> list[tuple[str, dict[str, str]]]:
     """The files that texts in `section` name: the name of their folder, and their hashes by name.
 
-    `section` is plain data. A text at any depth, also a key, counts if it is the path of an
-    existing file or folder in one of the `folders`; it may begin with `~/` and have wildcards. Of a
-    folder all files count but hidden ones, caches, and those in the folder `without`. Each file is
-    read once per machine, and again when its size, its inode or one of its times has changed: the
-    time of the last change cannot be set by hand. Raises DataError for a file that cannot be read.
+    A text at any depth, also a key of a dictionary, counts if it is the path of an existing file or
+    folder in one of the `folders`; it may begin with `~/` and have wildcards. Of a folder all files
+    count but hidden ones, caches, and those in the folder `without`. Each file is read once per
+    machine, and again when its size, its inode or one of its times has changed: the time of the
+    last change cannot be set by hand. Raises DataError for a file that cannot be read.
     """
     without = without.resolve()
     found: dict[Path, dict[Path, None]] = {}
@@ -38,16 +41,21 @@ def named_files(
     return [(home.name, _hashes(home, sorted(files))) for home, files in found.items() if files]
 
 
-def _texts(section: Any) -> Iterator[str]:
-    if isinstance(section, str):
-        yield section
-    elif isinstance(section, dict):
-        for key, value in section.items():
-            yield from _texts(key)
-            yield from _texts(value)
-    elif isinstance(section, list | tuple):
-        for value in section:
-            yield from _texts(value)
+def _texts(value: Any) -> Iterator[str]:
+    """The texts and paths in a value of a spec; the names of fields are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Path):
+        yield str(value) if value != Path() else ""  # an empty path, as a default may be
+    elif isinstance(value, BaseModel):
+        yield from _texts([each for _, each in value])
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, set | frozenset):
+        yield from sorted(_texts([*value]))
 
 
 def _named_paths(text: str, folders: Iterable[Path], without: Path) -> Iterator[Path]:

@@ -161,8 +161,14 @@ class TestFingerprint:
             {"files": ["points.csv"]},
             {"parts": {"a": {"path": "points.csv"}}},
             {"parts": {"points.csv": {"path": "?"}}},
+            {"inner": {"pair": ("points.csv", 1)}},
+            {"inner": {"path": "points.csv"}},
+            {"inner": {"several": ["points.csv"]}},
         ],
-        ids=["name", "relative", "folder", "wildcard", "list", "nested", "key"],
+        ids=[
+            *("name", "relative", "folder", "wildcard", "list", "nested", "key"),
+            *("tuple", "path", "set"),
+        ],
     )
     def test_covers_any_path_at_any_depth(self, own_folder: Path, section: dict[str, Any]) -> None:
         """By the contents: a file that was only touched or copied is the same data."""
@@ -216,6 +222,13 @@ class TestFingerprint:
         for path in (storage / "a", storage / "datasets" / "b", Path("mlflow.db"), Path(".hidden")):
             path.write_text("changes with every run")
         assert dataset_name(workload, storage) == first
+        named_like_fields = NamedFiles(NamedFiles.Data(), None)
+        before = dataset_name(named_like_fields, storage)
+        Path("source").write_text("1")
+        Path("inner").mkdir()
+        Path("inner/path").write_text("1")
+        assert dataset_name(named_like_fields, storage) == before
+        first = dataset_name(workload, storage)
         Path("points.csv").write_text("1")
         assert dataset_name(workload, storage) != first
 
@@ -247,6 +260,12 @@ class TestFingerprint:
         assert open_split(again, "train")["x"].tolist() == [10, 11, 12, 13, 14]
 
 
+class Inner(Spec):
+    pair: tuple[str, int] = ("", 0)
+    path: Path = Path()
+    several: frozenset[str] = frozenset()
+
+
 class NamedFiles(Workload):
     """A data set of the numbers in a file; its fields may name files anywhere."""
 
@@ -254,6 +273,7 @@ class NamedFiles(Workload):
         source: str = ""
         files: list[str] = []
         parts: dict[str, dict[str, str]] = {}
+        inner: Inner = Inner()
 
     def dataset(self) -> dict[str, pa.Table]:
         rows = table(x=np.loadtxt(self.data.source, dtype=np.float32, ndmin=1))
