@@ -29,7 +29,7 @@ def _in(package: str, *rooms: str) -> tuple[str, ...]:
 
 
 _CLUSTER = _in("cluster", "base", "cost", "connection")
-_RUN = (*_in("trainers", "", "data", "checkpoints", "modeling", "engine"), *_CLUSTER)
+_RUN = (*_in("trainers", "", "data", "checkpoints", "checks", "modeling", "engine"), *_CLUSTER)
 _TRIALS = (*_RUN, *_in("trainers", "tracking", "runs"))
 
 CONTRACTS = {
@@ -76,17 +76,24 @@ CONTRACTS = {
         "data sets of a workload, and batches whose order is a function of seed and position",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
-    "trainers.checkpoints": Contract(
-        "saves and loads a run's state, complete or not at all; exported models",
+    "trainers.checks": Contract(
+        "checks of what workloads return, of modes and of numbers that are not finite",
         (*_in("cluster", "base"), *_in("trainers", "")),
     ),
     "trainers.modeling": Contract(
         "makes a workload's model ready to train: parallel strategy, dropout, optimizer",
-        (*_in("cluster", "base"), *_in("trainers", "")),
+        (*_in("cluster", "base"), *_in("trainers", "", "checks")),
+    ),
+    "trainers.checkpoints": Contract(
+        "saves and loads a run's state, complete or not at all; exported models",
+        (*_in("cluster", "base"), *_in("trainers", "", "checks", "modeling")),
     ),
     "trainers.engine": Contract(
         "the training loop in one process of a group; knows neither Ray nor MLflow",
-        (*_in("cluster", "base"), *_in("trainers", "", "data", "checkpoints", "modeling")),
+        (
+            *_in("cluster", "base"),
+            *_in("trainers", "", "data", "checkpoints", "checks", "modeling"),
+        ),
     ),
     "trainers.tracking": Contract(
         "one writer to MLflow, behind an operation log on disk",
@@ -134,7 +141,7 @@ CONTRACTS = {
     ),
     "tuning.programs": Contract(
         "many trials as one program: traced, batched and compiled",
-        (*_in("cluster", "base"), *_in("trainers", "", "data", "modeling", "engine")),
+        (*_in("cluster", "base"), *_in("trainers", "", "data", "checks", "modeling", "engine")),
     ),
     "tuning.fused": Contract(
         "engines that train trials in the slots of programs, and their adapter to Ray Tune",

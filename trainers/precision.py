@@ -1,11 +1,14 @@
 """The precision of a model's weights and of its computation."""
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cluster.base.errors import SpecError
 from trainers.devices import Device
@@ -44,6 +47,77 @@ def convert_to_fp8(network: nn.Module) -> nn.Module:
 def weights_dtype(train: TrainSpec) -> torch.dtype:
     """The dtype in which weights and optimizer state are kept."""
     return torch.float64 if train.precision == "fp64" else torch.float32
+
+
+def convert_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the network's weights and buffers the precision of `dtype`, in place.
+
+    Complex tensors stay complex, with parts of that precision. What its author made more precise
+    than the other weights, such as a table of times in float64, does not lose its digits.
+    Integers stay as they are, and so do 8-bit floats, in which nothing is computed.
+    """
+    if any(is_lazy(tensor) for tensor in network.parameters()):
+        return network.to(dtype)
+    sizes: Counter[int] = Counter()
+    for weight in network.parameters():
+        if _computes(weight):
+            sizes[weight.dtype.to_real().itemsize] += weight.numel()
+    usual = sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype().itemsize
+    # Tensors that modules share are here once.
+    for tensor in (*network.parameters(), *network.buffers()):
+        size = tensor.dtype.to_real().itemsize if _computes(tensor) else 0
+        if size and (size <= usual or size < dtype.itemsize):
+            kind = dtype.to_complex() if tensor.is_complex() else dtype
+            if tensor.dtype != kind:
+                tensor.data = tensor.data.to(kind)
+        if tensor.is_conj():  # a lazy conjugate has no view as pairs
+            tensor.data = tensor.data.resolve_conj()
+    return network
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor [...] as its pairs of real numbers [..., 2], a view; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+@contextmanager
+def complex_as_pairs(network: nn.Module) -> Iterator[None]:
+    """In here the state dict of the network has pairs of float64 in place of complex128.
+
+    Safetensors has no name for the latter.
+    """
+    doubles = {name for name, t in network.state_dict().items() if t.dtype == torch.complex128}
+
+    def to_pairs(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        state |= {name: as_real(state[name]) for name in doubles}
+
+    def from_pairs(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        state |= {name: torch.view_as_complex(state[name]) for name in doubles & state.keys()}
+
+    hooks = [
+        network.register_state_dict_post_hook(to_pairs),  # type: ignore[no-untyped-call]
+        network.register_load_state_dict_pre_hook(from_pairs),  # type: ignore[no-untyped-call]
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _computes(tensor: Tensor) -> bool:
+    """Whether a tensor has real or complex numbers in a precision that is computed in."""
+    return tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
+
+
+def column_dtype(column: torch.dtype, weights: torch.dtype) -> torch.dtype:
+    """The dtype in which a column comes in batches, for weights of a dtype.
+
+    Its own, or a wider one: a floating-point or complex column is never narrower than the weights.
+    """
+    if column.is_floating_point or column.is_complex:
+        return torch.promote_types(column, weights)
+    return column
 
 
 @contextmanager

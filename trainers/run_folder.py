@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -24,20 +24,71 @@ SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.l
 CHECKPOINTS, TRACKING, LEDGER = "checkpoints", "track", "ledger.jsonl"
 TRIALS = "trials"
 """The folder in a sweep's folder that holds its trials' folders."""
+RESUMABLE = ("train", "sweep")
+Kind = Literal["train", "sweep", "plan", "scaling"]
+"""What a folder is of: the verb that made it."""
+KIND_BY_FILE: dict[str, Kind] = {
+    **dict.fromkeys((TRIALS, "tune", "journal.jsonl"), "sweep"),
+    "probes.json": "plan",
+    "scaling.png": "scaling",
+}
 
 
-def create_run_folder(storage: Path, name: str, data: Mapping[str, Any]) -> Path:
-    """Create the folder of a new run or sweep, with its spec and its environment."""
+def create_run_folder(
+    storage: Path, name: str, data: Mapping[str, Any], kind: Kind = "train"
+) -> Path:
+    """Create the folder of a new run or sweep, with its spec and its environment.
+
+    Raises SpecError if there is one of that name.
+    """
     folder = storage / name
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise SpecError(f"--name {name}: {folder} already exists") from None
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise name_taken_error(folder) from None
     except OSError as error:
         raise SpecError(f"storage: cannot create {folder}: {error.strerror}") from None
     write_yaml(data, folder / SPEC)
-    write_atomic(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
+    write_environment(folder, kind)
     return folder
+
+
+def write_environment(folder: Path, kind: Kind) -> None:
+    """Write what a folder is of, and the versions of everything."""
+    write_atomic(folder / ENVIRONMENT, json.dumps({"kind": kind, **environment()}, indent=1))
+
+
+def name_taken_error(folder: Path) -> SpecError:
+    """The error for the name of a folder that exists, and what to do."""
+    taken = f"--name {folder.name}: {folder} already exists"
+    if not (folder / SPEC).is_file():
+        return SpecError(f"{taken}, and is no run")
+    verb = folder_kind(folder)
+    ways = [f"heliostat {verb} --resume {folder.name} continues it"] if verb in RESUMABLE else []
+    return SpecError(f"{taken}; {', '.join([*ways, f'heliostat remove {folder.name} removes it'])}")
+
+
+def folder_kind(folder: Path) -> Kind:
+    """What a folder is of: by its files, or where it has none yet, as its environment says."""
+    for file, kind in KIND_BY_FILE.items():
+        if (folder / file).exists():
+            return kind
+    try:
+        written: Kind = json.loads((folder / ENVIRONMENT).read_text()).get("kind", "train")
+    except (OSError, ValueError):  # a start that was killed
+        return "train"
+    return written
+
+
+def require_kind(folder: Path, kind: Kind) -> None:
+    """Raise SpecError if a folder that is to be resumed by one verb is of another."""
+    found = folder_kind(folder)
+    if found == kind:
+        return
+    what = {"train": "a single run", "sweep": "a sweep", "plan": "a plan"}
+    advice = f"; use heliostat {found} --resume" if found in RESUMABLE else ""
+    raise SpecError(f"--resume {folder.name}: is {what.get(found, 'a scaling study')}{advice}")
 
 
 def unique_name(stem: str) -> str:
@@ -66,6 +117,13 @@ def locked(folder: Path) -> Iterator[None]:
 def display_path(path: Path) -> str:
     """A path relative to the working folder, if it is inside."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def display_place(place: str | None) -> str:
+    """A path, as `display_path` has it, or a URI; none without one."""
+    if place is None:
+        return "none"
+    return place if "://" in place else display_path(Path(place))
 
 
 def environment() -> dict[str, Any]:

@@ -58,6 +58,14 @@ class Worker:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each worker, by rank, on all workers. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Block until all workers have called this. Collective."""
         if self.world_size > 1:

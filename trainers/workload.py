@@ -1,13 +1,16 @@
 """The contract of a workload: a data set, a model and a loss. It needs neither Ray nor MLflow."""
 
 import importlib
+import random
 import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import AfterValidator, model_validator
@@ -15,10 +18,14 @@ from torch import Tensor, nn
 
 from cluster.base.config import Spec, did_you_mean
 from cluster.base.errors import SpecError
-from trainers.counter_rng import SampleRandom
+from trainers.counter_rng import SampleRandom, random_state_kept
 
 Batch = dict[str, Tensor]
-"""Columns of the data set by name, each [B, ...] in the column's own dtype."""
+"""Columns of the data set by name, each [B, ...] with the numbers that the column holds.
+
+In the column's own dtype, but floating-point and complex ones at least as wide as the weights. The
+model may be called with wider ones, such as float64: it converts its inputs to its weights' dtype.
+"""
 
 SHIPPED_WORKLOADS = {
     "dynamics": "trainers.workloads.dynamics.workload:Dynamics",
@@ -73,14 +80,16 @@ class Workload(ABC):
         """Build the splits `train`, `val` and, optionally, `test`, which no trial of a sweep sees.
 
         A column holds numbers, with the same shape in all rows; `trainers.table` makes such tables
-        from numpy arrays. Called once, on one machine; the result is kept as Parquet files.
+        from numpy arrays. Called once, on one machine; the result is kept as Parquet files. It is
+        called again when the code changes, a version of a package that the code imports, a field
+        of `data`, or a file or folder that a field of `data` names.
         """
 
     def made_with(self) -> dict[str, str]:
-        """Versions of packages that the data set depends on: {name: version}.
+        """Versions of other things that the data set depends on: {name: version}.
 
-        Another version makes another data set, as do changed code, fields and files. The manifest
-        lists the versions.
+        Another version makes another data set. Packages that a workload's own modules import are
+        known without it. The manifest lists all versions.
         """
         return {}
 
@@ -101,13 +110,17 @@ class Workload(ABC):
         """The loss of each sample [B]; training minimises the mean."""
 
     def metrics(self, output: Any, batch: Batch) -> dict[str, Tensor]:
-        """Metrics of each sample, [B] each; evaluation takes the mean over a split."""
+        """Metrics of each sample, [B] each; evaluation takes the mean over a split.
+
+        Every batch has the same names, of which `loss` is taken.
+        """
         return {}
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """A split's reported metrics, from the means of `metrics` and of the loss, as `loss`.
 
-        For metrics that are not means over samples: a ratio of means, a root, an exponential.
+        For metrics that are not means over samples: a ratio of means, a root, an exponential. Each
+        is one real number of any kind; `loss`, if it is among them, stays as it is.
         """
         return means
 
@@ -194,7 +207,7 @@ def load_workload(name: str) -> type[Workload]:
     if name not in SHIPPED_WORKLOADS and folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
+        module = _imported(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0] and error.name != module_name:
             raise SpecError(f"workload: {module_name} cannot be imported: {error}") from error
@@ -216,6 +229,17 @@ def load_workload(name: str) -> type[Workload]:
     return workload
 
 
+def _imported(name: str) -> ModuleType:
+    """A module, whose random numbers at its import are the same in every process."""
+    if name in sys.modules:
+        return importlib.import_module(name)
+    with random_state_kept():
+        torch.default_generator.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        return importlib.import_module(name)
+
+
 def _is_workload(found: Any) -> bool:
     return isinstance(found, type) and issubclass(found, Workload) and found is not Workload
 
@@ -232,5 +256,10 @@ def _import_error_location(error: Exception) -> str:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's weights, and so of its floating-point inputs."""
-    return next(model.parameters()).dtype
+    """The dtype of a model's weights, and so of its floating-point inputs; never a complex one.
+
+    PyTorch's default for a model without weights.
+    """
+    kinds = (weight.dtype for weight in model.parameters())
+    found = next((kind for kind in kinds if kind.is_floating_point or kind.is_complex), None)
+    return found.to_real() if found is not None else torch.get_default_dtype()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.base.config import apply_overrides, read_yaml
+from cluster.base.config import apply_overrides, read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from trainers.data.dataset import prepare_dataset
-from trainers.run_folder import SPEC, create_run_folder, find_run_folder, unique_name
+from trainers.run_folder import SPEC, find_run_folder, locked, require_kind, unique_name
 from trainers.runs import run
 from trainers.spec import resolve
 from trainers.tracking import mlflow_run
@@ -47,21 +47,25 @@ def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
     data = run.resolved_data(spec)
     spec, workload = resolve(data, SweepRunSpec)
     dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
-    folder = create_run_folder(Path(spec.storage), sweep_name or unique_name(f"{stem}-sweep"), data)
+    name = sweep_name or unique_name(f"{stem}-sweep")
+    folder = run.claim_folder(Path(spec.storage), name, data, "sweep")
     return Sweep(data, spec.sweep, dataset, folder)
 
 
 def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sweep:
     """An interrupted sweep, to be continued. Only its budget and prices can be changed."""
     folder = find_run_folder(name, storage)
+    require_kind(folder, "sweep")
     for assignment in overrides:
         if assignment.partition(".")[0] not in ("budget", "cost"):
             raise SpecError(f"--set {assignment}: cannot change in a sweep that has begun")
     data = apply_overrides(read_yaml(folder / SPEC), overrides)
-    if "sweep" not in data:
-        raise SpecError(f"--resume {name}: is a single run; use heliostat train --resume")
     spec, workload = resolve(data, SweepRunSpec)
     dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
+    if overrides:
+        run.refuse_secrets(data)
+        with locked(folder):
+            write_yaml(data, folder / SPEC)
     return Sweep(data, spec.sweep, dataset, folder)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from ray import tune
 
 from cluster.base.files import write_atomic
-from trainers.data.splits import count_samples
 from trainers.engine.stall_files import STALLS
 from trainers.runs.ray_train import resources_per_worker
 from trainers.runs.stalls import last_stall
@@ -23,7 +22,14 @@ from tuning.trials.mlflow_descriptions import trial_description
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepRunSpec
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, run_trial
+from tuning.trials.trial import (
+    ENDED_FILE,
+    FAILED_FILE,
+    JOURNAL_FILE,
+    OUTAGE_FILE,
+    Sweep,
+    run_trial,
+)
 
 TUNE_FOLDER = "tune"
 
@@ -100,7 +106,7 @@ def trial_folder_name(trial: Any) -> str:
 
 def epochs_per_trial(sweep: Sweep, spec: SweepRunSpec) -> float:
     """Epochs of a trial that no scheduler stops."""
-    samples = count_samples(sweep.dataset, "train")
+    samples = sweep.samples
     return spec.train.total_steps(samples) * spec.train.global_batch / samples
 
 
@@ -201,9 +207,11 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
         self._notify("error", trial)
 
     def _failure_reason(self, number: int) -> str:
-        """The error of the trial's process, else its last stall, else that the process was lost."""
+        """The error of the trial's process, its last outage or stall, else that it was lost."""
         folder = self._sweep.trial_folder(number)
         if (folder / FAILED_FILE).exists():
             return (folder / FAILED_FILE).read_text()
+        if (folder / OUTAGE_FILE).exists():
+            return f"{(folder / OUTAGE_FILE).read_text()}; it failed too often (scale.max_restarts)"
         stall = last_stall(folder / STALLS) or last_stall(self._sweep.folder / STALLS)  # engines'
         return str(stall) if stall else "its worker was lost too often"

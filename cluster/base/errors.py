@@ -29,3 +29,6 @@ class CheckpointError(HeliostatError):
 
 class TrainingError(HeliostatError):
     """Training failed for a reason that a retry would not change."""
+
+    traceback = ""
+    """The traceback of the exception of the user's code that ended it, for the log."""

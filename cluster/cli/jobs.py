@@ -117,7 +117,7 @@ def jobs_command(args: argparse.Namespace) -> int:
         table.add_column(column, overflow="fold")
     for job in jobs:
         started = time.strftime("%m-%d %H:%M", time.localtime(job.started_s))
-        took = _format_duration((job.ended_s or time.time()) - job.started_s)
+        took = _format_duration(max(0.0, (job.ended_s or time.time()) - job.started_s))
         row = (started, took, str(job.attempt - 1), " ".join(job.argv))
         table.add_row(job.name, _state_text(job), *row)
     Console(highlight=False).print(table if jobs else "no jobs")

@@ -1,8 +1,11 @@
 """A committed folder is complete, in a local folder and at a URI."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +134,22 @@ def test_checkpoints_at_a_uri_are_found_by_their_folder(tmp_path: Path) -> None:
     assert other.weight.equal(network.weight)
 
 
+def test_a_damaged_copy_is_no_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that had not reached the disk when the machine lost its power."""
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "cache")
+    network = nn.Linear(2, 3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointSpec(uri=f"file://{tmp_path}/b"))
+    checkpoints.save(1, network, torch.optim.SGD(network.parameters()))
+    checkpoints.wait()
+    (state,) = (tmp_path / "cache").glob("*/step-00000001/*.safetensors")
+    state.write_bytes(bytes(state.stat().st_size))
+    newest = Checkpoints(tmp_path / "checkpoints").latest()
+    assert newest is not None
+    load_model_weights(newest, network)
+
+
 def test_a_damaged_one_at_a_uri_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,3 +165,142 @@ def test_a_damaged_one_at_a_uri_is_passed_over(
     assert newest is not None
     assert newest.name == "step-00000001"
     assert "state-00000.safetensors is truncated; passed over" in caplog.text
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_one(
+    open_store: Open, tmp_path: Path
+) -> None:
+    """Here and at the URI, whichever step the next save is of."""
+    build(open_store(), "step-7", a="half")
+    store = open_store()
+    build(store, "step-9", a="whole")
+    store.commit("step-9")
+    assert list(tmp_path.rglob("*step-7*")) == []
+    assert content(open_store(), "step-9") == {"a": "whole"}
+
+
+def test_other_folders_at_a_uri_are_left_alone(tmp_path: Path, open_store: Open) -> None:
+    """Such as a data set that another machine is uploading."""
+    (tmp_path / "place" / "run" / "spirals-0123").mkdir(parents=True)
+    (tmp_path / "place" / "run" / "spirals-0123" / "train.parquet").write_text("half")
+    build(RemoteStore(f"file://{tmp_path}/place", "run"), "step-1", a="1")
+    assert (tmp_path / "place" / "run" / "spirals-0123" / "train.parquet").exists()
+
+
+def test_steps_are_sorted_as_numbers(open_store: Open) -> None:
+    store = open_store()
+    for name in ("step-100000000", "step-99999999"):
+        build(store, name, a="1")
+        store.commit(name)
+    assert store.names() == ["step-99999999", "step-100000000"]
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteStore:
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "cache")
+    return RemoteStore(f"file://{tmp_path}/place", "run")
+
+
+def write(store: RemoteStore, name: str, **files: str) -> None:
+    """Write and commit a folder with a manifest as checkpoints have it."""
+    store.start_write(name)
+    entries = {}
+    for file, text in files.items():
+        (store.staging_dir(name) / file).write_text(text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        entries[file] = {"bytes": len(text), "sha256": digest}
+        store.upload(name, file)
+    (store.staging_dir(name) / MANIFEST).write_text(json.dumps({"files": entries}))
+    store.commit(name)
+
+
+def copies(tmp_path: Path) -> list[str]:
+    """The checkpoints of which this machine has a copy, whole or not."""
+    return sorted(path.name for path in (tmp_path / "cache").glob("*/*") if path.is_dir())
+
+
+def test_what_was_just_written_is_not_downloaded(
+    remote: RemoteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a restart on the same machine; older copies make room."""
+    for step in (1, 2, 3):
+        write(remote, f"step-{step}", a=str(step))
+    assert copies(tmp_path) == ["step-3"]
+    opened = opened_files(monkeypatch)
+    assert (remote.download("step-3") / "a").read_text() == "3"
+    assert opened == [MANIFEST]
+    remote.remove("step-3")
+    assert copies(tmp_path) == []
+
+
+def test_a_machine_downloads_the_files_of_others_only(
+    remote: RemoteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint that two machines wrote: this one wrote `a`, and did not commit it."""
+    write(remote, "step-1", a="mine", b="theirs")
+    (copy,) = (tmp_path / "cache").glob("*/step-1")
+    (copy / "b").unlink()
+    (copy / MANIFEST).unlink()
+    copy.rename(copy.with_name(".step-1"))
+    fetched = opened_files(monkeypatch)
+    path = remote.download("step-1")
+    assert ((path / "a").read_text(), (path / "b").read_text()) == ("mine", "theirs")
+    assert fetched == [MANIFEST, "b"]
+
+
+def test_a_damaged_copy_is_downloaded_again(
+    remote: RemoteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(remote, "step-1", a="mine", b="mine too")
+    (copy,) = (tmp_path / "cache").glob("*/step-1")
+    (copy / "b").unlink()
+    (copy / "a").write_text("evil")
+    path = remote.download("step-1")
+    assert ((path / "a").read_text(), (path / "b").read_text()) == ("mine", "mine too")
+
+
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read at a URI from now on."""
+    opened: list[str] = []
+    read = RemoteStore._open
+
+    def noted(self: RemoteStore, name: str, file: str) -> Any:
+        opened.append(file)
+        return read(self, name, file)
+
+    monkeypatch.setattr(RemoteStore, "_open", noted)
+    return opened
+
+
+def test_a_machine_keeps_one_fetched_checkpoint(
+    remote: RemoteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine, which only reads, and whose last download was killed."""
+    for step in (1, 2, 3):
+        write(remote, f"step-{step}", a=str(step))
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "other" / "cache")
+    other = RemoteStore(f"file://{tmp_path}/place", "run")
+    for step in (1, 2, 3):
+        path = other.download(f"step-{step}")
+        path.with_name(".fetch-0123").mkdir()
+    assert copies(tmp_path / "other") == [".fetch-0123", "step-3"]
+    shutil.rmtree(path)
+    other.download("step-3")
+    assert copies(tmp_path / "other") == ["step-3"]
+
+
+def test_data_sets_of_several_runs_are_all_kept(remote: RemoteStore, tmp_path: Path) -> None:
+    for name in ("spirals-1", "spirals-2"):
+        write(remote, name, a=name)
+        remote.download(name)
+    assert copies(tmp_path) == ["spirals-1", "spirals-2"]
+
+
+def test_an_emptied_store_has_nothing_anywhere(remote: RemoteStore, tmp_path: Path) -> None:
+    write(remote, "step-1", a="1")
+    other = RemoteStore(f"file://{tmp_path}/place", "other")
+    write(other, "step-1", a="other")
+    remote.clear()
+    remote.clear()
+    assert (remote.names(), other.names()) == ([], ["step-1"])
+    assert len(copies(tmp_path)) == 1

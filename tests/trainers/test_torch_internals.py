@@ -5,6 +5,8 @@ A test that fails says which part another release has changed; what to do is wri
 
 import json
 import logging
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.nn.parallel import DistributedDataParallel
 
 from trainers import torch_internals
 
@@ -69,16 +70,31 @@ def test_optimizers_without_guards_are_pytorchs_own(
     assert networks[0].bias.equal(networks[1].bias)
 
 
-def test_fake_tensors_have_shapes_and_gradients_and_mix_with_real_ones() -> None:
-    real = torch.ones(3)
-    with torch_internals.fake_tensor_mode():
-        weight = nn.Parameter(torch.empty(1_000_000, 3_000_000))
-        loss = (weight[:, :3] * real).sum()
-        loss.backward()
-        assert weight.grad is not None, "FakeTensorMode: no gradients"
-        assert weight.grad.shape == weight.shape
-        with pytest.raises(Exception, match=r"_local_scalar_dense"):
-            loss.item()
+def test_operations_are_noted_with_those_of_the_backward_pass() -> None:
+    seen: list[Any] = []
+    x, weight = torch.ones(2, 3), torch.ones(3, 5, requires_grad=True)
+    with torch_internals.noting_operations(lambda *each: seen.append(each)):
+        torch.mm(x, weight).sum().backward()
+    products = [each for each in seen if each[0] is torch.ops.aten.mm]
+    assert len(products) == 2, "TorchDispatchMode: other operations"
+    (_, inputs, result), _ = products
+    assert inputs[1] is weight, "TorchDispatchMode: other tensors"
+    assert result.shape == (2, 5)
+
+
+def test_noting_operations_does_not_import_dynamo() -> None:
+    code = (
+        "import sys, torch; from trainers.torch_internals import noting_operations\n"
+        "with noting_operations(lambda *_: None): torch.ones(2, 2) @ torch.ones(2)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_formulas_get_shapes_and_the_result_as_out_val() -> None:
+    formula = torch_internals.flop_formulas()[torch.ops.aten.mm]
+    x, weight = torch.ones(2, 3), torch.ones(3, 5)
+    assert formula(x, weight, out_val=x @ weight) == 2 * 2 * 3 * 5, "flop_registry: other formulas"
 
 
 def test_the_time_of_compiling_is_counted() -> None:
@@ -108,16 +124,17 @@ class Half(nn.Module):
         return self.used(x)
 
 
-def test_ddp_tells_of_a_missing_gradient_in_these_words(tmp_path: Path) -> None:
+def test_unused_parameters_of_a_sharded_model_are_noted(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(Half())
-        model(torch.ones(1, 2)).sum().backward()
-        with pytest.raises(RuntimeError) as caught:
-            model(torch.ones(1, 2))
+        model = Half()
+        fully_shard(model).set_reduce_scatter_unused_params(True)
+        with torch_internals.noting_used_shards() as (used, unused):
+            model(torch.ones(1, 2)).sum().backward()
+        assert used == {model.used.weight, model.used.bias}, "FSDPParam: other gradients"
+        assert unused == {model.idle.weight, model.idle.bias}, "FSDPParam: other zeros"
+        assert all(weight.grad is not None for weight in model.parameters())
     finally:
         dist.destroy_process_group()
-    assert torch_internals.is_unfinished_reduction(caught.value), (
-        f"DistributedDataParallel: another message: {caught.value}"
-    )
-    assert not torch_internals.is_unfinished_reduction(RuntimeError("another"))

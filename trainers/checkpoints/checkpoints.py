@@ -8,11 +8,12 @@ weight decay are not in it: they are a function of the spec and the step.
 
 import concurrent.futures
 import contextlib
+import datetime
 import errno
-import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,17 +25,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster.base.errors import CheckpointError, SpecError
-from cluster.base.files import write_atomic
 from trainers.checkpoints import shards
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
-from trainers.checkpoints.state import collect_state, load_checkpoint
+from trainers.checkpoints.place import current_store, store_at
+from trainers.checkpoints.ranking import best_checkpoints
+from trainers.checkpoints.state import check_model_state, collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import CheckpointSpec
-from trainers.stores import LocalStore, RemoteStore, Store
+from trainers.stores import MANIFEST, Store, external_wait, step_of
 from trainers.worker import Worker
 
+NAME = re.compile(r"step-\d{8,}")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+SAVE_TIMEOUT = datetime.timedelta(days=1)
+"""How long workers wait for another one's files. The loss of that worker ends it sooner."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +50,28 @@ class Checkpoints:
     def __init__(
         self, folder: Path, spec: CheckpointSpec | None = None, worker: Worker | None = None
     ) -> None:
-        """The checkpoints in `folder`, or at `spec.uri` under the folder's name; collective.
+        """The checkpoints of `folder`; collective.
 
-        A folder whose checkpoints are at a URI holds a file with that URI. `spec` is needed for
-        saving only.
+        With a `spec`, which is needed for saving only, they are where it says (`store_at`).
+        Otherwise they are where they are.
         """
         self._spec = spec or CheckpointSpec()
         self._worker = worker or Worker()
-        self._store = _open_store(folder, self._spec.uri, self._worker)
-        self._group = dist.new_group(backend="gloo") if self._worker.world_size > 1 else None
+        self._store: Store = (
+            store_at(folder, spec.uri, moves=self._worker.is_rank_zero)
+            if spec
+            else current_store(folder)
+        )
+        self._group = None
+        if self._worker.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
         self._writing: concurrent.futures.Future[None] | None = None
+        self.taken: str | None = None
+        """What `resume` took from another run's checkpoint, in a line; None if it was this run's.
+        """
+        self.resumed_metrics: dict[str, float] = {}
+        """The evaluation that was saved with the checkpoint from which `resume` went on."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -82,15 +98,16 @@ class Checkpoints:
         gets its name. Waits for the save before this one, and raises its error. Collective.
         """
         self.wait()
-        copies = self._stage(
-            collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
-        )
+        state = collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
+        copies = self._stage(state.tensors)
         self._worker.hardware.synchronize()
         manifest = {
             "step": step,
             "optimizer": type(optimizer).__name__,
             "numbers": dict(scalars or {}),
-            "metrics": dict(metrics or {}),
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "buffers": state.buffers,
+            "extra": state.extra,
         }
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = writer.submit(self._write, manifest, copies, before_commit)
@@ -100,7 +117,8 @@ class Checkpoints:
         """Block until the save under way is on disk; raises its error."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            with external_wait():
+                writing.result()
 
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -108,30 +126,54 @@ class Checkpoints:
         """Load the latest checkpoint that is intact; returns its step and scalars. Collective.
 
         Any number of workers may have written it, in any parallel mode. (0, {}) without one.
+        Raises TrainingError if the model has a state that `save` cannot write.
         """
-        name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
-        if name is None:
-            return 0, {}
-        return load_checkpoint(self._store.download(name), model, optimizer, self._group)
+        check_model_state(model)
+        with external_wait():
+            name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
+            if name is None:
+                return 0, {}
+            path = self._store.download(name)
+            self.resumed_metrics = json.loads((path / MANIFEST).read_text()).get("metrics", {})
+            return load_checkpoint(path, model, optimizer, self._group, self._note_taken)
 
-    def import_from(self, path: Path) -> None:
-        """Copy another run's checkpoint into this run; not collective.
+    def _note_taken(self, line: str) -> None:
+        self.taken = line
 
-        What the donor's meter has counted is not copied.
+    def import_from(self, path: Path) -> str:
+        """Copy another run's checkpoint into this run; returns its name. Not collective.
+
+        What the donor's meter has counted, and its evaluation, are not copied. This run may train
+        other parts of the model, see `load_checkpoint`.
         """
         manifest = read_manifest(path)
         name = _name(manifest)
         scalars = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
-        self._store.start_write(name)
-        for file in manifest["files"]:
-            shutil.copy(path / file, self._store.staging_dir(name))
-            self._store.upload(name, file)
-        write_manifest(self._store.staging_dir(name), {**manifest, "numbers": scalars})
-        self._store.commit(name)
+        with external_wait():
+            self._store.start_write(name)
+            for file in manifest["files"]:
+                shutil.copy(path / file, self._store.staging_dir(name))
+                self._store.upload(name, file)
+            content = {**manifest, "numbers": scalars, "metrics": {}, "from": _described(path)}
+            write_manifest(self._store.staging_dir(name), content)
+            self._store.commit(name)
+        return name
+
+    def replace_by(self, path: Path) -> None:
+        """Make another run's checkpoint the only one of this run; not collective."""
+        imported = self.import_from(path)
+        for name in self._names():
+            if name != imported:
+                self._store.remove(name)
+
+    def forget_copies(self) -> None:
+        """Delete what this machine keeps of checkpoints that are at a URI; not collective."""
+        self._store.forget_copies()
 
     def latest(self) -> Path | None:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
-        return next(filter(None, map(self._validated, reversed(self._store.names()))), None)
+        with external_wait():
+            return next(filter(None, map(self._validated, reversed(self._names()))), None)
 
     def _write(
         self,
@@ -176,34 +218,49 @@ class Checkpoints:
     def _run_on_rank_zero(self, action: Callable[[], Any]) -> Any:
         return run_on_rank_zero(action, self._worker.rank, self._group)
 
+    def _names(self) -> list[str]:
+        """The names of all checkpoints, by step."""
+        return sorted(filter(NAME.fullmatch, self._store.names()), key=step_of)
+
     def _apply_retention(self) -> None:
         """Remove all but the latest checkpoints and the best by the spec's metric."""
-        names = self._store.names()
+        names = self._names()
         kept = set(names[-self._spec.keep :])
         if self._spec.keep_best:
-            scores = {name: self._score(name) for name in names}
-            kept |= set(sorted(names, key=lambda name: scores[name])[: self._spec.keep_best])
+            metrics = {
+                name: json.loads(self._store.read_manifest(name))["metrics"] for name in names
+            }
+            kept |= set(best_checkpoints(self._spec, metrics))
         for name in names:
             if name not in kept:
                 self._store.remove(name)
 
-    def _score(self, name: str) -> float:
-        """Smaller is better; infinite for a checkpoint that was not evaluated."""
-        manifest = json.loads(self._store.read_manifest(name))
-        value = manifest["metrics"].get(self._spec.metric, math.inf)
-        return -value if self._spec.mode == "max" and value != math.inf else float(value)
-
     def _validated(self, name: str) -> Path | None:
-        """The checkpoint if it is intact. A damaged one is None with a warning, as is none."""
-        if name not in self._store.names():
+        """The checkpoint if it is intact. A damaged one is None with a warning, as is none.
+
+        Raises the OSError of a store that does not answer: training would begin with another one.
+        """
+        if name not in self._names():
             return None
         try:
-            path = self._store.download(name)
-            read_manifest(path)
+            return self._read_whole(name)
         except (CheckpointError, OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, CheckpointError) else error
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise
             reason = str(error) if isinstance(error, CheckpointError) else f"{name}: {error}"
             logger.warning("%s; passed over", reason)
             return None
+
+    def _read_whole(self, name: str) -> Path:
+        """Read a checkpoint to check it; raises CheckpointError if it is damaged."""
+        path = self._store.download(name)
+        try:
+            read_manifest(path)
+        except CheckpointError:
+            if not self._store.forget_copies():
+                raise
+            read_manifest(self._store.download(name))
         return path
 
 
@@ -211,20 +268,9 @@ def _name(manifest: Mapping[str, Any]) -> str:
     return f"step-{manifest['step']:08d}"
 
 
-def _open_store(folder: Path, uri: str | None, worker: Worker) -> Store:
-    pointer = folder / "elsewhere.json"
-    if uri is None and not pointer.exists():
-        return LocalStore(folder)
-    if uri is None:
-        where = json.loads(pointer.read_text())
-        return RemoteStore(where["uri"], where["name"])
-    # The name must be the run's own, and the same at every start.
-    name = f"{folder.parent.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    store = RemoteStore(uri, name, writable=worker.is_rank_zero)
-    if worker.is_rank_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(pointer, json.dumps({"uri": uri, "name": name}))
-    return store
+def _described(checkpoint: Path) -> str:
+    """A checkpoint as users know it: its run, and its step."""
+    return f"{checkpoint.parents[1].name}, step {step_of(checkpoint.name)}"
 
 
 def save_interval_s(save_s: float, failure_every_s: float) -> float:

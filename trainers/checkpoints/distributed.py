@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -22,8 +23,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from trainers.checkpoints.buffers import fill, is_expanded
 from trainers.checkpoints.shards import save_shards, shard_file
 from trainers.torch_internals import quiet_checkpoint_log
+from trainers.worker import is_distributed
 
 quiet_checkpoint_log()
 
@@ -41,7 +44,31 @@ def read(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup) ->
 
     Values are converted to the dtypes of the tensors in `state`.
     """
-    load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    # Those that cannot be written in place are read beside it.
+    beside = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for name, tensor in state.items()
+        if not is_distributed(tensor) and (is_expanded(tensor) or tensor.is_conj())
+    }
+    targets = {name: _in_storage(beside.get(name, tensor)) for name, tensor in state.items()}
+    load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+    for name, values in beside.items():
+        fill(state[name], values)
+
+
+def _in_storage(tensor: Tensor) -> Tensor:
+    """A complex tensor as the [..., 2] real numbers that `shards.storable` makes of it."""
+    if not tensor.is_complex():
+        return tensor
+    if not is_distributed(tensor):
+        return torch.view_as_real(tensor.detach())
+    from torch.distributed.tensor import DTensor
+
+    parts = torch.view_as_real(tensor.to_local().detach())
+    shape, stride = (*tensor.shape, 2), (*(2 * step for step in tensor.stride()), 1)
+    return DTensor.from_local(
+        parts, tensor.device_mesh, tensor.placements, shape=torch.Size(shape), stride=stride
+    )
 
 
 def stage_with(pinned: bool) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -1,81 +1,151 @@
 """Trained models that others can load: weights as safetensors, and the spec of the network.
 
 An exported model is a folder with `model.safetensors`, `spec.yaml` (the spec's sections
-`workload`, `data` and `model`), `signature.json` (dtypes and shapes), `example.safetensors` (an
-input and its output) and, for a user's own workload, its source under `code/`. In MLflow it is a
+`workload`, `data` and `model`, and what of `train` decides how the network is built),
+`signature.json` (dtypes and shapes), `example.safetensors` (an input and its output) and, for a
+user's own workload, its source and the files that it reads under `code/`. In MLflow it is a
 `pyfunc` model. It holds no pickle, and no pickle is ever read.
 """
 
-import contextlib
-import inspect
 import json
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_file
-from safetensors.torch import save_model as save_weights
 from torch import nn
 
 from cluster.base.config import read_yaml, validate, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
-from trainers.checkpoints.state import load_model_weights
+from trainers.checkpoints.buffers import saved_buffers
+from trainers.checkpoints.manifest import is_pickle
+from trainers.checkpoints.shards import COMPLEX_KEY, SavedTensor, saved_tensors, storable
+from trainers.checkpoints.state import MODEL_PREFIX, SavedState, load_model_weights, model_state
+from trainers.checkpoints.user_code import UserCode, importing_from
+from trainers.counter_rng import random_state_kept
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
-from trainers.precision import weights_dtype
 from trainers.run_folder import MODEL
-from trainers.spec import RunSpec
+from trainers.spec import RunSpec, TrainSpec
 from trainers.workload import SHIPPED_WORKLOADS, Workload, load_workload, model_dtype
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
-PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
-PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+STATE_KEY = "HELIOSTAT_STATE"
+"""Key of the metadata of the weights: the model's buffers and extra state, as in a checkpoint."""
+BUILT_WITH = ("seed", "precision", "channels_last")
+"""Fields of the spec's section `train` on which the network, as built, depends."""
+MAX_FILES = 100
+"""How many files of the user's an exported model may need to be loaded."""
 
 
-def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> None:
+def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> list[str]:
     """Export the model of a checkpoint to `folder`, replacing what was there.
 
-    Raises CheckpointError if the checkpoint holds a pickle.
+    Returns lines on what it needs where it is loaded, or lacks, and cannot have with it. Raises
+    CheckpointError if the checkpoint holds a pickle.
     """
     refuse_pickles(checkpoint)
-    network = workload.build().to(weights_dtype(spec.train))
+    from trainers.modeling.build import build_network
+
+    with random_state_kept():
+        network = build_network(spec.train, workload)
     load_model_weights(checkpoint, network)
     building = folder.with_name(f".{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_weights(network, str(building / WEIGHTS))
+    _save_state(network, building)
     sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
-    if spec.workload not in SHIPPED_WORKLOADS:  # the class, not the name that the spec has for it
+    sections["train"] = spec.train.model_dump(mode="json", include=set(BUILT_WITH))
+    own = spec.workload not in SHIPPED_WORKLOADS
+    if own:  # the class, not the name that the spec has for it
         sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
-    write_yaml(sections, building / SPEC)
-    tensors = _example(workload, network)
+    tensors, notes = _example(workload, network)
     (building / SIGNATURE).write_text(json.dumps(_signature(tensors)))
     if tensors:
         save_file(tensors, building / EXAMPLE)
-    if spec.workload not in SHIPPED_WORKLOADS:
-        _copy_code(type(workload), building / CODE)
+    write_yaml(sections, building / SPEC)
+    if own:
+        del network  # to load it takes its memory again
+        notes += _add_code(building, sections, UserCode(type(workload)))
     shutil.rmtree(folder, ignore_errors=True)
     commit_folder(building, folder)
+    return notes
 
 
-def _example(workload: Workload, network: nn.Module) -> dict[str, torch.Tensor]:
-    """The workload's example as `input`, and the network's `output` for it, if they are tensors."""
-    example = workload.example()
-    if not isinstance(example, torch.Tensor):
-        return {}
-    network.eval()
-    with torch.inference_mode():
-        example = example.to(model_dtype(network) if example.is_floating_point() else None)
-        output = network(example)
-    tensors = {"input": example, "output": output}
-    return {k: v.contiguous() for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+def _save_state(network: nn.Module, folder: Path) -> None:
+    """Write the network's tensors, with the rest of its state in the file's metadata."""
+    state, extra = model_state(network)
+    named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
+    tensors, complex_names = storable(named)
+    rest = {"buffers": list(saved_buffers(network)), "extra": extra}
+    metadata = {STATE_KEY: json.dumps(rest), COMPLEX_KEY: json.dumps(complex_names)}
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+
+
+def _load_state(network: nn.Module, path: Path) -> None:
+    """Load what `_save_state` wrote, or what an earlier release wrote."""
+    with safe_open(path, framework="pt") as file:
+        rest = json.loads((file.metadata() or {}).get(STATE_KEY, "null"))
+    if rest is None:
+        load_weights(network, str(path))
+    else:
+        SavedState(path, rest["buffers"], rest["extra"], prefix="").load(network)
+
+
+def _add_code(folder: Path, sections: dict[str, Any], code: UserCode) -> list[str]:
+    """Copy the user's code, and try to load the model as it will be elsewhere.
+
+    Files that it asks for are copied too. Returns lines on what it still lacks: the training is
+    done, so nothing that is wrong with the code may raise here.
+    """
+    code.copy_modules(folder / CODE)
+    for _ in range(MAX_FILES):
+        try:
+            with code.elsewhere() as opened:
+                load_model(folder)
+        except Exception as error:  # of the user's code
+            if code.copy_missing(error, folder / CODE):
+                continue
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            return [f"the exported model cannot be loaded in another folder: {text}"]
+        outside = code.outside(opened, folder)
+        moved = code.copy_named(outside, sections, folder / CODE)
+        if not moved:
+            return [f"the exported model needs {path} wherever it is loaded" for path in outside]
+        write_yaml(sections, folder / SPEC)
+    return [f"the exported model needs more than {MAX_FILES} files to be loaded"]
+
+
+def _example(workload: Workload, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The workload's example as `input`, and the network's `output` for it, if they are tensors.
+
+    And a line on why there are none, if the network cannot take the example: the training is
+    done, and its model is of use without them.
+    """
+    try:
+        example = workload.example()
+        if not isinstance(example, torch.Tensor):
+            return {}, []
+        network.eval()
+        with torch.no_grad():
+            example = example.to(model_dtype(network) if example.is_floating_point() else None)
+            output = network(example.clone())
+    except Exception as error:  # of the user's code
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {}, [f"the exported model has no signature: the network cannot take example: {text}"]
+    found = {"input": example, "output": output}
+    tensors = {
+        name: tensor
+        for name, tensor in found.items()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_complex()
+    }
+    return storable(tensors)[0], []
 
 
 def _signature(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -87,64 +157,40 @@ def _signature(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise CheckpointError if a file in `folder` is a pickle, by its suffix or its first bytes.
-
-    Loading a pickle runs any code that its author put there.
-    """
+    """Raise CheckpointError if a file in `folder` is a pickle."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                start = file.read(9)
-            # Pickle protocols 2 to 5, and the archives of torch.save. A safetensors file begins
-            # with the length of its header, which can look like a protocol, and then the header.
-            pickled = start[:1] == b"\x80" and start[1:2] in PICKLE_PROTOCOLS and start[8:] != b"{"
-            if path.suffix in PICKLE_SUFFIXES or pickled or start.startswith(b"PK\x03\x04"):
-                raise CheckpointError(
-                    f"{path}: holds pickled code, which is never loaded; use safetensors"
-                )
-
-
-def _copy_code(workload: type[Workload], folder: Path) -> None:
-    """Copy the module that defines the workload, with its package if it is in one."""
-    source = inspect.getsourcefile(workload)
-    if source is None:
-        return
-    parts = workload.__module__.split(".")
-    if Path(source).name == "__init__.py":
-        parts.append("__init__")
-    if len(parts) == 1:
-        folder.mkdir()
-        shutil.copy(source, folder)
-        return
-    package = Path(source).parents[len(parts) - 2]
-    only_python = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, folder / package.name, ignore=only_python)
+        if path.is_file() and is_pickle(path):
+            raise CheckpointError(
+                f"{path}: holds pickled code, which is never loaded; use safetensors"
+            )
 
 
 def load_model(source: str | Path) -> nn.Module:
     """Load the trained network of a run, in evaluation mode, on the CPU.
 
     `source` is the folder of a run or of an exported model, or MLflow's URI of the model, such as
-    `models:/m-...`. Imports the code of a user's own workload. Raises CheckpointError if the
-    folder holds a pickle or more than one model.
+    `models:/m-...`. Imports the code of a user's own workload; files that it reads are those
+    exported with it. Raises CheckpointError if the folder holds a pickle or more than one model.
     """
     folder = Path(source)
     if not folder.is_dir():
         import mlflow
 
         folder = Path(mlflow.artifacts.download_artifacts(str(source)))
-    folder = _find_model(folder, str(source))
+    folder = _find_model(folder, str(source)).absolute()
     refuse_pickles(folder)
+    from trainers.modeling.build import build_network
+
     sections = read_yaml(folder / SPEC)
-    with _importing_from(folder / CODE, sections["workload"].partition(":")[0]):
+    # An earlier release did not write how the network was built.
+    train = TrainSpec(**sections.get("train", {"precision": _precision(folder / WEIGHTS)}))
+    with importing_from(folder / CODE), random_state_kept():
         workload = load_workload(sections["workload"])
-    network = workload(
-        validate(workload.Data, sections["data"]), validate(workload.Model, sections["model"])
-    ).build()
+        data = validate(workload.Data, sections["data"])
+        network = build_network(train, workload(data, validate(workload.Model, sections["model"])))
     try:
-        network = network.to(_dtype(folder / WEIGHTS))
-        load_weights(network, str(folder / WEIGHTS))
-    except SafetensorError as error:
+        _load_state(network, folder / WEIGHTS)
+    except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
     return network.eval()
 
@@ -169,39 +215,14 @@ def _find_model(folder: Path, source: str) -> Path:
     return folder / found[0]
 
 
-@contextlib.contextmanager
-def _importing_from(code: Path, module: str) -> Iterator[None]:
-    """In here `module` is imported from `code`, even if another module of its name is loaded.
-
-    So a model is built by the code that it was trained with, and two versions of the code can be
-    used in one process. What was loaded before is back afterwards.
-    """
-    if not code.is_dir():
-        yield
-        return
-    top = module.partition(".")[0]
-
-    def loaded() -> list[str]:
-        return [name for name in sys.modules if name.partition(".")[0] == top]
-
-    hidden = {name: sys.modules.pop(name) for name in loaded()}
-    path = list(sys.path)
-    sys.path[:0] = [str(code), str(Path.cwd())]
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in loaded():
-            del sys.modules[name]
-        sys.modules.update(hidden)
+def _precision(path: Path) -> str:
+    """The precision of a model's weights. One of fp32 may have some tensors of more."""
+    dtypes = {each.dtype.to_real() for each in saved_tensors(path).values() if _is_inexact(each)}
+    return "fp64" if dtypes == {torch.float64} else "fp32"
 
 
-def _dtype(path: Path) -> torch.dtype:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def _is_inexact(tensor: SavedTensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 class _Predictor:
@@ -210,10 +231,23 @@ class _Predictor:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
 
-    def predict(self, data: npt.NDArray[Any], params: Any = None) -> npt.NDArray[Any]:
-        with torch.inference_mode():
-            output: torch.Tensor = self.network(torch.from_numpy(np.asarray(data)))
-        return np.asarray(output)
+    def predict(self, data: npt.NDArray[Any], params: Any = None) -> Any:
+        """The network's output for an array: an array for each tensor in it."""
+        with torch.no_grad():
+            # A copy: the network may change its input.
+            return _as_arrays(self.network(torch.from_numpy(np.array(data))))
+
+
+def _as_arrays(output: Any) -> Any:
+    """The tensors of an output as numpy arrays, also within dicts, lists and tuples."""
+    if isinstance(output, torch.Tensor):
+        known = output.float() if output.dtype == torch.bfloat16 else output
+        return known.resolve_conj().resolve_neg().numpy()
+    if isinstance(output, Mapping):
+        return {name: _as_arrays(value) for name, value in output.items()}
+    if type(output) in (list, tuple):
+        return type(output)(map(_as_arrays, output))
+    return np.asarray(output)
 
 
 def _load_pyfunc(path: str) -> _Predictor:

@@ -1,4 +1,7 @@
-"""The manifest of a checkpoint: its step, its scalars, and the size and SHA-256 of every file."""
+"""The manifest of a checkpoint: its step, its scalars, and the size and SHA-256 of every file.
+
+And which files are pickles: loading one runs any code that its author put there.
+"""
 
 import hashlib
 import json
@@ -7,6 +10,19 @@ from typing import Any
 
 from cluster.base.errors import CheckpointError
 from trainers.stores import MANIFEST
+
+PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its suffix or its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # Pickle protocols 2 to 5, and the archives of torch.save. A safetensors file begins with the
+    # length of its header, which can look like a protocol, and then the header.
+    pickled = start[:1] == b"\x80" and start[1:2] in PICKLE_PROTOCOLS and start[8:] != b"{"
+    return path.suffix in PICKLE_SUFFIXES or pickled or start.startswith(b"PK\x03\x04")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def data_command(args: argparse.Namespace) -> int:
 
     spec, _ = resolve(apply_overrides(find_spec(args.spec)[1], args.set), RunSpec)
     spec, workload = resolve(resolved_data(spec), RunSpec)
-    folder = Path(spec.storage) / "datasets" / dataset_name(workload)
+    folder = Path(spec.storage) / "datasets" / dataset_name(workload, Path(spec.storage))
     if spec.datasets is None and (folder / MANIFEST).exists():
         return _check(folder)
     return _make(spec, workload, args)

@@ -82,7 +82,7 @@ def plan_command(args: argparse.Namespace) -> int:
         if problem:
             print(f"prices of the bundled snapshot: {problem}")
     spec_data = asked.target.spec_data
-    folder = create_run_folder(asked.storage, unique_name(f"plan-{asked.stem}"), spec_data)
+    folder = create_run_folder(asked.storage, unique_name(f"plan-{asked.stem}"), spec_data, "plan")
     with folder_session(folder, asked.spec, args.address, args.verbose) as (console, _):
         probed = _probe_pools(asked, console)
         made = plan(probed, machines, request, args.deadline, args.budget)
@@ -125,7 +125,7 @@ def read_probe_request(args: argparse.Namespace) -> ProbeRequest:
     data = resolved_data(spec)
     spec, workload = resolve(data, RunSpec)
     storage = Path(spec.storage)
-    dataset = prepare_dataset(workload, storage)
+    dataset = prepare_dataset(workload, storage, spec.datasets)
     length = run_length(spec, count_samples(dataset, "train"), count_samples(dataset, "test") > 0)
     target = ProbeTarget(data, dataset, args.seconds)
     return ProbeRequest(stem, spec, storage, target, PlanRequest(length, cost=spec.cost))

@@ -32,8 +32,8 @@ def add_verbs(verbs: Subparsers) -> None:
 def scaling_command(args: argparse.Namespace) -> int:
     from cluster.cost.user_prices import read_user_prices
     from trainers.probes import scaling_study
-    from trainers.run_folder import create_run_folder, display_path, unique_name
-    from trainers.runs.run import find_started
+    from trainers.run_folder import display_path, require_kind, unique_name
+    from trainers.runs.run import claim_folder, find_started
     from trainers.runs.session import folder_session
     from trainers.tracking.mlflow_run import end_tracking, start_tracking
 
@@ -41,8 +41,11 @@ def scaling_command(args: argparse.Namespace) -> int:
     asked = read_probe_request(args)
     spec_data = asked.target.spec_data
     name = args.name or unique_name(f"scaling-{asked.stem}")
-    storage = find_started(args)
-    folder = storage / name if storage else create_run_folder(asked.storage, name, spec_data)
+    if storage := find_started(args):
+        folder = storage / name
+        require_kind(folder, "scaling")
+    else:
+        folder = claim_folder(asked.storage, name, spec_data, "scaling")
     with folder_session(folder, asked.spec, args.address, args.verbose) as (console, _):
         pool = scaling_study.pool_for(asked.spec, args.workers)
         tracker = start_tracking(folder, asked.spec, spec_data, "scaling")

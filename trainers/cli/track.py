@@ -40,8 +40,8 @@ def flush_command(args: argparse.Namespace) -> int:
     from trainers.run_folder import TRACKING, locked
     from trainers.tracking.tracker import flush
 
-    folder, tracking = _folder_and_tracking(args.run)
-    with locked(folder), _mlflow_errors():
+    folder, tracking = folder_and_tracking(args.run)
+    with locked(folder), mlflow_errors():
         sent = flush(folder / TRACKING, str(tracking.uri), tracking.experiment)
     print(f"{folder.name}: {sent:,} bytes sent" if sent else f"{folder.name}: nothing was left")
     return 0
@@ -55,11 +55,11 @@ def register_command(args: argparse.Namespace) -> int:
     from trainers.tracking.operation_log import mlflow_run_id
     from trainers.tracking.registry import register_model
 
-    folder, tracking = _folder_and_tracking(args.run)
+    folder, tracking = folder_and_tracking(args.run)
     run_id = mlflow_run_id(folder / TRACKING, folder.name)
     if run_id is None:
         raise SpecError(f"{folder.name}: not in MLflow yet; heliostat track flush {folder.name}")
-    with _mlflow_errors():
+    with mlflow_errors():
         mlflow.set_tracking_uri(str(tracking.uri))
         version = register_model(mlflow.MlflowClient(), run_id, args.name, args.alias)
     alias = f", {args.alias}: models:/{args.name}@{args.alias}" if args.alias else ""
@@ -90,19 +90,19 @@ def upload_artifacts(folder: Path, part: str) -> str:
     from trainers.run_folder import TRACKING
     from trainers.tracking.operation_log import mlflow_run_id
 
-    _, tracking = _folder_and_tracking(str(folder))
+    _, tracking = folder_and_tracking(str(folder))
     run_id = mlflow_run_id(folder / TRACKING, folder.name)
     if run_id is None:
         raise ClusterError(
             f"MLflow has no run {folder.name} yet; heliostat track flush {folder.name}"
         )
-    with _mlflow_errors():
+    with mlflow_errors():
         mlflow.set_tracking_uri(str(tracking.uri))
         mlflow.MlflowClient().log_artifacts(run_id, str(folder / part), part)
     return run_id
 
 
-def _folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
+def folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
     """The folder and tracking spec of a run or sweep. Raises ClusterError without MLflow."""
     from cluster.base.config import read_yaml, validate
     from cluster.base.errors import ClusterError
@@ -119,7 +119,7 @@ def _folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
 
 
 @contextlib.contextmanager
-def _mlflow_errors() -> Iterator[None]:
+def mlflow_errors() -> Iterator[None]:
     """Convert errors of MLflow to a ClusterError of one line."""
     from cluster.base.errors import ClusterError, HeliostatError
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import trainers.cli.data
 import trainers.cli.plan
+import trainers.cli.remove
 import trainers.cli.scaling
 import trainers.cli.track
 import trainers.cli.ui
@@ -42,6 +43,7 @@ def add_verbs(verbs: Subparsers) -> None:
         trainers.cli.scaling,
         trainers.cli.ui,
         trainers.cli.track,
+        trainers.cli.remove,
     ):
         module.add_verbs(verbs)
 
@@ -58,12 +60,19 @@ def train_command(args: argparse.Namespace) -> int:
         console.print(
             f"[bold]{run.key}[/]: {spec.workload}, {run.samples:,} samples, "
             f"{run.total_steps:,} steps of {spec.train.global_batch}, "
-            f"workers: {spec.scale.workers}"
+            f"workers: {spec.scale.workers}{_beginning(run, args)}"
         )
         with TrainingProgress(console, run.total_steps) as progress:
             outcome, summary = run_to_end(run, progress.on_progress, stop)
         _show_outcome(console, run, outcome, summary, time.monotonic() - start_s)
     return 0 if outcome.complete else 130
+
+
+def _beginning(run: "Run", args: argparse.Namespace) -> str:
+    """Where a run begins that is not new."""
+    if saved := run.saved_steps:
+        return f", from step {saved:,}"
+    return ", from the start: nothing was saved" if args.resume else ""
 
 
 def _requested_run(args: argparse.Namespace) -> "Run":
@@ -91,9 +100,9 @@ def _show_outcome(
     from rich.table import Table
 
     from cluster.connection.ray_connection import submission_metadata
-    from trainers.checkpoints.checkpoints import Checkpoints
+    from trainers.checkpoints.place import newest_checkpoint
     from trainers.cli.progress import format_step_time
-    from trainers.run_folder import CHECKPOINTS, TRACKING, display_path
+    from trainers.run_folder import CHECKPOINTS, TRACKING, display_path, display_place
 
     metrics = summary.get("metrics", outcome.metrics)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -108,8 +117,7 @@ def _show_outcome(
         table.add_row("forecast", summary["forecast"])
     for name, text in summary.get("account", {}).items():
         table.add_row(name, text)
-    latest = Checkpoints(run.folder / CHECKPOINTS).latest()
-    table.add_row("checkpoint", display_path(latest) if latest else "none")
+    table.add_row("checkpoint", display_place(newest_checkpoint(run.folder / CHECKPOINTS)))
     if "unsent" in summary:
         kept = f"{summary['unsent']}; kept in {run.folder / TRACKING}"
         table.add_row("tracking", f"[yellow]{kept}[/]")

@@ -1,9 +1,7 @@
 """Prepares a workload's data set: Parquet files and a manifest, made once and then only read."""
 
 import hashlib
-import inspect
 import json
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -14,6 +12,8 @@ from filelock import FileLock
 from cluster.base.config import Spec
 from cluster.base.errors import DataError, SpecError
 from cluster.base.files import commit_folder
+from trainers.counter_rng import seed_process
+from trainers.data.named_files import named_files
 from trainers.data.partitioned_dataset import (
     ProgressCallback,
     encode_parquet,
@@ -23,6 +23,7 @@ from trainers.data.partitioned_dataset import (
 )
 from trainers.data.remote import remote_dataset
 from trainers.data.splits import split_files
+from trainers.data.workload_code import workload_code
 from trainers.stores import MANIFEST
 from trainers.workload import PartitionedWorkload, Workload
 
@@ -35,11 +36,10 @@ def prepare_dataset(
 ) -> Path:
     """The folder with the workload's splits as Parquet files; built if it does not exist yet.
 
-    It is in `storage` or, with a `uri`, this machine's copy of the data set at that URI. The
-    folder's name contains a hash of everything that the data set is made from: the workload's
-    code, its `data` section, and the names, sizes and times of the files that the section names.
+    It is in `storage` or, with a `uri`, this machine's copy of the data set at that URI. Raises
+    DataError if the workload gives something else than splits of numbers.
     """
-    name = dataset_name(workload)
+    name = dataset_name(workload, storage)
     if uri is not None:
         return remote_dataset(
             uri, name, lambda folder: _write_dataset(workload, folder, on_progress)
@@ -58,9 +58,28 @@ def prepare_dataset(
         return _build_dataset(workload, folder.with_name(f".{name}"), folder, on_progress)
 
 
-def dataset_name(workload: Workload) -> str:
-    """The name of the folder of the workload's data set."""
-    return f"{type(workload).__name__.lower()}-{_fingerprint(workload)}"
+def dataset_name(workload: Workload, storage: Path) -> str:
+    """The name of the folder of the workload's data set, with a hash of what it is made from.
+
+    That is the workload's code, its `data` section, the versions of the packages that the code
+    imports, and the contents of all files that the section names, except those in `storage`.
+    """
+    digest = hashlib.sha256()
+    code = workload_code(type(workload))
+    for path in code.files:
+        digest.update(path.read_bytes())
+    data: Spec = workload.data
+    digest.update(data.model_dump_json().encode())
+    digest.update(json.dumps(_made_with(workload), sort_keys=True).encode())
+    folders = dict.fromkeys([Path.cwd(), *(path.parent for path in code.files)])
+    if files := named_files(data, folders, without=storage.absolute()):
+        digest.update(json.dumps(files).encode())
+    return f"{type(workload).__name__.lower()}-{digest.hexdigest()[:12]}"
+
+
+def _made_with(workload: Workload) -> dict[str, str]:
+    """Versions of the packages that the data set depends on."""
+    return workload_code(type(workload)).versions | workload.made_with()
 
 
 def _build_dataset(
@@ -100,49 +119,30 @@ def _write_dataset(
     if isinstance(workload, PartitionedWorkload):
         files = write_parts(workload, folder, on_progress)
     else:
-        for split, rows in workload.dataset().items():
-            content = encode_parquet(rows)
+        seed_process(0)  # the same rows wherever they are made
+        for split, rows in _given_splits(workload).items():
+            content = encode_parquet(split, rows)
             (folder / f"{split}.parquet").write_bytes(content)
             files[f"{split}.parquet"] = manifest_entry(content, rows=len(rows))
     for split in ("train", "val"):
         if not sum(files[file]["rows"] for file in split_files(split, files)):
-            raise DataError(f"the data set of {name} has no samples in its split {split!r}")
+            unknown = sorted({file.partition(".")[0] for file in files} - {"train", "val", "test"})
+            others = f"; it has {', '.join(map(repr, unknown))}" if unknown else ""
+            raise DataError(f"the data set of {name} has no samples in its split {split!r}{others}")
     return {
         "workload": name,
         "data": workload.data.model_dump(mode="json"),
-        "made_with": workload.made_with(),
+        "made_with": _made_with(workload),
         "files": files,
     }
 
 
-def source_files(workload: type[Workload]) -> list[Path]:
-    """The modules that define a workload; of a shipped one, all modules of its package."""
-    files: dict[Path, None] = {}
-    for parent in workload.__mro__:
-        if not issubclass(parent, Workload) or parent in (Workload, PartitionedWorkload):
-            continue
-        source = inspect.getsourcefile(parent)
-        if source is not None:
-            shipped = parent.__module__.startswith("trainers.workloads.")
-            path = Path(source)
-            files |= dict.fromkeys(sorted(path.parent.glob("*.py")) if shipped else [path])
-    return list(files)
-
-
-def _fingerprint(workload: Workload) -> str:
-    """A hash of everything that the data set is made from."""
-    digest = hashlib.sha256()
-    for path in source_files(type(workload)):
-        digest.update(path.read_bytes())
-    data: Spec = workload.data
-    digest.update(data.model_dump_json().encode())
-    digest.update(json.dumps(workload.made_with(), sort_keys=True).encode())
-    for name in type(data).model_fields:
-        value = getattr(data, name)
-        if isinstance(value, (str, Path)) and os.sep in str(value) and Path(value).exists():
-            root = Path(value)
-            for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-                status = path.stat()
-                entry = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
-                digest.update(repr(entry).encode())
-    return digest.hexdigest()[:12]
+def _given_splits(workload: Workload) -> dict[str, Any]:
+    """What `dataset` returns; DataError unless it is a dictionary."""
+    splits: Any = workload.dataset()
+    if not isinstance(splits, dict):
+        raise DataError(
+            f"{type(workload).__name__}.dataset must return a dictionary of tables, {{'train': "
+            f"..., 'val': ...}} (got {type(splits).__name__})"
+        )
+    return splits

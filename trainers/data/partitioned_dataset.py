@@ -8,16 +8,19 @@ workers need no shared folder.
 import hashlib
 import io
 import json
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.base.errors import HeliostatError
+from cluster.base.errors import DataError, HeliostatError
 from cluster.base.files import write_atomic, write_bytes_atomic
+from trainers.counter_rng import seed_process
+from trainers.data.tables import stored_table
 from trainers.workload import PartitionedWorkload
 
 FileEntries = dict[str, dict[str, Any]]
@@ -35,10 +38,10 @@ def ignore_progress(done: int, parts: int) -> None:
     """A `ProgressCallback` that does nothing."""
 
 
-def encode_parquet(rows: pa.Table) -> bytes:
-    """A table of a data set as the bytes of a Parquet file."""
+def encode_parquet(split: str, rows: pa.Table) -> bytes:
+    """A split, or a part of it, as the bytes of a Parquet file; DataError if it cannot be read."""
     file = io.BytesIO()
-    pq.write_table(rows, file, compression="zstd", use_dictionary=False)
+    pq.write_table(stored_table(split, rows), file, compression="zstd", use_dictionary=False)
     return file.getvalue()
 
 
@@ -65,12 +68,41 @@ def write_parts(
         found[number] = _save_files(folder, _record_name(number), contents, entries)
         on_progress(len(parts) - len(missing) + done, len(parts))
     whole = {name: manifest_entry(content) for name, content in common.items()}
-    for number in range(len(parts)):
-        whole |= found[number] or {}
+    made = {
+        name: each for number in range(len(parts)) for name, each in (found[number] or {}).items()
+    }
+    _check_same_columns(folder, made)
+    whole |= made
     for path in folder.iterdir():  # the records, and leftovers of a killed process
         if path.name not in whole:
             path.unlink()
     return whole
+
+
+def _check_same_columns(folder: Path, names: Iterable[str]) -> None:
+    """Raise DataError unless all parts of a split have the same columns, of one type and shape.
+
+    `names` are those of their files. Joined, other parts would be read as the first one is.
+    """
+    first: dict[str, tuple[str, dict[str, str]]] = {}
+    for name in names:
+        split, _, number = name.removesuffix(".parquet").rpartition("-")
+        columns = {field.name: _stored_type(field) for field in pq.read_schema(folder / name)}
+        other, expected = first.setdefault(split, (number, columns))
+        for column in [*expected, *columns]:
+            types = [each.get(column, "absent") for each in (columns, expected)]
+            if types[0] != types[1]:
+                raise DataError(
+                    f"split {split!r}, column {column!r} is {types[0]} in part {int(number)} and "
+                    f"{types[1]} in part {int(other)}; all parts must have the same columns"
+                )
+
+
+def _stored_type(field: pa.Field) -> str:
+    """The type of a stored column, with its shape."""
+    if not field.metadata or b"shape" not in field.metadata:
+        return str(field.type)
+    return f"{field.metadata[b'dtype'].decode()} {field.metadata[b'shape'].decode()}"
 
 
 def _record_name(number: int) -> str:
@@ -84,6 +116,7 @@ def _common_files(
     saved = _saved_files(folder, "common.part.json")
     if saved is not None:
         return {name: (folder / name).read_bytes() for name in saved}
+    seed_process(0)
     contents = workload.common(parts)
     entries = {name: manifest_entry(content) for name, content in contents.items()}
     _save_files(folder, "common.part.json", contents, entries)
@@ -155,8 +188,13 @@ def build_part(
     workload: PartitionedWorkload, part: Any, common: Mapping[str, bytes]
 ) -> EncodedPart:
     """Build and encode one part; the same on every machine."""
+    seed_process(zlib.crc32(repr(part).encode()))
     tables = workload.part(part, common)
-    return {split: (len(rows), encode_parquet(rows)) for split, rows in tables.items() if len(rows)}
+    return {
+        split: (len(rows), encode_parquet(split, rows))
+        for split, rows in tables.items()
+        if len(rows)
+    }
 
 
 def _task_result(reference: Any) -> EncodedPart:

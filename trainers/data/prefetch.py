@@ -29,7 +29,7 @@ def prefetch_batches(
 ) -> Generator[PlacedBatch]:
     """The worker's share of the steps [start, stop), in `accumulation_steps` micro-batches each.
 
-    The samples are those of `SampleStream.batch`, with floating-point columns in `dtype`. A share
+    The samples are those of `SampleStream.batch`, for weights of `dtype`: see `to_device`. A share
     with fewer samples than micro-batches repeats its last sample, see `microbatch_slice`.
 
     A thread prepares the next `prefetch` micro-batches: two for a GPU, in pinned memory and on a

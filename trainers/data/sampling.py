@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainers.counter_rng import combine_seeds
+from trainers.precision import column_dtype
 from trainers.workload import Batch
 
 SIGNED_DTYPES = {
@@ -105,8 +106,7 @@ class SampleStream:
 
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on a device, with floating-point columns in the dtype of the weights."""
+    """The batch on a device, with its values unchanged; see `column_dtype`."""
     return {
-        name: values.to(device, dtype if values.is_floating_point() else None)
-        for name, values in batch.items()
+        name: values.to(device, column_dtype(values.dtype, dtype)) for name, values in batch.items()
     }

@@ -51,7 +51,8 @@ def open_split(folder: Path, split: str) -> Batch:
     if not target.exists():
         cache.mkdir(exist_ok=True)
         tables = [pq.read_table(folder / name) for name in names]
-        whole = pa.concat_tables(tables).combine_chunks()
+        columns = tables[0].column_names  # other parts may have them in another order
+        whole = pa.concat_tables(part.select(columns) for part in tables).combine_chunks()
         building = target.with_suffix(f".{os.getpid()}")
         with pa.OSFile(str(building), "wb") as file, pa.ipc.new_file(file, whole.schema) as out:
             for batch in whole.to_batches():

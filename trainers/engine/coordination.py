@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import save_interval_s
+from trainers.checks.finite import not_finite
 from trainers.engine.reporter import Reporter
 from trainers.spec import CheckpointSpec
 from trainers.worker import Worker
@@ -29,50 +30,64 @@ class LossWindow:
     Losses stay on the device until they are asked for, so that no step waits for them.
     """
 
-    def __init__(self, worker: Worker, state: Mapping[str, float]) -> None:
-        """`state` are the scalars of the checkpoint from which training goes on."""
-        self._worker = worker
-        self._sum, self._count = state.get("loss_sum", 0.0), int(state.get("losses", 0))
-        self._last = math.nan
-        self._unread: list[Tensor] = []
+    def __init__(self, worker: Worker, state: Mapping[str, float], skips: bool = False) -> None:
+        """`state` are the scalars of the checkpoint from which training goes on.
 
-    def add(self, loss: Tensor, step: int) -> None:
-        """Add the result of `TrainStep.run` after `step` steps; may raise as `mean` does."""
-        self._unread.append(loss)
+        `skips` says that a step whose loss or gradient is not finite is left out, which otherwise
+        ends the run; see `train.on_nonfinite`.
+        """
+        self._worker, self._skips = worker, skips
+        self._sum, self._count = state.get("loss_sum", 0.0), int(state.get("losses", 0))
+        self.skipped = int(state.get("skipped", 0))
+        """Steps of the run that were left out, of those that have been read."""
+        self._last = math.nan
+        self._unread: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, fault: Tensor, step: int) -> None:
+        """Add the loss of `TrainStep.run` after `step` steps, and `TrainStep.fault`.
+
+        May raise as `mean` does.
+        """
+        self._unread.append((loss, fault))
         if len(self._unread) == MAX_LOSSES_ON_DEVICE:
-            self._fetch(step)
+            self.read(step)
 
     def mean(self, step: int) -> float:
-        """The mean loss, which begins a new window. Collective.
+        """The mean loss, which begins a new window; NaN if all its steps were skipped. Collective.
 
-        Raises TrainingError if a loss is not finite.
+        Raises TrainingError if a loss or a gradient is not finite, unless such steps are skipped.
         """
-        self._fetch(step)
-        mean = self._sum / self._count
+        self.read(step)
+        mean = self._sum / self._count if self._count else math.nan
         self._sum, self._count = 0.0, 0
         return mean
 
     def state_dict(self, step: int) -> dict[str, float]:
         """The sum and count of the window, so that a restart begins no new one. Collective.
 
-        Raises TrainingError if a loss is not finite.
+        Raises as `mean` does.
         """
-        self._fetch(step)
-        return {"loss_sum": self._sum, "losses": self._count}
+        self.read(step)
+        return {"loss_sum": self._sum, "losses": self._count, "skipped": self.skipped}
 
-    def _fetch(self, step: int) -> None:
+    def read(self, step: int) -> None:
+        """Fetch the losses of the steps up to `step` from the device. Collective; may raise as
+        `mean` does.
+        """
         if not self._unread:
             return
-        parts_S = torch.stack(self._unread).double()
-        losses = (self._worker.all_reduce_sum(parts_S) / self._worker.data_world_size).tolist()
-        self._unread = []
-        for number, loss in enumerate(losses, start=step - len(losses) + 1):
-            if not math.isfinite(loss):
-                last = f"the last finite one was {self._last:.6g}"
-                raise TrainingError(f"the loss is {loss} at step {number} ({last})")
-            self._last = loss
-            self._sum += loss
-        self._count += len(losses)
+        parts_2S = torch.stack(
+            [torch.stack(part).double() for part in zip(*self._unread, strict=True)]
+        )
+        means_2S = self._worker.all_reduce_sum(parts_2S) / self._worker.data_world_size
+        first, self._unread = step - len(self._unread) + 1, []
+        for number, (loss, fault) in enumerate(zip(*means_2S.tolist(), strict=True), first):
+            if math.isfinite(loss) and not fault:
+                self._last, self._sum, self._count = loss, self._sum + loss, self._count + 1
+            elif self._skips:
+                self.skipped += 1
+            else:
+                raise TrainingError(not_finite(loss, number, self._last))
 
 
 class SaveSchedule:

@@ -8,6 +8,8 @@ same weights as one that was not.
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checks.finite import listed
+from trainers.checks.modes import held_in_evaluation, normalises_batches
 from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
@@ -18,6 +20,7 @@ from trainers.modeling.dropout import NATIVE_RNG_NOTE
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec
+from trainers.stores import external_wait
 from trainers.torch_internals import compile_time_s
 from trainers.worker import Worker
 from trainers.workload import Workload
@@ -51,28 +54,28 @@ def train(
         evaluator = Evaluator(spec, workload, splits, steps, reporter)
         saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
         coordinator = StepCoordinator(worker, reporter, start)
-        losses = LossWindow(worker, scalars)
-        _log_strategy(steps, reporter)
+        losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
+        _log_start(steps, checkpoints, reporter)
+        evaluator.resume(start, checkpoints)
 
         done = start
         for step in range(start, total):
             heartbeat(step)
             done = step + 1
-            losses.add(steps.run(step), done)
-            if step == start:
-                _log_first_step(spec, steps, reporter)
-
+            losses.add(steps.run(step), steps.fault, done)
+            _log_findings(spec, steps, reporter, first=step == start)
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
             if evaluates or done % spec.tracking.every_steps == 0:
-                epoch = done * spec.train.global_batch / samples
-                progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
-                reporter.log_metrics(progress | _step_metrics(steps, step, evaluates), done)
+                progress = {"train/epoch": done * spec.train.global_batch / samples}
+                progress |= _step_metrics(steps, losses, step, evaluates)
+                reporter.log_metrics(progress, done)
             evaluated = evaluator.run(done)
-            if decision.saves or saves.is_scheduled(done):
+            if decision.saves or saves.is_scheduled(done) or evaluator.mistake:
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
+            evaluator.raise_mistake()
             if decision.save_every_step:  # the next step may be the last one here
                 checkpoints.wait()
             if evaluates:
@@ -82,35 +85,58 @@ def train(
             if decision.stop:
                 break
 
-        checkpoints.wait()
-        reporter.flush()
-        worker.barrier()
+        _end_together(checkpoints, reporter, worker)
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
-def _step_metrics(steps: TrainStep, step: int, evaluates: bool) -> dict[str, float]:
-    """The learning rate, and where the time goes if that is due."""
-    metrics = {"train/lr": steps.learning_rate(step)}
+def _end_together(checkpoints: Checkpoints, reporter: Reporter, worker: Worker) -> None:
+    """Return when everything is on a disk, on all workers. Collective."""
+    with external_wait():
+        checkpoints.wait()
+        reporter.flush()
+        worker.barrier()
+
+
+def _step_metrics(
+    steps: TrainStep, losses: LossWindow, step: int, evaluates: bool
+) -> dict[str, float]:
+    """The mean loss, the learning rate, and where the time goes if that is due. Collective."""
+    metrics = {"train/loss": losses.mean(step + 1), "train/lr": steps.learning_rate(step)}
     steps.meter.mark("compute")  # a GPU has been waited for
     if evaluates or steps.meter.unreported_s() > PERF_INTERVAL_S:
         metrics |= steps.read_meter()
-    if steps.skipped_steps:
-        metrics["train/skipped_steps"] = steps.skipped_steps
+    if losses.skipped:
+        metrics["train/skipped_steps"] = losses.skipped
     return metrics
 
 
-def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:
-    """Log how the model is spread over the workers, if there are several."""
+def _log_start(steps: TrainStep, checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """Log what was taken from another run, and how the model is spread over several workers."""
+    if checkpoints.taken is not None:
+        reporter.log_note("from", checkpoints.taken)
     if steps.worker.world_size > 1:
         reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
 
 
-def _log_first_step(spec: RunSpec, steps: TrainStep, reporter: Reporter) -> None:
-    """Log what is known only when a step has been done."""
+def _log_findings(spec: RunSpec, steps: TrainStep, reporter: Reporter, first: bool) -> None:
+    """Log what is known only when a step has been done, the `first` one or another."""
+    if steps.draws_unreported():
+        reporter.log_note("random", NATIVE_RNG_NOTE)
+    if not first:
+        return
     if spec.train.compile != "off":
         reporter.log_note("compile", f"{compile_time_s():.1f} s")
     device = steps.meter.catalogued
     if device is not None:
         reporter.log_note("device", f"{device.name}, {device.peak_text()}")
-    if steps.uses_native_rng:
-        reporter.log_note("random", NATIVE_RNG_NOTE)
+    evaluating = held_in_evaluation(steps.network)
+    if evaluating:
+        names = listed([name or "the whole model" for name in evaluating])
+        reporter.log_note("modes", f"in evaluation mode, as build left it: {names}")
+    together, batch = steps.samples_at_once, spec.train.global_batch
+    if together < batch and normalises_batches(steps.network):
+        reporter.log_note(
+            "batch norm",
+            f"statistics of {together} samples at a time, not of the {batch} of a step: other "
+            "numbers of workers, or another train.micro_batch, change the results",
+        )

@@ -1,10 +1,21 @@
 """The interface by which the training loop reports its progress and hears of requests."""
 
+import posixpath
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainers.checkpoints.checkpoints import Checkpoints
+
+MAX_NAME_LENGTH = 200
+"""Characters of a name; MLflow's own limit is 250."""
+
+
+def mlflow_name(name: str) -> str:
+    """The nearest name that MLflow accepts; several names may have the same one."""
+    allowed = re.sub(r"[^/\w.\- :]", "_", name)
+    return posixpath.normpath(allowed).lstrip("./")[:MAX_NAME_LENGTH] or "_"
 
 
 class Reporter:

@@ -14,7 +14,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -184,10 +185,28 @@ def dropout_modules(network: nn.Module) -> list[tuple[str, "_SampleKeyedDropout"
     return [(name, module) for name, module in modules if isinstance(module, _SampleKeyedDropout)]
 
 
+def note_input_shapes(network: nn.Module, samples: int) -> dict[str, set[Shape]]:
+    """By the name of each dropout module: the shapes of its inputs from now on.
+
+    The first dimension is given as rows for each of the `samples` of a batch.
+    """
+    shapes: dict[str, set[Shape]] = {}
+    for name, module in dropout_modules(network):
+        shapes[name] = set()
+        module.register_forward_pre_hook(partial(_note_shape, shapes[name], samples))
+    return shapes
+
+
+def _note_shape(shapes: set[Shape], samples: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    shape = inputs[0].shape if inputs else ()
+    if shape and shape[0] % samples == 0:
+        shapes.add((shape[0] // samples, *shape[1:]))
+
+
 def split_dropout(
     network: nn.Module,
     rng: DropoutRng,
-    full_shapes: Mapping[str, frozenset[Shape]] | None,
+    full_shapes: Mapping[str, set[Shape]] | None,
     worker: Worker,
 ) -> None:
     """Have the members of a tensor-parallel group drop what one worker would, between split layers.
@@ -195,17 +214,17 @@ def split_dropout(
     There a dropout module gets this worker's part of an activation, as a plain tensor that does
     not say so; with the same keys all members would drop the same elements of their parts.
     `full_shapes` tells the parts: for each module, the shapes of its input where no layer is
-    split (see `dry_run`), or None where these are not known.
+    split (see `note_input_shapes`), or None where these are not known.
     """
     modules = dropout_modules(network)
     rng.tensor_size = worker.tensor_parallel_size
     rng.tensor_rank = worker.rank % worker.tensor_parallel_size
     for name, module in modules:
-        module.full_shapes = (full_shapes or {}).get(name, frozenset())
+        module.full_shapes = frozenset((full_shapes or {}).get(name, ()))
     if full_shapes is None and worker.is_rank_zero and any(module.p for _, module in modules):
         logger.warning(
-            "scale.parallel: the shapes of this model's activations cannot be found before it "
-            "runs; dropout between split layers drops the same elements on each worker of a group"
+            "scale.parallel: the shapes of this model's activations cannot be found before it is "
+            "split; dropout between split layers drops the same elements on each worker of a group"
         )
 
 

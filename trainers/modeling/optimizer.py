@@ -1,21 +1,72 @@
 """The optimizer and its learning rate, as functions of the spec and the step."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainers.modeling.strategy import mesh_of
 from trainers.spec import OptimizerSpec, ScheduleSpec
-from trainers.torch_internals import without_compile_guards
+from trainers.torch_internals import OptimizerT, without_compile_guards
 
 AdamW = without_compile_guards(torch.optim.AdamW)
 SGD = without_compile_guards(torch.optim.SGD)
 
 
+@contextmanager
+def real_views(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """In here the optimizer's complex weights, gradients and moments are pairs of real numbers.
+
+    Fused kernels take no others. All of it is views: the updates reach the complex tensors.
+    """
+    whole = [group["params"] for group in optimizer.param_groups]
+    views: dict[Tensor, Tensor] = {}
+    for group, weights in zip(optimizer.param_groups, whole, strict=True):
+        views |= {weight: _real_view(weight) for weight in weights if weight.is_complex()}
+        group["params"] = [views.get(weight, weight) for weight in weights]
+    for weight, view in views.items():
+        if weight in optimizer.state:
+            held = optimizer.state.pop(weight)
+            optimizer.state[view] = _moments(held, torch.view_as_real)
+    try:
+        yield
+    finally:
+        for weight, view in views.items():
+            if view in optimizer.state:
+                held = optimizer.state.pop(view)
+                optimizer.state[weight] = _moments(held, torch.view_as_complex)
+        for group, weights in zip(optimizer.param_groups, whole, strict=True):
+            group["params"] = weights
+
+
+def _real_view(weight: Tensor) -> Tensor:
+    view = torch.view_as_real(weight.detach())
+    if weight.grad is not None:
+        weight.grad = weight.grad.resolve_conj()
+        view.grad = torch.view_as_real(weight.grad)
+    return view
+
+
+def _moments(held: dict[str, Tensor], convert: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {part: value if part == "step" else convert(value) for part, value in held.items()}
+
+
+def _for_complex(kind: type[OptimizerT]) -> type[OptimizerT]:
+    """The class of optimizers with steps that also take complex weights, as pairs of numbers."""
+
+    def step(self: Any, closure: None = None) -> None:
+        with real_views(self):
+            kind.step(self)
+
+    return type(kind.__name__, (kind,), {"step": step})
+
+
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """The spec's optimizer over all parameters that are trained.
+    """The spec's optimizer over all parameters that are trained; complex ones as pairs of numbers.
 
     Matrices and kernels have weight decay; biases and norms have none, as is usual.
     """
@@ -28,10 +79,23 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     # Groups with decay come first, so that the order depends on the model's shape alone.
     ordered = sorted(groups.items(), key=lambda item: -item[0][0])
     params = [{"params": group, "weight_decay": decay} for (decay, _), group in ordered]
+    takes_complex = any(weight.is_complex() for _, group in ordered for weight in group)
     if spec.name == "adamw":
-        return AdamW(params, lr=spec.lr, betas=spec.betas, fused=True)
-    nesterov = spec.momentum > 0
-    return SGD(params, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, fused=True)
+        adamw = _for_complex(AdamW) if takes_complex else AdamW
+        return adamw(params, lr=spec.lr, betas=spec.betas, fused=True)
+    kind, momentum = _for_complex(SGD) if takes_complex else SGD, spec.momentum
+    sgd = kind(params, lr=spec.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    if momentum:
+        # Without them, PyTorch's kernel takes only weights that had a gradient in the first step,
+        # and does not initialise the buffers if that step is skipped on the device.
+        for weight in trained_weights(sgd):
+            sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight, requires_grad=False)
+    return sgd
+
+
+def trained_weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer updates."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def has_weight_decay(weight: nn.Parameter) -> bool:

@@ -5,21 +5,25 @@ sharding. The model computes the same in every mode; only the place of its parts
 """
 
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import SpecError
+from trainers.modeling.backward import sharded_module
+from trainers.modeling.forward import Forward, separate_blocks
+from trainers.modeling.sharding import (
+    refuse_written_weights,
+    share_buffers_each_step,
+    stays_whole,
+)
 from trainers.spec import OptimizerSpec, RunSpec, TrainSpec
-from trainers.worker import Worker, is_distributed, local_tensor
+from trainers.worker import Worker, is_distributed
 from trainers.workload import Workload
 
 if TYPE_CHECKING:
@@ -84,31 +88,25 @@ def choose_strategy(
 
 
 def parallelize(
-    network: nn.Module,
+    forward: Forward,
     spec: RunSpec,
     workload: Workload,
     strategy: ParallelStrategy,
     worker: Worker,
-    find_unused: bool = False,
+    blocks: list[nn.Module],
 ) -> nn.Module:
-    """Wrap the network so that it trains on all workers; collective.
+    """Wrap the forward pass so that it trains on all workers; collective.
 
-    Its weights become this worker's part of them. `find_unused` is for a network of which a step
-    may leave parameters without a gradient: replicas then look for these in each step, which
-    takes a walk over the graph and a small all-reduce.
+    The weights of its network become this worker's part of them. `blocks` are units of sharding.
+    Raises SpecError if tensor parallelism would part weights that are shared.
     """
-    world, kind = worker.world_size, worker.device.type
+    network, world, kind = forward.network, worker.world_size, worker.device.type
     if strategy.mode == "single":
-        return network.to(worker.device)
+        return forward.to(worker.device)
     if strategy.mode == "ddp":
-        network.to(worker.device)
+        forward.to(worker.device)
         devices = None if kind == "cpu" else [worker.device]
-        return DistributedDataParallel(
-            network,
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=find_unused,
-        )
+        return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
 
     # Imported here only: one worker, or replicas, would wait 1 s for it.
     from torch.distributed.fsdp import fully_shard
@@ -119,19 +117,82 @@ def parallelize(
         shape = (world // strategy.group, strategy.group)
         shards = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     else:
-        from torch.distributed.tensor.parallel import parallelize_module
-
         shape = (world // strategy.group, strategy.group)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("shard", "tensor"))
         network.to(worker.device)
-        parallelize_module(network, mesh["tensor"], workload.tensor_plan(network))
+        _split_layers(network, mesh["tensor"], workload)
         shards = mesh["shard"]
 
-    blocks = workload.blocks(network)
-    for block in blocks:
-        fully_shard(block, mesh=shards, mp_policy=_mixed_precision(spec.train))
-    fully_shard(network, mesh=shards, mp_policy=_mixed_precision(spec.train))
-    return network.to(worker.device)
+    policy = _mixed_precision(spec.train)
+    root_policy = replace(policy, cast_forward_inputs=False)
+    whole = {weight for weight in network.parameters() if stays_whole(weight)}
+    eager = spec.train.compile == "off"
+    if eager:
+        refuse_written_weights(forward)
+    try:
+        for block in separate_blocks(blocks, network):
+            if eager:
+                refuse_written_weights(block)
+                _gather_for_parts(block)
+            fully_shard(block, mesh=shards, mp_policy=policy, ignored_params=whole)
+        root = fully_shard(forward, mesh=shards, mp_policy=root_policy, ignored_params=whole)
+    except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SpecError(
+            f"scale.parallel: {strategy.mode} cannot shard this model: {reason}"
+        ) from error
+    root.set_reduce_scatter_unused_params(True)
+    if policy.param_dtype is not None:  # a batch has more than the model's inputs: targets
+        network.register_forward_pre_hook(
+            partial(_cast_inputs, policy.param_dtype), with_kwargs=True
+        )
+    forward.to(worker.device)
+    share_buffers_each_step(forward)
+    return forward
+
+
+def _gather_for_parts(block: nn.Module) -> None:
+    """Gather the weights of a block also when a part of it is called, but not the block itself."""
+
+    def gather(part: nn.Module, _: Any) -> None:
+        if any(is_distributed(weight) for weight in part.parameters(recurse=False)):
+            cast("FSDPModule", block).unshard()
+
+    for part in block.modules():
+        if part is not block and any(True for _ in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(gather)
+
+
+def _split_layers(network: nn.Module, group: DeviceMesh, workload: Workload) -> None:
+    """Split layers by the workload's plan; SpecError if weights that were one no longer are."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, weight in network.named_parameters(remove_duplicate=False):
+        names.setdefault(weight, []).append(name)
+    parallelize_module(network, group, workload.tensor_plan(network))
+    now = dict(network.named_parameters(remove_duplicate=False))
+    for shared in names.values():
+        if len({now[name] for name in shared}) > 1:
+            raise SpecError(
+                f"scale.parallel: tensor cannot split {' and '.join(shared)}, which are one "
+                "weight; leave them out of the workload's tensor_plan"
+            )
+
+
+def _cast_inputs(
+    dtype: torch.dtype, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A forward pre-hook that gives floating-point inputs the dtype of the weights."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {name: cast(part) for name, part in value.items()}
+        return type(value)(map(cast, value)) if type(value) in (list, tuple) else value
+
+    return cast(inputs), cast(options)
 
 
 def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -> nn.Module:
@@ -142,19 +203,12 @@ def compile_model(model: nn.Module, train: TrainSpec, blocks: list[nn.Module]) -
     """
     if train.compile == "off":
         return model
-    if blocks and _sharded(model) is not None:
+    if blocks and sharded_module(model) is not None:
         for block in blocks:
             block.compile(mode=train.compile)
         return model
     result: nn.Module = torch.compile(model, mode=train.compile)  # type: ignore[assignment]
     return result
-
-
-def _sharded(model: nn.Module) -> "FSDPModule | None":
-    """The model if FSDP shards it. Where FSDP was not imported, it does not."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    sharded = isinstance(model, getattr(module, "FSDPModule", ()))
-    return cast("FSDPModule", model) if sharded else None
 
 
 def _mixed_precision(train: TrainSpec) -> "MixedPrecisionPolicy":
@@ -168,66 +222,6 @@ def _mixed_precision(train: TrainSpec) -> "MixedPrecisionPolicy":
     if train.precision not in ("bf16", "fp8"):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-@contextmanager
-def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
-    """In here, backward passes exchange gradients between the workers only if `last`.
-
-    `last` is whether this is the last micro-batch of a step.
-    """
-    if (sharded := _sharded(model)) is not None:
-        sharded.set_requires_gradient_sync(last)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-    else:
-        yield
-
-
-def broadcast_buffers(network: nn.Module, strategy: ParallelStrategy) -> None:
-    """Give all workers the buffers of rank 0, such as running means; collective.
-
-    Replicas do this themselves before each forward pass; sharded models don't.
-    """
-    if strategy.mode in ("single", "ddp"):
-        return
-    for buffer in network.buffers():
-        dist.broadcast(local_tensor(buffer), src=0)
-
-
-def gradient_norm(network: nn.Module) -> Tensor:
-    """The 2-norm of the whole gradient, over all shards; collective if sharded."""
-    return _total_norm(_trained_by_mesh(network))
-
-
-def clip_gradients(network: nn.Module, max_norm: float) -> None:
-    """Scale the gradient down so that its norm is at most `max_norm`; collective if sharded."""
-    meshes = _trained_by_mesh(network)
-    norm = _total_norm(meshes)
-    for mesh, weights in meshes.items():
-        # PyTorch's default scales DTensors one by one.
-        foreach = True if mesh and mesh.device_type in ("cpu", "cuda", "xpu") else None
-        nn.utils.clip_grads_with_norm_(weights, max_norm, norm, foreach)
-
-
-def _total_norm(meshes: dict[DeviceMesh | None, list[nn.Parameter]]) -> Tensor:
-    norms = [
-        nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        for weights in meshes.values()
-    ]
-    full = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
-    return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
-
-
-def _trained_by_mesh(network: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:
-    """The parameters with a gradient; a kernel takes a list of those on one device mesh."""
-    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for weight in network.parameters():
-        if weight.grad is not None:
-            meshes.setdefault(mesh_of(weight), []).append(weight)
-    return meshes
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:

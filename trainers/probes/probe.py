@@ -5,6 +5,7 @@ compile, evaluate, save and export. Then they train once for each global batch, 
 measured for long enough. Nothing is sent to MLflow, and no files stay.
 """
 
+import logging
 import pickle
 import shutil
 import time
@@ -13,14 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.base.clock import Moment
 from cluster.base.config import flatten, with_value
 from cluster.base.errors import ClusterError, HeliostatError, SpecError
 from trainers.planning.pools import Pool, ProbedPool, ProbeResult, probed_pool
 from trainers.probes.timing import probe_loop
 from trainers.run_folder import unique_name
-from trainers.runs.failure_policy import failure_reason
+from trainers.runs.failure_policy import failure_reason, traceback_of
 from trainers.runs.ray_train import WorkerConfig, fit, resources_per_worker
 from trainers.spec import RunSpec, resolve
+
+logger = logging.getLogger(__name__)
 
 CAPACITY_TIMEOUT_S = 60.0
 """How long to wait for free resources: Ray is slow to release those of the last probe."""
@@ -85,18 +89,20 @@ def probe(
     wait_for_capacity(largest)
     folder = Path(str(target.spec_data["storage"])) / f".{unique_name('probe')}"
     folder.mkdir(parents=True)
-    started = time.time()
+    started = Moment.now()
     config = WorkerConfig(largest, target.dataset, folder, folder.name, started)
     timing = {"seconds": target.seconds, "batches": list(batches)}
     try:
         pickled = fit(probe_loop, config, timing)
     except Exception as error:
-        raise failure_reason(error, folder) from error
+        reason = failure_reason(error, folder)
+        logger.error("%s: %s\n%s", folder.name, reason, traceback_of(reason))
+        raise reason from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    ended = time.time()
+    ended = Moment.now()
     probes, loop_ended = pickle.loads(pickled)
-    end_s = max(0.0, ended - loop_ended)
+    end_s = loop_ended.seconds_until(ended)
     return tuple(replace(each, end_s=each.end_s + end_s) for each in probes)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cluster.base.clock import Moment
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
 from trainers.data.remote import local_dataset
@@ -43,7 +44,7 @@ def probe_loop(config: dict[str, Any]) -> bytes:
         session = _ProbeSession(spec, workload, worker, run)
         session.warm_up()
         probes = [session.time_steps(batch, config["seconds"]) for batch in config["batches"]]
-    return pickle.dumps((probes, time.time()))
+    return pickle.dumps((probes, Moment.now()))
 
 
 class _ProbeSession:
@@ -87,7 +88,7 @@ class _ProbeSession:
             batch=batch,
             step_s=step_s,
             spread=spread,
-            start_s=warm_up.first_step - self._config.started,
+            start_s=self._config.started.seconds_until(warm_up.first_step),
             evaluation_s=warm_up.evaluation_s,
             test_s=warm_up.test_s,
             save_s=warm_up.save_s,
@@ -120,8 +121,8 @@ class TimingReporter(NullReporter):
         self._seconds = seconds
         self.step_ends: list[float] = []
         """When each step ended (`time.perf_counter`)."""
-        self.first_step = 0.0
-        """When the first step ended, in Unix time."""
+        self.first_step = Moment.now()
+        """When the first step ended."""
         self.latest_metrics: dict[str, float] = {}
         self.evaluation_s = self.test_s = self.save_s = 0.0
         self._last_log = time.perf_counter()
@@ -143,7 +144,7 @@ class TimingReporter(NullReporter):
 
     def on_step_end(self, step: int) -> None:
         if not self.step_ends:
-            self.first_step = time.time()
+            self.first_step = Moment.now()
         self.step_ends.append(time.perf_counter())
 
     def should_stop(self) -> bool:

@@ -4,6 +4,7 @@ The driver collects the reports of the workers' meters from the tracker, looks u
 their prices, writes the ledger in the run's folder, and stops the run at its budget.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from cluster.cost.user_prices import UserPrices, read_user_prices
 from trainers.run_folder import LEDGER
 from trainers.spec import RunSpec
 from trainers.tracking.operation_log import MetricPoint, now_ms
+
+logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 30.0
 """Seconds between two points of the cost in MLflow."""
@@ -99,7 +102,10 @@ class DriverMeter:
         if self._finished or (now_s < self._next_tick_s and not force):
             return self.limit_reached
         self._next_tick_s = now_s + BILLING_INTERVAL_S
-        self._biller.tick(ray_nodes(), ray.get(self._tracker.take_usage_reports.remote()))
+        try:
+            self._biller.tick(ray_nodes(), ray.get(self._tracker.take_usage_reports.remote()))
+        except OSError as error:  # the entries are kept in memory, and written at the next tick
+            logger.warning("the ledger cannot be written: %s", error)
         totals = self.ledger.totals()
         self.limit_reached = self.limit_reached or reached_limit(self._budget, totals)
         if now_s >= self._next_log_s or force:
@@ -125,7 +131,10 @@ class DriverMeter:
             self._tick(force=True)
             self._finished = True
             totals = self.ledger.totals()
-            self.ledger.close()
+            try:
+                self.ledger.close()
+            except OSError as error:
+                logger.warning("the ledger cannot be written: %s", error)
             return totals, self.tags(totals)
 
     def tags(self, totals: CostTotals) -> dict[str, str]:

@@ -12,6 +12,7 @@ from trainers.outcome import Outcome
 from trainers.planning.forecast import Forecast, ForecastHistory, describe_outcome, forecast_keys
 from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.runs.driver_meter import DriverMeter
+from trainers.runs.failure_policy import log_traceback
 from trainers.runs.ray_train import (
     ProgressCallback,
     WorkerConfig,
@@ -54,7 +55,7 @@ def run_to_end(
             outcome = run_workers(config, tracker, meter.wrap_progress(on_progress, stop), stop)
             wall_s = time.monotonic() - began
     except BaseException as error:
-        _track_failure(tracker, run.key, error, meter)
+        _record_failure(tracker, run, error, meter)
         raise
     summary: dict[str, Any] = {}
     tags: dict[str, str] = {}
@@ -62,7 +63,8 @@ def run_to_end(
         account, tags = meter.finish()
         summary = {"account": meter.summary_lines(account), "reason": meter.limit_reached}
     if outcome.complete:
-        _export_if_missing(run)
+        for line in _export_if_missing(run):
+            tracker.log_note.remote(run.key, "export", line)
         if forecast is not None and wall_s:
             summary["forecast"] = _record_forecast_outcome(run, tracker, forecast, outcome, wall_s)
         tracker.log_model.remote(run.key, str(run.folder / MODEL))
@@ -73,8 +75,15 @@ def run_to_end(
     return outcome, {**end_tracking(tracker, run.key), **summary}
 
 
-def _track_failure(tracker: Any, key: str, error: BaseException, meter: DriverMeter | None) -> None:
-    """End the MLflow run as FAILED, or as KILLED after an interruption, with the reason."""
+def _record_failure(
+    tracker: Any, run: Run, error: BaseException, meter: DriverMeter | None
+) -> None:
+    """End the MLflow run as FAILED, or as KILLED after an interruption, with the reason.
+
+    The traceback of an error in the user's code goes to the run's log.
+    """
+    if isinstance(error, Exception):
+        log_traceback(run.folder, error)
     failed = isinstance(error, HeliostatError)
     title = "Failed" if failed else "Interrupted"
     tags = {
@@ -82,7 +91,7 @@ def _track_failure(tracker: Any, key: str, error: BaseException, meter: DriverMe
         DESCRIPTION_TAG: f"**{title}**: {error}".removesuffix(": "),
     }
     tags |= meter.finish()[1] if meter else {}
-    tracker.finish.remote(key, "FAILED" if failed else "KILLED", tags)
+    tracker.finish.remote(run.key, "FAILED" if failed else "KILLED", tags)
     wait_until_sent(tracker, timeout_s=10)
 
 
@@ -91,7 +100,7 @@ def _latest_forecast(run: Run) -> Forecast | None:
 
     Needs the connected Ray, which decides what `scale.accelerator: auto` means.
     """
-    if Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest() is not None:
+    if run.saved_steps:
         return None
     keys = forecast_keys(run.spec_data, with_gpus="GPU" in resources_per_worker(run.spec.scale))
     return ForecastHistory(Path(run.spec.storage)).latest_for(keys)
@@ -115,9 +124,16 @@ def _record_forecast_outcome(
     return text
 
 
-def _export_if_missing(run: Run) -> None:
-    """Export the model here if rank 0 ran on a machine that cannot see the run's folder."""
-    if not (run.folder / MODEL).exists():
-        latest = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint).latest()
-        assert latest is not None  # the last step is always saved
-        export_model(run.folder / MODEL, run.spec, run.workload, latest)
+def _export_if_missing(run: Run) -> list[str]:
+    """Export the model here if rank 0 ran on a machine that cannot see the run's folder.
+
+    Returns what `export_model` does.
+    """
+    if (run.folder / MODEL).exists():
+        return []
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint)
+    latest = checkpoints.latest()
+    assert latest is not None  # the last step is always saved
+    lines = export_model(run.folder / MODEL, run.spec, run.workload, latest)
+    checkpoints.forget_copies()
+    return lines

@@ -6,19 +6,19 @@ import pickle
 import secrets
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.base.errors import SpecError, TrainingError
+from cluster.base.clock import Moment
 from cluster.connection.ray_connection import missing_resources, submission_metadata
 from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model
+from trainers.checkpoints.place import store_at
 from trainers.data.remote import local_dataset
 from trainers.devices import local_device
 from trainers.engine.heartbeat import stall_watchdog
@@ -27,14 +27,7 @@ from trainers.engine.reporter import NullReporter, Reporter
 from trainers.engine.stall_files import STALLS
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS, MODEL
-from trainers.runs.failure_policy import (
-    PeerLostError,
-    PeerPreemptedError,
-    decide_retry,
-    failure_reason,
-    format_error,
-    is_peer_loss,
-)
+from trainers.runs.failure_policy import OutageError, decide_retry, failure_reason, worker_failure
 from trainers.runs.ray_train_internals import announced_preemption, trainer_class
 from trainers.runs.stalls import StallWatch
 from trainers.runs.visibility import can_see_run, require_run_visible
@@ -61,8 +54,8 @@ class WorkerConfig:
     dataset: Path
     folder: Path
     key: str
-    started: float = field(default_factory=time.time)
-    """When the command was given (Unix time)."""
+    started: Moment = field(default_factory=Moment.now)
+    """When the command was given."""
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """A recorded power trace that replaces the readings of the workers' devices."""
     threads: int | None = field(default_factory=lambda: _threads_of_command())
@@ -249,24 +242,40 @@ def resource_shortage(scale: ScaleSpec) -> str | None:
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """The code of each worker; returns the fields of an `Outcome`."""
+    import ray
+
     run: WorkerConfig = pickle.loads(config["worker_config"])
-    tracker = config["tracker"]
+    tracker, rank = config["tracker"], _place(run).rank
+    try:
+        return _train(run, tracker)
+    except OutageError as error:
+        told = tracker.post_message.remote(run.key, f"worker {rank} failed: {error}")
+        ray.wait([told], timeout=5)  # this process may be ended right after
+        raise
+
+
+def _train(run: WorkerConfig, tracker: Any) -> dict[str, Any]:
+    """Train, and export the model. Raises what `worker_failure` returns."""
     local_rank = _place(run).local_rank
     notice = (lambda: None) if run.alone else preemption_notice
     with worker_context(run) as (spec, workload, worker):
         require_run_visible(run.folder, spec)
         dataset = local_dataset(run.dataset, spec)
-        reporter: Reporter = NullReporter()
-        if worker.is_rank_zero:
-            reporter = TrackerReporter(tracker, run.key, preemption_notice=notice)
+        of_first = TrackerReporter(tracker, run.key, preemption_notice=notice)
+        reporter: Reporter = of_first if worker.is_rank_zero else NullReporter()
         with (
             WorkerMeter(tracker, run.key, worker.hardware, local_rank, run.power_trace),
             watch_for_stalls(run, spec, worker),
         ):
-            outcome = train(spec, workload, dataset, run.folder, reporter, worker, run.started)
-        latest = Checkpoints(run.folder / CHECKPOINTS).latest() if worker.is_rank_zero else None
-        if outcome.complete and latest is not None and can_see_run(run.folder):
-            export_model(run.folder / MODEL, spec, workload, latest)
+            begin_s = run.started.unix_s_here()
+            outcome = train(spec, workload, dataset, run.folder, reporter, worker, begin_s)
+        exports = outcome.complete and worker.is_rank_zero and can_see_run(run.folder)
+        if exports and (latest := Checkpoints(run.folder / CHECKPOINTS).latest()):
+            for line in export_model(run.folder / MODEL, spec, workload, latest):
+                reporter.log_note("export", line)
+            reporter.flush()
+        if outcome.complete and local_rank == 0:
+            store_at(run.folder / CHECKPOINTS, spec.checkpoint.uri, moves=False).forget_copies()
         return asdict(outcome)
 
 
@@ -287,13 +296,8 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
         hardware.select()
         yield spec, workload, Worker(place.rank, place.world_size, hardware, place.local_world_size)
     except Exception as error:
-        if is_peer_loss(error):
-            traceback.clear_frames(error.__traceback__)  # its model: this process may train again
-            lost = PeerPreemptedError if preemption_notice() else PeerLostError
-            raise lost(str(error)) from error
-        if isinstance(error, SpecError):  # a mistake that only the worker's own device shows
-            raise
-        raise TrainingError(format_error(error)) from error
+        failure = worker_failure(error, preempted=lambda: preemption_notice() is not None)
+        raise failure from (None if failure is error else error)
 
 
 class _Place(NamedTuple):

@@ -4,20 +4,41 @@ A run is new (`new_run`) or continues an earlier one (`resumed_run`). `execution
 trains it.
 """
 
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.config import apply_overrides, flatten, read_yaml
+from cluster.base.config import apply_overrides, flatten, read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from cluster.connection.ray_connection import base_folder
 from cluster.jobs.secret_scan import secret_in_text
 from trainers.checkpoints.checkpoints import Checkpoints, find_checkpoint
+from trainers.checkpoints.place import current_store, store_at
 from trainers.data.dataset import prepare_dataset
 from trainers.data.splits import count_samples
-from trainers.run_folder import CHECKPOINTS, SPEC, create_run_folder, find_run_folder, unique_name
+from trainers.run_folder import (
+    CHECKPOINTS,
+    LEDGER,
+    LOG,
+    MODEL,
+    SPEC,
+    TRACKING,
+    TRIALS,
+    Kind,
+    create_run_folder,
+    find_run_folder,
+    folder_kind,
+    locked,
+    name_taken_error,
+    require_kind,
+    unique_name,
+    write_environment,
+)
 from trainers.spec import RunSpec, find_spec, resolve
+from trainers.stores import step_of
 from trainers.tracking.tracker import default_tracking_uri
 from trainers.workload import Workload
 
@@ -53,6 +74,12 @@ class Run:
     def total_steps(self) -> int:
         return self.spec.train.total_steps(self.samples)
 
+    @property
+    def saved_steps(self) -> int:
+        """The steps of the newest checkpoint, from which training goes on; 0 without one."""
+        place = store_at(self.folder / CHECKPOINTS, self.spec.checkpoint.uri, moves=False)
+        return max(map(step_of, place.names()), default=0)
+
 
 def new_run(name: str, overrides: list[str], run_name: str | None, source: str | None) -> Run:
     """Create a run of the spec `name`, with a folder of its own.
@@ -63,30 +90,73 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     stem, data = find_spec(name)
     spec, _ = resolve(apply_overrides(data, overrides), RunSpec)
     data = resolved_data(spec)
+    data.pop("sweep", None)  # the rest of the file is this run's
     spec, workload = resolve(data, RunSpec)
     storage = Path(spec.storage)
     checkpoint = find_checkpoint(source, storage) if source else None
     dataset = prepare_dataset(workload, storage, spec.datasets)
-    folder = create_run_folder(storage, run_name or unique_name(stem), data)
+    folder = claim_folder(storage, run_name or unique_name(stem), data, "train")
     if checkpoint is not None:
         Checkpoints(folder / CHECKPOINTS, spec.checkpoint).import_from(checkpoint)
     return Run(data, spec, workload, dataset, folder)
 
 
+def claim_folder(storage: Path, name: str, data: Mapping[str, Any], kind: Kind) -> Path:
+    """The folder of a new run or sweep: a new one, or that of a start that failed.
+
+    Where a start has saved nothing, the same spec may start again under the same name, and its
+    MLflow run goes on. Raises SpecError for every other name that is taken.
+    """
+    folder = storage / name
+    if not (folder / SPEC).is_file():
+        return create_run_folder(storage, name, data, kind)
+    with locked(folder):
+        same = read_yaml(folder / SPEC) == data and folder_kind(folder) == kind
+        if not same or _has_saved(folder):
+            raise name_taken_error(folder)
+        current_store(folder / CHECKPOINTS).clear()
+        for path in folder.iterdir():
+            if path.is_dir() and path.name != TRACKING:
+                shutil.rmtree(path)
+            elif path.name not in (TRACKING, SPEC, LOG, LEDGER, ".lock"):
+                path.unlink()
+        write_environment(folder, kind)
+    return folder
+
+
+def _has_saved(folder: Path) -> bool:
+    """Whether a run or sweep has results of its own."""
+    if any((folder / name).exists() for name in (MODEL, TRIALS, "scaling.png")):
+        return True
+    store = current_store(folder / CHECKPOINTS)
+    try:
+        manifests = [json.loads(store.read_manifest(name)) for name in store.names()]
+    except (OSError, ValueError):  # a damaged one
+        return True
+    return not all(manifest.get("from") for manifest in manifests)
+
+
 def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
-    """Open an earlier run to continue it.
+    """Open an earlier run to continue it, with `overrides` from now on.
 
     Raises SpecError for an override that would change the result.
     """
     folder = find_run_folder(name, storage)
+    require_kind(folder, "train")
     for assignment in overrides:
         if assignment.partition(".")[0] not in CHANGEABLE_SECTIONS:
             raise SpecError(
                 f"--set {assignment}: cannot change in a resumed run; start a new one with --from"
             )
     data = apply_overrides(read_yaml(folder / SPEC), overrides)
+    data.pop("sweep", None)
     spec, workload = resolve(data, RunSpec)
     dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
+    if overrides:
+        refuse_secrets(data)
+        with locked(folder):
+            store_at(folder / CHECKPOINTS, spec.checkpoint.uri, moves=True)
+            write_yaml(data, folder / SPEC)
     return Run(data, spec, workload, dataset, folder)
 
 
@@ -100,12 +170,17 @@ def resolved_data(spec: RunSpec) -> dict[str, Any]:
         del data["sweep"]
     data["storage"] = str(base_folder() / spec.storage)
     data["tracking"]["uri"] = spec.tracking.uri or default_tracking_uri()
+    refuse_secrets(data)
+    return data
+
+
+def refuse_secrets(data: Mapping[str, Any]) -> None:
+    """Raise SpecError if a value looks like a secret."""
     for path, value in flatten(data).items():
         if isinstance(value, str) and (secret := secret_in_text(value)):
             raise SpecError(
                 f"{path}: {secret}; specs are kept and sent to MLflow, give it elsewhere"
             )
-    return data
 
 
 def storage_for_spec(name: str | None) -> Path:

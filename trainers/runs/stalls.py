@@ -44,7 +44,11 @@ class StallWatch:
         if now_s < self._next_poll_s:
             return None
         self._next_poll_s = now_s + 1
-        found = [stall for stall in read_stalls(self._folder) if stall.path not in self._reported]
+        try:
+            stalls = read_stalls(self._folder)
+        except OSError:  # the file server does not answer: no reason to end the run
+            return None
+        found = [stall for stall in stalls if stall.path not in self._reported]
         paths = {stall.path for stall in found}
         if paths != self._incomplete:
             self._incomplete = paths

@@ -11,19 +11,16 @@ The operation log keeps all points.
 import hashlib
 import json
 import math
-import posixpath
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from trainers.engine.reporter import mlflow_name
 from trainers.tracking.operation_log import MetricPoint
 
 MAX_LENGTH = {"parameters": 6000, "tags": 5000}
 """Characters. MLflow cuts longer parameters without a word, and refuses longer tags."""
-MAX_NAME_LENGTH = 200
-"""Characters; MLflow's own limit is 250."""
 EXACT_POINTS = 20_000
 FIRST_WINDOW = 8
 DOWNSAMPLING_NOTE = (
@@ -70,17 +67,12 @@ class AllowedNames:
         known = self._allowed.get((run, kind, name))
         if known is not None:
             return known
-        allowed = _allowed(name)
+        allowed = mlflow_name(name)
         if self._original.setdefault((run, kind, allowed), name) != name:
             allowed = f"{allowed}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
             self._original[run, kind, allowed] = name
         self._allowed[run, kind, name] = allowed
         return allowed
-
-
-def _allowed(name: str) -> str:
-    allowed = re.sub(r"[^/\w.\- :]", "_", name)
-    return posixpath.normpath(allowed).lstrip("./")[:MAX_NAME_LENGTH] or "_"
 
 
 @dataclass

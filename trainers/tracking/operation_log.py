@@ -135,11 +135,19 @@ def read_metrics(folder: Path, run: str) -> Iterator[MetricPoint]:
 
 def mlflow_run_id(folder: Path, run: str) -> str | None:
     """MLflow's id of a run whose log is in `folder`; None before the run exists there."""
-    found = None
-    for operation in read_operations(folder):
-        if operation["do"] == "made" and operation["key"] == run:
-            found = operation["id"]
-    return found
+    return mlflow_run_ids(folder).get(run)
+
+
+def mlflow_run_ids(folder: Path) -> dict[str, str]:
+    """MLflow's ids of all runs whose log is in `folder`, by key; empty without a log."""
+    try:
+        return {
+            operation["key"]: operation["id"]
+            for operation in read_operations(folder)
+            if operation["do"] == "made"
+        }
+    except FileNotFoundError:
+        return {}
 
 
 def _read(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:

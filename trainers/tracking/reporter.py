@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainers.engine.reporter import NullReporter
+from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint, now_ms
 
 
@@ -75,7 +76,8 @@ class TrackerReporter(NullReporter):
 
     def flush(self) -> None:
         self._send(sync=True)
-        self._collect(timeout_s=None)
+        with external_wait():
+            self._collect(timeout_s=None)
 
     def should_stop(self) -> bool:
         return self._stop

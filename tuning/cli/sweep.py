@@ -99,17 +99,15 @@ def sweep_command(args: argparse.Namespace) -> int:
 
 
 def report_command(args: argparse.Namespace) -> int:
-    from cluster.base.config import read_yaml
     from cluster.base.errors import HeliostatError
     from trainers.cli.track import tracked_folder, upload_artifacts
     from trainers.reports.page import write_report
     from trainers.reports.run_report import run_page
-    from trainers.run_folder import SPEC, display_path
+    from trainers.run_folder import display_path, folder_kind
     from tuning.reports.sweep_report import sweep_page
 
     folder = tracked_folder(args.name)
-    data = read_yaml(folder / SPEC)
-    page = sweep_page(folder) if data.get("sweep") else run_page(folder)
+    page = sweep_page(folder) if folder_kind(folder) == "sweep" else run_page(folder)
     path = write_report(page, folder / REPORT_FOLDER)
     size_mb = path.stat().st_size / 1e6
     print(f"{display_path(path)}: {size_mb:.1f} MB, and {len(page.charts)} PNG files")

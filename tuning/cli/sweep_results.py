@@ -78,12 +78,11 @@ def _how_to_resume(sweep: "Sweep", board: "Leaderboard", reason: str | None) -> 
 
 def _how_to_use(sweep: "Sweep", best: "TrialResult") -> Iterator[str]:
     """The best checkpoint, and the commands that train from it."""
-    from trainers.checkpoints.checkpoints import Checkpoints
-    from trainers.run_folder import CHECKPOINTS, display_path
+    from trainers.checkpoints.place import newest_checkpoint
+    from trainers.run_folder import CHECKPOINTS, display_path, display_place
 
     folder, trial = sweep.folder, sweep.trial_folder(best.number)
-    newest = Checkpoints(trial / CHECKPOINTS).latest()
     train = f"heliostat train {display_path(folder)}/best.yaml"
-    yield f"best checkpoint: {display_path(newest) if newest else 'none'}"
+    yield f"best checkpoint: {display_place(newest_checkpoint(trial / CHECKPOINTS))}"
     yield f"train it afresh: {train}"
     yield f"train it further: {train} --from {display_path(trial)} --set train.epochs=N"

@@ -16,7 +16,6 @@ from uuid import uuid4
 from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.splits import count_samples
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
@@ -40,7 +39,7 @@ class Engine:
     ) -> None:
         """`slots` are those of each program. Without a `program`, the engine compiles one first."""
         self._sweep, self._tracker = sweep, tracker
-        self._samples = count_samples(sweep.dataset, "train")
+        self._samples = sweep.samples
         self._trials = TrialRegistry()
         self._loop = EngineLoop(sweep, slots, self._trials, program)
         threading.Thread(target=self._loop.run, daemon=True, name="engine").start()
@@ -88,6 +87,7 @@ class Engine:
         if trial is not None:
             self._loop.call(lambda: self._loop.stop(trial))
             trial.checkpoints.wait()
+            trial.checkpoints.forget_copies()
             trial.reporter.flush()
 
     def save(self, lease: str, folder: Path) -> None:

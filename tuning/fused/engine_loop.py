@@ -21,15 +21,18 @@ from typing import TypeVar
 
 from cluster.base.errors import TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checks.finite import not_finite, state_not_finite
 from trainers.data.remote import local_dataset
-from trainers.data.splits import count_samples, open_splits
+from trainers.data.splits import open_splits
 from trainers.devices import local_device
-from trainers.engine.evaluate import evaluate, splits_due
+from trainers.engine.evaluate import check_ranking, evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
+from trainers.engine.metrics import MetricsError
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
+from trainers.modeling.forward import Forward
 from trainers.modeling.optimizer import learning_rate
-from trainers.runs.failure_policy import format_error
+from trainers.runs.failure_policy import format_error, is_outage, log_traceback
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistry
@@ -63,7 +66,7 @@ class EngineLoop:
         device = local_device(self._spec.scale.accelerator)
         self._worker = Worker(hardware=device)
         self._splits = open_splits(local_dataset(sweep.dataset, self._spec))
-        self._samples = count_samples(sweep.dataset, "train")
+        self._samples = len(next(iter(self._splits["train"].values())))
         self._pool = ProgramPool(sweep, slots, self._splits["train"], device, program)
         self._saver = TrialSaver(self._spec, trials)
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -119,7 +122,7 @@ class EngineLoop:
     # The loop.
 
     def run(self) -> None:
-        """Train for ever; an unforeseen error ends the process."""
+        """Train for ever; an outage or an unforeseen error ends the process."""
         try:
             set_threads(self._sweep)
             stalls, timeout_s = self._sweep.folder / STALLS, self._spec.train.stall_timeout_s
@@ -129,7 +132,7 @@ class EngineLoop:
                     busy = [self._run_chunk(each) for each in self._pool.programs]
                     self._save_periodically()
                     self._run_commands(wait=not any(busy))
-        except BaseException:  # a bug: Ray starts the engine again, and its trials resume
+        except BaseException:  # Ray starts the engine again, and its trials resume
             _logger.exception("the engine's thread failed; its process ends")
             os._exit(1)
 
@@ -148,10 +151,10 @@ class EngineLoop:
             try:
                 loaded = self._pool.load(trial)
             except Exception as error:  # of the user's model, or of a checkpoint
-                self._fail(trial, format_error(error))
+                self._fail_by(trial, error)
                 continue
-            # The trial may have reached its end earlier without Tune knowing it.
-            if loaded and trial.steps_done == trial.variant.total_steps:
+            # It may have been saved after an evaluation that Tune was not told of.
+            if loaded and trial.unreported_evaluation:
                 self._evaluate(trial)
 
     def _run_chunk(self, held: ProgramSlots) -> bool:
@@ -169,11 +172,11 @@ class EngineLoop:
         except TrialMismatchError as error:
             losses, mismatches = error.losses, error.reasons
         except Exception as error:
-            reason = format_error(error)
+            reason = None
             if is_out_of_memory(error):
                 reason = f"out of memory with {held.program.slots} slots; try fewer in sweep.fuse"
             for trial in ready.values():
-                self._fail(trial, reason)
+                self._fail_by(trial, error, reason)
             return True
         spent_s = time.perf_counter() - began
         held.step_s = spent_s / steps
@@ -202,8 +205,9 @@ class EngineLoop:
             trial.steps_done += 1
             step = trial.steps_done
             if not math.isfinite(loss):
-                last = f"the last finite one was {trial.last_finite:.6g}"
-                self._fail(trial, f"the loss is {loss} at step {step} ({last})")
+                assert trial.program_slots is not None
+                failed = trial.program_slots.program.failed_loss(trial.slot)
+                self._fail(trial, not_finite(failed, step, trial.last_finite))
                 return
             trial.last_finite = loss
             trial.loss_sum, trial.losses = trial.loss_sum + loss, trial.losses + 1
@@ -224,12 +228,17 @@ class EngineLoop:
         began = time.perf_counter()
         state = trial.program_slots.program.state_of(trial.slot).copy()
         steps = state.steps_done - trial.evaluated_step
+        spoilt = trial.program_slots.program.not_finite(state)
+        if spoilt:
+            self._fail(trial, state_not_finite(spoilt, state.steps_done))
+            return
         try:
             found = self._evaluation_metrics(trial, state)
             trial.metrics |= found
             result = trial.progress.result(trial.metrics, state.steps_done)
         except Exception as error:
-            self._fail(trial, format_error(error))
+            mistake = error.error if isinstance(error, MetricsError) else error
+            self._fail_by(trial, mistake)
             return
         trial.reporter.log_metrics(found, state.steps_done)
         if steps > 0 and trial.steps_s:
@@ -256,13 +265,15 @@ class EngineLoop:
     def _evaluation_metrics(self, trial: EngineTrial, state: TrialState) -> dict[str, float]:
         """The metrics of the splits that are due at the state's step."""
         assert trial.program_slots is not None
-        network = trial.program_slots.program.network_with(state)
         variant, step = trial.variant, state.steps_done
+        network = trial.program_slots.program.network_with(state)
+        forward = Forward(variant.workload, network)
         found: dict[str, float] = {}
         for split in splits_due(step, variant.total_steps, trial.evaluation_steps, self._splits):
             samples = self._splits[split]
-            means = evaluate(variant.spec, variant.workload, network, samples, self._worker)
+            means = evaluate(variant.spec, variant.workload, forward, samples, self._worker)
             found |= {f"{split}/{name}": mean for name, mean in means.items()}
+        check_ranking(variant.spec, found)
         return found
 
     def _report_performance(self, trial: EngineTrial, steps: int, step: int) -> None:
@@ -287,13 +298,23 @@ class EngineLoop:
         self._saver.schedule_next(began)
 
     def _saved(self, trial: EngineTrial, save: Callable[[EngineTrial], None]) -> bool:
-        """Save a trial; if that fails, the trial fails, and the others go on."""
+        """Save a trial; if that fails, `_fail_by` decides."""
         try:
             save(trial)
         except Exception as error:
-            self._fail(trial, format_error(error))
+            self._fail_by(trial, error)
             return False
         return True
+
+    def _fail_by(self, trial: EngineTrial, error: Exception, reason: str | None = None) -> None:
+        """End a trial with the line of its error, or with `reason`.
+
+        An outage is raised instead: it ends this process, and the trials are started again.
+        """
+        if is_outage(error):
+            raise error
+        log_traceback(self._sweep.folder, error)
+        self._fail(trial, reason or format_error(error))
 
     def _fail(self, trial: EngineTrial, reason: str) -> None:
         trial.ended = True

@@ -94,6 +94,13 @@ class EngineTrial:
         return steps[min(following, len(steps) - 1)]
 
     @property
+    def unreported_evaluation(self) -> bool:
+        """Whether it is at a step with an evaluation that Tune does not know."""
+        at_end = self.steps_done == self.variant.total_steps
+        new = self.steps_done > self.reported_step and self.steps_done in self.evaluation_steps
+        return at_end or new
+
+    @property
     def evaluation_due(self) -> bool:
         at_step = self.steps_done == self.next_evaluation_step
         return at_step and self.result_requested and not self.ended

@@ -12,7 +12,7 @@ import torch
 
 from cluster.base.files import write_atomic
 from trainers.data.remote import local_dataset
-from trainers.data.splits import count_samples, open_split
+from trainers.data.splits import open_split
 from trainers.devices import Device, local_device
 from trainers.modeling.build import build_network
 from trainers.runs.failure_policy import format_error
@@ -89,7 +89,7 @@ def plan_from_spec(sweep: Sweep) -> FusionPlan | None:
     reason = unsupported_reason(spec)
     if reason:
         return FusionPlan(0, f"not fused: {reason}")
-    steps = sweep.spec.total_trials * spec.train.total_steps(count_samples(sweep.dataset, "train"))
+    steps = sweep.spec.total_trials * spec.train.total_steps(sweep.samples)
     return FusionPlan(0, "") if sweep.spec.fuse == "auto" and steps < MIN_STEPS_TO_FUSE else None
 
 
@@ -202,7 +202,7 @@ class _Planner:
         self._key = trial_key(self._variant, network, self._varied, self._device)
         self._alone = measure_unfused(self._key, self._variant, self._samples, self._device)
         trials, trial_steps = sweep.spec.total_trials, self._variant.total_steps
-        samples = count_samples(sweep.dataset, "train")
+        samples = sweep.samples
         epochs = trial_steps * self._variant.spec.train.global_batch / samples
         share = expected_step_share(sweep.spec.scheduler, epochs)
         self._time_of = _SweepTime(round(trials * trial_steps * share), trial_steps, engines)

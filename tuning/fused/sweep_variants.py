@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from trainers.data.splits import count_samples
 from trainers.spec import RunSpec, resolve
 from tuning.programs.program_signature import Variant, program_key
 from tuning.trials.trial import Sweep
@@ -36,7 +35,7 @@ def reference_variant(sweep: Sweep, **changed: Any) -> Variant:
     """The trial with the last boundary value of each parameter, but for those `changed`."""
     values = {path: d.boundary_values()[-1] for path, d in sweep.spec.parameters.items()}
     spec, workload = resolve(sweep.trial_spec_data({**values, **changed}), RunSpec)
-    return Variant(spec, workload, spec.train.total_steps(count_samples(sweep.dataset, "train")))
+    return Variant(spec, workload, spec.train.total_steps(sweep.samples))
 
 
 def varied_floats(sweep: Sweep, variant: Variant) -> dict[str, list[float]]:

@@ -5,7 +5,6 @@ its tensors have been copied here.
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -88,8 +87,7 @@ class TrialSaver:
         donor = next((d for d in donors if d.export_id == origin.get("export")), None)
         trial.donor_state = donor.evaluated_state if donor is not None else None
         trial.checkpoints.wait()
-        shutil.rmtree(trial.folder / CHECKPOINTS, ignore_errors=True)
-        trial.checkpoints.import_from(source)
+        trial.checkpoints.replace_by(source)
         trial.network = trial.program_slots = trial.evaluated_state = trial.export_id = None
         trial.reported_step, trial.saved_step = origin["step"], -1
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from trainers.data.remote import local_dataset
 from trainers.devices import local_device
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
@@ -58,8 +59,11 @@ def measure_deviation(sweep: Sweep, trial: TrialResult) -> Deviation:
     spec, workload = resolve(sweep.trial_spec_data(trial.parameters), RunSpec)
     alone = _Recorder(trial.step)
     worker = Worker(hardware=local_device(spec.scale.accelerator))
+    # Its checkpoints are read by nobody.
+    saves = spec.checkpoint.model_copy(update={"every_steps": "auto", "keep_best": 0, "uri": None})
+    spec = spec.model_copy(update={"checkpoint": saves})
     with TemporaryDirectory() as folder:
-        train(spec, workload, sweep.dataset, Path(folder), alone, worker)
+        train(spec, workload, local_dataset(sweep.dataset, spec), Path(folder), alone, worker)
     points = read_metrics(sweep.folder / TRACKING, sweep.trial_key(trial.number))
     fused = {(name, step): value for name, value, step, _ in points}
     both = [(abs(value - fused[at]), at) for at, value in alone.series.items() if at in fused]

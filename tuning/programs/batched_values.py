@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainers.modeling.build import build_network
 from trainers.modeling.dropout import DropoutRate, DropoutRng
 from trainers.workload import Workload
 from tuning.programs.program_signature import (
@@ -127,7 +128,8 @@ def _find_batched(
     with torch.random.fork_rng(devices=[]):
         for name, values in varied.items():
             for value in values:
-                built = with_model_values(variant.workload, {name: value}).build()
+                changed = with_model_values(variant.workload, {name: value})
+                built = build_network(variant.spec.train, changed)
                 other = module_floats(built)
                 found |= {path for path in floats if other.get(path, floats[path]) != floats[path]}
     yield from sorted(found)

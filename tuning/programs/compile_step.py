@@ -15,7 +15,7 @@ from tuning.programs.torch_internals import compile_graph
 from tuning.programs.vmap_rewrites import NotFusibleError, first_sentence
 
 CompiledStep = Callable[..., Tensor]
-"""Takes the state, which it changes in place, then the inputs; returns the losses [K]."""
+"""Takes the state, which it changes in place, then the inputs; returns what `SlotStep` does."""
 
 
 def compile_step(graph: GraphModule, inputs: Sequence[Tensor], state_count: int) -> CompiledStep:
@@ -66,11 +66,11 @@ def _copying_back(step: Callable[..., Any], state_count: int) -> CompiledStep:
     """A step made by `_out_of_place`, which changes the state in place again."""
 
     def stepped(*inputs: Tensor) -> Tensor:
-        loss_K: Tensor
-        loss_K, *new = step(*inputs)
+        found_2K: Tensor
+        found_2K, *new = step(*inputs)
         for old, value in zip(inputs[:state_count], new, strict=True):
             old.copy_(value)
-        return loss_K
+        return found_2K
 
     return stepped
 
@@ -92,12 +92,12 @@ class _CudaGraphStep:
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._loss_K = step(*self._inputs)
+            self._found_2K = step(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         own = self._inputs[self._state_count :]
         for held, new in zip(own, inputs[self._state_count :], strict=True):
             held.copy_(new)
         self._graph.replay()
-        loss_K: Tensor = self._loss_K.clone()
-        return loss_K
+        found_2K: Tensor = self._found_2K.clone()
+        return found_2K

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from cluster.base.files import write_atomic
-from trainers.data.dataset import source_files
+from trainers.data.workload_code import workload_code
 from trainers.devices import Device
 from trainers.engine.step import TrainStep
 from trainers.precision import weights_dtype
@@ -107,7 +107,7 @@ def trial_key(
     `varied` are the fields of the section `model` that do not count.
     """
     digest = hashlib.sha256(signature(variant, network, varied).encode())
-    for path in source_files(type(variant.workload)):
+    for path in workload_code(type(variant.workload)).files:
         digest.update(path.read_bytes())
     digest.update(_machine(device.device).encode())
     return digest.hexdigest()
@@ -129,7 +129,6 @@ def keep_measurement(key: str, measured: Mapping[str, float]) -> None:
 def _measured_unfused(variant: Variant, samples: Batch, device: Device) -> UnfusedTime:
     spec, total = variant.spec, variant.total_steps
     train_step = TrainStep(spec, variant.workload, samples, Worker(hardware=device), total)
-    train_step.network.train()
     steps = iter(range(total))
 
     def step() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainers.checks.returned_values import check_dense_gradients, check_differentiable
 from trainers.counter_rng import seed_key
 from trainers.data.sampling import SampleStream, to_device
 from trainers.devices import Device
@@ -33,7 +34,7 @@ from trainers.workload import Batch
 from tuning.programs.batched_optimizers import BATCHED_OPTIMIZERS, FloatArray
 from tuning.programs.batched_values import BatchedValues
 from tuning.programs.compile_step import CompiledStep, compile_step
-from tuning.programs.program_signature import Variant, signature
+from tuning.programs.program_signature import Variant, buffer_shapes, check_buffers, signature
 from tuning.programs.traced_step import SlotStep, peak_bytes, reference_loss
 from tuning.programs.trial_state import SlotStates, TrialState
 from tuning.programs.vmap_rewrites import NotFusibleError
@@ -64,6 +65,8 @@ class _SlotOccupant:
     steps_done: int
     reference_loss: float | None
     """The loss of its next step, computed by its own network; None after the comparison."""
+    failed_loss: float = math.nan
+    """The loss of the step that was not finite."""
 
 
 class Program:
@@ -96,7 +99,9 @@ class Program:
         dropout_rng = key_dropout_by_sample(network)
         zeros_K = torch.zeros(slots, dtype=self._dtype, device=self.device)
         self._values = BatchedValues(variant, network, dropout_rng, self._varied, zeros_K)
+        shapes = buffer_shapes(network)
         trained = self._trained_weights(dropout_rng)
+        check_buffers(shapes, network)
         self._states = SlotStates(network, trained, self._rule.moments, slots)
         self._seed_key_K = zeros_K.to(torch.int64)
         self.optimizer = build_optimizer(spec.optimizer, network)
@@ -119,15 +124,26 @@ class Program:
         self._step: CompiledStep = self.graph
 
     def _trained_weights(self, dropout_rng: DropoutRng) -> dict[str, nn.Parameter]:
-        """The parameters that a step changes: those on which the loss of a batch depends."""
+        """The parameters that a step changes: those on which the loss of a batch depends.
+
+        Raises NotFusibleError if they are not all of the trial's precision.
+        """
         loss = reference_loss(
             self.variant, self._network, dropout_rng, 0, self._samples, self.device
         )
+        check_differentiable(self.variant.workload, loss)
         torch.autograd.backward(loss)
+        check_dense_gradients(self.variant.workload, self._network)
         parameters = dict(self._network.named_parameters())
         trained = {name: weight for name, weight in parameters.items() if weight.grad is not None}
         for weight in parameters.values():
             weight.grad = None
+        for name, weight in trained.items():
+            if weight.dtype != self._dtype:
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise NotFusibleError(
+                    f"{name} is {kind}: a slot's weights are one row of numbers of one precision"
+                )
         return trained
 
     def fits(self, variant: Variant, network: nn.Module) -> bool:
@@ -191,6 +207,10 @@ class Program:
         floats = self._values.in_modules(network)
         return self._states.copy_from(network, optimizer, steps_done, floats)
 
+    def not_finite(self, state: TrialState) -> list[str]:
+        """The weights and buffers of a state that training has made not finite; waits."""
+        return self._states.not_finite(state)
+
     def network_with(self, state: TrialState) -> nn.Module:
         """An ordinary network with a state, which is not copied; valid until the next call.
 
@@ -206,9 +226,10 @@ class Program:
     def run(self, slots: Sequence[int], steps: int) -> list[list[float]]:
         """Advance the trials in `slots` by `steps` steps; returns the losses, [step][slot].
 
-        A loss that is not finite ends a trial's advance: its state stays as it was before that
-        step, and its later losses are NaN. Raises TrialMismatchError, after the steps, if the
-        first loss of a trial differs from the one that its own network computes.
+        A loss or gradient that is not finite ends a trial's advance: its state stays as it was
+        before that step, whose loss is NaN, as are the later ones; see `failed_loss`. Raises
+        TrialMismatchError, after the steps, if the first loss of a trial differs from the one that
+        its own network computes.
         """
         coefficients_nKC = np.zeros((steps, self.slots, self._coefficient_count))
         first_nK = np.zeros((steps, self.slots), np.int64)
@@ -229,15 +250,21 @@ class Program:
             for step in range(steps):
                 inputs = self._inputs(coefficients[step], first[step], index_nKB[step])
                 losses.append(self._step(*state, *inputs))
-        found: list[list[float]] = torch.stack(losses).double().cpu()[:, list(slots)].tolist()
-        mismatches = {
-            slot: self._record_losses(self._occupants[slot], [row[column] for row in found])
-            for column, slot in enumerate(slots)
-        }
+        measured_n2S = torch.stack(losses).double().cpu()[:, :, list(slots)]
+        losses_nS, norms_nS = measured_n2S.unbind(1)
+        found: list[list[float]] = losses_nS.masked_fill(~norms_nS.isfinite(), math.nan).tolist()
+        mismatches = {}
+        for column, slot in enumerate(slots):
+            measured = measured_n2S[:, :, column].tolist()
+            mismatches[slot] = self._record_losses(self._occupants[slot], measured)
         reasons = {slot: reason for slot, reason in mismatches.items() if reason}
         if reasons:
             raise TrialMismatchError(reasons, found)
         return found
+
+    def failed_loss(self, slot: int) -> float:
+        """The loss of the step at which the trial in a slot stands still."""
+        return self._occupants[slot].failed_loss
 
     def _inputs(self, coefficients_KC: Tensor, first_K: Tensor, index_KB: Tensor) -> list[Tensor]:
         """What the step takes besides the state; see `SlotStep`."""
@@ -257,22 +284,29 @@ class Program:
         first_K = torch.zeros(self.slots, dtype=torch.int64)
         return self._inputs(coefficients_KC.to(self.device), first_K.to(self.device), index_KB)
 
-    def _record_losses(self, occupant: _SlotOccupant, losses: list[float]) -> str | None:
+    def _record_losses(
+        self, occupant: _SlotOccupant, measured: list[tuple[float, float]]
+    ) -> str | None:
         """Count a trial's steps; returns the reason why it does not fit, if its first loss shows.
 
-        That loss is compared once, with the loss of the trial's own network.
+        `measured` are their losses and gradient norms. The first loss is compared once, with the
+        loss of the trial's own network.
         """
-        finite = [math.isfinite(loss) for loss in losses]
-        occupant.steps_done += finite.index(False) if False in finite else len(losses)
+        finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in measured]
+        good = finite.index(False) if False in finite else len(measured)
+        occupant.steps_done += good
+        if good < len(measured):
+            occupant.failed_loss = measured[good][0]
+        first = measured[0][0]
         expected, occupant.reference_loss = occupant.reference_loss, None
-        if expected is None or not (math.isfinite(expected) and finite[0]):
+        if expected is None or not (math.isfinite(expected) and math.isfinite(first)):
             return None
         bf16 = occupant.variant.spec.train.precision == "bf16"
         tolerance = LOSS_TOLERANCE_BF16 if bf16 else LOSS_TOLERANCE
-        if abs(losses[0] - expected) <= tolerance * max(1.0, abs(expected)):
+        if abs(first - expected) <= tolerance * max(1.0, abs(expected)):
             return None
         return (
-            f"a fused trial's first loss is {losses[0]:.9g}, alone it is {expected:.9g}: "
+            f"a fused trial's first loss is {first:.9g}, alone it is {expected:.9g}: "
             "something that differs between trials is neither a float attribute of a module "
             "nor read from the spec in the loss"
         )

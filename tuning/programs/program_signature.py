@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.workload import Workload
-from tuning.programs.vmap_rewrites import ValuePath
+from tuning.programs.vmap_rewrites import NotFusibleError, ValuePath
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ def module_floats(network: nn.Module) -> dict[ValuePath, float]:
 def signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -> str:
     """Trials with equal signatures can share a program, provided that it accepts their floats.
 
-    `varied` are the fields of the section `model` that are batched, by name.
+    `varied` are the fields of the section `model` that are batched, by name. Raises NotFusibleError
+    for a network with state that is not in tensors of a known shape.
     """
+    for name, part in network.named_modules():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            raise NotFusibleError(f"{name or 'the model'} has extra state, which is not in tensors")
     spec = variant.spec
     workload = variant.workload
     sections = (workload.data.model_dump(), workload.model.model_dump(exclude=set(varied)))
@@ -82,10 +88,24 @@ def signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -
         for name, part in network.named_modules()
     ]
     held = [*network.named_parameters(), *network.named_buffers()]
+    if lazy := [name for name, tensor in held if is_lazy(tensor)]:
+        raise NotFusibleError(f"{lazy[0]} is of a lazy module, which has no shape yet")
     tensors = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in held]
     clips = spec.train.clip_norm is not None
     rule = (spec.optimizer.name, spec.train.global_batch, spec.train.precision, clips)
     return repr((spec.workload, rule, sections, modules, tensors))
+
+
+def check_buffers(before: Mapping[str, torch.Size], network: nn.Module) -> None:
+    """Raise NotFusibleError if a forward pass has made buffers, or changed their shapes."""
+    now = buffer_shapes(network)
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise NotFusibleError(f"a forward pass makes the buffer {changed[0]} or changes its shape")
+
+
+def buffer_shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: buffer.shape for name, buffer in network.named_buffers()}
 
 
 def program_key(variant: Variant, varied: Mapping[str, Any]) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 
-from trainers.counter_rng import SampleRandom
+from trainers.checks.returned_values import check_augmented, check_loss
+from trainers.counter_rng import SampleRandom, host_rng_state
 from trainers.data.sampling import SampleStream, to_device
-from trainers.engine.step import check_per_sample
 from trainers.modeling.dropout import DropoutRng
+from trainers.modeling.model_inputs import convert_inputs, mixed_dtypes
 from trainers.precision import compute_precision, weights_dtype
 from trainers.spec import RunSpec
 from trainers.workload import Batch, Workload
@@ -51,6 +52,7 @@ class SlotStep:
 
     def trace(self, inputs: Sequence[Tensor]) -> GraphModule:
         """The operations of a step; raises NotFusibleError that names the one in the way."""
+        before = host_rng_state()
         try:
             with torch.enable_grad():
                 graph = trace_operations(self, inputs)
@@ -58,12 +60,16 @@ class SlotStep:
             raise
         except Exception as error:  # a user's model may do anything
             raise NotFusibleError(first_sentence(error)) from error
+        if host_rng_state() != before:
+            raise NotFusibleError(
+                "the model draws from Python's or numpy's generator: each step would draw the same"
+            )
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """One step, in place on the state; returns the loss of each slot [K].
+        """One step, in place on the state; returns losses and gradient norms of the slots [2, K].
 
         Takes the tensors of `SlotStates`, the update's coefficients, the position of the first
         sample, the seed's key, the batched values with their thresholds, and the batch's columns.
@@ -87,21 +93,22 @@ class SlotStep:
         (gradient_KP,) = torch.autograd.grad(loss_K.sum(), leaf_KP)
         with torch.no_grad():
             *c, clip_K1 = (column[:, None] for column in coefficients_KC.unbind(1))
+            norm_K1 = gradient_KP.square().sum(1, keepdim=True).sqrt()
             if self._variant.spec.train.clip_norm is not None:
-                norm_K1 = gradient_KP.square().sum(1, keepdim=True).sqrt()
                 gradient_KP = gradient_KP * (clip_K1 / (norm_K1 + 1e-6)).clamp(max=1.0)
             new_KP, new_moments = self._optimizer.update(
                 weights_KP, gradient_KP, moments, self._states.decayed_P, c
             )
-            # A trial whose loss is not finite keeps its last good state, and stands still.
-            loss_K = torch.where(active_K, loss_K.detach(), math.nan)
-            good_K = torch.isfinite(loss_K)
+            # A trial whose loss or gradient is not finite keeps its last good state, and stands
+            # still.
+            loss_K, norm_K = torch.where(active_K, loss_K.detach(), math.nan), norm_K1.squeeze(1)
+            good_K = torch.isfinite(loss_K) & torch.isfinite(norm_K)
             updated = (new_KP, *new_moments, *(changed[name] for name in buffers))
             for old, new in zip((weights_KP, *moments, *buffers.values()), updated, strict=True):
                 good = good_K.view(-1, *[1] * (old.ndim - 1))
                 old.copy_(torch.where(good, new, old))
             active_K.copy_(good_K)
-        return loss_K
+        return torch.stack((loss_K, norm_K.to(loss_K.dtype)))
 
     def _slot_loss(
         self,
@@ -142,6 +149,7 @@ def reference_loss(
     batch = samples.gather(index.to(samples.device))
     batch = to_device(batch, device, weights_dtype(variant.spec.train))
     random = SampleRandom(variant.spec.train.seed, positions.to(device))
+    convert_inputs(network, batch, weights_dtype(variant.spec.train))
     with dropout_rng.seeded_by(random):
         loss, _ = _LossModule(network, {})(variant.workload, variant.spec, batch, random)
     return loss  # type: ignore[no-any-return]
@@ -170,8 +178,9 @@ class _LossModule(nn.Module):
         self, workload: Workload, spec: RunSpec, batch: Batch, random: SampleRandom
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = workload.augment(batch, random)
-        with compute_precision(spec.train, random.positions.device):
+        check_augmented(workload, batch, spec.train.global_batch)
+        with compute_precision(spec.train, random.positions.device), mixed_dtypes(self.network):
             loss_B = workload.loss(workload.forward(self.network, batch), batch)
-        check_per_sample("loss", loss_B, spec.train.global_batch)
+        check_loss(workload, loss_B, spec.train.global_batch)
         held = named_tensors(self.network)
         return loss_B.mean(), {name: held[name].detach() for name in self._names}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainers.checks.finite import are_finite, is_finite, is_spoilt
 from trainers.modeling.optimizer import has_weight_decay
 from tuning.programs.vmap_rewrites import ValuePath
 
@@ -59,6 +60,7 @@ class SlotStates:
         self.buffers = {
             name: torch.stack([value.detach()] * slots) for name, value in others.items()
         }
+        self._spoilt_as_built = {name for name, value in others.items() if is_spoilt(value)}
         decayed = [torch.full((w.numel(),), float(has_weight_decay(w))) for w in trained.values()]
         self.decayed_P = torch.cat(decayed).to(self.weights_KP)
         """1 for weights that weight decay applies to, 0 for others."""
@@ -119,6 +121,17 @@ class SlotStates:
             moments.append(torch.cat([value.detach().flatten() for value in values]))
         buffers = {name: own[name].detach().clone() for name in self.buffers}
         return TrialState(steps_done, self._row_of(own), tuple(moments), buffers, floats)
+
+    def not_finite(self, state: TrialState) -> list[str]:
+        """The weights and buffers of a state that training has made not finite, by name."""
+        found = []
+        for row in (state.weights_P, *state.moments):
+            if not are_finite([row]):
+                parts = self.weights_by_name(row).items()
+                found += [name for name, part in parts if not is_finite(part)]
+        buffers = state.buffers.items()
+        found += [n for n, v in buffers if n not in self._spoilt_as_built and is_spoilt(v)]
+        return list(dict.fromkeys(found))
 
     def point_at(
         self, state: TrialState, network: nn.Module, optimizer: torch.optim.Optimizer | None = None

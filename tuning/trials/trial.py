@@ -5,10 +5,10 @@ that number. So Tune may forget it: a trial that is started again continues from
 checkpoint, and an ended one reports its last result again.
 """
 
+import contextlib
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.base.errors import TrainingError
+from cluster.base.errors import HeliostatError, TrainingError
 from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.manifest import read_manifest
+from trainers.checkpoints.place import current_store
 from trainers.data.remote import local_dataset
 from trainers.data.splits import count_samples
 from trainers.devices import local_device
@@ -26,11 +28,12 @@ from trainers.engine.heartbeat import stall_watchdog
 from trainers.engine.loop import train
 from trainers.engine.stall_files import STALLS
 from trainers.run_folder import CHECKPOINTS, TRIALS
-from trainers.runs.failure_policy import format_error
+from trainers.runs.failure_policy import OutageError, format_error, is_outage, log_traceback
 from trainers.runs.ray_train import WorkerConfig, run_workers
 from trainers.runs.visibility import require_sweep_visible
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
 from trainers.spec import RunSpec, resolve
+from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
@@ -42,6 +45,8 @@ REPORT_S = 2.0
 to 30 ms of the same cores for each of them, however little it is sent."""
 LAST_RESULT_FILE, ENDED_FILE, FAILED_FILE = "last.json", "ended.json", "failed.json"
 """In a trial's folder: the result of its last evaluation, how it ended, the error if it failed."""
+OUTAGE_FILE = "outage.txt"
+"""In a trial's folder: how storage or a device failed last, after which it was started again."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,12 @@ class Sweep:
     @property
     def key(self) -> str:
         return self.folder.name
+
+    @property
+    def samples(self) -> int:
+        """Samples in the training split, as this machine's copy of the data set has them."""
+        spec, _ = resolve(self.spec_data, RunSpec)
+        return count_samples(local_dataset(self.dataset, spec), "train")
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / TRIALS / f"{number:04d}"
@@ -99,10 +110,12 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     if (folder / FAILED_FILE).exists():  # Ray retries, though the error would be the same
         raise TrainingError((folder / FAILED_FILE).read_text())
     last = last_result(folder)
+    known_step = last.get("step", 0)
     exploited = tune.get_checkpoint()
     if exploited is not None:
         with exploited.as_directory() as source:
-            _replace_checkpoints(Path(source), folder / CHECKPOINTS)
+            Checkpoints(folder / CHECKPOINTS).replace_by(Path(source))
+            known_step = int(read_manifest(Path(source))["step"])
     elif last and ((folder / ENDED_FILE).exists() or last["complete"]):
         tune.report(last)
         return
@@ -111,8 +124,9 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
         spec, workload = resolve(data, RunSpec)
         dataset = local_dataset(sweep.dataset, spec)
         key = sweep.trial_key(number)
-        tune_reporter = TuneReporter(sweep, spec, folder)
+        tune_reporter = TuneReporter(sweep, spec, folder, known_step)
         if spec.scale.max_workers > 1:
+            tune_reporter.report_saved()
             workers = WorkerConfig(data, sweep.dataset, folder, key, threads=1)
             run_workers(workers, tracker, tune_reporter.on_progress, threading.Event())
         else:
@@ -125,8 +139,16 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
             ):
                 train(spec, workload, dataset, folder, reporter, worker)
     except Exception as error:
-        write_atomic(folder / FAILED_FILE, format_error(error))
-        raise TrainingError(format_error(error)) from error
+        log_traceback(sweep.folder, error)
+        reason = format_error(error)
+        if is_outage(error):  # Ray starts the trial again
+            write_atomic(folder / OUTAGE_FILE, reason)
+            raise OutageError(reason) from error
+        write_atomic(folder / FAILED_FILE, reason)
+        raise TrainingError(reason) from error
+    finally:
+        with contextlib.suppress(HeliostatError):
+            current_store(folder / CHECKPOINTS).forget_copies()
 
 
 def set_threads(sweep: Sweep) -> None:
@@ -143,22 +165,20 @@ def last_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _replace_checkpoints(source: Path, checkpoints: Path) -> None:
-    """Make another trial's checkpoint the only one of this trial."""
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    Checkpoints(checkpoints).import_from(source)
-
-
 class TuneReporter:
     """Reports a trial's evaluations to Ray Tune."""
 
-    def __init__(self, sweep: Sweep, spec: RunSpec, folder: Path) -> None:
-        samples = count_samples(sweep.dataset, "train")
+    def __init__(
+        self, sweep: Sweep, spec: RunSpec, folder: Path, known_step: int | None = None
+    ) -> None:
+        """`known_step` is that of the evaluation which is not to be reported again at a restart."""
+        samples = sweep.samples
         self._steps = spec.train.total_steps(samples)
         self._epoch_steps = samples / spec.train.global_batch
         self._metric = sweep.spec.metric
         self._folder, self._attaches_checkpoints = folder, sweep.spec.scheduler.name == "pbt"
         self._unreported: dict[int, dict[str, float]] = {}
+        self._known_step = known_step
         self._earlier_device_s = last_result(folder).get("device_s", 0.0)
         self._start_s = time.monotonic()
 
@@ -180,12 +200,26 @@ class TuneReporter:
         """Blocks until Tune has decided. To end the trial, Tune raises SystemExit here."""
         from ray import tune
 
+        known_step, self._known_step = self._known_step, None
+        if step == known_step:
+            return
         result = self.result(metrics, step)
         write_atomic(self._folder / LAST_RESULT_FILE, json.dumps(result))
         newest = None
         if self._attaches_checkpoints:  # only where needed: finding it reads the whole checkpoint
             newest = Checkpoints(self._folder / CHECKPOINTS).latest()
-        tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
+        with external_wait():  # Tune may pause the trial
+            tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
+
+    def report_saved(self) -> None:
+        """Report the evaluation of the newest checkpoint, unless Tune was told before.
+
+        For trials of several workers: their tracker passes on each metric once only.
+        """
+        newest = Checkpoints(self._folder / CHECKPOINTS).latest()
+        manifest = read_manifest(newest) if newest is not None else {}
+        if manifest.get("metrics"):
+            self.report(manifest["metrics"], manifest["step"])
 
     def on_progress(self, step: int, points: list[MetricPoint], lines: list[str]) -> None:
         """Report the evaluations among the workers' metrics, and log the workers' messages."""

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,11 +21,16 @@ from torch import nn
 
 from cluster.base.config import read_yaml
 from cluster.base.errors import CheckpointError
+from tests.trainers.checkpoints.test_state import ExtraState, LateBuffers, Lazy, Spectral, Views
+from tests.trainers.engine.test_evaluate import Cached
+from tests.trainers.wild import Base, fit, spec_of, split
+from trainers.checkpoints.buffers import is_expanded
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, load_model
 from trainers.modeling.optimizer import build_optimizer
 from trainers.precision import weights_dtype
-from trainers.spec import RunSpec, resolve
+from trainers.spec import OptimizerSpec, RunSpec, resolve
+from trainers.workload import Batch
 
 Exported = tuple[Path, nn.Module]
 """The folder of an exported model, and the network that was exported."""
@@ -94,6 +101,7 @@ def test_a_users_own_network(
         "workload": "spirals:Spirals",
         "data": {"points": 400, "noise": 0.05},
         "model": {"width": 8, "dropout": 0.1},
+        "train": {"seed": 0, "precision": precision, "channels_last": False},
     }
     source = (own_folder / "spirals.py").read_bytes()
     assert [path.name for path in (folder / "code").iterdir()] == ["spirals.py"]
@@ -272,3 +280,151 @@ def test_the_loader_that_earlier_releases_registered_is_there(
     assert (
         loader._load_pyfunc(str(folder)).predict(points.numpy()) == network(points).detach().numpy()
     ).all()
+
+
+class Features(nn.Module):
+    """Random numbers that are not in the state_dict."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        values = torch.randn(8, 16)
+        self.register_buffer("b", values, persistent=False)
+        self.plain = values.double()
+        self.order = torch.randperm(16)
+        self.kind, self.head = kind, nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b = self.plain if self.kind == "attribute" else self.b
+        return self.head(torch.cos(x @ b.to(x.dtype))[:, self.order])
+
+
+class RandomFeatures(Base):
+    def build(self) -> nn.Module:
+        return Features(self.model.kind)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_what_is_not_in_the_state_dict_is_built_from_the_runs_seed(
+    tmp_path: Path, kind: str
+) -> None:
+    """The loaded model is the one that was evaluated, wherever and whenever it is loaded."""
+    found = fit(tmp_path, RandomFeatures, model={"kind": kind}, train={"seed": 5})
+    export_model(tmp_path / "model", found.spec, found.workload, found.checkpoint)
+    assert read_yaml(tmp_path / "model" / "spec.yaml")["train"]["seed"] == 5
+    val = split(found.workload, "val")
+    torch.manual_seed(1)
+    states = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    for model in (load_model(tmp_path), load_model(tmp_path / "model")):
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(model(val["x"]), val["y"])
+        assert loss.item() == pytest.approx(found.last("val/loss"), rel=1e-12)
+    after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    assert states[0].equal(after[0])
+    assert states[1:] == after[1:], "loading a model draws nothing from the user's generators"
+    example = load_file(tmp_path / "model" / "example.safetensors")
+    assert load_model(tmp_path)(example["input"]).equal(example["output"])
+
+
+@pytest.mark.parametrize("workload", [ExtraState, LateBuffers, Lazy])
+def test_all_state_is_exported(tmp_path: Path, workload: type[Base]) -> None:
+    found = fit(tmp_path, workload)
+    export_model(tmp_path / "model", found.spec, found.workload, found.checkpoint)
+    val = split(found.workload, "val")
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(load_model(tmp_path)(val["x"]), val["y"])
+    assert loss.item() == pytest.approx(found.last("val/loss"), rel=1e-12)
+
+
+class Viewed(Base):
+    def build(self) -> nn.Module:
+        return Views()
+
+
+class Waves(Base):
+    def build(self) -> nn.Module:
+        return Spectral().to(torch.complex128)
+
+
+@pytest.mark.parametrize("workload", [Viewed, Waves])
+def test_views_and_complex_numbers_are_exported_exactly(
+    tmp_path: Path, workload: type[Base]
+) -> None:
+    spec, instance = resolve(spec_of(workload), RunSpec)
+    network = instance.build()
+    with torch.no_grad():
+        for value in {id(v): v for v in network.state_dict().values()}.values():
+            if not is_expanded(value):
+                value.mul_(1.5)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, network, build_optimizer(OptimizerSpec(name="sgd"), network))
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    assert latest is not None
+    export_model(tmp_path / "model", spec, instance, latest)
+    wanted, found = network.state_dict(), load_model(tmp_path).state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].equal(value.to(found[name].dtype)), name
+        assert found[name].is_complex() == value.is_complex()
+
+
+def test_a_table_may_be_made_by_the_loaded_model_and_trained_with(tmp_path: Path) -> None:
+    """MLflow's flavour does not compute in inference mode, which would spoil it."""
+    found = fit(tmp_path, Cached)
+    export_model(tmp_path / "model", found.spec, found.workload, found.checkpoint)
+    model = importlib.import_module("trainers.checkpoints.export")._load_pyfunc(
+        str(tmp_path / "model")
+    )
+    model.predict(np.ones((9, 8)))
+    model.network(torch.ones(2, 8, dtype=torch.float64)).sum().backward()
+
+
+class Tied(Base):
+    def build(self) -> nn.Module:
+        network = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8))
+        network[2].weight = network[0].weight
+        return network
+
+    def loss(self, output: Any, batch: Batch) -> torch.Tensor:
+        return super().loss(output[:, :3], batch)
+
+
+def test_tied_weights_are_exported(tmp_path: Path) -> None:
+    found = fit(tmp_path, Tied)
+    export_model(tmp_path / "model", found.spec, found.workload, found.checkpoint)
+    loaded = load_model(tmp_path)
+    assert loaded[0].weight is loaded[2].weight
+    val = split(found.workload, "val")
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(loaded(val["x"])[:, :3], val["y"])
+    assert loss.item() == pytest.approx(found.last("val/loss"), rel=1e-12)
+
+
+def test_random_numbers_of_a_modules_import_are_those_of_the_run(
+    own_folder: Path, export: Callable[..., Exported]
+) -> None:
+    """They are drawn anew in each process that imports the module."""
+    path = own_folder / "spirals.py"
+    drawn = "B = torch.randn(2, 2)\nC = np.random.rand()\n\n\nclass Spirals"
+    source = path.read_text().replace("class Spirals", drawn, 1)
+    source = source.replace(
+        "return nn.Sequential(*first",
+        "first[0].bias.data.fill_(C)\n        return nn.Sequential(Turn(B), *first",
+    )
+    source += """
+
+class Turn(nn.Module):
+    def __init__(self, b):
+        super().__init__()
+        self.b = b
+
+    def forward(self, x):
+        return x @ self.b
+"""
+    path.write_text(source)
+    torch.manual_seed(1)
+    folder, network = export("own", "spirals:Spirals")
+    forget_spirals()
+    torch.manual_seed(2)
+    points = torch.randn(5, 2)
+    assert load_model(folder)(points).equal(network(points))

@@ -14,12 +14,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cluster.base.config import Spec
 from cluster.base.errors import DataError
 from tests.trainers.data.given_tables import GivenTables, given_tables
-from trainers.data.dataset import prepare_dataset, source_files
+from trainers.data.dataset import dataset_name, prepare_dataset
 from trainers.data.splits import count_samples, open_split
 from trainers.data.tables import table
-from trainers.workload import Workload, load_workload
+from trainers.data.workload_code import workload_code
+from trainers.workload import Batch, Workload, load_workload
 
 
 def whole_files(folder: Path) -> dict[str, bytes]:
@@ -129,7 +131,7 @@ class TestFingerprint:
 
     def test_covers_all_modules_of_a_shipped_workload(self) -> None:
         """Its package also has modules that define none of its classes."""
-        files = [path.name for path in source_files(load_workload("folding"))]
+        files = [path.name for path in workload_code(load_workload("folding")).files]
         assert files == sorted(files)
         assert {"folds.py", "proteins.py", "structures.py", "workload.py"} <= set(files)
 
@@ -147,9 +149,105 @@ class TestFingerprint:
         assert len(seen) == 1
         path.write_text("22")
         seen.add(prepare_dataset(workload, tmp_path))
+        assert len(seen) == 2
+
+    @pytest.mark.parametrize(
+        "section",
+        [
+            {"source": "points.csv"},
+            {"source": "./points.csv"},
+            {"source": "folder"},
+            {"source": "*.csv"},
+            {"files": ["points.csv"]},
+            {"parts": {"a": {"path": "points.csv"}}},
+            {"parts": {"points.csv": {"path": "?"}}},
+            {"inner": {"pair": ("points.csv", 1)}},
+            {"inner": {"path": "points.csv"}},
+            {"inner": {"several": ["points.csv"]}},
+        ],
+        ids=[
+            *("name", "relative", "folder", "wildcard", "list", "nested", "key"),
+            *("tuple", "path", "set"),
+        ],
+    )
+    def test_covers_any_path_at_any_depth(self, own_folder: Path, section: dict[str, Any]) -> None:
+        """By the contents: a file that was only touched or copied is the same data."""
+        path = own_folder / ("folder/a.csv" if "folder" in section.values() else "points.csv")
+        path.parent.mkdir(exist_ok=True)
+        workload = NamedFiles(NamedFiles.Data(**section), None)
+
+        def name() -> str:
+            return dataset_name(workload, own_folder / "runs")
+
+        path.write_text("1,0\n")
+        first = name()
         os.utime(path, ns=(1, 1))
-        seen.add(prepare_dataset(workload, tmp_path))
-        assert len(seen) == 3
+        assert name() == first
+        path.write_text("2,0\n")  # of the same size, with the same time
+        os.utime(path, ns=(1, 1))
+        second = name()
+        assert second != first
+        path.write_text("1,0\n")
+        assert name() == first
+        (own_folder / "runs").mkdir()
+        (own_folder / "runs" / "other").write_text("no data")
+        assert name() == first
+
+    def test_a_changed_file_is_read(self, own_folder: Path) -> None:
+        """`points.csv` in the working folder, changed within a moment to others of its size."""
+        workload = NamedFiles(NamedFiles.Data(source="points.csv"), None)
+        for value in (1.5, 2.5, 3.5):
+            Path("points.csv").write_text(f"{value}\n{value}\n")
+            split = open_split(prepare_dataset(workload, own_folder), "train")
+            assert split["x"].tolist() == [value, value]
+
+    def test_what_is_no_data_is_not_read(self, own_folder: Path) -> None:
+        """Separators, texts that are too long for a path, the folder of the runs."""
+        storage = own_folder / "runs"
+        texts = [
+            "/",
+            "~",
+            "",
+            ".",
+            "runs",
+            ".*",
+            "**",
+            "x" * 5000,
+            "a\0b",
+            "s3://bucket/points.csv",
+        ]
+        workload = NamedFiles(NamedFiles.Data(files=texts), None)
+        first = dataset_name(workload, storage)
+        (storage / "datasets").mkdir(parents=True)
+        for path in (storage / "a", storage / "datasets" / "b", Path("mlflow.db"), Path(".hidden")):
+            path.write_text("changes with every run")
+        assert dataset_name(workload, storage) == first
+        named_like_fields = NamedFiles(NamedFiles.Data(), None)
+        before = dataset_name(named_like_fields, storage)
+        Path("source").write_text("1")
+        Path("inner").mkdir()
+        Path("inner/path").write_text("1")
+        assert dataset_name(named_like_fields, storage) == before
+        first = dataset_name(workload, storage)
+        Path("points.csv").write_text("1")
+        assert dataset_name(workload, storage) != first
+
+    def test_a_file_that_cannot_be_read_is_named(
+        self, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path("points.csv").write_text("1")
+
+        opened = Path.open
+
+        def refused(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if path.name == "points.csv":
+                raise PermissionError(13, "Permission denied", path)
+            return opened(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refused)
+        workload = NamedFiles(NamedFiles.Data(source="points.csv"), None)
+        with pytest.raises(DataError, match=r"^data: .*/points\.csv: Permission denied$"):
+            dataset_name(workload, own_folder)
 
     def test_a_new_data_set_of_the_same_name_is_read(self, tmp_path: Path) -> None:
         """Even though the machine's cache holds the decoded splits of the old one."""
@@ -160,3 +258,63 @@ class TestFingerprint:
         again = prepare_dataset(workload, tmp_path / "second")
         assert count_samples(again, "train") == 5
         assert open_split(again, "train")["x"].tolist() == [10, 11, 12, 13, 14]
+
+
+class Inner(Spec):
+    pair: tuple[str, int] = ("", 0)
+    path: Path = Path()
+    several: frozenset[str] = frozenset()
+
+
+class NamedFiles(Workload):
+    """A data set of the numbers in a file; its fields may name files anywhere."""
+
+    class Data(Spec):
+        source: str = ""
+        files: list[str] = []
+        parts: dict[str, dict[str, str]] = {}
+        inner: Inner = Inner()
+
+    def dataset(self) -> dict[str, pa.Table]:
+        rows = table(x=np.loadtxt(self.data.source, dtype=np.float32, ndmin=1))
+        return {"train": rows, "val": rows}
+
+    def build(self) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> Any:
+        raise NotImplementedError
+
+    def loss(self, output: Any, batch: Batch) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class TestWrongDataset:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                None,
+                "Given.dataset must return a dictionary of tables, {'train': ..., 'val': ...} "
+                "(got NoneType)",
+            ),
+            (
+                {"train": [1, 2], "val": [3]},
+                "split 'train' is a list; it must be a pyarrow.Table (trainers.table makes one)",
+            ),
+            (
+                {"train": table(x=np.arange(2)), "validation": table(x=np.arange(2))},
+                "the data set of given has no samples in its split 'val'; it has 'validation'",
+            ),
+        ],
+    )
+    def test_other_things_than_tables_are_refused(
+        self, tmp_path: Path, given: Any, message: str
+    ) -> None:
+        class Given(GivenTables):
+            def dataset(self) -> Any:
+                return given
+
+        with pytest.raises(DataError) as caught:
+            prepare_dataset(Given(), tmp_path)
+        assert str(caught.value) == message

@@ -154,3 +154,72 @@ def test_the_command_builds_it_and_then_checks_it(
     assert main(command) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"{file.absolute()}: is not what the manifest says; remove ")
+
+
+MIXED = """
+import numpy as np
+import pyarrow as pa
+
+from trainers import PartitionedWorkload, Spec, table
+
+KINDS = {
+    "same": lambda: table(y=np.zeros(2), x=np.ones((2, 3), np.float32)),
+    "dtype": lambda: table(x=np.ones((2, 3), np.int32), y=np.zeros(2)),
+    "shape": lambda: table(x=np.ones((2, 3, 1), np.float32), y=np.zeros(2)),
+    "scalar": lambda: table(x=np.ones((2, 3), np.float32), y=np.zeros(2, np.int64)),
+    "missing": lambda: table(x=np.ones((2, 3), np.float32)),
+    "more": lambda: table(x=np.ones((2, 3), np.float32), y=np.zeros(2), z=np.zeros(2)),
+    "nulls": lambda: pa.table({"x": [[1.0, 1.0, 1.0]], "y": [None]}),
+}
+
+
+class Mixed(PartitionedWorkload):
+    class Data(Spec):
+        second: str
+
+    def parts(self):
+        return ["first", self.data.second]
+
+    def part(self, part, common):
+        first = table(x=np.ones((2, 3), np.float32), y=np.zeros(2))
+        return {"train": first if part == "first" else KINDS[part](), "val": first}
+
+    def build(self):
+        raise NotImplementedError
+
+    forward = loss = build
+"""
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        ("same", None),
+        ("dtype", "column 'x' is <i4 [3] in part 1 and <f4 [3] in part 0"),
+        ("shape", "column 'x' is <f4 [3, 1] in part 1 and <f4 [3] in part 0"),
+        ("scalar", "column 'y' is int64 in part 1 and double in part 0"),
+        ("missing", "column 'y' is absent in part 1 and double in part 0"),
+        ("more", "column 'z' is double in part 1 and absent in part 0"),
+        ("nulls", "column 'y' has nulls (1 of 1); training reads numbers"),
+    ],
+)
+def test_parts_have_the_same_columns_in_any_order(
+    modules: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    second: str,
+    problem: str | None,
+) -> None:
+    """Joined, the bytes of other parts would be read as numbers of the first one's type."""
+    (modules / "mixed_parts.py").write_text(MIXED)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    found = load_workload("mixed_parts:Mixed")
+    workload = found(found.Data(second=second), found.Model())
+    if problem is None:
+        split = open_split(prepare_dataset(workload, tmp_path), "train")
+        assert split["x"].tolist() == [[1, 1, 1]] * 4
+        assert split["y"].tolist() == [0] * 4
+        return
+    with pytest.raises(DataError) as caught:
+        prepare_dataset(workload, tmp_path)
+    assert str(caught.value).startswith(f"split 'train', {problem}")

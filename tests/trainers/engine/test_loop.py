@@ -23,7 +23,7 @@ from trainers.data.splits import open_split
 from trainers.engine import coordination
 from trainers.engine.loop import train
 from trainers.engine.step import TrainStep
-from trainers.modeling import build
+from trainers.modeling.operations import OperationCounter
 from trainers.outcome import Outcome
 from trainers.spec import RunSpec, resolve
 
@@ -87,12 +87,10 @@ from pathlib import Path
 from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
-from trainers.modeling import build
 from trainers.spec import RunSpec, resolve
 
 spec, workload = resolve({"workload": "spirals:Spirals", "train": {"steps": 3}}, RunSpec)
 dataset = prepare_dataset(workload, Path())
-build.dry_run_once = lambda *_: None  # imports Dynamo, after the first step
 for stop in (False, True):
     reporter = NullReporter()
     reporter.should_stop = lambda: not stop
@@ -228,7 +226,7 @@ def test_a_loss_that_stays_on_the_device_is_checked_at_the_next_report(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the message still names the right step."""
-    monkeypatch.setattr(TrainStep, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(TrainStep, "_stop", lambda *_: None)
     spoil(own_folder, step=7)
     with pytest.raises(TrainingError, match=r"^the loss is nan at step 8 \(the last finite one"):
         run(own_folder, "spoilt", train=STEPS, tracking={"every_steps": 20})
@@ -247,7 +245,9 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(own_folder
 def test_a_loss_of_the_wrong_shape_is_refused(own_folder: Path) -> None:
     source = (own_folder / "spirals.py").read_text()
     (own_folder / "spirals.py").write_text(source.replace('reduction="none"', 'reduction="mean"'))
-    with pytest.raises(TrainingError, match=r"loss must have one value per sample, shape \[32\]"):
+    with pytest.raises(
+        TrainingError, match=r"^Spirals\.loss must return one value per sample, .* \["
+    ):
         run(own_folder, "wrong", train=STEPS)
 
 
@@ -330,7 +330,7 @@ def test_flops_are_not_counted_again_after_a_restart(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, before, _ = run(own_folder, "cut", 13, train=STEPS)
-    monkeypatch.setattr(build, "dry_run_once", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(OperationCounter, "counting", lambda *_: pytest.fail("counted again"))
     _, after, _ = run(own_folder, "cut", train=STEPS)
     rates = [
         rows["perf/model_flop_per_s"][step] / rows["perf/samples_per_s"][step]
@@ -370,3 +370,61 @@ def test_channels_last_changes_no_result(own_folder: Path) -> None:
         train(spec, workload, prepare_dataset(workload, own_folder), folder, recorder)
         losses.append(list(recorder.rows["train/loss"].values()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+class Dies(Recorder):
+    """Ends the process, as it were, when it is told of the evaluation after step `at`."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+        self.told: list[int] = []
+
+    def on_evaluation_end(
+        self, metrics: Mapping[str, float], step: int, checkpoints: Checkpoints
+    ) -> None:
+        super().on_evaluation_end(metrics, step, checkpoints)
+        self.told.append(step)
+        if step == self._at:
+            checkpoints.wait()
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("saves", [{"keep_best": 1}, {"every_steps": 9}])
+@pytest.mark.parametrize("at", [9, 40])
+def test_an_evaluation_that_was_saved_but_not_reported_is_reported_on_resume(
+    at: int, saves: dict[str, Any], own_folder: Path
+) -> None:
+    """Once, with the values that it would have had, also that of the last step."""
+    _, straight, _ = run(own_folder, "straight", train=STEPS)
+    sections = {"train": STEPS, "checkpoint": saves}
+    spec, workload = resolve(
+        {"workload": "spirals:Spirals", "tracking": {"every_steps": 1}, **sections}, RunSpec
+    )
+    dataset = prepare_dataset(workload, own_folder)
+    with pytest.raises(KeyboardInterrupt):
+        train(spec, workload, dataset, own_folder / "cut", Dies(at))
+    after = Dies(-1)
+    outcome = train(spec, workload, dataset, own_folder / "cut", after)
+    assert after.told == [step for step in (9, 18, 27, 35, 40) if step >= at]
+    for name in ("val/loss", "val/accuracy", "test/accuracy"):
+        expected = {step: value for step, value in straight.rows[name].items() if step >= at}
+        assert after.rows[name] == expected
+    assert outcome.metrics["test/loss"] == straight.rows["test/loss"][40]
+
+
+def test_a_checkpoint_of_another_run_is_evaluated_on_this_runs_data(own_folder: Path) -> None:
+    """The donor's evaluation is of its own data set."""
+    run(own_folder, "donor", 9, train=STEPS)
+    donor = Checkpoints(own_folder / "donor" / "checkpoints")
+    newest = donor.latest()
+    assert newest is not None
+    copied = Checkpoints(own_folder / "mine" / "checkpoints")
+    copied.import_from(newest)
+    network_data = {"points": 600}
+    _, recorder, _ = run(
+        own_folder, "mine", train={"steps": 9, "global_batch": 32}, data=network_data
+    )
+    metrics = json.loads((newest / "manifest.json").read_text())["metrics"]
+    assert recorder.ticks == []
+    assert recorder.rows["val/loss"][9] != metrics["val/loss"]

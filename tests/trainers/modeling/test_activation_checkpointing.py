@@ -1,12 +1,17 @@
 """Activation checkpointing changes the memory between forward and backward, and nothing else."""
 
 import copy
+import gc
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from cluster.base.errors import SpecError
 from trainers.counter_rng import SampleRandom, seed_device
@@ -122,15 +127,110 @@ def test_names_state_hooks_and_copies_stay() -> None:
     assert not torch.equal(network.eval()(x), x)
 
 
-def test_blocks_inside_of_blocks_are_left_to_the_outer_ones() -> None:
-    calls = []
-    inner = nn.Linear(2, 2)
-    inner.register_forward_pre_hook(lambda *_: calls.append(1))
-    outer = nn.Sequential(inner)
-    checkpoint_activations([outer, inner, nn.ModuleList([outer])], DropoutRng())
-    outer(torch.ones(1, 2)).sum().backward()
-    assert len(calls) == 2
-    assert type(inner) is nn.Linear
+class Tracking(nn.Module):
+    """Has all kinds of state that a forward pass may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.spectral = spectral_norm(nn.Linear(8, 8))
+        self.calls, self.mean, self.history = 0, torch.zeros(8), [0.0]
+        self.register_buffer("codes", torch.linspace(0, 1, 8))
+        self.register_buffer("late", None)
+        self.untouched = nn.Buffer(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x + torch.tanh(self.spectral(self.norm(self.layer(x)))) / self.calls
+        x = x * (1 + self.codes * self.untouched) + self.mean * len(self.history)
+        self.codes.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        self.mean = 0.5 * self.mean + x.detach().mean(0)
+        self.history.append(x.detach().sum().item())
+        if self.late is None:
+            self.register_buffer("late", torch.ones(8, dtype=x.dtype))
+        if random.random() < 0.5:
+            x = x * self.late
+        return x * (1 + np.random.rand())
+
+
+class Tower(nn.Module):
+    """Calls its second block twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Tracking(), Tracking()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.blocks, self.blocks[1]):
+            x = block(x)
+        return x
+
+
+def test_state_is_changed_once_and_gradients_are_those_of_the_state_before() -> None:
+    """Running statistics, power iterations, codes, counters, lists, late buffers, random draws."""
+    results = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        network = Tower().double()
+        if recomputed:
+            checkpoint_activations(network.blocks, DropoutRng())
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        random.seed(1)
+        np.random.seed(1)
+        for number in range(4):
+            x = torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8) * (number + 1)
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+        blocks: list[Any] = [*network.blocks]
+        plain = [(block.calls, block.history, block.mean.tolist()) for block in blocks]
+        draws = random.random(), np.random.rand()
+        results.append((network.state_dict(), plain, draws))
+    assert results[0][1:] == results[1][1:]
+    assert results[0][0].keys() == results[1][0].keys()
+    for name, value in results[0][0].items():
+        assert torch.equal(results[1][0][name], value), name
+
+
+def test_state_is_changed_once_by_a_compiled_network() -> None:
+    class Block(nn.Sequential):
+        pass
+
+    torch._dynamo.reset()
+    norms = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        network = Block(nn.Linear(8, 8), nn.BatchNorm1d(8)).double()
+        if recomputed:
+            checkpoint_activations([network], DropoutRng(), compiled=True)
+        call = torch.compile(network, backend="aot_eager") if recomputed else network
+        call(torch.linspace(-1, 1, 160, dtype=torch.float64).reshape(20, 8)).sum().backward()
+        norms.append(network[1])
+    torch.testing.assert_close(norms[1].running_mean, norms[0].running_mean)
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var)
+
+
+def test_values_that_a_forward_pass_leaves_alone_are_not_kept() -> None:
+    block = nn.Sequential(nn.Linear(8, 8), Table())
+    checkpoint_activations([block], DropoutRng())
+    before = len(kept_copies(1 << 14))
+    output = block(torch.ones(2, 8))
+    assert len(kept_copies(1 << 14)) == before
+    output.sum().backward()
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(1 << 14, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table[0]
+
+
+def kept_copies(rows: int) -> list[Tensor]:
+    gc.collect()
+    return [t for t in gc.get_objects() if type(t) is Tensor and t.shape[:1] == (rows,)]
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -171,3 +171,77 @@ def test_the_rate_is_set_for_all_weights() -> None:
     optimizer = build_optimizer(OptimizerSpec(), Everything())
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+class Complex(nn.Module):
+    """Complex weights of every shape, one of them with a gradient that is a lazy conjugate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(3, 2, dtype=torch.cdouble).T)
+        self.vector = nn.Parameter(torch.randn(3, dtype=torch.cdouble))
+        self.number = nn.Parameter(torch.randn((), dtype=torch.cdouble))
+        self.real = nn.Parameter(torch.randn(3, dtype=torch.double))
+        self.late = nn.Parameter(torch.randn(3, dtype=torch.cdouble))
+
+    def give_gradients(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for name, weight in self.named_parameters():
+            value = torch.randn(weight.shape, dtype=weight.dtype, generator=generator)
+            value = torch.empty_like(weight).copy_(value)  # of the weight's own strides
+            weight.grad = None if name == "late" and step == 0 else value.conj().detach()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.3},
+        {"name": "sgd", "lr": 0.1, "momentum": 0.5, "weight_decay": 0.3},
+        {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.3},
+    ],
+)
+def test_complex_weights_are_updated_as_pytorchs_plain_loops_do(spec: dict[str, Any]) -> None:
+    ours, plain = Complex(), Complex()
+    rule = OptimizerSpec.model_validate(spec)
+    optimizer = build_optimizer(rule, ours)
+    assert type(optimizer).__name__ == {"adamw": "AdamW", "sgd": "SGD"}[rule.name]
+    groups = [
+        {"params": [plain.matrix], "weight_decay": 0.3},
+        {"params": [plain.vector, plain.number, plain.real, plain.late], "weight_decay": 0.0},
+    ]
+    other: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, lr=0.1, betas=rule.betas, foreach=False)
+        if rule.name == "adamw"
+        else torch.optim.SGD(
+            groups, lr=0.1, momentum=rule.momentum, nesterov=rule.momentum > 0, foreach=False
+        )
+    )
+    for step in range(4):
+        for model, steps in ((ours, optimizer), (plain, other)):
+            model.give_gradients(step)
+            if model is plain:  # its loops know no lazy conjugates
+                for weight in model.parameters():
+                    weight.grad = None if weight.grad is None else weight.grad.resolve_conj()
+            steps.step()
+            steps.zero_grad()
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight, plain.get_parameter(name), rtol=1e-12, atol=1e-12)
+        for part, value in optimizer.state[weight].items():
+            wanted = other.state[plain.get_parameter(name)][part]
+            torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    assert all(weight.grad is None for weight in ours.parameters())
+
+
+def test_a_weight_may_get_its_first_gradient_late() -> None:
+    """PyTorch's fused SGD knows no momentum for it, and fails."""
+    first, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    model = nn.ParameterList([first, late])
+    optimizer = build_optimizer(OptimizerSpec(name="sgd", lr=0.1, momentum=0.5), model)
+    first.grad = torch.ones(2)
+    optimizer.step()
+    late.grad = torch.ones(2)
+    optimizer.step()
+    v = [1.0, 0.5 + 1.0]
+    assert first.tolist() == pytest.approx([1 - sum(0.1 * (1 + 0.5 * each) for each in v)] * 2)
+    assert late.tolist() == pytest.approx([1 - 0.1 * (1 + 0.5)] * 2)

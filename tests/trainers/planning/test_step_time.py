@@ -146,9 +146,40 @@ def traces() -> dict[tuple[str, int], dict[tuple[int, int], float]]:
 
 NODE = [(1, 1), (2, 1), (4, 1)]
 FAR = [(24, 6), (32, 8), (48, 12), (64, 16)]
+GROWTH_KNOWN = [
+    [*NODE, (8, 2), (16, 4)],
+    [*NODE, (8, 2), (12, 3)],
+    [*NODE, (8, 2), (24, 6)],
+    [*NODE, (12, 3), (24, 6)],
+    [*NODE, (8, 2), (16, 4), (32, 8)],
+]
+GROWTH_UNKNOWN = [[*NODE, (8, 2)], [*NODE, (12, 3)], [*NODE, (16, 4)], [(1, 1), (2, 1)]]
+REGIMES = {"known": GROWTH_KNOWN, "unknown": GROWTH_UNKNOWN}
+MARGIN = 1.5
+"""How much more a model that was not looked at may need than any that was."""
+Steps = dict[tuple[int, int], float]
+needs_traces = pytest.mark.skipif(
+    not TRACES.is_dir(), reason=f"Pollux's traces are not in {TRACES}"
+)
 
 
-@pytest.mark.skipif(not TRACES.is_dir(), reason=f"Pollux's traces are not in {TRACES}")
+def shares_of_bars(
+    step_s: Steps, samples: int, probed: list[tuple[int, int]], min_nodes: int = 1
+) -> list[float]:
+    """The error of each prediction from probes of `probed`, as a share of the shipped error."""
+    if not step_s.keys() >= set(probed):
+        return []
+    model = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
+    found = []
+    for place in step_s.keys() - set(probed):
+        prediction = model.predict(Placement(*place, samples))
+        if isinstance(prediction, Prediction) and place[1] >= min_nodes:
+            ratio = prediction.step_s / step_s[place]
+            found.append((max(ratio, 1 / ratio) - 1) / prediction.error)
+    return found
+
+
+@needs_traces
 @pytest.mark.parametrize(
     ("probed", "median", "p90"),
     [
@@ -162,35 +193,96 @@ def test_published_traces(probed: list[tuple[int, int]], median: float, p90: flo
     Measured: 12.0 % (p90 34 %) with one number of nodes probed, 12.2 % (25 %) with two; the six
     models of the paper give 16 % (33 %) and 13 to 14 % (26 to 34 %).
     """
-    errors, inside = [], []
+    errors = []
     for (_, samples), step_s in traces().items():
-        if not step_s.keys() >= set(probed):
-            continue
-        model = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
-        for each in FAR:
-            if each in step_s:
-                place = Placement(*each, samples)
-                errors.append(abs(model.step_s(place) / step_s[each] - 1))
-                found = model.predict(place)
-                if isinstance(found, Prediction):
-                    ratio = found.step_s / step_s[each]
-                    inside.append(max(ratio, 1 / ratio) <= 1 + found.error)
+        if step_s.keys() >= set(probed):
+            model = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
+            errors += [
+                abs(model.step_s(Placement(*each, samples)) / step_s[each] - 1)
+                for each in FAR
+                if each in step_s
+            ]
     assert len(errors) == 94
     assert float(np.median(errors)) <= median
     assert float(np.quantile(errors, 0.9)) <= p90
-    assert sum(inside) / len(inside) >= 0.9
 
 
-@pytest.mark.skipif(not TRACES.is_dir(), reason=f"Pollux's traces are not in {TRACES}")
-def test_published_traces_between_the_probes() -> None:
-    inside = []
-    for (_, samples), step_s in traces().items():
+@needs_traces
+@pytest.mark.parametrize("regime", REGIMES)
+def test_intervals_hold_for_a_published_model_that_was_left_out(regime: str) -> None:
+    """The shipped errors, set by the other models alone, hold 9 of 10 predictions of each model.
+
+    They are at least `MARGIN` times what the other models need, and that is enough for each.
+    """
+    needed = {}
+    for network in sorted({network for network, _ in traces()}):
+        shares = [
+            share
+            for (name, samples), step_s in traces().items()
+            if name == network
+            for probed in REGIMES[regime]
+            for share in shares_of_bars(step_s, samples, probed)
+        ]
+        assert len(shares) >= 60
+        needed[network] = float(np.quantile(shares, 0.9))
+    assert len(needed) == 4
+    for left_out, need in needed.items():
+        others = max(each for network, each in needed.items() if network != left_out)
+        assert need <= MARGIN * others, (left_out, needed)
+        assert MARGIN * others <= 1, (left_out, needed)
+
+
+def simulated_model(random: np.random.Generator) -> Steps:
+    """Step times of a model of a few milliseconds whose exchange is bound by latency.
+
+    Each message around a ring takes its latency, and each round as long as its slowest message. So
+    many buckets of gradients as the model has are sent one after the other. Nothing here knows of
+    the terms that are fitted.
+    """
+    compute_s = random.uniform(2e-3, 12e-3)
+    buckets, size_bytes = int(random.integers(1, 6)), 10 ** random.uniform(5, 7.7)
+    links = {
+        "node": (10 ** random.uniform(-5.5, -4.5), 1e10),
+        "network": (10 ** random.uniform(-4.5, -3.3), 10 ** random.uniform(8.7, 10)),
+    }
+    found = {}
+    for workers, nodes in [*NODE, (3, 1), *((4 * n, n) for n in (2, 3, 4, 6, 8, 12, 16))]:
+        exchange_s = np.zeros(20)
+        for members, link in ((workers // nodes, "node"), (nodes, "network")):
+            latency_s, bytes_per_s = links[link]
+            rounds = 2 * (members - 1) * buckets
+            late = 1 + random.exponential(0.3, (20, rounds, members)).max(axis=2)
+            exchange_s += latency_s * late.sum(axis=1)
+            exchange_s += 2 * (members - 1) / members * size_bytes / bytes_per_s
+        slowest = random.lognormal(0, 0.05, (20, workers)).max(axis=1)
+        step_s = compute_s * slowest + exchange_s * random.lognormal(0, 0.1)
+        found[workers, nodes] = float(step_s.mean())
+    return found
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_intervals_hold_for_simulated_models_that_are_bound_by_latency(regime: str) -> None:
+    random = np.random.default_rng(1)
+    models = [simulated_model(random) for _ in range(60)]
+    assert np.median([step_s[1, 1] for step_s in models]) < 0.01
+    assert np.median([1 - step_s[1, 1] / step_s[32, 8] for step_s in models]) > 0.6
+    shares = [
+        share
+        for step_s in models
+        for probed in REGIMES[regime]
+        for share in shares_of_bars(step_s, 8, probed, min_nodes=2)
+    ]
+    assert np.mean([share <= 1 for share in shares]) >= 0.9
+
+
+@needs_traces
+def test_intervals_of_long_steps_stay_narrow() -> None:
+    """ImageNet's, of half a second, at up to twice the nodes that were probed."""
+    errors = []
+    for (network, samples), step_s in traces().items():
         probed = [*NODE, (8, 2), (16, 4)]
-        if step_s.keys() >= set(probed):
+        if network == "imagenet" and step_s.keys() >= set(probed):
             model = fit([Measurement(Placement(*each, samples), step_s[each]) for each in probed])
-            for each in [(3, 1), (12, 3)]:
-                found = predicted(model, Placement(*each, samples))
-                ratio = found.step_s / step_s[each]
-                inside.append(max(ratio, 1 / ratio) <= 1 + found.error)
-    assert len(inside) >= 45
-    assert sum(inside) / len(inside) >= 0.9
+            errors += [predicted(model, Placement(*e, samples)).error for e in [(12, 3), (32, 8)]]
+    assert len(errors) >= 10
+    assert np.median(errors) <= 0.35

@@ -3,6 +3,7 @@
 import gc
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ TINY = {
 }
 
 RECORDED = """
+import errno
 import os
 import time
 from pathlib import Path
@@ -48,8 +50,15 @@ class Recorded(Faulty):
     class Data(Faulty.Data):
         events: str = ""
         slow: int = -1
+        outages: int = 0
 
     def augment(self, batch, random):
+        failed = Path(self.data.events + ".failed")
+        if self.data.outages and 18 * 64 in random.positions.tolist():
+            with failed.open("a") as file:
+                file.write("x")
+            if len(failed.read_text()) <= self.data.outages:
+                raise OSError(errno.ESTALE, "Stale file handle", "/data/images")
         with open(self.data.events, "a") as file:
             file.write(f"{os.getpid()}\\n")
         slept = Path(self.data.events + ".slept")
@@ -75,9 +84,13 @@ Runner = Callable[..., EndedRun]
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, mlflow_server: str) -> Runner:
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def train(storage: Path, ray_cluster: str, mlflow_server: str) -> Runner:
     """Runs the tiny spec with some fields changed, to its end."""
-    storage = tmp_path_factory.mktemp("storage")
 
     def runner(
         lines_shown: list[str] | None = None,
@@ -159,6 +172,41 @@ def test_a_worker_killed_in_mid_epoch_changes_no_result(
     assert [metric.step for metric in history] == list(range(1, STEPS + 1))
     assert {m.step: m.value for m in history} == undisturbed.losses
     assert len(set(events.read_text().split())) == workers + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_outage_is_restarted_and_changes_no_result(
+    train: Runner,
+    request: pytest.FixtureRequest,
+    recorded: str,
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    """A file server that does not answer twice, where two restarts are allowed."""
+    undisturbed = request.getfixturevalue("one_worker" if workers == 1 else "two_workers")
+    lines: list[str] = []
+    data = {"events": str(tmp_path / "events"), "outages": 2}
+    ended = train(lines, recorded, scale={"workers": workers, "max_restarts": 2}, data=data)
+    assert (tmp_path / "events.failed").read_text() == "xxx"
+    for name, weight in undisturbed.weights().items():
+        assert ended.weights()[name].equal(weight), name
+    told = [line for line in lines if "Stale file handle: '/data/images'" in line]
+    assert len(told) == 2
+    assert re.fullmatch(r"worker 0 failed: OSError: .* \(\S*recorded\.py:\d+\)", told[0])
+
+
+def test_an_outage_that_stays_ends_the_run_with_the_reason(
+    train: Runner, recorded: str, tmp_path: Path
+) -> None:
+    data = {"events": str(tmp_path / "events"), "outages": 9}
+    with pytest.raises(TrainingError) as caught:
+        train(workload=recorded, scale={"max_restarts": 1}, data=data)
+    assert re.fullmatch(
+        r"OSError: \[Errno 116\] Stale file handle: '/data/images' \(\S*recorded.py:\d+\); it "
+        r"failed too often \(scale\.max_restarts\)",
+        str(caught.value),
+    )
+    assert (tmp_path / "events.failed").read_text() == "xx"
 
 
 @pytest.mark.slow
@@ -257,14 +305,22 @@ def test_a_mistake_that_only_a_worker_can_find_is_a_spec_error(train: Runner) ->
 
 
 def test_a_mistake_in_the_users_code_ends_the_run_at_once_with_its_line(
-    train: Runner, mlflow_server: str
+    train: Runner, storage: Path, mlflow_server: str
 ) -> None:
     import mlflow
 
+    began = time.time()
     with pytest.raises(TrainingError, match=r"KeyError: 'no such feature' \(.*faulty.py:\d+\)"):
-        train(data={"fault": "raise", "position": 3 * 64})
+        train(data={"fault": "raise", "position": 3 * 64}, tracking={"experiment": "mistakes"})
+    (log,) = (each for each in storage.glob("*/ray.log") if each.stat().st_mtime > began)
+    assert re.search(
+        r'Traceback .*File "\S*faulty.py", line \d+, in augment\n +raise KeyError\(.*'
+        r"KeyError: 'no such feature'",
+        log.read_text(),
+        re.DOTALL,
+    )
     client = mlflow.MlflowClient(mlflow_server)
-    experiment = client.get_experiment_by_name("heliostat").experiment_id
+    experiment = client.get_experiment_by_name("mistakes").experiment_id
     failed = client.search_runs([experiment], "attributes.status = 'FAILED'", max_results=1)[0]
     assert "no such feature" in failed.data.tags["heliostat.reason"]
 

@@ -29,7 +29,7 @@ from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
-from trainers.modeling.dry_run import dry_run
+from trainers.modeling.operations import OperationCounter
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
@@ -244,10 +244,13 @@ class TestTrajectories:
 
     def test_operations_are_counted(self, batch: dict[str, Tensor]) -> None:
         workload = dynamics({"features": 8})
-        few = {name: values[:2] for name, values in batch.items()}
-        flops = dry_run(workload, workload.build(), few).flops_per_sample
-        assert flops is not None
-        assert flops > 1e6
+        counter = OperationCounter()
+        with counter.counting(len(batch["energy"])):
+            output = workload.forward(workload.build(), batch)
+            counter.in_backward = True
+            workload.loss(output, batch).sum().backward()
+        assert counter.per_sample is not None
+        assert counter.per_sample > 1e6
 
 
 def labelled(count: int, start: int = 0) -> list[Any]:
@@ -489,6 +492,6 @@ def test_it_learns_most_of_the_forces(tmp_path: Path) -> None:
     stepper = TrainStep(spec, workload, splits["train"], Worker(), total)
     for step in range(total):
         stepper.run(step)
-    found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
+    found = evaluate(spec, workload, stepper.forward, splits["test"], Worker())
     usual = 1e3 * splits["test"]["forces"].square().mean().sqrt().item()
     assert found["force_rmse_mev_per_a"] < 0.25 * usual

@@ -545,10 +545,10 @@ def test_training_improves_the_folds(tmp_path: Path) -> None:
     spec, workload = resolve(data, RunSpec)
     splits = open_splits(prepare_dataset(workload, tmp_path))
     stepper = TrainStep(spec, workload, splits["train"], Worker(), 300)
-    before = evaluate(spec, workload, stepper.network, splits["test"], Worker())
+    before = evaluate(spec, workload, stepper.forward, splits["test"], Worker())
     for step in range(300):
         stepper.run(step)
-    found = evaluate(spec, workload, stepper.network, splits["test"], Worker())
+    found = evaluate(spec, workload, stepper.forward, splits["test"], Worker())
     assert before["lddt_ca"] < 0.35
     assert found["lddt_ca"] > 0.5
     assert found["tm_score"] > before["tm_score"] + 0.1

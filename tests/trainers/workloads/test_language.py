@@ -22,6 +22,7 @@ from trainers.devices import Cpu
 from trainers.engine.evaluate import evaluate
 from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
+from trainers.modeling.forward import Forward
 from trainers.spec import RunSpec, find_spec, resolve
 from trainers.worker import Worker
 from trainers.workloads.language import text, tokenizer
@@ -237,12 +238,12 @@ class TestBytePairs:
 
         monkeypatch.setattr(text, "version", absent)
         with pytest.raises(SpecError) as caught:
-            dataset_name(language(vocabulary=1000))
+            dataset_name(language(vocabulary=1000), Path())
         assert str(caught.value) == (
             "data.vocabulary: more than 256 needs the package tokenizers, which is not installed "
             "(pip install 'heliostat[language]')"
         )
-        assert dataset_name(language())
+        assert dataset_name(language(), Path())
 
 
 def small(**sections: Any) -> tuple[RunSpec, Language]:
@@ -271,7 +272,7 @@ class TestNetwork:
     def test_the_first_loss_is_eight_bits_per_byte(self) -> None:
         spec, workload = small()
         network = build_network(spec.train, workload)
-        found = evaluate(spec, workload, network, windows(), Worker())
+        found = evaluate(spec, workload, Forward(workload, network), windows(), Worker())
         assert found == {
             "loss": pytest.approx(math.log(256)),
             "perplexity": pytest.approx(256),
@@ -387,7 +388,7 @@ def test_training_beats_byte_frequencies(tmp_path: Path) -> None:
     stepper = TrainStep(spec, workload, splits["train"], Worker(), 120)
     for step in range(120):
         stepper.run(step)
-    found = evaluate(spec, workload, stepper.network, splits["val"], Worker())
+    found = evaluate(spec, workload, stepper.forward, splits["val"], Worker())
     (part,) = workload.parts()
     said = b"".join(each for split, each in workload.documents(part) if split == "val")
     share = np.bincount(np.frombuffer(said, np.uint8)) / len(said)

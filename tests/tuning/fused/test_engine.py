@@ -1,5 +1,6 @@
 """The engine in this process, without Ray: what its two kinds of threads do to each other."""
 
+import errno
 import json
 import os
 import threading
@@ -22,7 +23,7 @@ from tuning.fused.engine import Engine
 from tuning.fused.sweep_variants import reference_variant
 from tuning.programs.program import Program
 from tuning.sweep import new_sweep
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, LAST_RESULT_FILE
 
 SPEC = """
 workload: spirals:Spirals
@@ -272,3 +273,28 @@ class TestATrial:
             within(10, engine.next, first)
         assert not (instance.folder / FAILED_FILE).exists()
         assert next_step(engine, second) == 2 * EPOCH
+
+    def test_reports_an_evaluation_that_was_saved_but_not_reported(
+        self, start_engine: StartEngine
+    ) -> None:
+        """As when the driver was lost in between; the value is the same."""
+        engine = start_engine()
+        first = engine.start(config(0))
+        value = within(30, engine.next, first)["val/loss"]
+        folder = engine._trials.get(first).folder
+        within(30, engine.stop, first)
+        (folder / LAST_RESULT_FILE).unlink()
+        second = engine.start(config(0))
+        result = within(30, engine.next, second)
+        assert (result["step"], result["val/loss"]) == (EPOCH, value)
+        assert next_step(engine, second) == 2 * EPOCH
+
+    def test_fails_by_a_mistake_and_not_by_an_outage(self, start_engine: StartEngine) -> None:
+        """An outage ends the engine's process, and the trial is started again."""
+        engine = start_engine()
+        trial = engine._trials.get(engine.start(config(0)))
+        with pytest.raises(OSError, match="Stale file handle"):
+            engine._loop._fail_by(trial, OSError(errno.ESTALE, "Stale file handle"))
+        assert not trial.ended
+        engine._loop.call(lambda: engine._loop._fail_by(trial, KeyError("x")))
+        assert trial.ended

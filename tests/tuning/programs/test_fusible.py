@@ -1,21 +1,26 @@
 """Which trials fit into a program, and which cannot be fused at all."""
 
+import random as python_random
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cluster.base.errors import TrainingError
+from tests.trainers.checkpoints.test_state import ExtraState, LateBuffers, Lazy
+from tests.trainers.wild import Base, spec_of, split
 from trainers import Batch, Spec, Workload
 from trainers.counter_rng import SampleRandom
 from trainers.devices import Cpu
 from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
-from trainers.spec import RunSpec
+from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant, unsupported_reason
@@ -154,6 +159,58 @@ class TestATrialThatCannotBeFused:
         with pytest.raises(NotFusibleError, match=f"^{re.escape(operation)}: RuntimeError: "):
             program_of(trial(Own))
 
+    @pytest.mark.parametrize("draw", [python_random.random, np.random.rand])
+    def test_draws_from_a_generator_of_the_process(self, draw: Callable[[], float]) -> None:
+        class Drawn(Points):
+            def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+                return super().forward(model, batch) * draw()
+
+        with pytest.raises(NotFusibleError, match=r"^the model draws from Python's or numpy's"):
+            program_of(trial(Drawn))
+
+    def test_has_weights_of_several_kinds(self) -> None:
+        class Spectral(Points):
+            def build(self) -> nn.Module:
+                network = super().build()
+                network.spectrum = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+                return network
+
+            def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+                x = torch.fft.irfft(torch.fft.rfft(batch["x"]) * model.spectrum, n=3)
+                return super().forward(model, {**batch, "x": x.to(batch["x"].dtype)})
+
+        class Clock(Spectral):
+            def build(self) -> nn.Module:
+                network = super().build()
+                network.spectrum = nn.Parameter(torch.ones(2, dtype=torch.double))
+                return network
+
+        for kind, name in ((Spectral, "complex64"), (Clock, "float64")):
+            with pytest.raises(NotFusibleError, match=f"^spectrum is {name}: a slot's weights"):
+                program_of(trial(kind))
+
+    def test_breaks_a_rule_for_every_trial(self) -> None:
+        class Mean(Points):
+            def loss(self, output: Tensor, batch: Batch) -> Tensor:
+                return super().loss(output, batch).mean()
+
+        class Cut(Points):
+            def loss(self, output: Tensor, batch: Batch) -> Tensor:
+                return super().loss(output.detach(), batch)
+
+        class Frozen(Points):
+            def build(self) -> nn.Module:
+                return super().build().requires_grad_(False)
+
+        lines = {
+            Mean: r"^Mean\.loss must return one value per sample, .* \[4\] \(got shape \[\],",
+            Cut: r"^Cut\.loss must depend on the weights that are trained",
+            Frozen: r"^Frozen\.build must return a network of which something is trained",
+        }
+        for kind, line in lines.items():
+            with pytest.raises(TrainingError, match=line):
+                program_of(trial(kind))
+
     def test_is_found_by_its_first_loss_and_its_neighbour_goes_on(self) -> None:
         like, other = trial(Hidden), trial(Hidden, model__smoothing=0.5)
         program = program_of(like, smoothing=(0.1, 0.5))
@@ -190,3 +247,20 @@ def test_memory_grows_with_the_slots() -> None:
     one, two, four = (program_of(trial(), slots).peak_bytes() for slots in (1, 2, 4))
     assert 0 < two == pytest.approx(2 * one, rel=0.1)
     assert four == pytest.approx(4 * one, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("workload", "reason"),
+    [
+        (ExtraState, "extra has extra state, which is not in tensors"),
+        (LateBuffers, "a forward pass makes the buffer history or changes its shape"),
+        (Lazy, "0.weight is of a lazy module, which has no shape yet"),
+    ],
+)
+def test_state_of_another_form_than_the_built_one_is_not_fused(
+    workload: type[Base], reason: str
+) -> None:
+    spec, instance = resolve(spec_of(workload), RunSpec)
+    with pytest.raises(NotFusibleError) as caught:
+        Program(Variant(spec, instance, 8), 2, split(instance, "train"), Cpu())
+    assert str(caught.value) == reason

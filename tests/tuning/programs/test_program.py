@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cluster.base.errors import TrainingError
 from trainers import Batch, Spec, Workload
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checks.finite import not_finite
 from trainers.devices import Cpu
 from trainers.engine.step import TrainStep
 from trainers.modeling.build import build_network
@@ -106,6 +108,51 @@ class Half(Points):
         return super().forward(model["used"], batch)
 
 
+class Held(Points):
+    """A part stays in evaluation mode: its statistics are kept, and its dropout is off."""
+
+    def build(self) -> nn.Module:
+        width, divided = self.model.width, super().build()
+        held = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
+        held[1].running_mean.fill_(0.5)
+        norm = nn.BatchNorm1d(width)
+        return nn.Sequential(held, divided[0], norm, *divided[1:])
+
+
+class Complex(Points):
+    """A complex buffer, and one in more precision than the weights."""
+
+    def build(self) -> nn.Module:
+        network = super().build()
+        network.register_buffer("phase", torch.tensor([1j, 0.5]))
+        network.register_buffer("shift", torch.tensor(1 / 3, dtype=torch.float64))
+        return network
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        turned = torch.fft.irfft(torch.fft.rfft(batch["x"]) * model.phase, n=3)
+        x = turned + model.shift.to(turned.dtype)
+        return super().forward(model, {**batch, "x": x})
+
+
+class Spoilt(Points):
+    """The gradient is NaN from the sixth step on."""
+
+    def build(self) -> nn.Module:
+        network = super().build()
+        network.register_buffer("seen", torch.zeros(()))
+        return network
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return super().loss(output, batch) + self.extra
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        model.seen.add_(1)
+        output = super().forward(model, batch)
+        late = (model.seen > 5) & (batch["label"] >= 0)
+        self.extra = torch.where(late, output.sum(1) * 0, 1.0).sqrt()  # its derivative: 0 / 0
+        return output
+
+
 class Words(Points):
     """Points as words, one of which is padding."""
 
@@ -117,6 +164,16 @@ class Words(Points):
         return super().forward(model, {"x": batch["x"].abs().long().clamp(max=3)})
 
 
+class Stamped(Points):
+    """Points at moments whose differences float32 cannot tell, with float64 columns."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().forward(model, {"x": batch["stamp"].diff(dim=1) @ batch["turn"][0]})
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return super().loss(output, batch) + F.mse_loss(output[:, 0], batch["y"], reduction="none")
+
+
 def random_samples() -> dict[type[Workload], Batch]:
     generator = torch.Generator().manual_seed(0)
 
@@ -125,6 +182,12 @@ def random_samples() -> dict[type[Workload], Batch]:
 
     return {
         Pictures: {"x": torch.randn(50, 1, 6, 6, generator=generator), "label": whole(3)},
+        Stamped: {
+            "stamp": 1.7e9 + torch.randn(50, 4, generator=generator).double().cumsum(1),
+            "turn": torch.eye(3).double().expand(50, 3, 3),
+            "y": torch.randn(50, generator=generator).double(),
+            "label": whole(3),
+        },
         Points: {"x": torch.randn(50, 3, generator=generator), "label": whole(3)},
         Vision: {"image": whole(256, 1, 6, 6).byte(), "label": whole(10)},
         Text: {"tokens": whole(32, 9)},
@@ -294,6 +357,23 @@ def same_bits(row: TrialState | None, other: TrialState | None) -> bool:
     return row.steps_done == other.steps_done and all(one.equal(two) for one, two in pairs)
 
 
+def test_float64_columns_are_converted_as_in_a_trial_alone() -> None:
+    """In float32. Only the model's inputs are: after a difference in float64."""
+    variant = trial(Stamped, {"train.precision": "fp32"}, steps=12)
+    program = program_of(variant, slots=2)
+    program.load_trial(1, variant, built(variant))
+    found = [losses[0] for losses in program.run([1], 12)]
+    expected, _ = alone(variant, steps=12)
+    assert found == pytest.approx(expected, rel=1e-5)
+    ordinary = stepper(variant)
+    moved = {**samples_of(variant)}
+    moved["stamp"] = moved["stamp"] - 1.7e9  # the same differences, which float32 can tell
+    there = TrainStep(variant.spec, variant.workload, moved, Worker(), 12)
+    assert [ordinary.run(i).item() for i in range(3)] == pytest.approx(
+        [there.run(i).item() for i in range(3)], rel=1e-5
+    )
+
+
 class TestATrialComputesWhatItComputesAlone:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("workload", VARIED)
@@ -315,7 +395,13 @@ class TestATrialComputesWhatItComputesAlone:
             assert_close(state_of(program.network_with(guest.row)), states[length])
 
     @pytest.mark.parametrize(
-        ("workload", "still"), [(Half, {"used.0.0", "unused"}), (Words, set())]
+        ("workload", "still"),
+        [
+            (Half, {"used.0.0", "unused"}),
+            (Words, set()),
+            (Held, {"0.1"}),
+            (Complex, {""}),
+        ],
     )
     def test_with_untrained_weights(self, workload: type[Workload], still: set[str]) -> None:
         variant = trial(workload, {"optimizer.weight_decay": 0.5})
@@ -327,6 +413,29 @@ class TestATrialComputesWhatItComputesAlone:
         assert_close(found, states[20])
         same = {name.rpartition(".")[0] for name in found if found[name].equal(states[0][name])}
         assert same == still
+
+    def test_up_to_a_gradient_that_is_not_finite(self) -> None:
+        """Its weights are those of the step before, and the line is that of the trial alone."""
+        variant = trial(Spoilt)
+        program = program_of(variant)
+        program.load_trial(1, variant, built(variant))
+        found = [loss for (loss,) in program.run([1], 20)]
+        ordinary, losses = stepper(variant), []
+        with pytest.raises(TrainingError) as caught:
+            losses += [ordinary.run(step).item() for step in range(20)]
+        assert all(map(math.isnan, found[5:]))
+        state = program.state_of(1)
+        assert state.steps_done == 5
+        assert state.buffers["seen"] == 5
+        own = dict(ordinary.network.named_parameters())
+        for name, value in program.network_with(state).named_parameters():
+            torch.testing.assert_close(value, own[name], rtol=1e-9, atol=1e-9)
+        line = not_finite(program.failed_loss(1), 6, found[4])
+        assert str(caught.value).startswith(line)
+        assert line.startswith("the gradient is not finite at step 6, though the loss is ")
+        assert program.not_finite(state) == []
+        state.weights_P[3] = math.inf
+        assert program.not_finite(state) == ["0.0.weight"]
 
 
 @dataclass(frozen=True)
