@@ -138,3 +138,27 @@ def test_unused_parameters_of_a_sharded_model_are_noted(tmp_path: Path) -> None:
         assert all(weight.grad is not None for weight in model.parameters())
     finally:
         dist.destroy_process_group()
+
+
+def test_a_shard_that_is_taken_for_a_weight_is_told_in_these_words(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = Half()
+        fully_shard(model)
+        with pytest.raises(RuntimeError) as caught:
+            torch.mm(torch.ones(1, 2), model.used.weight)
+    finally:
+        dist.destroy_process_group()
+    assert torch_internals.is_shard_taken_for_whole(caught.value), (
+        f"DTensor: another message: {caught.value}"
+    )
+    assert not torch_internals.is_shard_taken_for_whole(RuntimeError("another"))
+
+
+def test_operations_that_take_functions() -> None:
+    from torch._higher_order_ops.cond import cond_op
+
+    assert torch_internals.takes_functions(cond_op)
+    assert not torch_internals.takes_functions(torch.ops.aten.mm)

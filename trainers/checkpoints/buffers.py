@@ -70,7 +70,7 @@ def share_buffers(network: nn.Module, worker: Worker) -> None:
             buffer = torch.empty(shape, dtype=dtype, device=place)
             set_buffer(network, name, buffer, persistent)
         values[name] = buffer
-    contents = [_bytes(value).to(worker.device) for value in values.values()]
+    contents = [as_bytes(value).to(worker.device) for value in values.values()]
     if not contents:
         return
     sent = torch.cat(contents)
@@ -78,11 +78,11 @@ def share_buffers(network: nn.Module, worker: Worker) -> None:
     parts = torch.split(sent, [len(content) for content in contents])
     for buffer, part in zip(values.values(), parts, strict=True):
         value = torch.empty(buffer.shape, dtype=buffer.dtype, device=part.device)
-        _bytes(value).copy_(part)
+        as_bytes(value).copy_(part)
         fill(buffer, value)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """The content of a tensor as bytes; a view of a tensor that is contiguous."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.view(-1).view(torch.uint8)

@@ -24,7 +24,7 @@ from torch import nn
 from cluster.base.config import read_yaml, validate, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
-from trainers.checkpoints.buffers import saved_buffers
+from trainers.checkpoints.buffers import as_bytes, saved_buffers
 from trainers.checkpoints.manifest import is_pickle
 from trainers.checkpoints.shards import COMPLEX_KEY, SavedTensor, saved_tensors, storable
 from trainers.checkpoints.state import MODEL_PREFIX, SavedState, load_model_weights, model_state
@@ -65,6 +65,7 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     own = spec.workload not in SHIPPED_WORKLOADS
     if own:  # the class, not the name that the spec has for it
         sections["workload"] = f"{type(workload).__module__}:{type(workload).__qualname__}"
+    unsaved = _unsaved_tensors(network)
     tensors, notes = _example(workload, network)
     (building / SIGNATURE).write_text(json.dumps(_signature(tensors)))
     if tensors:
@@ -72,7 +73,7 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     write_yaml(sections, building / SPEC)
     if own:
         del network  # to load it takes its memory again
-        notes += _add_code(building, sections, UserCode(type(workload)))
+        notes += _add_code(building, sections, UserCode(type(workload)), unsaved)
     shutil.rmtree(folder, ignore_errors=True)
     commit_folder(building, folder)
     return notes
@@ -98,17 +99,31 @@ def _load_state(network: nn.Module, path: Path) -> None:
         SavedState(path, rest["buffers"], rest["extra"], prefix="").load(network)
 
 
-def _add_code(folder: Path, sections: dict[str, Any], code: UserCode) -> list[str]:
+def _unsaved_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a network's tensors that are not in its state_dict, by name."""
+    saved = network.state_dict().keys()
+    found = {name: buffer for name, buffer in network.named_buffers() if name not in saved}
+    for path, module in network.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{path}.{name}".lstrip(".")] = value
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def _add_code(
+    folder: Path, sections: dict[str, Any], code: UserCode, unsaved: Mapping[str, torch.Tensor]
+) -> list[str]:
     """Copy the user's code, and try to load the model as it will be elsewhere.
 
-    Files that it asks for are copied too. Returns lines on what it still lacks: the training is
-    done, so nothing that is wrong with the code may raise here.
+    Files that it asks for are copied too. `unsaved` are the tensors that are built anew each time
+    it is loaded. Returns lines on what is wrong with it: the training is done, so nothing may raise
+    here.
     """
     code.copy_modules(folder / CODE)
     for _ in range(MAX_FILES):
         try:
             with code.elsewhere() as opened:
-                load_model(folder)
+                again = _unsaved_tensors(load_model(folder))
         except Exception as error:  # of the user's code
             if code.copy_missing(error, folder / CODE):
                 continue
@@ -117,9 +132,23 @@ def _add_code(folder: Path, sections: dict[str, Any], code: UserCode) -> list[st
         outside = code.outside(opened, folder)
         moved = code.copy_named(outside, sections, folder / CODE)
         if not moved:
-            return [f"the exported model needs {path} wherever it is loaded" for path in outside]
+            lines = [f"the exported model needs {path} wherever it is loaded" for path in outside]
+            other = [name for name, tensor in unsaved.items() if not _same(tensor, again.get(name))]
+            return lines + [
+                f"the exported model is another one each time it is loaded: {name} is not in the "
+                "state_dict, and not from the run's seed; register it as a buffer"
+                for name in other[:1]
+            ]
         write_yaml(sections, folder / SPEC)
     return [f"the exported model needs more than {MAX_FILES} files to be loaded"]
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether two tensors are equal to the bit; nothing is said of one that is not there."""
+    if other is None or {tensor.layout, other.layout} != {torch.strided}:
+        return True
+    kinds = [(each.shape, each.dtype, each.is_meta) for each in (tensor, other)]
+    return kinds[0] == kinds[1] and (tensor.is_meta or as_bytes(tensor).equal(as_bytes(other)))
 
 
 def _example(workload: Workload, network: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -108,9 +108,6 @@ def parallelize(
         devices = None if kind == "cpu" else [worker.device]
         return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
 
-    # Imported here only: one worker, or replicas, would wait 1 s for it.
-    from torch.distributed.fsdp import fully_shard
-
     if strategy.mode == "fsdp":
         shards = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     elif strategy.mode == "hsdp":
@@ -123,14 +120,30 @@ def parallelize(
         _split_layers(network, mesh["tensor"], workload)
         shards = mesh["shard"]
 
-    policy = _mixed_precision(spec.train)
+    _shard(forward, separate_blocks(blocks, network), shards, spec.train, strategy.mode)
+    forward.to(worker.device)
+    share_buffers_each_step(forward)
+    return forward
+
+
+def _shard(
+    forward: Forward, blocks: list[nn.Module], shards: DeviceMesh, train: TrainSpec, mode: str
+) -> None:
+    """Shard the weights of each of the blocks together, and those of the rest.
+
+    Raises SpecError for a model that FSDP does not take.
+    """
+    # Imported here only: one worker, or replicas, would wait 1 s for it.
+    from torch.distributed.fsdp import fully_shard
+
+    policy = _mixed_precision(train)
     root_policy = replace(policy, cast_forward_inputs=False)
-    whole = {weight for weight in network.parameters() if stays_whole(weight)}
-    eager = spec.train.compile == "off"
+    whole = {weight for weight in forward.parameters() if stays_whole(weight)}
+    eager = train.compile == "off"
     if eager:
         refuse_written_weights(forward)
     try:
-        for block in separate_blocks(blocks, network):
+        for block in blocks:
             if eager:
                 refuse_written_weights(block)
                 _gather_for_parts(block)
@@ -138,17 +151,11 @@ def parallelize(
         root = fully_shard(forward, mesh=shards, mp_policy=root_policy, ignored_params=whole)
     except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise SpecError(
-            f"scale.parallel: {strategy.mode} cannot shard this model: {reason}"
-        ) from error
+        raise SpecError(f"scale.parallel: {mode} cannot shard this model: {reason}") from error
     root.set_reduce_scatter_unused_params(True)
     if policy.param_dtype is not None:  # a batch has more than the model's inputs: targets
-        network.register_forward_pre_hook(
-            partial(_cast_inputs, policy.param_dtype), with_kwargs=True
-        )
-    forward.to(worker.device)
-    share_buffers_each_step(forward)
-    return forward
+        cast_inputs = partial(_cast_inputs, policy.param_dtype)
+        forward.network.register_forward_pre_hook(cast_inputs, with_kwargs=True)
 
 
 def _gather_for_parts(block: nn.Module) -> None:

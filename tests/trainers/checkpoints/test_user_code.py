@@ -216,3 +216,19 @@ def test_an_example_that_the_network_cannot_take_costs_no_model(
     [note] = export_model(tmp_path / "exported", spec, workload, latest)
     assert note.startswith("the exported model has no signature: the network cannot take example")
     assert load_model(tmp_path / "exported")(torch.ones(1, 3)).equal(network(torch.ones(1, 3)))
+
+
+def test_a_model_that_is_another_one_at_each_load_is_named(folder: Path, tmp_path: Path) -> None:
+    """Numbers of a generator that no seed reaches are neither saved nor built again."""
+    (folder / "deeper.py").write_text(
+        "import numpy as np, torch\nFACTOR = torch.from_numpy(np.random.default_rng().random(2))\n"
+    )
+    text = "def __init__(self):\n        super().__init__()\n        self.factor = FACTOR\n"
+    source = (folder / "helpers.py").read_text()
+    source = source.replace("def forward", f"{text}    def forward").replace("x * FACTOR", "x")
+    (folder / "helpers.py").write_text(source)
+    notes, _ = exported(folder, tmp_path / "exported")
+    assert notes == [
+        "the exported model is another one each time it is loaded: 1.factor is not in the "
+        "state_dict, and not from the run's seed; register it as a buffer"
+    ]

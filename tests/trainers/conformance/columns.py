@@ -155,7 +155,8 @@ def check_equal(found: Found, right: plain.Plain, tolerance: float) -> None:
                 if value != wanted:
                     raise Wrong(f"{name} is {value}, in the plain loop {wanted}")
                 return
-            value, wanted = torch.tensor(value), torch.tensor(wanted)
+            double = torch.float64
+            value, wanted = torch.tensor(value, dtype=double), torch.tensor(wanted, dtype=double)
         kind = torch.complex128 if wanted.is_complex() else torch.float64
         if value.shape != wanted.shape or value.is_complex() != wanted.is_complex():
             raise Wrong(f"{name} is {value.dtype} {[*value.shape]}, not {[*wanted.shape]}")
