@@ -83,9 +83,7 @@ class Place:
         self.end_session()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def observe(
-        self, command: list[str], **environment: str
-    ) -> tuple[float, dict[str, float]]:
+    def observe(self, command: list[str], **environment: str) -> tuple[float, dict[str, float]]:
         """Run a command to its end; its Unix start time, and the seconds to each milestone.
 
         Also the CPU-seconds that all processes of this place took meanwhile.

@@ -49,7 +49,7 @@ LATER_MODULES = (
     "torch._inductor.standalone_compile",
     "ray.tune",
 )
-"""What trackers, runs of several workers, compilers and sweeps import: imported between two commands,
+"""What trackers, runs of several workers, compilers and sweeps import: imported between commands,
 since nothing is forked meanwhile."""
 HARMLESS_THREADS = ("jemalloc_bg_thd",)
 """Threads of other libraries that hold no lock over a fork: pyarrow's allocator handles it."""
