@@ -95,8 +95,8 @@ def complex_as_pairs(network: nn.Module) -> Iterator[None]:
         state |= {name: torch.view_as_complex(state[name]) for name in doubles & state.keys()}
 
     hooks = [
-        network.register_state_dict_post_hook(to_pairs),
-        network.register_load_state_dict_pre_hook(from_pairs),
+        network.register_state_dict_post_hook(to_pairs),  # type: ignore[no-untyped-call]
+        network.register_load_state_dict_pre_hook(from_pairs),  # type: ignore[no-untyped-call]
     ]
     try:
         yield

@@ -22,7 +22,7 @@ from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec
 
 SAMPLES, BATCH, STEPS = 96, 16, 18
-RULE = {"lr": 0.02, "weight_decay": 0.1}
+RULE: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "schedule": {"warmup": 0.0}}
 
 
 class Points(Workload):

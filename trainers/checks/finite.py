@@ -30,13 +30,13 @@ def is_spoilt(buffer: Tensor) -> bool:
     return not bool(values.float().amax() < math.inf)  # NaN is larger than all numbers
 
 
-def not_finite(loss: float, norm: float, step: int, last_loss: float) -> str:
+def not_finite(loss: float, step: int, last_loss: float) -> str:
     """The line for a step, counted from 1, whose loss or gradient is not finite.
 
     `last_loss` is the last loss that was finite, NaN before the first one.
     """
     if math.isfinite(loss):
-        return f"the gradient is not finite at step {step}: its norm is {norm}, the loss {loss:.6g}"
+        return f"the gradient is not finite at step {step}, though the loss is {loss:.6g}"
     return f"the loss is {loss} at step {step} (the last finite one was {last_loss:.6g})"
 
 

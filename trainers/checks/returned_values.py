@@ -5,9 +5,10 @@ All are made before the first update. Those of each step look at nothing on a de
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cluster.base.errors import TrainingError
+from cluster.base.errors import SpecError, TrainingError
 from trainers.workload import Workload
 
 
@@ -26,6 +27,18 @@ def check_network(workload: Workload, network: Any) -> None:
         raise TrainingError(
             f"{method} must return a network of which something is trained "
             f"(all {len(weights)} parameters are frozen: requires_grad is False)"
+        )
+
+
+def check_shardable(mode: str, network: nn.Module) -> None:
+    """Raise a SpecError unless all weights are real numbers of one dtype, as shards must be."""
+    kinds = {weight.dtype: name for name, weight in network.named_parameters()}
+    odd = [name for kind, name in kinds.items() if kind.is_complex]
+    if odd or len(kinds) > 1:
+        shown = ", ".join(f"{name} is {_dtype(kind)}" for kind, name in [*kinds.items()][:2])
+        raise SpecError(
+            f"scale.parallel: {mode} takes weights of one dtype, and no complex ones ({shown}); "
+            "ddp takes any"
         )
 
 
@@ -92,14 +105,17 @@ def _described(value: Any) -> str:
         return repr(value)
     if isinstance(value, Tensor):
         layout = "a sparse tensor of " if value.is_sparse else ""
-        kind = str(value.dtype).removeprefix("torch.")
-        return f"{layout}shape {list(value.shape)}, {kind}"
+        return f"{layout}shape {list(value.shape)}, {_dtype(value.dtype)}"
     if isinstance(value, dict):
         shown = ", ".join(f"{key}: {_size(each)}" for key, each in [*value.items()][:3])
         return f"a dict of {len(value)}: {shown}" if value else "an empty dict"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def _dtype(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _size(value: Any) -> str:

@@ -43,21 +43,21 @@ class LossWindow:
         self._last = math.nan
         self._unread: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, loss: Tensor, gradient_norm: Tensor, step: int) -> None:
-        """Add the loss of `TrainStep.run` after `step` steps, and its `gradient_norm`.
+    def add(self, loss: Tensor, fault: Tensor, step: int) -> None:
+        """Add the loss of `TrainStep.run` after `step` steps, and `TrainStep.fault`.
 
         May raise as `mean` does.
         """
-        self._unread.append((loss, gradient_norm))
+        self._unread.append((loss, fault))
         if len(self._unread) == MAX_LOSSES_ON_DEVICE:
-            self._fetch(step)
+            self.read(step)
 
     def mean(self, step: int) -> float:
         """The mean loss, which begins a new window; NaN if all its steps were skipped. Collective.
 
         Raises TrainingError if a loss or a gradient is not finite, unless such steps are skipped.
         """
-        self._fetch(step)
+        self.read(step)
         mean = self._sum / self._count if self._count else math.nan
         self._sum, self._count = 0.0, 0
         return mean
@@ -67,10 +67,13 @@ class LossWindow:
 
         Raises as `mean` does.
         """
-        self._fetch(step)
+        self.read(step)
         return {"loss_sum": self._sum, "losses": self._count, "skipped": self.skipped}
 
-    def _fetch(self, step: int) -> None:
+    def read(self, step: int) -> None:
+        """Fetch the losses of the steps up to `step` from the device. Collective; may raise as
+        `mean` does.
+        """
         if not self._unread:
             return
         parts_2S = torch.stack(
@@ -78,13 +81,13 @@ class LossWindow:
         )
         means_2S = self._worker.all_reduce_sum(parts_2S) / self._worker.data_world_size
         first, self._unread = step - len(self._unread) + 1, []
-        for number, (loss, norm) in enumerate(zip(*means_2S.tolist(), strict=True), first):
-            if math.isfinite(loss) and math.isfinite(norm):
+        for number, (loss, fault) in enumerate(zip(*means_2S.tolist(), strict=True), first):
+            if math.isfinite(loss) and not fault:
                 self._last, self._sum, self._count = loss, self._sum + loss, self._count + 1
             elif self._skips:
                 self.skipped += 1
             else:
-                raise TrainingError(not_finite(loss, norm, number, self._last))
+                raise TrainingError(not_finite(loss, number, self._last))
 
 
 class SaveSchedule:

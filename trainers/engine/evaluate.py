@@ -43,7 +43,10 @@ class Evaluator:
         """The metrics after `done` steps, logged; empty if no split is due. Collective."""
         trained = self._trained
         metrics: dict[str, float] = {}
-        for split in splits_due(done, self._total, self.steps, self._splits):
+        due = splits_due(done, self._total, self.steps, self._splits)
+        if due:
+            trained.check_state(done)
+        for split in due:
             broadcast_buffers(trained.network, trained.strategy)
             samples = self._splits[split]
             means = evaluate(self._spec, self._workload, trained.network, samples, trained.worker)

@@ -56,29 +56,21 @@ def train(
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_strategy(steps, reporter)
 
-        done, told = start, False
+        done = start
         for step in range(start, total):
             heartbeat(step)
             done = step + 1
-            losses.add(steps.run(step), steps.gradient_norm, done)
-            if step == start:
-                _log_first_step(spec, steps, reporter)
-            if steps.uses_native_rng and not told:
-                reporter.log_note("random", NATIVE_RNG_NOTE)
-                told = True
+            losses.add(steps.run(step), steps.fault, done)
+            _log_findings(spec, steps, reporter, first=step == start)
 
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
             if evaluates or done % spec.tracking.every_steps == 0:
-                epoch = done * spec.train.global_batch / samples
-                progress = {"train/loss": losses.mean(done), "train/epoch": epoch}
-                measured = _step_metrics(steps, step, losses.skipped, evaluates)
-                reporter.log_metrics(progress | measured, done)
-            kept = decision.saves or saves.is_scheduled(done)
-            if evaluates or kept:
-                steps.check_state(done)
+                progress = {"train/epoch": done * spec.train.global_batch / samples}
+                progress |= _step_metrics(steps, losses, step, evaluates)
+                reporter.log_metrics(progress, done)
             evaluated = evaluator.run(done)
-            if kept:
+            if decision.saves or saves.is_scheduled(done):
                 state = losses.state_dict(done) | meter.state_dict(stopped=decision.stop)
                 blocked_s = steps.save(checkpoints, done, state, evaluated, reporter.flush)
                 saves.record_save(done, blocked_s, reporter)
@@ -97,14 +89,16 @@ def train(
         return Outcome(done, total, evaluator.latest, meter.samples_per_s())
 
 
-def _step_metrics(steps: TrainStep, step: int, skipped: int, evaluates: bool) -> dict[str, float]:
-    """The learning rate, where the time goes if that is due, and steps that were `skipped`."""
-    metrics = {"train/lr": steps.learning_rate(step)}
+def _step_metrics(
+    steps: TrainStep, losses: LossWindow, step: int, evaluates: bool
+) -> dict[str, float]:
+    """The mean loss, the learning rate, and where the time goes if that is due. Collective."""
+    metrics = {"train/loss": losses.mean(step + 1), "train/lr": steps.learning_rate(step)}
     steps.meter.mark("compute")  # a GPU has been waited for
     if evaluates or steps.meter.unreported_s() > PERF_INTERVAL_S:
         metrics |= steps.read_meter()
-    if skipped:
-        metrics["train/skipped_steps"] = skipped
+    if losses.skipped:
+        metrics["train/skipped_steps"] = losses.skipped
     return metrics
 
 
@@ -114,8 +108,12 @@ def _log_strategy(steps: TrainStep, reporter: Reporter) -> None:
         reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
 
 
-def _log_first_step(spec: RunSpec, steps: TrainStep, reporter: Reporter) -> None:
-    """Log what is known only when a step has been done."""
+def _log_findings(spec: RunSpec, steps: TrainStep, reporter: Reporter, first: bool) -> None:
+    """Log what is known only when a step has been done, the `first` one or another."""
+    if steps.draws_unreported():
+        reporter.log_note("random", NATIVE_RNG_NOTE)
+    if not first:
+        return
     if spec.train.compile != "off":
         reporter.log_note("compile", f"{compile_time_s():.1f} s")
     device = steps.meter.catalogued

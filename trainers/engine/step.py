@@ -77,14 +77,15 @@ class TrainStep:
         self._micro_batches = MicroBatches(samples, spec.train, worker, total_steps)
         self.uses_native_rng: bool | None = None
         """Whether the model drew from a generator of the process; None before the first step."""
-        self.gradient_norm = torch.zeros(())
-        """The norm of the last step's gradient, not finite where the step was left out; of this
-        worker's shards alone in some cases, see `WeightUpdate.prepare`."""
+        self.fault = torch.zeros(())
+        """1 if the last step was left out since its loss or gradient is not finite, otherwise 0; of
+        a sharded model, on some worker. A scalar on the device."""
         stops = spec.train.on_nonfinite == "stop"
         # Elsewhere a step would wait for the device, or one worker would stop without the others.
-        self._stops_at_once = stops and self._update.on_host and self._update.norm_is_whole
+        self._stops_at_once = stops and self._update.on_host and self._update.alike
         self._last_loss = torch.tensor(math.nan)
-        self._uses_host_rng = False
+        self._uses_host_rng = self._draws_reported = False
+        self._checked_after = -1
         self._flops_uncounted = True
 
     @property
@@ -110,7 +111,7 @@ class TrainStep:
 
         Returns this worker's part of the loss over the global batch, times the number of shares
         of the batch, as a scalar on its device. A step whose loss or gradient is not finite
-        changes nothing: `gradient_norm` tells. On a CPU such a step raises a TrainingError if
+        changes nothing: see `fault`. On a CPU such a step raises a TrainingError if
         `train.on_nonfinite` is stop. Raises one that says what would fit when memory runs out.
         """
         try:
@@ -130,10 +131,11 @@ class TrainStep:
         update = self._update
         update.begin()
         loss = self._forward_backward(step)
-        norm = update.prepare(step)
-        if self._stops_at_once and not math.isfinite(norm.item()):
-            self._stop(loss, norm, step)
-        self.gradient_norm = update.apply(loss, norm)
+        # Several workers decide by the gradient alone, which is the same on all of them.
+        fault = update.prepare(step, loss if self.worker.world_size == 1 else None)
+        if self._stops_at_once and fault.item():
+            self._stop(loss, step)
+        self.fault = update.apply(loss, fault)
         self._last_loss = loss
         return loss
 
@@ -146,9 +148,10 @@ class TrainStep:
         before_commit: Callable[[], None],
     ) -> float:
         """Save the state after `done` steps, see `Checkpoints.save`; returns the seconds that
-        training was blocked. Collective.
+        training was blocked. Raises TrainingError for a state that is not finite. Collective.
         """
         began = time.monotonic()
+        self.check_state(done)
         scalars = {**self._update.scalars(), "host_rng": float(self._uses_host_rng), **scalars}
         optimizer = self.optimizer
         checkpoints.save(done, self.network, optimizer, scalars, metrics, before_commit)
@@ -158,8 +161,11 @@ class TrainStep:
     def check_state(self, done: int) -> None:
         """Raise a TrainingError if training has made weights or buffers not finite. Collective.
 
-        To be called before the state is evaluated or saved; waits for the device.
+        To be called before the state is evaluated; waits for the device.
         """
+        if self._checked_after == done:
+            return
+        self._checked_after = done
         bad = self._update.state_not_finite()
         count = torch.tensor(float(len(bad)), device=self.worker.device)
         if self.worker.all_reduce_sum(count).item():
@@ -215,9 +221,11 @@ class TrainStep:
                 counted = self._micro_batches.counted(number)
                 loss = self._loss(self._model.compiled, batch, counted)
                 check_differentiable(self._workload, loss)
-                # One, or NaN: then all workers find that a loss is not finite in the gradient.
-                finite = loss.detach() * 0 + 1
-                torch.autograd.backward(self._update.scaler.scale(loss), finite)
+                whole = self._update.scaler.scale(loss)
+                if self.worker.world_size > 1:
+                    # By 1, or NaN: so all workers find in their gradient that one's loss is bad.
+                    whole = whole * (loss.detach() * 0 + 1)
+                torch.autograd.backward(whole)
             if before is not None:
                 self._notice_draws(before)
             losses.append(loss.detach())
@@ -227,6 +235,12 @@ class TrainStep:
             if self._model.every_parameter_used:
                 self._check_gradients(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def draws_unreported(self) -> bool:
+        """Whether the model's own random numbers have been noticed; True once."""
+        news = bool(self.uses_native_rng) and not self._draws_reported
+        self._draws_reported |= news
+        return news
 
     def _rng_states(self) -> tuple[Tensor, tuple[Any, ...]]:
         return device_rng_state(self.worker.hardware), host_rng_state()
@@ -299,7 +313,7 @@ class TrainStep:
         if missing:
             raise TrainingError(_unused(listed(missing), step))
 
-    def _stop(self, loss: Tensor, norm: Tensor, step: int) -> None:
+    def _stop(self, loss: Tensor, step: int) -> None:
         """Raise a TrainingError that says where a gradient that is not finite comes from.
 
         Not if it is one of too large a scale of fp16.
@@ -308,7 +322,7 @@ class TrainStep:
             return
         bad = self._update.gradients_not_finite()
         where = f"; not finite: the gradients of {listed(bad)}" if bad else ""
-        line = not_finite(loss.item(), norm.item(), step + 1, self._last_loss.item())
+        line = not_finite(loss.item(), step + 1, self._last_loss.item())
         raise TrainingError(f"{line}{where}")
 
 

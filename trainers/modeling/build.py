@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.checks.modes import begin_training
-from trainers.checks.returned_values import check_network
+from trainers.checks.returned_values import check_network, check_shardable
 from trainers.counter_rng import combine_seeds, seed_process
 from trainers.modeling.activation_checkpointing import checkpoint_activations
 from trainers.modeling.dropout import DropoutRng, key_dropout_by_sample, split_dropout
@@ -96,6 +96,8 @@ def build_model(spec: RunSpec, workload: Workload, samples: Batch, worker: Worke
         compiles = spec.train.compile != "off"
         checkpoint_activations(blocks, dropout_rng, compiled=compiles)
     strategy = choose_strategy(spec, workload, network, worker, memory_per_worker(worker))
+    if strategy.mode not in ("single", "ddp"):
+        check_shardable(strategy.mode, network)
     worker = strategy.applied_to(worker)
     if strategy.mode == "tensor":
         split_dropout(network, dropout_rng, foreseen.dropout_shapes if foreseen else None, worker)

@@ -5,7 +5,7 @@ devices the kernels of the update find it in the device's memory, and no step wa
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,7 +21,9 @@ from trainers.modeling.optimizer import (
     trained_weights,
 )
 from trainers.modeling.strategy import mesh_of
+from trainers.precision import as_real
 from trainers.spec import RunSpec
+from trainers.torch_internals import mark_not_finite
 from trainers.worker import is_distributed, local_tensor
 
 LEAST_SCALE = 2.0**-16
@@ -44,11 +46,10 @@ class WeightUpdate:
         self.on_host = device.type == "cpu"
         """Whether a step may look at its numbers, since none has to wait for a device."""
         self._skips = spec.train.on_nonfinite == "skip"
-        alike = self._skips or self.scaler.is_enabled() or spec.train.clip_norm is not None
-        sharded = any(is_distributed(weight) for weight in weights)
-        self.norm_is_whole = alike or not sharded
-        """Whether all workers find the same norm. A sharded gradient's would take a collective:
-        where it decides about nothing but the end of the run, each looks at its own shards."""
+        acts = self._skips or self.scaler.is_enabled() or spec.train.clip_norm is not None
+        self.alike = acts or not self._gradient.is_sharded
+        """Whether all workers find the same faults. For a sharded gradient that takes a collective:
+        where a fault has no consequence but the end of the run, each looks at its own shards."""
         self._kept_buffers: dict[str, Tensor] = {}
         buffers = network.named_buffers()
         self._spoilt_as_built = {name for name, buffer in buffers if is_spoilt(buffer)}
@@ -58,19 +59,23 @@ class WeightUpdate:
         if self._skips:
             self._kept_buffers = {n: b.clone() for n, b in self._network.named_buffers()}
 
-    def prepare(self, step: int) -> Tensor:
-        """Unscale and clip the gradient; returns the norm that it had before it was clipped.
+    def prepare(self, step: int, loss: Tensor | None) -> Tensor:
+        """Unscale and clip the gradient; 1 if it, or a `loss` given, is not finite, otherwise 0.
 
-        The norm is a scalar on the device. Collective if it is whole and the model is sharded.
+        The answer is a scalar on the device. Collective if it is `alike` and the model is sharded.
         """
         set_learning_rate(self.optimizer, self.learning_rate(step))
         if self.scaler.is_enabled():
             with self._as_real():
                 self.scaler.unscale_(self.optimizer)
         clip_norm = self._spec.train.clip_norm
+        if clip_norm is None and (not self._gradient.is_sharded or not self.alike):
+            return self._gradient.is_not_finite(loss)
+        norm = self._gradient.norm()
         if clip_norm is not None:
-            return self._gradient.clip(clip_norm)
-        return self._gradient.norm() if self.norm_is_whole else self._gradient.local_norm()
+            self._gradient.clip(clip_norm, norm)
+        numbers = norm if loss is None else norm + loss
+        return torch.nan_to_num(numbers * 0, nan=1.0).float()  # 0 * infinity is NaN too
 
     def searches_scale(self, loss: Tensor) -> bool:
         """Whether a gradient that is not finite is one of too large a scale of fp16; on a CPU."""
@@ -78,47 +83,43 @@ class WeightUpdate:
             return False
         return self.scaler.get_scale() > LEAST_SCALE
 
-    def apply(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Change the weights unless `norm` is not finite, and forget the gradient.
+    def apply(self, loss: Tensor, fault: Tensor) -> Tensor:
+        """Change the weights, unless there is a `fault` of `prepare`, and forget the gradient.
 
-        Returns `norm`, as 0 where the step did nothing but lower the scale of fp16. So the step
-        was left out, for good, if what it returns is not finite.
+        Returns the fault; 0 for a step that did nothing but lower the scale of fp16.
         """
         if self.on_host:
-            norm = self._apply_on_host(loss, norm)
+            fault = self._apply_on_host(loss, fault)
         else:
-            norm = self._apply_on_device(loss, norm)
+            fault = self._apply_on_device(loss, fault)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return fault
 
-    def _apply_on_host(self, loss: Tensor, norm: Tensor) -> Tensor:
-        if math.isfinite(norm.item()):
+    def _apply_on_host(self, loss: Tensor, fault: Tensor) -> Tensor:
+        if not fault.item():
             self.optimizer.step()
         elif self.searches_scale(loss):
-            norm = torch.zeros_like(norm)
+            fault = torch.zeros_like(fault)
         else:
             self._restore_buffers(None)
         if self.scaler.is_enabled():
             self.scaler.update()
             if self.scaler.get_scale() < LEAST_SCALE:
                 self.scaler.update(LEAST_SCALE)
-        return norm
+        return fault
 
-    def _apply_on_device(self, loss: Tensor, norm: Tensor) -> Tensor:
-        # 0 * infinity is NaN, as is 0 * NaN.
-        left_out = torch.nan_to_num(norm * 0, nan=1.0).float()
-        self.optimizer.found_inf = left_out  # type: ignore[attr-defined]
+    def _apply_on_device(self, loss: Tensor, fault: Tensor) -> Tensor:
+        self.optimizer.found_inf = fault  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.scaler.is_enabled():
-            scale = self.scaler.scale(torch.ones_like(left_out))
+            scale = self.scaler.scale(torch.ones_like(fault))
             searches = torch.isfinite(loss) & (scale > LEAST_SCALE)
-            norm = torch.where(searches, torch.zeros_like(norm), norm)
-            left_out = left_out.masked_fill(searches, 0.0)
+            fault = fault.masked_fill(searches, 0.0)
             self.scaler.update()
-            scale = self.scaler.scale(torch.ones_like(left_out))
+            scale = self.scaler.scale(torch.ones_like(fault))
             self.scaler.update(scale.clamp(min=LEAST_SCALE))
-        self._restore_buffers(left_out > 0)
-        return norm
+        self._restore_buffers(fault > 0)
+        return fault
 
     def _restore_buffers(self, where: Tensor | None) -> None:
         """Undo what the forward passes of this step did to the buffers, everywhere or `where`."""
@@ -177,44 +178,42 @@ class WeightUpdate:
 class _Gradient:
     """The gradient of some weights, whatever it is at the moment."""
 
-    def __init__(self, weights: Iterable[nn.Parameter], device: torch.device) -> None:
-        self._device = device
-        # A kernel takes a list of weights on one device mesh.
+    def __init__(self, weights: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._one = torch.ones((), device=device)
+        # A kernel takes a list of weights on one device mesh, or of one dtype.
         self._meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+        self._kinds: dict[torch.dtype, list[nn.Parameter]] = {}
         for weight in weights:
             self._meshes.setdefault(mesh_of(weight), []).append(weight)
+            self._kinds.setdefault(weight.dtype, []).append(weight)
+        self.is_sharded = any(mesh is not None for mesh in self._meshes)
+
+    def is_not_finite(self, loss: Tensor | None) -> Tensor:
+        """1 if it, or a `loss` given, has a number that is not finite, otherwise 0.
+
+        Of sharded weights, this worker's shards. Does not wait for the device.
+        """
+        found, also = torch.zeros_like(self._one), [] if loss is None else [loss]
+        for kind, weights in self._kinds.items():
+            held = [weight.grad for weight in weights if weight.grad is not None]
+            if self.is_sharded or kind.is_complex:
+                held = [as_real(local_tensor(each)) for each in held]
+            mark_not_finite([*held, *(each.to(kind.to_real()) for each in also)], found, self._one)
+            also = []
+        return found
 
     def norm(self) -> Tensor:
         """Its 2-norm, a scalar on its device; collective if the weights are sharded."""
-        norms = [nn.utils.get_total_norm(part) for part in self._parts() if part]
-        return self._joined([n.full_tensor() if is_distributed(n) else n for n in norms])
+        norms = [
+            nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+            for weights in self._meshes.values()
+        ]
+        full = [norm.full_tensor() if is_distributed(norm) else norm for norm in norms]
+        return full[0] if len(full) == 1 else torch.linalg.vector_norm(torch.stack(full))
 
-    def local_norm(self) -> Tensor:
-        """The 2-norm of the shards that this worker holds."""
-        parts = [[local_tensor(each) for each in part] for part in self._parts()]
-        return self._joined([nn.utils.get_total_norm(part) for part in parts if part])
-
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale it down so that its norm is at most `max_norm`; returns the norm of before.
-
-        Collective if the weights are sharded.
-        """
-        norm = self.norm()
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        """Scale it down from its `norm` to one of at most `max_norm`."""
         for mesh, weights in self._meshes.items():
             # PyTorch's default scales DTensors one by one.
             foreach = True if mesh and mesh.device_type in ("cpu", "cuda", "xpu") else None
             nn.utils.clip_grads_with_norm_(weights, max_norm, norm, foreach)
-        return norm
-
-    def _parts(self) -> list[list[Tensor]]:
-        return [
-            [weight.grad for weight in weights if weight.grad is not None]
-            for weights in self._meshes.values()
-        ]
-
-    def _joined(self, norms: list[Tensor]) -> Tensor:
-        if len(norms) == 1:
-            return norms[0]
-        if not norms:
-            return torch.zeros((), device=self._device)
-        return torch.linalg.vector_norm(torch.stack(norms))

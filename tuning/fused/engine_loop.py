@@ -204,8 +204,8 @@ class EngineLoop:
             step = trial.steps_done
             if not math.isfinite(loss):
                 assert trial.program_slots is not None
-                failed = trial.program_slots.program.failed_step(trial.slot)
-                self._fail(trial, not_finite(*failed, step, trial.last_finite))
+                failed = trial.program_slots.program.failed_loss(trial.slot)
+                self._fail(trial, not_finite(failed, step, trial.last_finite))
                 return
             trial.last_finite = loss
             trial.loss_sum, trial.losses = trial.loss_sum + loss, trial.losses + 1

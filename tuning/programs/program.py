@@ -65,8 +65,8 @@ class _SlotOccupant:
     steps_done: int
     reference_loss: float | None
     """The loss of its next step, computed by its own network; None after the comparison."""
-    failed: tuple[float, float] = (math.nan, math.nan)
-    """Loss and gradient norm of the step that was not finite."""
+    failed_loss: float = math.nan
+    """The loss of the step that was not finite."""
 
 
 class Program:
@@ -225,7 +225,7 @@ class Program:
         """Advance the trials in `slots` by `steps` steps; returns the losses, [step][slot].
 
         A loss or gradient that is not finite ends a trial's advance: its state stays as it was
-        before that step, whose loss is NaN, as are the later ones; see `failed_step`. Raises
+        before that step, whose loss is NaN, as are the later ones; see `failed_loss`. Raises
         TrialMismatchError, after the steps, if the first loss of a trial differs from the one that
         its own network computes.
         """
@@ -260,9 +260,9 @@ class Program:
             raise TrialMismatchError(reasons, found)
         return found
 
-    def failed_step(self, slot: int) -> tuple[float, float]:
-        """Loss and gradient norm of the step at which the trial in a slot stands still."""
-        return self._occupants[slot].failed
+    def failed_loss(self, slot: int) -> float:
+        """The loss of the step at which the trial in a slot stands still."""
+        return self._occupants[slot].failed_loss
 
     def _inputs(self, coefficients_KC: Tensor, first_K: Tensor, index_KB: Tensor) -> list[Tensor]:
         """What the step takes besides the state; see `SlotStep`."""
@@ -294,7 +294,7 @@ class Program:
         good = finite.index(False) if False in finite else len(measured)
         occupant.steps_done += good
         if good < len(measured):
-            occupant.failed = measured[good]
+            occupant.failed_loss = measured[good][0]
         first = measured[0][0]
         expected, occupant.reference_loss = occupant.reference_loss, None
         if expected is None or not (math.isfinite(expected) and math.isfinite(first)):

@@ -17,7 +17,7 @@ class FrozenNorm(Points):
         network = nn.Sequential(
             nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)),
             nn.Tanh(),
-            nn.Linear(6, 6),
+            nn.Linear(6, 6, bias=False),
             nn.BatchNorm1d(6),
             nn.Linear(6, 3),
         )

@@ -26,7 +26,7 @@ from trainers import Batch, Workload
 from trainers.modeling.weight_update import LEAST_SCALE, WeightUpdate
 
 SKIP = {"on_nonfinite": "skip"}
-SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
+SGD = {"name": "sgd", "lr": 0.0001, "momentum": 0.9, "schedule": {"warmup": 0.0}}
 
 
 class NanGradient(Points):
@@ -78,7 +78,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
     with pytest.raises(TrainingError) as caught:
         run(workload, tmp_path, checkpoint={"every_steps": 1})
     message = str(caught.value)
-    assert message.startswith("the gradient is not finite at step 4: its norm is nan, the loss 1.")
+    assert message.startswith("the gradient is not finite at step 4, though the loss is 1.")
     assert message.endswith("; not finite: the gradients of 0.weight")
     state = last_state(tmp_path / "run")
     assert all(value.isfinite().all() for value in state.values())
@@ -144,7 +144,7 @@ def test_a_device_skips_what_the_host_would(
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        (NanGradient, "the gradient is not finite at step 4: its norm is nan, the loss 1."),
+        (NanGradient, "the gradient is not finite at step 4, though the loss is 1."),
         (InfiniteLoss, "the loss is nan at step 4 (the last finite one was 1."),
         (ConstantNan, "the loss is nan at step 4 (the last finite one was 1."),
     ],
@@ -159,13 +159,6 @@ def test_a_device_tells_of_it_at_the_next_report(
         run(workload, tmp_path, tracking={"every_steps": 6}, checkpoint={"every_steps": 5})
     assert str(caught.value).startswith(line)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
-
-
-class Overflows(Points):
-    """Its update, not its gradient, makes a weight infinite."""
-
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
-        return super().forward(model, batch) + 0 * model[0].bias.sum().clamp(-1, 1)
 
 
 class Drifts(Points):
@@ -186,12 +179,12 @@ class Drifts(Points):
 
 def test_a_state_that_is_not_finite_is_neither_evaluated_nor_saved(tmp_path: Path) -> None:
     """The update overflows in the last step, or a buffer does, which no loss shows."""
-    rule = {"name": "sgd", "lr": 1e308, "momentum": 0.0, "schedule": {"name": "constant"}}
+    rule = {"name": "sgd", "lr": 1e40, "momentum": 0.0, "schedule": {"name": "constant"}}
+    section = {"steps": 1, "precision": "fp32"}
     with pytest.raises(TrainingError, match=r"^not finite after step 1: 0\.weight, .*; this state"):
-        run(workload_of(Points), tmp_path, train={"steps": 1}, optimizer=rule)
-    rows_of = (tmp_path / "run" / "checkpoints").glob("step-*")
-    assert not list(rows_of)
-    with pytest.raises(TrainingError, match=r"^not finite after step 18: seen; this state is not"):
+        run(workload_of(Points), tmp_path, train=section, optimizer=rule)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    with pytest.raises(TrainingError, match=r"^not finite after step 6: seen; this state is not"):
         run(workload_of(Drifts), tmp_path, "drifts")
 
 
@@ -250,9 +243,9 @@ def test_the_search_for_a_scale_is_no_failure(
     assert "train/skipped_steps" not in rows.rows
     losses, scale, network = plain_fp16(workload, tmp_path, rule, clip_norm)
     assert scale < 65536
-    assert list(rows.rows["train/loss"].values()) == pytest.approx(losses, rel=1e-5)
+    assert list(rows.rows["train/loss"].values()) == pytest.approx(losses, rel=2e-3)
     for name, value in network.state_dict().items():
-        torch.testing.assert_close(state[f"model.{name}"], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state[f"model.{name}"], value, rtol=2e-3, atol=1e-3)
 
 
 def plain_fp16(
@@ -307,7 +300,7 @@ def test_a_gradient_that_no_scale_makes_finite_counts(
         as_on_a_device(monkeypatch)
     halvings = 16 - round(math.log2(LEAST_SCALE))
     section = {"precision": "fp16", "steps": halvings + 4}
-    line = f"^the gradient is not finite at step {halvings + 1}: its norm is nan"
+    line = f"^the gradient is not finite at step {halvings + 1}, though the loss is"
     with pytest.raises(TrainingError, match=line):
         run(workload_of(NeverFinite), tmp_path, train=section)
     rows, state = run(workload_of(NeverFinite), tmp_path, "skipped", train={**section, **SKIP})

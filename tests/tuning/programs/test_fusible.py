@@ -175,7 +175,7 @@ class TestATrialThatCannotBeFused:
 
             def forward(self, model: nn.Module, batch: Batch) -> Tensor:
                 x = torch.fft.irfft(torch.fft.rfft(batch["x"]) * model.spectrum, n=3)
-                return super().forward(model, {**batch, "x": x})
+                return super().forward(model, {**batch, "x": x.to(batch["x"].dtype)})
 
         class Clock(Spectral):
             def build(self) -> nn.Module:
