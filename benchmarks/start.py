@@ -83,7 +83,7 @@ class Place:
         self.end_session()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def observe(self, command: list[str]) -> tuple[float, dict[str, float]]:
+    def observe(self, command: list[str], **environment: str) -> tuple[float, dict[str, float]]:
         """Run a command to its end; its Unix start time, and the seconds to each milestone.
 
         Also the CPU-seconds that all processes of this place took meanwhile.
@@ -95,7 +95,7 @@ class Place:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=self.environment,
+                env={**self.environment, **environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -146,11 +146,11 @@ def heliostat(
     )
     fields = {**length, "tracking.every_steps": 1, "scale.workers": workers}
     words = [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
-    command = [str(Path(sys.executable).with_name("heliostat"))]
+    command, environment = [str(Path(sys.executable).with_name("heliostat"))], {}
     if old is not None:
-        place.environment["PYTHONPATH"] = str(old)
-        command = [sys.executable, "-c", OLD_COMMAND]
-    start, seen = place.observe([*command, "train", "digits", "--name", name, *words])
+        command, environment = [sys.executable, "-c", OLD_COMMAND], {"PYTHONPATH": str(old)}
+    words = ["train", "digits", "--name", name, *words]
+    start, seen = place.observe([*command, *words], **environment)
     log_file = place.folder / "runs" / name / "track" / "spool.jsonl"
     operations = [json.loads(line) for line in log_file.read_text().splitlines()]
     logged = [each["rows"] for each in operations if each["do"] == "log"]

@@ -100,6 +100,11 @@ class SessionServer(Zygote):
             case _:
                 super().answer(request, files, connection)
 
+    @property
+    def may_import(self) -> bool:
+        """At once: Ray's services wait for it."""
+        return True
+
     def serve_from_start(self) -> None:
         """Begin with the requests that wait, since Ray starts while its services are imported."""
         passes = iter([True])

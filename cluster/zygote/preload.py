@@ -49,8 +49,8 @@ LATER_MODULES = (
     "torch._inductor.standalone_compile",
     "ray.tune",
 )
-"""What trackers, runs of several workers, compilers and sweeps import: imported when there has been
-nothing to fork for a while, since nothing is forked meanwhile."""
+"""What trackers, runs of several workers, compilers and sweeps import: imported between commands,
+since nothing is forked meanwhile."""
 HARMLESS_THREADS = ("jemalloc_bg_thd",)
 """Threads of other libraries that hold no lock over a fork: pyarrow's allocator handles it."""
 ACCELERATORS = ("/dev/nvidia", "/dev/kfd", "/dev/dri")

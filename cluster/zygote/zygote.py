@@ -67,15 +67,23 @@ class Zygote:
     ) -> None:
         """Answer requests until `alive` returns False.
 
-        Imports `modules`, one whenever there has been no request for `quiet_s`.
+        Imports `modules`, one whenever there has been no request for `quiet_s` and `may_import`.
         """
         left = list(modules)
         while alive():
             ready = self._events.select(timeout=quiet_s if left else POLL_S)
             for key, _ in ready:
                 key.data()
-            if left and not ready:
+            if left and not ready and self.may_import:
                 preload([left.pop(0)])
+
+    @property
+    def may_import(self) -> bool:
+        """Whether there is time to import what may be needed later.
+
+        Not while a child runs: it would have imported what it needs by then, and needs the cores.
+        """
+        return not self.children
 
     def answer(self, request: dict[str, Any], files: list[int], connection: socket.socket) -> None:
         """Do a request; a subclass knows more of them."""

@@ -25,13 +25,14 @@ from cluster.base.config import read_yaml, validate, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
 from trainers.checkpoints.buffers import as_bytes, saved_buffers
+from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.manifest import is_pickle
 from trainers.checkpoints.shards import COMPLEX_KEY, SavedTensor, saved_tensors, storable
 from trainers.checkpoints.state import MODEL_PREFIX, SavedState, load_model_weights, model_state
 from trainers.checkpoints.user_code import UserCode, importing_from
 from trainers.counter_rng import random_state_kept
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
-from trainers.run_folder import MODEL
+from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.spec import RunSpec, TrainSpec
 from trainers.workload import SHIPPED_WORKLOADS, Workload, load_workload, model_dtype
 
@@ -42,6 +43,13 @@ BUILT_WITH = ("seed", "precision", "channels_last")
 """Fields of the spec's section `train` on which the network, as built, depends."""
 MAX_FILES = 100
 """How many files of the user's an exported model may need to be loaded."""
+
+
+def export_latest(folder: Path, spec: RunSpec, workload: Workload) -> list[str]:
+    """Export the model of the latest checkpoint of the run in `folder`; see `export_model`."""
+    latest = Checkpoints(folder / CHECKPOINTS).latest()
+    assert latest is not None  # the last step is always saved
+    return export_model(folder / MODEL, spec, workload, latest)
 
 
 def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Path) -> list[str]:

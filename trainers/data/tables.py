@@ -182,7 +182,7 @@ def column_tensor(field: pa.Field, column: pa.ChunkedArray) -> Tensor:
     elif array.null_count == 0 and (
         pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
     ):
-        values = array.to_numpy(zero_copy_only=True)
+        values = np.from_dlpack(array)  # `to_numpy` imports pandas
     else:
         raise DataError(
             f"column {field.name!r} is {field.type}; training reads numbers of one shape "

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.base.errors import HeliostatError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.export import export_model
+from trainers.checkpoints.export import export_latest
 from trainers.outcome import Outcome
 from trainers.planning.forecast import Forecast, ForecastHistory, describe_outcome, forecast_keys
 from trainers.run_folder import CHECKPOINTS, MODEL
@@ -127,13 +127,10 @@ def _record_forecast_outcome(
 def _export_if_missing(run: Run) -> list[str]:
     """Export the model here if rank 0 ran on a machine that cannot see the run's folder.
 
-    Returns what `export_model` does.
+    Returns what `export_latest` does.
     """
     if (run.folder / MODEL).exists():
         return []
-    checkpoints = Checkpoints(run.folder / CHECKPOINTS, run.spec.checkpoint)
-    latest = checkpoints.latest()
-    assert latest is not None  # the last step is always saved
-    lines = export_model(run.folder / MODEL, run.spec, run.workload, latest)
-    checkpoints.forget_copies()
+    lines = export_latest(run.folder, run.spec, run.workload)
+    Checkpoints(run.folder / CHECKPOINTS).forget_copies()
     return lines

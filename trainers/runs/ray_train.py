@@ -16,8 +16,7 @@ from cluster.base.clock import Moment
 from cluster.connection.ray_connection import missing_resources, submission_metadata
 from cluster.connection.ray_internals import PREEMPTION_WATCHER_ENV_VAR
 from cluster.cost.catalog import ray_resource
-from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.export import export_model
+from trainers.checkpoints.export import export_latest
 from trainers.checkpoints.place import store_at
 from trainers.data.remote import local_dataset
 from trainers.devices import local_device
@@ -26,7 +25,7 @@ from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter, Reporter
 from trainers.engine.stall_files import STALLS
 from trainers.outcome import Outcome
-from trainers.run_folder import CHECKPOINTS, MODEL
+from trainers.run_folder import CHECKPOINTS
 from trainers.runs.failure_policy import OutageError, decide_retry, failure_reason, worker_failure
 from trainers.runs.ray_train_internals import announced_preemption, trainer_class
 from trainers.runs.stalls import StallWatch
@@ -269,9 +268,8 @@ def _train(run: WorkerConfig, tracker: Any) -> dict[str, Any]:
         ):
             begin_s = run.started.unix_s_here()
             outcome = train(spec, workload, dataset, run.folder, reporter, worker, begin_s)
-        exports = outcome.complete and worker.is_rank_zero and can_see_run(run.folder)
-        if exports and (latest := Checkpoints(run.folder / CHECKPOINTS).latest()):
-            for line in export_model(run.folder / MODEL, spec, workload, latest):
+        if outcome.complete and worker.is_rank_zero and can_see_run(run.folder):
+            for line in export_latest(run.folder, spec, workload):
                 reporter.log_note("export", line)
             reporter.flush()
         if outcome.complete and local_rank == 0:
@@ -336,8 +334,7 @@ def watch_for_stalls(
 def preemption_notice() -> str | None:
     """A phrase on the node of this run that is about to be preempted, and when; None without.
 
-    Ray's own `get_preemption_info` is a barrier of all workers. None is needed: a notice reaches
-    every worker, and the loop has its own way to agree.
+    Ray's own `get_preemption_info` is a barrier; none is needed, as a notice reaches all workers.
     """
     import ray
 

@@ -66,7 +66,8 @@ logging.basicConfig(filename="zygote.log", level=logging.INFO)
 zygote = Zygote(socket.socket(fileno=int(sys.argv[1])))
 if "thread" in sys.argv:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
-zygote.serve(lambda: True)
+later = [option.removeprefix("later=") for option in sys.argv if option.startswith("later=")]
+zygote.serve(lambda: True, later, quiet_s=2)
 """
 CLIENT = """
 import sys
@@ -148,6 +149,25 @@ def test_a_process_ends_as_its_child_does(start_zygote: Callable[..., RunningZyg
     code, _, error = zygote.run("raises")
     assert code == 1
     assert error.endswith("ValueError: no way\n")
+
+
+def test_what_may_be_needed_later_is_imported_between_commands(
+    start_zygote: Callable[..., RunningZygote],
+    tmp_path: Path,
+    wait_until: Callable[..., None],
+) -> None:
+    """Not while a command runs, which needs the cores."""
+    imported, go_on = tmp_path / "imported", tmp_path / "go_on"
+    (tmp_path / "late.py").write_text(f"open({str(imported)!r}, 'w')")
+    zygote = start_zygote("later=late")
+    client = zygote.start("waits", go_on)
+    wait_until(go_on.with_suffix(".pid").exists)
+    before = imported.exists()  # the machine may have been busy for longer than the quiet time
+    time.sleep(3)
+    assert imported.exists() == before
+    go_on.touch()
+    assert client.wait(60) == 5
+    wait_until(imported.exists)
 
 
 def test_a_child_is_what_the_process_would_have_been(
