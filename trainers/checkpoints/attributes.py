@@ -23,15 +23,17 @@ from trainers.checkpoints.buffers import as_bytes, fill, saved_buffers
 from trainers.checkpoints.shards import DTYPES
 from trainers.worker import is_distributed, local_tensor
 
+WORKLOAD = "the workload"
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that each module has from PyTorch."""
 LIBRARIES = ("torch.", "trainers.modeling.", "trainers.precision")
 """Modules of these packages alone keep no state in plain attributes."""
-MAX_BYTES, MAX_ITEMS, MAX_DEPTH = 1 << 22, 10_000, 8
-"""Larger tensors and containers are compared by their identity only."""
+MAX_BYTES, MAX_ITEMS, MAX_DEPTH = 1 << 20, 10_000, 8
+"""Larger arrays and containers are compared by their identity only."""
 NUMBER = (("number",),)
 EXACT = (type(None), bool, int, float, complex, str, bytes)
 WRITABLE = {*DTYPES.values(), torch.complex128}
+_Hash = tuple[ReferenceType[Tensor], int, int]
 OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
@@ -43,6 +45,7 @@ class Attributes:
 
     def __init__(self, model: nn.Module, workload: object = None) -> None:
         self._model, self._workload = ref(model), workload
+        self._hashes: Mapping[int, _Hash] = {}
         self._built = self._last = self._look(model)
         self._alone: set[str] = set()
         """Attributes that have changed while no table of their module has."""
@@ -89,19 +92,20 @@ class Attributes:
         return seen.differs(self._built.get(name))
 
     def _look(self, model: nn.Module) -> dict[str, "Seen"]:
-        own, found = _Own(model), {}
+        own, found = _Own(model, self._hashes), {}
         for name, value in attributes_of(model, self._workload):
             seen = Seen()
             _read(value, seen, own, 0)
             if not seen.ignored:
                 found[name] = seen
+        self._hashes = own.hashes
         return found
 
 
 def attributes_of(model: nn.Module, workload: object = None) -> Iterator[tuple[str, Any]]:
     """The plain attributes and non-persistent buffers of the user's modules, by name.
 
-    Those of the workload are `workload:NAME`, those of a module `MODULE:NAME`.
+    Those of the workload are `the workload:NAME`, those of a module `MODULE:NAME`.
     """
     persistent = {id(buffer) for buffer in saved_buffers(model).values()}
     for path, module in model.named_modules():
@@ -115,7 +119,7 @@ def attributes_of(model: nn.Module, workload: object = None) -> Iterator[tuple[s
             if id(buffer) not in persistent:
                 yield f"{path}:{name}", buffer
     for name, value in vars(workload).items() if workload is not None else ():
-        yield f"workload:{name}", value
+        yield f"{WORKLOAD}:{name}", value
 
 
 def set_attributes(model: nn.Module, values: Mapping[str, Any], workload: object = None) -> None:
@@ -126,7 +130,7 @@ def set_attributes(model: nn.Module, values: Mapping[str, Any], workload: object
     modules = dict(model.named_modules())
     for name, value in values.items():
         path, _, last = name.rpartition(":")
-        holder = workload if path == "workload" and path not in modules else modules.get(path)
+        holder = workload if path == WORKLOAD else modules.get(path)
         if holder is not None:
             setattr(holder, last, _replaced(getattr(holder, last, None), value))
 
@@ -160,11 +164,24 @@ class Seen:
 class _Own:
     """What of a model is in its state_dict, or is a module of it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, known: "Mapping[int, _Hash]") -> None:
+        """`known` are the `hashes` of the last time."""
         self.modules = {id(module) for module in model.modules()}
         tensors = [*model.parameters(), *saved_buffers(model).values()]
         self.memory = {_memory(local_tensor(tensor)) for tensor in tensors} - {0}
         self.read: set[int] = set()
+        self._known, self.hashes = known, dict[int, _Hash]()
+
+    def hash_of(self, tensor: Tensor) -> int:
+        """A hash of the content. A large tensor is read again only if it was written to."""
+        version = -1 if tensor.is_inference() else tensor._version
+        known = self._known.get(id(tensor))
+        if tensor.nbytes > MAX_BYTES and known and known[0]() is tensor and known[1] == version:
+            found = known[2]
+        else:
+            found = hash(as_bytes(tensor).cpu().numpy().tobytes())
+        self.hashes[id(tensor)] = ref(tensor), version, found
+        return found
 
 
 def _holder(name: str) -> str:
@@ -218,31 +235,12 @@ def _read_tensor(tensor: Tensor, seen: Seen, own: _Own) -> None:
         seen.plain &= tensor.dtype in WRITABLE
         kind = ("tensor", tensor.shape, tensor.dtype)
         seen.form += NUMBER if tensor.ndim == 0 else [kind]
-        small = tensor.numel() * tensor.element_size() <= MAX_BYTES
-        content = hash(as_bytes(tensor).cpu().numpy().tobytes()) if small else _Large(tensor)
-        seen.content.append(content)
-
-
-class _Large:
-    """A large tensor, which is the same as long as nothing is written to it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor: ReferenceType[Tensor] = ref(tensor)
-        self._version = -1 if tensor.is_inference() else tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Large)
-            and self._tensor() is other._tensor()
-            and self._version == other._version
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+        seen.content.append(own.hash_of(tensor))
 
 
 def _read_inner(value: Any, seen: Seen, own: _Own, depth: int) -> None:
     """Add what is in a container or an object."""
-    kind = type(value)
+    kind: Hashable = type(value)
     seen.form.append(kind)
     if isinstance(value, nn.Module) and id(value) in own.modules:
         return
@@ -289,9 +287,7 @@ def _replaced(current: Any, value: Any) -> Any:
         for key in value:
             current[key] = _replaced(current[key], value[key])
         return current
-    elif isinstance(current, list | deque) and type(current) is type(value):
-        if len(current) == len(value):
-            for index, each in enumerate(value):
-                current[index] = _replaced(current[index], each)
-            return current
+    elif isinstance(current, list) and isinstance(value, list) and len(current) == len(value):
+        current[:] = map(_replaced, current, value)
+        return current
     return value

@@ -130,7 +130,8 @@ class Checkpoints:
         """Load the latest checkpoint that is intact; returns its step and scalars. Collective.
 
         The model, and `workload`, have to be as they were built: what later differs in their plain
-        attributes is saved. Any number of workers may have written it, in any parallel mode. (0, {}) without one.
+        attributes is saved. Any number of workers may have written the checkpoint, in any parallel
+        mode. (0, {}) without one.
         Raises TrainingError if the model has a state that `save` cannot write.
         """
         check_model_state(model)

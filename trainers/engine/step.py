@@ -318,5 +318,3 @@ class TrainStep:
         where = f"; not finite: the gradients of {listed(bad)}" if bad else ""
         line = not_finite(loss.item(), step + 1, self._last_loss.item())
         raise TrainingError(f"{line}{where}")
-
-
