@@ -162,3 +162,16 @@ def test_operations_that_take_functions() -> None:
 
     assert torch_internals.takes_functions(cond_op)
     assert not torch_internals.takes_functions(torch.ops.aten.mm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0])
+def test_the_scalers_kernel_finds_what_is_not_finite(dtype: torch.dtype, bad: float) -> None:
+    tensors = [torch.arange(5, dtype=dtype), torch.full((2, 3), 1e-38, dtype=dtype)]
+    tensors[1][1, 2] += bad
+    before = [tensor.clone() for tensor in tensors]
+    found = torch.zeros(())
+    torch_internals.mark_not_finite(tensors, found, torch.ones(()))
+    assert found.item() == (bad != 0.0), "torch._amp_foreach_non_finite_check_and_unscale_"
+    for tensor, value in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor, value, rtol=0, atol=0, equal_nan=True)

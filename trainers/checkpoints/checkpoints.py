@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cluster.base.errors import CheckpointError, SpecError
 from trainers.checkpoints import shards
+from trainers.checkpoints.attributes import Attributes, described
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
 from trainers.checkpoints.place import current_store, store_at
@@ -66,6 +67,7 @@ class Checkpoints:
         if self._worker.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._stage = shards.stage_with(self._worker.device.type == "cuda", self._group)
+        self._attributes: Attributes | None = None
         self._writing: concurrent.futures.Future[None] | None = None
         self.taken: str | None = None
         """What `resume` took from another run's checkpoint, in a line; None if it was this run's.
@@ -98,7 +100,9 @@ class Checkpoints:
         gets its name. Waits for the save before this one, and raises its error. Collective.
         """
         self.wait()
-        state = collect_state(model, optimizer, include_replicated=self._worker.is_rank_zero)
+        known = self._attributes is not None and self._attributes.is_of(model)
+        attributes = self._attributes if known else None
+        state = collect_state(model, optimizer, self._worker.is_rank_zero, attributes)
         copies = self._stage(state.tensors)
         self._worker.hardware.synchronize()
         manifest = {
@@ -121,21 +125,35 @@ class Checkpoints:
                 writing.result()
 
     def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, workload: object = None
     ) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint that is intact; returns its step and scalars. Collective.
 
-        Any number of workers may have written it, in any parallel mode. (0, {}) without one.
+        The model, and `workload`, have to be as they were built: what later differs in their plain
+        attributes is saved. Any number of workers may have written the checkpoint, in any parallel
+        mode. (0, {}) without one.
         Raises TrainingError if the model has a state that `save` cannot write.
         """
         check_model_state(model)
+        self._attributes = attributes = Attributes(model, workload)
         with external_wait():
             name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
             if name is None:
                 return 0, {}
             path = self._store.download(name)
             self.resumed_metrics = json.loads((path / MANIFEST).read_text()).get("metrics", {})
-            return load_checkpoint(path, model, optimizer, self._group, self._note_taken)
+            loaded = load_checkpoint(
+                path, model, optimizer, self._group, self._note_taken, workload
+            )
+        attributes.accept(model)
+        return loaded
+
+    def unsaved(self, model: nn.Module) -> list[str]:
+        """The plain attributes that changed since this was last called, or since the last save,
+        and that are not saved, as caches need not be. Notes what is to be saved.
+        """
+        assert self._attributes is not None
+        return [described(name) for name in self._attributes.unsaved(model)]
 
     def _note_taken(self, line: str) -> None:
         self.taken = line

@@ -24,6 +24,7 @@ from torch import nn
 from cluster.base.config import read_yaml, validate, write_yaml
 from cluster.base.errors import CheckpointError
 from cluster.base.files import commit_folder
+from trainers.checkpoints.attributes import Attributes
 from trainers.checkpoints.buffers import as_bytes, saved_buffers
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.manifest import is_pickle
@@ -63,11 +64,12 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
 
     with random_state_kept():
         network = build_network(spec.train, workload)
+    attributes = Attributes(network)
     load_model_weights(checkpoint, network)
     building = folder.with_name(f".{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    _save_state(network, building)
+    _save_state(network, building, attributes)
     sections = spec.model_dump(mode="json", include={"workload", "data", "model"})
     sections["train"] = spec.train.model_dump(mode="json", include=set(BUILT_WITH))
     own = spec.workload not in SHIPPED_WORKLOADS
@@ -87,9 +89,9 @@ def export_model(folder: Path, spec: RunSpec, workload: Workload, checkpoint: Pa
     return notes
 
 
-def _save_state(network: nn.Module, folder: Path) -> None:
+def _save_state(network: nn.Module, folder: Path, attributes: Attributes) -> None:
     """Write the network's tensors, with the rest of its state in the file's metadata."""
-    state, extra = model_state(network)
+    state, extra = model_state(network, attributes)
     named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
     tensors, complex_names = storable(named)
     rest = {"buffers": list(saved_buffers(network)), "extra": extra}

@@ -1,7 +1,8 @@
 """Model and optimizer to named tensors and back.
 
 The model's part is its `state_dict`, as in a plain PyTorch loop, with all that modules add to it:
-buffers that appeared since the model was built, and extra state of any plain kind.
+buffers that appeared since the model was built, extra state of any plain kind, and what steps
+have changed of plain attributes.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,14 +17,16 @@ from torch.nn.parameter import is_lazy
 
 from cluster.base.errors import CheckpointError, TrainingError
 from trainers.checkpoints import shards
+from trainers.checkpoints.attributes import WRITABLE, Attributes, set_attributes
 from trainers.checkpoints.buffers import has_no, is_expanded, saved_buffers, set_buffer
 from trainers.checkpoints.manifest import read_manifest
 from trainers.checkpoints.plain_values import from_plain, to_plain
-from trainers.checkpoints.shards import DTYPES, SavedTensor
+from trainers.checkpoints.shards import SavedTensor
 from trainers.worker import is_distributed
 
 MODEL_PREFIX, OPTIMIZER_PREFIX, EXTRA_PREFIX = "model.", "optimizer.", "extra/"
-WRITABLE = {*DTYPES.values(), torch.complex128}
+ATTRIBUTE = "attribute/"
+"""Before the names of plain attributes among the extra state."""
 EXTRA_STATE = "_extra_state"
 """PyTorch's name, within a module, of what its `get_extra_state` returns."""
 
@@ -41,7 +44,10 @@ class State:
 
 
 def collect_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, include_replicated: bool
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    include_replicated: bool,
+    attributes: Attributes | None = None,
 ) -> State:
     """The state of a model and its optimizer. Raises CheckpointError for what cannot be written.
 
@@ -50,7 +56,7 @@ def collect_state(
     Ranks other than 0 pass False for `include_replicated` and return sharded tensors only.
     Replicated state, such as running means, is saved by rank 0.
     """
-    tensors, extra = model_state(model)
+    tensors, extra = model_state(model, attributes)
     for weight, name in _trainable_names(model).items():
         for part, value in optimizer.state[weight].items():
             tensors[f"{OPTIMIZER_PREFIX}{name}/{part}"] = torch.as_tensor(value)
@@ -59,8 +65,12 @@ def collect_state(
     return State(kept, buffers, extra)
 
 
-def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def model_state(
+    model: nn.Module, attributes: Attributes | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a model, `model.NAME` and `extra/NAME/NUMBER`, and its extra state.
+
+    With `attributes`, those that have changed are a part of the extra state.
 
     Raises CheckpointError for what cannot be written.
     """
@@ -75,6 +85,8 @@ def model_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             _check_writable(name, value)
             # A conjugate may be a flag on a memory that is not, which a copy of the memory loses.
             tensors[MODEL_PREFIX + name] = value.detach().resolve_conj().resolve_neg()
+    for name, value in (attributes.changed(model) if attributes else {}).items():
+        extra[ATTRIBUTE + name] = to_plain(value, EXTRA_PREFIX + ATTRIBUTE + name, tensors)
     return tensors, extra
 
 
@@ -99,6 +111,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     group: dist.ProcessGroup | None = None,
     note: Callable[[str], None] = lambda text: None,
+    workload: object = None,
 ) -> tuple[int, dict[str, float]]:
     """Load a checkpoint into `model` and `optimizer`; returns its step and its scalars.
 
@@ -133,7 +146,7 @@ def load_checkpoint(
             )
         elif not donor:
             raise CheckpointError(f"{path}: does not fit the optimizer: {name} is unknown")
-    source.load(model, targets, group)
+    source.load(model, targets, group, workload)
     for name, weight in weights.items():
         if moments[name]:
             optimizer.state[weight] = moments[name]
@@ -184,9 +197,11 @@ class SavedState:
         model: nn.Module,
         others: Mapping[str, Tensor] | None = None,
         group: dist.ProcessGroup | None = None,
+        workload: object = None,
     ) -> None:
         """Load it into `model`, and fill `others`, tensors by their names in the files.
 
+        Attributes of the workload are given to `workload`, if that is there.
         Collective over `group`. Raises CheckpointError if it does not fit.
         """
         own = _model_tensors(model)
@@ -209,11 +224,14 @@ class SavedState:
         extra = {k: from_plain(plain, inner, device) for k, plain in self._extra.items()}
         for name, other in changed.items():
             set_buffer(model, name, targets[name] if other else None)
+        attributes = {k: extra.pop(k) for k in [*extra] if k.startswith(ATTRIBUTE)}
         kept = {name: tensor for name, tensor in targets.items() if name not in changed}
         try:
             _adopt(model, {**kept, **extra})
         except RuntimeError as error:  # of a module's own way to load its state
             raise self._misfit(" ".join(str(error).split())) from error
+        plain = {name.removeprefix(ATTRIBUTE): value for name, value in attributes.items()}
+        set_attributes(model, plain, workload)
 
     def _changed_buffers(
         self, model: nn.Module, own: Mapping[str, Tensor]

@@ -64,6 +64,8 @@ def train(
             done = step + 1
             losses.add(steps.run(step), steps.fault, done)
             _log_findings(spec, steps, reporter, first=step == start)
+            if step < start + 2:
+                _log_unsaved(steps, checkpoints, reporter, second=step > start)
             decision = coordinator.decide(done, saves.is_due)
             evaluates = done in evaluator.steps
             if evaluates or done % spec.tracking.every_steps == 0:
@@ -116,6 +118,19 @@ def _log_start(steps: TrainStep, checkpoints: Checkpoints, reporter: Reporter) -
         reporter.log_note("from", checkpoints.taken)
     if steps.worker.world_size > 1:
         reporter.log_note("parallel", f"{steps.strategy.mode}: {steps.strategy.reason}")
+
+
+def _log_unsaved(
+    steps: TrainStep, checkpoints: Checkpoints, reporter: Reporter, second: bool
+) -> None:
+    """Log what steps change and checkpoints do not hold. The first step may only fill a cache."""
+    unsaved = checkpoints.unsaved(steps.network)
+    if unsaved and second:
+        reporter.log_note(
+            "state",
+            f"steps change {listed(unsaved)}, which checkpoints do not hold; if it is not a cache, "
+            "make it a buffer (register_buffer), or return it by get_extra_state",
+        )
 
 
 def _log_findings(spec: RunSpec, steps: TrainStep, reporter: Reporter, first: bool) -> None:

@@ -190,7 +190,7 @@ class TrainStep:
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint; returns its steps and its scalars. Collective."""
-        done, scalars = checkpoints.resume(self.network, self.optimizer)
+        done, scalars = checkpoints.resume(self.network, self.optimizer, self._workload)
         self._update.load_scalars(scalars)
         self._uses_host_rng = bool(scalars.get("host_rng", 0.0))
         self.meter.load_state_dict(scalars)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from trainers.modeling.strategy import mesh_of
 from trainers.spec import OptimizerSpec, ScheduleSpec
 from trainers.torch_internals import OptimizerT, without_compile_guards
+from trainers.worker import is_distributed, local_tensor
 
 AdamW = without_compile_guards(torch.optim.AdamW)
 SGD = without_compile_guards(torch.optim.SGD)
@@ -55,6 +56,53 @@ def _moments(held: dict[str, Tensor], convert: Callable[[Tensor], Tensor]) -> di
     return {part: value if part == "step" else convert(value) for part, value in held.items()}
 
 
+@contextmanager
+def _shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """In here the optimizer's weights, gradients and moments are this worker's shards of them.
+
+    They share their memory. The optimizer must have all of its state already.
+    """
+    whole = [group["params"] for group in optimizer.param_groups]
+    shards: dict[Tensor, Tensor] = {}
+    for group, weights in zip(optimizer.param_groups, whole, strict=True):
+        shards |= {weight: _shard(weight) for weight in weights if is_distributed(weight)}
+        group["params"] = [shards.get(weight, weight) for weight in weights]
+    held = {weight: optimizer.state.pop(weight) for weight in shards if weight in optimizer.state}
+    for weight, parts in held.items():
+        optimizer.state[shards[weight]] = {k: local_tensor(part) for k, part in parts.items()}
+    try:
+        yield
+    finally:
+        for weight, shard in shards.items():
+            optimizer.state.pop(shard, None)
+            if weight in held:
+                optimizer.state[weight] = held[weight]
+        for group, weights in zip(optimizer.param_groups, whole, strict=True):
+            group["params"] = weights
+
+
+def _shard(weight: Any) -> Tensor:
+    shard, gradient = local_tensor(weight).detach(), weight.grad
+    if gradient is not None:
+        if gradient.placements != weight.placements:
+            gradient = gradient.redistribute(placements=weight.placements)  # as of partial sums
+        shard.grad = local_tensor(gradient)
+    return shard
+
+
+def _on_shards(kind: type[OptimizerT]) -> type[OptimizerT]:
+    """The class of optimizers whose steps update the shards of distributed weights.
+
+    For a kernel that takes no distributed tensors, and updates each number by itself.
+    """
+
+    def step(self: Any, closure: None = None) -> None:
+        with torch.no_grad(), _shards(self):
+            kind.step(self)
+
+    return type(kind.__name__, (kind,), {"step": step})
+
+
 def _for_complex(kind: type[OptimizerT]) -> type[OptimizerT]:
     """The class of optimizers with steps that also take complex weights, as pairs of numbers."""
 
@@ -83,7 +131,9 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
     if spec.name == "adamw":
         adamw = _for_complex(AdamW) if takes_complex else AdamW
         return adamw(params, lr=spec.lr, betas=spec.betas, fused=True)
-    kind, momentum = _for_complex(SGD) if takes_complex else SGD, spec.momentum
+    # PyTorch has no sharding rule for the fused kernel of SGD.
+    kind = _on_shards(SGD) if any(mesh is not None for _, mesh in groups) else SGD
+    kind, momentum = _for_complex(kind) if takes_complex else kind, spec.momentum
     sgd = kind(params, lr=spec.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
     if momentum:
         # Without them, PyTorch's kernel takes only weights that had a gradient in the first step,

@@ -28,7 +28,7 @@ from tuning.programs.batched_optimizers import BatchedOptimizer
 from tuning.programs.batched_values import BatchedValues
 from tuning.programs.program_signature import Variant
 from tuning.programs.torch_internals import node_bytes, trace_operations
-from tuning.programs.trial_state import SlotStates, named_tensors
+from tuning.programs.trial_state import SlotStates, named_tensors, tensor_places
 from tuning.programs.vmap_rewrites import NotFusibleError, first_sentence
 
 
@@ -49,6 +49,7 @@ class SlotStep:
         self._variant, self._network, self._dropout_rng = variant, network, dropout_rng
         self._optimizer, self._values, self._states = optimizer, values, states
         self._columns = columns
+        self._places = {f"network.{place}": name for place, name in tensor_places(network).items()}
 
     def trace(self, inputs: Sequence[Tensor]) -> GraphModule:
         """The operations of a step; raises NotFusibleError that names the one in the way."""
@@ -131,8 +132,9 @@ class SlotStep:
         ):
             return functional_call(  # type: ignore[no-any-return]
                 _LossModule(self._network, buffers),
-                {f"network.{name}": value for name, value in tensors.items()},
+                {place: tensors[name] for place, name in self._places.items()},
                 (workload, spec, batch, random),
+                tie_weights=False,  # it would replace twice what a module under two names holds
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainers.checks.finite import are_finite, is_finite, is_spoilt
 from trainers.modeling.optimizer import has_weight_decay
-from tuning.programs.vmap_rewrites import ValuePath
+from tuning.programs.vmap_rewrites import NotFusibleError, ValuePath
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,25 @@ class SlotStates:
 def named_tensors(network: nn.Module) -> dict[str, Any]:
     """Parameters and buffers by name."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def tensor_places(network: nn.Module) -> dict[str, str]:
+    """Each attribute of a module that holds a parameter or buffer -> its name in `named_tensors`.
+
+    A module under several names is there under the first one. Raises NotFusibleError if a tensor is
+    both a parameter and a buffer.
+    """
+    tensors = named_tensors(network)
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if names[id(tensor)] != name:
+            raise NotFusibleError(f"{name} is a parameter and the buffer {names[id(tensor)]}")
+    return {
+        place: names[id(tensor)]
+        for path, module in network.named_modules()
+        for held in (module.named_parameters, module.named_buffers)
+        for place, tensor in held(path, recurse=False, remove_duplicate=False)
+    }
 
 
 def _flatten(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -106,7 +106,9 @@ and commit the page with the change that made it another one.
 Each row is a small model as users write them (`tests/trainers/conformance/wild_models`), each
 column a way to train it. **=** says that all losses, metrics and final weights are those of a plain
 PyTorch loop in float64 that knows nothing of Heliostat (`tests/trainers/conformance/plain.py`), to
-1e-9. A number says that Heliostat refuses before the first step, in the sentence below.
+1e-9. A number says that Heliostat refuses in the sentence below: before the first step, or at the
+first evaluation if the mistake is in the metrics. In the last column it says why a sweep trains
+such a trial by itself. **wrong** is a known fault, and the test fails while there is one.
 
 Where workers or micro-batches are not the same mathematics, the plain loop does what is documented:
 

@@ -197,10 +197,12 @@ def train(modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         stop_after: int | None = None,
         train: dict[str, Any] | None = None,
         model: dict[str, Any] | None = None,
+        optimizer: dict[str, Any] | None = None,
         **scale: Any,
     ) -> Trained:
         folder = folder or root / os.urandom(4).hex()
         data = {**TOWER, "train": {**TOWER["train"], **(train or {})}, "model": model or {}}
+        data["optimizer"] = optimizer or TOWER["optimizer"]
         data["scale"] = {"workers": workers, **scale}
         answers = context.Queue()
         meeting = root / os.urandom(4).hex()
@@ -288,6 +290,28 @@ def test_a_run_goes_on_with_the_same_workers_bit_by_bit(train: Runner, mode: str
     second = train(**SPREAD[mode], folder=first.folder)
     weights = second.weights()
     assert all(weights[name].equal(tensor) for name, tensor in straight.weights().items())
+
+
+SGD = {"name": "sgd", "lr": 0.05, "weight_decay": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("mode", SPREAD)
+def test_sgd_is_that_of_one_worker(train: Runner, mode: str, momentum: float) -> None:
+    rule = {**SGD, "momentum": momentum}
+    assert_close(train(**SPREAD[mode], optimizer=rule), train(optimizer=rule))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("fsdp", None), ("tensor and fsdp", "fsdp, shares of different size")]
+)
+def test_a_run_with_momentum_goes_on_with_other_workers(
+    train: Runner, before: str, after: str | None
+) -> None:
+    first = train(**SPREAD[before], optimizer=SGD, stop_after=7)
+    second = train(**SPREAD.get(after or "", {}), optimizer=SGD, folder=first.folder)
+    second.rows = {**first.rows, **second.rows}
+    assert_close(second, train(optimizer=SGD))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
