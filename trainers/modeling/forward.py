@@ -29,6 +29,7 @@ class Forward(nn.Module):
         """The loss of each sample [B]; without the loss, the workload's output."""
         try:
             output = self._workload.forward(self.network, batch)
+            return self._workload.loss(output, batch) if with_loss else output
         except RuntimeError as error:
             if not is_shard_taken_for_whole(error):
                 raise
@@ -37,7 +38,6 @@ class Forward(nn.Module):
                 "the block or a part of it, where weights are sharded; use ddp, or leave the "
                 "block out of the workload's method blocks"
             ) from error
-        return self._workload.loss(output, batch) if with_loss else output
 
 
 def outermost_blocks(workload: Workload, network: nn.Module) -> list[nn.Module]:

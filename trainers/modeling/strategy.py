@@ -18,6 +18,7 @@ from cluster.base.errors import SpecError
 from trainers.modeling.backward import sharded_module
 from trainers.modeling.forward import Forward, separate_blocks
 from trainers.modeling.sharding import (
+    check_can_be_sharded,
     refuse_written_weights,
     share_buffers_each_step,
     stays_whole,
@@ -140,12 +141,14 @@ def _shard(
     root_policy = replace(policy, cast_forward_inputs=False)
     whole = {weight for weight in forward.parameters() if stays_whole(weight)}
     eager = train.compile == "off"
+    check_can_be_sharded(forward.network)
+    names = {module: name for name, module in forward.network.named_modules()}
     if eager:
-        refuse_written_weights(forward)
+        refuse_written_weights(forward, "")
     try:
         for block in blocks:
             if eager:
-                refuse_written_weights(block)
+                refuse_written_weights(block, names[block])
                 _gather_for_parts(block)
             fully_shard(block, mesh=shards, mp_policy=policy, ignored_params=whole)
         root = fully_shard(forward, mesh=shards, mp_policy=root_policy, ignored_params=whole)
