@@ -28,7 +28,7 @@ INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that each module has from PyTorch."""
 LIBRARIES = ("torch.", "trainers.modeling.", "trainers.precision")
 """Modules of these packages alone keep no state in plain attributes."""
-MAX_BYTES, MAX_ITEMS, MAX_DEPTH = 1 << 20, 10_000, 8
+MAX_BYTES, MAX_ITEMS, MAX_DEPTH = 1 << 16, 10_000, 8
 """Larger arrays and containers are compared by their identity only."""
 NUMBER = (("number",),)
 EXACT = (type(None), bool, int, float, complex, str, bytes)
@@ -240,7 +240,7 @@ def _read_tensor(tensor: Tensor, seen: Seen, own: _Own) -> None:
 
 def _read_inner(value: Any, seen: Seen, own: _Own, depth: int) -> None:
     """Add what is in a container or an object."""
-    kind: Hashable = type(value)
+    kind: Any = type(value)
     seen.form.append(kind)
     if isinstance(value, nn.Module) and id(value) in own.modules:
         return
