@@ -105,12 +105,15 @@ class Attributes:
 def attributes_of(model: nn.Module, workload: object = None) -> Iterator[tuple[str, Any]]:
     """The plain attributes and non-persistent buffers of the user's modules, by name.
 
-    Those of the workload are `the workload:NAME`, those of a module `MODULE:NAME`.
+    Those of the workload are `the workload:NAME`, those of a module `MODULE:NAME`. Modules with a
+    `get_extra_state` say themselves what their state is.
     """
     persistent = {id(buffer) for buffer in saved_buffers(model).values()}
     for path, module in model.named_modules():
         kinds = type(module).__mro__[: -len(nn.Module.__mro__)]
         if all(f"{kind.__module__}.".startswith(LIBRARIES) for kind in kinds):
+            continue
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
             continue
         for name, value in vars(module).items():
             if name not in INTERNAL:
@@ -233,7 +236,9 @@ def _read_tensor(tensor: Tensor, seen: Seen, own: _Own) -> None:
         seen.ignored = True
     else:
         seen.plain &= tensor.dtype in WRITABLE
-        kind = ("tensor", tensor.shape, tensor.dtype)
+        # A small average takes the precision of what is added to it; large tables are converted.
+        dtype = tensor.dtype if tensor.nbytes > MAX_BYTES else tensor.dtype.is_floating_point
+        kind = ("tensor", tensor.shape, dtype)
         seen.form += NUMBER if tensor.ndim == 0 else [kind]
         seen.content.append(own.hash_of(tensor))
 
