@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainers.checkpoints.buffers import as_bytes, fill, saved_buffers
 from trainers.checkpoints.shards import DTYPES
@@ -196,7 +197,9 @@ def _is_numeric(value: np.generic | npt.NDArray[Any]) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    return 0 if tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()
+    """Where the values of a tensor are; 0 if it has no memory of the usual kind."""
+    has_none = tensor.layout != torch.strided or is_lazy(tensor)
+    return 0 if has_none else tensor.untyped_storage().data_ptr()
 
 
 def _read(value: Any, seen: Seen, own: _Own, depth: int) -> None:
