@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainers.checkpoints.buffers import as_bytes, fill, saved_buffers
 from trainers.checkpoints.shards import DTYPES
@@ -28,7 +29,7 @@ INTERNAL = frozenset(vars(nn.Module()))
 """Attributes that each module has from PyTorch."""
 LIBRARIES = ("torch.", "trainers.modeling.", "trainers.precision")
 """Modules of these packages alone keep no state in plain attributes."""
-MAX_BYTES, MAX_ITEMS, MAX_DEPTH = 1 << 20, 10_000, 8
+MAX_BYTES, MAX_ITEMS, MAX_DEPTH = 1 << 16, 10_000, 8
 """Larger arrays and containers are compared by their identity only."""
 NUMBER = (("number",),)
 EXACT = (type(None), bool, int, float, complex, str, bytes)
@@ -105,12 +106,15 @@ class Attributes:
 def attributes_of(model: nn.Module, workload: object = None) -> Iterator[tuple[str, Any]]:
     """The plain attributes and non-persistent buffers of the user's modules, by name.
 
-    Those of the workload are `the workload:NAME`, those of a module `MODULE:NAME`.
+    Those of the workload are `the workload:NAME`, those of a module `MODULE:NAME`. Modules with a
+    `get_extra_state` say themselves what their state is.
     """
     persistent = {id(buffer) for buffer in saved_buffers(model).values()}
     for path, module in model.named_modules():
         kinds = type(module).__mro__[: -len(nn.Module.__mro__)]
         if all(f"{kind.__module__}.".startswith(LIBRARIES) for kind in kinds):
+            continue
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
             continue
         for name, value in vars(module).items():
             if name not in INTERNAL:
@@ -193,7 +197,9 @@ def _is_numeric(value: np.generic | npt.NDArray[Any]) -> bool:
 
 
 def _memory(tensor: Tensor) -> int:
-    return 0 if tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()
+    """Where the values of a tensor are; 0 if it has no memory of the usual kind."""
+    has_none = tensor.layout != torch.strided or is_lazy(tensor)
+    return 0 if has_none else tensor.untyped_storage().data_ptr()
 
 
 def _read(value: Any, seen: Seen, own: _Own, depth: int) -> None:
@@ -233,14 +239,16 @@ def _read_tensor(tensor: Tensor, seen: Seen, own: _Own) -> None:
         seen.ignored = True
     else:
         seen.plain &= tensor.dtype in WRITABLE
-        kind = ("tensor", tensor.shape, tensor.dtype)
+        # A small average takes the precision of what is added to it; large tables are converted.
+        dtype = tensor.dtype if tensor.nbytes > MAX_BYTES else tensor.dtype.is_floating_point
+        kind = ("tensor", tensor.shape, dtype)
         seen.form += NUMBER if tensor.ndim == 0 else [kind]
         seen.content.append(own.hash_of(tensor))
 
 
 def _read_inner(value: Any, seen: Seen, own: _Own, depth: int) -> None:
     """Add what is in a container or an object."""
-    kind: Hashable = type(value)
+    kind: Any = type(value)
     seen.form.append(kind)
     if isinstance(value, nn.Module) and id(value) in own.modules:
         return
