@@ -183,7 +183,8 @@ class _Own:
         if tensor.nbytes > MAX_BYTES and known and known[0]() is tensor and known[1] == version:
             found = known[2]
         else:
-            found = hash(as_bytes(tensor).cpu().numpy().tobytes())
+            # Of a copy: FSDP could not free a weight whose memory numpy has seen.
+            found = hash(as_bytes(tensor).cpu().clone().numpy().tobytes())
         self.hashes[id(tensor)] = ref(tensor), version, found
         return found
 

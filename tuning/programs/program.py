@@ -34,9 +34,9 @@ from trainers.workload import Batch
 from tuning.programs.batched_optimizers import BATCHED_OPTIMIZERS, FloatArray
 from tuning.programs.batched_values import BatchedValues
 from tuning.programs.compile_step import CompiledStep, compile_step
-from tuning.programs.program_signature import Variant, buffer_shapes, check_buffers, signature
+from tuning.programs.program_signature import Variant, check_buffers, signature
 from tuning.programs.traced_step import SlotStep, peak_bytes, reference_loss
-from tuning.programs.trial_state import SlotStates, TrialState
+from tuning.programs.trial_state import SlotStates, TrialState, named_tensors
 from tuning.programs.vmap_rewrites import NotFusibleError
 
 LOSS_TOLERANCE = 1e-4
@@ -99,11 +99,12 @@ class Program:
         dropout_rng = key_dropout_by_sample(network)
         zeros_K = torch.zeros(slots, dtype=self._dtype, device=self.device)
         self._values = BatchedValues(variant, network, dropout_rng, self._varied, zeros_K)
-        shapes = buffer_shapes(network)
-        trained = self._trained_weights(dropout_rng)
-        check_buffers(shapes, network)
+        built = {name: tensor.detach().clone() for name, tensor in named_tensors(network).items()}
+        gradients = self._gradients_alone(dropout_rng)
+        trained = {name: network.get_parameter(name) for name in gradients}
+        check_buffers(built, network)
         self._states = SlotStates(network, trained, self._rule.moments, slots)
-        self._seed_key_K = zeros_K.to(torch.int64)
+        self._seed_key_K = torch.full_like(zeros_K, seed_key(spec.train.seed), dtype=torch.int64)
         self.optimizer = build_optimizer(spec.optimizer, network)
         """The optimizer of the network that `network_with` returns."""
         self._occupants: dict[int, _SlotOccupant] = {}
@@ -121,12 +122,15 @@ class Program:
         self.graph = step.trace(inputs)
         self.trace_s = time.thread_time() - began_s
         """Seconds of a CPU that tracing took."""
+        first_KB = self._samples.indices(0, self._batch).repeat(slots, 1)
+        step.check_gradient(built, gradients, [each[:1] for each in self._idle_inputs(first_KB)])
         self._step: CompiledStep = self.graph
 
-    def _trained_weights(self, dropout_rng: DropoutRng) -> dict[str, nn.Parameter]:
-        """The parameters that a step changes: those on which the loss of a batch depends.
+    def _gradients_alone(self, dropout_rng: DropoutRng) -> dict[str, Tensor]:
+        """The first gradient of each parameter that a step changes, by the network itself.
 
-        Raises NotFusibleError if they are not all of the trial's precision.
+        Those are the parameters on which the loss of a batch depends. Raises NotFusibleError if
+        they are not all of the trial's precision.
         """
         loss = reference_loss(
             self.variant, self._network, dropout_rng, 0, self._samples, self.device
@@ -135,16 +139,15 @@ class Program:
         torch.autograd.backward(loss)
         check_dense_gradients(self.variant.workload, self._network)
         parameters = dict(self._network.named_parameters())
-        trained = {name: weight for name, weight in parameters.items() if weight.grad is not None}
-        for weight in parameters.values():
+        gradients = {name: w.grad for name, w in parameters.items() if w.grad is not None}
+        for name, weight in parameters.items():
             weight.grad = None
-        for name, weight in trained.items():
-            if weight.dtype != self._dtype:
+            if name in gradients and weight.dtype != self._dtype:
                 kind = str(weight.dtype).removeprefix("torch.")
                 raise NotFusibleError(
                     f"{name} is {kind}: a slot's weights are one row of numbers of one precision"
                 )
-        return trained
+        return gradients
 
     def fits(self, variant: Variant, network: nn.Module) -> bool:
         """Whether a trial can be in a slot of this program; `network` is its own, as built."""
@@ -277,9 +280,10 @@ class Program:
         values = (self._seed_key_K, self._values.values_KF, self._values.thresholds_KF)
         return [coefficients_KC, first_K, *values, *columns]
 
-    def _idle_inputs(self) -> list[Tensor]:
-        """Inputs of the right shapes, for empty slots."""
-        index_KB = torch.zeros(self.slots, self._batch, dtype=torch.int64)
+    def _idle_inputs(self, index_KB: Tensor | None = None) -> list[Tensor]:
+        """Inputs of the right shapes, for empty slots; with the samples of `index_KB`."""
+        if index_KB is None:
+            index_KB = torch.zeros(self.slots, self._batch, dtype=torch.int64)
         coefficients_KC = torch.zeros(self.slots, self._coefficient_count, dtype=self._dtype)
         first_K = torch.zeros(self.slots, dtype=torch.int64)
         return self._inputs(coefficients_KC.to(self.device), first_K.to(self.device), index_KB)

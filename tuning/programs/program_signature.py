@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from trainers.modeling.build import build_network
 from trainers.spec import RunSpec
 from trainers.workload import Workload
+from tuning.programs.torch_internals import with_backward_hooks
+from tuning.programs.trial_state import named_tensors
 from tuning.programs.vmap_rewrites import NotFusibleError, ValuePath
 
 
@@ -75,8 +76,10 @@ def signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -
     """Trials with equal signatures can share a program, provided that it accepts their floats.
 
     `varied` are the fields of the section `model` that are batched, by name. Raises NotFusibleError
-    for a network with state that is not in tensors of a known shape.
+    for a network with state that is not in tensors of a known shape, or with backward hooks.
     """
+    if hooked := with_backward_hooks(network):
+        raise NotFusibleError(f"{hooked} has hooks on its backward pass, which are not called")
     for name, part in network.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
             raise NotFusibleError(f"{name or 'the model'} has extra state, which is not in tensors")
@@ -96,16 +99,16 @@ def signature(variant: Variant, network: nn.Module, varied: Mapping[str, Any]) -
     return repr((spec.workload, rule, sections, modules, tensors))
 
 
-def check_buffers(before: Mapping[str, torch.Size], network: nn.Module) -> None:
-    """Raise NotFusibleError if a forward pass has made buffers, or changed their shapes."""
-    now = buffer_shapes(network)
+def check_buffers(built: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Raise NotFusibleError if a forward pass has made buffers, or changed their shapes.
+
+    `built` are the parameters and buffers of before the pass.
+    """
+    now = {name: tensor.shape for name, tensor in named_tensors(network).items()}
+    before = {name: tensor.shape for name, tensor in built.items()}
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         raise NotFusibleError(f"a forward pass makes the buffer {changed[0]} or changes its shape")
-
-
-def buffer_shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {name: buffer.shape for name, buffer in network.named_buffers()}
 
 
 def program_key(variant: Variant, varied: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -39,6 +39,23 @@ def trace_operations(function: Callable[..., Any], inputs: Sequence[Tensor]) -> 
     """
     graph: GraphModule = make_fx(function)(*inputs)
     return graph
+
+
+def with_backward_hooks(network: nn.Module) -> str | None:
+    """The name of a parameter or module that has hooks on its backward pass; None if none has.
+
+    PyTorch lets hooks be added and removed, but not be seen.
+    """
+    everywhere = torch.nn.modules.module
+    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
+        return "every module"
+    for name, module in network.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return name or "the model"
+    for name, weight in network.named_parameters():
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            return name
+    return None
 
 
 def node_bytes(node: torch.fx.Node) -> int:

@@ -9,7 +9,8 @@ the update, F batched values.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ from tuning.programs.program_signature import Variant
 from tuning.programs.torch_internals import node_bytes, trace_operations
 from tuning.programs.trial_state import SlotStates, named_tensors, tensor_places
 from tuning.programs.vmap_rewrites import NotFusibleError, first_sentence
+
+GRADIENT_TOLERANCE = 1e-3
+GRADIENT_TOLERANCE_BF16 = 0.1
+"""Relative difference between a weight's gradient in a program and alone that is still rounding; a
+tenth of the whole gradient's norm counts with it, for weights whose gradient is nearly zero."""
 
 
 class SlotStep:
@@ -54,13 +60,8 @@ class SlotStep:
     def trace(self, inputs: Sequence[Tensor]) -> GraphModule:
         """The operations of a step; raises NotFusibleError that names the one in the way."""
         before = host_rng_state()
-        try:
-            with torch.enable_grad():
-                graph = trace_operations(self, inputs)
-        except NotFusibleError:
-            raise
-        except Exception as error:  # a user's model may do anything
-            raise NotFusibleError(first_sentence(error)) from error
+        with _not_fusible(), torch.enable_grad():
+            graph = trace_operations(self, inputs)
         if host_rng_state() != before:
             raise NotFusibleError(
                 "the model draws from Python's or numpy's generator: each step would draw the same"
@@ -78,20 +79,8 @@ class SlotStep:
         count = len(self._states.moments)
         weights_KP, moments, rest = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
         buffers = dict(zip(self._states.buffers, rest, strict=False))
-        active_K, coefficients_KC, first_K, *others = rest[len(buffers) :]
-        seed_key_K, values_KF, thresholds_KF, *columns = others
-        batch = dict(zip(self._columns, columns, strict=True))
-        leaf_KP = weights_KP.detach().requires_grad_()
-        loss_K, changed = torch.vmap(self._slot_loss)(
-            leaf_KP,
-            {name: value.clone() for name, value in buffers.items()},
-            values_KF,
-            thresholds_KF,
-            seed_key_K,
-            first_K,
-            batch,
-        )
-        (gradient_KP,) = torch.autograd.grad(loss_K.sum(), leaf_KP)
+        active_K, coefficients_KC, *others = rest[len(buffers) :]
+        loss_K, changed, gradient_KP = self._gradient(weights_KP, buffers, others)
         with torch.no_grad():
             *c, clip_K1 = (column[:, None] for column in coefficients_KC.unbind(1))
             norm_K1 = gradient_KP.square().sum(1, keepdim=True).sqrt()
@@ -110,6 +99,52 @@ class SlotStep:
                 old.copy_(torch.where(good, new, old))
             active_K.copy_(good_K)
         return torch.stack((loss_K, norm_K.to(loss_K.dtype)))
+
+    def check_gradient(
+        self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        """Raise NotFusibleError unless a step takes the gradient that the network takes itself.
+
+        A network's own backward pass may call hooks, which are none of its operations. `tensors`
+        are its parameters and buffers before the pass, `wanted` the gradients of its trained
+        weights, and `inputs` those of the same step, for one slot, after the state.
+        """
+        _, *others = inputs
+        weights_1P = torch.cat([tensors[name].flatten() for name in wanted])[None]
+        buffers = {name: tensors[name][None] for name in self._states.buffers}
+        with _not_fusible(), torch.enable_grad():
+            _, _, gradient_1P = self._gradient(weights_1P, buffers, others)
+        bf16 = self._variant.spec.train.precision == "bf16"
+        tolerance = GRADIENT_TOLERANCE_BF16 if bf16 else GRADIENT_TOLERANCE
+        size = torch.stack([each.norm() for each in wanted.values()]).norm()
+        if not torch.isfinite(size):
+            return
+        for name, found in self._states.weights_by_name(gradient_1P[0]).items():
+            alone = wanted[name]
+            if (found - alone).norm() > tolerance * (alone.norm() + 0.1 * size):
+                raise NotFusibleError(
+                    f"the gradient of {name} is another one than alone: something in the backward "
+                    "pass, such as a hook, is no operation on tensors"
+                )
+
+    def _gradient(
+        self, weights_KP: Tensor, buffers: Mapping[str, Tensor], others: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The losses of the slots, their buffers afterwards, and their gradients [K, P]."""
+        first_K, seed_key_K, values_KF, thresholds_KF, *columns = others
+        batch = dict(zip(self._columns, columns, strict=True))
+        leaf_KP = weights_KP.detach().requires_grad_()
+        loss_K, changed = torch.vmap(self._slot_loss)(
+            leaf_KP,
+            {name: value.clone() for name, value in buffers.items()},
+            values_KF,
+            thresholds_KF,
+            seed_key_K,
+            first_K,
+            batch,
+        )
+        (gradient_KP,) = torch.autograd.grad(loss_K.sum(), leaf_KP)
+        return loss_K, changed, gradient_KP
 
     def _slot_loss(
         self,
@@ -136,6 +171,17 @@ class SlotStep:
                 (workload, spec, batch, random),
                 tie_weights=False,  # it would replace twice what a module under two names holds
             )
+
+
+@contextmanager
+def _not_fusible() -> Iterator[None]:
+    """Turns what a user's model may raise under vmap into NotFusibleError."""
+    try:
+        yield
+    except NotFusibleError:
+        raise
+    except Exception as error:
+        raise NotFusibleError(first_sentence(error)) from error
 
 
 def reference_loss(

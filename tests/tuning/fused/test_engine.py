@@ -289,6 +289,17 @@ class TestATrial:
         assert (result["step"], result["val/loss"]) == (EPOCH, value)
         assert next_step(engine, second) == 2 * EPOCH
 
+    def test_fails_by_the_line_of_a_mistake_in_its_metrics(
+        self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = start_engine()
+        lease = engine.start(config(0))
+        workload = type(engine._trials.get(lease).variant.workload)
+        monkeypatch.setattr(workload, "metrics", lambda *_: {"accuracy": 0.5})
+        line = r"^the workload's metrics must return .* \('accuracy' has a float\)$"
+        with pytest.raises(TrainingError, match=line):
+            within(60, engine.next, lease)
+
     def test_fails_by_a_mistake_and_not_by_an_outage(self, start_engine: StartEngine) -> None:
         """An outage ends the engine's process, and the trial is started again."""
         engine = start_engine()

@@ -149,6 +149,24 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+BACKWARD_HOOKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "0.weight": (lambda model, hook: model[0].weight.register_hook(hook), torch.neg),
+    "0.bias": (
+        lambda model, hook: model[0].bias.register_post_accumulate_grad_hook(hook),
+        lambda weight: None,
+    ),
+    "the model": (
+        lambda model, hook: model.register_full_backward_hook(hook),
+        lambda model, given, taken: None,
+    ),
+    "2": (
+        lambda model, hook: model[2].register_full_backward_pre_hook(hook),
+        lambda model, taken: (0.5 * taken[0],),
+    ),
+}
+"""Part of a model -> how it gets a hook, and the hook."""
+
+
 class TestATrialThatCannotBeFused:
     @pytest.mark.parametrize("operation", REFUSED)
     def test_names_the_operation(self, operation: str) -> None:
@@ -224,6 +242,47 @@ class TestATrialThatCannotBeFused:
         found = [loss for (loss,) in program.run([1], 10)]
         assert found == pytest.approx(losses[10:], rel=1e-5)
 
+    @pytest.mark.parametrize("place", BACKWARD_HOOKS)
+    def test_has_hooks_on_its_backward_pass(self, place: str) -> None:
+        class Hooked(Points):
+            def build(self) -> nn.Module:
+                network = super().build()
+                register, hook = BACKWARD_HOOKS[place]
+                register(network, hook)
+                return network
+
+        with pytest.raises(NotFusibleError, match=f"^{place} has hooks on its backward pass"):
+            program_of(trial(Hooked))
+
+    def test_has_hooks_that_show_in_the_gradient_only(self) -> None:
+        """The losses of the first step are equal."""
+
+        class Sought(Points):
+            def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+                h = model[0](batch["x"])
+                if h.requires_grad:
+                    h.register_hook(lambda gradient: -gradient)
+                return model[1:](h)
+
+        class Function(Points):
+            def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+                h = model[0](batch["x"])
+                if h.grad_fn is not None:
+                    h.grad_fn.register_prehook(lambda gradients: (0.5 * gradients[0],))
+                return model[1:](h)
+
+        class Accumulated(Points):
+            def build(self) -> nn.Module:
+                network = super().build()
+                view = network[0].weight.view_as(network[0].weight)
+                self.node = view.grad_fn.next_functions[0][0]
+                self.node.register_prehook(lambda gradients: (0.5 * gradients[0],))
+                return network
+
+        for kind in (Sought, Function, Accumulated):
+            with pytest.raises(NotFusibleError, match=r"^the gradient of 0\.weight is another one"):
+                program_of(trial(kind))
+
     @pytest.mark.parametrize(
         ("place", "value"),
         [
@@ -241,6 +300,52 @@ class TestATrialThatCannotBeFused:
 
     def test_is_not_one_with_the_default_spec(self) -> None:
         assert unsupported_reason(RunSpec(workload="x")) is None
+
+
+class Repeated(Points):
+    """One block several times, two blocks in turn, and a weight of its own for two layers."""
+
+    def build(self) -> nn.Module:
+        # What a norm takes away has only rounding for a gradient: AdamW makes whole steps of it.
+        bare = [nn.Linear(3, 3, bias=False) for _ in range(2)]
+        a, b = (nn.Sequential(linear, nn.BatchNorm1d(3), nn.Tanh()) for linear in bare)
+        c = nn.Linear(3, 3)
+        c.weight = a[0].weight
+        network = nn.Sequential(a, a, b, a, b, c)
+        network.add_module("again", a)
+        network.add_module("last", nn.Linear(3, 3))
+        return network
+
+
+def test_modules_and_weights_under_several_names() -> None:
+    """Each trial as alone, in a program and in the network that it gives back."""
+    kinds = [trial(Repeated, train__seed=seed, train__precision="fp64") for seed in (0, 1)]
+    program = program_of(kinds[0])
+    for slot, each in enumerate(kinds):
+        assert program.fits(each, built(each))
+        program.load_trial(slot, each, built(each))
+    found = program.run([0, 1], 5)
+    for slot, each in enumerate(kinds):
+        ordinary = TrainStep(each.spec, each.workload, SAMPLES, Worker(), each.total_steps)
+        losses = [ordinary.run(step).item() for step in range(5)]
+        assert [row[slot] for row in found] == pytest.approx(losses, rel=1e-9)
+        network = program.network_with(program.state_of(slot))
+        own = ordinary.network.state_dict()
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(value, own[name], rtol=1e-6, atol=1e-8, msg=name)
+    assert network[0] is network[1] is network[3]
+    assert network[5].weight is network[0][0].weight
+
+
+def test_a_tensor_that_is_weight_and_buffer_is_not_fused() -> None:
+    class Both(Points):
+        def build(self) -> nn.Module:
+            network = super().build()
+            network.register_buffer("same", network[0].weight)
+            return network
+
+    with pytest.raises(NotFusibleError, match=r"^0\.weight is a parameter and the buffer same"):
+        program_of(trial(Both))
 
 
 def test_memory_grows_with_the_slots() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuning.programs.torch_internals import (
     COMPILE_OPTIONS,
@@ -14,6 +14,7 @@ from tuning.programs.torch_internals import (
     compile_graph,
     node_bytes,
     trace_operations,
+    with_backward_hooks,
 )
 
 
@@ -43,6 +44,28 @@ def bytes_of_traced_nodes() -> list[int]:
     return [node_bytes(node) for node in graph.graph.nodes if node.op != "output"]
 
 
+def hooked() -> list[str | None]:
+    """Who has backward hooks, for each way to register one, and after its removal."""
+    network = nn.Sequential(nn.Linear(1, 1))
+    linear, everywhere = network[0], nn.modules.module
+    ways: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+        (linear.weight.register_hook, lambda gradient: gradient),
+        (linear.bias.register_post_accumulate_grad_hook, lambda weight: None),
+        (linear.register_full_backward_hook, lambda *_: None),
+        (linear.register_full_backward_pre_hook, lambda *_: None),
+        (network.register_full_backward_hook, lambda *_: None),
+        (everywhere.register_module_full_backward_hook, lambda *_: None),
+        (everywhere.register_module_full_backward_pre_hook, lambda *_: None),
+    ]
+    found = []
+    for register, hook in ways:
+        handle = register(hook)
+        found.append(with_backward_hooks(network))
+        handle.remove()
+        assert with_backward_hooks(network) is None
+    return found
+
+
 ITEMS: dict[str, Callable[[], Any]] = {
     "make_fx traces through vmap to aten operations, with copy_ in place": lambda: (
         traced_operations()
@@ -50,6 +73,9 @@ ITEMS: dict[str, Callable[[], Any]] = {
     ),
     "make_fx notes each result's shape and dtype in node.meta['tensor_meta']": lambda: (
         bytes_of_traced_nodes() == [24, 24, 24, 24, 24, 4]
+    ),
+    "backward hooks are in attributes of parameters, of modules and of torch.nn": lambda: (
+        hooked() == ["0.weight", "0.bias", "0", "0", "the model", "every module", "every module"]
     ),
     "torch._inductor.standalone_compile takes dynamic_shapes and options": lambda: (
         parameters_of_standalone_compile() >= {"dynamic_shapes", "options"}
