@@ -117,7 +117,8 @@ def attributes_of(model: nn.Module, workload: object = None) -> Iterator[tuple[s
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             continue
         for name, value in vars(module).items():
-            if name not in INTERNAL:
+            # FSDP keeps its state in attributes that begin so; a user's own cannot.
+            if name not in INTERNAL and not name.startswith("__"):
                 yield f"{path}:{name}", value
         for name, buffer in module.named_buffers(recurse=False):
             if id(buffer) not in persistent:
@@ -183,8 +184,7 @@ class _Own:
         if tensor.nbytes > MAX_BYTES and known and known[0]() is tensor and known[1] == version:
             found = known[2]
         else:
-            # Of a copy: FSDP could not free a weight whose memory numpy has seen.
-            found = hash(as_bytes(tensor).cpu().clone().numpy().tobytes())
+            found = hash(as_bytes(tensor).cpu().numpy().tobytes())
         self.hashes[id(tensor)] = ref(tensor), version, found
         return found
 

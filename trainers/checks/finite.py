@@ -25,7 +25,7 @@ def is_spoilt(buffer: Tensor) -> bool:
     values = local_tensor(buffer.detach())
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
-    if not values.is_floating_point() or not values.numel():
+    if not values.is_floating_point() or not values.numel() or values.layout != torch.strided:
         return False
     return not bool(values.float().amax() < math.inf)  # NaN is larger than all numbers
 

@@ -178,5 +178,6 @@ def test_a_sweep_stops_at_its_budget_and_each_trial_has_its_cost(
 
 def test_only_the_budget_of_a_sweep_can_change(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text("workload: vision\n")
+    (tmp_path / "environment.json").write_text('{"kind": "sweep"}')
     with pytest.raises(SpecError, match=r"train.epochs=3: cannot change in a sweep that has begun"):
         sweeps.resumed_sweep(str(tmp_path), tmp_path, ["train.epochs=3"])
