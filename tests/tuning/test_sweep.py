@@ -145,12 +145,13 @@ def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
 
 @pytest.mark.thorough
 def test_pbt_continues_from_the_better_trials_weights(run_sweep: Any) -> None:
+    """Long enough for the first trial not to end before the others have begun."""
     sweep, board, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 1}",
         "sweep.search=random",
         "sweep.trials=4",
         "sweep.concurrency=4",
-        "train.epochs=6",
+        "train.epochs=30",
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.results] == [True] * 4
