@@ -4,7 +4,6 @@ import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,31 +77,6 @@ def convert_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor [...] as its pairs of real numbers [..., 2], a view; others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-@contextmanager
-def complex_as_pairs(network: nn.Module) -> Iterator[None]:
-    """In here the state dict of the network has pairs of float64 in place of complex128.
-
-    Safetensors has no name for the latter.
-    """
-    doubles = {name for name, t in network.state_dict().items() if t.dtype == torch.complex128}
-
-    def to_pairs(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        state |= {name: as_real(state[name]) for name in doubles}
-
-    def from_pairs(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        state |= {name: torch.view_as_complex(state[name]) for name in doubles & state.keys()}
-
-    hooks = [
-        network.register_state_dict_post_hook(to_pairs),  # type: ignore[no-untyped-call]
-        network.register_load_state_dict_pre_hook(from_pairs),  # type: ignore[no-untyped-call]
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _computes(tensor: Tensor) -> bool:

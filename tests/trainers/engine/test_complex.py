@@ -17,7 +17,6 @@ from tests.trainers.plain_loop import (
     workload_of,
 )
 from trainers import Batch, Workload, table
-from trainers.checkpoints import export
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, load_model
 from trainers.data.dataset import prepare_dataset
@@ -75,12 +74,6 @@ class Convolution(Workload):
 
     def loss(self, output: Any, batch: Batch) -> Any:
         return (output - batch["y"]).square().mean(1)
-
-
-@pytest.fixture(autouse=True)
-def _code_of_the_tests_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exported models are built by the classes of this module, not by a copy of all tests."""
-    monkeypatch.setattr(export, "_copy_code", lambda *_: None)
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"on_nonfinite": "skip"}])
