@@ -41,7 +41,7 @@ def refuse_written_weights(module: nn.Module, name: str) -> None:
     What it writes would be lost when they are freed. To be called before FSDP has the module, so
     that the weights are there when the hooks are called. `name` is the module's in the model.
     """
-    versions: dict[str, tuple[Tensor, int]] = {}
+    versions: dict[str, tuple[nn.Parameter, int]] = {}
 
     def before(*_: Any) -> None:
         for path, weight in module.named_parameters(prefix=name):
