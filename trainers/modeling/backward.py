@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.base.errors import TrainingError
+from trainers.modeling.forward import Forward
 from trainers.modeling.sharding import average_gradients
 from trainers.torch_internals import noting_used_shards
 from trainers.worker import is_distributed
@@ -35,6 +36,7 @@ def sync_gradients_if(model: nn.Module, last: bool) -> Iterator[None]:
     if (sharded := sharded_module(model)) is not None:
         sharded.set_requires_gradient_sync(last)
         yield
+        cast(Forward, model).begins_step = last
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield

@@ -24,6 +24,8 @@ class Forward(nn.Module):
         super().__init__()
         self.network = network
         self._workload = workload
+        self.begins_step = True
+        """Whether the next training pass is the first one of a step, on a sharded model."""
 
     def forward(self, batch: Batch, with_loss: bool = True) -> Any:
         """The loss of each sample [B]; without the loss, the workload's output."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.base.errors import SpecError, TrainingError
+from trainers.modeling.forward import Forward
 from trainers.worker import is_distributed, local_tensor
 
 _SMALL = 1 << 16
@@ -65,8 +66,8 @@ def refuse_written_weights(module: nn.Module, name: str) -> None:
     handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def share_buffers_each_step(forward: nn.Module) -> None:
-    """Give all workers the buffers of rank 0 in each training pass, as replicas do it.
+def share_buffers_each_step(forward: Forward) -> None:
+    """Give all workers the buffers of rank 0 in the first pass of each step, as replicas do it.
 
     Those that the model was built with: all workers have them, whatever their batches are.
     """
@@ -76,7 +77,7 @@ def share_buffers_each_step(forward: nn.Module) -> None:
     }
 
     def share(*_: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not forward.begins_step:
             return
         for name, buffer in forward.named_buffers():
             if shapes.get(name) != buffer.shape or not buffer.numel():

@@ -97,7 +97,7 @@ HEADER = """\
 # Conformance
 
 ```console
-pytest -m "" tests/trainers/conformance/test_conformance.py
+.venv/bin/pytest -m "" tests/trainers/conformance/test_conformance.py
 ```
 
 This page is written by that test, which fails when the page is not what it found. Run it once more,

@@ -139,17 +139,21 @@ class Pair:
     def result(self) -> Answer:
         """The answer to the next job in turn: rank 0's, or the error that tells the most.
 
-        Processes that hang or die are replaced.
+        Processes that hang or die are replaced. A job has two attempts: the one before it may have
+        left the processes broken.
         """
-        self._pending.popleft()
-        try:
-            found = [self._answer(rank) for rank in range(2)]
-        except queue.Empty:
-            lost = [process.exitcode for process in self._processes]
-            self.close()
-            self._start()
-            for job in self._pending:
-                self._send(job)
+        job = self._pending.popleft()
+        for left in ([job, *self._pending], [*self._pending]):
+            try:
+                found = [self._answer(rank) for rank in range(2)]
+                break
+            except queue.Empty:
+                lost = [process.exitcode for process in self._processes]
+                self.close()
+                self._start()
+                for each in left:
+                    self._send(each)
+        else:
             return Answer({}, {}, 0, f"hangs, or dies with exit codes {lost}")
         told = found[0]
         errors = [answer for answer in found if answer.error]

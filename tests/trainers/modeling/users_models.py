@@ -428,7 +428,7 @@ class LateBuffer(Base):
 
 
 REFUSED_BY_SHARDS: dict[str, str] = {
-    "Clamped": "scale.parallel: the forward pass writes into the weight network.head.weight",
+    "Clamped": "scale.parallel: the forward pass writes into head.weight",
     "Penalty": "scale.parallel: the workload's forward uses a weight of a block without calling",
 }
 MODELS: list[type[Base]] = [
