@@ -324,6 +324,7 @@ def test_a_bad_spec_is_one_line_on_stderr_and_exit_code_2(
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     (own_folder / "broken.py").write_text("nu\n")
     (own_folder / "runs" / "taken").mkdir(parents=True)
+    (own_folder / "runs" / "taken" / "notes.txt").touch()
     importlib.invalidate_caches()
     if case in BAD_SPECS:
         text, options, start = BAD_SPECS[case]

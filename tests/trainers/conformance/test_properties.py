@@ -161,7 +161,7 @@ def test_two_workers(trainer: Trainer, data: st.DataObject) -> None:
     check(trainer, run, data.draw(kills(run["train"]["steps"])))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @bounded(60)
 @given(st.data())
 def test_many_runs_of_one_worker(trainer: Trainer, data: st.DataObject) -> None:
@@ -169,7 +169,7 @@ def test_many_runs_of_one_worker(trainer: Trainer, data: st.DataObject) -> None:
     check(trainer, run, data.draw(kills(run["train"]["steps"])))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @bounded(40)
 @given(st.data())
 def test_many_runs_of_two_workers(trainer: Trainer, data: st.DataObject) -> None:

@@ -21,7 +21,7 @@ from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow  # tests/trainers/conformance has most of it
 
 STEPS, BATCH = 7, 12
 MODELS = [model.__name__ for model in users_models.MODELS]
