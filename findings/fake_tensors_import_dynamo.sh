@@ -2,13 +2,13 @@
 # torch 2.13.0: the first `with FakeTensorMode()` imports Dynamo, parts of Inductor and of ONNX, and SymPy.
 #
 # Fake tensors are a cheap way to learn a model's shapes or FLOPs: nothing is computed. But entering
-# the mode imports over 900 modules, seconds on a small machine, several times what a small model's
+# the mode imports over 800 modules, seconds on a small machine, several times what a small model's
 # real step takes. Neither `import torch` nor the import of the class does.
 #
 # Seen on 2026-11-30 with torch 2.13.0 (CPU), Python 3.11:
 #   imported by the class: []
 #   imported by entering the mode: ['sympy', 'torch._dynamo', 'torch._inductor', 'torch.onnx']
-#   modules: 1081
+#   modules: 823
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
