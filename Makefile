@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "$(MARKS)" --durations=25 $(TESTS)
 
-# What every change must pass; `.ci/run` runs these tests in two halves at once.
+# What every change must pass; `.ci/run` runs these tests in parts, two at a time.
 test-ci:
 	$(MAKE) test MARKS="$(CI_MARKS)"
 

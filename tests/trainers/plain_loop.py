@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.trainers.wild import Recorder
 from trainers import Batch, Spec, Workload, table
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.counter_rng import combine_seeds, seed_host
@@ -18,7 +19,6 @@ from trainers.data.dataset import prepare_dataset
 from trainers.data.sampling import epoch_permutation
 from trainers.data.splits import open_split
 from trainers.engine.loop import train
-from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec
 
 SAMPLES, BATCH, STEPS = 96, 16, 18
@@ -49,28 +49,6 @@ class Points(Workload):
         return F.cross_entropy(output, batch["y"], reduction="none")
 
 
-class Rows(NullReporter):
-    """Keeps the metrics by name and step, and the notes; stops the run after some steps."""
-
-    def __init__(self, stop_after: int = 10**9) -> None:
-        self.rows: dict[str, dict[int, float]] = {}
-        self.notes: dict[str, str] = {}
-        self._left = stop_after
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self.rows.setdefault(name, {})[step] = value
-
-    def log_note(self, name: str, text: str) -> None:
-        self.notes[name] = text
-
-    def on_step_end(self, step: int) -> None:
-        self._left -= 1
-
-    def should_stop(self) -> bool:
-        return self._left <= 1
-
-
 def workload_of(kind: type[Workload], **data: Any) -> Workload:
     return kind(kind.Data(**data), kind.Model())
 
@@ -83,9 +61,9 @@ def spec_of(train: Mapping[str, Any] | None = None, **sections: Any) -> RunSpec:
 
 def run(
     workload: Workload, folder: Path, name: str = "run", stop_after: int = 10**9, **sections: Any
-) -> tuple[Rows, dict[str, Tensor]]:
+) -> tuple[Recorder, dict[str, Tensor]]:
     """Train a workload; the reports, and the tensors of the last checkpoint."""
-    reporter = Rows(stop_after)
+    reporter = Recorder(stop_after)
     dataset = prepare_dataset(workload, folder)
     train(spec_of(**sections), workload, dataset, folder / name, reporter)
     return reporter, last_state(folder / name)

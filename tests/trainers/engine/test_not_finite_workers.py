@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.trainers.plain_loop import Points, Rows, plain_loop, spec_of, workload_of
+from tests.trainers.plain_loop import Points, plain_loop, spec_of, workload_of
+from tests.trainers.wild import Recorder
 from trainers import Batch
 from trainers.data.dataset import prepare_dataset
 from trainers.engine.loop import train
@@ -74,7 +75,7 @@ def work(rank: int, folder: Path, dataset: Path, case: str, answers: Any) -> Non
     section = {"on_nonfinite": "skip", **options}
     scale = {"workers": 2, "parallel": mode}
     spec = spec_of(train=section, scale=scale, tracking={"every_steps": 6})
-    rows = Rows()
+    rows = Recorder()
     train(spec, workload_of(kind), dataset, folder / "run", rows, Worker(rank, 2))
     answers.put(rows.rows)
     answers.close()
