@@ -1,11 +1,12 @@
 """The contract of a workload: a data set, a model and a loss. It needs neither Ray nor MLflow."""
 
+import ast
 import importlib
 import random
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -263,3 +264,20 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     kinds = (weight.dtype for weight in model.parameters())
     found = next((kind for kind in kinds if kind.is_floating_point or kind.is_complex), None)
     return found.to_real() if found is not None else torch.get_default_dtype()
+
+
+def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
+    """The absolute names of what a module of `package` imports, at its top or in a function.
+
+    Of `from a import b` these are `a` and `a.b`, which may be a module or not.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            if base:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)

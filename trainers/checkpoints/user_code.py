@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from trainers.checkpoints.manifest import is_pickle
-from trainers.workload import Workload
+from trainers.workload import Workload, imported_names
 
 OWN_PACKAGES = ("cluster", "trainers", "tuning", "heliostat")
 """Heliostat's: they are installed where a model is loaded, or come with it from MLflow."""
@@ -179,7 +179,7 @@ def user_modules(workload: type[Workload]) -> dict[str, Path]:
         except SyntaxError:  # never imported
             continue
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        waiting += _imported(tree, package)
+        waiting += imported_names(tree, package)
         if _imports_by_name(tree):
             root = _root(name, path)
             files = {other: _user_file(other) for other in [*sys.modules]}
@@ -253,19 +253,6 @@ def _find(name: str) -> str | None:
             return None
         path = list(spec.submodule_search_locations or [])
     return spec.origin if spec and spec.has_location else None
-
-
-def _imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """The names that a module imports and that may be modules."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, (base, node.module)))
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def _imports_by_name(tree: ast.AST) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from trainers.workload import PartitionedWorkload, Workload
+from trainers.workload import PartitionedWorkload, Workload, imported_names
 
 HELIOSTAT = ("cluster", "heliostat", "trainers", "tuning")
 """Packages that are no part of a user's workload."""
@@ -64,22 +64,11 @@ def workload_code(workload: type[Workload]) -> WorkloadCode:
 
 
 def _imported_modules(path: Path, module: str) -> Iterator[str]:
-    """The absolute names of what a module imports, at its top or in a function.
-
-    Of `from a import b` these are `a` and `a.b`, which may be a module or not.
-    """
+    """What the module in a file imports, see `imported_names`; nothing if it is no Python code."""
     if path.suffix != ".py":
         return
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
-            if base:
-                yield base
-                yield from (f"{base}.{alias.name}" for alias in node.names)
+    yield from imported_names(ast.parse(path.read_bytes()), package)
 
 
 def _find_module(name: str) -> ModuleSpec | None:
