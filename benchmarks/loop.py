@@ -53,8 +53,8 @@ from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
 WARM_UP, STEPS = 10, 60
-TURNS = 40
-"""Turns of each contender that takes turns: see `loop_in_turns.STEPS_PER_TURN`."""
+TURNS = 10
+"""Turns of each contender in a round: see `loop_in_turns.STEPS_PER_TURN`."""
 
 CASES: dict[str, dict[str, Any]] = {
     "digits CNN": {
@@ -290,7 +290,7 @@ def _tutorial(config: dict[str, Any]) -> float:
 
 
 def compare_in_turns(
-    cases: Iterable[str], before: Path | None, rounds: int
+    cases: Iterable[str], before: Path | None, turns: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Rows against bare PyTorch, and against an earlier checkout if one is given."""
     results, here = [], Path(__file__).parents[1]
@@ -301,7 +301,7 @@ def compare_in_turns(
         }
         if before is not None:
             contenders["before"] = in_turns("heliostat", case, workers, before.resolve())
-        measured = take_turns(contenders, rounds)
+        measured = take_turns(contenders, turns, rounds)
         title = f"{case}, {workers} worker{'s' * (workers > 1)}"
         show(title, measured, "ms/step", 1e3)
         results += rows(title, "Heliostat", measured)
@@ -342,7 +342,7 @@ def main() -> None:
         cases = {"digits CNN": CASES["digits CNN"]}
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    results = compare_in_turns(cases, args.before, 1 if args.tiny else TURNS)
+    results = compare_in_turns(cases, args.before, 1 if args.tiny else TURNS, args.rounds)
     results += compare_peers(cases, args.ray, args.rounds)
     finish("loop", results)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
-from contest import Turns
-
-others = [folder for folder in sys.path if folder != HERE]
-sys.path[:] = os.environ["PYTHONPATH"].split(os.pathsep) + others  # `loop` is the checkout's
+try:
+    from contest import Turns
+finally:  # `loop` is the checkout's
+    others = [folder for folder in sys.path if folder != HERE]
+    sys.path[:] = os.environ["PYTHONPATH"].split(os.pathsep) + others
 
 STEPS_PER_TURN = {"digits CNN": 20, "small GPT": 5}
 NO_END = 10**6
