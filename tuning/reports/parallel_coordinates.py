@@ -6,8 +6,8 @@ from typing import Any
 
 from trainers.reports.vega import Chart, Columns, data_source, quantitative, with_unit
 from tuning.reports.sweep_charts import cell_text, selected_trial
+from tuning.trials.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
-from tuning.trials.space import Distribution
 
 AXIS_WIDTH = 95
 """Pixels that each axis needs for its labels."""

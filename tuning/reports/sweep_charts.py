@@ -6,8 +6,8 @@ from typing import Any
 from trainers.reports.charts import status_colours
 from trainers.reports.history import Series
 from trainers.reports.vega import Chart, Columns, choose_scale, data_source, quantitative, with_unit
+from tuning.trials.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
-from tuning.trials.space import Distribution
 
 STATUSES = ("complete", "running", "stopped", "failed")
 """In the order of the legend."""

@@ -1,37 +1,14 @@
 """The journal of a sweep as an Optuna study, for the search and for the importances."""
 
-import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tuning.trials.journal import Journal
-from tuning.trials.space import Distribution, SweepSpec
+from tuning.trials.space import SweepSpec
+from tuning.trials.suggestion import optuna_parameters
 
 if TYPE_CHECKING:
     import optuna
-
-
-def to_optuna(value: Any) -> Any:
-    """A choice in the form that Optuna accepts: a scalar as it is, anything else as JSON."""
-    scalar = value is None or isinstance(value, (bool, int, float, str))
-    return value if scalar else json.dumps(value)
-
-
-def optuna_distribution(distribution: Distribution) -> "optuna.distributions.BaseDistribution":
-    """Optuna's distribution of the same values."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    if distribution.choice is not None:
-        return CategoricalDistribution([to_optuna(value) for value in distribution.choice])
-    low, high = distribution.bounds or (0, 0)
-    log = "log" in distribution.kind
-    if "integer" in distribution.kind:
-        return IntDistribution(int(low), int(high), log=log)
-    return FloatDistribution(low, high, log=log)
 
 
 def frozen_trial(sweep: SweepSpec, journal: Journal, number: int) -> "optuna.trial.FrozenTrial":
@@ -43,12 +20,12 @@ def frozen_trial(sweep: SweepSpec, journal: Journal, number: int) -> "optuna.tri
     state = TrialState.COMPLETE if end["complete"] else TrialState.PRUNED
     if value is None or not math.isfinite(value):
         state, value = TrialState.FAIL, None
-    parameters = journal.parameters[number]
+    params, distributions = optuna_parameters(sweep.parameters, journal.parameters[number])
     return create_trial(
         state=state,
         value=value if state is TrialState.COMPLETE else None,
-        params={path: to_optuna(parameters[path]) for path in sweep.parameters},
-        distributions={path: optuna_distribution(d) for path, d in sweep.parameters.items()},
+        params=params,
+        distributions=distributions,
         intermediate_values={end["step"]: value} if state is TrialState.PRUNED else {},
     )
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from tuning.trials.space import Distribution, SchedulerSpec, SweepSpec
+from tuning.trials.distributions import Distribution
+from tuning.trials.space import SchedulerSpec, SweepSpec
 
 EPOCH_ATTR = "epoch"
 """Field of a result that measures progress: trials with different batches have different steps."""

@@ -13,13 +13,9 @@ from ray.tune.search import Searcher
 
 from tuning.trials.budget import find_open_budget
 from tuning.trials.journal import Journal
-from tuning.trials.optuna_study import (
-    frozen_trial,
-    optuna_distribution,
-    study_from_journal,
-    to_optuna,
-)
+from tuning.trials.optuna_study import frozen_trial, study_from_journal
 from tuning.trials.space import SweepSpec
+from tuning.trials.suggestion import suggest
 
 if TYPE_CHECKING:
     import optuna
@@ -74,13 +70,8 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
     def _new_parameters(self, number: int) -> dict[str, Any]:
         if self._sweep.search == "grid":
             return self._sweep.combinations()[number]
-        space = {path: optuna_distribution(d) for path, d in self._sweep.parameters.items()}
-        asked = self._open_trials[number] = self._study.ask(space)
-        return {path: self._from_optuna(path, value) for path, value in asked.params.items()}
-
-    def _from_optuna(self, path: str, value: Any) -> Any:
-        choice = self._sweep.parameters[path].choice
-        return value if choice is None else next(c for c in choice if to_optuna(c) == value)
+        asked = self._open_trials[number] = self._study.ask()
+        return suggest(asked, self._sweep)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

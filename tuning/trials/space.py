@@ -1,7 +1,7 @@
 """The spec of a sweep: the fields that it varies, its metric, its search and its scheduler."""
 
+import functools
 from collections.abc import Mapping
-from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -9,6 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from cluster.base.config import Spec, apply_overrides, with_value
 from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
+from tuning.trials.distributions import Distribution
+from tuning.trials.suggestion import (
+    assignments,
+    combinations,
+    count_combinations,
+    dependency_order,
+)
 
 if TYPE_CHECKING:
     from trainers.workload import Workload
@@ -16,48 +23,6 @@ if TYPE_CHECKING:
 
 COST_METRICS = ("cost_usd", "energy_j", "kg_co2e")
 """MLflow metrics of the costs of a trial."""
-
-
-class Distribution(Spec):
-    """The values of one field; exactly one of these is given."""
-
-    uniform: tuple[float, float] | None = None
-    """[low, high], both included."""
-    loguniform: tuple[float, float] | None = None
-    """[low, high] with low > 0, uniform in the logarithm."""
-    integer: tuple[int, int] | None = None
-    """[low, high], both included."""
-    log_integer: tuple[int, int] | None = None
-    """[low, high] with low >= 1, uniform in the logarithm."""
-    choice: Annotated[list[Any], Field(min_length=1)] | None = None
-    """A list of values of any type that the field accepts."""
-
-    @model_validator(mode="after")
-    def _check_kind_and_order(self) -> "Distribution":
-        given = self.model_dump(exclude_none=True)
-        if len(given) != 1:
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"must have exactly one of {known}")
-        kind, value = next(iter(given.items()))
-        if kind != "choice":
-            if value[0] > value[1]:
-                raise ValueError(f"{kind} must be [low, high] with low <= high")
-            if "log" in kind and value[0] <= 0:
-                raise ValueError(f"{kind} needs low > 0")
-        return self
-
-    @property
-    def kind(self) -> str:
-        return next(iter(self.model_dump(exclude_none=True)))
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """Lowest and highest value; None for a choice."""
-        return self.uniform or self.loguniform or self.integer or self.log_integer
-
-    def boundary_values(self) -> list[Any]:
-        """The lowest and the highest value; for a choice, all values."""
-        return list(self.bounds or self.choice or ())
 
 
 class SchedulerSpec(Spec):
@@ -101,7 +66,8 @@ class SweepSpec(Spec):
     """The parameters that `heliostat sweep` varies, and how it compares trials."""
 
     parameters: Annotated[dict[str, Distribution], Field(min_length=1)]
-    """Dotted path of a field of this file -> its values."""
+    """Dotted path of a field or a section of this file -> its values. A name that is no path, with
+    a choice of mappings from paths to values, varies several fields together."""
     metric: str = "val/loss"
     """The validation metric by which trials are compared."""
     mode: Literal["min", "max"] = "min"
@@ -124,6 +90,12 @@ class SweepSpec(Spec):
     resources: ResourcesSpec = ResourcesSpec()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the search; the seed of the trials is train.seed."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_dependencies(cls, parameters: dict[str, Distribution]) -> dict[str, Distribution]:
+        dependency_order(parameters)
+        return parameters
 
     @field_validator("objective")
     @classmethod
@@ -153,20 +125,23 @@ class SweepSpec(Spec):
     def _check_consistency(self) -> "SweepSpec":
         if self.search == "grid":
             for path, distribution in self.parameters.items():
-                if distribution.choice is None:
+                if distribution.values() is None and distribution.same_as is None:
                     raise ValueError(f"grid needs a choice for every parameter, {path} has none")
         if not self.metric.startswith("val/"):
             raise ValueError(f"metric must be one of validation, val/... (got {self.metric!r})")
         return self
 
-    @property
+    @functools.cached_property
     def total_trials(self) -> int:
-        return len(self.combinations()) if self.search == "grid" else self.trials
+        if self.search != "grid":
+            return self.trials
+        count = count_combinations(self.parameters)
+        assert count is not None
+        return count
 
     def combinations(self) -> list[dict[str, Any]]:
-        """All combinations of the choices, in the order of the file."""
-        values = [distribution.choice or [] for distribution in self.parameters.values()]
-        return [dict(zip(self.parameters, each, strict=True)) for each in product(*values)]
+        """All combinations of a finite space, in the order of the file."""
+        return list(combinations(self.parameters))
 
 
 class SweepRunSpec(RunSpec):
@@ -204,7 +179,7 @@ def trial_spec_data(spec_data: Mapping[str, Any], parameters: Mapping[str, Any])
     Without the section `sweep`, and without the budget, which is for the sweep as a whole.
     """
     result = {key: value for key, value in spec_data.items() if key not in ("sweep", "budget")}
-    for path, value in parameters.items():
+    for path, value in assignments(parameters).items():
         result = with_value(result, path, value)
     return result
 
