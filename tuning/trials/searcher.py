@@ -51,14 +51,19 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         self._trial_numbers = json.loads(Path(checkpoint_path).read_text())
 
+    def live_trials(self) -> set[str]:
+        """Tune's ids of the trials that it knows and that have not ended."""
+        numbers = self._trial_numbers.items()
+        return {trial_id for trial_id, number in numbers if number not in self._journal.ends}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of a journaled trial that Tune does not know, otherwise a new
         suggestion. Return None while the budget does not cover another trial.
         """
         unknown = sorted(set(self._journal.parameters) - set(self._trial_numbers.values()))
-        number = unknown[0] if unknown else len(self._journal.parameters)
+        number = unknown[0] if unknown else self._journal.next_number
         if not unknown:
-            if number >= self._sweep.total_trials:
+            if len(self._journal.parameters) >= self._sweep.total_trials:
                 return str(Searcher.FINISHED)
             budget = find_open_budget(self._journal_path.parent.name)
             if budget is not None and not budget.can_start_trial():
@@ -69,7 +74,7 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
 
     def _new_parameters(self, number: int) -> dict[str, Any]:
         if self._sweep.search == "grid":
-            return self._sweep.combinations()[number]
+            return self._sweep.combinations()[len(self._journal.parameters)]
         asked = self._open_trials[number] = self._study.ask()
         return suggest(asked, self._sweep)
 
