@@ -11,11 +11,11 @@ from ray import tune
 
 from cluster.base.files import write_atomic
 from trainers.engine.stall_files import STALLS
-from trainers.runs.ray_train import resources_per_worker
 from trainers.runs.stalls import last_stall
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
+from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
@@ -60,7 +60,7 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
         checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)  # the engine saves
     else:
         function = tune.with_parameters(run_trial, sweep=sweep, tracker=tracker)
-        trainable = tune.with_resources(function, _trial_resources(spec))
+        trainable = tune.with_resources(function, tune_resources(spec))
     # Ray warns of the old output engine, and prints tables of its own, unless told not to.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # It writes every result into three files of its own; ours are in MLflow and with the trial.
@@ -108,38 +108,6 @@ def epochs_per_trial(sweep: Sweep, spec: SweepRunSpec) -> float:
     """Epochs of a trial that no scheduler stops."""
     samples = sweep.samples
     return spec.train.total_steps(samples) * spec.train.global_batch / samples
-
-
-def _trial_resources(spec: SweepRunSpec) -> dict[str, float]:
-    """Resources that Tune reserves for a trial; for several workers Ray Train reserves them."""
-    if spec.scale.max_workers > 1:
-        return {"cpu": 0.01}
-    return {name: amount for name, amount in spec.sweep.resources.model_dump().items() if amount}
-
-
-def max_concurrent_trials(spec: SweepRunSpec) -> int:
-    """How many trials run at a time, each in a process: the spec's number, else what fits.
-
-    Tune does not know the resources of a trial's workers, and would start too many trials.
-    """
-    if spec.sweep.concurrency is not None:
-        return spec.sweep.concurrency
-    return cluster_capacity(spec)
-
-
-def cluster_capacity(spec: SweepRunSpec) -> int:
-    """How many trials, or engines, fit into the cluster of this moment; at least 1."""
-    import ray
-
-    workers = spec.scale.max_workers
-    if workers > 1:
-        per_worker = resources_per_worker(spec.scale)
-        needed = {name: amount * workers for name, amount in per_worker.items()}
-    else:
-        needed = {name.upper(): amount for name, amount in _trial_resources(spec).items()}
-    available = ray.cluster_resources()
-    fitting = min(int(available.get(name, 0) / amount) for name, amount in needed.items())
-    return max(1, min(fitting, spec.sweep.total_trials))
 
 
 class _TrialEvents(tune.Callback):  # type: ignore[misc]
