@@ -19,6 +19,7 @@ from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
+from tuning.trials.ranking import best_points
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepRunSpec
@@ -77,7 +78,11 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
             mode=sweep.spec.mode,
             search_alg=JournaledSearcher(sweep.spec, sweep.folder / JOURNAL_FILE),
             scheduler=build_scheduler(
-                sweep.spec, epochs_per_trial(sweep, spec), SweepCostPerEpoch(sweep.key)
+                sweep.spec,
+                epochs_per_trial(sweep, spec),
+                SweepCostPerEpoch(sweep.key),
+                spec.train.evaluate_every_epochs,
+                sweep.folder,
             ),
             num_samples=sweep.spec.total_trials,
             max_concurrent_trials=slots or max_concurrent_trials(spec),
@@ -196,8 +201,15 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
         ended = json.dumps({"complete": complete, "step": trial.last_result.get("step")})
         write_atomic(self._sweep.trial_folder(number) / ENDED_FILE, ended)
         tags[DESCRIPTION_TAG] = trial_description(self._sweep, trial.config, trial.last_result)
+        self._log_best(number, trial.last_result)
         self._tracker().finish.remote(self._sweep.trial_key(number), "FINISHED", tags)
         self._notify("done" if complete else "stop", trial)
+
+    def _log_best(self, number: int, result: dict[str, Any]) -> None:
+        """Log the evaluation that counts where it need not be the last one, which MLflow shows."""
+        if self._sweep.spec.select == "best":
+            points = best_points(self._sweep.spec, result)
+            self._tracker().log.remote(self._sweep.trial_key(number), points, result.get("step", 0))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
