@@ -11,7 +11,9 @@ from tuning.trials.budget import find_open_budget
 class RepeatSearch(Searcher):  # type: ignore[misc]
     """A Ray Tune searcher that suggests given configurations, in their order."""
 
-    def __init__(self, key: str, metric: str, mode: str, left: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(
+        self, key: str, metric: str, mode: str, left: Mapping[int, dict[str, Any]]
+    ) -> None:
         """`key` is the sweep's, `left` has the configurations by the number of their trials."""
         super().__init__(metric=metric, mode=mode)
         self._key, self._left = key, list(left.values())

@@ -1,7 +1,6 @@
 """Requests of another process to end a run, a sweep or one of its trials: files in the folder."""
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ def request_stop(folder: Path, what: str = WHOLE) -> None:
 def stop_requests(folder: Path) -> set[str]:
     """What is to end: WHOLE, and numbers of trials."""
     try:
-        return set(os.listdir(folder / STOP_FOLDER))
+        return {path.name for path in (folder / STOP_FOLDER).iterdir()}
     except FileNotFoundError:
         return set()
 

@@ -52,7 +52,15 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
     others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
     repeated = sweep.spec.repeated_fields
     means = ["mean ± half of its 95 % interval"] if repeated else []
-    for column in ("trial", sweep.spec.metric, *means, *others, "epochs", "", *sweep.spec.parameters):
+    for column in (
+        "trial",
+        sweep.spec.metric,
+        *means,
+        *others,
+        "epochs",
+        "",
+        *sweep.spec.parameters,
+    ):
         table.add_column(column, justify="right", overflow="fold")
     for result in board.results[:SHOWN_TRIALS]:
         parameters = [

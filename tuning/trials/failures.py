@@ -136,4 +136,3 @@ def _varies(space: Distribution, values: Sequence[Any]) -> bool:
         return True
     middle = (low * high) ** 0.5 if space.is_log else (low + high) / 2
     return bool(values) and min(values) <= middle <= max(values)
-
