@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.base.config import Spec, apply_overrides, with_value
+from cluster.base.config import Spec, apply_overrides, flatten, with_value
 from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 from tuning.trials.distributions import Distribution
@@ -114,6 +114,12 @@ class SweepSpec(Spec):
         dependency_order(parameters)
         return parameters
 
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _dotted_folds(cls, folds: Any) -> Any:
+        """By dotted path, also those that `--set` gave as sections."""
+        return flatten(folds) if isinstance(folds, Mapping) else folds
+
     @field_validator("objective")
     @classmethod
     def _check_objectives(cls, objectives: list[str]) -> list[str]:
@@ -160,7 +166,7 @@ class SweepSpec(Spec):
 
     @property
     def repeated_fields(self) -> list[str]:
-        """The paths in which the trainings of one configuration differ, for `repeat` and `folds`."""
+        """The paths in which the trainings of one configuration differ."""
         return [*(["train.seed"] if self.repeat > 1 else []), *self.folds]
 
     def repeat_settings(self, seed: int) -> list[dict[str, Any]]:
