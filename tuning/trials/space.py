@@ -157,12 +157,14 @@ class SweepSpec(Spec):
 
     def _check_repeats(self) -> None:
         """Check what is trained several times, if anything is."""
-        name = "repeat" if self.repeat > 1 else "folds"
-        if self.repeated_fields and self.scheduler.name == "pbt":
-            raise ValueError(f"{name}: not with pbt, whose trials take weights from each other")
         for path in self.repeated_fields:
+            name = "folds" if path in self.folds else "repeat"
+            if self.scheduler.name == "pbt":
+                raise ValueError(f"{name}: not with pbt, whose trials take weights from each other")
             if {path, path.partition(".")[0]} & self.parameters.keys():
                 raise ValueError(f"{name}: {path} is one of the parameters")
+            if path in self.folds and self.repeat > 1 and path == "train.seed":
+                raise ValueError("folds: train.seed is what repeat varies")
 
     @property
     def repeated_fields(self) -> list[str]:
