@@ -17,11 +17,11 @@ from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
+from tuning.failures import MistakeWatch, run_failed_again
 from tuning.fused import fusion_plan
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
-from tuning.trials.failures import MistakeWatch, run_failed_again
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import (
     Leaderboard,

@@ -18,8 +18,7 @@ def print_results(
 ) -> None:
     """Print what `tuning.sweep.run_to_end` returned."""
     from trainers.run_folder import TRACKING
-    from tuning.trials.failures import failure_lines
-    from tuning.trials.leaderboard import has_ended
+    from tuning.trials.leaderboard import failure_lines, has_ended
 
     console.print(_leaderboard_table(sweep, board))
     if "failure" in tracked:

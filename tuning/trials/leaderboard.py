@@ -1,7 +1,9 @@
 """The results of a sweep's trials, from its folder: the leaderboard and the Pareto front."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from tuning.trials.ranking import loss, objective_modes, selected
 from tuning.trials.repeats import Repeated, best_mean_first
 from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
+
+SHOWN_NUMBERS = 5
+"""Failed trials that a line names; it counts the others."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,32 @@ def with_importances(sweep: Sweep, board: Leaderboard) -> Leaderboard:
     """The leaderboard with the importances, which take minutes for 10,000 trials."""
     journal = Journal(sweep.folder / JOURNAL_FILE)
     return replace(board, importances=parameter_importances(sweep.spec, journal))
+
+
+def failure_lines(failed: Mapping[int, str], total: int) -> list[str]:
+    """Lines on the trials that failed, by number with their reasons: how many, and each reason.
+
+    Reasons that differ in numbers only are told once, in the words of the first trial.
+    """
+    if not failed:
+        return []
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for number, reason in failed.items():
+        groups[failure_kind(reason)].append(number)
+    by_size = sorted(groups.values(), key=len, reverse=True)
+    lines = [f"{_listed(numbers)} failed: {failed[numbers[0]]}" for numbers in by_size]
+    return [f"{len(failed)} of {total} trials failed", *lines]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    named = ", ".join(f"{number:04d}" for number in numbers[:SHOWN_NUMBERS])
+    more = f" and {len(numbers) - SHOWN_NUMBERS} more" if len(numbers) > SHOWN_NUMBERS else ""
+    return f"trial{'s' if len(numbers) > 1 else ''} {named}{more}"
+
+
+def failure_kind(reason: str) -> str:
+    """The same for reasons that differ in numbers only."""
+    return NUMBER.sub("#", reason)
 
 
 def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, str]) -> list[int]:

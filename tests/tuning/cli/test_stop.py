@@ -9,8 +9,7 @@ import pytest
 
 from cluster.base.config import write_yaml
 from heliostat.main import main
-from trainers.run_folder import SPEC, TRIALS, locked
-from trainers.runs.stop_requests import WHOLE, stop_requests
+from trainers.run_folder import SPEC, TRIALS, WHOLE, locked, stop_requests
 from tuning.cli import stop
 from tuning.trials.journal import Journal
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE

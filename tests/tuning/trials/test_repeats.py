@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cluster.base.errors import SpecError
 from cluster.base.config import validate
+from cluster.base.errors import SpecError
 from trainers.run_folder import TRIALS
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import has_ended, read_leaderboard
