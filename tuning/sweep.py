@@ -193,9 +193,8 @@ class _SweepEnd:
             self._tags["heliostat.pareto_front"] = ", ".join(numbers)
         self._tags[DESCRIPTION_TAG] = self._description(board)
         self._status = "FINISHED" if finished else "KILLED"
-        failure = self._watch.line
-        if finished and not board.results and board.failed:
-            failure = f"all {len(board.ended)} trials failed"
+        all_failed = finished and not board.results and bool(board.failed)
+        failure = self._watch.line or f"all {len(board.ended)} trials failed" * all_failed
         if failure:
             self._status, self.summary["failure"] = "FAILED", failure
 

@@ -30,8 +30,7 @@ def check_metrics(spec: SweepRunSpec, workload: Workload, dataset: Path) -> None
     for path, names in wanted.items():
         for name in names:
             if known is not None and name not in known:
-                hint = did_you_mean(name, known) or f" (it has {', '.join(known)})"
-                raise SpecError(f"{path}: the workload has no {name}{hint}")
+                raise SpecError(f"{path}: the workload has no {name}{did_you_mean(name, known)}")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
