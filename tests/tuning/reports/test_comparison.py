@@ -104,7 +104,7 @@ def test_sweeps_of_other_metrics_and_runs_are_refused(sweeps: list[Sweep], tmp_p
     run = tmp_path / "single"
     run.mkdir()
     write_yaml(data, run / "spec.yaml")
-    with pytest.raises(SpecError, match="^single: is no sweep; only sweeps are compared"):
+    with pytest.raises(SpecError, match=r"^single: is no sweep; only sweeps are compared"):
         comparison_page([sweeps[0].folder, run])
     with pytest.raises(SpecError) as error:
         comparison_page([sweeps[0].folder, other])
