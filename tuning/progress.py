@@ -13,9 +13,16 @@ from cluster.base.terminal import JobProgress
 from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
+from trainers.run_folder import TRIALS
 from tuning.trials.budget import find_open_budget
 from tuning.trials.ranking import is_ranked, loss, selected_value
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
+from tuning.trials.trial import (
+    ENDED_FILE,
+    FAILED_FILE,
+    LAST_RESULT_FILE,
+    Sweep,
+    last_result,
+)
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""
@@ -37,7 +44,7 @@ class SweepProgress:
         """Ended trial -> its status."""
         self._epochs: list[float] = []
         """Epochs of each trial that ended since this command started."""
-        self._values: dict[int, float] = {}
+        self._values = _earlier_values(sweep)
         """Trial -> the metric at the evaluation that counts, which the leaderboard compares too."""
         self._totals: CostTotals | None = None
         self._events: list[str] = []
@@ -150,6 +157,16 @@ class SweepProgress:
         table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_row(*cells.values())
         return table
+
+
+def _earlier_values(sweep: Sweep) -> dict[int, float]:
+    """Trial -> its value, for the trials of before an interruption that did not fail."""
+    values: dict[int, float] = {}
+    for path in sorted(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}")):
+        value = selected_value(sweep.spec, last_result(path.parent))
+        if value is not None and not (path.parent / FAILED_FILE).exists():
+            values[int(path.parent.name)] = value
+    return values
 
 
 def _clock_text(seconds: float) -> str:

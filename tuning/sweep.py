@@ -27,6 +27,7 @@ from tuning.trials.leaderboard import (
     write_best,
 )
 from tuning.trials.mlflow_descriptions import sweep_description
+from tuning.trials.schedulers import early_stopping_text
 from tuning.trials.space import SweepRunSpec, read_sweep_spec
 from tuning.trials.trial import Sweep
 from tuning.tuner import (
@@ -86,6 +87,7 @@ def run_to_end(
     sweep's MLflow run is ended too, and nothing that fails then hides the error.
     """
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
+    _log_early_stopping(sweep, spec, log_line)
     tracker = mlflow_run.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
     end = _SweepEnd(sweep, tracker)
     with (
@@ -100,6 +102,15 @@ def run_to_end(
     board = end.track_importances()
     end.export_best()
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
+
+
+def _log_early_stopping(
+    sweep: Sweep, spec: SweepRunSpec, log_line: Callable[[str], None]
+) -> None:
+    every = spec.train.evaluate_every_epochs
+    line = early_stopping_text(sweep.spec, epochs_per_trial(sweep, spec), every)
+    if line:
+        log_line(line)
 
 
 @contextlib.contextmanager

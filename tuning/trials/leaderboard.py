@@ -121,7 +121,7 @@ def write_best(sweep: Sweep, best: TrialResult, path: Path) -> None:
 
 
 def export_best(sweep: Sweep, best: TrialResult) -> None:
-    """Export the model of the best trial, at the step that counts, to `model` in the sweep's folder.
+    """Export the best trial's model, at the step that counts, to `model` in the sweep's folder.
 
     Does nothing where there is no such checkpoint. Raises what the user's model raises.
     """
