@@ -104,9 +104,7 @@ def run_to_end(
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
-def _log_early_stopping(
-    sweep: Sweep, spec: SweepRunSpec, log_line: Callable[[str], None]
-) -> None:
+def _log_early_stopping(sweep: Sweep, spec: SweepRunSpec, log_line: Callable[[str], None]) -> None:
     every = spec.train.evaluate_every_epochs
     line = early_stopping_text(sweep.spec, epochs_per_trial(sweep, spec), every)
     if line:

@@ -93,9 +93,7 @@ def test_several_objectives_are_compared_by_their_front() -> None:
     asha = build_scheduler(spec, 9, evaluate_every_epochs=1)
     accuracies = {0: 0.5, 1: 0.9, 2: 0.4, 3: 0.95}
     values = {0: 0.1, 1: 0.9, 2: 0.95, 3: 0.05}
-    stopped = [
-        tell(asha, n, 1, values[n], **{"val/accuracy": accuracies[n]}) for n in accuracies
-    ]
+    stopped = [tell(asha, n, 1, values[n], **{"val/accuracy": accuracies[n]}) for n in accuracies]
     assert stopped == [False, False, True, False]
     assert tell(asha, 4, 1, 0.01, **{"val/accuracy": math.nan})
 
@@ -117,7 +115,7 @@ def test_an_interrupted_sweep_goes_on_with_its_rungs(name: str, tmp_path: Path) 
         for epoch, value in enumerate(losses(trial), start=1):
             assert tell(undisturbed, trial, epoch, value) == tell(first, trial, epoch, value)
     with (tmp_path / EVALUATIONS_FILE).open("a") as file:
-        file.write('[9, 0.0, 1.0, [0.')  # the driver was lost as it wrote
+        file.write("[9, 0.0, 1.0, [0.")  # the driver was lost as it wrote
     resumed = fresh(tmp_path)
     for trial in range(6, 12):
         for epoch, value in enumerate(losses(trial), start=1):
