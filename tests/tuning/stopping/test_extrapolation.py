@@ -76,21 +76,21 @@ def test_the_best_of_many_noisy_trials_is_hardly_ever_stopped() -> None:
 
 
 def test_trials_that_all_improve_at_the_end_teach_the_width_of_the_forecast() -> None:
-    """A schedule halves the loss of every trial in the last tenth. Until one has ended, a trial of
-    which that is not known would be stopped; after three, it is not.
+    """A schedule halves the loss of every trial in the last tenth. Where no trial has ended so, a
+    better one is stopped for another that is ahead of it until then.
     """
 
     def scheduled(limit: float) -> list[float]:
         return [loss / (2 if epoch > 45 else 1) for epoch, loss in enumerate(power_law(limit, 0.2))]
 
     taught, untaught = (Extrapolation(grace=4, end=END) for _ in range(2))
-    for trial, limit in enumerate([1.0, 1.02, 1.04]):
+    for trial, limit in enumerate([1.4, 1.2, 1.0]):
         assert run(taught, trial, scheduled(limit)) == END
-    run(untaught, 0, [0.7] * END)
-    better = scheduled(0.95)
+    assert run(untaught, 0, [0.5] * END) == END
+    better = scheduled(0.8)
+    assert better[-1] < 0.45 < scheduled(1.0)[-1]
     assert run(untaught, 9, better) < END
     assert run(taught, 9, better) == END
-    assert min(better) < min(scheduled(1.0))
 
 
 def test_evaluations_that_are_not_finite_are_left_out_of_the_curve() -> None:
