@@ -78,7 +78,8 @@ class Extrapolation:
     """Stops a trial whose forecast, taken at its best, ends worse than another trial is already.
 
     How far forecasts were off is learned from the trials that were trained to the end: a schedule
-    of the learning rate may improve all of them late. It compares by the first objective.
+    of the learning rate may improve all of them late. It compares by the first objective, and with
+    trials that keep the constraints.
     """
 
     def __init__(self, grace: float, end: float) -> None:
@@ -93,18 +94,21 @@ class Extrapolation:
         better than forecast after so many, sorted."""
 
     def add(self, evaluation: Evaluation) -> bool:
-        if not evaluation.ranked:
+        if evaluation.violation == math.inf:
             return evaluation.at * (1 + ROUNDING) >= self._grace
-        trial, loss = evaluation.trial, evaluation.losses[0]
-        curve = self._curves[trial]
-        curve.append((evaluation.at, loss))
+        curve = self._curves[evaluation.trial]
+        curve.append((evaluation.at, evaluation.losses[0]))
+        if evaluation.violation == 0:
+            self._note_best(evaluation.trial, evaluation.losses[0])
+        if evaluation.at * (1 + ROUNDING) >= self._end:
+            self._check_forecasts(self._curves.pop(evaluation.trial))
+            return False
+        return len(curve) >= MIN_POINTS and evaluation.at * (1 + ROUNDING) >= self._grace
+
+    def _note_best(self, trial: int, loss: float) -> None:
         known = {number: best for best, number in self._best}
         known[trial] = min(loss, known.get(trial, math.inf))
         self._best = sorted((best, number) for number, best in known.items())[:2]
-        if evaluation.at * (1 + ROUNDING) >= self._end:
-            self._check_forecasts(self._curves.pop(trial))
-            return False
-        return len(curve) >= MIN_POINTS and evaluation.at * (1 + ROUNDING) >= self._grace
 
     def stops(self, evaluation: Evaluation) -> bool:
         others = [best for best, trial in self._best if trial != evaluation.trial]

@@ -96,5 +96,5 @@ def test_trials_that_all_improve_at_the_end_teach_the_width_of_the_forecast() ->
 def test_evaluations_that_are_not_finite_are_left_out_of_the_curve() -> None:
     rule = Extrapolation(grace=2, end=END)
     run(rule, 0, power_law(0.3, 0.5))
-    assert rule.add(Evaluation(1, 1, 2, (math.inf,), finite=False))
+    assert rule.add(Evaluation(1, 1, 2, (math.inf,), math.inf, finite=False))
     assert run(rule, 1, power_law(0.1, 0.5)) == END

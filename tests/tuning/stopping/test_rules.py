@@ -12,7 +12,8 @@ from tuning.stopping.rules import Asha, Evaluation, MedianRule, StoppingRule
 
 def ask(rule: StoppingRule, trial: int, since: float, at: float, *losses: float) -> bool | None:
     """Whether the rule stops a trial there; None if it does not decide there."""
-    evaluation = Evaluation(trial, since, at, losses)
+    violation = math.inf if math.inf in losses else 0.0
+    evaluation = Evaluation(trial, since, at, losses, violation)
     return rule.stops(evaluation) if rule.add(evaluation) else None
 
 
@@ -52,6 +53,17 @@ def test_asha_with_several_objectives_keeps_the_first_front() -> None:
     assert ask(asha, 2, 0, 1, 9.0, 9.0) is True  # worse than both
     assert ask(asha, 3, 0, 1, 0.5, 0.5) is False  # better than both
     assert ask(asha, 4, 0, 1, math.inf, math.inf) is True
+
+
+def test_asha_puts_trials_that_break_a_constraint_behind_all_others() -> None:
+    """And of those the one that breaks it least first: it may keep it later."""
+    asha, stopped = Asha([1], 2), []
+    for trial, violation in enumerate([3.0, 2.0, 0.0, 1.0, 0.0, math.inf]):
+        evaluation = Evaluation(trial, 0, 1, (0.1 * trial,), violation)
+        assert asha.add(evaluation)
+        stopped.append(asha.stops(evaluation))
+    # So many are better, of one to six of which the best half goes on: 0, 0, 0, 1, 1, 5.
+    assert stopped == [False, False, False, False, False, True]
 
 
 @given(
