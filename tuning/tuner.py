@@ -75,7 +75,9 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
         tune_config=tune.TuneConfig(
             metric=sweep.spec.metric,
             mode=sweep.spec.mode,
-            search_alg=JournaledSearcher(sweep.spec, sweep.folder / JOURNAL_FILE),
+            search_alg=JournaledSearcher(
+                sweep.spec, sweep.folder / JOURNAL_FILE, epochs_per_trial(sweep, spec)
+            ),
             scheduler=build_scheduler(
                 sweep.spec, epochs_per_trial(sweep, spec), SweepCostPerEpoch(sweep.key)
             ),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.config import with_value
+from cluster.base.config import did_you_mean, with_value
 from trainers.spec import RunSpec
 from tuning.trials.distributions import Distribution, Parameters, equal
 
@@ -51,6 +51,22 @@ def optuna_parameters(
     asked = {path: d for path, d in parameters.items() if path in chosen and d.same_as is None}
     values = {path: d.optuna_value(chosen[path]) for path, d in asked.items()}
     return values, {path: d.to_optuna() for path, d in asked.items()}
+
+
+def optuna_values(parameters: Parameters, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a point, or of a part of one, in Optuna's form; ValueError if it is outside."""
+    values = {}
+    for path, value in point.items():
+        if path not in parameters:
+            raise ValueError(f"{path} is not among the parameters{did_you_mean(path, parameters)}")
+        tied_to = parameters[path].same_as
+        if tied_to is not None:
+            raise ValueError(f"{path} is the same as {tied_to}; leave it out")
+        try:
+            values[path] = parameters[path].optuna_value(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values
 
 
 def combinations(parameters: Parameters) -> Iterator[dict[str, Any]]:
