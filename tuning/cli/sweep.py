@@ -29,6 +29,11 @@ def add_verbs(verbs: Subparsers) -> None:
     sweep.add_argument("spec", nargs="?", help="a file or a shipped spec's name")
     sweep.add_argument("--resume", metavar="SWEEP", help="continue an interrupted sweep")
     sweep.add_argument(
+        "--like",
+        metavar="SWEEP|RUN",
+        help="first try the values of that run, or of the best trials of that sweep",
+    )
+    sweep.add_argument(
         "--verify-fusion",
         action="store_true",
         help="train three fused trials once more, each alone, and print the largest deviation",
@@ -69,16 +74,19 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning import sweep as sweeps
     from tuning.cli.sweep_results import print_results
     from tuning.progress import SweepProgress
+    from tuning.trials.samplers import search_words
     from tuning.trials.space import SweepRunSpec
 
     if args.or_resume and not args.name:
         raise SpecError("--or-resume: needs --name, the name of the sweep to continue")
+    if args.like and args.resume:
+        raise SpecError("--like: the trials of a sweep that has begun are chosen already")
     if storage := run.find_started(args):
         sweep = sweeps.resumed_sweep(args.name, storage, [])
     elif args.resume:
         sweep = sweeps.resumed_sweep(args.resume, run.storage_for_spec(args.spec), args.set)
     elif args.spec:
-        sweep = sweeps.new_sweep(args.spec, args.set, args.name)
+        sweep = sweeps.new_sweep(args.spec, args.set, args.name, args.like)
     else:
         raise SpecError("sweep: needs a spec, or --resume SWEEP")
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
@@ -87,7 +95,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     with session.run_session(sweep.folder, spec, args.address, args.verbose) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
-            f"{spec.sweep.search} and {spec.sweep.scheduler.name}"
+            f"{search_words(spec.sweep)} and {spec.sweep.scheduler.name}"
         )
         with SweepProgress(console, sweep) as progress:
             board, tracked = sweeps.run_to_end(sweep, progress.on_trial_event, console.print)

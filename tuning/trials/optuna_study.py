@@ -19,7 +19,6 @@ from tuning.trials.samplers import (
 )
 from tuning.trials.space import EXHAUSTIVE, MAX_COMBINATIONS, SweepSpec
 from tuning.trials.suggestion import (
-    combinations,
     count_combinations,
     optuna_parameters,
     optuna_values,
@@ -149,15 +148,12 @@ class SearchStudy:
     def _combinations(self) -> Iterator[dict[str, Any]]:
         """The combinations of a finite space: for grid in the order of the file, else mixed."""
         count = count_combinations(self._sweep.parameters)
-        if count is None:
+        if count is None or count > MAX_COMBINATIONS:
             return
-        listed = combinations(self._sweep.parameters)
-        if self._algorithm == "grid" or count > MAX_COMBINATIONS:
-            yield from listed
-        else:
-            mixed = list(listed)
-            random.Random(self._sweep.seed).shuffle(mixed)
-            yield from mixed
+        listed = self._sweep.combinations()
+        if self._algorithm != "grid":
+            random.Random(self._sweep.seed).shuffle(listed)
+        yield from listed
 
     def _restore(self) -> None:
         """Put the journal's trials into the study, as they were suggested and then as they ended.

@@ -13,6 +13,7 @@ from tuning.trials.constraints import parse_constraint
 from tuning.trials.distributions import Distribution
 from tuning.trials.suggestion import (
     assignments,
+    combinations,
     count_combinations,
     dependency_order,
     optuna_values,
@@ -200,6 +201,10 @@ class SweepSpec(Spec):
         if count is None or self.scheduler.name == "pbt":
             return self.trials
         return min(self.trials, count)
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """All combinations of a finite space, in the order of the file."""
+        return list(combinations(self.parameters))
 
 
 class SweepRunSpec(RunSpec):
