@@ -15,7 +15,7 @@ from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
+from tuning.trials.trial import ENDED_FILE, Sweep
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""
@@ -42,10 +42,8 @@ class SweepProgress:
         self._totals: CostTotals | None = None
         self._events: list[str] = []
         self._line_s = -MIN_LINE_INTERVAL_S
-        self._ended_before = {
-            path.parent.name
-            for name in (ENDED_FILE, FAILED_FILE)
-            for path in sweep.folder.glob(f"trials/*/{name}")
+        self._ended_before = {  # those that failed run again
+            path.parent.name for path in sweep.folder.glob(f"trials/*/{ENDED_FILE}")
         }
         self._live = Live(
             get_renderable=self.table,
@@ -105,7 +103,7 @@ class SweepProgress:
             return None
         running = sum(min(0.9, epoch / mean) for epoch in self._running.values())
         done = len(self._epochs) + running
-        left = self._sweep.spec.total_trials - self._count_ended() - running
+        left = self._sweep.spec.planned_trials - self._count_ended() - running
         return (self._clock() - self._started_s) / done * max(0.0, left)
 
     def _spent_text(self) -> str:
@@ -137,7 +135,7 @@ class SweepProgress:
         counts = Counter(self._ended.values())
         left_s = self.remaining_s()
         cells = {
-            "trials": f"{self._count_ended()}/{self._sweep.spec.total_trials}",
+            "trials": f"{self._count_ended()}/{self._sweep.spec.planned_trials}",
             "running": str(len(self._running)),
             "complete": str(counts["complete"]),
             "stopped": str(counts["stopped"]),

@@ -12,6 +12,7 @@ from cluster.base.terminal import redirect_output
 from cluster.session.ray_session import ray_session
 from trainers.run_folder import LOG, display_path, locked
 from trainers.runs.ray_train import resource_shortage
+from trainers.runs.stop_requests import interrupted_on_request
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
 from trainers.tracking.preflight import check_access
@@ -26,12 +27,13 @@ def run_session(
 ) -> Iterator[tuple["Console", threading.Event]]:
     """Check MLflow, lock the folder, connect to Ray, check the cluster, and handle Ctrl-C.
 
-    Yields the console and the event that Ctrl-C sets.
+    Yields the console and the event that Ctrl-C sets, and `heliostat stop` from another process.
     """
     unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
     with (
         folder_session(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
+        interrupted_on_request(folder),
     ):
         if unreachable:
             console.print(unreachable, style="yellow", highlight=False)

@@ -10,7 +10,9 @@ from cluster.base.config import write_yaml
 from tuning.trials.budget import trial_costs
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
-from tuning.trials.space import COST_METRICS
+from tuning.trials.ranking import loss
+from tuning.trials.repeats import Repeated, best_mean_first
+from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 
@@ -27,13 +29,17 @@ class TrialResult:
     complete: bool
     objectives: Mapping[str, float] = field(default_factory=dict)
     """Objective of `sweep.objective` -> its value, where it is known."""
+    repeated: Repeated | None = None
+    """The trainings of its configuration for `sweep.repeat` and `sweep.folds`, this one included,
+    as far as they have ended."""
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All trials that were evaluated at least once, the best first."""
+    """All trials of the search that were evaluated at least once, the best first."""
 
     results: list[TrialResult]
+    """Those whose configuration was repeated come first, by the mean of its trainings."""
     ended: list[int]
     """Numbers of the trials that are complete, stopped or failed."""
     failed: dict[int, str]
@@ -46,6 +52,12 @@ class Leaderboard:
     @property
     def best(self) -> TrialResult | None:
         return self.results[0] if self.results else None
+
+    def finalists(self, sweep: SweepSpec) -> list[TrialResult]:
+        """The best complete trials by their own values, whose configurations are repeated."""
+        complete = [result for result in self.results if result.complete]
+        by_value = sorted(complete, key=lambda result: loss(sweep, result.value))
+        return by_value[: sweep.finalists]
 
 
 def read_leaderboard(sweep: Sweep) -> Leaderboard:
@@ -76,8 +88,19 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
             )
     sign = -1 if sweep.spec.mode == "max" else 1
     results.sort(key=lambda r: (r.value != r.value, sign * r.value))  # NaN comes last
+    results = best_mean_first(sweep, results, journal)
     front = pareto_front({r.number: r.objectives for r in results}, objectives)
     return Leaderboard(results, ended, failed, front)
+
+
+def has_ended(sweep: Sweep, board: Leaderboard) -> bool:
+    """Whether all trials have ended, with the trainings of the best configurations."""
+    if len(board.ended) < sweep.spec.total_trials:
+        return False
+    return not sweep.spec.repeated_fields or all(
+        result.repeated is not None and result.repeated.complete
+        for result in board.finalists(sweep.spec)
+    )
 
 
 def with_importances(sweep: Sweep, board: Leaderboard) -> Leaderboard:

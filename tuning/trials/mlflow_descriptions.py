@@ -27,10 +27,13 @@ def sweep_description(sweep: Sweep, board: Leaderboard, account: Mapping[str, st
 
 
 def trial_description(
-    sweep: Sweep, parameters: Mapping[str, Any], result: Mapping[str, Any]
+    sweep: Sweep, parameters: Mapping[str, Any], result: Mapping[str, Any], stopped: str
 ) -> str:
-    """How far a trial came, with its parameters and its metrics."""
-    ended = "Complete" if result.get("complete") else f"Stopped by {sweep.spec.scheduler.name}"
+    """How far a trial came, with its parameters and its metrics.
+
+    `stopped` is what stopped it: a scheduler, or "hand"; empty for a complete trial.
+    """
+    ended = f"Stopped by {stopped}" if stopped else "Complete"
     tried = {path: parameters[path] for path in sweep.spec.parameters}
     metrics = {name: value for name, value in result.items() if name.startswith("val/")}
     return with_facts(

@@ -56,6 +56,11 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
         self._trial_numbers = json.loads(Path(checkpoint_path).read_text())
         self._unknown = None
 
+    def live_trials(self) -> set[str]:
+        """Tune's ids of the trials that it knows and that have not ended."""
+        numbers = self._trial_numbers.items()
+        return {trial_id for trial_id, number in numbers if number not in self._journal.ends}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of a journaled trial that Tune does not know, otherwise a new
         suggestion. Return None while the budget does not cover another trial.
@@ -66,8 +71,8 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
         if self._unknown:
             number = self._unknown.pop()
         else:
-            number = len(self._journal.parameters)
-            if number >= self._sweep.total_trials:
+            number = self._journal.next_number
+            if len(self._journal.parameters) >= self._sweep.total_trials:
                 return str(Searcher.FINISHED)
             budget = find_open_budget(self._journal_path.parent.name)
             if budget is not None and not budget.can_start_trial():

@@ -1,7 +1,9 @@
 """The spec of a sweep: the fields that it varies, its metric, its search and its scheduler."""
 
 import functools
+import math
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -116,6 +118,14 @@ class SweepSpec(Spec):
     trials: PositiveInt = 16
     """Number of trials; fewer if all combinations of a finite space are tried. grid and bruteforce
     ignore it and try them all."""
+    repeat: PositiveInt = 1
+    """Trainings of each of the best configurations, each with a seed of its own: train.seed, and
+    those that follow it. They are ranked by the mean of the metric, with its 95 % interval."""
+    folds: dict[str, Annotated[list[Any], Field(min_length=2)]] = {}
+    """Cross-validation: dotted path of a field -> its values, such as `data.fold: [0, 1, 2, 3]`.
+    Each of the best configurations is trained once for each value, or combination of values."""
+    finalists: PositiveInt = 3
+    """How many of the best configurations are trained several times by `repeat` and `folds`."""
     concurrency: PositiveInt | None = None
     """Number of trials at a time; as many as fit into the cluster when not given."""
     fuse: PositiveInt | Literal["auto", "off"] = "auto"
@@ -186,7 +196,33 @@ class SweepSpec(Spec):
                 raise ValueError(f"enqueue.{number}: {error}") from None
         if not self.metric.startswith("val/"):
             raise ValueError(f"metric must be one of validation, val/... (got {self.metric!r})")
+        self._check_repeats()
         return self
+
+    def _check_repeats(self) -> None:
+        """Check what is trained several times, if anything is."""
+        name = "repeat" if self.repeat > 1 else "folds"
+        if self.repeated_fields and self.scheduler.name == "pbt":
+            raise ValueError(f"{name}: not with pbt, whose trials take weights from each other")
+        for path in self.repeated_fields:
+            if {path, path.partition(".")[0]} & self.parameters.keys():
+                raise ValueError(f"{name}: {path} is one of the parameters")
+
+    @property
+    def repeated_fields(self) -> list[str]:
+        """The paths in which the trainings of one configuration differ, for `repeat` and `folds`."""
+        return [*(["train.seed"] if self.repeat > 1 else []), *self.folds]
+
+    def repeat_settings(self, seed: int) -> list[dict[str, Any]]:
+        """The values of `repeated_fields` in each training; `seed` is `train.seed` of the first.
+
+        One empty setting without `repeat` and `folds`.
+        """
+        seeds = [range(seed, seed + self.repeat)] if self.repeat > 1 else []
+        return [
+            dict(zip(self.repeated_fields, values, strict=True))
+            for values in product(*seeds, *self.folds.values())
+        ]
 
     @functools.cached_property
     def total_trials(self) -> int:
@@ -201,6 +237,12 @@ class SweepSpec(Spec):
         if count is None or self.scheduler.name == "pbt":
             return self.trials
         return min(self.trials, count)
+
+    @property
+    def planned_trials(self) -> int:
+        """The trials of the search and, at most, those that repeat the best of them."""
+        repeats = self.repeat * math.prod(len(values) for values in self.folds.values()) - 1
+        return self.total_trials + min(self.finalists, self.total_trials) * repeats
 
     def combinations(self) -> list[dict[str, Any]]:
         """All combinations of a finite space, in the order of the file."""
@@ -221,6 +263,7 @@ def read_sweep_spec(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]
         raise SpecError(f"sweep: {name} has no such section; it lists the parameters to vary")
     spec, _ = resolve(data, SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
+    check_folds(spec.model_dump(mode="json"), spec.sweep)
     return stem, spec
 
 
@@ -234,6 +277,18 @@ def check_parameters(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
                 resolve(trial_spec_data(spec_data, {path: value}), RunSpec)
             except SpecError as error:
                 raise SpecError(f"sweep.parameters.{path}: {error}") from None
+
+
+def check_folds(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
+    """Raise a SpecError if a field does not accept a value that cross-validation gives to it."""
+    for path, values in sweep.folds.items():
+        if path.partition(".")[0] in ("sweep", "storage", "tracking", "workload", "budget"):
+            raise SpecError(f"sweep.folds.{path}: cannot be varied within a sweep")
+        for value in values:
+            try:
+                resolve(trial_spec_data(spec_data, {path: value}), RunSpec)
+            except SpecError as error:
+                raise SpecError(f"sweep.folds.{path}: {error}") from None
 
 
 def trial_spec_data(spec_data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:

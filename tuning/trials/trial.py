@@ -81,9 +81,9 @@ class Sweep:
 
     def trial_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The spec, as plain data, of the trial with these parameters."""
+        varied = (*self.spec.parameters, *self.spec.repeated_fields)
         return trial_spec_data(
-            self.spec_data,
-            {path: parameters[path] for path in self.spec.parameters if path in parameters},
+            self.spec_data, {path: parameters[path] for path in varied if path in parameters}
         )
 
     def executed_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
