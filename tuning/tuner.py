@@ -24,6 +24,7 @@ from tuning.repeat_search import RepeatSearch
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
+from tuning.trials.ranking import best_points
 from tuning.trials.repeats import REPEATS_FIELD
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
@@ -68,7 +69,11 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
         sweep.spec, sweep.folder / JOURNAL_FILE, epochs_per_trial(sweep, spec)
     )
     scheduler = build_scheduler(
-        sweep.spec, epochs_per_trial(sweep, spec), SweepCostPerEpoch(sweep.key)
+        sweep.spec,
+        epochs_per_trial(sweep, spec),
+        SweepCostPerEpoch(sweep.key),
+        spec.train.evaluate_every_epochs,
+        sweep.folder,
     )
     search = SweepSearch(journaled, slots or max_concurrent_trials(spec))
     trainable = _trainable(sweep, spec, tracker, slots)
@@ -269,8 +274,15 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
         tags[DESCRIPTION_TAG] = trial_description(
             self._sweep, trial.config, trial.last_result, tags.get("heliostat.stopped", "")
         )
+        self._log_best(number, trial.last_result)
         self._tracker().finish.remote(self._sweep.trial_key(number), "FINISHED", tags)
         self._notify("done" if complete else "stop", trial)
+
+    def _log_best(self, number: int, result: dict[str, Any]) -> None:
+        """Log the evaluation that counts where it need not be the last one, which MLflow shows."""
+        if self._sweep.spec.select == "best":
+            points = best_points(self._sweep.spec, result)
+            self._tracker().log.remote(self._sweep.trial_key(number), points, result.get("step", 0))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]

@@ -193,6 +193,11 @@ class Checkpoints:
         with external_wait():
             return next(filter(None, map(self._validated, reversed(self._names()))), None)
 
+    def at(self, step: int) -> Path | None:
+        """The checkpoint after `step` steps, if it is there and intact."""
+        with external_wait():
+            return self._validated(_name({"step": step}))
+
     def _write(
         self,
         manifest: dict[str, Any],
@@ -314,10 +319,18 @@ def _write_error(error: BaseException, place: str) -> BaseException:
 
 
 def find_checkpoint(name: str, storage: Path) -> Path:
-    """The latest intact checkpoint of a run, a trial or a folder of checkpoints."""
-    for folder in (storage / name, Path(name)):
+    """The latest intact checkpoint of a run, a trial or a folder of checkpoints.
+
+    `NAME@STEP` is the one after so many steps.
+    """
+    run, _, step = name.rpartition("@")
+    wanted = int(step) if run and step.isdecimal() else None
+    source = name if wanted is None else run
+    for folder in (storage / source, Path(source)):
         for checkpoints in (folder / CHECKPOINTS, folder):
-            found = Checkpoints(checkpoints).latest()
+            known = Checkpoints(checkpoints)
+            found = known.latest() if wanted is None else known.at(wanted)
             if found is not None:
                 return found
-    raise SpecError(f"--from {name}: no checkpoint there")
+    of_step = "" if wanted is None else f" of step {wanted}"
+    raise SpecError(f"--from {name}: no checkpoint{of_step} there")

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.stores import MANIFEST, LocalStore, RemoteStore, external_wait
+from trainers.stores import MANIFEST, LocalStore, RemoteStore, external_wait, step_of
 
 POINTER = "elsewhere.json"
 """In the folder of checkpoints that are kept at a URI: that URI, and their name there."""
@@ -31,6 +31,13 @@ def newest_checkpoint(folder: Path) -> str | None:
     store = current_store(folder)
     names = store.names()
     return store.describe(names[-1]) if names else None
+
+
+def checkpoint_at(folder: Path, step: int) -> str | None:
+    """The path or URI of the checkpoint of `folder` after `step` steps, which is not read."""
+    store = current_store(folder)
+    found = [name for name in store.names() if step_of(name) == step]
+    return store.describe(found[-1]) if found else None
 
 
 def store_at(folder: Path, uri: str | None, moves: bool) -> LocalStore | RemoteStore:

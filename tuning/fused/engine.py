@@ -106,7 +106,7 @@ class Engine:
     def _new_trial(
         self, number: int, lease: str, folder: Path, config: Mapping[str, Any]
     ) -> EngineTrial:
-        spec, workload = resolve(self._sweep.trial_spec_data(config), RunSpec)
+        spec, workload = resolve(self._sweep.fused_spec_data(config), RunSpec)
         last = folder / LAST_RESULT_FILE
         result = json.loads(last.read_text()) if last.exists() else {}
         trial = EngineTrial(

@@ -63,7 +63,9 @@ class SweepBudget:
                 )
             if rate.usd_per_h is None and any("cost_usd" in c for c in spec.sweep.constraints):
                 raise SpecError(f"sweep.constraints: {rate.price_source}; set cost.usd_per_h")
-        self._first_rung_epochs = first_rung_epochs(spec.sweep.scheduler, epochs_per_trial)
+        self._first_rung_epochs = first_rung_epochs(
+            spec.sweep.scheduler, epochs_per_trial, spec.train.evaluate_every_epochs
+        )
         self._lock = threading.Lock()
         self._totals = metering.ledger.totals()
         self._trials: defaultdict[int, _TrialProgress] = defaultdict(_TrialProgress)

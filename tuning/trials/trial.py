@@ -37,6 +37,7 @@ from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
+from tuning.trials.ranking import with_best
 from tuning.trials.space import SweepSpec, trial_spec_data
 
 JOURNAL_FILE = "journal.jsonl"
@@ -96,6 +97,12 @@ class Sweep:
         best = {"keep_best": max(1, checkpoint["keep_best"]), "metric": self.spec.metric}
         return {**data, "checkpoint": {**checkpoint, **best, "mode": self.spec.mode}}
 
+    def fused_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The same as it is run in a slot, whose last evaluation is saved when the trial ends."""
+        if self.spec.select == "best":
+            return self.executed_spec_data(parameters)
+        return self.trial_spec_data(parameters)
+
 
 def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     """Ray Tune's trainable. Reports every evaluation; Tune may end it at any report.
@@ -126,6 +133,8 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
         dataset = local_dataset(sweep.dataset, spec)
         key = sweep.trial_key(number)
         tune_reporter = TuneReporter(sweep, spec, folder, known_step)
+        if exploited is not None:
+            tune_reporter.earlier = {}
         if spec.scale.max_workers > 1:
             tune_reporter.report_saved()
             workers = WorkerConfig(data, sweep.dataset, folder, key, threads=1)
@@ -176,11 +185,13 @@ class TuneReporter:
         samples = sweep.samples
         self._steps = spec.train.total_steps(samples)
         self._epoch_steps = samples / spec.train.global_batch
-        self._metric = sweep.spec.metric
+        self._sweep, self._metric = sweep.spec, sweep.spec.metric
         self._folder, self._attaches_checkpoints = folder, sweep.spec.scheduler.name == "pbt"
         self._unreported: dict[int, dict[str, float]] = {}
         self._known_step = known_step
-        self._earlier_device_s = last_result(folder).get("device_s", 0.0)
+        self.earlier = last_result(folder)
+        """The result of the evaluation before; {} where the best so far cannot be had any more."""
+        self._earlier_device_s = self.earlier.get("device_s", 0.0)
         self._start_s = time.monotonic()
 
     def result(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
@@ -189,13 +200,15 @@ class TuneReporter:
             raise TrainingError(
                 f"sweep.metric: the workload has no {self._metric} (it has {', '.join(metrics)})"
             )
-        return {
+        result = {
             **metrics,
             "step": step,
             "epoch": step / self._epoch_steps,
             "complete": step == self._steps,
             "device_s": self._earlier_device_s + time.monotonic() - self._start_s,
         }
+        self.earlier = with_best(self._sweep, result, self.earlier)
+        return dict(self.earlier)
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Blocks until Tune has decided. To end the trial, Tune raises SystemExit here."""
