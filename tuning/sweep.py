@@ -10,7 +10,6 @@ from typing import Any
 
 from cluster.base.config import apply_overrides, read_yaml, write_yaml
 from cluster.base.errors import SpecError
-from trainers.data.dataset import prepare_dataset
 from trainers.run_folder import SPEC, find_run_folder, locked, require_kind, unique_name
 from trainers.runs import run
 from trainers.spec import resolve
@@ -19,8 +18,10 @@ from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 from tuning.fused import fusion_plan
+from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials import earlier
 from tuning.trials.budget import SweepBudget, open_budget, settle
+from tuning.trials.datasets import prepare_datasets
 from tuning.trials.failures import MistakeWatch, run_failed_again
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import (
@@ -44,11 +45,9 @@ from tuning.trials.space import (
 from tuning.trials.trial import JOURNAL_FILE, Sweep
 from tuning.tuner import (
     TrialCallback,
-    cluster_capacity,
     create_repeats_tuner,
     create_tuner,
     epochs_per_trial,
-    max_concurrent_trials,
     trial_events,
     trial_folder_name,
 )
@@ -80,11 +79,11 @@ def new_sweep(
         data["sweep"]["enqueue"] = [*spec.sweep.enqueue, *points]
     trials = earlier.find_earlier_trials(data, spec.sweep)
     data["sweep"]["warm_start"] = list(trials)
-    spec, workload = resolve(data, SweepRunSpec)
-    dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
+    spec, _ = resolve(data, SweepRunSpec)
+    dataset, datasets = prepare_datasets(data, spec)
     name = sweep_name or unique_name(f"{stem}-sweep")
     folder = run.claim_folder(Path(spec.storage), name, data, "sweep")
-    sweep = Sweep(data, spec.sweep, dataset, folder)
+    sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
     earlier.record_earlier_trials(sweep, trials)
     return sweep
 
@@ -101,15 +100,15 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
         if not _is_changeable(path):
             raise SpecError(f"--set {assignment}: cannot change in a sweep that has begun")
     data = apply_overrides(read_yaml(folder / SPEC), overrides)
-    spec, workload = resolve(data, SweepRunSpec)
+    spec, _ = resolve(data, SweepRunSpec)
     _check_trials(folder, spec.sweep, overrides)
     check_folds(data, spec.sweep)
-    dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
+    dataset, datasets = prepare_datasets(data, spec)
     if overrides:
         run.refuse_secrets(data)
         with locked(folder):
             write_yaml(data, folder / SPEC)
-    sweep = Sweep(data, spec.sweep, dataset, folder)
+    sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
     if spec.sweep.warm_start and not Journal(folder / JOURNAL_FILE).parameters:
         earlier.record_earlier_trials(sweep, earlier.find_earlier_trials(data, spec.sweep))
     return sweep

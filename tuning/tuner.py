@@ -14,13 +14,13 @@ from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 
 from cluster.base.files import write_atomic
 from trainers.engine.stall_files import STALLS
-from trainers.runs.ray_train import resources_per_worker
 from trainers.runs.stalls import last_stall
 from trainers.runs.stop_requests import stop_requests
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
 from tuning.repeat_search import RepeatSearch
+from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
@@ -107,7 +107,7 @@ def _trainable(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> An
 
         return tune.with_resources(SlotTrainable, {SLOT_RESOURCE: 1})
     function = tune.with_parameters(run_trial, sweep=sweep, tracker=tracker)
-    return tune.with_resources(function, _trial_resources(spec))
+    return tune.with_resources(function, tune_resources(spec))
 
 
 def _new_tuner(
@@ -160,38 +160,6 @@ def epochs_per_trial(sweep: Sweep, spec: SweepRunSpec) -> float:
     """Epochs of a trial that no scheduler stops."""
     samples = sweep.samples
     return spec.train.total_steps(samples) * spec.train.global_batch / samples
-
-
-def _trial_resources(spec: SweepRunSpec) -> dict[str, float]:
-    """Resources that Tune reserves for a trial; for several workers Ray Train reserves them."""
-    if spec.scale.max_workers > 1:
-        return {"cpu": 0.01}
-    return {name: amount for name, amount in spec.sweep.resources.model_dump().items() if amount}
-
-
-def max_concurrent_trials(spec: SweepRunSpec) -> int:
-    """How many trials run at a time, each in a process: the spec's number, else what fits.
-
-    Tune does not know the resources of a trial's workers, and would start too many trials.
-    """
-    if spec.sweep.concurrency is not None:
-        return spec.sweep.concurrency
-    return cluster_capacity(spec)
-
-
-def cluster_capacity(spec: SweepRunSpec) -> int:
-    """How many trials, or engines, fit into the cluster of this moment; at least 1."""
-    import ray
-
-    workers = spec.scale.max_workers
-    if workers > 1:
-        per_worker = resources_per_worker(spec.scale)
-        needed = {name: amount * workers for name, amount in per_worker.items()}
-    else:
-        needed = {name.upper(): amount for name, amount in _trial_resources(spec).items()}
-    available = ray.cluster_resources()
-    fitting = min(int(available.get(name, 0) / amount) for name, amount in needed.items())
-    return max(1, min(fitting, spec.sweep.total_trials))
 
 
 class StopsByHand(tune.Stopper):  # type: ignore[misc]

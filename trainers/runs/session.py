@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def run_session(
-    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+    folder: Path,
+    spec: RunSpec,
+    address: str | None,
+    verbose: bool,
+    shortage: Callable[[], str | None] | None = None,
 ) -> Iterator[tuple["Console", threading.Event]]:
     """Check MLflow, lock the folder, connect to Ray, check the cluster, and handle Ctrl-C.
 
+    `shortage` says in a line what the cluster lacks; by default, for the workers of a run.
     Yields the console and the event that Ctrl-C sets, and `heliostat stop` from another process.
     """
     unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
@@ -37,7 +42,7 @@ def run_session(
     ):
         if unreachable:
             console.print(unreachable, style="yellow", highlight=False)
-        missing = resource_shortage(spec.scale)
+        missing = shortage() if shortage is not None else resource_shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)
         require_visible_everywhere(folder, spec)

@@ -83,6 +83,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning import sweep as sweeps
     from tuning.cli.sweep_results import print_results
     from tuning.progress import SweepProgress
+    from tuning.trial_resources import sweep_shortage
     from tuning.trials.leaderboard import has_ended
     from tuning.trials.samplers import search_words
     from tuning.trials.space import SweepRunSpec
@@ -102,7 +103,9 @@ def sweep_command(args: argparse.Namespace) -> int:
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
     if args.verify_fusion and spec.sweep.scheduler.name == "pbt":
         raise SpecError("--verify-fusion: not with pbt, whose trials take weights from each other")
-    with session.run_session(sweep.folder, spec, args.address, args.verbose) as (console, _):
+    with session.run_session(
+        sweep.folder, spec, args.address, args.verbose, lambda: sweep_shortage(spec)
+    ) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
             f"{search_words(spec.sweep)} and {spec.sweep.scheduler.name}"

@@ -63,7 +63,9 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
     ):
         table.add_column(column, justify="right", overflow="fold")
     for result in board.results[:SHOWN_TRIALS]:
-        parameters = [_format_cell(result.parameters[path]) for path in sweep.spec.parameters]
+        parameters = [
+            _format_cell(result.parameters.get(path, "")) for path in sweep.spec.parameters
+        ]
         objectives = [_format_cell(result.objectives.get(name, "unknown")) for name in others]
         mean = [str(result.repeated or "")] if repeated else []
         scores = (f"{result.value:.4f}", *mean, *objectives, f"{result.epoch:.1f}")

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import optuna
 
 KINDS = ("uniform", "loguniform", "integer", "log_integer", "choice", "same_as")
+MOST_STEPS = 100_000
+"""Steps of a float up to which its values are listed."""
 
 
 class Distribution(Spec):
@@ -89,19 +91,21 @@ class Distribution(Spec):
         steps = math.floor(float((_exact(bounds[1]) - _exact(bounds[0])) / _exact(self.step)))
         return bounds[0], self._on_grid(bounds[0], steps)
 
-    def values(self) -> list[Any] | None:
-        """All values in their order; None for a continuous range and for same_as."""
+    def values(self) -> Sequence[Any] | None:
+        """All values in their order; None for same_as and for a range that is as good as
+        continuous."""
         if self.choice is not None:
-            return list(self.choice)
+            return self.choice
         if self.bounds is None:
             return None
         low, high = self.bounds
         if self.is_integer:
-            return list(range(int(low), int(high) + 1, int(self.step or 1)))
-        if self.step is not None:
-            steps = round((high - low) / self.step)
-            return [self._on_grid(low, count) for count in range(steps + 1)]
-        return [low] if low == high else None
+            return range(int(low), int(high) + 1, int(self.step or 1))
+        if low == high:
+            return [low]
+        if self.step is None or (high - low) / self.step > MOST_STEPS:
+            return None
+        return [self._on_grid(low, count) for count in range(round((high - low) / self.step) + 1)]
 
     def boundary_values(self) -> list[Any]:
         """The lowest and the highest value; for a choice, all values."""

@@ -13,6 +13,7 @@ from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 from tuning.trials.constraints import parse_constraint
 from tuning.trials.distributions import Distribution
+from tuning.trials.space_check import check_space
 from tuning.trials.suggestion import (
     assignments,
     combinations,
@@ -264,22 +265,52 @@ def read_sweep_spec(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]
     data = apply_overrides(data, overrides)
     if not data.get("sweep"):
         raise SpecError(f"sweep: {name} has no such section; it lists the parameters to vary")
+    data = _with_dotted_parameters(data)
     spec, _ = resolve(data, SweepRunSpec)
     check_parameters(spec.model_dump(mode="json"), spec.sweep)
     check_folds(spec.model_dump(mode="json"), spec.sweep)
     return stem, spec
 
 
+def _with_dotted_parameters(data: dict[str, Any]) -> dict[str, Any]:
+    """The spec with `sweep.parameters` by dotted path, also those that `--set` gave as sections.
+
+    A parameter that was set to null is not varied.
+    """
+    sweep = data["sweep"]
+    if not (isinstance(sweep, Mapping) and isinstance(sweep.get("parameters"), Mapping)):
+        return data
+    dotted = _distributions(sweep["parameters"], "")
+    given = {path: own for path, own in dotted.items() if own is not None}
+    return {**data, "sweep": {**sweep, "parameters": given}}
+
+
+def _distributions(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Dotted path -> distribution, for sections within sections: a distribution is a mapping with
+    some value that is no mapping."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        within = [*value.values()] if isinstance(value, Mapping) else []
+        if any(isinstance(each, Mapping) for each in within) and not any(
+            isinstance(each, str | int | float | list) for each in within
+        ):
+            found |= _distributions(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def check_parameters(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
     """Raise a SpecError if the sweep may choose a value that its field does not accept."""
-    for path, distribution in sweep.parameters.items():
-        if path.partition(".")[0] in ("sweep", "storage", "tracking", "workload", "data"):
-            raise SpecError(f"sweep.parameters.{path}: cannot be varied within a sweep")
-        for value in distribution.boundary_values():
-            try:
-                resolve(trial_spec_data(spec_data, {path: value}), RunSpec)
-            except SpecError as error:
-                raise SpecError(f"sweep.parameters.{path}: {error}") from None
+
+    def mistake(chosen: Mapping[str, Any]) -> str | None:
+        try:
+            resolve(trial_spec_data(spec_data, chosen), RunSpec)
+        except SpecError as error:
+            return str(error).splitlines()[0]
+        return None
+
+    check_space(sweep.parameters, mistake)
 
 
 def check_folds(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
