@@ -35,13 +35,8 @@ from tuning.trials.leaderboard import (
 )
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
-from tuning.trials.space import (
-    EXHAUSTIVE,
-    SweepRunSpec,
-    SweepSpec,
-    check_folds,
-    read_sweep_spec,
-)
+from tuning.trials.searches import EXHAUSTIVE
+from tuning.trials.space import SweepRunSpec, SweepSpec, check_folds, read_sweep_spec
 from tuning.trials.trial import JOURNAL_FILE, Sweep
 from tuning.tuner import (
     TrialCallback,
@@ -123,9 +118,7 @@ def _check_trials(folder: Path, sweep: SweepSpec, overrides: Sequence[str]) -> N
     if not any(assignment.startswith("sweep.trials=") for assignment in overrides):
         return
     if sweep.search in EXHAUSTIVE:
-        raise SpecError(
-            f"sweep.trials: {sweep.search} has a trial for each combination, and no more"
-        )
+        raise SpecError(f"sweep.trials: {sweep.search} tries each combination, and no more")
     begun = len(Journal(folder / JOURNAL_FILE).parameters)
     if sweep.trials < begun:
         raise SpecError(f"sweep.trials: {begun} have begun already (got {sweep.trials})")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import loss
-from tuning.trials.samplers import (
+from tuning.trials.samplers import algorithm, build_sampler, suggestion_seed
+from tuning.trials.searches import (
+    EXHAUSTIVE,
     FROM_LAST_VALUES,
+    MAX_COMBINATIONS,
     ONE_OBJECTIVE,
     WITHOUT_MEMORY,
-    algorithm,
-    build_sampler,
-    suggestion_seed,
 )
-from tuning.trials.space import EXHAUSTIVE, MAX_COMBINATIONS, SweepSpec
+from tuning.trials.space import SweepSpec
 from tuning.trials.suggestion import (
     count_combinations,
     optuna_parameters,

@@ -8,18 +8,12 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tuning.trials.space import EXHAUSTIVE, SweepSpec
+from tuning.trials.space import SweepSpec
 from tuning.trials.suggestion import count_combinations
 
 if TYPE_CHECKING:
     import optuna
 
-WITHOUT_MEMORY = (*EXHAUSTIVE, "random")
-"""The searches that learn nothing from earlier trials."""
-FROM_LAST_VALUES = ("gp", "cmaes", "nsgaii", "nsgaiii")
-"""The searches to which Optuna tells only complete trials. They are told of a stopped trial as of a
-complete one with its last value: it was stopped because that was among the worse ones."""
-ONE_OBJECTIVE = ("cmaes",)
 MAX_GP_TRIALS = 250
 """Trials up to which `auto` takes the Gaussian process, as Optuna's AutoSampler does: the time of a
 suggestion grows with the cube of their number, and is about a second there."""

@@ -13,13 +13,13 @@ from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 from tuning.trials.constraints import parse_constraint
 from tuning.trials.distributions import Distribution
+from tuning.trials.searches import EXHAUSTIVE, Search, check_finite, check_search
 from tuning.trials.space_check import check_space
 from tuning.trials.suggestion import (
     assignments,
     combinations,
     count_combinations,
     dependency_order,
-    optuna_values,
 )
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 COST_METRICS = ("cost_usd", "energy_j", "kg_co2e")
 """MLflow metrics of the costs of a trial."""
-EXHAUSTIVE = ("grid", "bruteforce")
-"""The searches that try every combination of a finite space once."""
-MAX_COMBINATIONS = 1_000_000
-"""More trials than that are a mistake in the space of an exhaustive search."""
 
 
 class SchedulerSpec(Spec):
@@ -94,18 +90,7 @@ class SweepSpec(Spec):
     constraints: list[str] = []
     """Bounds on validation metrics and costs, such as `val/latency_ms < 10` or `cost_usd < 2`. The
     search avoids trials that break one, and none of them is the best."""
-    search: Literal[
-        "auto",
-        "random",
-        "grid",
-        "bruteforce",
-        "qmc",
-        "tpe",
-        "gp",
-        "cmaes",
-        "nsgaii",
-        "nsgaiii",
-    ] = "tpe"
+    search: Search = "tpe"
     """How values are chosen. random, and qmc (Sobol points), do not learn from trials. grid tries
     every combination of a finite space once in the order of the file, bruteforce in random order.
     tpe is for spaces of any kind, also for trials that are stopped early; its suggestions take 0.2
@@ -182,22 +167,8 @@ class SweepSpec(Spec):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "SweepSpec":
-        if self.search in EXHAUSTIVE:
-            for path, distribution in self.parameters.items():
-                if distribution.values() is None and distribution.same_as is None:
-                    raise ValueError(
-                        f"{self.search} needs a choice for every parameter, {path} has none"
-                    )
-            if self.total_trials > MAX_COMBINATIONS:
-                raise ValueError(
-                    f"{self.search} would try {self.total_trials:,} combinations, the most are "
-                    f"{MAX_COMBINATIONS:,}; random and tpe take `trials`"
-                )
-        for number, point in enumerate(self.enqueue):
-            try:
-                optuna_values(self.parameters, point)
-            except ValueError as error:
-                raise ValueError(f"enqueue.{number}: {error}") from None
+        check_finite(self.search, self.parameters)
+        check_search(self.search, self.parameters, self.enqueue, self.total_trials)
         if not self.metric.startswith("val/"):
             raise ValueError(f"metric must be one of validation, val/... (got {self.metric!r})")
         self._check_repeats()
