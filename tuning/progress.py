@@ -14,7 +14,7 @@ from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
-from tuning.trials.ranking import is_ranked, loss, selected_value
+from tuning.trials.ranking import is_ranked, loss, selected, selected_value, violation
 from tuning.trials.trial import ENDED_FILE, Sweep
 
 MIN_LINE_INTERVAL_S = 1.0
@@ -68,7 +68,8 @@ class SweepProgress:
         value = selected_value(self._sweep.spec, result)
         if value is not None:
             self._values[trial] = value
-        if event == "error":
+        spec = self._sweep.spec
+        if event == "error" or violation(spec, selected(spec, result)) > 0:
             self._values.pop(trial, None)
         if event in END_STATUSES:
             self._running.pop(trial, None)

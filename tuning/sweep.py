@@ -17,9 +17,10 @@ from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
+from tuning import earlier
 from tuning.fused import fusion_plan
+from tuning.reported_metrics import check_metrics
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
-from tuning.trials import earlier
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
 from tuning.trials.failures import MistakeWatch, run_failed_again
@@ -74,8 +75,9 @@ def new_sweep(
         data["sweep"]["enqueue"] = [*spec.sweep.enqueue, *points]
     trials = earlier.find_earlier_trials(data, spec.sweep)
     data["sweep"]["warm_start"] = list(trials)
-    spec, _ = resolve(data, SweepRunSpec)
+    spec, workload = resolve(data, SweepRunSpec)
     dataset, datasets = prepare_datasets(data, spec)
+    check_metrics(spec, workload, spec.sweep, dataset)
     name = sweep_name or unique_name(f"{stem}-sweep")
     folder = run.claim_folder(Path(spec.storage), name, data, "sweep")
     sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
