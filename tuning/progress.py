@@ -13,16 +13,10 @@ from cluster.base.terminal import JobProgress
 from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
-from trainers.run_folder import TRIALS
 from tuning.trials.budget import find_open_budget
-from tuning.trials.ranking import is_ranked, loss, selected_value
-from tuning.trials.trial import (
-    ENDED_FILE,
-    FAILED_FILE,
-    LAST_RESULT_FILE,
-    Sweep,
-    last_result,
-)
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import is_ranked, loss, selected, selected_value, violation
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""
@@ -49,10 +43,8 @@ class SweepProgress:
         self._totals: CostTotals | None = None
         self._events: list[str] = []
         self._line_s = -MIN_LINE_INTERVAL_S
-        self._ended_before = {
-            path.parent.name
-            for name in (ENDED_FILE, FAILED_FILE)
-            for path in sweep.folder.glob(f"trials/*/{name}")
+        self._ended_before = {  # those that failed run again
+            path.parent.name for path in sweep.folder.glob(f"trials/*/{ENDED_FILE}")
         }
         self._live = Live(
             get_renderable=self.table,
@@ -77,7 +69,8 @@ class SweepProgress:
         value = selected_value(self._sweep.spec, result)
         if value is not None:
             self._values[trial] = value
-        if event == "error":
+        spec = self._sweep.spec
+        if event == "error" or violation(spec, selected(spec, result)) > 0:
             self._values.pop(trial, None)
         if event in END_STATUSES:
             self._running.pop(trial, None)
@@ -112,7 +105,7 @@ class SweepProgress:
             return None
         running = sum(min(0.9, epoch / mean) for epoch in self._running.values())
         done = len(self._epochs) + running
-        left = self._sweep.spec.total_trials - self._count_ended() - running
+        left = self._sweep.spec.planned_trials - self._count_ended() - running
         return (self._clock() - self._started_s) / done * max(0.0, left)
 
     def _spent_text(self) -> str:
@@ -144,7 +137,7 @@ class SweepProgress:
         counts = Counter(self._ended.values())
         left_s = self.remaining_s()
         cells = {
-            "trials": f"{self._count_ended()}/{self._sweep.spec.total_trials}",
+            "trials": f"{self._count_ended()}/{self._sweep.spec.planned_trials}",
             "running": str(len(self._running)),
             "complete": str(counts["complete"]),
             "stopped": str(counts["stopped"]),
@@ -162,10 +155,13 @@ class SweepProgress:
 def _earlier_values(sweep: Sweep) -> dict[int, float]:
     """Trial -> its value, for the trials of before an interruption that did not fail."""
     values: dict[int, float] = {}
-    for path in sorted(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}")):
-        value = selected_value(sweep.spec, last_result(path.parent))
-        if value is not None and not (path.parent / FAILED_FILE).exists():
-            values[int(path.parent.name)] = value
+    for number in Journal(sweep.folder / JOURNAL_FILE).parameters:
+        folder = sweep.trial_folder(number)
+        counts = selected(sweep.spec, last_result(folder))
+        value = counts.get(sweep.spec.metric)
+        failed = (folder / FAILED_FILE).exists()
+        if value is not None and not failed and not violation(sweep.spec, counts):
+            values[number] = value
     return values
 
 

@@ -89,8 +89,15 @@ def apply_overrides(data: Mapping[str, Any], assignments: Iterable[str]) -> dict
 
 
 def with_value(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of `data` in which the value at the dotted `path` is `value`."""
-    head, _, rest = path.partition(".")
+    """A copy of `data` in which the value at the dotted `path` is `value`.
+
+    A key of `data` may have dots itself, as those of `sweep.parameters` do.
+    """
+    head = next(
+        (key for key in data if "." in str(key) and f"{path}.".startswith(f"{key}.")),
+        path.partition(".")[0],
+    )
+    rest = path[len(head) + 1 :]
     result = dict(data)
     if not rest:
         result[head] = value

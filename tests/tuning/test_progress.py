@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tuning.progress import SweepProgress
+from tuning.trials.journal import Journal
 from tuning.trials.space import SweepSpec
 from tuning.trials.trial import Sweep
 
@@ -90,6 +91,7 @@ def test_best_is_by_the_evaluation_that_counts_also_of_trials_of_before(sweep: S
     best = {"best/val/accuracy": 0.75, "best/step": 10, "best/epoch": 1.0}
     last = {"val/accuracy": 0.25, "step": 20, "epoch": 2.0, **best}
     (sweep.folder / "trials" / "0000" / "last.json").write_text(json.dumps(last))
+    Journal(sweep.folder / "journal.jsonl").record_suggestion(0, {"optimizer.lr": 0.5})
     progress = SweepProgress(Console(file=io.StringIO()), replace(sweep, spec=spec))
     assert progress._best_text() == "0.7500 (trial 0000)"
     progress.on_trial_event("result", 1, {**last, "best/val/accuracy": 0.875})

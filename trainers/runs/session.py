@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from cluster.base.terminal import redirect_output
 from cluster.session.ray_session import ray_session
 from trainers.run_folder import LOG, display_path, locked
 from trainers.runs.ray_train import resource_shortage
+from trainers.runs.stop_requests import interrupted_on_request
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
 from trainers.tracking.preflight import check_access
@@ -22,20 +23,26 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def run_session(
-    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+    folder: Path,
+    spec: RunSpec,
+    address: str | None,
+    verbose: bool,
+    shortage: Callable[[], str | None] | None = None,
 ) -> Iterator[tuple["Console", threading.Event]]:
     """Check MLflow, lock the folder, connect to Ray, check the cluster, and handle Ctrl-C.
 
-    Yields the console and the event that Ctrl-C sets.
+    `shortage` says in a line what the cluster lacks; by default, for the workers of a run.
+    Yields the console and the event that Ctrl-C sets, and `heliostat stop` from another process.
     """
     unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
     with (
         folder_session(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
+        interrupted_on_request(folder),
     ):
         if unreachable:
             console.print(unreachable, style="yellow", highlight=False)
-        missing = resource_shortage(spec.scale)
+        missing = shortage() if shortage is not None else resource_shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)
         require_visible_everywhere(folder, spec)

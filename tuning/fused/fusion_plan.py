@@ -87,6 +87,8 @@ def plan_from_spec(sweep: Sweep) -> FusionPlan | None:
         return FusionPlan(0, "")
     spec, _ = resolve(sweep.spec_data, RunSpec)
     reason = unsupported_reason(spec)
+    if len(sweep.datasets) > 1:
+        reason = "data: the trials have several data sets"
     if reason:
         return FusionPlan(0, f"not fused: {reason}")
     steps = sweep.spec.total_trials * spec.train.total_steps(sweep.samples)

@@ -133,7 +133,7 @@ def _leaderboard(
             ),
             result.epoch,
             statuses[result.number],
-            *(_cell(result.parameters[path]) for path in spec.parameters),
+            *(_cell(result.parameters.get(path, "")) for path in spec.parameters),
         )
         for result in board.results
     ]
@@ -160,10 +160,12 @@ def _parameter_charts(
     results = [r for r in board.results if math.isfinite(r.value)]
     if len(results) < 2:
         return
-    yield parallel_coordinates(results, spec.parameters, spec.metric, spec.mode)
+    tried = {path for r in results for path in r.parameters}
+    shown = {p: d for p, d in spec.parameters.items() if d.same_as is None and p in tried}
+    yield parallel_coordinates(results, shown, spec.metric, spec.mode)
     if board.importances:
         yield sweep_charts.importance_chart(board.importances, spec.metric)
-    for path, space in spec.parameters.items():
+    for path, space in shown.items():
         yield sweep_charts.slice_chart(path, results, space, spec.metric, statuses)
 
 

@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 from tuning.stopping.extrapolation import MIN_POINTS, Extrapolation
 from tuning.stopping.rules import ROUNDING, Asha, MedianRule, StoppingRule
+from tuning.trials.distributions import Distribution
 from tuning.trials.ranking import objective_modes
-from tuning.trials.space import Distribution, SchedulerSpec, SweepSpec
+from tuning.trials.space import SchedulerSpec, SweepSpec
 
 EPOCH_ATTR = "epoch"
 """Field of a result that measures progress: trials with different batches have different steps."""

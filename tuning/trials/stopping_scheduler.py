@@ -17,10 +17,11 @@ from ray.tune.schedulers import FIFOScheduler
 from cluster.base.files import truncate_partial_line
 from trainers.run_folder import TRIALS
 from tuning.stopping.rules import Evaluation, StoppingRule
-from tuning.trials.ranking import losses, selected
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import losses, selected, violation
 from tuning.trials.schedulers import EPOCH_ATTR, CostPerEpoch
 from tuning.trials.space import SweepSpec
-from tuning.trials.trial import last_result
+from tuning.trials.trial import JOURNAL_FILE, last_result
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 """In a sweep's folder: what the scheduler was told, a line for each evaluation of a trial."""
@@ -106,7 +107,7 @@ class StoppingScheduler(InOrder):
             return None
         counts = selected(self._sweep, result)
         found = losses(self._sweep, counts)
-        broken = math.inf if math.inf in found else 0.0
+        broken = math.inf if math.inf in found else violation(self._sweep, counts)
         finite = math.inf not in losses(self._sweep, result)
         return Evaluation(trial, since, at, found, broken, finite)
 
@@ -135,8 +136,8 @@ class StoppingScheduler(InOrder):
         for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
             trial, since, at, found, broken, finite = map(_from_json, json.loads(line))
             self._add(Evaluation(trial, since, at, tuple(found), broken, finite))
-        for folder in sorted((self._folder / TRIALS).glob("*")):
-            self._read_last(int(folder.name), folder)
+        for number in Journal(self._folder / JOURNAL_FILE).parameters:
+            self._read_last(number, self._folder / TRIALS / f"{number:04d}")
 
     def _read_last(self, trial: int, folder: Path) -> None:
         """Note a trial's last evaluation, if its line was lost, or no lines were written then."""

@@ -14,6 +14,7 @@ from tuning.trials.ranking import (
     losses,
     selected,
     selected_value,
+    violation,
     with_best,
 )
 from tuning.trials.space import SweepSpec
@@ -101,3 +102,14 @@ def test_mlflow_is_told_the_best_evaluation_at_its_step() -> None:
     spec = sweep(select="best")
     last = results(spec, [3.0, 1.0, 2.0])[-1]
     assert [point[:3] for point in best_points(spec, last)] == [("best/val/loss", 1.0, 20)]
+
+
+def test_constraints_are_judged_by_the_evaluation_that_counts() -> None:
+    """It is the best by the metric alone, since that is the one whose checkpoint is kept."""
+    spec = sweep(select="best", constraints=["val/latency_ms < 10"])
+    last: dict[str, Any] = {}
+    for step, value, latency_ms in ((10, 1.0, 20.0), (20, 3.0, 5.0)):
+        result = {"val/loss": value, "val/latency_ms": latency_ms, "step": step, "epoch": 1.0}
+        last = with_best(spec, result, last)
+    assert selected(spec, last)["step"] == 10
+    assert violation(spec, selected(spec, last)) == 10

@@ -10,6 +10,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from tuning.trials.journal import Journal
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.space import SweepSpec
 from tuning.trials.stopping_scheduler import EVALUATIONS_FILE
@@ -129,7 +130,9 @@ def test_an_evaluation_that_the_driver_was_lost_before_is_read_from_the_trial(
     asha = build_scheduler(sweep(), 9, evaluate_every_epochs=1, folder=tmp_path)
     tell(asha, 0, 1, 0.5)
     tell(asha, 0, 2, 0.5)
+    journal = Journal(tmp_path / "journal.jsonl")
     for trial, epoch in ((0, 3), (1, 3), (2, 5)):  # the last two: no line is known of them
+        journal.record_suggestion(trial, {"x": 0.5})
         folder = tmp_path / "trials" / f"{trial:04d}"
         folder.mkdir(parents=True)
         last = {"epoch": float(epoch), "val/loss": 0.1 * trial, "step": 10, "complete": False}
