@@ -16,12 +16,15 @@ from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
+from tuning import earlier
 from tuning.failures import MistakeWatch, run_failed_again
 from tuning.fused import fusion_plan
-from tuning.sweep_checks import check_metrics, check_overrides, check_trials
+from tuning.reported_metrics import check_metrics
+from tuning.sweep_checks import check_overrides, check_trials
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
+from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import (
     Leaderboard,
     TrialResult,
@@ -34,7 +37,7 @@ from tuning.trials.leaderboard import (
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
 from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
-from tuning.trials.trial import Sweep
+from tuning.trials.trial import JOURNAL_FILE, Sweep
 from tuning.tuner import (
     TrialCallback,
     create_repeats_tuner,
@@ -51,16 +54,28 @@ _folder_name = trial_folder_name
 logger = logging.getLogger(__name__)
 
 
-def new_sweep(name: str, overrides: list[str], sweep_name: str | None) -> Sweep:
-    """A new sweep of the spec `name`, in a folder of its own."""
+def new_sweep(
+    name: str, overrides: list[str], sweep_name: str | None, like: str | None = None
+) -> Sweep:
+    """A new sweep of the spec `name`, in a folder of its own.
+
+    It first tries the values of the run or the best trials of the sweep `like`.
+    """
     stem, spec = read_sweep_spec(name, overrides)
     data = run.resolved_data(spec)
+    if like is not None:
+        points = earlier.points_like(spec.sweep, like, Path(spec.storage))
+        data["sweep"]["enqueue"] = [*spec.sweep.enqueue, *points]
+    trials = earlier.find_earlier_trials(data, spec.sweep)
+    data["sweep"]["warm_start"] = list(trials)
     spec, workload = resolve(data, SweepRunSpec)
     dataset, datasets = prepare_datasets(data, spec)
-    check_metrics(spec, workload, dataset)
+    check_metrics(spec, workload, spec.sweep, dataset)
     name = sweep_name or unique_name(f"{stem}-sweep")
     folder = run.claim_folder(Path(spec.storage), name, data, "sweep")
-    return Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
+    sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
+    earlier.record_earlier_trials(sweep, trials)
+    return sweep
 
 
 def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -80,7 +95,10 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
         run.refuse_secrets(data)
         with locked(folder):
             write_yaml(data, folder / SPEC)
-    return Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
+    sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
+    if spec.sweep.warm_start and not Journal(folder / JOURNAL_FILE).parameters:
+        earlier.record_earlier_trials(sweep, earlier.find_earlier_trials(data, spec.sweep))
+    return sweep
 
 
 def run_to_end(

@@ -19,7 +19,6 @@ from trainers.runs.stalls import last_stall
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
-from tuning.repeat_search import RepeatSearch
 from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
@@ -37,7 +36,7 @@ from tuning.trials.trial import (
     Sweep,
     run_trial,
 )
-from tuning.tune_search import ENDLESS, SweepSearch
+from tuning.tune_search import ENDLESS, RepeatSearch, SweepSearch
 
 TUNE_FOLDER, REPEATS_FOLDER = "tune", "tune-repeats"
 """Tune's state of the search, and of the trainings that `sweep.repeat` adds to it."""
@@ -65,7 +64,9 @@ def trial_events(sweep: Sweep, on_trial_event: TrialCallback) -> Iterator[None]:
 
 def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> tune.Tuner:
     """Ray's tuner for a new or an interrupted sweep; `slots` is 0 where trials are processes."""
-    journaled = JournaledSearcher(sweep.spec, sweep.folder / JOURNAL_FILE)
+    journaled = JournaledSearcher(
+        sweep.spec, sweep.folder / JOURNAL_FILE, epochs_per_trial(sweep, spec)
+    )
     scheduler = build_scheduler(
         sweep.spec,
         epochs_per_trial(sweep, spec),

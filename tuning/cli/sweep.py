@@ -37,6 +37,11 @@ def add_verbs(verbs: Subparsers) -> None:
         "gets more trials",
     )
     sweep.add_argument(
+        "--like",
+        metavar="SWEEP|RUN",
+        help="first try the values of that run, or of the best trials of that sweep",
+    )
+    sweep.add_argument(
         "--verify-fusion",
         action="store_true",
         help="train three fused trials once more, each alone, and print the largest deviation",
@@ -80,16 +85,21 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning.progress import SweepProgress
     from tuning.trial_resources import sweep_shortage
     from tuning.trials.leaderboard import has_ended
+    from tuning.trials.samplers import search_words
+    from tuning.trials.schedulers import early_stopping_text
     from tuning.trials.space import SweepRunSpec
+    from tuning.tuner import epochs_per_trial
 
     if args.or_resume and not args.name:
         raise SpecError("--or-resume: needs --name, the name of the sweep to continue")
+    if args.like and args.resume:
+        raise SpecError("--like: the trials of a sweep that has begun are chosen already")
     if storage := run.find_started(args):
         sweep = sweeps.resumed_sweep(args.name, storage, [])
     elif args.resume:
         sweep = sweeps.resumed_sweep(args.resume, run.storage_for_spec(args.spec), args.set)
     elif args.spec:
-        sweep = sweeps.new_sweep(args.spec, args.set, args.name)
+        sweep = sweeps.new_sweep(args.spec, args.set, args.name, args.like)
     else:
         raise SpecError("sweep: needs a spec, or --resume SWEEP")
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
@@ -100,8 +110,12 @@ def sweep_command(args: argparse.Namespace) -> int:
     ) as (console, _):
         console.print(
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
-            f"{spec.sweep.search} and {spec.sweep.scheduler.name}"
+            f"{search_words(spec.sweep)} and {spec.sweep.scheduler.name}"
         )
+        every = spec.train.evaluate_every_epochs
+        compared = early_stopping_text(spec.sweep, epochs_per_trial(sweep, spec), every)
+        if compared:
+            console.print(compared, highlight=False)
         with SweepProgress(console, sweep) as progress:
             board, tracked = sweeps.run_to_end(sweep, progress.on_trial_event, console.print)
         print_results(console, sweep, board, tracked)

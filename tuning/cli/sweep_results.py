@@ -42,6 +42,8 @@ def print_results(
         console.print(_how_to_resume(sweep, board, tracked), highlight=False)
     if board.best is not None:
         console.print("\n".join(_how_to_use(sweep, board.best)))
+    elif board.results and sweep.spec.constraints:
+        console.print("no trial keeps all of sweep.constraints", style="yellow", highlight=False)
 
 
 def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
@@ -61,6 +63,7 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
         mean = [str(result.repeated or "")] if repeated else []
         scores = (f"{result.value:.4f}", *mean, *objectives, f"{result.epoch:.1f}")
         ended = "" if result.complete else "stopped"
+        ended = "breaks a constraint" if result.violation else ended
         table.add_row(f"{result.number:04d}", *scores, ended, *parameters)
     return table
 

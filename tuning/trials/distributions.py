@@ -152,7 +152,18 @@ class Distribution(Spec):
     def optuna_value(self, value: Any) -> Any:
         """The value in Optuna's trial for the parameter's; ValueError if it is no value of it."""
         if self.choice is None:
-            return value
+            assert self.bounds is not None
+            low, high = self.bounds
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or (self.is_integer and value != int(value)):
+                raise ValueError(f"{value!r} is no {'integer' if self.is_integer else 'number'}")
+            if not low <= value <= high:
+                raise ValueError(f"{value!r} is not within [{low:g}, {high:g}]")
+            if self.step is not None:
+                count = round((value - low) / self.step)
+                if not math.isclose(self._on_grid(low, count), value):
+                    raise ValueError(f"{value!r} is not {low:g} plus a multiple of {self.step:g}")
+            return int(value) if self.is_integer else value
         for index, each in enumerate(self.choice):
             if identical(each, value):
                 return index

@@ -16,7 +16,7 @@ from tuning.stopping.fronts import first_front
 from tuning.trials.budget import trial_costs
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
-from tuning.trials.ranking import loss, objective_modes, selected
+from tuning.trials.ranking import loss, objective_modes, selected, violation
 from tuning.trials.repeats import Repeated, best_mean_first
 from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
@@ -40,6 +40,8 @@ class TrialResult:
     """Whether the trial has done all its steps, also those after this evaluation."""
     objectives: Mapping[str, float] = field(default_factory=dict)
     """Objective of `sweep.objective` -> its value, where it is known."""
+    violation: float = 0.0
+    """How far it breaks `sweep.constraints`; 0 if it keeps them all."""
     repeated: Repeated | None = None
     """The trainings of its configuration for `sweep.repeat` and `sweep.folds`, this one included,
     as far as they have ended."""
@@ -62,12 +64,14 @@ class Leaderboard:
 
     @property
     def best(self) -> TrialResult | None:
-        """The best trial; None if no trial has a finite value."""
-        return next((r for r in self.results[:1] if math.isfinite(r.value)), None)
+        """The best trial; None if no trial has a finite value and keeps the constraints."""
+        return next(
+            (r for r in self.results[:1] if math.isfinite(r.value) and not r.violation), None
+        )
 
     def finalists(self, sweep: SweepSpec) -> list[TrialResult]:
         """The best complete trials by their own values, whose configurations are repeated."""
-        complete = [result for result in self.results if result.complete]
+        complete = [result for result in self.results if result.complete and not result.violation]
         by_value = sorted(complete, key=lambda result: loss(sweep, result.value))
         return by_value[: sweep.finalists]
 
@@ -76,7 +80,8 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
     """The leaderboard of a sweep, finished or not, without the importances."""
     journal = Journal(sweep.folder / JOURNAL_FILE)
     objectives = objective_modes(sweep.spec) if sweep.spec.objective else {}
-    costs = trial_costs(sweep) if objectives.keys() & set(COST_METRICS) else {}
+    asked = " ".join([*objectives, *sweep.spec.constraints])
+    costs = trial_costs(sweep) if any(name in asked for name in COST_METRICS) else {}
     results, ended, failed = [], [], {}
     for number, parameters in journal.parameters.items():
         folder = sweep.trial_folder(number)
@@ -97,11 +102,13 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
                     epoch=counts["epoch"],
                     complete=last["complete"],
                     objectives={name: known[name] for name in objectives if name in known},
+                    violation=violation(sweep.spec, known),
                 )
             )
-    results.sort(key=lambda result: loss(sweep.spec, result.value))
+    results.sort(key=lambda result: (result.violation > 0, loss(sweep.spec, result.value)))
     results = best_mean_first(sweep, results, journal)
-    front = pareto_front({r.number: r.objectives for r in results}, objectives)
+    feasible = {r.number: r.objectives for r in results if not r.violation}
+    front = pareto_front(feasible, objectives)
     return Leaderboard(results, ended, failed, front)
 
 

@@ -11,7 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from cluster.base.config import Spec, apply_overrides, flatten, with_value
 from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
+from tuning.trials.constraints import parse_constraint
 from tuning.trials.distributions import Distribution
+from tuning.trials.searches import EXHAUSTIVE, Search, check_finite, check_search
 from tuning.trials.space_check import check_space
 from tuning.trials.suggestion import (
     assignments,
@@ -83,13 +85,28 @@ class SweepSpec(Spec):
     its last one or its best one. Of what counts there is a checkpoint."""
     objective: list[str] = []
     """Several objectives in place of `metric` and `mode`, such as `val/accuracy max` or
-    `cost_usd min`. The search optimizes the first one; the report shows the Pareto front of all.
-    They may be validation metrics, cost_usd, energy_j and kg_co2e."""
-    search: Literal["random", "grid", "tpe", "cmaes"] = "tpe"
-    """How values are chosen: at random, every combination once, or by Optuna's TPE or CMA-ES."""
+    `cost_usd min`. The search looks for their Pareto front, and the report shows it. They may be
+    validation metrics, cost_usd, energy_j and kg_co2e."""
+    constraints: list[str] = []
+    """Bounds on validation metrics and costs, such as `val/latency_ms < 10` or `cost_usd < 2`. The
+    search avoids trials that break one, and none of them is the best."""
+    search: Search = "tpe"
+    """How values are chosen. random, and qmc (Sobol points), do not learn from trials. grid tries
+    every combination of a finite space once in the order of the file, bruteforce in random order.
+    tpe is for spaces of any kind, also for trials that are stopped early; its suggestions take 0.2
+    s after 10,000 trials, so that random is the better choice above some 2,000 short ones. gp
+    (a Gaussian process) is for few and long trials, cmaes for many trials with numbers only,
+    nsgaii and nsgaiii for many trials with several objectives. auto chooses among them."""
+    enqueue: list[dict[str, Any]] = []
+    """Points to try first: each has a path of `parameters` -> value; the search chooses the rest.
+    """
+    warm_start: list[str] = []
+    """Names or folders of earlier sweeps of the same metric, from whose trials the search learns
+    before its first one."""
     scheduler: SchedulerSpec = SchedulerSpec()
     trials: PositiveInt = 16
-    """Number of trials; grid ignores it and tries every combination once."""
+    """Number of trials; fewer if all combinations of a finite space are tried. grid and bruteforce
+    ignore it and try them all."""
     repeat: PositiveInt = 1
     """Trainings of each of the best configurations, each with a seed of its own: train.seed, and
     those that follow it. They are ranked by the mean of the metric, with its 95 % interval."""
@@ -144,12 +161,20 @@ class SweepSpec(Spec):
                 raise ValueError(f"{name} and objective exclude each other; give one")
         return {**data, "metric": metric, "mode": mode}
 
+    @field_validator("constraints")
+    @classmethod
+    def _check_constraints(cls, constraints: list[str]) -> list[str]:
+        for text in constraints:
+            metric = parse_constraint(text).metric
+            if metric not in COST_METRICS and not metric.startswith("val/"):
+                known = ", ".join(COST_METRICS)
+                raise ValueError(f"{metric!r} must be val/... or one of {known}")
+        return constraints
+
     @model_validator(mode="after")
     def _check_consistency(self) -> "SweepSpec":
-        if self.search == "grid":
-            for path, distribution in self.parameters.items():
-                if distribution.values() is None and distribution.same_as is None:
-                    raise ValueError(f"grid needs a choice for every parameter, {path} has none")
+        check_finite(self.search, self.parameters)
+        check_search(self.search, self.parameters, self.enqueue, self.total_trials)
         if not self.metric.startswith("val/"):
             raise ValueError(f"metric must be one of validation, val/... (got {self.metric!r})")
         self._check_repeats()
@@ -184,11 +209,17 @@ class SweepSpec(Spec):
 
     @functools.cached_property
     def total_trials(self) -> int:
-        if self.search != "grid":
-            return self.trials
+        """Trials of the sweep: as many as are asked for, and no combination of values twice.
+
+        pbt changes the values of its trials, so that these may begin with the same ones.
+        """
         count = count_combinations(self.parameters)
-        assert count is not None
-        return count
+        if self.search in EXHAUSTIVE:
+            assert count is not None
+            return count
+        if count is None or self.scheduler.name == "pbt":
+            return self.trials
+        return min(self.trials, count)
 
     @property
     def planned_trials(self) -> int:

@@ -5,12 +5,11 @@ parameter that is tied to another. Optuna sees only those that are chosen: neith
 whose conditions do not hold.
 """
 
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.config import with_value
+from cluster.base.config import did_you_mean, with_value
 from trainers.spec import RunSpec
 from tuning.trials.distributions import Distribution, Parameters, equal
 
@@ -55,6 +54,22 @@ def optuna_parameters(
     return values, {path: d.to_optuna() for path, d in asked.items()}
 
 
+def optuna_values(parameters: Parameters, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a point, or of a part of one, in Optuna's form; ValueError if it is outside."""
+    values = {}
+    for path, value in point.items():
+        if path not in parameters:
+            raise ValueError(f"{path} is not among the parameters{did_you_mean(path, parameters)}")
+        tied_to = parameters[path].same_as
+        if tied_to is not None:
+            raise ValueError(f"{path} is the same as {tied_to}; leave it out")
+        try:
+            values[path] = parameters[path].optuna_value(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values
+
+
 def completed(
     parameters: Parameters, values: Mapping[str, Any], rng: random.Random
 ) -> dict[str, Any]:
@@ -73,19 +88,36 @@ def combinations(parameters: Parameters) -> Iterator[dict[str, Any]]:
 
 
 def count_combinations(parameters: Parameters) -> int | None:
-    """The number of combinations; None if the space is not finite."""
+    """The number of combinations; None if the space is not finite.
+
+    Lists the values of those parameters only on which the conditions of others depend.
+    """
     if any(d.values() is None for d in parameters.values() if d.same_as is None):
         return None
-    referenced = {path for d in parameters.values() for path in referred_paths(d)}
-    alone = {
-        path: len(d.values() or [])
-        for path, d in parameters.items()
-        if d.same_as is None
-        and not d.when
-        and not any(path in parameters_setting(parameters, other) for other in referenced)
-    }
-    rest = {path: d for path, d in parameters.items() if path not in alone}
-    return math.prod(alone.values()) * sum(1 for _ in combinations(rest))
+    order = dependency_order(parameters)
+    conditions = [path for d in parameters.values() for path in d.when]
+    deciding: set[str] = set()
+    for path in reversed(order):
+        tied_to = parameters[path].same_as
+        if any(path in parameters_setting(parameters, field) for field in conditions):
+            deciding.add(path)
+            conditions += [tied_to] if tied_to is not None else []
+
+    def count(chosen: dict[str, Any], place: int) -> int:
+        if place == len(order):
+            return 1
+        path = order[place]
+        distribution = parameters[path]
+        if not _is_active(distribution, chosen):
+            return count(chosen, place + 1)
+        if path not in deciding:
+            return len(distribution.values() or [None]) * count(chosen, place + 1)
+        values: Iterable[Any] = distribution.values() or []
+        if distribution.same_as is not None:
+            values = [field_value(distribution.same_as, chosen)]
+        return sum(count({**chosen, path: value}, place + 1) for value in values)
+
+    return count({}, 0)
 
 
 def possible_parameters(
