@@ -16,7 +16,7 @@ from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import is_ranked, loss, selected, selected_value, violation
-from tuning.trials.trial import ENDED_FILE, JOURNAL_FILE, Sweep, last_result
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""

@@ -134,14 +134,18 @@ def run_to_end(
     ):
         with _fused_slots(sweep, spec, tracker, log_line) as slots:
             create_tuner(sweep, spec, tracker, slots).fit()
-        _repeat_best(sweep, spec, tracker, log_line)
+        _repeat_best(sweep, spec, tracker, budget, log_line)
     board = end.track_importances()
     end.export_best()
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
 def _repeat_best(
-    sweep: Sweep, spec: SweepRunSpec, tracker: Any, log_line: Callable[[str], None]
+    sweep: Sweep,
+    spec: SweepRunSpec,
+    tracker: Any,
+    budget: SweepBudget,
+    log_line: Callable[[str], None],
 ) -> None:
     """Train the best configurations as often as `sweep.repeat` and `sweep.folds` say.
 
@@ -155,7 +159,7 @@ def _repeat_best(
         return
     finalists = {result.number: result.parameters for result in board.finalists(sweep.spec)}
     left = plan_repeats(sweep, finalists)
-    if left:
+    if left and budget.can_start_trial():
         log_line(f"{len(left)} more trainings of the {len(finalists)} best configurations")
         create_repeats_tuner(sweep, spec, tracker, left).fit()
 

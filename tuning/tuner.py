@@ -251,6 +251,10 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
             points = best_points(self._sweep.spec, result)
             self._tracker().log.remote(self._sweep.trial_key(number), points, result.get("step", 0))
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (self._sweep.trial_folder(trial.config["trial"]) / FAILED_FILE).exists():
+            trial.max_failures = 0  # another attempt would end with the same error
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]
         reason = self._failure_reason(number)
