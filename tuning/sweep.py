@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.config import apply_overrides, read_yaml, write_yaml
-from trainers.run_folder import SPEC, find_run_folder, locked, require_kind, unique_name
+from trainers.run_folder import SPEC, TRIALS, find_run_folder, locked, require_kind, unique_name
 from trainers.runs import run
 from trainers.spec import resolve
 from trainers.tracking import mlflow_run
@@ -37,7 +37,7 @@ from tuning.trials.leaderboard import (
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
 from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
-from tuning.trials.trial import JOURNAL_FILE, Sweep
+from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 from tuning.tuner import (
     TrialCallback,
     create_repeats_tuner,
@@ -266,6 +266,13 @@ def _best_metrics(metric: str, best: TrialResult) -> list[tuple[str, float, int,
     return [(name, value, 0, now_ms()) for name, value in found.items()]
 
 
+def _earlier_plan(sweep: Sweep) -> fusion_plan.FusionPlan | None:
+    """The plan with which the sweep began, unless that was made for a workload with a mistake."""
+    plan = fusion_plan.load_plan(sweep)
+    evaluated = any(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}"))
+    return plan if plan is not None and (plan.slots or evaluated) else None
+
+
 @contextlib.contextmanager
 def _fused_slots(
     sweep: Sweep, spec: SweepRunSpec, tracker: Any, log_line: Callable[[str], None]
@@ -278,7 +285,7 @@ def _fused_slots(
     engines: list[Any] = []
     try:
         capacity = cluster_capacity(spec)
-        plan = fusion_plan.load_plan(sweep) or fusion_plan.plan_from_spec(sweep)
+        plan = _earlier_plan(sweep) or fusion_plan.plan_from_spec(sweep)
         if plan is None:
             engines += start_engines(sweep, tracker, 1)
             planned = engines[0].plan.remote(capacity)
