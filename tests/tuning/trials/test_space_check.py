@@ -126,6 +126,12 @@ NAMES = {"choice": ["sgd", "adamw"]}
             [],
             "optimizer: optimizer.momentun: unknown key; did you mean 'momentum'?",
         ),
+        (
+            {"optimizer.betas.1": {"uniform": [0.9, 1.1]}},
+            [],
+            "optimizer.betas.1: optimizer.betas.1: ",
+        ),
+        ({"optimizer.betas.2": RANGE}, [], "optimizer.betas.2: optimizer.betas: has no key '2'"),
         ({"recipe": {"choice": [{"optimzer": {}}]}}, [], "recipe: optimzer: unknown key"),
         ({"recipe": {"choice": [{"storage": "a"}]}}, [], "recipe: storage: is the same for all"),
         # Choices and fixed fields.
@@ -170,6 +176,7 @@ def test_too_many_data_sets_are_refused(tmp_path: Path) -> None:
         },
         {"train.global_batch": {"uniform": [32, 64], "step": 1}},
         {"optimizer.betas": {"choice": [[0.9, 0.99], [0.9, 0.999]]}},
+        {"optimizer.betas.0": {"uniform": [0.8, 0.95]}, "model.width": {"choice": [8, 16]}},
         # One is valid only with the other, and the file's own value with neither.
         {
             "train.global_batch": {"choice": [66, 96]},
