@@ -1,5 +1,6 @@
 """Sweeps on the real Ray Tune: killed drivers, failed trials, several workers, exploitation."""
 
+import copy
 import json
 import math
 import os
@@ -14,10 +15,13 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 
 from cluster.base.config import read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.export import load_model
+from trainers.checkpoints.state import load_model_weights
 from trainers.spec import RunSpec, resolve
 from tuning import sweep as sweeps
 from tuning.trials.journal import Journal
@@ -95,6 +99,12 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints").latest()
     assert newest is not None
     assert newest.name == f"step-{board.best.step:08d}"
+    exported = load_model(sweep.folder).eval()
+    again = copy.deepcopy(exported)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    load_model_weights(newest, again)
+    assert all(map(torch.equal, exported.parameters(), again.parameters()))
     best, _ = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)
     assert best.optimizer.lr == board.best.parameters["optimizer.lr"]
     assert best.sweep is None
