@@ -253,7 +253,16 @@ def test_bad_sweeps_name_the_path(
         "sweep.parameters={optimizer.lr: {uniform: [1, 0]}}": (
             "sweep.parameters.optimizer.lr: uniform must be [low, high] with low <= high"
         ),
-        "sweep.search=gird": "sweep.search: must be 'random', 'grid', 'tpe' or 'cmaes' (got",
+        "sweep.search=gird": "sweep.search: must be 'auto', 'random', 'grid', 'bruteforce', 'qmc'",
+        "sweep.metric=val/acuracy": (
+            "sweep.metric: the workload has no val/acuracy; did you mean 'val/accuracy'?"
+        ),
+        "sweep.objective=[val/loss min, val/latency min]": (
+            "sweep.objective: the workload has no val/latency"
+        ),
+        "sweep.constraints=[val/latency < 3]": "sweep.constraints: the workload has no val/latency",
+        "sweep.enqueue=[{model.width: 5}]": "sweep: enqueue.0: model.width: 5 is not in the choice",
+        "sweep.warm_start=[nothing]": "sweep.warm_start: nothing: no such run or sweep in",
         "sweep.metric=accuracy": "sweep: metric must be one of validation",
         "sweep=null": "sweep: ",
     }
