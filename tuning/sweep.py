@@ -19,7 +19,6 @@ from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 from tuning import earlier
 from tuning.fused import fusion_plan
-from tuning.reported_metrics import check_metrics
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
