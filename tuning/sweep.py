@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.config import apply_overrides, read_yaml, write_yaml
-from cluster.base.errors import SpecError
 from trainers.run_folder import SPEC, find_run_folder, locked, require_kind, unique_name
 from trainers.runs import run
 from trainers.spec import resolve
@@ -18,11 +17,12 @@ from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 from tuning import earlier
+from tuning.failures import MistakeWatch, run_failed_again
 from tuning.fused import fusion_plan
+from tuning.sweep_checks import check_metrics, check_overrides, check_trials
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
-from tuning.trials.failures import MistakeWatch, run_failed_again
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import (
     Leaderboard,
@@ -35,8 +35,7 @@ from tuning.trials.leaderboard import (
 )
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
-from tuning.trials.searches import EXHAUSTIVE
-from tuning.trials.space import SweepRunSpec, SweepSpec, check_folds, read_sweep_spec
+from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
 from tuning.trials.trial import JOURNAL_FILE, Sweep
 from tuning.tuner import (
     TrialCallback,
@@ -48,12 +47,6 @@ from tuning.tuner import (
 )
 
 BEST_SPEC_FILE = "best.yaml"
-CHANGEABLE = (
-    *("budget", "cost"),
-    *("sweep.trials", "sweep.repeat", "sweep.folds", "sweep.finalists", "sweep.concurrency"),
-)
-"""Sections and fields of the spec that may change in a sweep that has begun."""
-
 _folder_name = trial_folder_name
 """The name in Tune's state of sweeps that version 0.1.0 began, when all of this was one module."""
 
@@ -76,7 +69,7 @@ def new_sweep(
     data["sweep"]["warm_start"] = list(trials)
     spec, workload = resolve(data, SweepRunSpec)
     dataset, datasets = prepare_datasets(data, spec)
-    check_metrics(spec, workload, spec.sweep, dataset)
+    check_metrics(spec, workload, dataset)
     name = sweep_name or unique_name(f"{stem}-sweep")
     folder = run.claim_folder(Path(spec.storage), name, data, "sweep")
     sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
@@ -87,17 +80,14 @@ def new_sweep(
 def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sweep:
     """An interrupted sweep, to be continued, or one that has ended, to be given more trials.
 
-    Only the fields in CHANGEABLE can be changed.
+    Only the fields in `sweep_checks.CHANGEABLE` can be changed.
     """
     folder = find_run_folder(name, storage)
     require_kind(folder, "sweep")
-    for assignment in overrides:
-        path = assignment.partition("=")[0].strip()
-        if not _is_changeable(path):
-            raise SpecError(f"--set {assignment}: cannot change in a sweep that has begun")
+    check_overrides(overrides)
     data = apply_overrides(read_yaml(folder / SPEC), overrides)
     spec, _ = resolve(data, SweepRunSpec)
-    _check_trials(folder, spec.sweep, overrides)
+    check_trials(folder, spec.sweep, overrides)
     check_folds(data, spec.sweep)
     dataset, datasets = prepare_datasets(data, spec)
     if overrides:
@@ -108,21 +98,6 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
     if spec.sweep.warm_start and not Journal(folder / JOURNAL_FILE).parameters:
         earlier.record_earlier_trials(sweep, earlier.find_earlier_trials(data, spec.sweep))
     return sweep
-
-
-def _is_changeable(path: str) -> bool:
-    return any(path == each or path.startswith(f"{each}.") for each in CHANGEABLE)
-
-
-def _check_trials(folder: Path, sweep: SweepSpec, overrides: Sequence[str]) -> None:
-    """Raise SpecError where `sweep.trials` of a sweep that has begun is changed in vain."""
-    if not any(assignment.startswith("sweep.trials=") for assignment in overrides):
-        return
-    if sweep.search in EXHAUSTIVE:
-        raise SpecError(f"sweep.trials: {sweep.search} tries each combination, and no more")
-    begun = len(Journal(folder / JOURNAL_FILE).parameters)
-    if sweep.trials < begun:
-        raise SpecError(f"sweep.trials: {begun} have begun already (got {sweep.trials})")
 
 
 def run_to_end(

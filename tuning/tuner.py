@@ -14,8 +14,8 @@ from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 
 from cluster.base.files import write_atomic
 from trainers.engine.stall_files import STALLS
+from trainers.run_folder import stop_requests
 from trainers.runs.stalls import last_stall
-from trainers.runs.stop_requests import stop_requests
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan

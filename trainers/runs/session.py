@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 from cluster.base.errors import SpecError
 from cluster.base.terminal import redirect_output
 from cluster.session.ray_session import ray_session
-from trainers.run_folder import LOG, display_path, locked
+from trainers.run_folder import (
+    LOG,
+    WHOLE,
+    display_path,
+    locked,
+    stop_requests,
+    withdraw_stop,
+)
 from trainers.runs.ray_train import resource_shortage
-from trainers.runs.stop_requests import interrupted_on_request
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
 from trainers.tracking.preflight import check_access
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+STOP_POLL_S = 0.5
+"""Seconds between two looks at the requests to stop."""
 
 
 @contextlib.contextmanager
@@ -102,3 +111,28 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         signal.signal(signal.SIGTERM, terminate)
         signal.signal(signal.SIGINT, interrupt)
+
+
+@contextlib.contextmanager
+def interrupted_on_request(folder: Path) -> Iterator[None]:
+    """Interrupt this process, as Ctrl-C does, when it is asked to end the run in `folder`.
+
+    A request from before is of a process that is no more, and is withdrawn.
+    """
+    withdraw_stop(folder)
+    done, main = threading.Event(), threading.main_thread().ident
+    assert main is not None
+
+    def watch() -> None:
+        while not done.wait(STOP_POLL_S):
+            if WHOLE in stop_requests(folder):
+                withdraw_stop(folder)
+                signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True, name="stop-requests")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -78,8 +78,7 @@ def is_worked_on(folder: Path) -> bool:
 
 def stop_all(folder: Path, wait: Callable[[], None] = lambda: time.sleep(POLL_S)) -> int:
     """End the run or sweep in `folder`; returns when its process has saved and ended."""
-    from trainers.run_folder import display_path, folder_kind
-    from trainers.runs.stop_requests import request_stop
+    from trainers.run_folder import display_path, folder_kind, request_stop
 
     request_stop(folder)
     print(f"{folder.name}: saving", flush=True)
@@ -95,8 +94,7 @@ def stop_trial(
 ) -> int:
     """End a trial of the sweep in `folder` at its next evaluation; returns when it has ended."""
     from cluster.base.errors import SpecError
-    from trainers.run_folder import TRIALS
-    from trainers.runs.stop_requests import request_stop
+    from trainers.run_folder import TRIALS, request_stop
     from tuning.trials.journal import Journal
     from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, last_result
 

@@ -18,8 +18,7 @@ def print_results(
 ) -> None:
     """Print what `tuning.sweep.run_to_end` returned."""
     from trainers.run_folder import TRACKING
-    from tuning.trials.failures import failure_lines
-    from tuning.trials.leaderboard import has_ended
+    from tuning.trials.leaderboard import failure_lines, has_ended
 
     console.print(_leaderboard_table(sweep, board))
     if "failure" in tracked:
@@ -53,16 +52,8 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
     repeated = sweep.spec.repeated_fields
-    means = ["mean ± half of its 95 % interval"] if repeated else []
-    for column in (
-        "trial",
-        sweep.spec.metric,
-        *means,
-        *others,
-        "epochs",
-        "",
-        *sweep.spec.parameters,
-    ):
+    scores_of = [sweep.spec.metric, *(["mean, 95 %"] if repeated else []), *others]
+    for column in ("trial", *scores_of, "epochs", "", *sweep.spec.parameters):
         table.add_column(column, justify="right", overflow="fold")
     for result in board.results[:SHOWN_TRIALS]:
         parameters = [

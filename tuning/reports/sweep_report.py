@@ -14,7 +14,13 @@ from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
-from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard, with_importances
+from tuning.trials.leaderboard import (
+    Leaderboard,
+    failure_lines,
+    pareto_front,
+    read_leaderboard,
+    with_importances,
+)
 from tuning.trials.ranking import objective_modes
 from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import Sweep
@@ -144,8 +150,7 @@ def _leaderboard(
     )
     titles = [with_unit(name) for name in columns]
     yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
-    for number, reason in board.failed.items():
-        yield f"Trial {number:04d} failed: {reason}"
+    yield from failure_lines(board.failed, spec.total_trials)
 
 
 def _cell(value: object) -> object:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,16 @@ def prepare_datasets(
     trials by `dataset_key`.
     """
     found: dict[str, Path] = {}
-    for chosen in section_values(spec.sweep.parameters, "data"):
-        of_trial = trial_spec_data(spec_data, chosen)["data"]
+    folds = [_of_data(setting) for setting in spec.sweep.repeat_settings(0)]
+    every = product(section_values(spec.sweep.parameters, "data"), [{}, *folds])
+    for chosen, fold in every:
+        of_trial = trial_spec_data(spec_data, {**chosen, **fold})["data"]
         trial, workload = resolve({**spec_data, "sweep": None, "data": of_trial}, RunSpec)
         if dataset_key(trial) not in found:
             path = prepare_dataset(workload, Path(spec.storage), spec.datasets)
             found[dataset_key(trial)] = path
     return found.get(dataset_key(spec), next(iter(found.values()))), found
+
+
+def _of_data(setting: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in setting.items() if path.startswith("data.")}

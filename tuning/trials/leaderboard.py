@@ -1,7 +1,9 @@
 """The results of a sweep's trials, from its folder: the leaderboard and the Pareto front."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from tuning.trials.ranking import loss, objective_modes, selected, violation
 from tuning.trials.repeats import Repeated, best_mean_first
 from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
+
+SHOWN_NUMBERS = 5
+"""Failed trials that a line names; it counts the others."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,32 @@ def with_importances(sweep: Sweep, board: Leaderboard) -> Leaderboard:
     return replace(board, importances=parameter_importances(sweep.spec, journal))
 
 
+def failure_lines(failed: Mapping[int, str], total: int) -> list[str]:
+    """Lines on the trials that failed, by number with their reasons: how many, and each reason.
+
+    Reasons that differ in numbers only are told once, in the words of the first trial.
+    """
+    if not failed:
+        return []
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for number, reason in failed.items():
+        groups[failure_kind(reason)].append(number)
+    by_size = sorted(groups.values(), key=len, reverse=True)
+    lines = [f"{_listed(numbers)} failed: {failed[numbers[0]]}" for numbers in by_size]
+    return [f"{len(failed)} of {total} trials failed", *lines]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    named = ", ".join(f"{number:04d}" for number in numbers[:SHOWN_NUMBERS])
+    more = f" and {len(numbers) - SHOWN_NUMBERS} more" if len(numbers) > SHOWN_NUMBERS else ""
+    return f"trial{'s' if len(numbers) > 1 else ''} {named}{more}"
+
+
+def failure_kind(reason: str) -> str:
+    """The same for reasons that differ in numbers only."""
+    return NUMBER.sub("#", reason)
+
+
 def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, str]) -> list[int]:
     """The trials that no other trial dominates, in the order of `values`.
 
@@ -150,7 +182,7 @@ def write_best(sweep: Sweep, best: TrialResult, path: Path) -> None:
 
 
 def export_best(sweep: Sweep, best: TrialResult) -> None:
-    """Export the model of the best trial, at the step that counts, to `model` in the sweep's folder.
+    """Export the best trial's model, at the step that counts, to `model` in the sweep's folder.
 
     Does nothing where there is no such checkpoint. Raises what the user's model raises.
     """

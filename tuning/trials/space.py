@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.base.config import Spec, apply_overrides, with_value
+from cluster.base.config import Spec, apply_overrides, flatten, with_value
 from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
 from tuning.trials.constraints import parse_constraint
@@ -131,6 +131,12 @@ class SweepSpec(Spec):
         dependency_order(parameters)
         return parameters
 
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _dotted_folds(cls, folds: Any) -> Any:
+        """By dotted path, also those that `--set` gave as sections."""
+        return flatten(folds) if isinstance(folds, Mapping) else folds
+
     @field_validator("objective")
     @classmethod
     def _check_objectives(cls, objectives: list[str]) -> list[str]:
@@ -176,16 +182,18 @@ class SweepSpec(Spec):
 
     def _check_repeats(self) -> None:
         """Check what is trained several times, if anything is."""
-        name = "repeat" if self.repeat > 1 else "folds"
-        if self.repeated_fields and self.scheduler.name == "pbt":
-            raise ValueError(f"{name}: not with pbt, whose trials take weights from each other")
         for path in self.repeated_fields:
+            name = "folds" if path in self.folds else "repeat"
+            if self.scheduler.name == "pbt":
+                raise ValueError(f"{name}: not with pbt, whose trials take weights from each other")
             if {path, path.partition(".")[0]} & self.parameters.keys():
                 raise ValueError(f"{name}: {path} is one of the parameters")
+            if path in self.folds and self.repeat > 1 and path == "train.seed":
+                raise ValueError("folds: train.seed is what repeat varies")
 
     @property
     def repeated_fields(self) -> list[str]:
-        """The paths in which the trainings of one configuration differ, for `repeat` and `folds`."""
+        """The paths in which the trainings of one configuration differ."""
         return [*(["train.seed"] if self.repeat > 1 else []), *self.folds]
 
     def repeat_settings(self, seed: int) -> list[dict[str, Any]]:

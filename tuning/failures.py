@@ -1,4 +1,4 @@
-"""Trials that failed: run again at a resume, told in a few lines, and when they end the sweep."""
+"""Trials that failed: run again at a resume, and when their failures end the sweep."""
 
 import re
 from collections import defaultdict
@@ -8,14 +8,12 @@ from typing import Any
 from trainers.spec import RunSpec
 from tuning.trials.distributions import Distribution, identical
 from tuning.trials.journal import Journal
+from tuning.trials.leaderboard import failure_kind
 from tuning.trials.suggestion import assignments
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep
 
 MIN_SAME_FAILURES = 3
 """Failures by one mistake before it is taken for a mistake of all trials."""
-SHOWN_NUMBERS = 5
-"""Trials that a line names; it counts the others."""
-NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 BY_ITS_VALUES = re.compile(r"not finite|loss is (?:nan|-?inf)|out of memory|can't allocate memory")
 """Failures that say something about a trial's parameters, such as a learning rate or a width, and
 nothing about the code: another trial may do better."""
@@ -42,31 +40,6 @@ def run_failed_again(sweep: Sweep) -> list[int]:
             (folder / FAILED_FILE).unlink(missing_ok=True)
             again.append(number)
     return again
-
-
-def failure_lines(failed: Mapping[int, str], total: int) -> list[str]:
-    """Lines on the trials that failed, by number with their reasons: how many, and each reason.
-
-    Reasons that differ in numbers only are told once, in the words of the first trial.
-    """
-    if not failed:
-        return []
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for number, reason in failed.items():
-        groups[_kind(reason)].append(number)
-    by_size = sorted(groups.values(), key=len, reverse=True)
-    lines = [f"{_listed(numbers)} failed: {failed[numbers[0]]}" for numbers in by_size]
-    return [f"{len(failed)} of {total} trials failed", *lines]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    named = ", ".join(f"{number:04d}" for number in numbers[:SHOWN_NUMBERS])
-    more = f" and {len(numbers) - SHOWN_NUMBERS} more" if len(numbers) > SHOWN_NUMBERS else ""
-    return f"trial{'s' if len(numbers) > 1 else ''} {named}{more}"
-
-
-def _kind(reason: str) -> str:
-    return NUMBER.sub("#", reason)
 
 
 class MistakeWatch:
@@ -100,7 +73,7 @@ class MistakeWatch:
         if _is_of_a_field_of_all(reason, parameters):
             self.line = f"trial {number:04d} failed as all would: {reason}"
             return True
-        same = self._failed[_kind(reason)]
+        same = self._failed[failure_kind(reason)]
         same[number] = parameters
         if len(same) < MIN_SAME_FAILURES or not self._parameters_vary(list(same.values())):
             return False
