@@ -14,8 +14,9 @@ from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
+from tuning.trials.journal import Journal
 from tuning.trials.ranking import is_ranked, loss, selected, selected_value, violation
-from tuning.trials.trial import ENDED_FILE, Sweep
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""
@@ -37,7 +38,7 @@ class SweepProgress:
         """Ended trial -> its status."""
         self._epochs: list[float] = []
         """Epochs of each trial that ended since this command started."""
-        self._values: dict[int, float] = {}
+        self._values = _earlier_values(sweep)
         """Trial -> the metric at the evaluation that counts, which the leaderboard compares too."""
         self._totals: CostTotals | None = None
         self._events: list[str] = []
@@ -149,6 +150,19 @@ class SweepProgress:
         table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_row(*cells.values())
         return table
+
+
+def _earlier_values(sweep: Sweep) -> dict[int, float]:
+    """Trial -> its value, for the trials of before an interruption that did not fail."""
+    values: dict[int, float] = {}
+    for number in Journal(sweep.folder / JOURNAL_FILE).parameters:
+        folder = sweep.trial_folder(number)
+        counts = selected(sweep.spec, last_result(folder))
+        value = counts.get(sweep.spec.metric)
+        failed = (folder / FAILED_FILE).exists()
+        if value is not None and not failed and not violation(sweep.spec, counts):
+            values[number] = value
+    return values
 
 
 def _clock_text(seconds: float) -> str:

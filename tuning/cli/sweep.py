@@ -86,7 +86,9 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning.trial_resources import sweep_shortage
     from tuning.trials.leaderboard import has_ended
     from tuning.trials.samplers import search_words
+    from tuning.trials.schedulers import early_stopping_text
     from tuning.trials.space import SweepRunSpec
+    from tuning.tuner import epochs_per_trial
 
     if args.or_resume and not args.name:
         raise SpecError("--or-resume: needs --name, the name of the sweep to continue")
@@ -110,6 +112,10 @@ def sweep_command(args: argparse.Namespace) -> int:
             f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
             f"{search_words(spec.sweep)} and {spec.sweep.scheduler.name}"
         )
+        every = spec.train.evaluate_every_epochs
+        compared = early_stopping_text(spec.sweep, epochs_per_trial(sweep, spec), every)
+        if compared:
+            console.print(compared, highlight=False)
         with SweepProgress(console, sweep) as progress:
             board, tracked = sweeps.run_to_end(sweep, progress.on_trial_event, console.print)
         print_results(console, sweep, board, tracked)

@@ -87,7 +87,8 @@ def _learning_curves(
 ) -> Iterator[Chart | str]:
     """The curves of the sweep's metric and of a few others, downsampled where they are long."""
     if board.best is None:
-        yield f"No trial has a finite {spec.metric} yet."
+        finite = f"No trial has a finite {spec.metric} yet."
+        yield finite if board.results else "No trial was evaluated yet."
         return
     epochs_per_step = {r.number: r.epoch / r.step for r in board.results if r.step}
     others = _other_metrics(spec, [trials[number] for number in epochs_per_step])

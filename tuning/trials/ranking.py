@@ -72,7 +72,10 @@ def loss(sweep: SweepSpec, value: float | None) -> float:
 
 
 def is_better(sweep: SweepSpec, evaluation: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is strictly better than another one by the sweep's metric."""
+    """Whether an evaluation is strictly better than another one by the sweep's metric alone.
+
+    So are the checkpoints that are kept. Constraints are judged by the evaluation that counts.
+    """
     return loss(sweep, evaluation.get(sweep.metric)) < loss(sweep, than.get(sweep.metric))
 
 
