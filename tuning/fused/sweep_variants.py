@@ -5,6 +5,7 @@ from typing import Any
 
 from trainers.spec import RunSpec, resolve
 from tuning.programs.program_signature import Variant, program_key
+from tuning.trials.distributions import Parameters
 from tuning.trials.suggestion import example, field_values, reference
 from tuning.trials.trial import Sweep
 
@@ -50,11 +51,19 @@ def varied_floats(sweep: Sweep, variant: Variant) -> dict[str, list[float]]:
     """The fields of the section `model` that the sweep varies as floats, with their boundaries."""
     model, parameters = variant.workload.model, sweep.spec.parameters
     found: dict[str, list[float]] = {}
-    for path, distribution in parameters.items():
+    for path in parameters:
         name = path.removeprefix("model.")
         if path == name or not isinstance(getattr(model, name, None), float):
             continue
-        tied = distribution.same_as
-        values = field_values(parameters, tied) if tied else distribution.boundary_values()
-        found[name] = [float(value) for value in values]
+        found[name] = [float(value) for value in _boundary_values(parameters, path)]
     return found
+
+
+def _boundary_values(parameters: Parameters, path: str) -> list[Any]:
+    """Those of the parameter, or of the one to which it is tied."""
+    tied = parameters[path].same_as
+    if tied is None:
+        return parameters[path].boundary_values()
+    if tied in parameters:
+        return _boundary_values(parameters, tied)
+    return list(field_values(parameters, tied))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from cluster.base.config import Spec
+from cluster.base.config import Spec, flatten
 
 if TYPE_CHECKING:
     import optuna
@@ -44,6 +44,11 @@ class Distribution(Spec):
     when: dict[str, Any] = {}
     """Path of another parameter -> the value, or the list of values, for which this one is varied.
     Otherwise its field is as in the file. Several conditions must all hold."""
+
+    @field_validator("when", mode="after")
+    @classmethod
+    def _by_dotted_path(cls, when: dict[str, Any]) -> dict[str, Any]:
+        return flatten(when)
 
     @model_validator(mode="after")
     def _check_kind_and_order(self) -> "Distribution":

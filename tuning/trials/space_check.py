@@ -5,13 +5,15 @@ Values are tried at the corners and within the ranges, one parameter at a time a
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from cluster.base.config import flatten
 from cluster.base.errors import SpecError
-from tuning.trials.distributions import Distribution, Parameters, equal, identical
+from tuning.trials.distributions import Distribution, Parameters, identical
 from tuning.trials.suggestion import (
     MISSING,
+    can_be,
     completed,
     example,
     field_value,
@@ -40,6 +42,7 @@ FIXED = {
 """Field or section -> why a trial cannot have its own."""
 TRIED_VALUES = 32
 """Values of a range that are tried."""
+SHOWN_VALUES = 10
 MOST_DATA_SETS = 100
 TRIED_TRIALS = 64
 """Trials at random that are tried."""
@@ -91,14 +94,13 @@ def _check_conditions(parameters: Parameters, path: str, distribution: Distribut
                     )
     for referred, wanted in distribution.when.items():
         place = f"{PLACE}.{path}.when.{referred}"
-        known = field_values(parameters, referred)
         if is_continuous(parameters, referred):
             raise SpecError(f"{place}: has a continuous range; give it a choice, integers or steps")
-        several = isinstance(wanted, list) and not any(equal(wanted, value) for value in known)
+        several = isinstance(wanted, list) and not can_be(parameters, referred, wanted)
         for each in wanted if several else [wanted]:
-            if not any(equal(each, value) for value in known):
-                allowed = ", ".join(repr(value) for value in known[:10])
-                raise SpecError(f"{place}: is never {each!r} (it can be {allowed})")
+            if not can_be(parameters, referred, each):
+                known = map(repr, islice(field_values(parameters, referred), SHOWN_VALUES))
+                raise SpecError(f"{place}: is never {each!r} (it can be {', '.join(known)})")
     first = (distribution.values() or distribution.boundary_values() or [None])[0]
     if distribution.when and example(parameters, path, first) is None:
         raise SpecError(f"{PLACE}.{path}.when: its conditions never hold together")

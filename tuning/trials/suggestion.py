@@ -165,15 +165,25 @@ def example(parameters: Parameters, path: str, value: Any) -> dict[str, Any] | N
     """
     needed = with_dependencies(parameters, [path])
 
-    def options(other: str, distribution: Distribution) -> Iterator[Any]:
-        listed = distribution.values()
-        yield from [value] if other == path else reversed(listed or distribution.boundary_values())
+    def options(other: str, distribution: Distribution) -> list[Any]:
+        return [value] if other == path else _told_apart(distribution, needed)
 
     found = (each for each in possible_parameters(needed, options) if path in each)
     first = next(found, None)
-    if first is None:
-        return None
-    return reference(parameters, first)
+    return None if first is None else reference(parameters, first)
+
+
+def _told_apart(distribution: Distribution, parameters: Parameters) -> list[Any]:
+    """All values of a choice; of a range the last one, and those that a condition names."""
+    if distribution.choice is not None:
+        return distribution.choice[::-1]
+    listed = distribution.values() or distribution.boundary_values()
+    wanted = [each for other in parameters.values() for each in other.when.values()]
+    named = [
+        each for values in wanted for each in (values if isinstance(values, list) else [values])
+    ]
+    numbers = [each for each in named if isinstance(each, int | float) and each in listed]
+    return [listed[-1], *(listed[listed.index(each)] for each in numbers)]
 
 
 def with_dependencies(parameters: Parameters, paths: list[str]) -> dict[str, Distribution]:
@@ -189,17 +199,24 @@ def with_dependencies(parameters: Parameters, paths: list[str]) -> dict[str, Dis
     return {path: d for path, d in parameters.items() if path in needed}
 
 
-def field_values(parameters: Parameters, field: str) -> list[Any]:
+def field_values(parameters: Parameters, field: str) -> Iterator[Any]:
     """All values that the parameters can give to a field; of a continuous range its bounds."""
-    found: list[Any] = []
     for path in parameters_setting(parameters, field):
         tied = parameters[path].same_as
         if tied is not None:
-            found += field_values(parameters, tied)
-        else:
-            values = parameters[path].values() or parameters[path].boundary_values()
-            found += [field_value(field, {path: value}) for value in values]
-    return found
+            yield from field_values(parameters, tied)
+            continue
+        for value in parameters[path].values() or parameters[path].boundary_values():
+            yield field_value(field, {path: value})
+
+
+def can_be(parameters: Parameters, field: str, wanted: Any) -> bool:
+    """Whether the parameters can give this value to a field."""
+    if field in parameters and parameters[field].same_as is None:
+        values = parameters[field].values()
+        if isinstance(values, range):
+            return type(wanted) in (int, float) and wanted in values
+    return any(equal(value, wanted) for value in field_values(parameters, field))
 
 
 def is_continuous(parameters: Parameters, field: str) -> bool:

@@ -9,7 +9,6 @@ from cluster.base.config import write_yaml
 from trainers.data.splits import count_samples
 from trainers.spec import RunSpec, resolve
 from tuning import sweep as sweeps
-from tuning.fused.fusion_plan import FusionPlan, plan_from_spec
 from tuning.trials.trial import Sweep, TuneReporter
 
 ROWS = 1797
@@ -60,12 +59,6 @@ def test_a_trials_epochs_are_those_of_its_own_data_set(tmp_path: Path) -> None:
         assert result["complete"]
         assert result["epoch"] == pytest.approx(last * spec.train.global_batch / samples)
         assert not reporter.result({"val/loss": 1.0}, last - 1)["complete"]
-
-
-def test_such_trials_are_not_fused(tmp_path: Path) -> None:
-    several = new_sweep(tmp_path, {"data.val_fraction": {"choice": [0.1, 0.5]}})
-    line = "not fused: data: the trials have several data sets"
-    assert plan_from_spec(several) == FusionPlan(0, line)
 
 
 def test_a_sweep_that_varies_no_data_has_one_data_set(tmp_path: Path) -> None:

@@ -126,6 +126,12 @@ NAMES = {"choice": ["sgd", "adamw"]}
             [],
             "optimizer: optimizer.momentun: unknown key; did you mean 'momentum'?",
         ),
+        (
+            {"optimizer.betas.1": {"uniform": [0.9, 1.1]}},
+            [],
+            "optimizer.betas.1: optimizer.betas.1: ",
+        ),
+        ({"optimizer.betas.2": RANGE}, [], "optimizer.betas.2: optimizer.betas: has no key '2'"),
         ({"recipe": {"choice": [{"optimzer": {}}]}}, [], "recipe: optimzer: unknown key"),
         ({"recipe": {"choice": [{"storage": "a"}]}}, [], "recipe: storage: is the same for all"),
         # Choices and fixed fields.
@@ -170,6 +176,7 @@ def test_too_many_data_sets_are_refused(tmp_path: Path) -> None:
         },
         {"train.global_batch": {"uniform": [32, 64], "step": 1}},
         {"optimizer.betas": {"choice": [[0.9, 0.99], [0.9, 0.999]]}},
+        {"optimizer.betas.0": {"uniform": [0.8, 0.95]}, "model.width": {"choice": [8, 16]}},
         # One is valid only with the other, and the file's own value with neither.
         {
             "train.global_batch": {"choice": [66, 96]},
@@ -201,6 +208,7 @@ def test_parameters_from_the_command_line(tmp_path: Path) -> None:
         "sweep.parameters.model.width=null",
         "sweep.parameters.optimizer.schedule.warmup.uniform=[0, 0.5]",
         "sweep.parameters.optimizer.schedule.warmup.step=0.25",
+        "sweep.parameters.optimizer.schedule.warmup.when.optimizer.name=adamw",
         "sweep.parameters.data.val_fraction={choice: [0.1, 0.2]}",
     )
     found = {p: d.model_dump(exclude_defaults=True) for p, d in spec.sweep.parameters.items()}
@@ -208,10 +216,23 @@ def test_parameters_from_the_command_line(tmp_path: Path) -> None:
         "optimizer.lr": {"uniform": (0.1, 0.3), "step": 0.1},
         "optimizer.name": {"choice": ["sgd", "adamw"]},
         "optimizer.momentum": {"choice": [0, 0.9], "when": {"optimizer.name": "sgd"}},
-        "optimizer.schedule.warmup": {"uniform": (0.0, 0.5), "step": 0.25},
+        "optimizer.schedule.warmup": {
+            "uniform": (0.0, 0.5),
+            "step": 0.25,
+            "when": {"optimizer.name": "adamw"},
+        },
         "data.val_fraction": {"choice": [0.1, 0.2]},
     }
     with pytest.raises(SpecError, match=r"^sweep.parameters.optimizer.lr: uniform must be \[low"):
         read(tmp_path, {}, "sweep.parameters.optimizer.lr={uniform: [1, 0]}")
     with pytest.raises(SpecError, match=r"^sweep.parameters.optimizer.lr.unifrom: unknown key"):
         read(tmp_path, {}, "sweep.parameters.optimizer.lr={unifrom: [1, 0]}")
+
+
+def test_conditions_on_ranges_that_are_too_long_to_list(tmp_path: Path) -> None:
+    seed = {"train.seed": {"integer": [0, 2_000_000_000], "step": 2}}
+    momentum = {"optimizer.momentum": {**RANGE, "when": {"train.seed": [4, 1_000_000]}}}
+    assert read(tmp_path, {**seed, **momentum}).sweep.total_trials == 16
+    odd = {"optimizer.momentum": {**RANGE, "when": {"train.seed": [4, 5]}}}
+    with pytest.raises(SpecError, match=r"is never 5 \(it can be 0, 2, 4, 6, 8, 10, 12, 14, 16, "):
+        read(tmp_path, {**seed, **odd})

@@ -227,3 +227,14 @@ def test_the_values_of_a_section_with_those_on_which_they_depend() -> None:
     assert list(section_values(spec.parameters, "scale")) == [{}]
     lr = [each["optimizer.lr"] for each in section_values(spec.parameters, "optimizer")]
     assert lr == [0, 1]
+
+
+def test_an_example_is_found_in_ranges_that_are_too_long_to_list() -> None:
+    wide = {f"model.n{place}": {"integer": [1, 10**9]} for place in range(4)}
+    when = {f"model.n{place}": [7, 8] for place in range(3)}
+    spec = sweep({"optimizer.lr": {"uniform": [0, 1], "when": {**when, "model.n3": 10**9}}, **wide})
+    found = example(spec.parameters, "optimizer.lr", 0.5)
+    assert found is not None
+    assert (found["optimizer.lr"], found["model.n3"]) == (0.5, 10**9)
+    assert {found[f"model.n{place}"] for place in range(3)} <= {7, 8}
+    assert example(spec.parameters, "model.n0", 3) == dict.fromkeys(wide, 10**9) | {"model.n0": 3}
