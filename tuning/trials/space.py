@@ -72,6 +72,9 @@ class SweepSpec(Spec):
     """The validation metric by which trials are compared."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger value is better."""
+    select: Literal["last", "best"] = "last"
+    """Which evaluation of a trial counts wherever trials are compared, stopped, shown and loaded:
+    its last one or its best one. Of what counts there is a checkpoint."""
     objective: list[str] = []
     """Several objectives in place of `metric` and `mode`, such as `val/accuracy max` or
     `cost_usd min`. The search optimizes the first one; the report shows the Pareto front of all.
