@@ -19,6 +19,7 @@ from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
+from tuning.trials.pbt import PopulationBasedTraining
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepRunSpec
@@ -76,9 +77,7 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
             metric=sweep.spec.metric,
             mode=sweep.spec.mode,
             search_alg=JournaledSearcher(sweep.spec, sweep.folder / JOURNAL_FILE),
-            scheduler=build_scheduler(
-                sweep.spec, epochs_per_trial(sweep, spec), SweepCostPerEpoch(sweep.key)
-            ),
+            scheduler=_scheduler(sweep, spec),
             num_samples=sweep.spec.total_trials,
             max_concurrent_trials=slots or max_concurrent_trials(spec),
             reuse_actors=True,
@@ -94,6 +93,13 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
         ),
     )
     return tune.Tuner.restore(path, trainable, resume_errored=True) if was_started else tuner
+
+
+def _scheduler(sweep: Sweep, spec: SweepRunSpec) -> Any:
+    if sweep.spec.scheduler.name == "pbt":
+        return PopulationBasedTraining(sweep)
+    cost_per_epoch = SweepCostPerEpoch(sweep.key)
+    return build_scheduler(sweep.spec, epochs_per_trial(sweep, spec), cost_per_epoch)
 
 
 def trial_folder_name(trial: Any) -> str:

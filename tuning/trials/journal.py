@@ -30,10 +30,10 @@ class Change:
 class Journal:
     """A JSON line per suggestion, per change and per end of a trial.
 
-    The file is read once, when the journal is opened, and what another object has appended before
-    each record. A record is one appended line with one
-    fsync, however long the file is: 0.3 to 3 ms on a local disk for the first line as for the
-    10,000th. Optuna's `JournalFileBackend` (5.0.0) makes the same fsync, and a lock file besides.
+    The file is read once, when the journal is opened; before each record, what another object has
+    appended is read as well. A record is one appended line with one fsync, however long the file
+    is: 0.3 to 3 ms on a local disk for the first line as for the 10,000th. Optuna's
+    `JournalFileBackend` (5.0.0) makes the same fsync, and a lock file besides.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,8 +45,12 @@ class Journal:
         self.ends: dict[int, dict[str, Any]] = {}
         """Trial number -> `value` of the metric or None, `step`, and `complete`."""
         self._read_bytes = 0
-        if path.exists():
-            with path.open("rb") as file:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what another object has appended."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
                 self._read_new(file)
 
     def record_suggestion(self, trial: int, parameters: Mapping[str, Any]) -> None:
