@@ -1,6 +1,5 @@
 """The progress of a running sweep in the terminal."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
+from tuning.trials.ranking import is_ranked, loss, selected_value
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
 
 MIN_LINE_INTERVAL_S = 1.0
@@ -38,7 +38,7 @@ class SweepProgress:
         self._epochs: list[float] = []
         """Epochs of each trial that ended since this command started."""
         self._values: dict[int, float] = {}
-        """Trial -> the metric at its last evaluation, which the leaderboard compares too."""
+        """Trial -> the metric at the evaluation that counts, which the leaderboard compares too."""
         self._totals: CostTotals | None = None
         self._events: list[str] = []
         self._line_s = -MIN_LINE_INTERVAL_S
@@ -67,7 +67,7 @@ class SweepProgress:
 
     def on_trial_event(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
         """A `tuning.tuner.TrialCallback`."""
-        value = result.get(self._sweep.spec.metric)
+        value = selected_value(self._sweep.spec, result)
         if value is not None:
             self._values[trial] = value
         if event == "error":
@@ -121,11 +121,11 @@ class SweepProgress:
 
     def _best_text(self) -> str:
         """The best value and its trial; empty before the first finite value."""
-        finite = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
-        if not finite:
+        spec, values = self._sweep.spec, self._values
+        best = min(values, key=lambda trial: (loss(spec, values[trial]), trial), default=None)
+        if best is None or not is_ranked(spec, values[best]):
             return ""
-        best = (max if self._sweep.spec.mode == "max" else min)(finite, key=finite.__getitem__)
-        return f"{finite[best]:.4f} (trial {best:04d})"
+        return f"{values[best]:.4f} (trial {best:04d})"
 
     def _summary(self) -> str:
         best = self._best_text()

@@ -19,7 +19,13 @@ from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 from tuning.fused import fusion_plan
 from tuning.trials.budget import SweepBudget, open_budget, settle
-from tuning.trials.leaderboard import Leaderboard, read_leaderboard, with_importances, write_best
+from tuning.trials.leaderboard import (
+    Leaderboard,
+    export_best,
+    read_leaderboard,
+    with_importances,
+    write_best,
+)
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.space import SweepRunSpec, read_sweep_spec
 from tuning.trials.trial import Sweep
@@ -92,6 +98,7 @@ def run_to_end(
     ):
         create_tuner(sweep, spec, tracker, slots).fit()
     board = end.track_importances()
+    end.export_best()
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
@@ -168,6 +175,14 @@ class _SweepEnd:
             tags = {DESCRIPTION_TAG: self._description(self._board)}
             self._tracker.set_tags.remote(self._sweep.key, tags)
         return self._board
+
+    def export_best(self) -> None:
+        """Export the best trial's model, which `load_model` takes with the sweep's folder."""
+        if self._status == "FINISHED" and self._board is not None and self._board.best is not None:
+            try:
+                export_best(self._sweep, self._board.best)
+            except Exception:
+                logger.exception("the model of the best trial could not be exported")
 
     def _description(self, board: Leaderboard) -> str:
         return sweep_description(self._sweep, board, self.summary.get("account", {}))

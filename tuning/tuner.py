@@ -20,6 +20,7 @@ from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
 from tuning.trials.pbt import PopulationBasedTraining
+from tuning.trials.ranking import best_points
 from tuning.trials.schedulers import build_scheduler
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepRunSpec
@@ -98,8 +99,13 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
 def _scheduler(sweep: Sweep, spec: SweepRunSpec) -> Any:
     if sweep.spec.scheduler.name == "pbt":
         return PopulationBasedTraining(sweep)
-    cost_per_epoch = SweepCostPerEpoch(sweep.key)
-    return build_scheduler(sweep.spec, epochs_per_trial(sweep, spec), cost_per_epoch)
+    return build_scheduler(
+        sweep.spec,
+        epochs_per_trial(sweep, spec),
+        SweepCostPerEpoch(sweep.key),
+        spec.train.evaluate_every_epochs,
+        sweep.folder,
+    )
 
 
 def trial_folder_name(trial: Any) -> str:
@@ -202,8 +208,15 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
         ended = json.dumps({"complete": complete, "step": trial.last_result.get("step")})
         write_atomic(self._sweep.trial_folder(number) / ENDED_FILE, ended)
         tags[DESCRIPTION_TAG] = trial_description(self._sweep, trial.config, trial.last_result)
+        self._log_best(number, trial.last_result)
         self._tracker().finish.remote(self._sweep.trial_key(number), "FINISHED", tags)
         self._notify("done" if complete else "stop", trial)
+
+    def _log_best(self, number: int, result: dict[str, Any]) -> None:
+        """Log the evaluation that counts where it need not be the last one, which MLflow shows."""
+        if self._sweep.spec.select == "best":
+            points = best_points(self._sweep.spec, result)
+            self._tracker().log.remote(self._sweep.trial_key(number), points, result.get("step", 0))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]

@@ -12,7 +12,6 @@ import datetime
 import errno
 import json
 import logging
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -210,6 +209,11 @@ class Checkpoints:
         with external_wait():
             return next(filter(None, map(self._validated, reversed(self._names()))), None)
 
+    def at(self, step: int) -> Path | None:
+        """The checkpoint after `step` steps, if it is there and intact."""
+        with external_wait():
+            return self._validated(_name({"step": step}))
+
     def _write(
         self,
         manifest: dict[str, Any],
@@ -308,15 +312,6 @@ def _described(checkpoint: Path) -> str:
     return f"{checkpoint.parents[1].name}, step {step_of(checkpoint.name)}"
 
 
-def save_interval_s(save_s: float, failure_every_s: float) -> float:
-    """Seconds between saves that lose the least time to saving and to steps done again.
-
-    Young's square root (CACM 1974) for a save that blocks training for `save_s`, but at least so
-    long that saving takes no more than 1 % of the time.
-    """
-    return max(math.sqrt(2 * save_s * failure_every_s), 100 * save_s)
-
-
 def _write_error(error: BaseException, place: str) -> BaseException:
     """A CheckpointError of one line for an error of the disk, otherwise the first cause."""
     causes = getattr(error, "failures", {0: (error,)})  # of PyTorch's CheckpointException, by rank
@@ -331,10 +326,18 @@ def _write_error(error: BaseException, place: str) -> BaseException:
 
 
 def find_checkpoint(name: str, storage: Path) -> Path:
-    """The latest intact checkpoint of a run, a trial or a folder of checkpoints."""
-    for folder in (storage / name, Path(name)):
+    """The latest intact checkpoint of a run, a trial or a folder of checkpoints.
+
+    `NAME@STEP` is the one after so many steps.
+    """
+    run, _, step = name.rpartition("@")
+    wanted = int(step) if run and step.isdecimal() else None
+    source = name if wanted is None else run
+    for folder in (storage / source, Path(source)):
         for checkpoints in (folder / CHECKPOINTS, folder):
-            found = Checkpoints(checkpoints).latest()
+            known = Checkpoints(checkpoints)
+            found = known.latest() if wanted is None else known.at(wanted)
             if found is not None:
                 return found
-    raise SpecError(f"--from {name}: no checkpoint there")
+    of_step = "" if wanted is None else f" of step {wanted}"
+    raise SpecError(f"--from {name}: no checkpoint{of_step} there")

@@ -69,6 +69,13 @@ def copy_checkpoint(
     target.commit(new_name)
 
 
+def checkpoint_at(folder: Path, step: int) -> str | None:
+    """The path or URI of the checkpoint of `folder` after `step` steps, which is not read."""
+    store = current_store(folder)
+    found = [name for name in store.names() if step_of(name) == step]
+    return store.describe(found[-1]) if found else None
+
+
 def store_at(folder: Path, uri: str | None, moves: bool) -> LocalStore | RemoteStore:
     """The store of the checkpoints of `folder`, which are to be at `uri`, or in the folder.
 

@@ -85,7 +85,7 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     """Create a run of the spec `name`, with a folder of its own.
 
     With `source`, the name of another run or trial, training starts from a copy of the newest
-    checkpoint of `source` and continues at that checkpoint's step.
+    checkpoint of `source`, or of that of a step (`NAME@STEP`), and continues at its step.
     """
     stem, data = find_spec(name)
     spec, _ = resolve(apply_overrides(data, overrides), RunSpec)

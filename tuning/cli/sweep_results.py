@@ -78,11 +78,14 @@ def _how_to_resume(sweep: "Sweep", board: "Leaderboard", reason: str | None) -> 
 
 def _how_to_use(sweep: "Sweep", best: "TrialResult") -> Iterator[str]:
     """The best checkpoint, and the commands that train from it."""
-    from trainers.checkpoints.place import newest_checkpoint
-    from trainers.run_folder import CHECKPOINTS, display_path, display_place
+    from trainers.checkpoints.place import checkpoint_at
+    from trainers.run_folder import CHECKPOINTS, MODEL, display_path, display_place
 
     folder, trial = sweep.folder, sweep.trial_folder(best.number)
     train = f"heliostat train {display_path(folder)}/best.yaml"
-    yield f"best checkpoint: {display_place(newest_checkpoint(trial / CHECKPOINTS))}"
+    yield f"best checkpoint: {display_place(checkpoint_at(trial / CHECKPOINTS, best.step))}"
+    if (folder / MODEL).exists():
+        yield f'load its model: load_model("{display_path(folder)}")'
     yield f"train it afresh: {train}"
-    yield f"train it further: {train} --from {display_path(trial)} --set train.epochs=N"
+    from_step = f"{display_path(trial)}@{best.step}"
+    yield f"train it further: {train} --from {from_step} --set train.epochs=N"

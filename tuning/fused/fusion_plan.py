@@ -204,7 +204,8 @@ class _Planner:
         trials, trial_steps = sweep.spec.total_trials, self._variant.total_steps
         samples = sweep.samples
         epochs = trial_steps * self._variant.spec.train.global_batch / samples
-        share = expected_step_share(sweep.spec.scheduler, epochs)
+        every = self._variant.spec.train.evaluate_every_epochs
+        share = expected_step_share(sweep.spec.scheduler, epochs, every)
         self._time_of = _SweepTime(round(trials * trial_steps * share), trial_steps, engines)
         self._unfused_s = (
             self._time_of.seconds(self._alone.step_s, 1) + PROCESS_TRIAL_S * trials / engines

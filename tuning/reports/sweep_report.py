@@ -15,6 +15,7 @@ from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
 from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard, with_importances
+from tuning.trials.ranking import objective_modes
 from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.trial import Sweep
 
@@ -80,7 +81,7 @@ def _learning_curves(
 ) -> Iterator[Chart | str]:
     """The curves of the sweep's metric and of a few others, downsampled where they are long."""
     if board.best is None:
-        yield "No trial was evaluated yet."
+        yield f"No trial has a finite {spec.metric} yet."
         return
     epochs_per_step = {r.number: r.epoch / r.step for r in board.results if r.step}
     others = _other_metrics(spec, [trials[number] for number in epochs_per_step])
@@ -125,7 +126,10 @@ def _leaderboard(
         (
             result.number,
             result.value,
-            *(trials[result.number].latest(name) for name in (*objectives, *costs)),
+            *(
+                result.objectives.get(name, trials[result.number].latest(name))
+                for name in (*objectives, *costs)
+            ),
             result.epoch,
             statuses[result.number],
             *(_cell(result.parameters[path]) for path in spec.parameters),
@@ -169,13 +173,13 @@ def _pareto_charts(
     statuses: Mapping[int, str],
 ) -> Iterator[Chart | str]:
     """The metric over each other objective, and over dollars and joules where they are known."""
-    objectives = dict(objective.split(" ") for objective in spec.objective)
+    objectives = objective_modes(spec) if spec.objective else {}
     modes = {"cost_usd": "min", "energy_j": "min"} | objectives
     for other, mode in modes.items():
         points = {
             r.number: (cost, r.value)
             for r in board.results
-            if (cost := trials[r.number].latest(other)) is not None
+            if (cost := r.objectives.get(other, trials[r.number].latest(other))) is not None
             and math.isfinite(cost)
             and math.isfinite(r.value)
         }

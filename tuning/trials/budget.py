@@ -61,7 +61,9 @@ class SweepBudget:
                 raise SpecError(
                     f"sweep.scheduler.resource: {rate.price_source}; set cost.usd_per_h"
                 )
-        self._first_rung_epochs = first_rung_epochs(spec.sweep.scheduler, epochs_per_trial)
+        self._first_rung_epochs = first_rung_epochs(
+            spec.sweep.scheduler, epochs_per_trial, spec.train.evaluate_every_epochs
+        )
         self._lock = threading.Lock()
         self._totals = metering.ledger.totals()
         self._trials: defaultdict[int, _TrialProgress] = defaultdict(_TrialProgress)

@@ -7,24 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.config import write_yaml
+from trainers.checkpoints.ranking import loss_of
+from trainers.run_folder import CHECKPOINTS, MODEL
+from trainers.spec import RunSpec, resolve
+from tuning.stopping.fronts import first_front
 from tuning.trials.budget import trial_costs
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
+from tuning.trials.ranking import loss, objective_modes, selected
 from tuning.trials.space import COST_METRICS
+from tuning.trials.take_over import CHANGES
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """The state of a trial after its last evaluation."""
+    """The evaluation that counts of a trial: its last or its best one, as `sweep.select` says."""
 
     number: int
     parameters: Mapping[str, Any]
     value: float
-    """The metric at the last evaluation; the newest checkpoint gives the same."""
+    """The metric; the checkpoint of this step gives the same."""
     step: int
     epoch: float
     complete: bool
+    """Whether the trial has done all its steps, also those after this evaluation."""
+    changes: int = 0
+    """How often pbt has changed the parameters, which are the last ones of this evaluation."""
     objectives: Mapping[str, float] = field(default_factory=dict)
     """Objective of `sweep.objective` -> its value, where it is known."""
 
@@ -45,16 +54,17 @@ class Leaderboard:
 
     @property
     def best(self) -> TrialResult | None:
-        return self.results[0] if self.results else None
+        """The best trial; None if no trial has a finite value."""
+        return next((r for r in self.results[:1] if math.isfinite(r.value)), None)
 
 
 def read_leaderboard(sweep: Sweep) -> Leaderboard:
     """The leaderboard of a sweep, finished or not, without the importances."""
     journal = Journal(sweep.folder / JOURNAL_FILE)
-    objectives = dict(objective.split(" ") for objective in sweep.spec.objective)
+    objectives = objective_modes(sweep.spec) if sweep.spec.objective else {}
     costs = trial_costs(sweep) if objectives.keys() & set(COST_METRICS) else {}
     results, ended, failed = [], [], {}
-    for number, parameters in journal.parameters.items():
+    for number in journal.parameters:
         folder = sweep.trial_folder(number)
         if (folder / FAILED_FILE).exists():
             failed[number] = (folder / FAILED_FILE).read_text()
@@ -62,20 +72,21 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
             ended.append(number)
         last = last_result(folder)
         if last and number not in failed:
-            known = {**last, **costs.get(number, {})}
+            counts = selected(sweep.spec, last)
+            known = {**counts, **costs.get(number, {})}
             results.append(
                 TrialResult(
                     number,
-                    parameters,
-                    value=last[sweep.spec.metric],
-                    step=last["step"],
-                    epoch=last["epoch"],
+                    journal.parameters_after(number, changes := last.get(CHANGES, 0)),
+                    value=counts[sweep.spec.metric],
+                    step=counts["step"],
+                    epoch=counts["epoch"],
                     complete=last["complete"],
+                    changes=changes,
                     objectives={name: known[name] for name in objectives if name in known},
                 )
             )
-    sign = -1 if sweep.spec.mode == "max" else 1
-    results.sort(key=lambda r: (r.value != r.value, sign * r.value))  # NaN comes last
+    results.sort(key=lambda result: loss(sweep.spec, result.value))
     front = pareto_front({r.number: r.objectives for r in results}, objectives)
     return Leaderboard(results, ended, failed, front)
 
@@ -100,22 +111,28 @@ def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, 
         for number, objectives in values.items()
         if all(math.isfinite(objectives.get(name, math.nan)) for name in modes)
     }
-    if not known:
-        return []
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(directions=[f"{mode}imize" for mode in modes.values()])
-    study.add_trials(
-        [
-            optuna.trial.create_trial(values=[objectives[name] for name in modes])
-            for objectives in known.values()
-        ]
-    )
-    on_front = {trial.number for trial in study.best_trials}
-    return [number for position, number in enumerate(known) if position in on_front]
+    points = [
+        tuple(loss_of(objectives[name], mode) for name, mode in modes.items())
+        for objectives in known.values()
+    ]
+    numbers = list(known)
+    return [numbers[position] for position in first_front(points)]
 
 
 def write_best(sweep: Sweep, best: TrialResult, path: Path) -> None:
     """Write the best trial's spec as a file that `heliostat train` takes."""
     write_yaml(sweep.trial_spec_data(best.parameters), path)
+
+
+def export_best(sweep: Sweep, best: TrialResult) -> None:
+    """Export the model of the best trial, at the step that counts, to `model` in the sweep's folder.
+
+    Does nothing where there is no such checkpoint. Raises what the user's model raises.
+    """
+    from trainers.checkpoints.checkpoints import Checkpoints
+    from trainers.checkpoints.export import export_model
+
+    checkpoint = Checkpoints(sweep.trial_folder(best.number) / CHECKPOINTS).at(best.step)
+    if checkpoint is not None:
+        spec, workload = resolve(sweep.trial_spec_data(best.parameters), RunSpec)
+        export_model(sweep.folder / MODEL, spec, workload, checkpoint)

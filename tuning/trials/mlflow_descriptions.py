@@ -5,6 +5,7 @@ from typing import Any
 
 from trainers.tracking.mlflow_run import markdown_table, with_facts
 from tuning.trials.leaderboard import Leaderboard
+from tuning.trials.ranking import selected
 from tuning.trials.trial import Sweep
 
 MAX_DESCRIBED_TRIALS = 10
@@ -32,7 +33,8 @@ def trial_description(
     """How far a trial came, with its parameters and its metrics."""
     ended = "Complete" if result.get("complete") else f"Stopped by {sweep.spec.scheduler.name}"
     tried = {path: parameters[path] for path in sweep.spec.parameters}
-    metrics = {name: value for name, value in result.items() if name.startswith("val/")}
+    counts = selected(sweep.spec, result)
+    metrics = {name: value for name, value in counts.items() if name.startswith("val/")}
     return with_facts(
         f"**{ended}** after {result.get('epoch', 0):.1f} epochs.", {**tried, **metrics}
     )

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 from tuning.trials.budget import find_open_budget
 from tuning.trials.journal import Journal
 from tuning.trials.optuna_study import frozen_trial, study_from_journal
+from tuning.trials.ranking import selected_value
 from tuning.trials.space import SweepSpec
 from tuning.trials.suggestion import suggest
 
@@ -79,7 +80,7 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
         number, result = self._trial_numbers[trial_id], result or {}
         if number in self._journal.ends:
             return
-        value = None if error else result.get(self._sweep.metric)
+        value = None if error else selected_value(self._sweep, result)
         complete = bool(result.get("complete"))
         self._journal.record_end(number, value, int(result.get("step", 0)), complete)
         ended = frozen_trial(self._sweep, self._journal, number)

@@ -30,13 +30,16 @@ class SchedulerSpec(Spec):
 
     renamed_fields = {"per": "resource"}
 
-    name: Literal["asha", "median", "pbt", "none"] = "asha"
-    """asha and median stop the worse trials early; pbt continues them with the weights of better
-    ones; none lets every trial finish."""
+    name: Literal["asha", "median", "extrapolation", "pbt", "none"] = "asha"
+    """asha and median stop the worse trials early; extrapolation stops those whose learning curve
+    is unlikely to end better than another trial is already; pbt continues the worse ones with the
+    weights of better ones; none lets every trial finish."""
     grace_epochs: Annotated[float, Field(gt=0)] = 1
-    """Epochs of a trial before it can be stopped (asha, median)."""
+    """Epochs of a trial before it can be stopped (asha, median, extrapolation): at the first
+    evaluation at or after them."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """At each rung, asha continues the best one of so many trials."""
+    """At each rung, asha continues the best one of so many trials; the next rung is after so many
+    times the epochs."""
     every_epochs: Annotated[float, Field(gt=0)] = 2
     """Epochs between the exploitations of pbt."""
     resource: Literal["epoch", "usd", "joule"] = "epoch"

@@ -39,6 +39,7 @@ from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
 from tuning.trials.journal import Journal
+from tuning.trials.ranking import with_best
 from tuning.trials.space import SweepSpec, trial_spec_data
 from tuning.trials.take_over import CHANGES, Beginning, begin_trial
 
@@ -115,6 +116,18 @@ class Sweep:
         checkpoint = data["checkpoint"]
         best = {"keep_best": max(1, checkpoint["keep_best"]), "metric": self.spec.metric}
         return {**data, "checkpoint": {**checkpoint, **best, "mode": self.spec.mode}}
+
+    def fused_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The same as it is run in a slot, whose last evaluation is saved when the trial ends.
+
+        With pbt each evaluation is saved: another trial may take over its state.
+        """
+        if self.spec.scheduler.name == "pbt":
+            data = self.executed_spec_data(parameters)
+            return {**data, "checkpoint": {**data["checkpoint"], "every_steps": 1}}
+        if self.spec.select == "best":
+            return self.executed_spec_data(parameters)
+        return self.trial_spec_data(parameters)
 
 
 def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
@@ -198,11 +211,14 @@ class TuneReporter:
         samples = sweep.samples
         self._steps = spec.train.total_steps(samples)
         self._epoch_steps = samples / spec.train.global_batch
-        self._metric = sweep.spec.metric
+        self._sweep, self._metric = sweep.spec, sweep.spec.metric
         self._folder, self._changes = folder, {CHANGES: changes} if changes else {}
         self._unreported: dict[int, dict[str, float]] = {}
         self._known_step = known_step
-        self._earlier_device_s = last_result(folder).get("device_s", 0.0)
+        last = last_result(folder)
+        self.earlier = last if last.get(CHANGES, 0) == changes else {}
+        """The result of the evaluation before; {} where it is of a state that is gone."""
+        self._earlier_device_s = last.get("device_s", 0.0)
         self._start_s = time.monotonic()
 
     def result(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
@@ -211,7 +227,7 @@ class TuneReporter:
             raise TrainingError(
                 f"sweep.metric: the workload has no {self._metric} (it has {', '.join(metrics)})"
             )
-        return {
+        result = {
             **metrics,
             **self._changes,
             "step": step,
@@ -219,6 +235,8 @@ class TuneReporter:
             "complete": step == self._steps,
             "device_s": self._earlier_device_s + time.monotonic() - self._start_s,
         }
+        self.earlier = with_best(self._sweep, result, self.earlier)
+        return dict(self.earlier)
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Blocks until Tune has decided. To end the trial, Tune raises SystemExit here."""
