@@ -312,6 +312,12 @@ def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Wo
     return found
 
 
+def spec_at(spec: SpecT, workload: "Workload", step: int) -> tuple[SpecT, "Workload"]:
+    """The spec and the workload of step `step`, counted from 1."""
+    *_, (_, at_step, own_workload) = (p for p in spec_parts(spec, workload) if p[0] < max(1, step))
+    return at_step, own_workload
+
+
 def spec_parts(spec: SpecT, workload: "Workload") -> list[tuple[int, SpecT, "Workload"]]:
     """The parts of a run between its changes: first step, spec and workload of each.
 

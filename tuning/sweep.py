@@ -18,13 +18,13 @@ from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from trainers.tracking.operation_log import now_ms
 from trainers.tracking.tracker import wait_until_sent
 from tuning.fused import fusion_plan
+from tuning.trials.best_spec import write_best
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.leaderboard import (
     Leaderboard,
     export_best,
     read_leaderboard,
     with_importances,
-    write_best,
 )
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.space import SweepRunSpec, read_sweep_spec
@@ -143,7 +143,8 @@ class _SweepEnd:
         finished = len(board.ended) == spec.total_trials
         if board.best is not None:
             best_spec = self._sweep.folder / BEST_SPEC_FILE
-            write_best(self._sweep, board.best, best_spec)
+            fused = bool(fusion_plan.planned_slots(self._sweep))
+            write_best(self._sweep, board.best, best_spec, fused)
             self._tracker.log_artifact.remote(key, str(best_spec))
             if finished:
                 best = (f"best/{spec.metric}", board.best.value, 0, now_ms())

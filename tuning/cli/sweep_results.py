@@ -44,6 +44,8 @@ def print_results(
 def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
     from rich.table import Table
 
+    from tuning.trials.take_over import changes_text
+
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
     for column in ("trial", sweep.spec.metric, *others, "epochs", "", *sweep.spec.parameters):
@@ -52,8 +54,9 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
         parameters = [_format_cell(result.parameters[path]) for path in sweep.spec.parameters]
         objectives = [_format_cell(result.objectives.get(name, "unknown")) for name in others]
         scores = (f"{result.value:.4f}", *objectives, f"{result.epoch:.1f}")
-        ended = "" if result.complete else "stopped"
-        table.add_row(f"{result.number:04d}", *scores, ended, *parameters)
+        ended = [] if result.complete else ["stopped"]
+        ended += [changes_text(result.changes)] if result.changes else []
+        table.add_row(f"{result.number:04d}", *scores, ", ".join(ended), *parameters)
     return table
 
 

@@ -14,9 +14,16 @@ from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
-from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard, with_importances
+from tuning.trials.leaderboard import (
+    Leaderboard,
+    TrialResult,
+    pareto_front,
+    read_leaderboard,
+    with_importances,
+)
 from tuning.trials.ranking import objective_modes
 from tuning.trials.space import COST_METRICS, SweepSpec
+from tuning.trials.take_over import changes_text
 from tuning.trials.trial import Sweep
 
 MAX_POINTS = 30_000
@@ -131,7 +138,7 @@ def _leaderboard(
                 for name in (*objectives, *costs)
             ),
             result.epoch,
-            statuses[result.number],
+            ", ".join([statuses[result.number], *_changed(result)]),
             *(_cell(result.parameters[path]) for path in spec.parameters),
         )
         for result in board.results
@@ -146,6 +153,10 @@ def _leaderboard(
     yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
     for number, reason in board.failed.items():
         yield f"Trial {number:04d} failed: {reason}"
+
+
+def _changed(result: TrialResult) -> list[str]:
+    return [changes_text(result.changes)] if result.changes else []
 
 
 def _cell(value: object) -> object:

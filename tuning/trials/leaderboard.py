@@ -3,10 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from cluster.base.config import write_yaml
 from trainers.checkpoints.ranking import loss_of
 from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.spec import RunSpec, resolve
@@ -117,11 +115,6 @@ def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, 
     ]
     numbers = list(known)
     return [numbers[position] for position in first_front(points)]
-
-
-def write_best(sweep: Sweep, best: TrialResult, path: Path) -> None:
-    """Write the best trial's spec as a file that `heliostat train` takes."""
-    write_yaml(sweep.trial_spec_data(best.parameters), path)
 
 
 def export_best(sweep: Sweep, best: TrialResult) -> None:

@@ -20,7 +20,7 @@ def frozen_trial(sweep: SweepSpec, journal: Journal, number: int) -> "optuna.tri
     state = TrialState.COMPLETE if end["complete"] else TrialState.PRUNED
     if value is None or not math.isfinite(value):
         state, value = TrialState.FAIL, None
-    params, distributions = optuna_parameters(sweep.parameters, journal.parameters[number])
+    params, distributions = optuna_parameters(sweep.parameters, journal.parameters_after(number))
     return create_trial(
         state=state,
         value=value if state is TrialState.COMPLETE else None,

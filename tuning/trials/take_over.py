@@ -120,6 +120,11 @@ def _track_parameters(
         tracker.set_tags.remote(key, {"heliostat.changes": describe_changes(first, changes)})
 
 
+def changes_text(changes: int) -> str:
+    """How often parameters were changed, in words."""
+    return "changed once" if changes == 1 else f"changed {changes} times"
+
+
 def describe_changes(first: Mapping[str, Any], changes: list[Change]) -> str:
     """The changes of a trial that began with the parameters `first`, each in a line."""
     lines = []
