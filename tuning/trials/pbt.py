@@ -103,7 +103,7 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
             return str(TrialScheduler.CONTINUE)
         member.compared_epoch = member.epoch
         takes = self._take_over(trial)
-        if takes or any(other.status in WAITING for other in tune_controller.get_trials()):
+        if takes or _waiting(tune_controller):
             tune_controller.pause_trial(trial, should_checkpoint=False)
             if takes:
                 number = trial.config["trial"]
@@ -122,9 +122,12 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Of the trials that wait, the one that has been trained least."""
-        waiting = [trial for trial in tune_controller.get_trials() if trial.status in WAITING]
         members = self._members
-        return min(waiting, key=lambda trial: members[trial.config["trial"]].epoch, default=None)
+        return min(
+            _waiting(tune_controller),
+            key=lambda trial: members[trial.config["trial"]].epoch,
+            default=None,
+        )
 
     def debug_string(self) -> str:
         return f"PopulationBasedTraining: {len(self._members)} trials"
@@ -162,6 +165,10 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
             return None
         best = [donor for donor in ranked[:count] if known[donor] < known[number]]
         return self._random.choice(best) if best else None
+
+
+def _waiting(tune_controller: Any) -> list[Trial]:
+    return [trial for trial in tune_controller.get_live_trials() if trial.status in WAITING]
 
 
 def explored(
