@@ -21,6 +21,7 @@ from tuning.failures import MistakeWatch, run_failed_again
 from tuning.fused import fusion_plan
 from tuning.sweep_checks import check_metrics, check_overrides, check_trials
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
+from tuning.trials.best_spec import write_best
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
 from tuning.trials.journal import Journal
@@ -31,7 +32,6 @@ from tuning.trials.leaderboard import (
     has_ended,
     read_leaderboard,
     with_importances,
-    write_best,
 )
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
@@ -201,7 +201,8 @@ class _SweepEnd:
         finished = has_ended(self._sweep, board)
         if board.best is not None:
             best_spec = self._sweep.folder / BEST_SPEC_FILE
-            write_best(self._sweep, board.best, best_spec)
+            fused = bool(fusion_plan.planned_slots(self._sweep))
+            write_best(self._sweep, board.best, best_spec, fused)
             self._tracker.log_artifact.remote(key, str(best_spec))
             if finished:
                 self._tracker.log.remote(key, _best_metrics(spec.metric, board.best), 0)

@@ -16,6 +16,7 @@ from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
 from tuning.trials.leaderboard import (
     Leaderboard,
+    TrialResult,
     failure_lines,
     pareto_front,
     read_leaderboard,
@@ -23,6 +24,7 @@ from tuning.trials.leaderboard import (
 )
 from tuning.trials.ranking import objective_modes
 from tuning.trials.space import COST_METRICS, SweepSpec
+from tuning.trials.take_over import changes_text
 from tuning.trials.trial import Sweep
 
 MAX_POINTS = 30_000
@@ -138,7 +140,7 @@ def _leaderboard(
                 for name in (*objectives, *costs)
             ),
             result.epoch,
-            statuses[result.number],
+            ", ".join([statuses[result.number], *_changed(result)]),
             *(_cell(result.parameters.get(path, "")) for path in spec.parameters),
         )
         for result in board.results
@@ -152,6 +154,10 @@ def _leaderboard(
     titles = [with_unit(name) for name in columns]
     yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
     yield from failure_lines(board.failed, spec.total_trials)
+
+
+def _changed(result: TrialResult) -> list[str]:
+    return [changes_text(result.changes)] if result.changes else []
 
 
 def _cell(value: object) -> object:

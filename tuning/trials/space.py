@@ -237,6 +237,12 @@ class SweepRunSpec(RunSpec):
 
     sweep: SweepSpec  # type: ignore[assignment]
 
+    @model_validator(mode="after")
+    def _check_changes(self) -> "SweepRunSpec":
+        if self.changes:
+            raise ValueError("changes: not in a sweep; there pbt changes fields (sweep.scheduler)")
+        return self
+
 
 def read_sweep_spec(name: str, overrides: list[str]) -> tuple[str, SweepRunSpec]:
     """The short name and the validated spec of the sweep `name` with overrides."""
