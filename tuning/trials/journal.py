@@ -37,7 +37,7 @@ class Change:
 
 
 class Journal:
-    """A JSON line per suggestion, change and end of a trial, and where one runs again after its end.
+    """A JSON line per suggestion, change and end of a trial, and where an ended one runs again.
 
     The file is read once, when the journal is opened; before each record, what another object has
     appended is read as well. A record is one appended line with one fsync, however long the file
