@@ -149,6 +149,10 @@ class RemoteStore:
     def describe(self, name: str) -> str:
         return f"{self._base_uri}/{name}"
 
+    def location(self, name: str) -> tuple[pafs.FileSystem, str]:
+        """The file system of a folder, and its path there."""
+        return self._filesystem, f"{self._root}/{name}"
+
     def start_write(self, name: str) -> None:
         self._clear_staging(name)
         for other, files in self._files().items():

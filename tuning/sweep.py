@@ -19,9 +19,9 @@ from trainers.tracking.tracker import wait_until_sent
 from tuning import earlier
 from tuning.failures import MistakeWatch, run_failed_again
 from tuning.fused import fusion_plan
-from tuning.reported_metrics import check_metrics
-from tuning.sweep_checks import check_overrides, check_trials
+from tuning.sweep_checks import check_metrics, check_overrides, check_trials
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
+from tuning.trials.best_spec import write_best
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
 from tuning.trials.journal import Journal
@@ -32,7 +32,6 @@ from tuning.trials.leaderboard import (
     has_ended,
     read_leaderboard,
     with_importances,
-    write_best,
 )
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
@@ -70,7 +69,7 @@ def new_sweep(
     data["sweep"]["warm_start"] = list(trials)
     spec, workload = resolve(data, SweepRunSpec)
     dataset, datasets = prepare_datasets(data, spec)
-    check_metrics(spec, workload, spec.sweep, dataset)
+    check_metrics(spec, workload, dataset)
     name = sweep_name or unique_name(f"{stem}-sweep")
     folder = run.claim_folder(Path(spec.storage), name, data, "sweep")
     sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
@@ -206,7 +205,8 @@ class _SweepEnd:
         finished = has_ended(self._sweep, board)
         if board.best is not None:
             best_spec = self._sweep.folder / BEST_SPEC_FILE
-            write_best(self._sweep, board.best, best_spec)
+            fused = bool(fusion_plan.planned_slots(self._sweep))
+            write_best(self._sweep, board.best, best_spec, fused)
             self._tracker.log_artifact.remote(key, str(best_spec))
             if finished:
                 self._tracker.log.remote(key, _best_metrics(spec.metric, board.best), 0)

@@ -23,6 +23,7 @@ from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
+from tuning.trials.pbt import PopulationBasedTraining
 from tuning.trials.ranking import best_points
 from tuning.trials.repeats import REPEATS_FIELD
 from tuning.trials.schedulers import build_scheduler
@@ -67,13 +68,7 @@ def create_tuner(sweep: Sweep, spec: SweepRunSpec, tracker: Any, slots: int) -> 
     journaled = JournaledSearcher(
         sweep.spec, sweep.folder / JOURNAL_FILE, epochs_per_trial(sweep, spec)
     )
-    scheduler = build_scheduler(
-        sweep.spec,
-        epochs_per_trial(sweep, spec),
-        SweepCostPerEpoch(sweep.key),
-        spec.train.evaluate_every_epochs,
-        sweep.folder,
-    )
+    scheduler = _scheduler(sweep, spec)
     search = SweepSearch(journaled, slots or max_concurrent_trials(spec))
     trainable = _trainable(sweep, spec, tracker, slots)
     path = str(sweep.folder / TUNE_FOLDER)
@@ -144,6 +139,18 @@ def _new_tuner(
             failure_config=tune.FailureConfig(max_failures=spec.scale.max_restarts),
             verbose=0,
         ),
+    )
+
+
+def _scheduler(sweep: Sweep, spec: SweepRunSpec) -> Any:
+    if sweep.spec.scheduler.name == "pbt":
+        return PopulationBasedTraining(sweep)
+    return build_scheduler(
+        sweep.spec,
+        epochs_per_trial(sweep, spec),
+        SweepCostPerEpoch(sweep.key),
+        spec.train.evaluate_every_epochs,
+        sweep.folder,
     )
 
 

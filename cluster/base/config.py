@@ -58,9 +58,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_yaml(data: Mapping[str, Any], path: Path) -> None:
-    """Write a mapping as block YAML that `read_yaml` gives back unchanged. Atomic."""
+def write_yaml(data: Mapping[str, Any], path: Path, comment: str = "") -> None:
+    """Write a mapping as block YAML that `read_yaml` gives back unchanged. Atomic.
+
+    The lines of the `comment` are at the top.
+    """
     text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in comment.splitlines())
     YAML().dump(dict(data), text)
     write_atomic(path, text.getvalue())
 

@@ -22,6 +22,8 @@ from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import load_model
 from trainers.checkpoints.state import load_model_weights
+from trainers.engine.loop import train
+from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
 from tuning import sweep as sweeps
 from tuning.trials.journal import Journal
@@ -71,8 +73,27 @@ def children(uri: str, run_id: str) -> list[Any]:
     return list(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'"))
 
 
+def value_by_best_yaml(sweep: Sweep, board: Leaderboard, folder: Path) -> float:
+    """The metric of a training by `best.yaml`, at the step of the best trial's evaluation."""
+    spec, workload = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)
+    values: dict[int, float] = {}
+
+    class Recorder(NullReporter):
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            if sweep.spec.metric in metrics:
+                values[step] = metrics[sweep.spec.metric]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(spec.scale.threads or before)
+    try:
+        train(spec, workload, sweep.dataset, folder / "again", Recorder())
+    finally:
+        torch.set_num_threads(before)
+    return values[board.best.step]
+
+
 def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
-    run_sweep: Any, mlflow_server: str
+    run_sweep: Any, mlflow_server: str, tmp_path: Path
 ) -> None:
     sweep, board, tracked = run_sweep("sweep.trials=8", "sweep.scheduler.reduction=2")
     found = children(mlflow_server, tracked["run_id"])
@@ -109,6 +130,7 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     assert best.optimizer.lr == board.best.parameters["optimizer.lr"]
     assert best.sweep is None
     assert best.checkpoint.keep_best == 0, "a trial saves more than its spec says"
+    assert value_by_best_yaml(sweep, board, tmp_path) == board.best.value
 
 
 @pytest.mark.thorough
@@ -166,9 +188,11 @@ def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
 
 
 @pytest.mark.thorough
-def test_pbt_continues_from_the_better_trials_weights(run_sweep: Any) -> None:
+def test_pbt_continues_from_the_better_trials_weights(
+    run_sweep: Any, mlflow_server: str, tmp_path: Path
+) -> None:
     """Long enough for the first trial not to end before the others have begun."""
-    sweep, board, _ = run_sweep(
+    sweep, board, tracked = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 1}",
         "sweep.search=random",
         "sweep.trials=4",
@@ -177,9 +201,19 @@ def test_pbt_continues_from_the_better_trials_weights(run_sweep: Any) -> None:
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.results] == [True] * 4
-    assert (sweep.folder / "tune").exists()
-    policies = list((sweep.folder / "tune").glob("pbt_policy_*.txt"))
-    assert policies, "no trial took over another one's weights"
+    journal = Journal(sweep.folder / "journal.jsonl")
+    assert journal.changes, "no trial took over another one's weights"
+    by_name = {run.info.run_name: run for run in children(mlflow_server, tracked["run_id"])}
+    for result in board.results:
+        run = by_name[f"{result.number:04d}"]
+        assert result.parameters == journal.parameters_after(result.number)
+        assert run.data.metrics["val/loss"] == result.value
+        assert run.data.metrics["optimizer.lr"] == result.parameters["optimizer.lr"]
+        note = run.data.tags["mlflow.note.content"]
+        assert f"| optimizer.lr | {result.parameters['optimizer.lr']:.4g} |" in note
+    assert not list((sweep.folder / "tune").rglob("checkpoint_*"))
+    assert not list(sweep.folder.glob("trials/*/checkpoints/*taken*"))
+    assert value_by_best_yaml(sweep, board, tmp_path) == board.best.value
 
 
 @pytest.mark.thorough
@@ -275,7 +309,16 @@ def test_bad_sweeps_name_the_path(
         "sweep.parameters={optimizer.lr: {uniform: [1, 0]}}": (
             "sweep.parameters.optimizer.lr: uniform must be [low, high] with low <= high"
         ),
-        "sweep.search=gird": "sweep.search: must be 'random', 'grid', 'tpe' or 'cmaes' (got",
+        "sweep.search=gird": "sweep.search: must be 'auto', 'random', 'grid', 'bruteforce', 'qmc'",
+        "sweep.metric=val/acuracy": (
+            "sweep.metric: the workload has no val/acuracy; did you mean 'val/accuracy'?"
+        ),
+        "sweep.objective=[val/loss min, val/latency min]": (
+            "sweep.objective: the workload has no val/latency"
+        ),
+        "sweep.constraints=[val/latency < 3]": "sweep.constraints: the workload has no val/latency",
+        "sweep.enqueue=[{model.width: 5}]": "sweep: enqueue.0: model.width: 5 is not in the choice",
+        "sweep.warm_start=[nothing]": "sweep.warm_start: nothing: no such run or sweep in",
         "sweep.metric=accuracy": "sweep: metric must be one of validation",
         "sweep=null": "sweep: ",
     }
@@ -382,3 +425,32 @@ sweep:
     stopped = [r for r in children(mlflow_server, run_id) if "heliostat.stopped" in r.data.tags]
     assert [run.data.tags["heliostat.stopped"] for run in stopped] == ["hand"]
     assert stopped[0].data.tags["mlflow.note.content"].startswith("**Stopped by hand** after ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["asha", "pbt"])
+def test_heliostat_train_gives_the_value_of_best_yaml_to_the_last_bit(
+    scheduler: str, heliostat: Any, mlflow_server: str, spirals_source: str
+) -> None:
+    (heliostat.folder / "spirals.py").write_text(spirals_source)
+    (heliostat.folder / "s.yaml").write_text(f"""
+workload: spirals:Spirals
+model: {{width: 256}}
+train: {{epochs: 24, global_batch: 40}}
+sweep:
+  parameters:
+    optimizer.lr: {{loguniform: [1.0e-5, 1.0e-1]}}
+    optimizer.name: {{choice: [adamw, sgd]}}
+  scheduler: {{name: {scheduler}, every_epochs: 2}}
+  fuse: off
+  trials: 6
+  concurrency: 3
+""")
+    heliostat("sweep", "s.yaml", "--name", "found")
+    text = (heliostat.folder / "runs/found/best.yaml").read_text()
+    stated = re.search(r"val/loss (\S+) at step (\d+)\.", text)
+    output = heliostat("train", "runs/found/best.yaml", "--name", "again")
+    run_id = re.search(r"MLflow run: (\w+)", output)[1]
+    history = mlflow.MlflowClient(mlflow_server).get_metric_history(run_id, "val/loss")
+    values = {point.step: point.value for point in history}
+    assert values[int(stated[2])] == float(stated[1])

@@ -166,8 +166,9 @@ def resolved_data(spec: RunSpec) -> dict[str, Any]:
     It means the same in any working folder. Raises SpecError if a value looks like a secret.
     """
     data = spec.model_dump(mode="json")
-    if data["sweep"] is None:
-        del data["sweep"]
+    for name in ("sweep", "changes"):
+        if not data[name]:
+            del data[name]
     data["storage"] = str(base_folder() / spec.storage)
     data["tracking"]["uri"] = spec.tracking.uri or default_tracking_uri()
     refuse_secrets(data)

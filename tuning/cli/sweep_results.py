@@ -49,6 +49,8 @@ def print_results(
 def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
     from rich.table import Table
 
+    from tuning.trials.take_over import changes_text
+
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     others = [objective.partition(" ")[0] for objective in sweep.spec.objective[1:]]
     repeated = sweep.spec.repeated_fields
@@ -62,9 +64,10 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
         objectives = [_format_cell(result.objectives.get(name, "unknown")) for name in others]
         mean = [str(result.repeated or "")] if repeated else []
         scores = (f"{result.value:.4f}", *mean, *objectives, f"{result.epoch:.1f}")
-        ended = "" if result.complete else "stopped"
-        ended = "breaks a constraint" if result.violation else ended
-        table.add_row(f"{result.number:04d}", *scores, ended, *parameters)
+        ended = [] if result.complete else ["stopped"]
+        ended += [changes_text(result.changes)] if result.changes else []
+        ended += ["breaks a constraint"] if result.violation else []
+        table.add_row(f"{result.number:04d}", *scores, ", ".join(ended), *parameters)
     return table
 
 

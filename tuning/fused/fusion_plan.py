@@ -31,7 +31,9 @@ from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant, unsupported_reason
 from tuning.programs.torch_internals import trace_operations
 from tuning.programs.vmap_rewrites import NotFusibleError
+from tuning.trials.samplers import algorithm
 from tuning.trials.schedulers import expected_step_share
+from tuning.trials.searches import WITHOUT_MEMORY
 from tuning.trials.trial import Sweep, set_threads
 
 PLAN_FILE = "fuse.json"
@@ -45,8 +47,8 @@ COMPILE_PER_TRACE = 30
 40 for a CNN. So the estimate holds on slow machines too."""
 PROCESS_TRIAL_S = 0.5
 """Seconds that a trial in a running process costs besides its steps."""
-ADAPTIVE_SEARCHES, GENERATIONS = ("tpe", "cmaes"), 4
-"""Searches that learn from earlier trials, and how many rounds of trials they get at least."""
+GENERATIONS = 4
+"""Rounds of trials that a search which learns from them gets at least."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that slots may take."""
 FIRST_CPU_SLOTS = 4
@@ -302,7 +304,7 @@ class _Planner:
         if self._device.type == "cpu":
             room /= engines
         most = min(MAX_SLOTS, math.ceil(spec.total_trials / engines))
-        if spec.search in ADAPTIVE_SEARCHES:
+        if algorithm(spec) not in (*WITHOUT_MEMORY, "qmc"):
             most = min(most, math.ceil(spec.total_trials / engines / GENERATIONS))
         most = min(most, spec.concurrency or most)
         if room < math.inf:

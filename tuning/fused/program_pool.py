@@ -104,7 +104,7 @@ class ProgramPool:
         trial.program_slots.trials[slot] = trial
         trial.slot, trial.steps_done, trial.saved_step = slot, done, done
         trial.loss_sum, trial.losses = scalars.get("loss_sum", 0.0), int(scalars.get("losses", 0))
-        trial.device_s = scalars.get("device_s", 0.0)
+        trial.device_s = scalars.get("device_s", trial.device_s)
         trial.evaluated_state = program.state_of(slot).copy() if done else None
         trial.export_id = None
         trial.saved_scalars = dict(scalars)

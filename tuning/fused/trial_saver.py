@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
-from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
+from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.ranking import loss_of
-from trainers.engine.coordination import FIRST_SAVE_S
+from trainers.engine.coordination import FIRST_SAVE_S, save_interval_s
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec
 from tuning.fused.engine_trial import EngineTrial, TrialRegistry

@@ -24,6 +24,7 @@ from tuning.trials.leaderboard import (
 )
 from tuning.trials.ranking import objective_modes
 from tuning.trials.space import COST_METRICS, SweepSpec
+from tuning.trials.take_over import changes_text
 from tuning.trials.trial import Sweep
 
 MAX_POINTS = 30_000
@@ -140,7 +141,7 @@ def _leaderboard(
                 for name in (*objectives, *costs)
             ),
             result.epoch,
-            statuses[result.number],
+            ", ".join([statuses[result.number], *_changed(result)]),
             *(_cell(result.parameters.get(path, "")) for path in spec.parameters),
         )
         for result in board.results
@@ -165,6 +166,10 @@ def _mean_cells(spec: SweepSpec, result: TrialResult) -> Sequence[object]:
     if result.repeated is None:
         return (None, None, 1)
     return result.repeated.mean, result.repeated.half_width, len(result.repeated.values)
+
+
+def _changed(result: TrialResult) -> list[str]:
+    return [changes_text(result.changes)] if result.changes else []
 
 
 def _cell(value: object) -> object:

@@ -25,7 +25,8 @@ def parameter_importances(sweep: SweepSpec, journal: Journal) -> dict[str, float
     known = []
     for number, end in journal.ends.items():
         if is_ranked(sweep, end["value"]):
-            params, distributions = optuna_parameters(sweep.parameters, journal.parameters[number])
+            last = journal.parameters_after(number)
+            params, distributions = optuna_parameters(sweep.parameters, last)
             known.append(
                 optuna.trial.create_trial(
                     value=end["value"], params=params, distributions=distributions

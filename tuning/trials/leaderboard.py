@@ -5,10 +5,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from cluster.base.config import write_yaml
 from trainers.checkpoints.ranking import loss_of
 from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.spec import RunSpec, resolve
@@ -19,6 +17,7 @@ from tuning.trials.journal import Journal
 from tuning.trials.ranking import loss, objective_modes, selected, violation
 from tuning.trials.repeats import Repeated, best_mean_first
 from tuning.trials.space import COST_METRICS, SweepSpec
+from tuning.trials.take_over import CHANGES
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 SHOWN_NUMBERS = 5
@@ -38,6 +37,8 @@ class TrialResult:
     epoch: float
     complete: bool
     """Whether the trial has done all its steps, also those after this evaluation."""
+    changes: int = 0
+    """How often pbt has changed the parameters, which are the last ones of this evaluation."""
     objectives: Mapping[str, float] = field(default_factory=dict)
     """Objective of `sweep.objective` -> its value, where it is known."""
     violation: float = 0.0
@@ -83,7 +84,7 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
     asked = " ".join([*objectives, *sweep.spec.constraints])
     costs = trial_costs(sweep) if any(name in asked for name in COST_METRICS) else {}
     results, ended, failed = [], [], {}
-    for number, parameters in journal.parameters.items():
+    for number in journal.parameters:
         folder = sweep.trial_folder(number)
         if (folder / FAILED_FILE).exists():
             failed[number] = (folder / FAILED_FILE).read_text()
@@ -96,11 +97,12 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
             results.append(
                 TrialResult(
                     number,
-                    parameters,
+                    journal.parameters_after(number, changes := last.get(CHANGES, 0)),
                     value=counts[sweep.spec.metric],
                     step=counts["step"],
                     epoch=counts["epoch"],
                     complete=last["complete"],
+                    changes=changes,
                     objectives={name: known[name] for name in objectives if name in known},
                     violation=violation(sweep.spec, known),
                 )
@@ -174,11 +176,6 @@ def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, 
     ]
     numbers = list(known)
     return [numbers[position] for position in first_front(points)]
-
-
-def write_best(sweep: Sweep, best: TrialResult, path: Path) -> None:
-    """Write the best trial's spec as a file that `heliostat train` takes."""
-    write_yaml(sweep.trial_spec_data(best.parameters), path)
 
 
 def export_best(sweep: Sweep, best: TrialResult) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from trainers.tracking.mlflow_run import markdown_table, with_facts
 from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.ranking import selected
+from tuning.trials.take_over import CHANGES, changes_text
 from tuning.trials.trial import Sweep
 
 MAX_DESCRIBED_TRIALS = 10
@@ -38,6 +39,7 @@ def trial_description(
     tried = {p: parameters[p] for p in sweep.spec.parameters if p in parameters}
     counts = selected(sweep.spec, result)
     metrics = {name: value for name, value in counts.items() if name.startswith("val/")}
-    return with_facts(
-        f"**{ended}** after {result.get('epoch', 0):.1f} epochs.", {**tried, **metrics}
-    )
+    head = f"**{ended}** after {result.get('epoch', 0):.1f} epochs."
+    if changes := result.get(CHANGES):
+        head += f" The parameters were {changes_text(changes)}; these are the last ones."
+    return with_facts(head, {**tried, **metrics})

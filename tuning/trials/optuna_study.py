@@ -121,6 +121,8 @@ class SearchStudy:
         if not self._learns:
             return
         end = self._journal.ends[number]
+        if self._journal.changes.get(number):  # it was not trained with what was suggested
+            end = {**end, "value": None}
         state, losses, reported, attributes = self._outcome(end)
         trial_id = self._trial_id(self._numbers[number])
         for key, value in attributes.items():

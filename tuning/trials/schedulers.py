@@ -3,12 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from tuning.stopping.extrapolation import MIN_POINTS, Extrapolation
 from tuning.stopping.rules import ROUNDING, Asha, MedianRule, StoppingRule
-from tuning.trials.distributions import Distribution
 from tuning.trials.ranking import objective_modes
 from tuning.trials.space import SchedulerSpec, SweepSpec
 
@@ -33,16 +31,6 @@ def build_scheduler(
     """
     from tuning.trials.stopping_scheduler import InOrder, StoppingScheduler
 
-    if sweep.scheduler.name == "pbt":
-        return _pbt_class()(
-            time_attr=EPOCH_ATTR,
-            perturbation_interval=sweep.scheduler.every_epochs,
-            hyperparam_mutations={
-                path: _pbt_domain(distribution) for path, distribution in sweep.parameters.items()
-            },
-            explore=_Explore(sweep),
-            synch=False,
-        )
     rule = _stopping_rule(sweep, epochs_per_trial, evaluate_every_epochs)
     if rule is None:
         return InOrder()
@@ -142,68 +130,3 @@ def early_stopping_text(
     rungs = rung_epochs(spec, epochs_per_trial, evaluate_every_epochs)
     named = ", ".join(f"{rung:g}" for rung in rungs)
     return f"asha compares trials after {named} of {epochs_per_trial:g} epochs"
-
-
-def _pbt_class() -> Any:
-    """Ray's PBT, but it accepts a searcher and keeps the number of each trial.
-
-    Ray's PBT refuses searchers, because they would not learn of the changed parameters. Ours does
-    not learn from changed trials; it only numbers them.
-    """
-    from ray.tune.schedulers import PopulationBasedTraining
-
-    class NumberedPBT(PopulationBasedTraining):  # type: ignore[misc]
-        def __init__(self, explore: _Explore, **options: Any) -> None:
-            super().__init__(custom_explore_fn=explore, **options)
-            self._explore = explore
-
-        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-            super().on_trial_add(SimpleNamespace(search_alg=None), trial)
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
-            # With synch=False only the trial that reported can exploit another one, in this call.
-            self._explore.trial_number = trial.config["trial"]
-            return super().on_trial_result(tune_controller, trial, result)
-
-    return NumberedPBT
-
-
-def _pbt_domain(distribution: Distribution) -> Any:
-    """The values from which pbt resamples: a list of the choices, otherwise a Tune domain.
-
-    Ray 2.60 multiplies values of a domain by a factor, also those of `tune.choice`: text raises
-    TypeError, and a number may become one that is no choice. In a list it goes to a neighbour.
-    """
-    from ray import tune
-
-    low, high = distribution.bounds or (0, 0)
-    if distribution.choice is not None:
-        return list(distribution.choice)
-    if distribution.kind == "uniform":
-        return tune.uniform(low, high)
-    if distribution.kind == "loguniform":
-        return tune.loguniform(low, high)
-    if distribution.kind == "integer":
-        return tune.randint(int(low), int(high) + 1)
-    return tune.lograndint(int(low), int(high) + 1)
-
-
-class _Explore:
-    """PBT's `custom_explore_fn`, called with the perturbed parameters of the better trial.
-
-    PBT multiplies values by 0.8 or 1.2; this clips them to the bounds of the spec. It also gives
-    the exploiting trial its own number back, in place of the better trial's.
-    """
-
-    def __init__(self, sweep: SweepSpec) -> None:
-        self._bounds = {path: d.bounds for path, d in sweep.parameters.items()}
-        self.trial_number: int | None = None
-        """Number of the trial that reported last."""
-
-    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        for path, bounds in self._bounds.items():
-            if bounds is not None:
-                config[path] = min(max(config[path], bounds[0]), bounds[1])
-        if self.trial_number is not None:
-            config["trial"] = self.trial_number
-        return config

@@ -144,7 +144,8 @@ def test_written_data_is_read_back_unchanged(
     tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
-    write_yaml(data, path)
+    write_yaml(data, path, comment="a: 1\n- of two lines")
+    assert path.read_text().startswith("# a: 1\n# - of two lines\n")
     read = read_yaml(path)
     assert repr(read) == repr(data)  # also types, the sign of zero, and the order of keys
 
