@@ -312,7 +312,9 @@ workload: spirals:Spirals
 model: {{width: 256}}
 train: {{epochs: 24, global_batch: 40}}
 sweep:
-  parameters: {{optimizer.lr: {{loguniform: [1.0e-5, 1.0e-1]}}, optimizer.name: {{choice: [adamw, sgd]}}}}
+  parameters:
+    optimizer.lr: {{loguniform: [1.0e-5, 1.0e-1]}}
+    optimizer.name: {{choice: [adamw, sgd]}}
   scheduler: {{name: {scheduler}, every_epochs: 2}}
   fuse: off
   trials: 6

@@ -43,6 +43,8 @@ class _Member:
     """The smaller the better, infinity for NaN; None before the first evaluation of its state."""
     step: int = 0
     """Step of the state that counts, of which there is a checkpoint."""
+    state_epoch: float = 0.0
+    """The same in epochs."""
     changes: int = 0
     """How many changes were made to that state."""
     epoch: float = 0.0
@@ -136,7 +138,8 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
         spec = self._sweep.spec
         counted = selected(spec, result)
         member.loss = loss(spec, selected_value(spec, result))
-        member.step, member.epoch = int(counted["step"]), float(result["epoch"])
+        member.step, member.state_epoch = int(counted["step"]), float(counted["epoch"])
+        member.epoch = float(result["epoch"])
         member.changes = int(result.get(CHANGES, 0))
 
     def _take_over(self, trial: Trial) -> bool:
@@ -152,7 +155,7 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
         before = self._journal.parameters_after(donor, state.changes)
         parameters = explored(self._sweep.spec.parameters, before, self._random)
         self._journal.record_change(number, Change(state.step, parameters, donor, state.changes))
-        epoch = state.epoch
+        epoch = state.state_epoch
         self._members[number] = _Member(epoch=epoch, compared_epoch=epoch, changes=change)
         return True
 
