@@ -1,5 +1,6 @@
 """Sweeps on the real Ray Tune: killed drivers, failed trials, several workers, exploitation."""
 
+import math
 import os
 import pickle
 import re
@@ -123,18 +124,27 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
 
 
 @pytest.mark.thorough
-def test_a_grid_tries_every_combination_once(run_sweep: Any) -> None:
-    _, board, _ = run_sweep(
+def test_a_grid_tries_every_combination_once(run_sweep: Any, mlflow_server: str) -> None:
+    """Of a space with a condition, and with two data sets."""
+    sweep, board, tracked = run_sweep(
         "sweep.search=grid",
         "sweep.scheduler.name=none",
         "train.epochs=1",
-        "sweep.parameters={optimizer.lr: {choice: [0.001, 0.01]}, model.blocks: "
-        "{choice: [[1], [1, 1]]}}",
+        "sweep.parameters={model.blocks: {choice: [[1], [1, 1]], when: {optimizer.name: sgd}}, "
+        "optimizer.name: {choice: [sgd, adamw]}, data.val_fraction: {choice: [0.1, 0.5]}}",
     )
-    tried = sorted(
-        (s.parameters["optimizer.lr"], s.parameters["model.blocks"]) for s in board.results
-    )
-    assert tried == [(0.001, [1]), (0.001, [1, 1]), (0.01, [1]), (0.01, [1, 1])]
+    paths = ("optimizer.name", "model.blocks", "data.val_fraction")
+    tried = sorted(str([r.parameters.get(path) for path in paths]) for r in board.results)
+    names = [["adamw", None], ["sgd", [1, 1]], ["sgd", [1]]]
+    assert tried == [str([*name, fraction]) for name in names for fraction in (0.1, 0.5)]
+    for result in board.results:
+        spec, _ = resolve(sweep.trial_spec_data(result.parameters), RunSpec)
+        samples = (1 - spec.data["val_fraction"] - spec.data["test_fraction"]) * 1797
+        assert result.step == math.ceil(samples / 128)
+        assert result.epoch == pytest.approx(128 * result.step / samples, rel=0.01)
+    for child in children(mlflow_server, tracked["run_id"]):
+        result = next(r for r in board.results if f"{r.number:04d}" in child.info.run_name)
+        assert float(child.data.params["data.val_fraction"]) == result.parameters[paths[2]]
 
 
 @pytest.mark.thorough
@@ -289,7 +299,16 @@ def test_bad_sweeps_name_the_path(
         "sweep.parameters={optimizer.lr: {uniform: [1, 0]}}": (
             "sweep.parameters.optimizer.lr: uniform must be [low, high] with low <= high"
         ),
-        "sweep.search=gird": "sweep.search: must be 'random', 'grid', 'tpe' or 'cmaes' (got",
+        "sweep.search=gird": "sweep.search: must be 'auto', 'random', 'grid', 'bruteforce', 'qmc'",
+        "sweep.metric=val/acuracy": (
+            "sweep.metric: the workload has no val/acuracy; did you mean 'val/accuracy'?"
+        ),
+        "sweep.objective=[val/loss min, val/latency min]": (
+            "sweep.objective: the workload has no val/latency"
+        ),
+        "sweep.constraints=[val/latency < 3]": "sweep.constraints: the workload has no val/latency",
+        "sweep.enqueue=[{model.width: 5}]": "sweep: enqueue.0: model.width: 5 is not in the choice",
+        "sweep.warm_start=[nothing]": "sweep.warm_start: nothing: no such run or sweep in",
         "sweep.metric=accuracy": "sweep: metric must be one of validation",
         "sweep=null": "sweep: ",
     }

@@ -40,7 +40,6 @@ class Engine:
     ) -> None:
         """`slots` are those of each program. Without a `program`, the engine compiles one first."""
         self._sweep, self._tracker = sweep, tracker
-        self._samples = sweep.samples
         self._trials = TrialRegistry()
         self._loop = EngineLoop(sweep, slots, self._trials, program)
         threading.Thread(target=self._loop.run, daemon=True, name="engine").start()
@@ -112,12 +111,13 @@ class Engine:
         spec, workload = resolve(self._sweep.fused_spec_data(beginning.parameters), RunSpec)
         last = folder / LAST_RESULT_FILE
         result = json.loads(last.read_text()) if last.exists() else {}
+        samples = self._sweep.samples_of(spec)
         trial = EngineTrial(
             number,
             lease,
-            Variant(spec, workload, spec.train.total_steps(self._samples)),
+            Variant(spec, workload, spec.train.total_steps(samples)),
             folder,
-            spec.train.evaluation_steps(self._samples),
+            spec.train.evaluation_steps(samples),
             TuneReporter(self._sweep, spec, folder, changes=beginning.changes),
             TrackerReporter(self._tracker, self._sweep.trial_key(number), REPORT_S),
             Checkpoints(folder / CHECKPOINTS, spec.checkpoint),

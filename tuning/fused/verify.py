@@ -62,8 +62,9 @@ def measure_deviation(sweep: Sweep, trial: TrialResult) -> Deviation:
     # Its checkpoints are read by nobody.
     saves = spec.checkpoint.model_copy(update={"every_steps": "auto", "keep_best": 0, "uri": None})
     spec = spec.model_copy(update={"checkpoint": saves})
+    dataset = local_dataset(sweep.dataset_of(spec), spec)
     with TemporaryDirectory() as folder:
-        train(spec, workload, local_dataset(sweep.dataset, spec), Path(folder), alone, worker)
+        train(spec, workload, dataset, Path(folder), alone, worker)
     points = read_metrics(sweep.folder / TRACKING, sweep.trial_key(trial.number))
     fused = {(name, step): value for name, value, step, _ in points}
     both = [(abs(value - fused[at]), at) for at, value in alone.series.items() if at in fused]

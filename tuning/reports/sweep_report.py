@@ -17,6 +17,7 @@ from tuning.reports.parallel_coordinates import parallel_coordinates
 from tuning.trials.leaderboard import (
     Leaderboard,
     TrialResult,
+    failure_lines,
     pareto_front,
     read_leaderboard,
     with_importances,
@@ -88,7 +89,8 @@ def _learning_curves(
 ) -> Iterator[Chart | str]:
     """The curves of the sweep's metric and of a few others, downsampled where they are long."""
     if board.best is None:
-        yield f"No trial has a finite {spec.metric} yet."
+        finite = f"No trial has a finite {spec.metric} yet."
+        yield finite if board.results else "No trial was evaluated yet."
         return
     epochs_per_step = {r.number: r.epoch / r.step for r in board.results if r.step}
     others = _other_metrics(spec, [trials[number] for number in epochs_per_step])
@@ -139,7 +141,7 @@ def _leaderboard(
             ),
             result.epoch,
             ", ".join([statuses[result.number], *_changed(result)]),
-            *(_cell(result.parameters[path]) for path in spec.parameters),
+            *(_cell(result.parameters.get(path, "")) for path in spec.parameters),
         )
         for result in board.results
     ]
@@ -151,8 +153,7 @@ def _leaderboard(
     )
     titles = [with_unit(name) for name in columns]
     yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
-    for number, reason in board.failed.items():
-        yield f"Trial {number:04d} failed: {reason}"
+    yield from failure_lines(board.failed, spec.total_trials)
 
 
 def _changed(result: TrialResult) -> list[str]:
@@ -170,10 +171,12 @@ def _parameter_charts(
     results = [r for r in board.results if math.isfinite(r.value)]
     if len(results) < 2:
         return
-    yield parallel_coordinates(results, spec.parameters, spec.metric, spec.mode)
+    tried = {path for r in results for path in r.parameters}
+    shown = {p: d for p, d in spec.parameters.items() if d.same_as is None and p in tried}
+    yield parallel_coordinates(results, shown, spec.metric, spec.mode)
     if board.importances:
         yield sweep_charts.importance_chart(board.importances, spec.metric)
-    for path, space in spec.parameters.items():
+    for path, space in shown.items():
         yield sweep_charts.slice_chart(path, results, space, spec.metric, statuses)
 
 

@@ -45,24 +45,24 @@ def forecast(at: Sequence[float], losses: Sequence[float], end: float) -> tuple[
     z = (y - y[-1]) / scale
     shapes = _shapes(u)
     ahead = max(1.0, (1 - u[-1]) / (u[-1] - u[0]))
-    # The coefficients (c, a) have the prior variances below, in units of the variance of the noise.
-    reach = shapes[:, :1].squeeze(1) - shapes[:, -1]
-    prior = np.stack([np.full(len(shapes), ahead**2), (2 / reach) ** 2], axis=1) / NOISE**2
-    design = np.stack([np.ones_like(shapes), shapes], axis=2)  # (shapes, points, 2)
-    precision = design.transpose(0, 2, 1) @ design
-    precision[:, [0, 1], [0, 1]] += 1 / prior
-    moment = design.transpose(0, 2, 1) @ z  # (shapes, 2)
-    coefficients = np.linalg.solve(precision, moment[..., None])[..., 0]
-    covariance = np.linalg.inv(precision)
+    # The coefficients (c, a) have these prior variances, in units of the variance of the noise.
+    reach = shapes[:, 0] - shapes[:, -1]
+    prior_c, prior_a = (ahead / NOISE) ** 2, (2 / reach / NOISE) ** 2
+    # The posterior precision, [[cc, ca], [ca, aa]], and the coefficients by Cramer's rule.
+    cc, ca, aa = len(z) + 1 / prior_c, shapes.sum(axis=1), (shapes**2).sum(axis=1) + 1 / prior_a
+    determinant = cc * aa - ca**2
+    sum_z, sum_fz = z.sum(), shapes @ z
+    means = (aa * sum_z - ca * sum_fz) / determinant
+    slopes = (cc * sum_fz - ca * sum_z) / determinant
     degrees = 4.0 + len(z)
-    squares = 4.0 * NOISE**2 + np.maximum(z @ z - (moment * coefficients).sum(axis=1), 0.0)
+    residual = z @ z - means * sum_z - slopes * sum_fz
+    squares = 4.0 * NOISE**2 + np.maximum(residual, 0.0)
     evidence = -0.5 * (
-        np.linalg.slogdet(precision)[1] + np.log(prior).sum(axis=1) + degrees * np.log(squares)
+        np.log(determinant) + np.log(prior_a) + degrees * np.log(squares)  # prior_c is common
     )
     weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
-    means = coefficients[:, 0]
-    variances = squares / (degrees - 2) * covariance[:, 0, 0] + squares / (degrees - 2)
+    variances = squares / (degrees - 2) * (1 + aa / determinant)
     mean = float(weights @ means)
     variance = float(weights @ (variances + (means - mean) ** 2))
     return float(y[-1]) + scale * mean, scale * math.sqrt(variance)
@@ -78,7 +78,8 @@ class Extrapolation:
     """Stops a trial whose forecast, taken at its best, ends worse than another trial is already.
 
     How far forecasts were off is learned from the trials that were trained to the end: a schedule
-    of the learning rate may improve all of them late. It compares by the first objective.
+    of the learning rate may improve all of them late. It compares by the first objective, and with
+    trials that keep the constraints.
     """
 
     def __init__(self, grace: float, end: float) -> None:
@@ -93,18 +94,21 @@ class Extrapolation:
         better than forecast after so many, sorted."""
 
     def add(self, evaluation: Evaluation) -> bool:
-        if not evaluation.ranked:
+        if evaluation.violation == math.inf:
             return evaluation.at * (1 + ROUNDING) >= self._grace
-        trial, loss = evaluation.trial, evaluation.losses[0]
-        curve = self._curves[trial]
-        curve.append((evaluation.at, loss))
+        curve = self._curves[evaluation.trial]
+        curve.append((evaluation.at, evaluation.losses[0]))
+        if evaluation.violation == 0:
+            self._note_best(evaluation.trial, evaluation.losses[0])
+        if evaluation.at * (1 + ROUNDING) >= self._end:
+            self._check_forecasts(self._curves.pop(evaluation.trial))
+            return False
+        return len(curve) >= MIN_POINTS and evaluation.at * (1 + ROUNDING) >= self._grace
+
+    def _note_best(self, trial: int, loss: float) -> None:
         known = {number: best for best, number in self._best}
         known[trial] = min(loss, known.get(trial, math.inf))
         self._best = sorted((best, number) for number, best in known.items())[:2]
-        if evaluation.at * (1 + ROUNDING) >= self._end:
-            self._check_forecasts(self._curves.pop(trial))
-            return False
-        return len(curve) >= MIN_POINTS and evaluation.at * (1 + ROUNDING) >= self._grace
 
     def stops(self, evaluation: Evaluation) -> bool:
         others = [best for best, trial in self._best if trial != evaluation.trial]

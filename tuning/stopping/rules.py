@@ -31,14 +31,12 @@ class Evaluation:
     at: float
     """What it has used now: epochs, or cost in epochs of average cost."""
     losses: tuple[float, ...]
-    """What counts of the trial by now, by each objective; smaller is better. Infinity, which is the
-    worst, in all of them where one is not finite."""
+    """What counts of the trial by now, by each objective; smaller is better."""
+    violation: float = 0.0
+    """How far it breaks constraints: 0 if it keeps them all, infinity if a loss is not finite. Of
+    two trials the one that breaks them less is better, whatever their losses."""
     finite: bool = True
     """Whether this very evaluation is finite, whatever the trial was before."""
-
-    @property
-    def ranked(self) -> bool:
-        return self.losses[0] < math.inf
 
 
 class StoppingRule(Protocol):
@@ -57,19 +55,22 @@ class Rung:
     def __init__(self, objectives: int) -> None:
         self._losses: list[float] = []
         self._fronts = Fronts() if objectives > 1 else None
-        self._unranked = 0
-        """Trials without a finite evaluation."""
+        self._violations: list[float] = []
+        """Of the trials that break a constraint, or are not finite, in order."""
         self.better = 0
         """How many trials are better than the one that was added last."""
 
     def __len__(self) -> int:
-        ranked = len(self._losses) if self._fronts is None else len(self._fronts)
-        return ranked + self._unranked
+        return self._count_valid() + len(self._violations)
+
+    def _count_valid(self) -> int:
+        return len(self._losses) if self._fronts is None else len(self._fronts)
 
     def add(self, evaluation: Evaluation) -> None:
-        if not evaluation.ranked:
-            self.better = len(self) - self._unranked
-            self._unranked += 1
+        if evaluation.violation > 0:
+            less = bisect.bisect_left(self._violations, evaluation.violation)
+            self._violations.insert(less, evaluation.violation)
+            self.better = self._count_valid() + less
         elif self._fronts is not None:
             self.better = self._fronts.add(evaluation.losses)
         else:
@@ -119,16 +120,16 @@ class _Mean:
     best: float = math.inf
 
     def add(self, loss: float) -> None:
-        if loss < math.inf:
-            self.total, self.count = self.total + loss, self.count + 1
-            self.best = min(self.best, loss)
+        self.total, self.count = self.total + loss, self.count + 1
+        self.best = min(self.best, loss)
 
 
 class MedianRule:
     """The median stopping rule (Golovin et al., "Google Vizier", KDD 2017).
 
     A trial is stopped if its best evaluation is worse than the median of the other trials' means up
-    to the same point. It compares by the first objective.
+    to the same point. It compares by the first objective; an evaluation that breaks a constraint,
+    or is not finite, is the worst.
     """
 
     def __init__(self, grace: float, interval: float) -> None:
@@ -141,14 +142,15 @@ class MedianRule:
 
     def add(self, evaluation: Evaluation) -> bool:
         own = self._trials[evaluation.trial]
-        own.add(evaluation.losses[0])
+        if evaluation.violation == 0:
+            own.add(evaluation.losses[0])
         before, reached = self._slot(evaluation.since), self._slot(evaluation.at)
         if reached == before:
             return False
         others = self._means[reached]
         enough = len(others) >= MIN_OTHERS
         self._median_of_others = statistics.median(others) if enough else math.inf
-        mean = own.total / own.count if evaluation.ranked else math.inf
+        mean = own.total / own.count if evaluation.violation == 0 else math.inf
         for slot in range(before + 1, reached + 1):
             bisect.insort(self._means[slot], mean)
         return evaluation.at * (1 + ROUNDING) >= self._grace

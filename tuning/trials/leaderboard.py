@@ -1,7 +1,9 @@
 """The results of a sweep's trials, from its folder: the leaderboard and the Pareto front."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +14,15 @@ from tuning.stopping.fronts import first_front
 from tuning.trials.budget import trial_costs
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
-from tuning.trials.ranking import loss, objective_modes, selected
-from tuning.trials.space import COST_METRICS
+from tuning.trials.ranking import loss, objective_modes, selected, violation
+from tuning.trials.repeats import Repeated, best_mean_first
+from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.take_over import CHANGES
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
+
+SHOWN_NUMBERS = 5
+"""Failed trials that a line names; it counts the others."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,19 @@ class TrialResult:
     """How often pbt has changed the parameters, which are the last ones of this evaluation."""
     objectives: Mapping[str, float] = field(default_factory=dict)
     """Objective of `sweep.objective` -> its value, where it is known."""
+    violation: float = 0.0
+    """How far it breaks `sweep.constraints`; 0 if it keeps them all."""
+    repeated: Repeated | None = None
+    """The trainings of its configuration for `sweep.repeat` and `sweep.folds`, this one included,
+    as far as they have ended."""
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All trials that were evaluated at least once, the best first."""
+    """All trials of the search that were evaluated at least once, the best first."""
 
     results: list[TrialResult]
+    """Those whose configuration was repeated come first, by the mean of its trainings."""
     ended: list[int]
     """Numbers of the trials that are complete, stopped or failed."""
     failed: dict[int, str]
@@ -52,15 +65,24 @@ class Leaderboard:
 
     @property
     def best(self) -> TrialResult | None:
-        """The best trial; None if no trial has a finite value."""
-        return next((r for r in self.results[:1] if math.isfinite(r.value)), None)
+        """The best trial; None if no trial has a finite value and keeps the constraints."""
+        return next(
+            (r for r in self.results[:1] if math.isfinite(r.value) and not r.violation), None
+        )
+
+    def finalists(self, sweep: SweepSpec) -> list[TrialResult]:
+        """The best complete trials by their own values, whose configurations are repeated."""
+        complete = [result for result in self.results if result.complete and not result.violation]
+        by_value = sorted(complete, key=lambda result: loss(sweep, result.value))
+        return by_value[: sweep.finalists]
 
 
 def read_leaderboard(sweep: Sweep) -> Leaderboard:
     """The leaderboard of a sweep, finished or not, without the importances."""
     journal = Journal(sweep.folder / JOURNAL_FILE)
     objectives = objective_modes(sweep.spec) if sweep.spec.objective else {}
-    costs = trial_costs(sweep) if objectives.keys() & set(COST_METRICS) else {}
+    asked = " ".join([*objectives, *sweep.spec.constraints])
+    costs = trial_costs(sweep) if any(name in asked for name in COST_METRICS) else {}
     results, ended, failed = [], [], {}
     for number in journal.parameters:
         folder = sweep.trial_folder(number)
@@ -82,17 +104,56 @@ def read_leaderboard(sweep: Sweep) -> Leaderboard:
                     complete=last["complete"],
                     changes=changes,
                     objectives={name: known[name] for name in objectives if name in known},
+                    violation=violation(sweep.spec, known),
                 )
             )
-    results.sort(key=lambda result: loss(sweep.spec, result.value))
-    front = pareto_front({r.number: r.objectives for r in results}, objectives)
+    results.sort(key=lambda result: (result.violation > 0, loss(sweep.spec, result.value)))
+    results = best_mean_first(sweep, results, journal)
+    feasible = {r.number: r.objectives for r in results if not r.violation}
+    front = pareto_front(feasible, objectives)
     return Leaderboard(results, ended, failed, front)
+
+
+def has_ended(sweep: Sweep, board: Leaderboard) -> bool:
+    """Whether all trials have ended, with the trainings of the best configurations."""
+    if len(board.ended) < sweep.spec.total_trials:
+        return False
+    return not sweep.spec.repeated_fields or all(
+        result.repeated is not None and result.repeated.complete
+        for result in board.finalists(sweep.spec)
+    )
 
 
 def with_importances(sweep: Sweep, board: Leaderboard) -> Leaderboard:
     """The leaderboard with the importances, which take minutes for 10,000 trials."""
     journal = Journal(sweep.folder / JOURNAL_FILE)
     return replace(board, importances=parameter_importances(sweep.spec, journal))
+
+
+def failure_lines(failed: Mapping[int, str], total: int) -> list[str]:
+    """Lines on the trials that failed, by number with their reasons: how many, and each reason.
+
+    Reasons that differ in numbers only are told once, in the words of the first trial.
+    """
+    if not failed:
+        return []
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for number, reason in failed.items():
+        groups[failure_kind(reason)].append(number)
+    by_size = sorted(groups.values(), key=len, reverse=True)
+    lines = [f"{_listed(numbers)} failed: {failed[numbers[0]]}" for numbers in by_size]
+    return [f"{len(failed)} of {total} trials failed", *lines]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    named = ", ".join(f"{number:04d}" for number in numbers[:SHOWN_NUMBERS])
+    more = f" and {len(numbers) - SHOWN_NUMBERS} more" if len(numbers) > SHOWN_NUMBERS else ""
+    return f"trial{'s' if len(numbers) > 1 else ''} {named}{more}"
+
+
+def failure_kind(reason: str) -> str:
+    """The same for reasons that differ in numbers only."""
+    return NUMBER.sub("#", reason)
 
 
 def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, str]) -> list[int]:
@@ -118,7 +179,7 @@ def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, 
 
 
 def export_best(sweep: Sweep, best: TrialResult) -> None:
-    """Export the model of the best trial, at the step that counts, to `model` in the sweep's folder.
+    """Export the best trial's model, at the step that counts, to `model` in the sweep's folder.
 
     Does nothing where there is no such checkpoint. Raises what the user's model raises.
     """

@@ -19,7 +19,7 @@ def sweep_description(sweep: Sweep, board: Leaderboard, account: Mapping[str, st
     head = f"{len(board.ended)} of {total} trials have ended, {len(board.failed)} of them failed."
     paths = list(sweep.spec.parameters)
     rows = [
-        (f"{r.number:04d}", r.value, r.epoch, *(r.parameters[path] for path in paths))
+        (f"{r.number:04d}", r.value, r.epoch, *(r.parameters.get(path, "") for path in paths))
         for r in board.results[:MAX_DESCRIBED_TRIALS]
     ]
     best = markdown_table(("trial", sweep.spec.metric, "epochs", *paths), rows)
@@ -29,11 +29,14 @@ def sweep_description(sweep: Sweep, board: Leaderboard, account: Mapping[str, st
 
 
 def trial_description(
-    sweep: Sweep, parameters: Mapping[str, Any], result: Mapping[str, Any]
+    sweep: Sweep, parameters: Mapping[str, Any], result: Mapping[str, Any], stopped: str
 ) -> str:
-    """How far a trial came, with its parameters and its metrics."""
-    ended = "Complete" if result.get("complete") else f"Stopped by {sweep.spec.scheduler.name}"
-    tried = {path: parameters[path] for path in sweep.spec.parameters}
+    """How far a trial came, with its parameters and its metrics.
+
+    `stopped` is what stopped it: a scheduler, or "hand"; empty for a complete trial.
+    """
+    ended = f"Stopped by {stopped}" if stopped else "Complete"
+    tried = {p: parameters[p] for p in sweep.spec.parameters if p in parameters}
     counts = selected(sweep.spec, result)
     metrics = {name: value for name, value in counts.items() if name.startswith("val/")}
     head = f"**{ended}** after {result.get('epoch', 0):.1f} epochs."

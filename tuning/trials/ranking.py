@@ -11,6 +11,7 @@ from typing import Any
 
 from trainers.checkpoints.ranking import loss_of
 from trainers.tracking.operation_log import now_ms
+from tuning.trials.constraints import parse_constraint, total_violation
 from tuning.trials.space import COST_METRICS, SweepSpec
 
 BEST = "best/"
@@ -71,7 +72,10 @@ def loss(sweep: SweepSpec, value: float | None) -> float:
 
 
 def is_better(sweep: SweepSpec, evaluation: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is strictly better than another one by the sweep's metric."""
+    """Whether an evaluation is strictly better than another one by the sweep's metric alone.
+
+    So are the checkpoints that are kept. Constraints are judged by the evaluation that counts.
+    """
     return loss(sweep, evaluation.get(sweep.metric)) < loss(sweep, than.get(sweep.metric))
 
 
@@ -85,6 +89,19 @@ def best_points(sweep: SweepSpec, result: Mapping[str, Any]) -> list[tuple[str, 
 def is_ranked(sweep: SweepSpec, value: float | None) -> bool:
     """Whether a trial of this value may be called the best: only if the value is finite."""
     return loss(sweep, value) < math.inf
+
+
+def violation(sweep: SweepSpec, known: Mapping[str, Any]) -> float:
+    """How far a trial with these metrics and costs breaks `sweep.constraints`; 0 if it keeps all.
+
+    A cost that is not among them is not looked at. No trial that breaks one is the best.
+    """
+    looked_at = [
+        text
+        for text in sweep.constraints
+        if (metric := parse_constraint(text).metric) in known or metric not in COST_METRICS
+    ]
+    return total_violation(looked_at, known)
 
 
 def objective_modes(sweep: SweepSpec) -> dict[str, str]:

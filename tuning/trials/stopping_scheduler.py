@@ -8,6 +8,7 @@ trial whose metric is NaN.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +17,11 @@ from ray.tune.schedulers import FIFOScheduler
 from cluster.base.files import truncate_partial_line
 from trainers.run_folder import TRIALS
 from tuning.stopping.rules import Evaluation, StoppingRule
-from tuning.trials.ranking import losses, selected
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import losses, selected, violation
 from tuning.trials.schedulers import EPOCH_ATTR, CostPerEpoch
 from tuning.trials.space import SweepSpec
-from tuning.trials.trial import last_result
+from tuning.trials.trial import JOURNAL_FILE, last_result
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 """In a sweep's folder: what the scheduler was told, a line for each evaluation of a trial."""
@@ -103,11 +105,11 @@ class StoppingScheduler(InOrder):
         since = self._at.get(trial, 0.0)
         if at <= since:
             return None
-        found = losses(self._sweep, selected(self._sweep, result))
-        if math.inf in found:
-            found = (math.inf,) * len(found)
+        counts = selected(self._sweep, result)
+        found = losses(self._sweep, counts)
+        broken = math.inf if math.inf in found else violation(self._sweep, counts)
         finite = math.inf not in losses(self._sweep, result)
-        return Evaluation(trial, since, at, found, finite)
+        return Evaluation(trial, since, at, found, broken, finite)
 
     def _add(self, evaluation: Evaluation) -> bool:
         assert self._at is not None
@@ -123,13 +125,7 @@ class StoppingScheduler(InOrder):
         if self._file is None:
             self._file = (self._folder / EVALUATIONS_FILE).open("a+b", buffering=0)
             truncate_partial_line(self._file.fileno())
-        line = [
-            evaluation.trial,
-            evaluation.since,
-            evaluation.at,
-            [loss if loss < math.inf else None for loss in evaluation.losses],
-            evaluation.finite,
-        ]
+        line = [_json(value) for value in astuple(evaluation)]
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def _read(self) -> None:
@@ -138,11 +134,10 @@ class StoppingScheduler(InOrder):
             return
         path = self._folder / EVALUATIONS_FILE
         for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
-            trial, since, at, found, finite = json.loads(line)
-            known = tuple(math.inf if loss is None else loss for loss in found)
-            self._add(Evaluation(trial, since, at, known, finite))
-        for folder in sorted((self._folder / TRIALS).glob("*")):
-            self._read_last(int(folder.name), folder)
+            trial, since, at, found, broken, finite = map(_from_json, json.loads(line))
+            self._add(Evaluation(trial, since, at, tuple(found), broken, finite))
+        for number in Journal(self._folder / JOURNAL_FILE).parameters:
+            self._read_last(number, self._folder / TRIALS / f"{number:04d}")
 
     def _read_last(self, trial: int, folder: Path) -> None:
         """Note a trial's last evaluation, if its line was lost, or no lines were written then."""
@@ -156,3 +151,16 @@ class StoppingScheduler(InOrder):
             assert evaluation is not None
         self._add(evaluation)
         self._write(evaluation)
+
+
+def _json(value: Any) -> Any:
+    """A value with null for infinity, which JSON lacks."""
+    if isinstance(value, tuple):
+        return [_json(each) for each in value]
+    return None if value == math.inf else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    return math.inf if value is None else value

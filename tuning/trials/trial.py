@@ -38,6 +38,7 @@ from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
+from tuning.trials.datasets import dataset_key
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import with_best
 from tuning.trials.space import SweepSpec, trial_spec_data
@@ -57,15 +58,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its spec, data set and folder, the same for all its trials."""
+    """A sweep: its spec, data sets and folder, the same for all its trials."""
 
     spec_data: Mapping[str, Any]
     """The sweep's whole spec as plain data."""
     spec: SweepSpec
     dataset: Path
+    """The data set of the spec's section `data`; of its first trials where they vary that."""
     folder: Path
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """Path of a recorded power trace that replaces the readings of the trials' devices."""
+    datasets: Mapping[str, Path] = field(default_factory=dict)
+    """The data sets of trials by `dataset_key`; a trial without an entry has `dataset`."""
 
     @property
     def key(self) -> str:
@@ -75,7 +79,15 @@ class Sweep:
     def samples(self) -> int:
         """Samples in the training split, as this machine's copy of the data set has them."""
         spec, _ = resolve(self.spec_data, RunSpec)
-        return count_samples(local_dataset(self.dataset, spec), "train")
+        return self.samples_of(spec)
+
+    def dataset_of(self, spec: RunSpec) -> Path:
+        """The data set of a trial with this spec."""
+        return self.datasets.get(dataset_key(spec), self.dataset)
+
+    def samples_of(self, spec: RunSpec) -> int:
+        """Samples in the training split of a trial with this spec."""
+        return count_samples(local_dataset(self.dataset_of(spec), spec), "train")
 
     @property
     def threads(self) -> int:
@@ -92,9 +104,9 @@ class Sweep:
 
     def trial_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The spec, as plain data, of the trial with these parameters."""
+        varied = (*self.spec.parameters, *self.spec.repeated_fields)
         return trial_spec_data(
-            self.spec_data,
-            {path: parameters[path] for path in self.spec.parameters if path in parameters},
+            self.spec_data, {path: parameters[path] for path in varied if path in parameters}
         )
 
     def begin_trial(self, config: Mapping[str, Any], tracker: Any) -> Beginning:
@@ -153,12 +165,13 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
         beginning = sweep.begin_trial(config, tracker)
         data = sweep.executed_spec_data(beginning.parameters)
         spec, workload = resolve(data, RunSpec)
-        dataset = local_dataset(sweep.dataset, spec)
+        prepared = sweep.dataset_of(spec)
+        dataset = local_dataset(prepared, spec)
         key = sweep.trial_key(number)
         tune_reporter = TuneReporter(sweep, spec, folder, beginning.known_step, beginning.changes)
         if spec.scale.max_workers > 1:
             tune_reporter.report_saved()
-            workers = WorkerConfig(data, sweep.dataset, folder, key, threads=sweep.threads)
+            workers = WorkerConfig(data, prepared, folder, key, threads=sweep.threads)
             run_workers(workers, tracker, tune_reporter.on_progress, threading.Event())
         else:
             set_threads(sweep)
@@ -210,7 +223,7 @@ class TuneReporter:
         """`known_step` is that of the evaluation which is not to be reported again at a restart,
         `changes` the number of changes that were made to the trial's state.
         """
-        samples = sweep.samples
+        samples = sweep.samples_of(spec)
         self._steps = spec.train.total_steps(samples)
         self._epoch_steps = samples / spec.train.global_batch
         self._sweep, self._metric = sweep.spec, sweep.spec.metric
