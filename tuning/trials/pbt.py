@@ -22,7 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from trainers.changes import can_change
 from tuning.trials.distributions import Distribution, Parameters
 from tuning.trials.journal import Change, Journal
-from tuning.trials.ranking import loss, selected, selected_value
+from tuning.trials.ranking import loss, selected, violation
 from tuning.trials.suggestion import assignments, possible_parameters
 from tuning.trials.take_over import CHANGES, offer_state
 from tuning.trials.trial import JOURNAL_FILE, Sweep, last_result
@@ -40,7 +40,8 @@ class _Member:
     """A trial that has not ended."""
 
     loss: float | None = None
-    """The smaller the better, infinity for NaN; None before the first evaluation of its state."""
+    """The smaller the better; infinity for NaN, and where it breaks a constraint. None before the
+    first evaluation of its state."""
     step: int = 0
     """Step of the state that counts, of which there is a checkpoint."""
     state_epoch: float = 0.0
@@ -137,7 +138,8 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
     def _note_result(self, member: _Member, result: Mapping[str, Any]) -> None:
         spec = self._sweep.spec
         counted = selected(spec, result)
-        member.loss = loss(spec, selected_value(spec, result))
+        broken = violation(spec, counted) > 0
+        member.loss = math.inf if broken else loss(spec, counted.get(spec.metric))
         member.step, member.state_epoch = int(counted["step"]), float(counted["epoch"])
         member.epoch = float(result["epoch"])
         member.changes = int(result.get(CHANGES, 0))
