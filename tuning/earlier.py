@@ -113,7 +113,9 @@ def _trials(earlier: Sweep, sweep: SweepSpec) -> list[dict[str, Any]]:
     costs = trial_costs(earlier) if sweep.constraints else {}
     for number, end in journal.ends.items():
         point = _point(
-            sweep.parameters, earlier.trial_spec_data(journal.parameters[number]), in_optuna=True
+            sweep.parameters,
+            earlier.trial_spec_data(journal.parameters_after(number)),
+            in_optuna=True,
         )
         last = last_result(earlier.trial_folder(number)) | costs.get(number, {})
         if end["value"] is None or total_violation(sweep.constraints, last) == math.inf:

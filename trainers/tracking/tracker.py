@@ -106,6 +106,11 @@ class DriverMailbox:
     def put_points(self, run: str, points: Iterable[MetricPoint]) -> None:
         self._points[run].extend(points)
 
+    def rewind(self, run: str, step: int) -> None:
+        """Drop the points of `step` and later ones that were not taken."""
+        kept = [point for point in self._points.pop(run, ()) if point.step < step]
+        self.put_points(run, kept)
+
     def put_message(self, run: str, message: str) -> None:
         self._messages[run].append(message)
 
@@ -208,6 +213,8 @@ class Tracker:
         and of later ones is no part of its past any more. MLflow keeps those points, but newer
         ones of the same steps come after them.
         """
+        with self._lock:
+            self._mailbox.rewind(run, step)
         self._append({"do": "rewind", "run": run, "step": step})
 
     def log_note(self, run: str, name: str, text: str) -> None:

@@ -103,8 +103,6 @@ def sweep_command(args: argparse.Namespace) -> int:
     else:
         raise SpecError("sweep: needs a spec, or --resume SWEEP")
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
-    if args.verify_fusion and spec.sweep.scheduler.name == "pbt":
-        raise SpecError("--verify-fusion: not with pbt, whose trials take weights from each other")
     with session.run_session(
         sweep.folder, spec, args.address, args.verbose, lambda: sweep_shortage(spec)
     ) as (console, _):

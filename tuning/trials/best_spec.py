@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.config import flatten, write_yaml
-from trainers.spec import ScaleSpec
+from trainers.spec import RunSpec, ScaleSpec, resolve
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import TrialResult
 from tuning.trials.trial import JOURNAL_FILE, Sweep
@@ -34,10 +34,10 @@ def best_spec_data(sweep: Sweep, parts: list[tuple[int, Mapping[str, Any]]]) -> 
     if scale.accelerator == "auto" and scale.max_workers == 1 and not sweep.spec.resources.gpu:
         own["accelerator"] = "cpu"
     data = {**data, "scale": {**data["scale"], **own}}
+    whole = [flatten(resolve(stage, RunSpec)[0].model_dump(mode="json")) for stage in stages]
     changes = []
-    for before, after, (step, _) in zip(stages, stages[1:], parts[1:], strict=False):
-        known = flatten(before)
-        news = {path: value for path, value in flatten(after).items() if known[path] != value}
+    for before, after, (step, _) in zip(whole, whole[1:], parts[1:], strict=False):
+        news = {path: value for path, value in after.items() if before[path] != value}
         if news:
             changes.append({"step": step, "set": news})
     return {**data, "changes": changes} if changes else data

@@ -22,7 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from trainers.changes import can_change
 from tuning.trials.distributions import Distribution, Parameters
 from tuning.trials.journal import Change, Journal
-from tuning.trials.ranking import loss, selected, selected_value
+from tuning.trials.ranking import loss, selected, violation
 from tuning.trials.suggestion import assignments, possible_parameters
 from tuning.trials.take_over import CHANGES, offer_state
 from tuning.trials.trial import JOURNAL_FILE, Sweep, last_result
@@ -40,9 +40,12 @@ class _Member:
     """A trial that has not ended."""
 
     loss: float | None = None
-    """The smaller the better, infinity for NaN; None before the first evaluation of its state."""
+    """The smaller the better; infinity for NaN, and where it breaks a constraint. None before the
+    first evaluation of its state."""
     step: int = 0
     """Step of the state that counts, of which there is a checkpoint."""
+    state_epoch: float = 0.0
+    """The same in epochs."""
     changes: int = 0
     """How many changes were made to that state."""
     epoch: float = 0.0
@@ -135,8 +138,10 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
     def _note_result(self, member: _Member, result: Mapping[str, Any]) -> None:
         spec = self._sweep.spec
         counted = selected(spec, result)
-        member.loss = loss(spec, selected_value(spec, result))
-        member.step, member.epoch = int(counted["step"]), float(result["epoch"])
+        broken = violation(spec, counted) > 0
+        member.loss = math.inf if broken else loss(spec, counted.get(spec.metric))
+        member.step, member.state_epoch = int(counted["step"]), float(counted["epoch"])
+        member.epoch = float(result["epoch"])
         member.changes = int(result.get(CHANGES, 0))
 
     def _take_over(self, trial: Trial) -> bool:
@@ -152,7 +157,7 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
         before = self._journal.parameters_after(donor, state.changes)
         parameters = explored(self._sweep.spec.parameters, before, self._random)
         self._journal.record_change(number, Change(state.step, parameters, donor, state.changes))
-        epoch = state.epoch
+        epoch = state.state_epoch
         self._members[number] = _Member(epoch=epoch, compared_epoch=epoch, changes=change)
         return True
 

@@ -127,6 +127,8 @@ class Sweep:
         data = self.trial_spec_data(parameters)
         checkpoint = data["checkpoint"]
         best = {"keep_best": max(1, checkpoint["keep_best"]), "metric": self.spec.metric}
+        if self.spec.scheduler.name == "pbt":  # a trial may be one evaluation ahead of the driver
+            best["keep"] = max(2, checkpoint["keep"])
         return {**data, "checkpoint": {**checkpoint, **best, "mode": self.spec.mode}}
 
     def fused_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -377,6 +377,7 @@ def test_steps_are_logged_again_after_a_take_over(
         tracker.start(TrackedRun("run", {}))
         tracker.log("run", [p._replace(value=p.value + start) for p in rows(range(6 + start))], 6)
         tracker.rewind("run", 3)
+        assert [point.step for point in tracker.poll("run")[1]] == [0, 1, 2][: 3 - 3 * start]
         drained(tracker, wait_until)
         expected = sorted([*expected, *new])
         assert sorted(history(client, tracker.read("run")["run_id"])) == expected

@@ -6,7 +6,6 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from ray.tune import schedulers
 
 from tuning.trials.schedulers import (
     build_scheduler,
@@ -22,28 +21,8 @@ KINDS = {
     "asha": StoppingScheduler,
     "median": StoppingScheduler,
     "extrapolation": StoppingScheduler,
-    "pbt": schedulers.PopulationBasedTraining,
     "none": InOrder,
 }
-
-
-class Trial:
-    """What Ray's PBT reads of a trial of Tune."""
-
-    experiment_tag = ""
-    run_metadata = SimpleNamespace(
-        checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
-    )
-
-    def __init__(self, number: int) -> None:
-        self.config = {
-            "trial": number,
-            "optimizer.lr": 0.01,
-            "model.dropout": 0.5,
-            "model.width": 64,
-            "optimizer.name": "sgd",
-            "train.seed": 3,
-        }
 
 
 def sweep(name: str, **scheduler: Any) -> SweepSpec:
@@ -61,7 +40,7 @@ def sweep(name: str, **scheduler: Any) -> SweepSpec:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_name_is_a_scheduler(name: str) -> None:
-    assert type(build_scheduler(sweep(name), 10)) is KINDS[name] or name == "pbt"
+    assert type(build_scheduler(sweep(name), 10)) is KINDS[name]
     assert isinstance(build_scheduler(sweep(name), 10), KINDS[name])
 
 
@@ -143,27 +122,3 @@ def test_grace_epochs_may_exceed_the_epochs_of_a_trial() -> None:
 def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
     with pytest.raises(ValueError, match="resource joule: pbt does not compare running trials"):
         SchedulerSpec(name="pbt", resource="joule")
-
-
-def test_pbt_clips_parameters_to_their_bounds() -> None:
-    pbt = build_scheduler(sweep("pbt"), 10)
-    config = {"optimizer.lr": 0.1, "model.dropout": 0.5, "model.width": 64, "train.seed": 3}
-    config |= {"optimizer.name": "sgd", "trial": 5}
-    raised = {"optimizer.lr": 0.12, "model.dropout": 0.6, "model.width": 76, "train.seed": 3}
-    assert pbt._custom_explore_fn({**config, **raised}) == config
-
-
-def test_a_trial_that_exploits_another_one_keeps_its_number() -> None:
-    """Ray explores a copy of the better trial's parameters, whose number is among them."""
-    pbt = build_scheduler(sweep("pbt", every_epochs=2), 10)
-    pbt.set_search_properties("val/loss", "min")
-    for number in (5, 7):
-        pbt.on_trial_add(None, Trial(number))
-    pbt = pickle.loads(cloudpickle.dumps(pbt))
-    better, worse = pbt._trial_state
-    for trial in (better, worse):
-        assert pbt.on_trial_result(None, trial, {"epoch": 1, "val/loss": 1.0}) == "CONTINUE"
-    for _ in range(50):
-        config, _ = pbt._get_new_config(worse, better)
-        assert config["trial"] == 7
-        assert config["optimizer.name"] in ("adamw", "sgd")

@@ -36,7 +36,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     """The step and the loss of each result that Tune is told."""
     results: list[tuple[int, float]] = []
 
-    def report(result: dict[str, Any], checkpoint: Any) -> None:
+    def report(result: dict[str, Any]) -> None:
         results.append((result["step"], result["val/loss"]))
 
     monkeypatch.setattr(tune, "report", report)
