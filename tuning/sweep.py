@@ -38,6 +38,7 @@ from tuning.trials.repeats import plan_repeats
 from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
 from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 from tuning.tuner import (
+    TUNE_FOLDER,
     TrialCallback,
     create_repeats_tuner,
     create_tuner,
@@ -114,8 +115,9 @@ def run_to_end(
     """
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
     tracker = mlflow_run.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
-    for number in run_failed_again(sweep):
-        tracker.set_tags.remote(sweep.trial_key(number), {"heliostat.reason": ""})
+    again = [sweep.trial_key(number) for number in run_failed_again(sweep)]
+    for key in [sweep.key, *again] if (sweep.folder / TUNE_FOLDER).exists() else []:
+        tracker.set_tags.remote(key, {"heliostat.reason": ""})  # of before
     watch = MistakeWatch(sweep)
     end = _SweepEnd(sweep, tracker, watch)
 
@@ -131,12 +133,17 @@ def run_to_end(
         _finally(lambda error: end.settle(budget)),
         trial_events(sweep, on_event),
     ):
-        with _fused_slots(sweep, spec, tracker, log_line) as slots:
-            create_tuner(sweep, spec, tracker, slots).fit()
+        if not (sweep.spec.repeated_fields and _search_has_ended(sweep)):
+            with _fused_slots(sweep, spec, tracker, log_line) as slots:
+                create_tuner(sweep, spec, tracker, slots).fit()
         _repeat_best(sweep, spec, tracker, budget, log_line)
     board = end.track_importances()
     end.export_best()
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
+
+
+def _search_has_ended(sweep: Sweep) -> bool:
+    return len(read_leaderboard(sweep).ended) >= sweep.spec.total_trials
 
 
 def _repeat_best(
@@ -151,11 +158,9 @@ def _repeat_best(
     Does nothing as long as a trial of the search has not ended. The engines have ended: there are
     too few of these trials to fuse, and those of other folds have other data.
     """
-    if not sweep.spec.repeated_fields:
+    if not sweep.spec.repeated_fields or not _search_has_ended(sweep):
         return
     board = read_leaderboard(sweep)
-    if len(board.ended) < sweep.spec.total_trials:
-        return
     finalists = {result.number: result.parameters for result in board.finalists(sweep.spec)}
     left = plan_repeats(sweep, finalists)
     if left and budget.can_start_trial():

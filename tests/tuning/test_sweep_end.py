@@ -18,6 +18,7 @@ from tuning import tuner
 from tuning.trials.journal import Journal
 from tuning.trials.space import SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
+from tuning.tuner import TUNE_FOLDER
 
 SPEC = {
     "workload": "vision",
@@ -146,6 +147,7 @@ def test_a_sweep_without_a_result_has_failed(
         assert not list(sweep.folder.glob(f"{TRIALS}/*/{FAILED_FILE}")), "they run again"
         fail_all(sweep, "ValueError: again")
 
+    (sweep.folder / TUNE_FOLDER).mkdir()
     for number in range(6):
         (sweep.trial_folder(number) / FAILED_FILE).write_text("ValueError: before")
     monkeypatch.setattr(sweeps, "create_tuner", lambda *_: SimpleNamespace(fit=fit))
@@ -155,7 +157,8 @@ def test_a_sweep_without_a_result_has_failed(
     [[_, status, tags]] = tracker.called("finish")
     assert (status, tags["heliostat.reason"]) == ("FAILED", "all 6 trials failed")
     cleared = [values for values in tracker.called("set_tags") if values[1:] == [CLEARED]]
-    assert [key for key, _ in cleared] == [sweep.trial_key(number) for number in range(6)]
+    again = [sweep.trial_key(number) for number in range(6)]
+    assert [key for key, _ in cleared] == [sweep.key, *again]
 
 
 def test_a_mistake_of_all_trials_interrupts_ray_tune(
