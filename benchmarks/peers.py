@@ -154,7 +154,9 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
         tune_config=tune.TuneConfig(
             metric=spec.sweep.metric,
             mode=spec.sweep.mode,
-            scheduler=build_scheduler(spec.sweep, epochs),
+            scheduler=build_scheduler(
+                spec.sweep, epochs, evaluate_every_epochs=spec.train.evaluate_every_epochs
+            ),
             reuse_actors=reuse,
         ),
         run_config=tune.RunConfig(storage_path=str(Path.cwd()), callbacks=[Follower()], verbose=0),

@@ -22,7 +22,8 @@ class Series:
 
 @dataclass
 class RunHistory:
-    """A run as MLflow has it, or will have it when everything is sent."""
+    """A run as MLflow has it, or will have it when everything is sent, without the points that are
+    no part of its past any more."""
 
     key: str
     params: Mapping[str, Any]
@@ -37,11 +38,12 @@ class RunHistory:
 
     def latest(self, name: str) -> float | None:
         """The newest value of a metric; None if it was never logged."""
-        return self.series[name].values[-1] if name in self.series else None
+        values = self.series[name].values if name in self.series else []
+        return values[-1] if values else None
 
     @property
     def latest_values(self) -> dict[str, float]:
-        return {name: series.values[-1] for name, series in self.series.items()}
+        return {name: series.values[-1] for name, series in self.series.items() if series.values}
 
 
 def read_histories(folder: Path) -> dict[str, RunHistory]:
@@ -73,6 +75,11 @@ def _apply(operation: Mapping[str, Any], run: RunHistory) -> None:
             series.steps.append(step)
             series.values.append(value)
             run.last_update_ms = max(run.last_update_ms, timestamp_ms)
+    elif operation["do"] == "rewind":
+        for series in run.series.values():
+            kept = [n for n, step in enumerate(series.steps) if step < operation["step"]]
+            series.steps = [series.steps[n] for n in kept]
+            series.values = [series.values[n] for n in kept]
     elif operation["do"] == "made":
         run.run_id = operation["id"]
     elif operation["do"] == "resume":

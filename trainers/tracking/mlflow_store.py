@@ -158,6 +158,9 @@ class MlflowStore:
     def _send_made(self, operation: dict[str, Any]) -> None:
         """Our own record of the run's id; not for MLflow."""
 
+    def _send_rewind(self, operation: dict[str, Any]) -> None:
+        """For those who read the log: MLflow deletes no points."""
+
     def _send_resume(self, operation: dict[str, Any]) -> None:
         self._client().update_run(self._run_id(operation["run"]), status="RUNNING")
         self._send_tag(operation)

@@ -127,10 +127,16 @@ def read_operations(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(folder: Path, run: str) -> Iterator[MetricPoint]:
-    """Every metric of a run in the log in `folder`; another process may be writing."""
+    """Every metric of a run's past in the log in `folder`; another process may be writing."""
+    points: list[MetricPoint] = []
     for operation in read_operations(folder):
-        if operation["do"] == "log" and operation["run"] == run:
-            yield from (MetricPoint(*row) for row in operation["rows"])
+        if operation.get("run") != run:
+            continue
+        if operation["do"] == "log":
+            points += (MetricPoint(*row) for row in operation["rows"])
+        elif operation["do"] == "rewind":
+            points = [point for point in points if point.step < operation["step"]]
+    yield from points
 
 
 def mlflow_run_id(folder: Path, run: str) -> str | None:

@@ -81,6 +81,12 @@ class RepeatedStepFilter:
         self._last_step[run, point.name] = point.step
         return True
 
+    def rewind(self, run: str, step: int) -> None:
+        """Points of `step` and later ones are new again, in every series of the run."""
+        for series, last in self._last_step.items():
+            if series[0] == run:
+                self._last_step[series] = min(last, step - 1)
+
 
 class DriverMailbox:
     """Messages between the workers of each run and its driver, which polls."""
@@ -99,6 +105,11 @@ class DriverMailbox:
 
     def put_points(self, run: str, points: Iterable[MetricPoint]) -> None:
         self._points[run].extend(points)
+
+    def rewind(self, run: str, step: int) -> None:
+        """Drop the points of `step` and later ones that were not taken."""
+        kept = [point for point in self._points.pop(run, ()) if point.step < step]
+        self.put_points(run, kept)
 
     def put_message(self, run: str, message: str) -> None:
         self._messages[run].append(message)
@@ -197,6 +208,15 @@ class Tracker:
         with self._lock:
             return self._mailbox.take_usage_reports()
 
+    def rewind(self, run: str, step: int) -> None:
+        """The run goes on after `step` steps with another run's state: what it logged of that step
+        and of later ones is no part of its past any more. MLflow keeps those points, but newer
+        ones of the same steps come after them.
+        """
+        with self._lock:
+            self._mailbox.rewind(run, step)
+        self._append({"do": "rewind", "run": run, "step": step})
+
     def log_note(self, run: str, name: str, text: str) -> None:
         """Keep a fact about a run as its tag `heliostat.name`; the newest counts."""
         self.post_message(run, f"{name}: {text}")
@@ -263,6 +283,8 @@ class Tracker:
             self._clock.observe(operation["at"])
         elif operation["do"] == "log":
             self._new_points(operation["run"], operation["rows"])
+        elif operation["do"] == "rewind":
+            self._repeated.rewind(operation["run"], operation["step"])
 
     def _new_points(
         self, run: str, points: Iterable[tuple[str, float, int, int]]

@@ -365,3 +365,20 @@ def test_a_stop_request_is_the_answer_to_the_next_metrics(tmp_path: Path) -> Non
     assert tracker.poll("run") == (3, rows(range(2)), [])
     assert tracker.poll("run") == (3, [], [])
     tracker.close()
+
+
+def test_steps_are_logged_again_after_a_take_over(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    """Also by the next writer, which reads of it in the log."""
+    expected: list[int] = []
+    for start, new in ((0, range(6)), (1, range(3, 7))):
+        tracker = Tracker(str(tmp_path), mlflow_server, "track")
+        tracker.start(TrackedRun("run", {}))
+        tracker.log("run", [p._replace(value=p.value + start) for p in rows(range(6 + start))], 6)
+        tracker.rewind("run", 3)
+        assert [point.step for point in tracker.poll("run")[1]] == [0, 1, 2][: 3 - 3 * start]
+        drained(tracker, wait_until)
+        expected = sorted([*expected, *new])
+        assert sorted(history(client, tracker.read("run")["run_id"])) == expected
+        tracker.close()

@@ -14,9 +14,11 @@ import pytest
 
 from cluster.base.errors import CheckpointError, TrainingError
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.manifest import read_manifest
 from trainers.data.splits import open_split
 from trainers.devices import Cpu
 from trainers.engine.reporter import NullReporter
+from trainers.run_folder import CHECKPOINTS
 from tuning.fused import engine as engine_module
 from tuning.fused import program_pool, trial_saver
 from tuning.fused.engine import Engine
@@ -158,6 +160,34 @@ class TestSaving:
             train_to_end(engine, unsaved)
         assert (folder / FAILED_FILE).read_text() == "the disk is full"
         assert [next_step(engine, other) for _ in range(4)] == [4, 8, 12, 16]
+
+    def test_keeps_the_best_evaluation_where_it_counts(
+        self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only evaluations that are better than all before them are saved, and the last one."""
+        saved: list[int] = []
+        save = Checkpoints.save
+
+        def noted(self: Checkpoints, step: int, *args: Any, **kwargs: Any) -> None:
+            saved.append(step)
+            save(self, step, *args, **kwargs)
+
+        monkeypatch.setattr(Checkpoints, "save", noted)
+        engine = start_engine("sweep.select=best", "checkpoint.keep=1", "train.epochs=12")
+        lease = engine.start(config(0, lr=1.0))
+        folder = engine._trials.get(lease).folder
+        results = [within(30, engine.next, lease) for _ in range(12)]
+        told = {result["step"]: result["val/loss"] for result in results}
+        result = results[-1]
+        assert result["complete"]
+        best = min(told, key=told.__getitem__)
+        assert (result["best/step"], result["best/val/loss"]) == (best, told[best])
+        records = [s for s in told if all(told[s] < told[t] for t in told if t < s)]
+        assert saved == sorted({*records, max(told)})
+        within(30, engine.stop, lease)
+        checkpoint = Checkpoints(folder / CHECKPOINTS).at(best)
+        assert checkpoint is not None
+        assert read_manifest(checkpoint)["metrics"]["val/loss"] == told[best]
 
     def test_that_fails_when_a_trial_is_stopped_frees_its_slot(
         self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
