@@ -2,9 +2,9 @@
 
 import math
 import os
-import re
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,16 @@ from filelock import FileLock
 from cluster.base.files import cache_folder
 from trainers.tracking.mlflow_internals import EXPERIMENT_KIND_TAGS, create_sqlite_tables
 from trainers.tracking.mlflow_limits import (
-    MAX_LENGTH,
     AllowedNames,
     NumberOutOfRangeError,
     as_text,
     check_range,
-    excerpt,
+    shortened,
 )
-from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import deleted_experiment_message, mask_password, sqlite_file
 from trainers.tracking.registry import log_model, logged_models
 
-RUN_TAG = "heliostat.run"
+RUN_TAG, KEY_TAG = "heliostat.run", "heliostat.key"
 REQUEST_TIMEOUT_S = 20
 
 
@@ -60,7 +58,7 @@ class MlflowStore:
         """Keys of runs whose create request succeeded at the first attempt, so that no duplicate
         can exist."""
         self._names = AllowedNames()
-        self._tags_set_once: set[tuple[str, str]] = set()
+        self._tags_set_once: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.RLock()
         """Held while the connection is made and while a run is looked up."""
         self._connection: Any = None
@@ -136,18 +134,18 @@ class MlflowStore:
             except UnknownRunError:
                 run_id = self._create_run(operation)
         params = {k: mask_password(as_text(value)) for k, value in operation["params"].items()}
-        short = self._shortened(run_id, "parameters", params)
+        short = shortened("parameters", params)
         entities = [Param(self._allowed_name(key, "param", k), v) for k, v in short.items()]
-        tags = self._shortened(run_id, "tags", operation["tags"])
+        tags = shortened("tags", operation["tags"])
         client.log_batch(run_id, (), entities, [RunTag(*tag) for tag in tags.items()])
 
     def _create_run(self, operation: dict[str, Any]) -> str:
         client, key = self._client(), operation["key"]
-        tags = {RUN_TAG: operation["id"], "heliostat.key": key}
+        tags = {RUN_TAG: operation["id"], KEY_TAG: key}
         if operation["parent"] is not None:
             tags["mlflow.parentRunId"] = self._run_id(operation["parent"])
         try:
-            name = key.rpartition("/")[2]
+            name = key.replace("/", "-")  # SWEEP-0007: trials of other sweeps have other names
             run = client.create_run(self._experiment_id, operation["at"], tags, name)
         except Exception as error:  # never dropped: without its run nothing else can be sent
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
@@ -170,23 +168,27 @@ class MlflowStore:
         self._set_tags(self._run_id(operation["run"]), operation["tags"])
 
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        for name, value in self._shortened(run_id, "tags", tags).items():
+        for name, value in shortened("tags", tags).items():
             self._connection.set_tag(run_id, name, value)
 
-    def _shortened(self, run_id: str, kind: str, texts: Mapping[str, str]) -> dict[str, str]:
-        """The texts, with excerpts of those too long for MLflow, which are kept as artifacts."""
-        short = dict(texts)
-        for name, text in texts.items():
-            if len(text) > MAX_LENGTH[kind]:
-                file = f"{kind}/{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt"
-                self._connection.log_text(run_id, text, file)
-                short[name] = excerpt(text, file)
-        return short
-
-    def claim_names(self, key: str, points: Iterable[MetricPoint]) -> None:
+    def claim_names(self, key: str, metrics: Iterable[str]) -> None:
         """Give metrics that were sent before the names that they have in MLflow."""
-        for point in points:
-            self._names.get(key, "metric", point.name)
+        for name in metrics:
+            self._names.get(key, "metric", name)
+
+    def forget(self, key: str) -> None:
+        """Drop what is kept of a run for its next metrics; its names must be claimed again."""
+        self._names.forget(key)
+        self._created_once.discard(key)
+        self._tags_set_once.pop(self.run_ids.get(key, ""), None)
+
+    def accepts(self, key: str) -> bool:
+        """Whether MLflow takes something for a run now: a tag that the run has already."""
+        try:
+            self._client().set_tag(self._run_id(key), KEY_TAG, key)
+        except Exception:
+            return False
+        return True
 
     def _allowed_name(self, key: str, kind: str, name: str) -> str:
         """A name that MLflow accepts; a tag of the run has the original if it is another one."""
@@ -197,16 +199,17 @@ class MlflowStore:
 
     def _set_tag_once(self, run_id: str, tag: str, text: str) -> None:
         """Set a tag that does not change; only the first call is a request."""
-        if (run_id, tag) not in self._tags_set_once:
+        if tag not in self._tags_set_once[run_id]:
             self._connection.set_tag(run_id, tag, text)
-            self._tags_set_once.add((run_id, tag))
+            self._tags_set_once[run_id].add(tag)
 
     def _send_log(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
         client, key = self._client(), operation["run"]
         run_id, points = self._run_id(key), operation["rows"]
-        self.claim_names(key, points)  # in the log's order, also where a point is refused below
+        # In the log's order, also where a point is refused below.
+        self.claim_names(key, (point.name for point in points))
         check_range(points)
         metrics = [
             Metric(self._allowed_name(key, "metric", name), value, timestamp_ms, step)
@@ -236,6 +239,11 @@ class MlflowStore:
             client.log_text(run_id, mask_password(path.read_text()), path.name)
         else:
             client.log_artifact(run_id, str(path))
+
+    def _send_text(self, operation: dict[str, Any]) -> None:
+        """A parameter or tag that is too long for MLflow."""
+        client = self._client()
+        client.log_text(self._run_id(operation["run"]), operation["text"], operation["file"])
 
     def _send_model(self, operation: dict[str, Any]) -> None:
         client, folder = self._client(), Path(operation["folder"])
