@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from cluster.base.config import write_yaml
+from cluster.base.config import read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
 
@@ -52,6 +52,25 @@ def create_run_folder(
     write_yaml(data, folder / SPEC)
     write_environment(folder, kind)
     return folder
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The spec in a run's folder, as plain data.
+
+    A spec names the folder of all runs, and a SQLite file beside it, by absolute paths. If the
+    project was moved or copied since, they are those of the present place.
+    """
+    data: dict[str, Any] = read_yaml(folder / SPEC)
+    storage, here = Path(data.get("storage", "")), folder.absolute().parent
+    same = storage == here or (storage.exists() and storage.samefile(here))
+    if same or not storage.is_absolute():
+        return data
+    data["storage"] = str(here)
+    uri = str(data["tracking"]["uri"])
+    before = f"sqlite:///{storage.parent}/"
+    if uri.startswith(before) and (here.parent / uri.removeprefix(before)).exists():
+        data["tracking"]["uri"] = f"sqlite:///{here.parent / uri.removeprefix(before)}"
+    return data
 
 
 def write_environment(folder: Path, kind: Kind) -> None:

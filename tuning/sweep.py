@@ -7,10 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.base.config import apply_overrides, read_yaml, write_yaml
+from cluster.base.config import apply_overrides, write_yaml
 from cluster.base.errors import SpecError
 from trainers.data.dataset import prepare_dataset
-from trainers.run_folder import SPEC, find_run_folder, locked, require_kind, unique_name
+from trainers.run_folder import (
+    SPEC,
+    find_run_folder,
+    locked,
+    read_spec,
+    require_kind,
+    unique_name,
+)
 from trainers.runs import run
 from trainers.spec import resolve
 from trainers.tracking import mlflow_run
@@ -59,7 +66,7 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
     for assignment in overrides:
         if assignment.partition(".")[0] not in ("budget", "cost"):
             raise SpecError(f"--set {assignment}: cannot change in a sweep that has begun")
-    data = apply_overrides(read_yaml(folder / SPEC), overrides)
+    data = apply_overrides(read_spec(folder), overrides)
     spec, workload = resolve(data, SweepRunSpec)
     dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
     if overrides:

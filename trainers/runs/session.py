@@ -14,7 +14,7 @@ from trainers.run_folder import LOG, display_path, locked
 from trainers.runs.ray_train import resource_shortage
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
-from trainers.tracking.preflight import check_access
+from trainers.tracking.preflight import check_access, notices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,13 +28,15 @@ def run_session(
 
     Yields the console and the event that Ctrl-C sets.
     """
-    unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
+    asked = str(spec.tracking.uri), spec.tracking.experiment
+    unreachable = check_access(*asked)
+    told = [unreachable] if unreachable else notices(*asked)
     with (
         folder_session(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
     ):
-        if unreachable:
-            console.print(unreachable, style="yellow", highlight=False)
+        for line in told:
+            console.print(line, style="yellow", highlight=False, markup=False)
         missing = resource_shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)

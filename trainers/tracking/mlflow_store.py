@@ -20,7 +20,13 @@ from trainers.tracking.mlflow_limits import (
     check_range,
     shortened,
 )
-from trainers.tracking.preflight import deleted_experiment_message, mask_password, sqlite_file
+from trainers.tracking.preflight import (
+    ARTIFACTS,
+    artifact_problem,
+    deleted_experiment_message,
+    mask_password,
+    sqlite_file,
+)
 from trainers.tracking.registry import log_model, logged_models
 
 RUN_TAG, KEY_TAG = "heliostat.run", "heliostat.key"
@@ -33,6 +39,10 @@ class UnknownRunError(Exception):
 
 class MissingFileError(Exception):
     """A file or folder that should be kept with a run is gone."""
+
+
+class MisplacedError(Exception):
+    """MLflow would keep a file where it is not looked for, or not keep it at all."""
 
 
 class MlflowStore:
@@ -63,6 +73,7 @@ class MlflowStore:
         """Held while the connection is made and while a run is looked up."""
         self._connection: Any = None
         self._experiment_id = ""
+        self._artifact_location = ""
 
     def _client(self) -> Any:
         with self._lock:
@@ -80,14 +91,17 @@ class MlflowStore:
         with FileLock(f"{file}.lock" if file else cache_folder() / "mlflow.lock"):
             client = mlflow.MlflowClient()
             found = client.get_experiment_by_name(self._experiment)
-            self._experiment_id = found.experiment_id if found else self._create_experiment(client)
-        if found is not None and found.lifecycle_stage == "deleted":
+            if found is None:
+                found = client.get_experiment(self._create_experiment(client))
+            self._experiment_id = found.experiment_id
+            self._artifact_location = found.artifact_location
+        if found.lifecycle_stage == "deleted":
             raise RuntimeError(deleted_experiment_message(self._experiment, found.experiment_id))
         return client
 
     def _create_experiment(self, client: Any) -> str:
         file = sqlite_file(self._uri)
-        location = (file.parent / "mlartifacts").as_uri() if file else None
+        location = (file.parent / ARTIFACTS).as_uri() if file else None
         return str(client.create_experiment(self._experiment, location, EXPERIMENT_KIND_TAGS))
 
     def _run_id(self, key: str) -> str:
@@ -231,7 +245,7 @@ class MlflowStore:
                     self._client().delete_run(run.info.run_id)
 
     def _send_artifact(self, operation: dict[str, Any]) -> None:
-        client, path = self._client(), Path(operation["path"])
+        client, path = self._client_for_files(), Path(operation["path"])
         if not path.exists():
             raise MissingFileError(f"{path} is gone")
         run_id = self._run_id(operation["run"])
@@ -242,14 +256,21 @@ class MlflowStore:
 
     def _send_text(self, operation: dict[str, Any]) -> None:
         """A parameter or tag that is too long for MLflow."""
-        client = self._client()
+        client = self._client_for_files()
         client.log_text(self._run_id(operation["run"]), operation["text"], operation["file"])
 
     def _send_model(self, operation: dict[str, Any]) -> None:
-        client, folder = self._client(), Path(operation["folder"])
+        client, folder = self._client_for_files(), Path(operation["folder"])
         if not folder.exists():
             raise MissingFileError(f"{folder} is gone")
         log_model(client, self._run_id(operation["run"]), folder)
+
+    def _client_for_files(self) -> Any:
+        client = self._client()
+        problem = artifact_problem(self._uri, self._artifact_location)
+        if problem:
+            raise MisplacedError(problem)
+        return client
 
     def read_run(self, key: str) -> dict[str, Any]:
         """`run_id`, `experiment_id`, `status`, newest `metrics` and `model_uri` of a run."""
@@ -292,5 +313,5 @@ def create_database(uri: str) -> None:
         if file.exists():
             return
         staging = Path(folder) / file.name
-        create_sqlite_tables(staging, file.parent / "mlartifacts")
+        create_sqlite_tables(staging, file.parent / ARTIFACTS)
         staging.rename(file)

@@ -103,7 +103,7 @@ class Tracker:
         self._store = MlflowStore(uri, experiment)
         self._refusals = Refusals()
         self._files = FileSender(self._log, self._store, self._refusals)
-        self._files_background = BackgroundSender(None, self._files)
+        self._files_background = BackgroundSender(None, self._files, hold_s)
         self._sender = Sender(
             self._log, self._store, self._refusals, on_sent=self._files_background.wake
         )
@@ -140,7 +140,7 @@ class Tracker:
         with self._lock:
             self._mailbox.put_step(run, step)
         self.log_points(run, points)
-        self._background.release()
+        self._release()
         if sync:
             self._log.write_and_sync()
         return self._mailbox.is_stop_requested(run)
@@ -186,7 +186,7 @@ class Tracker:
         """End a run as FINISHED, FAILED or KILLED."""
         operation = {"do": "finish", "run": run, "status": status, "tags": dict(tags or {})}
         self._append({**operation, "at": self._clock.now()})
-        self._background.release()
+        self._release()
         with self._lock:
             self._gauges.finish(run)
             self._mailbox.finish(run)
@@ -249,6 +249,10 @@ class Tracker:
         self._background.close()
         self._files_background.close()
         self._log.close()
+
+    def _release(self) -> None:
+        self._background.release()
+        self._files_background.release()
 
     def _append(self, operation: dict[str, Any]) -> None:
         with self._lock:

@@ -33,6 +33,8 @@ def print_results(
         console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACKING}", style="yellow")
     else:
         console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
+    if "notice" in tracked:
+        console.print(tracked["notice"], style="yellow", markup=False)
     for name, text in tracked.get("account", {}).items():
         console.print(f"{name}: {text}", highlight=False)
     if len(board.ended) < sweep.spec.total_trials:
