@@ -5,28 +5,14 @@ started again. So the operations that such a run has from its end on carry its s
 before the operation: the last one of them is all that must be read to go on.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from trainers.tracking.operation_log import MetricPoint, OperationLog, now_ms
+from trainers.tracking.operation_log import MetricPoint, OperationLog
 
 Series = dict[str, list[int]]
 """Name of each series of a run, in the order of their first points -> the step of its last point,
 and the number of its points."""
-
-
-class TimestampClock:
-    """The time in milliseconds since the epoch, never earlier than a timestamp seen before."""
-
-    def __init__(self) -> None:
-        self._latest_ms = 0
-
-    def observe(self, timestamp_ms: int) -> None:
-        self._latest_ms = max(self._latest_ms, timestamp_ms)
-
-    def now(self) -> int:
-        self.observe(now_ms())
-        return self._latest_ms
 
 
 def series_after(operation: Mapping[str, Any], series: Series) -> Series:
@@ -67,8 +53,9 @@ def add_new_points(
 class LoggedRuns:
     """The series of the runs in a log, to which it appends the operations of runs."""
 
-    def __init__(self, log: OperationLog, clock: TimestampClock) -> None:
-        self._log, self._clock = log, clock
+    def __init__(self, log: OperationLog, observe_ms: Callable[[int], None]) -> None:
+        """`observe_ms` gets the timestamps of points."""
+        self._log, self._observe_ms = log, observe_ms
         self._series: dict[str, Series] = {}
         """Of the runs that run, as far as they were read."""
         self._ended: dict[str, int | None] = {}
@@ -100,7 +87,7 @@ class LoggedRuns:
         new = add_new_points(series, points)
         if new:
             for point in new:
-                self._clock.observe(point.timestamp_ms)
+                self._observe_ms(point.timestamp_ms)
             self._append({"do": "log", "run": run, "rows": new}, series, before)
         return new
 
@@ -141,7 +128,7 @@ class LoggedRuns:
         for operation in self._log.read_run(run):
             series = series_after(operation, series)
             for _, _, _, timestamp_ms in operation.get("rows", ()):
-                self._clock.observe(timestamp_ms)
+                self._observe_ms(timestamp_ms)
         if run not in self._ended:
             self._series[run] = series
         return series

@@ -23,10 +23,10 @@ from cluster.connection.ray_connection import base_folder
 from cluster.connection.run_gauges import RunGauges
 from cluster.cost.billing import UsageReport
 from trainers.tracking.file_sender import FileSender, portable
-from trainers.tracking.logged_runs import LoggedRuns, TimestampClock
+from trainers.tracking.logged_runs import LoggedRuns
 from trainers.tracking.mailbox import DriverMailbox
 from trainers.tracking.mlflow_store import MlflowStore
-from trainers.tracking.operation_log import MetricPoint, OperationLog
+from trainers.tracking.operation_log import MetricPoint, OperationLog, now_ms
 from trainers.tracking.refusals import Refusals
 from trainers.tracking.sender import BackgroundSender, Sender
 
@@ -53,6 +53,20 @@ class TrackedRun:
 def default_tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite file in the working folder (`base_folder`)."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{base_folder() / 'mlflow.db'}"
+
+
+class TimestampClock:
+    """The time in milliseconds since the epoch, never earlier than a timestamp seen before."""
+
+    def __init__(self) -> None:
+        self._latest_ms = 0
+
+    def observe(self, timestamp_ms: int) -> None:
+        self._latest_ms = max(self._latest_ms, timestamp_ms)
+
+    def now(self) -> int:
+        self.observe(now_ms())
+        return self._latest_ms
 
 
 class Unsent(NamedTuple):
@@ -97,7 +111,7 @@ class Tracker:
         self._log = OperationLog(Path(folder), wait_s)
         self._started: set[str] = set()
         self._clock = TimestampClock()
-        self._runs = LoggedRuns(self._log, self._clock)
+        self._runs = LoggedRuns(self._log, self._clock.observe)
         self._mailbox = DriverMailbox()
         self._gauges = RunGauges()
         self._store = MlflowStore(uri, experiment)
