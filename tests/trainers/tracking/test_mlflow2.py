@@ -1,4 +1,4 @@
-"""A real server of MLflow 2, which many teams have: nothing is lost, and a line says what differs."""
+"""A real server of MLflow 2, which many teams have: nothing is lost, a line says what differs."""
 
 import os
 import signal
