@@ -63,7 +63,7 @@ class FileSender:
     def __init__(self, log: OperationLog, store: MlflowStore, refusals: Refusals) -> None:
         self._log, self._store, self._refusals = log, store, refusals
         self._waiting: deque[_Waiting] = deque()
-        self._sent = log.files_sent_offset
+        self._sent = self._tried = log.files_sent_offset
 
     def observe(self, operation: dict[str, Any], begin: int, end: int) -> None:
         """Take the files of an operation in the log, unless they were sent."""
@@ -74,6 +74,11 @@ class FileSender:
     def pending(self) -> int:
         """Files that were not sent yet."""
         return sum(len(waiting.files) for waiting in list(self._waiting))
+
+    @property
+    def untried(self) -> bool:
+        """Whether there are files that nobody has tried to send."""
+        return any(waiting.end > self._tried for waiting in list(self._waiting))
 
     @property
     def pending_bytes(self) -> int:
@@ -93,6 +98,8 @@ class FileSender:
             except Exception as error:
                 first_error = first_error or error
                 continue
+            finally:
+                self._tried = max(self._tried, waiting.end)
             self._waiting.remove(waiting)
             self._sent = max(self._sent, waiting.end)
             left = [each.begin for each in list(self._waiting)]

@@ -180,10 +180,11 @@ class Sender:
 
         Raises the error where the operation may be taken later.
         """
-        parts = self._parts(operation)
+        hopeless = self._is_hopeless(operation)
+        parts = [] if hopeless else parts_of(operation)
         if not is_permanent_error(error):
             self._failures += 1
-            if self._failures < self._patience and not self._suspects:
+            if self._failures < self._patience and not self._suspects and not hopeless:
                 raise error
             for _ in range(1 if parts else PROOFS):
                 if not self._store.accepts(operation.get("run", operation.get("key", ""))):
@@ -201,11 +202,11 @@ class Sender:
             return False
         return True
 
-    def _parts(self, operation: dict[str, Any]) -> list[dict[str, Any]]:
+    def _is_hopeless(self, operation: dict[str, Any]) -> bool:
+        """Whether it is the points of series of which many points were refused."""
         names = {point.name for point in operation.get("rows", ())}
-        if len(names) == 1 and self._refused_points[operation["run"], *names] > MAX_REFUSED_POINTS:
-            return []
-        return parts_of(operation)
+        refused = (self._refused_points[operation["run"], name] for name in names)
+        return bool(names) and all(count > MAX_REFUSED_POINTS for count in refused)
 
     def _leave_out(self, operation: dict[str, Any], error: Exception) -> None:
         run = operation.get("run", operation.get("key", ""))

@@ -35,8 +35,8 @@ WRITER_TIMEOUT_S = 30.0
 HOLD_S = 30.0
 """Seconds for which a new writer leaves MLflow alone, unless a run reports a step or ends before.
 MLflow's import takes 2 s of CPU time, which the workers need for their own."""
-MAX_FILE_FAILURES = 5
-"""Attempts to send files that fail, one after the other, before a run ends without them: 3 s."""
+MAX_FILE_FAILURES = 6
+"""Attempts to send files that fail, one after the other, before a run ends without them: 6 s."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Unsent(NamedTuple):
     files_error: str | None
     files_failures: int
     """Attempts to send files that failed since one succeeded."""
+    files_untried: bool
+    """Whether there are files among them that nobody has tried to send."""
 
     def line(self) -> str | None:
         """One line on what is missing and why; None if nothing is."""
@@ -248,6 +250,7 @@ class Tracker:
             self._files.pending,
             self._files_background.error,
             self._files_background.failures,
+            self._files.untried,
         )
 
     def refused(self) -> str | None:
@@ -307,7 +310,8 @@ def wait_until_sent(tracker: Any, timeout_s: float) -> str | None:
     while True:
         unsent: Unsent = ray.get(tracker.unsent.remote())
         line = unsent.line()
-        hopeless = not unsent.metrics_bytes and unsent.files_failures >= MAX_FILE_FAILURES
+        tried = not unsent.metrics_bytes and not unsent.files_untried
+        hopeless = tried and unsent.files_failures >= MAX_FILE_FAILURES
         if line is None or hopeless or time.monotonic() > deadline:
             return line
         time.sleep(0.05)

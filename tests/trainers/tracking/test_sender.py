@@ -1,6 +1,7 @@
 """The thread that sends, and what it does with an operation that MLflow does not take."""
 
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -240,3 +241,31 @@ def test_a_flush_does_not_wait_for_what_is_refused(log: OperationLog) -> None:
     sender, refusals = sender_of(log, store, patience=1)
     assert tries(sender, 1) == 1
     assert "bad" in (refusals.line() or "")
+
+
+def test_runs_that_ended_take_no_memory(log: OperationLog) -> None:
+    store = FussyStore()
+    sender, _ = sender_of(log, store)
+
+    def train(number: int) -> None:
+        key = f"sweep/{number:04d}"
+        begin(log, key)
+        for name in range(17):
+            log.append({"do": "log", "run": key, "rows": rows(range(50), f"metric {name}")})
+        series = {f"metric {name}": [49, 50] for name in range(17)}
+        ended = {"do": "finish", "run": key, "series": series, "tags": {}, "at": 9}
+        log.append(ended)
+        cost = {"do": "log", "run": key, "series": series, "rows": rows(range(1), "cost")}
+        log.append(cost)
+        tries(sender, 1)
+        assert len(store.points) == 17 * 50 + 1
+        store.taken.clear()
+
+    train(0)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(1, 21):
+        train(number)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (after - before) / 20 < 1000, "bytes"
