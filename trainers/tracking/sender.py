@@ -122,7 +122,7 @@ class Sender:
             self._note_end(operation)
             if operation["do"] == "start":
                 self._downsampler.restore(operation["key"], {})
-            elif operation["do"] in ("log", "finish"):
+            elif operation["do"] in ("resume", "log", "finish"):
                 self._learn(run, operation, begin)
             if operation["do"] == "finish":
                 result += self._open_windows(run)
