@@ -105,7 +105,7 @@ class EngineLoop:
         try:
             if not trial.ended:
                 trial.ended = True
-                trial.results.put(SupersededError(trial.number))
+                trial.results.put(SupersededError(trial.lease))
                 self._pool.stop_waiting(trial)
                 self._saver.save(trial)
         finally:
