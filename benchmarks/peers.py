@@ -7,8 +7,8 @@
 trials' specs and the data set. `tune` is a function trainable as in Ray's guide to Tune with
 PyTorch (https://docs.ray.io/en/latest/tune/examples/tune-pytorch-cifar.html), without checkpoints;
 with --mlflow each trial is logged by Ray's own callback. Where people know a faster way, it is
-used: batches are gathered by index from tensors instead of a DataLoader, and nothing waits for the loss.
-`turn` does steps of the first trial for a few seconds, without its evaluations.
+used: batches are gathered by index from tensors instead of a DataLoader, and nothing waits for the
+loss. `turn` does steps of the first trial for a few seconds, without its evaluations.
 
 The last line is JSON. `tune` prints each evaluation as [trial, step, Unix time, metric]. `turn`
 prints the number of `steps` that were timed, after compilation, and their `seconds`.

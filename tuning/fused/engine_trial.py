@@ -59,6 +59,8 @@ class EngineTrial:
     result_requested: bool = False
     """Whether Tune waits for its next evaluation."""
     ended: bool = False
+    stopped: bool = False
+    """Whether another instance may have the trial's checkpoints."""
     steps_done: int = 0
     reported_step: int = 0
     """The last step whose evaluation Tune knows."""
