@@ -118,7 +118,7 @@ class Checkpoints:
         writer.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Block until the save under way is on disk; raises its error. Threads may wait together."""
+        """Block until the save under way is on disk; raises its error. Any thread may wait."""
         writing = self._writing
         if writing is None:
             return
