@@ -5,14 +5,19 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from cluster.base.files import cache_folder
-from trainers.tracking.mlflow_internals import EXPERIMENT_KIND_TAGS, create_sqlite_tables
+from trainers.tracking.bulk_writer import RUN_TAG, BulkWriter, KnownRuns
+from trainers.tracking.mlflow_internals import (
+    EXPERIMENT_KIND_TAGS,
+    SqlRuns,
+    create_sqlite_tables,
+)
 from trainers.tracking.mlflow_limits import (
     MAX_LENGTH,
     AllowedNames,
@@ -25,7 +30,6 @@ from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import deleted_experiment_message, mask_password, sqlite_file
 from trainers.tracking.registry import log_model, logged_models
 
-RUN_TAG = "heliostat.run"
 REQUEST_TIMEOUT_S = 20
 
 
@@ -60,6 +64,8 @@ class MlflowStore:
         """Keys of runs whose create request succeeded at the first attempt, so that no duplicate
         can exist."""
         self._names = AllowedNames()
+        known = KnownRuns(self.run_ids, self.new_runs, self._created_once, self._names)
+        self._bulk = BulkWriter(known, self._run_id, self._remember)
         self._tags_set_once: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         """Held while the connection is made and while a run is looked up."""
@@ -121,6 +127,14 @@ class MlflowStore:
 
     def send(self, operation: dict[str, Any]) -> None:
         getattr(self, f"_send_{operation['do']}")(operation)
+
+    def send_in_bulk(self, operations: Sequence[dict[str, Any]]) -> int:
+        """Write the first operations into MLflow's database in one transaction; how many it took.
+
+        0 where MLflow is a server, or where something is wrong with one of them: `send` finds out
+        what.
+        """
+        return self._bulk.write(operations, lambda: SqlRuns(self._client(), self._experiment_id))
 
     def _send_start(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag

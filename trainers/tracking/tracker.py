@@ -238,7 +238,8 @@ class Tracker:
             return self._mailbox.take(run)
 
     def pending(self) -> tuple[int, str | None]:
-        """Bytes not yet sent to MLflow, and the error that keeps them here."""
+        """Bytes not yet sent to MLflow, and the error that keeps them here; sends them at once."""
+        self._background.hurry()
         return self._log.pending_bytes, self._log.write_error or self._background.error
 
     def read(self, run: str) -> dict[str, Any]:
