@@ -12,7 +12,13 @@ from typing import Any
 from uuid import uuid4
 
 from trainers.tracking.mlflow_internals import RunChange, SqlRuns
-from trainers.tracking.mlflow_limits import MAX_LENGTH, AllowedNames, as_text, check_range
+from trainers.tracking.mlflow_limits import (
+    MAX_LENGTH,
+    AllowedNames,
+    NumberOutOfRangeError,
+    as_text,
+    check_range,
+)
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import mask_password
 
@@ -135,6 +141,9 @@ class BulkWriter:
 
     def _is_plain(self, key: str, point: MetricPoint) -> bool:
         """Whether a point is a row as it is, and nothing has to be noted about it."""
-        check_range([point])
+        try:
+            check_range([point])
+        except NumberOutOfRangeError:
+            return False
         same = self._known.names.get(key, "metric", point.name) == point.name
         return same and not math.isinf(point.value)
