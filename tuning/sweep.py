@@ -188,6 +188,7 @@ def _fused_slots(
     import ray
 
     from tuning.fused.tune_adapter import start_engines, trials_in_slots
+    from tuning.fused.tune_internals import ended_trials_forgotten
 
     engines: list[Any] = []
     try:
@@ -210,7 +211,8 @@ def _fused_slots(
         if not engines:
             unfused = f"{max_concurrent_trials(spec)} at a time, each in a process"
             log_line(f"{plan.line}; {unfused}" if plan.line else unfused)
-            yield 0
+            with ended_trials_forgotten():
+                yield 0
             return
         log_line(plan.line)
         for engine in engines:

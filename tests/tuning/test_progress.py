@@ -1,7 +1,11 @@
 """The progress of a sweep in the terminal and in a log."""
 
+import contextlib
 import io
 import math
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +84,39 @@ def test_best_is_the_first_of_the_leaderboard(sweep: Sweep) -> None:
     assert after("result", 2, 0.625) == "0.6250 (trial 0002)"
     assert after("error", 2, 0.625) == "0.5000 (trial 0001)"
     assert after("result", 3, -math.inf) == "0.5000 (trial 0001)"
+
+
+def test_the_live_table_is_drawn_while_events_come(sweep: Sweep) -> None:
+    """By a thread of its own, which would end with `dictionary changed size during iteration`."""
+    progress = SweepProgress(Console(file=io.StringIO(), force_terminal=True), sweep)
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            try:
+                progress.table()
+            except Exception as error:
+                errors.append(error)
+                return
+
+    with more_switches_of_threads():
+        thread = threading.Thread(target=draw)
+        thread.start()
+        for trial in range(2000):
+            progress.on_trial_event("result", trial, {"val/accuracy": trial, "epoch": 1})
+            progress.on_trial_event("done", trial // 2, {"val/accuracy": trial, "epoch": 1})
+        done.set()
+        thread.join()
+    assert errors == []
+    assert [*progress.table().columns[0].cells] == ["1000/8"]
+
+
+@contextlib.contextmanager
+def more_switches_of_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -5,14 +5,19 @@ import os
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from cluster.base.files import cache_folder
-from trainers.tracking.mlflow_internals import EXPERIMENT_KIND_TAGS, create_sqlite_tables
+from trainers.tracking.bulk_writer import KEY_TAG, RUN_TAG, BulkWriter, KnownRuns, name_of
+from trainers.tracking.mlflow_internals import (
+    EXPERIMENT_KIND_TAGS,
+    SqlRuns,
+    create_sqlite_tables,
+)
 from trainers.tracking.mlflow_limits import (
     AllowedNames,
     NumberOutOfRangeError,
@@ -29,7 +34,6 @@ from trainers.tracking.preflight import (
 )
 from trainers.tracking.registry import log_model, logged_models
 
-RUN_TAG, KEY_TAG = "heliostat.run", "heliostat.key"
 REQUEST_TIMEOUT_S = 20
 
 
@@ -68,6 +72,8 @@ class MlflowStore:
         """Keys of runs whose create request succeeded at the first attempt, so that no duplicate
         can exist."""
         self._names = AllowedNames()
+        known = KnownRuns(self.run_ids, self.new_runs, self._created_once, self._names)
+        self._bulk = BulkWriter(known, self._run_id, self._remember)
         self._tags_set_once: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.RLock()
         """Held while the connection is made and while a run is looked up."""
@@ -134,6 +140,14 @@ class MlflowStore:
     def send(self, operation: dict[str, Any]) -> None:
         getattr(self, f"_send_{operation['do']}")(operation)
 
+    def send_in_bulk(self, operations: Sequence[dict[str, Any]]) -> int:
+        """Write the first operations into MLflow's database in one transaction; how many it took.
+
+        0 where MLflow is a server, or where something is wrong with one of them: `send` finds out
+        what.
+        """
+        return self._bulk.write(operations, lambda: SqlRuns(self._client(), self._experiment_id))
+
     def _send_start(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
@@ -159,8 +173,7 @@ class MlflowStore:
         if operation["parent"] is not None:
             tags["mlflow.parentRunId"] = self._run_id(operation["parent"])
         try:
-            name = key.replace("/", "-")  # SWEEP-0007: trials of other sweeps have other names
-            run = client.create_run(self._experiment_id, operation["at"], tags, name)
+            run = client.create_run(self._experiment_id, operation["at"], tags, name_of(key))
         except Exception as error:  # never dropped: without its run nothing else can be sent
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         run_id = str(run.info.run_id)

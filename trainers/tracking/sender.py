@@ -24,6 +24,9 @@ FILES = ("artifact", "model")
 """Operations that a `FileSender` sends."""
 SYNC_S = 1.0
 """Longest time between two writes of the log to the disk."""
+REST = 4
+"""Times that a send took for which the next one is put off, up to SYNC_S: many small operations
+are cheaper together."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 """Pauses after errors; each is twice as long as the one before."""
 PATIENCE = 6
@@ -160,6 +163,9 @@ class Sender:
                 self._downsampler.add(run, points)
 
     def _send_group(self) -> None:
+        if not self._suspects:
+            for _ in range(self._store.send_in_bulk(self._group)):
+                self._group.popleft()
         while self._group:
             operation = self._group[0]
             parts: list[dict[str, Any]] = []
@@ -244,6 +250,7 @@ class BackgroundSender:
         self._log, self._sender = log, sender
         self._held_until_s = time.monotonic() + hold_s
         self._closed, self._wake = threading.Event(), threading.Event()
+        self._awaited = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="mlflow-sender")
         self.error: str | None = None
         """The error of the newest attempt; None after one that succeeded."""
@@ -262,10 +269,15 @@ class BackgroundSender:
         self._held_until_s = 0.0
         self.wake()
 
+    def hurry(self) -> None:
+        """Send at once: somebody waits for it."""
+        self._awaited.set()
+        self.wake()
+
     def close(self) -> None:
         """Stop after the operation under way; blocks until then."""
         self._closed.set()
-        self._wake.set()
+        self.hurry()
         self._thread.join()
 
     def _run(self) -> None:
@@ -274,12 +286,15 @@ class BackgroundSender:
         while not self._closed.is_set():
             self._wake.wait(timeout=SYNC_S)
             self._wake.clear()
+            began_s = time.monotonic()
             try:
                 if self._log is not None:
                     self._log.write_and_sync()
-                if time.monotonic() >= self._held_until_s:
+                if began_s >= self._held_until_s:
                     self._sender.send(self._closed)
                 self.error, self.failures, pause_s = None, 0, FIRST_PAUSE_S
+                self._awaited.wait(min(SYNC_S, REST * (time.monotonic() - began_s)))
+                self._awaited.clear()
             except Exception as error:  # whatever MLflow raises: nothing is lost, it is tried again
                 self.error = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.failures += 1

@@ -243,7 +243,9 @@ class Tracker:
         return left, unsent.error or unsent.files_error
 
     def unsent(self) -> Unsent:
-        """What MLflow does not have yet."""
+        """What MLflow does not have yet; sends it at once."""
+        self._background.hurry()
+        self._files_background.hurry()
         return Unsent(
             self._log.pending_bytes,
             self._log.write_error or self._background.error,

@@ -6,6 +6,7 @@ checkpoint, and an ended one reports its last result again.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -67,7 +68,7 @@ class Sweep:
     def key(self) -> str:
         return self.folder.name
 
-    @property
+    @functools.cached_property
     def samples(self) -> int:
         """Samples in the training split, as this machine's copy of the data set has them."""
         spec, _ = resolve(self.spec_data, RunSpec)

@@ -73,6 +73,9 @@ class FussyStore:
             raise RuntimeError("Internal Server Error")
         self.taken.append(operation)
 
+    def send_in_bulk(self, operations: Any) -> int:
+        return 0
+
     def accepts(self, key: str) -> bool:
         return not self.away
 
