@@ -34,6 +34,12 @@ class DriverMailbox:
         if run in self._points:
             self._points[run].extend(points)
 
+    def rewind(self, run: str, step: int) -> None:
+        """Drop the points of `step` and later ones that were not taken."""
+        if run in self._points:
+            kept = [point for point in self._points[run] if point.step < step]
+            self._points[run] = deque(kept, maxlen=MAX_UNPOLLED_POINTS)
+
     def put_step(self, run: str, step: int) -> None:
         self._steps_done[run] = step
 

@@ -186,6 +186,8 @@ class Tracker:
         and of later ones is no part of its past any more. MLflow keeps those points, but newer
         ones of the same steps come after them.
         """
+        with self._lock:
+            self._mailbox.rewind(run, step)
         self._append({"do": "rewind", "run": run, "step": step})
 
     def log_note(self, run: str, name: str, text: str) -> None:
