@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import LedgerEntry, read_entries
 from trainers.run_folder import LEDGER, TRACKING
-from trainers.tracking.operation_log import OPERATION_LOG_FILE, read_operations
+from trainers.tracking.operation_log import END_TAGS, OPERATION_LOG_FILE, read_operations
 
 
 @dataclass
@@ -72,6 +72,8 @@ def read_histories(folder: Path) -> dict[str, RunHistory]:
 
 
 def _apply(operation: Mapping[str, Any], run: RunHistory) -> None:
+    if operation["do"] == "resume":
+        run.tags = {name: text for name, text in run.tags.items() if name not in END_TAGS}
     run.tags |= operation.get("tags", {})
     if operation["do"] == "log":
         for name, value, step, timestamp_ms in operation["rows"]:

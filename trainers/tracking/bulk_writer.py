@@ -112,8 +112,6 @@ class BulkWriter:
             if change.start_ms is None and key not in self._known.created_once:
                 return False  # there may be duplicates
             change.status, change.end_ms = operation["status"], operation["at"]
-        elif kind == "resume":
-            change.status = "RUNNING"
         elif kind != "tag":
             return False
         change.tags |= tags

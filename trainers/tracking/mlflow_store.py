@@ -25,6 +25,7 @@ from trainers.tracking.mlflow_limits import (
     check_range,
     shortened,
 )
+from trainers.tracking.operation_log import END_TAGS
 from trainers.tracking.preflight import (
     ARTIFACTS,
     artifact_problem,
@@ -187,7 +188,10 @@ class MlflowStore:
         """For those who read the log: MLflow deletes no points."""
 
     def _send_resume(self, operation: dict[str, Any]) -> None:
-        self._client().update_run(self._run_id(operation["run"]), status="RUNNING")
+        client, run_id = self._client(), self._run_id(operation["run"])
+        client.update_run(run_id, status="RUNNING")
+        for name in set(END_TAGS) & client.get_run(run_id).data.tags.keys():
+            client.delete_tag(run_id, name)
         self._send_tag(operation)
 
     def _send_tag(self, operation: dict[str, Any]) -> None:

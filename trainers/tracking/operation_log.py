@@ -32,6 +32,8 @@ OPERATION_LOG_FILE = "spool.jsonl"
 MAX_METRICS_PER_BATCH = 1000
 """MLflow takes at most this many metrics in one request."""
 MAX_OPERATIONS_PER_BATCH = 100
+END_TAGS = ("heliostat.reason", "heliostat.stopped")
+"""Tags that say how a run ended, which it has no more when it goes on."""
 _METRICS = re.compile(rb'{"do":"log","run":"([^"\\]*)",(?:("series")|"rows"):')
 """The beginning of a line of metrics, as `append` writes it."""
 

@@ -117,7 +117,12 @@ def test_the_rows_are_those_of_mlflows_client(store_in: Any, tmp_path: Path) -> 
     for operations in GROUPS:
         prepare(bulk, operations)
         prepare(client, operations)
-        assert bulk.send_in_bulk(operations) == len(operations)
+        count = len(operations)
+        if {"resume"} & {operation["do"] for operation in operations}:  # it deletes tags
+            count = next(n for n, each in enumerate(operations) if each["do"] == "resume")
+        assert bulk.send_in_bulk(operations) == count
+        for operation in operations[count:]:
+            bulk.send(operation)
         for operation in operations:
             client.send(operation)
         assert rows(tmp_path / "bulk") == rows(tmp_path / "client")

@@ -500,7 +500,7 @@ def test_a_trial_that_ended_goes_on(
     tracker.start(TrackedRun("going", {}))
     tracker.start(TrackedRun(key, {}, parent="going"))
     tracker.log(key, rows(range(10)), 10)
-    tracker.finish(key, "FAILED")
+    tracker.finish(key, "FAILED", {"heliostat.reason": "KeyError", "note": "a"})
     tracker.log_points(key, rows(range(1), "cost_usd"))
     tracker.start(TrackedRun(key, {}, parent="going"))
     tracker.log(key, rows(range(7, 15)), 15)
@@ -517,4 +517,6 @@ def test_a_trial_that_ended_goes_on(
     tracker.close()
     assert history(client, run_id) == list(range(20))
     assert history(client, run_id, "cost_usd") == [0, 1]
-    assert client.get_run(run_id).info.status == "FINISHED"
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["note"]) == ("FINISHED", "a")
+    assert "heliostat.reason" not in run.data.tags, "that of its failure"
