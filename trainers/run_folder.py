@@ -55,21 +55,26 @@ def create_run_folder(
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
-    """The spec in a run's folder, as plain data.
+    """The spec in a run's folder, as plain data, with its `present_paths`."""
+    return present_paths(read_yaml(folder / SPEC), folder)
 
-    A spec names the folder of all runs, and a SQLite file beside it, by absolute paths. If the
-    project was moved or copied since, they are those of the present place.
+
+def present_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A spec from a run's folder, if the project was moved or copied since it was written.
+
+    It names the folder of all runs, and a SQLite file beside it, by absolute paths. They become
+    those of the present place.
     """
-    data: dict[str, Any] = read_yaml(folder / SPEC)
     storage, here = Path(data.get("storage", "")), folder.absolute().parent
     same = storage == here or (storage.exists() and storage.samefile(here))
     if same or not storage.is_absolute():
         return data
-    data["storage"] = str(here)
-    uri = str(data["tracking"]["uri"])
-    before = f"sqlite:///{storage.parent}/"
-    if uri.startswith(before) and (here.parent / uri.removeprefix(before)).exists():
-        data["tracking"]["uri"] = f"sqlite:///{here.parent / uri.removeprefix(before)}"
+    data = {**data, "storage": str(here)}
+    tracking = data.get("tracking", {})
+    before, uri = f"sqlite:///{storage.parent}/", str(tracking.get("uri"))
+    moved = here.parent / uri.removeprefix(before)
+    if uri.startswith(before) and moved.exists():
+        data["tracking"] = {**tracking, "uri": f"sqlite:///{moved}"}
     return data
 
 

@@ -10,6 +10,7 @@ import pytest
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
 from trainers import run_folder as folders
+from trainers.spec import find_spec
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
@@ -50,3 +51,9 @@ def test_the_spec_of_a_project_that_was_moved_or_copied(tmp_path: Path) -> None:
         tracking = {"uri": elsewhere, "experiment": "heliostat"}
         write_yaml({**data, "tracking": tracking}, now / "runs" / "mine" / "spec.yaml")
         assert folders.read_spec(now / "runs" / "mine")["tracking"]["uri"] == elsewhere
+
+    best = now / "runs" / "mine" / "best.yaml"
+    write_yaml(data, best)
+    assert find_spec(str(best))[1]["storage"] == str(before / "runs"), "no run, but a user's file"
+    (best.parent / folders.ENVIRONMENT).touch()
+    assert find_spec(str(best))[1]["storage"] == str(now / "runs")
