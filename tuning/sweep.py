@@ -8,8 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.base.config import apply_overrides, read_yaml, write_yaml
-from trainers.run_folder import SPEC, TRIALS, find_run_folder, locked, require_kind, unique_name
+from cluster.base.config import apply_overrides, write_yaml
+from trainers.run_folder import (
+    SPEC,
+    TRIALS,
+    find_run_folder,
+    locked,
+    read_spec,
+    require_kind,
+    unique_name,
+)
 from trainers.runs import run
 from trainers.spec import resolve
 from trainers.tracking import mlflow_run
@@ -86,7 +94,7 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
     folder = find_run_folder(name, storage)
     require_kind(folder, "sweep")
     check_overrides(overrides)
-    data = apply_overrides(read_yaml(folder / SPEC), overrides)
+    data = apply_overrides(read_spec(folder), overrides)
     spec, _ = resolve(data, SweepRunSpec)
     check_trials(folder, spec.sweep, overrides)
     check_folds(data, spec.sweep)
@@ -286,6 +294,7 @@ def _fused_slots(
     import ray
 
     from tuning.fused.tune_adapter import start_engines, trials_in_slots
+    from tuning.fused.tune_internals import ended_trials_forgotten
 
     engines: list[Any] = []
     try:
@@ -308,7 +317,8 @@ def _fused_slots(
         if not engines:
             unfused = f"{max_concurrent_trials(spec)} at a time, each in a process"
             log_line(f"{plan.line}; {unfused}" if plan.line else unfused)
-            yield 0
+            with ended_trials_forgotten():
+                yield 0
             return
         log_line(plan.line)
         for engine in engines:

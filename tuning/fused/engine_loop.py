@@ -116,10 +116,11 @@ class EngineLoop:
 
     def stop(self, trial: EngineTrial) -> None:
         """End a trial, and begin to save its last evaluated state."""
+        trial.stopped = True
+        trial.results.put(SupersededError(trial.lease))  # for a call that still waits
         try:
             if not trial.ended:
                 trial.ended = True
-                trial.results.put(SupersededError(trial.number))
                 self._pool.stop_waiting(trial)
                 self._saver.save(trial)
         finally:
@@ -129,7 +130,12 @@ class EngineLoop:
         return self._saver.export(trial, checkpoints)
 
     def import_checkpoint(self, trial: EngineTrial, folder: Path) -> None:
-        """Have a trial continue from an exported checkpoint when it gets a slot again."""
+        """Have a trial continue from an exported checkpoint when it gets a slot again.
+
+        Raises SupersededError if it was stopped meanwhile.
+        """
+        if trial.stopped:
+            raise SupersededError(trial.lease)
         self._pool.free(trial)
         self._saver.import_from(trial, folder)
 

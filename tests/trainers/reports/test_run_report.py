@@ -62,7 +62,7 @@ def test_the_history_is_as_it_was_logged(folder: Path) -> None:
     record = read_histories(folder)["best"]
     assert (record.status, record.run_id) == ("FINISHED", "abc")
     assert record.last_update_ms - record.started_ms == 60_000
-    assert record.series["train/loss"].steps == [1, 2, 3, 4, 5]
+    assert list(record.series["train/loss"].steps) == [1, 2, 3, 4, 5]
     assert record.latest("train/loss") == 0.4
     assert record.latest("nothing") is None
     assert math.isnan(record.series["val/loss"].values[1])
