@@ -50,14 +50,14 @@ def ray_session(
         lease = _lease_warm_ray()
         # Without an address Ray would wait for minutes for one that was killed.
         address = lease.address if lease else "local"
-    if address != "local" and read_token():
-        # Ray enables authentication by itself for a cluster that it starts, never for a client.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        reload_configuration()
     is_alone = lease is not None or address == "local"
     # A submitted job already has a working directory, and Ray does not let a driver change it.
     has_code = is_alone or submission_metadata() is not None
     package = pack_code() if pack_code is not None and not has_code else None
+    if address != "local" and read_token():
+        # Ray enables authentication by itself for a cluster that it starts, never for a client.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        reload_configuration()
     try:
         with _working_dir(package) as runtime_env:
             ray.init(

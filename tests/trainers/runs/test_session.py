@@ -30,7 +30,11 @@ def test_code_that_git_ignores_goes_to_the_workers(own_folder: Path) -> None:
     assert code_packer(resolve({"workload": "vision"}, RunSpec)[0]) is None
 
 
-def test_code_that_cannot_be_sent_is_told_before_a_cluster_is_asked() -> None:
+def test_code_that_cannot_be_sent_is_told_before_a_cluster_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
     def pack() -> bytes:
         raise SpecError("net.py: cannot be read")
 
