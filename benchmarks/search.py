@@ -197,21 +197,23 @@ def ray(surface: Surface, evaluations: int, seed: int) -> Contender:
     return Tune(searcher, asha)
 
 
-def heliostat(surface: Surface, evaluations: int, seed: int, **fields: Any) -> Contender:
-    scheduler = {"name": "none"} if evaluations == 1 else {"reduction": REDUCTION}
-    # On learning curves more than asha needs: the search ends when its seconds are spent.
-    trials = surface.trials if evaluations == 1 else surface.trials * evaluations // 2
-    section = {
-        "parameters": surface.space,
-        "metric": METRIC,
-        "scheduler": scheduler,
-        "trials": trials,
-        "seed": seed,
-        **fields,
-    }
-    sweep = SweepSpec.model_validate(section)
-    journal = Path(tempfile.mkdtemp()) / "journal.jsonl"
-    return Tune(JournaledSearcher(sweep, journal), build_scheduler(sweep, float(evaluations)))
+class Heliostat(Tune):
+    """A sweep's searcher and scheduler; `fields` are those of the section `sweep`."""
+
+    def __init__(self, surface: Surface, evaluations: int, seed: int, **fields: Any) -> None:
+        # On learning curves more trials than asha needs: the search ends when its time is spent.
+        section = {
+            "parameters": surface.space,
+            "metric": METRIC,
+            "scheduler": {"name": "none"} if evaluations == 1 else {"reduction": REDUCTION},
+            "trials": surface.trials if evaluations == 1 else surface.trials * evaluations // 2,
+            "seed": seed,
+            **fields,
+        }
+        sweep = SweepSpec.model_validate(section)
+        self._folder = tempfile.TemporaryDirectory()
+        searcher = JournaledSearcher(sweep, Path(self._folder.name) / "journal.jsonl")
+        super().__init__(searcher, build_scheduler(sweep, float(evaluations)))
 
 
 class SyneTune:
@@ -269,8 +271,8 @@ def has_syne_tune(install: bool) -> bool:
 
 
 CONTENDERS: dict[str, Start] = {
-    "heliostat": lambda *search: heliostat(*search, search="auto"),
-    "heliostat-tpe": lambda *search: heliostat(*search, search="tpe"),
+    "heliostat": lambda *search: Heliostat(*search, search="auto"),
+    "heliostat-tpe": lambda *search: Heliostat(*search, search="tpe"),
     "optuna": Optuna,
     "ray": ray,
     "syne-tune": SyneTune,
@@ -403,8 +405,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     (cache_folder() / "benchmarks").mkdir(exist_ok=True)
     names = args.only or [*CONTENDERS]
-    with tempfile.TemporaryDirectory() as tempfile.tempdir:  # of the journals
-        compare(args, names)
+    compare(args, names)
 
 
 if __name__ == "__main__":
