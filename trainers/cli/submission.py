@@ -46,10 +46,11 @@ def plan_submission(
     exclude = (*run_files(spec.storage), *left_out)
     needed: tuple[Path, ...] = ()
     if Path(args.spec).is_file():
-        file = Path(args.spec).resolve()
-        if not file.is_relative_to(folder.resolve()):
+        places = (Path(os.path.abspath(args.spec)), Path(args.spec).resolve())  # it may be a link
+        inside = [each.relative_to(folder) for each in places if each.is_relative_to(folder)]
+        if not inside:
             raise SpecError(f"{args.spec}: is not in the working folder, and only that is sent")
-        needed = (file.relative_to(folder.resolve()),)
+        needed = (inside[0],)
         command = tuple(str(needed[0]) if word == args.spec else word for word in command)
     written = apply_overrides(find_spec(args.spec)[1], args.set)  # its paths are still relative
     sent = {*list_packaged_files(folder, exclude), *needed}

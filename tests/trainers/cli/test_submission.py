@@ -59,10 +59,12 @@ def test_a_spec_file_is_named_relative_to_the_working_folder(
     submission = submission_of(f"plan {folder}/specs/mine.yaml")
     assert submission.argv == ("plan", "specs/mine.yaml")
     assert submission.required_files == (Path("specs/mine.yaml"),)
-    monkeypatch.chdir(folder / "specs")
     (folder / "other.yaml").write_text("workload: vision\n")
+    (folder / "specs/linked.yaml").symlink_to("../other.yaml")
+    monkeypatch.chdir(folder / "specs")
     with pytest.raises(SpecError, match="is not in the working folder, and only that is sent"):
         submission_of("data ../other.yaml")
+    assert submission_of("data linked.yaml").argv == ("data", "linked.yaml")
 
 
 def test_a_mistake_in_the_spec_is_an_error_before_anything_is_sent(folder: Path) -> None:
