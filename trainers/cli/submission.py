@@ -46,7 +46,7 @@ def plan_submission(
     exclude = (*run_files(spec.storage), *left_out)
     needed: tuple[Path, ...] = ()
     if Path(args.spec).is_file():
-        places = (Path(os.path.abspath(args.spec)), Path(args.spec).resolve())  # it may be a link
+        places = (Path(os.path.normpath(folder / args.spec)), Path(args.spec).resolve())  # a link
         inside = [each.relative_to(folder) for each in places if each.is_relative_to(folder)]
         if not inside:
             raise SpecError(f"{args.spec}: is not in the working folder, and only that is sent")
