@@ -1,17 +1,19 @@
 """Step time of the training loop, compared with bare PyTorch, Lightning, Accelerate and Ray.
 
     pip install -e '.[peers]'     # a peer that is not installed gets a row that says so
-    python benchmarks/loop.py [--rounds 15] [--ray] [--tiny]
+    python benchmarks/loop.py [--rounds 15] [--ray] [--before FOLDER] [--tiny]
 
 All have the same model, data, batch, optimizer (fused AdamW), learning rate schedule and seeds, and
 no augmentation. Every contender logs its loss every ten steps. Only the steps after a warm-up are
-timed: no start, no evaluation, no checkpoint. Each worker has one thread.
+timed: no start, no evaluation, no checkpoint. Each worker has one thread. With `--before`, this
+checkout's loop is also compared with that of the checkout of an earlier commit.
 """
 
 import math
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -210,6 +212,26 @@ def two_workers(contender: Any, case: str) -> float:
     return float(queue.get())
 
 
+def of_checkout(checkout: Path, workers: int, case: str) -> float:
+    """The loop of a checkout, in processes of their own that import nothing of another one."""
+    measure = "heliostat(case)" if workers == 1 else "two_workers(heliostat, case)"
+    code = (
+        "import sys, warnings; warnings.filterwarnings('ignore')\n"
+        "import torch; torch.set_num_threads(1)\n"
+        f"from loop import *; case = sys.argv[1]; print({measure})"
+    )
+    path = os.pathsep.join([str(checkout), str(checkout / "benchmarks")])
+    run = subprocess.run(
+        [sys.executable, "-c", code, case],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(run.stdout.split()[-1])
+
+
 def ray_tutorial(workers: int, case: str) -> float:
     """The loop of Ray's tutorial on PyTorch."""
     from ray.train import RunConfig, ScalingConfig
@@ -264,6 +286,7 @@ def _tutorial(config: dict[str, Any]) -> float:
 def main() -> None:
     parser = options(__doc__, rounds=15)
     parser.add_argument("--ray", action="store_true", help="also Ray's tutorial, a minute a round")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="an earlier checkout")
     args = parse(parser)
     cases = CASES
     if args.tiny:
@@ -295,6 +318,19 @@ def main() -> None:
             measured = compete(contenders, rounds)
             show(title, measured, "ms/step", 1e3)
             results += rows(title, "Heliostat", measured)
+        if args.before:
+            here = Path(__file__).parents[1]
+            for workers in (1, 2):
+                measured = compete(
+                    {
+                        "Heliostat": partial(of_checkout, here, workers, case),
+                        "before": partial(of_checkout, args.before.resolve(), workers, case),
+                    },
+                    args.rounds,
+                )
+                title = f"{case}, {workers} worker{'s' * (workers > 1)}"
+                show(title, measured, "ms/step", 1e3)
+                results += rows(title, "Heliostat", measured)
     finish("loop", results)
 
 

@@ -14,6 +14,7 @@ from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
 from trainers.engine.heartbeat import heartbeat
+from trainers.engine.host_memory import keep_freed_memory
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.dropout import NATIVE_RNG_NOTE
@@ -44,6 +45,7 @@ def train(
     `prepare_dataset` returned, `started` the Unix time of the user's command, from which goodput
     counts. Every worker calls this with the same arguments but its own `worker` and `reporter`.
     """
+    keep_freed_memory()
     samples = count_samples(dataset, "train")
     total = spec.train.total_steps(samples)
     splits = open_splits(dataset)
@@ -57,7 +59,6 @@ def train(
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_start(steps, checkpoints, reporter)
         evaluator.resume(start, checkpoints)
-
         done = start
         for step in range(start, total):
             heartbeat(step)
