@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.base.config import apply_overrides, read_yaml, write_yaml
-from trainers.run_folder import SPEC, find_run_folder, locked, require_kind, unique_name
+from trainers.run_folder import SPEC, TRIALS, find_run_folder, locked, require_kind, unique_name
 from trainers.runs import run
 from trainers.spec import resolve
 from trainers.tracking import mlflow_run
@@ -36,8 +36,9 @@ from tuning.trials.leaderboard import (
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
 from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
-from tuning.trials.trial import JOURNAL_FILE, Sweep
+from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 from tuning.tuner import (
+    TUNE_FOLDER,
     TrialCallback,
     create_repeats_tuner,
     create_tuner,
@@ -114,8 +115,9 @@ def run_to_end(
     """
     spec, _ = resolve(sweep.spec_data, SweepRunSpec)
     tracker = mlflow_run.start_tracking(sweep.folder, spec, sweep.spec_data, kind="sweep")
-    for number in run_failed_again(sweep):
-        tracker.set_tags.remote(sweep.trial_key(number), {"heliostat.reason": ""})
+    again = [sweep.trial_key(number) for number in run_failed_again(sweep)]
+    for key in [sweep.key, *again] if (sweep.folder / TUNE_FOLDER).exists() else []:
+        tracker.set_tags.remote(key, {"heliostat.reason": ""})  # of before
     watch = MistakeWatch(sweep)
     end = _SweepEnd(sweep, tracker, watch)
 
@@ -131,30 +133,37 @@ def run_to_end(
         _finally(lambda error: end.settle(budget)),
         trial_events(sweep, on_event),
     ):
-        with _fused_slots(sweep, spec, tracker, log_line) as slots:
-            create_tuner(sweep, spec, tracker, slots).fit()
-        _repeat_best(sweep, spec, tracker, log_line)
+        if not (sweep.spec.repeated_fields and _search_has_ended(sweep)):
+            with _fused_slots(sweep, spec, tracker, log_line) as slots:
+                create_tuner(sweep, spec, tracker, slots).fit()
+        _repeat_best(sweep, spec, tracker, budget, log_line)
     board = end.track_importances()
     end.export_best()
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
+def _search_has_ended(sweep: Sweep) -> bool:
+    return len(read_leaderboard(sweep).ended) >= sweep.spec.total_trials
+
+
 def _repeat_best(
-    sweep: Sweep, spec: SweepRunSpec, tracker: Any, log_line: Callable[[str], None]
+    sweep: Sweep,
+    spec: SweepRunSpec,
+    tracker: Any,
+    budget: SweepBudget,
+    log_line: Callable[[str], None],
 ) -> None:
     """Train the best configurations as often as `sweep.repeat` and `sweep.folds` say.
 
     Does nothing as long as a trial of the search has not ended. The engines have ended: there are
     too few of these trials to fuse, and those of other folds have other data.
     """
-    if not sweep.spec.repeated_fields:
+    if not sweep.spec.repeated_fields or not _search_has_ended(sweep):
         return
     board = read_leaderboard(sweep)
-    if len(board.ended) < sweep.spec.total_trials:
-        return
     finalists = {result.number: result.parameters for result in board.finalists(sweep.spec)}
     left = plan_repeats(sweep, finalists)
-    if left:
+    if left and budget.can_start_trial():
         log_line(f"{len(left)} more trainings of the {len(finalists)} best configurations")
         create_repeats_tuner(sweep, spec, tracker, left).fit()
 
@@ -211,9 +220,8 @@ class _SweepEnd:
             self._tags["heliostat.pareto_front"] = ", ".join(numbers)
         self._tags[DESCRIPTION_TAG] = self._description(board)
         self._status = "FINISHED" if finished else "KILLED"
-        failure = self._watch.line
-        if finished and not board.results and board.failed:
-            failure = f"all {len(board.ended)} trials failed"
+        all_failed = finished and not board.results and bool(board.failed)
+        failure = self._watch.line or f"all {len(board.ended)} trials failed" * all_failed
         if failure:
             self._status, self.summary["failure"] = "FAILED", failure
 
@@ -263,6 +271,13 @@ def _best_metrics(metric: str, best: TrialResult) -> list[tuple[str, float, int,
     return [(name, value, 0, now_ms()) for name, value in found.items()]
 
 
+def _earlier_plan(sweep: Sweep) -> fusion_plan.FusionPlan | None:
+    """The plan with which the sweep began, unless that was made for a workload with a mistake."""
+    plan = fusion_plan.load_plan(sweep)
+    evaluated = any(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}"))
+    return plan if plan is not None and (plan.slots or evaluated) else None
+
+
 @contextlib.contextmanager
 def _fused_slots(
     sweep: Sweep, spec: SweepRunSpec, tracker: Any, log_line: Callable[[str], None]
@@ -275,7 +290,7 @@ def _fused_slots(
     engines: list[Any] = []
     try:
         capacity = cluster_capacity(spec)
-        plan = fusion_plan.load_plan(sweep) or fusion_plan.plan_from_spec(sweep)
+        plan = _earlier_plan(sweep) or fusion_plan.plan_from_spec(sweep)
         if plan is None:
             engines += start_engines(sweep, tracker, 1)
             planned = engines[0].plan.remote(capacity)

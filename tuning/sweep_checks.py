@@ -1,4 +1,4 @@
-"""Checks of a sweep before Ray starts: its metrics, and what may change in one that has begun."""
+"""What may change in a sweep that has begun, checked before Ray starts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +34,7 @@ def check_metrics(spec: SweepRunSpec, workload: Workload, dataset: Path) -> None
     for path, names in wanted.items():
         for name in names:
             if known is not None and name not in known:
-                hint = did_you_mean(name, known) or f" (it has {', '.join(known)})"
-                raise SpecError(f"{path}: the workload has no {name}{hint}")
+                raise SpecError(f"{path}: the workload has no {name}{did_you_mean(name, known)}")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

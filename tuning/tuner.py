@@ -19,7 +19,6 @@ from trainers.runs.stalls import last_stall
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
-from tuning.repeat_search import RepeatSearch
 from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
@@ -38,7 +37,7 @@ from tuning.trials.trial import (
     Sweep,
     run_trial,
 )
-from tuning.tune_search import ENDLESS, SweepSearch
+from tuning.tune_search import ENDLESS, RepeatSearch, SweepSearch
 
 TUNE_FOLDER, REPEATS_FOLDER = "tune", "tune-repeats"
 """Tune's state of the search, and of the trainings that `sweep.repeat` adds to it."""
@@ -258,6 +257,10 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
         if self._sweep.spec.select == "best":
             points = best_points(self._sweep.spec, result)
             self._tracker().log.remote(self._sweep.trial_key(number), points, result.get("step", 0))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (self._sweep.trial_folder(trial.config["trial"]) / FAILED_FILE).exists():
+            trial.max_failures = 0  # another attempt would end with the same error
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = trial.config["trial"]

@@ -1,5 +1,7 @@
 """Sweeps on the real Ray Tune: killed drivers, failed trials, several workers, exploitation."""
 
+import copy
+import json
 import math
 import os
 import pickle
@@ -18,6 +20,8 @@ import torch
 from cluster.base.config import read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.export import load_model
+from trainers.checkpoints.state import load_model_weights
 from trainers.engine.loop import train
 from trainers.engine.reporter import NullReporter
 from trainers.spec import RunSpec, resolve
@@ -116,6 +120,12 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     newest = Checkpoints(sweep.trial_folder(board.best.number) / "checkpoints").latest()
     assert newest is not None
     assert newest.name == f"step-{board.best.step:08d}"
+    exported = load_model(sweep.folder).eval()
+    again = copy.deepcopy(exported)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    load_model_weights(newest, again)
+    assert all(map(torch.equal, exported.parameters(), again.parameters()))
     best, _ = resolve(read_yaml(sweep.folder / "best.yaml"), RunSpec)
     assert best.optimizer.lr == board.best.parameters["optimizer.lr"]
     assert best.sweep is None
@@ -318,6 +328,103 @@ def test_bad_sweeps_name_the_path(
         assert str(error.value).startswith(message), override
         assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / "tiny").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse", ["off", "2"])
+def test_a_mistake_of_all_trials_ends_the_sweep_which_goes_on_after_the_cure(
+    fuse: str, heliostat: Any, mlflow_server: str, spirals_source: str
+) -> None:
+    """Then it gets two more trials, and a second seed for the best one."""
+    source = heliostat.folder / "spirals.py"
+    source.write_text(spirals_source.replace("F.cross_entropy", "F.cross_entropie"))
+    (heliostat.folder / "s.yaml").write_text(f"""
+workload: spirals:Spirals
+train: {{epochs: 2, global_batch: 16}}
+scale: {{max_restarts: 1}}
+sweep:
+  parameters: {{optimizer.lr: {{loguniform: [1.0e-4, 1.0e-1]}}}}
+  search: random
+  scheduler: {{name: none}}
+  trials: 8
+  concurrency: 2
+  fuse: {fuse}
+""")
+    output = heliostat("sweep", "s.yaml", "--name", "s", code=1)
+    folder = heliostat.folder / "runs" / "s"
+    assert (
+        "of the first trials failed alike: AttributeError: module 'torch.nn.functional'" in output
+    )
+    assert "once that is mended, continue with\n  heliostat sweep --resume runs/s" in output
+    begun = Journal(folder / "journal.jsonl").parameters
+    assert 3 <= len(begun) < 8
+    run_id = re.search(r"MLflow run: (\w+)", output)[1]
+    client = mlflow.MlflowClient(mlflow_server)
+    assert client.get_run(run_id).info.status == "FAILED"
+    assert "failed alike" in client.get_run(run_id).data.tags["heliostat.reason"]
+
+    source.write_text(spirals_source)
+    output = heliostat("sweep", "--resume", "runs/s", "--set", "sweep.trials=10")
+    assert "failed" not in output
+    assert client.get_run(run_id).info.status == "FINISHED"
+    found = children(mlflow_server, run_id)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert {run.data.tags.get("heliostat.reason", "") for run in found} == {""}
+    journal = Journal(folder / "journal.jsonl")
+    assert list(journal.parameters) == list(range(10))
+    assert {number: journal.parameters[number] for number in begun} == begun
+    assert all(end["complete"] for end in journal.ends.values())
+    assert len(journal.ends) == 10
+
+    again = ("--set", "sweep.repeat=2", "--set", "sweep.finalists=1")
+    output = heliostat("sweep", "--resume", "runs/s", *again)
+    assert "1 more trainings of the 1 best configurations" in output
+    [(number, repeat)] = Journal(folder / "journal.jsonl").repeats.items()
+    assert (number, repeat.parameters["train.seed"]) == (10, 1)
+    values = [
+        json.loads((folder / "trials" / f"{n:04d}" / "last.json").read_text())["val/loss"]
+        for n in (repeat.of, number)
+    ]
+    assert values[0] != values[1]
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics["best/val/loss"] == values[0]
+    assert metrics["best/val/loss/mean"] == pytest.approx(sum(values) / 2)
+    [run] = [r for r in children(mlflow_server, run_id) if r.data.params["train.seed"] == "1"]
+    assert run.data.tags["heliostat.repeats"] == f"{repeat.of:04d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse", ["off", "2"])
+def test_a_trial_and_then_the_sweep_are_stopped_by_hand(
+    fuse: str, heliostat: Any, mlflow_server: str, spirals_source: str, wait_until: Wait
+) -> None:
+    (heliostat.folder / "spirals.py").write_text(spirals_source)
+    (heliostat.folder / "s.yaml").write_text(f"""
+workload: spirals:Spirals
+train: {{epochs: 5000, global_batch: 16}}
+sweep:
+  parameters: {{optimizer.lr: {{loguniform: [1.0e-4, 1.0e-1]}}}}
+  scheduler: {{name: none}}
+  trials: 3
+  concurrency: 2
+  fuse: {fuse}
+""")
+    process = heliostat.start("sweep", "s.yaml", "--name", "s")
+    trials = heliostat.folder / "runs" / "s" / "trials"
+    wait_until(lambda: len(list(trials.glob("*/last.json"))) == 2)
+    output = heliostat("stop", "s/0001")
+    assert re.search(r"^s/0001: ended after \d+\.\d epochs$", output, re.MULTILINE), output
+    wait_until(lambda: (trials / "0002" / "last.json").exists())
+    assert {path.parent.name for path in trials.glob("*/ended.json")} == {"0001"}
+    assert "s: stopped\n  resume it: heliostat sweep --resume runs/s" in heliostat("stop", "s")
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 130, output
+    run_id = re.search(r"MLflow run: (\w+)", output)[1]
+    client = mlflow.MlflowClient(mlflow_server)
+    assert client.get_run(run_id).info.status == "KILLED"
+    stopped = [r for r in children(mlflow_server, run_id) if "heliostat.stopped" in r.data.tags]
+    assert [run.data.tags["heliostat.stopped"] for run in stopped] == ["hand"]
+    assert stopped[0].data.tags["mlflow.note.content"].startswith("**Stopped by hand** after ")
 
 
 @pytest.mark.slow

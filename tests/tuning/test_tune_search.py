@@ -6,11 +6,10 @@ from typing import Any
 
 from ray.tune.search import ConcurrencyLimiter, Searcher, SearchGenerator
 
-from tuning.repeat_search import RepeatSearch
 from tuning.trials.journal import Journal
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepSpec
-from tuning.tune_search import SweepSearch
+from tuning.tune_search import RepeatSearch, SweepSearch
 
 
 def spec(trials: int) -> SweepSpec:

@@ -31,7 +31,10 @@ def stop_command(args: argparse.Namespace) -> int:
     from cluster.base.errors import HeliostatError, SpecError
     from cluster.cli.jobs import stop_job
 
-    here = None if args.cluster or args.address else _find_here(args.name)
+    elsewhere = args.cluster or args.address
+    if elsewhere and "/" in args.name:
+        raise SpecError(f"{args.name}: a trial is stopped on the machine with its sweep's folder")
+    here = None if elsewhere else _find_here(args.name)
     if here is None:
         return stop_job(args)
     folder, trial = here

@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING
 from cluster.cli.options import Subparsers, run_options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from cluster.jobs.job import Submission
 
 SWEEP_MODULES = (
@@ -131,32 +128,23 @@ def report_command(args: argparse.Namespace) -> int:
     from trainers.reports.page import write_report
     from trainers.reports.run_report import run_page
     from trainers.run_folder import display_path, folder_kind
+    from tuning.reports.comparison import comparison_page
     from tuning.reports.sweep_report import sweep_page
 
-    folder = tracked_folder(args.name)
+    folder, name = tracked_folder(args.name), REPORT_FOLDER
     if args.others:
-        return _compare(folder, [tracked_folder(name) for name in args.others])
-    page = sweep_page(folder) if folder_kind(folder) == "sweep" else run_page(folder)
-    path = write_report(page, folder / REPORT_FOLDER)
+        others = [tracked_folder(other) for other in args.others]
+        page = comparison_page([folder, *others])
+        name = "-".join([f"{REPORT_FOLDER}-with", *(other.name for other in others)])
+    else:
+        page = sweep_page(folder) if folder_kind(folder) == "sweep" else run_page(folder)
+    path = write_report(page, folder / name)
     size_mb = path.stat().st_size / 1e6
     print(f"{display_path(path)}: {size_mb:.1f} MB, and {len(page.charts)} PNG files")
     try:
-        print(f"MLflow run: {upload_artifacts(folder, REPORT_FOLDER)} (heliostat ui)")
+        print(f"MLflow run: {upload_artifacts(folder, name)} (heliostat ui)")
     except HeliostatError as error:
         print(f"not in MLflow: {error}")
-    return 0
-
-
-def _compare(folder: "Path", others: "Sequence[Path]") -> int:
-    """Write the page that compares sweeps, into the folder of the first one."""
-    from trainers.reports.page import write_report
-    from trainers.run_folder import display_path
-    from tuning.reports.comparison import comparison_page
-
-    page = comparison_page([folder, *others])
-    names = "-".join(other.name for other in others)
-    path = write_report(page, folder / f"{REPORT_FOLDER}-with-{names}")
-    print(f"{display_path(path)}: {path.stat().st_size / 1e6:.1f} MB, {len(page.charts)} PNG files")
     return 0
 
 

@@ -53,18 +53,18 @@ def comparison_page(folders: Sequence[Path]) -> Page:
 
     Raises SpecError where they are not ranked by the same metric, or one is no sweep.
     """
-    names = [folder.name for folder in folders]
-    distinct = len({*names}) == len(names)
-    sweeps = [
-        _read(folder, folder.name if distinct else display_path(folder)) for folder in folders
-    ]
-    first = sweeps[0]
-    for other in sweeps[1:]:
-        if (other.spec.metric, other.spec.mode) != (first.spec.metric, first.spec.mode):
+    specs = [_read_spec(folder) for folder in folders]
+    first = specs[0]
+    for folder, spec in zip(folders, specs, strict=True):
+        if (spec.metric, spec.mode) != (first.metric, first.mode):
             raise SpecError(
-                f"sweep.metric: {first.name} is ranked by {first.spec.metric} "
-                f"({first.spec.mode}), and {other.name} by {other.spec.metric} ({other.spec.mode})"
+                f"sweep.metric: {folders[0].name} is ranked by {first.metric} ({first.mode}), and "
+                f"{folder.name} by {spec.metric} ({spec.mode})"
             )
+    names = [folder.name for folder in folders]
+    if len({*names}) < len(names):
+        names = [display_path(folder) for folder in folders]
+    sweeps = [_read(*each) for each in zip(folders, specs, names, strict=True)]
     sections = [
         Section("Summary", [_cards(sweep) for sweep in sweeps]),
         Section("How soon", list(_progress_charts(sweeps))),
@@ -74,15 +74,18 @@ def comparison_page(folders: Sequence[Path]) -> Page:
         Section("Differences", list(_differences(sweeps))),
     ]
     title = " and ".join(sweep.name for sweep in sweeps)
-    subtitle = f"{len(sweeps)} sweeps, compared by {first.spec.metric} ({first.spec.mode})"
+    subtitle = f"{len(sweeps)} sweeps, compared by {first.metric} ({first.mode})"
     return Page(title, subtitle, [section for section in sections if section.blocks])
 
 
-def _read(folder: Path, name: str) -> _Compared:
+def _read_spec(folder: Path) -> SweepSpec:
     if folder_kind(folder) != "sweep":
-        raise SpecError(f"{name}: is no sweep; only sweeps are compared")
+        raise SpecError(f"{folder.name}: is no sweep; only sweeps are compared")
+    return validate(SweepSpec, read_yaml(folder / SPEC)["sweep"], "sweep.")
+
+
+def _read(folder: Path, spec: SweepSpec, name: str) -> _Compared:
     data = read_yaml(folder / SPEC)
-    spec = validate(SweepSpec, data["sweep"], "sweep.")
     board = read_leaderboard(Sweep(data, spec, folder, folder))
     return _Compared(name, data, spec, board, read_histories(folder), folder.name)
 

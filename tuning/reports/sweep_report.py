@@ -1,7 +1,7 @@
 """The report of a sweep, finished or not, from its folder."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +135,7 @@ def _leaderboard(
         (
             result.number,
             result.value,
+            *_mean_cells(spec, result),
             *(
                 result.objectives.get(name, trials[result.number].latest(name))
                 for name in (*objectives, *costs)
@@ -145,7 +146,9 @@ def _leaderboard(
         )
         for result in board.results
     ]
-    columns = ("trial", spec.metric, *objectives, *costs, "epochs", "ended", *spec.parameters)
+    means = ("mean", "± (95 %)", "trainings") if spec.repeated_fields else ()
+    scores = (spec.metric, *means, *objectives, *costs)
+    columns = ("trial", *scores, "epochs", "ended", *spec.parameters)
     first = "lowest" if spec.mode == "min" else "highest"
     caption = (
         f"All trials that were evaluated, the {first} {spec.metric} first. Select a column to sort "
@@ -154,6 +157,15 @@ def _leaderboard(
     titles = [with_unit(name) for name in columns]
     yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
     yield from failure_lines(board.failed, spec.total_trials)
+
+
+def _mean_cells(spec: SweepSpec, result: TrialResult) -> Sequence[object]:
+    """The mean over the trainings of a configuration, half of its interval, and their number."""
+    if not spec.repeated_fields:
+        return ()
+    if result.repeated is None:
+        return (None, None, 1)
+    return result.repeated.mean, result.repeated.half_width, len(result.repeated.values)
 
 
 def _changed(result: TrialResult) -> list[str]:

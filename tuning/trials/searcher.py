@@ -5,6 +5,7 @@ learns from it. Tune's own snapshots are seconds old. With the journal, a sweep 
 killed continues with exactly the trials that it had, even those newer than the snapshot.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +37,14 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
 
     def _load_journal(self) -> None:
         self._journal = Journal(self._journal_path)
-        self._search = SearchStudy(self._sweep, self._journal)
         self._unknown: list[int] | None = None
         """Numbers of the journaled trials that Tune does not know, the last one first; None where
         they are not counted yet."""
+
+    @functools.cached_property
+    def _search(self) -> SearchStudy:
+        """Made when it is needed first: a resumed Tune reads two searchers and uses one."""
+        return SearchStudy(self._sweep, self._journal)
 
     def __getstate__(self) -> dict[str, Any]:
         read_again = ("_journal", "_search", "_unknown")
@@ -90,7 +95,7 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
         number, result = self._trial_numbers[trial_id], result or {}
         if number in self._journal.ends:
             return
-        sweep = self._sweep
+        sweep, search = self._sweep, self._search
         value = None if error else selected_value(sweep, result)
         step, complete = int(result.get("step", 0)), bool(result.get("complete"))
         if value is None:
@@ -99,7 +104,7 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
             several = list(losses(sweep, self._at_full_length(result))) if sweep.objective else None
             broken = violations(sweep.constraints, self._with_costs(number, result))
             self._journal.record_end(number, value, step, complete, several, broken)
-        self._search.tell(number)
+        search.tell(number)
 
     def _at_full_length(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The evaluation that counts, with the time on the device of a trial that is not stopped.

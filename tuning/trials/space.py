@@ -95,8 +95,8 @@ class SweepSpec(Spec):
     every combination of a finite space once in the order of the file, bruteforce in random order.
     tpe is for spaces of any kind, also for trials that are stopped early; its suggestions take 0.2
     s after 10,000 trials, so that random is the better choice above some 2,000 short ones. gp
-    (a Gaussian process) is for few and long trials, cmaes for many trials with numbers only,
-    nsgaii and nsgaiii for many trials with several objectives. auto chooses among them."""
+    (a Gaussian process) is for few and long trials, cmaes for many trials with numbers only and one
+    objective, nsgaii and nsgaiii for many trials with several. auto chooses among them."""
     enqueue: list[dict[str, Any]] = []
     """Points to try first: each has a path of `parameters` -> value; the search chooses the rest.
     """

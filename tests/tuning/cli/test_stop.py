@@ -101,4 +101,7 @@ def test_what_does_not_run_is_said_in_a_line(
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # where no job server listens
     assert main(["stop", "s/0007"]) == 2
     assert capsys.readouterr().err == "s/0007: s is not running\n"
+    assert main(["stop", "s/0007", "--address", "http://127.0.0.1:9"]) == 2
+    line = "s/0007: a trial is stopped on the machine with its sweep's folder\n"
+    assert capsys.readouterr().err == line
     assert stop_requests(folder) == set()
