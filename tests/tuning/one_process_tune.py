@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
@@ -14,6 +14,9 @@ from tuning.trials import trial as trials
 from tuning.trials.journal import Journal
 from tuning.trials.pbt import PopulationBasedTraining
 from tuning.trials.trial import JOURNAL_FILE, Sweep
+
+if TYPE_CHECKING:
+    from tuning.fused.engine import Engine
 
 
 class DriverLostError(BaseException):
@@ -71,8 +74,16 @@ class OneProcessTune:
         assert not should_checkpoint, "Tune would keep a checkpoint"
         trial.status = TuneTrial.PAUSED
 
-    def run(self, tracker: Any = None, edit: Callable[[dict[str, Any]], None] = dict) -> None:
-        """Train all trials to their ends; `edit` may change results."""
+    def run(
+        self,
+        tracker: Any = None,
+        edit: Callable[[dict[str, Any]], Any] = dict,
+        engine: "Engine | None" = None,
+    ) -> None:
+        """Train all trials to their ends, in slots of an engine if one is given.
+
+        `edit` may change results.
+        """
         scheduler = PopulationBasedTraining(self.sweep)
         for trial in self.trials:
             if not trial.is_finished():
@@ -97,11 +108,26 @@ class OneProcessTune:
             while (trial := scheduler.choose_trial_to_run(self)) is not None:
                 self._running, trial.status = trial, TuneTrial.RUNNING
                 try:
-                    trials.run_trial(trial.config, self.sweep, Handle(tracker))
+                    if engine is None:
+                        trials.run_trial(trial.config, self.sweep, Handle(tracker))
+                    else:
+                        _run_in_slot(engine, trial.config, report)
                 except SystemExit:
                     continue
                 trial.status = TuneTrial.TERMINATED
                 scheduler.on_trial_complete(self, trial, {})
+
+
+def _run_in_slot(
+    engine: "Engine", config: dict[str, Any], report: Callable[[dict[str, Any]], None]
+) -> None:
+    lease = engine.start(config)
+    try:
+        while not (result := engine.next(lease))["done"]:
+            report(result)
+        report(result)
+    finally:
+        engine.stop(lease)
 
 
 def _forget_answers(reporter: TrackerReporter, timeout_s: float | None) -> None:

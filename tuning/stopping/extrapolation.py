@@ -115,7 +115,8 @@ class Extrapolation:
         curve = self._curves[evaluation.trial]
         if not others or min(loss for _, loss in curve) < others[0]:
             return False
-        mean, deviation = forecast(*zip(*curve, strict=True), self._end)
+        at, losses = zip(*curve, strict=True)
+        mean, deviation = forecast(at, losses, self._end)
         return mean - self._width(len(curve)) * deviation > others[0]
 
     def _width(self, points: int) -> float:

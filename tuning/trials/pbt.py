@@ -25,7 +25,7 @@ from tuning.trials.journal import Change, Journal
 from tuning.trials.ranking import loss, selected, violation
 from tuning.trials.suggestion import assignments, possible_parameters
 from tuning.trials.take_over import CHANGES, offer_state
-from tuning.trials.trial import JOURNAL_FILE, Sweep, last_result
+from tuning.trials.trial import ENDED_FILE, JOURNAL_FILE, Sweep, last_result
 
 QUARTER = 0.25
 """Share of the trials that take over, and of those whose state is taken over."""
@@ -86,7 +86,8 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
         self._note_unknown_change(trial, last)
         trial.set_config({"trial": number, **self._journal.parameters_after(number)})
         member = self._members[number] = _Member()
-        if last and last.get(CHANGES, 0) == len(self._journal.changes.get(number, [])):
+        changes = len(self._journal.changes.get(number, []))
+        if last and last.get(CHANGES, 0) == changes and not self._has_ended(number, last):
             self._note_result(member, last)
             member.compared_epoch = member.epoch
 
@@ -99,20 +100,27 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
             self._journal.record_change(number, change)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        member = self._members[trial.config["trial"]]
+        number = trial.config["trial"]
+        if self._has_ended(number, result):  # its state is at an end: nobody goes on from it
+            self._members.pop(number, None)
+            return str(TrialScheduler.CONTINUE)
+        member = self._members[number]
         self._note_result(member, result)
-        every = self._sweep.spec.scheduler.every_epochs
-        if result["complete"] or member.epoch - member.compared_epoch < every - 1e-9:
+        if member.epoch - member.compared_epoch < self._sweep.spec.scheduler.every_epochs - 1e-9:
             return str(TrialScheduler.CONTINUE)
         member.compared_epoch = member.epoch
-        takes = self._take_over(trial)
+        takes = self._take_over(number)
         if takes or _waiting(tune_controller):
             tune_controller.pause_trial(trial, should_checkpoint=False)
             if takes:
-                number = trial.config["trial"]
                 trial.set_config({"trial": number, **self._journal.parameters_after(number)})
             return str(TrialScheduler.NOOP)
         return str(TrialScheduler.CONTINUE)
+
+    def _has_ended(self, number: int, result: Mapping[str, Any]) -> bool:
+        """Whether a trial with this last result has ended, as Tune may not know after a resume."""
+        ended = self._sweep.trial_folder(number) / ENDED_FILE
+        return bool(result.get("complete")) or ended.exists()
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         self._members.pop(trial.config["trial"], None)
@@ -125,12 +133,11 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Of the trials that wait, the one that has been trained least."""
-        members = self._members
-        return min(
-            _waiting(tune_controller),
-            key=lambda trial: members[trial.config["trial"]].epoch,
-            default=None,
-        )
+
+        def epoch(trial: Trial) -> float:
+            return self._members.get(trial.config["trial"], _Member()).epoch
+
+        return min(_waiting(tune_controller), key=epoch, default=None)
 
     def debug_string(self) -> str:
         return f"PopulationBasedTraining: {len(self._members)} trials"
@@ -144,9 +151,8 @@ class PopulationBasedTraining(FIFOScheduler):  # type: ignore[misc]
         member.epoch = float(result["epoch"])
         member.changes = int(result.get(CHANGES, 0))
 
-    def _take_over(self, trial: Trial) -> bool:
+    def _take_over(self, number: int) -> bool:
         """Have a trial of the worst quarter take over; whether it does."""
-        number = trial.config["trial"]
         donor = self._donor_of(number)
         if donor is None:
             return False

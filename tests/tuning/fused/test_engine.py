@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from cluster.base.errors import CheckpointError, TrainingError
+from tests.tuning.one_process_tune import Handle, OneProcessTune
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.manifest import read_manifest
 from trainers.run_folder import CHECKPOINTS
 from tuning.fused import trial_saver
 from tuning.fused.engine import Engine
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, LAST_RESULT_FILE
+from tuning.sweep import new_sweep
+from tuning.trials.journal import Journal
+from tuning.trials.leaderboard import read_leaderboard
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE
 
 EPOCH = 4
 """Steps of an epoch, after each of which a trial is evaluated."""
@@ -278,3 +282,29 @@ class TestATrial:
         assert not trial.ended
         engine._loop.call(lambda: engine._loop._fail_by(trial, KeyError("x")))
         assert trial.ended
+
+
+def test_trials_of_pbt_in_slots_take_over_as_those_in_processes_do(
+    start_engine: StartEngine, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The take-overs are the same, and the values are but for rounding."""
+    pbt = ("sweep.scheduler={name: pbt, every_epochs: 1}", "sweep.trials=4", "train.epochs=6")
+    rates = [{"optimizer.lr": rate} for rate in (0.02, 0.05, 1e-4, 2e-4)]
+    found = []
+    for fused in (True, False):
+        engine = start_engine(*pbt, "checkpoint.keep=1") if fused else None
+        sweep = engine._sweep if engine else new_sweep("s.yaml", [*pbt], None)
+        if engine:
+            monkeypatch.setattr(engine, "_tracker", Handle())
+        OneProcessTune(sweep, rates, monkeypatch).run(engine=engine)
+        assert not list(sweep.folder.rglob("*taken*"))
+        board = read_leaderboard(sweep)
+        values = {result.number: result.value for result in board.results}
+        found.append((Journal(sweep.folder / JOURNAL_FILE).changes, values))
+        for number in values:
+            kept = sweep.trial_folder(number) / CHECKPOINTS
+            assert len(list(kept.glob("step-*"))) <= 3
+    (changes, values), (changes_alone, alone) = found
+    assert changes == changes_alone
+    assert changes
+    assert values == pytest.approx(alone, rel=1e-5)

@@ -1,5 +1,6 @@
 """Population based training: what it says of a trial is what the trial was trained with."""
 
+import json
 import math
 import pickle
 import random
@@ -33,7 +34,13 @@ from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import read_leaderboard
 from tuning.trials.pbt import explored
 from tuning.trials.suggestion import possible_parameters
-from tuning.trials.trial import JOURNAL_FILE, Sweep, last_result
+from tuning.trials.trial import (
+    ENDED_FILE,
+    JOURNAL_FILE,
+    LAST_RESULT_FILE,
+    Sweep,
+    last_result,
+)
 
 SPEC = """
 workload: spirals:Spirals
@@ -258,6 +265,39 @@ def test_trials_whose_metric_is_nan_are_the_worst(
     changes = Journal(sweep.folder / JOURNAL_FILE).changes
     assert {0, 1} <= set(changes)
     assert not any(c.donor in (0, 1) and not c.donor_changes for cs in changes.values() for c in cs)
+
+
+def test_nobody_goes_on_from_a_trial_that_has_ended(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best ones have: one complete, one stopped by hand. Tune may not know after a resume."""
+    sweep = started(own_folder)
+    tune = tune_for(sweep, monkeypatch)
+    loss = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6}
+
+    def result(number: int) -> dict[str, Any]:
+        complete = number == 0
+        step = STEPS if complete else 4 * EPOCH
+        return {"val/loss": loss[number], "step": step, "epoch": step / EPOCH, "complete": complete}
+
+    for number in loss:
+        folder = sweep.trial_folder(number)
+        folder.mkdir(parents=True)
+        (folder / LAST_RESULT_FILE).write_text(json.dumps(result(number)))
+    (sweep.trial_folder(1) / ENDED_FILE).write_text("{}")
+    asked: list[int] = []
+    monkeypatch.setattr(pbt, "offer_state", lambda donor, *_: asked.append(int(donor.name)))
+    for resumed in (False, True):
+        scheduler = pbt.PopulationBasedTraining(sweep)
+        for trial in tune.trials:
+            trial.status = "RUNNING"
+            scheduler.on_trial_add(tune, trial)
+        for trial in tune.trials:
+            number = trial.config["trial"]
+            told = result(number) if not resumed else {**result(number), "epoch": 8.0}
+            assert scheduler.on_trial_result(tune, trial, told) == "CONTINUE"
+    assert asked
+    assert set(asked) == {2}
 
 
 def test_parameters_of_an_earlier_release_are_of_unknown_origin(
