@@ -200,7 +200,7 @@ class SweepBudget:
         own = self.metering.ledger.totals_by_run().get(self._sweep.trial_key(trial))
         with self._lock:
             known, total_s = self._progress.trials.get(trial), self._progress.all.device_s
-            share = known.device_s / total_s if known and total_s else 0.0
+            share = known.device_s / total_s if known is not None and total_s else 0.0
             costs = account_metrics(self._totals)
         costs = {name: share * cost for name, cost in costs.items()}
         return costs | (account_metrics(own) if own is not None else {})
