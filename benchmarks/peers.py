@@ -163,7 +163,9 @@ def tune_sweep(
         tune_config=tune.TuneConfig(
             metric=spec.sweep.metric,
             mode=spec.sweep.mode,
-            scheduler=build_scheduler(spec.sweep, epochs),
+            scheduler=build_scheduler(
+                spec.sweep, epochs, evaluate_every_epochs=spec.train.evaluate_every_epochs
+            ),
             reuse_actors=reuse,
         ),
         run_config=tune.RunConfig(storage_path=str(Path.cwd()), callbacks=callbacks, verbose=0),

@@ -24,6 +24,9 @@ SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.l
 CHECKPOINTS, TRACKING, LEDGER = "checkpoints", "track", "ledger.jsonl"
 TRIALS = "trials"
 """The folder in a sweep's folder that holds its trials' folders."""
+STOP, WHOLE = "stop", "all"
+"""The folder with the requests of other processes to stop, each an empty file, and the name of the
+request to end all. Those to end one trial of a sweep are named by its number."""
 RESUMABLE = ("train", "sweep")
 Kind = Literal["train", "sweep", "plan", "scaling"]
 """What a folder is of: the verb that made it."""
@@ -126,6 +129,25 @@ def find_run_folder(name: str, storage: Path) -> Path:
         if (folder / SPEC).is_file():
             return folder.absolute()
     raise SpecError(f"--resume {name}: no such run in {display_path(storage)}")
+
+
+def request_stop(folder: Path, what: str = WHOLE) -> None:
+    """Ask the process that works on the run or sweep in `folder` to end it, or a trial of it."""
+    (folder / STOP).mkdir(exist_ok=True)
+    (folder / STOP / what).touch()
+
+
+def stop_requests(folder: Path) -> set[str]:
+    """What is to end: WHOLE, and numbers of trials."""
+    try:
+        return {path.name for path in (folder / STOP).iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def withdraw_stop(folder: Path) -> None:
+    """Take back the request to end all."""
+    (folder / STOP / WHOLE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The progress of a running sweep in the terminal."""
 
-import math
 import threading
 import time
 from collections import Counter
@@ -16,7 +15,9 @@ from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import is_ranked, loss, selected, selected_value, violation
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""
@@ -40,15 +41,13 @@ class SweepProgress:
         """Ended trial -> its status."""
         self._epochs, self._timed = 0.0, 0
         """Epochs and number of the trials that ended since this command started."""
-        self._values: dict[int, float] = {}
-        """Trial -> the metric at its last evaluation, which the leaderboard compares too."""
+        self._values = _earlier_values(sweep)
+        """Trial -> the metric at the evaluation that counts, which the leaderboard compares too."""
         self._totals: CostTotals | None = None
         self._events: list[str] = []
         self._line_s = -MIN_LINE_INTERVAL_S
-        self._all_ended = {
-            int(path.parent.name)
-            for name in (ENDED_FILE, FAILED_FILE)
-            for path in sweep.folder.glob(f"trials/*/{name}")
+        self._all_ended = {  # those that failed run again
+            int(path.parent.name) for path in sweep.folder.glob(f"trials/*/{ENDED_FILE}")
         }
         """Trials that ended, in earlier commands too."""
         self._live = Live(
@@ -78,10 +77,11 @@ class SweepProgress:
             self._job_progress.report(lambda: f"{ended} trials ended  {self._summary()}")
 
     def _record(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
-        value = result.get(self._sweep.spec.metric)
+        value = selected_value(self._sweep.spec, result)
         if value is not None:
             self._values[trial] = value
-        if event == "error":
+        spec = self._sweep.spec
+        if event == "error" or violation(spec, selected(spec, result)) > 0:
             self._values.pop(trial, None)
         if event in END_STATUSES:
             self._running.pop(trial, None)
@@ -114,7 +114,7 @@ class SweepProgress:
                 return None
             running = sum(min(0.9, epoch / mean) for epoch in self._running.values())
             done = self._timed + running
-            left = self._sweep.spec.total_trials - len(self._all_ended) - running
+            left = self._sweep.spec.planned_trials - len(self._all_ended) - running
         return (self._clock() - self._started_s) / done * max(0.0, left)
 
     def _spent_text(self) -> str:
@@ -130,11 +130,11 @@ class SweepProgress:
 
     def _best_text(self) -> str:
         """The best value and its trial; empty before the first finite value."""
-        finite = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
-        if not finite:
+        spec, values = self._sweep.spec, self._values
+        best = min(values, key=lambda trial: (loss(spec, values[trial]), trial), default=None)
+        if best is None or not is_ranked(spec, values[best]):
             return ""
-        best = (max if self._sweep.spec.mode == "max" else min)(finite, key=finite.__getitem__)
-        return f"{finite[best]:.4f} (trial {best:04d})"
+        return f"{values[best]:.4f} (trial {best:04d})"
 
     def _summary(self) -> str:
         best = self._best_text()
@@ -148,7 +148,7 @@ class SweepProgress:
             counts = Counter(self._ended.values())
             left_s = self.remaining_s()
             cells = {
-                "trials": f"{len(self._all_ended)}/{self._sweep.spec.total_trials}",
+                "trials": f"{len(self._all_ended)}/{self._sweep.spec.planned_trials}",
                 "running": str(len(self._running)),
                 "complete": str(counts["complete"]),
                 "stopped": str(counts["stopped"]),
@@ -161,6 +161,19 @@ class SweepProgress:
         table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_row(*cells.values())
         return table
+
+
+def _earlier_values(sweep: Sweep) -> dict[int, float]:
+    """Trial -> its value, for the trials of before an interruption that did not fail."""
+    values: dict[int, float] = {}
+    for number in Journal(sweep.folder / JOURNAL_FILE).parameters:
+        folder = sweep.trial_folder(number)
+        counts = selected(sweep.spec, last_result(folder))
+        value = counts.get(sweep.spec.metric)
+        failed = (folder / FAILED_FILE).exists()
+        if value is not None and not failed and not violation(sweep.spec, counts):
+            values[number] = value
+    return values
 
 
 def _clock_text(seconds: float) -> str:

@@ -109,6 +109,32 @@ def test_a_removed_folder_is_deleted(open_store: Open, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("step-1"))
 
 
+def test_a_removal_that_was_cut_leaves_no_half_folder(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a URI the manifest goes first."""
+    store = open_store()
+    for name in ("step-1", "step-2"):
+        build(store, name, a=name)
+        store.commit(name)
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", lambda path, **_: path.exists() and killed())
+        with pytest.raises(KilledError):
+            store.remove("step-1")
+    for name in open_store().names():
+        assert content(open_store(), name) == {"a": name}
+    build(store, "step-3", a="step-3")
+    store.commit("step-3")
+    assert content(open_store(), "step-2") == {"a": "step-2"}
+
+
 @pytest.mark.parametrize("uri", ["nonsense", "nosuch://bucket/x", "s3://"])
 def test_an_unusable_uri_is_reported_in_one_line(uri: str) -> None:
     with pytest.raises(SpecError, match=r"^checkpoint\.uri: .* cannot be used: ") as caught:

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 from cluster.base.config import did_you_mean
 from cluster.base.errors import SpecError
 from trainers.spec import CheckpointSpec
 
 
-def loss_of(value: float | None, mode: Literal["min", "max"]) -> float:
-    """A metric's value as a number of which the smaller one is better.
+def loss_of(value: float | None, mode: str) -> float:
+    """A metric's value as a number of which the smaller one is better; `mode` is min or max.
 
     A value that is unknown, NaN or infinite is the worst of all, infinity, in either mode: a loss
     of minus infinity is an overflow too.

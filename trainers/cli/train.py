@@ -33,8 +33,8 @@ def add_verbs(verbs: Subparsers) -> None:
     train.add_argument(
         "--from",
         dest="source",
-        metavar="RUN",
-        help="start from the newest checkpoint of another run or trial",
+        metavar="RUN[@STEP]",
+        help="start from the newest checkpoint of another run or trial, or from that of a step",
     )
     train.set_defaults(command=train_command, plan=as_job, session_modules=())
     for module in (

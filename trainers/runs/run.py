@@ -86,7 +86,7 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     """Create a run of the spec `name`, with a folder of its own.
 
     With `source`, the name of another run or trial, training starts from a copy of the newest
-    checkpoint of `source` and continues at that checkpoint's step.
+    checkpoint of `source`, or of that of a step (`NAME@STEP`), and continues at its step.
     """
     stem, data = find_spec(name)
     spec, _ = resolve(apply_overrides(data, overrides), RunSpec)
@@ -167,8 +167,9 @@ def resolved_data(spec: RunSpec) -> dict[str, Any]:
     It means the same in any working folder. Raises SpecError if a value looks like a secret.
     """
     data = spec.model_dump(mode="json")
-    if data["sweep"] is None:
-        del data["sweep"]
+    for name in ("sweep", "changes"):
+        if not data[name]:
+            del data[name]
     data["storage"] = str(base_folder() / spec.storage)
     data["tracking"]["uri"] = spec.tracking.uri or default_tracking_uri()
     refuse_secrets(data)

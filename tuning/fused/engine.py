@@ -25,6 +25,7 @@ from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistr
 from tuning.fused.trial_saver import LEASE_FILE, write_origin
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
+from tuning.trials.take_over import Beginning
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, LAST_RESULT_FILE, Sweep, TuneReporter
 
 REPORT_S = 5.0
@@ -43,7 +44,6 @@ class Engine:
     ) -> None:
         """`slots` are those of each program. Without a `program`, the engine compiles one first."""
         self._sweep, self._tracker = sweep, tracker
-        self._samples = sweep.samples
         self._trials = TrialRegistry()
         self._start_locks = [threading.Lock() for _ in range(START_LOCKS)]
         self._loop = EngineLoop(sweep, slots, self._trials, program)
@@ -62,9 +62,10 @@ class Engine:
             for other in self._trials.all():
                 if other.number == number:
                     self.stop(other.lease)
+            beginning = self._sweep.begin_trial(config, self._tracker)
             lease = f"{number}-{uuid4().hex}"
             write_atomic(folder / LEASE_FILE, lease)
-            self._trials.add(self._new_trial(number, lease, folder, config))
+            self._trials.add(self._new_trial(number, lease, folder, beginning))
         return lease
 
     def next(self, lease: str) -> dict[str, Any]:
@@ -80,8 +81,9 @@ class Engine:
         if isinstance(result, TrainingError):
             trial.files.write(FAILED_FILE, str(result))
             raise result
+        if result["complete"] or self._sweep.spec.scheduler.name == "pbt":
+            trial.checkpoints.wait()  # another trial may take it over when Tune has this result
         if result["complete"]:
-            trial.checkpoints.wait()
             trial.reporter.flush()
         if not trial.files.write(LAST_RESULT_FILE, json.dumps(result)):
             raise SupersededError(lease)
@@ -114,22 +116,24 @@ class Engine:
         self._loop.call(lambda: self._loop.import_checkpoint(trial, folder))
 
     def _new_trial(
-        self, number: int, lease: str, folder: Path, config: Mapping[str, Any]
+        self, number: int, lease: str, folder: Path, beginning: Beginning
     ) -> EngineTrial:
-        spec, workload = resolve(self._sweep.trial_spec_data(config), RunSpec)
+        spec, workload = resolve(self._sweep.fused_spec_data(beginning.parameters), RunSpec)
         last = folder / LAST_RESULT_FILE
         result = json.loads(last.read_text()) if last.exists() else {}
+        samples = self._sweep.samples_of(spec)
         trial = EngineTrial(
             number,
             lease,
-            Variant(spec, workload, spec.train.total_steps(self._samples)),
+            Variant(spec, workload, spec.train.total_steps(samples)),
             folder,
-            spec.train.evaluation_steps(self._samples),
-            TuneReporter(self._sweep, spec, folder),
+            spec.train.evaluation_steps(samples),
+            TuneReporter(self._sweep, spec, folder, changes=beginning.changes),
             TrackerReporter(self._tracker, self._sweep.trial_key(number), REPORT_S),
             Checkpoints(folder / CHECKPOINTS, spec.checkpoint),
             had_ended=bool(result) and ((folder / ENDED_FILE).exists() or result["complete"]),
-            reported_step=result.get("step", 0),
+            reported_step=beginning.known_step,
+            device_s=result.get("device_s", 0.0),
         )
         if (folder / FAILED_FILE).exists():  # a second attempt would not change it
             trial.results.put(TrainingError((folder / FAILED_FILE).read_text()))

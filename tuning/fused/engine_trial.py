@@ -74,6 +74,8 @@ class EngineTrial:
     """The state at the last evaluation, which is saved, or given to another trial."""
     export_id: str | None = None
     """Identifies the export of `evaluated_state` to Tune; None if it has not been exported."""
+    best_losses: list[float] = field(default_factory=list)
+    """The best evaluations, as `loss_of` has them: those that `checkpoint.keep_best` keeps."""
     saved_step: int = -1
     saved_scalars: dict[str, float] = field(default_factory=dict)
     """Numbers that are saved with `evaluated_state`."""

@@ -121,7 +121,11 @@ class SweepBudget:
                 raise SpecError(
                     f"sweep.scheduler.resource: {rate.price_source}; set cost.usd_per_h"
                 )
-        self._first_rung_epochs = first_rung_epochs(spec.sweep.scheduler, epochs_per_trial)
+            if rate.usd_per_h is None and any("cost_usd" in c for c in spec.sweep.constraints):
+                raise SpecError(f"sweep.constraints: {rate.price_source}; set cost.usd_per_h")
+        self._first_rung_epochs = first_rung_epochs(
+            spec.sweep.scheduler, epochs_per_trial, spec.train.evaluate_every_epochs
+        )
         self._lock = threading.Lock()
         self._totals = metering.ledger.totals()
         self._progress = _Progress()
@@ -186,6 +190,20 @@ class SweepBudget:
             )
             self.reason = self.reason or shortfall
             return self.reason is None
+
+    def costs_of(self, trial: int) -> dict[str, float]:
+        """`cost_usd`, `energy_j` and `kg_co2e` of a trial so far, as far as they are known.
+
+        A trial that has not been charged yet, or that shares its device with others, has cost its
+        share of the sweep by its time on the device.
+        """
+        own = self.metering.ledger.totals_by_run().get(self._sweep.trial_key(trial))
+        with self._lock:
+            known, total_s = self._progress.trials.get(trial), self._progress.all.device_s
+            share = known.device_s / total_s if known is not None and total_s else 0.0
+            costs = account_metrics(self._totals)
+        costs = {name: share * cost for name, cost in costs.items()}
+        return costs | (account_metrics(own) if own is not None else {})
 
     def stop_when_spent(self, trials_left: bool) -> None:
         """End Ray Tune as Ctrl-C does, at most once; called in Tune's thread."""

@@ -3,18 +3,20 @@
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from cluster.base.config import Spec
+from cluster.base.config import Spec, flatten
 
 if TYPE_CHECKING:
     import optuna
 
 KINDS = ("uniform", "loguniform", "integer", "log_integer", "choice", "same_as")
+MOST_STEPS = 100_000
+"""Steps of a float up to which its values are listed."""
 
 
 class Distribution(Spec):
@@ -42,6 +44,11 @@ class Distribution(Spec):
     when: dict[str, Any] = {}
     """Path of another parameter -> the value, or the list of values, for which this one is varied.
     Otherwise its field is as in the file. Several conditions must all hold."""
+
+    @field_validator("when", mode="after")
+    @classmethod
+    def _by_dotted_path(cls, when: dict[str, Any]) -> dict[str, Any]:
+        return flatten(when)
 
     @model_validator(mode="after")
     def _check_kind_and_order(self) -> "Distribution":
@@ -89,19 +96,21 @@ class Distribution(Spec):
         steps = math.floor(float((_exact(bounds[1]) - _exact(bounds[0])) / _exact(self.step)))
         return bounds[0], self._on_grid(bounds[0], steps)
 
-    def values(self) -> list[Any] | None:
-        """All values in their order; None for a continuous range and for same_as."""
+    def values(self) -> Sequence[Any] | None:
+        """All values in their order; None for same_as and for a range that is as good as
+        continuous."""
         if self.choice is not None:
-            return list(self.choice)
+            return self.choice
         if self.bounds is None:
             return None
         low, high = self.bounds
         if self.is_integer:
-            return list(range(int(low), int(high) + 1, int(self.step or 1)))
-        if self.step is not None:
-            steps = round((high - low) / self.step)
-            return [self._on_grid(low, count) for count in range(steps + 1)]
-        return [low] if low == high else None
+            return range(int(low), int(high) + 1, int(self.step or 1))
+        if low == high:
+            return [low]
+        if self.step is None or (high - low) / self.step > MOST_STEPS:
+            return None
+        return [self._on_grid(low, count) for count in range(round((high - low) / self.step) + 1)]
 
     def boundary_values(self) -> list[Any]:
         """The lowest and the highest value; for a choice, all values."""
@@ -148,7 +157,18 @@ class Distribution(Spec):
     def optuna_value(self, value: Any) -> Any:
         """The value in Optuna's trial for the parameter's; ValueError if it is no value of it."""
         if self.choice is None:
-            return value
+            assert self.bounds is not None
+            low, high = self.bounds
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or (self.is_integer and value != int(value)):
+                raise ValueError(f"{value!r} is no {'integer' if self.is_integer else 'number'}")
+            if not low <= value <= high:
+                raise ValueError(f"{value!r} is not within [{low:g}, {high:g}]")
+            if self.step is not None:
+                count = round((value - low) / self.step)
+                if not math.isclose(self._on_grid(low, count), value):
+                    raise ValueError(f"{value!r} is not {low:g} plus a multiple of {self.step:g}")
+            return int(value) if self.is_integer else value
         for index, each in enumerate(self.choice):
             if identical(each, value):
                 return index

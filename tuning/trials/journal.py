@@ -8,9 +8,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple
 
 from cluster.base.files import truncate_partial_line
+
+
+class Repeat(NamedTuple):
+    """A trial that trains another one's configuration once more."""
+
+    of: int
+    """Number of the trial whose configuration it has."""
+    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,30 +37,48 @@ class Change:
 
 
 class Journal:
-    """A JSON line per suggestion, per change and per end of a trial.
+    """A JSON line per suggestion, change and end of a trial, and where an ended one runs again.
 
-    The file is read once, when the journal is opened, and what another object has appended before
-    each record. A record is one appended line with one
-    fsync, however long the file is: 0.3 to 3 ms on a local disk for the first line as for the
-    10,000th. Optuna's `JournalFileBackend` (5.0.0) makes the same fsync, and a lock file besides.
+    The file is read once, when the journal is opened; before each record, what another object has
+    appended is read as well. A record is one appended line with one fsync, however long the file
+    is: 0.3 to 3 ms on a local disk for the first line as for the 10,000th. Optuna's
+    `JournalFileBackend` (5.0.0) makes the same fsync, and a lock file besides.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.parameters: dict[int, dict[str, Any]] = {}
         """Trial number -> its suggested parameters, with which it began."""
+        self.suggestions: dict[int, dict[str, Any]] = {}
+        """Trial number -> what else the search must know of the suggestion; see `SearchStudy`."""
         self.changes: dict[int, list[Change]] = {}
         """Trial number -> the changes of the trial, if there were any."""
         self.ends: dict[int, dict[str, Any]] = {}
-        """Trial number -> `value` of the metric or None, `step`, and `complete`."""
+        """Trial number -> `value` of the metric or None, `step`, and `complete`; with several
+        objectives `losses`, and with constraints `violations`. In the order in which they ended."""
+        self.earlier: dict[str, list[dict[str, Any]]] = {}
+        """Folder of an earlier sweep -> its trials, from which this one learns."""
+        self.repeats: dict[int, Repeat] = {}
+        """Number of a trial that repeats another one -> which one, with which parameters. These
+        trials are not among `parameters` and `ends`: the search does not learn from them."""
         self._read_bytes = 0
-        if path.exists():
-            with path.open("rb") as file:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what another object has appended."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
                 self._read_new(file)
 
-    def record_suggestion(self, trial: int, parameters: Mapping[str, Any]) -> None:
+    def record_suggestion(
+        self,
+        trial: int,
+        parameters: Mapping[str, Any],
+        suggestion: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Returns when the parameters of the trial are on disk."""
-        self._append({"trial": trial, "parameters": dict(parameters)})
+        more = {"suggestion": dict(suggestion)} if suggestion else {}
+        self._append({"trial": trial, "parameters": dict(parameters), **more})
 
     def record_change(self, trial: int, change: Change) -> None:
         """Returns when the change of the trial is on disk."""
@@ -76,9 +103,36 @@ class Journal:
             return None
         return [part for part in before if part[0] < last.step] + [(last.step, last.parameters)]
 
-    def record_end(self, trial: int, value: float | None, step: int, complete: bool) -> None:
+    def record_end(
+        self,
+        trial: int,
+        value: float | None,
+        step: int,
+        complete: bool,
+        losses: list[float] | None = None,
+        violations: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Returns when the end of the trial is on disk."""
-        self._append({"trial": trial, "value": value, "step": step, "complete": complete})
+        more: dict[str, Any] = {"losses": losses} if losses is not None else {}
+        more |= {"violations": dict(violations)} if violations else {}
+        self._append({"trial": trial, "value": value, "step": step, "complete": complete, **more})
+
+    def record_earlier(self, folder: str, trials: list[dict[str, Any]]) -> None:
+        """Returns when the trials of an earlier sweep are on disk."""
+        self._append({"earlier": folder, "trials": trials})
+
+    def record_restart(self, trial: int) -> None:
+        """The trial has not ended any more; returns when that is on disk."""
+        self._append({"trial": trial, "restarted": True})
+
+    def record_repeat(self, trial: int, of: int, parameters: Mapping[str, Any]) -> None:
+        """Returns when it is on disk that a trial repeats another one with these parameters."""
+        self._append({"trial": trial, "of": of, "parameters": dict(parameters)})
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next trial."""
+        return len(self.parameters) + len(self.repeats)
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._path.open("a+b") as file:
@@ -99,9 +153,16 @@ class Journal:
             self._apply(json.loads(line))
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        if "change" in entry:
+        if "earlier" in entry:
+            self.earlier[entry["earlier"]] = entry["trials"]
+        elif "change" in entry:
             self.changes.setdefault(entry["trial"], []).append(Change(**entry["change"]))
+        elif "of" in entry:
+            self.repeats[entry["trial"]] = Repeat(entry["of"], entry["parameters"])
+        elif "restarted" in entry:
+            self.ends.pop(entry["trial"], None)
         elif "parameters" in entry:
             self.parameters[entry["trial"]] = entry["parameters"]
+            self.suggestions[entry["trial"]] = entry.get("suggestion", {})
         else:
             self.ends[entry["trial"]] = entry

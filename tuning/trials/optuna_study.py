@@ -1,49 +1,283 @@
-"""The journal of a sweep as an Optuna study, for the search and for the importances."""
+"""The search of a sweep as an Optuna study, which can be made again from the journal."""
 
+import json
 import math
-from typing import TYPE_CHECKING
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tuning.trials.journal import Journal
+from tuning.trials.ranking import loss
+from tuning.trials.samplers import algorithm, build_sampler, suggestion_seed
+from tuning.trials.searches import (
+    EXHAUSTIVE,
+    FROM_LAST_VALUES,
+    MAX_COMBINATIONS,
+    ONE_OBJECTIVE,
+    WITHOUT_MEMORY,
+)
 from tuning.trials.space import SweepSpec
-from tuning.trials.suggestion import optuna_parameters
+from tuning.trials.suggestion import (
+    count_combinations,
+    optuna_parameters,
+    optuna_values,
+    suggest,
+)
 
 if TYPE_CHECKING:
     import optuna
 
-
-def frozen_trial(sweep: SweepSpec, journal: Journal, number: int) -> "optuna.trial.FrozenTrial":
-    """An ended trial as an Optuna trial: complete, pruned at a step, or failed."""
-    from optuna.trial import TrialState, create_trial
-
-    end = journal.ends[number]
-    value = end["value"]
-    state = TrialState.COMPLETE if end["complete"] else TrialState.PRUNED
-    if value is None or not math.isfinite(value):
-        state, value = TrialState.FAIL, None
-    params, distributions = optuna_parameters(sweep.parameters, journal.parameters[number])
-    return create_trial(
-        state=state,
-        value=value if state is TrialState.COMPLETE else None,
-        params=params,
-        distributions=distributions,
-        intermediate_values={end["step"]: value} if state is TrialState.PRUNED else {},
-    )
+ATTEMPTS, RANDOM_ATTEMPTS = 4, 4
+"""How often the search, and after it chance, is asked for values that were not tried yet."""
 
 
-def study_from_journal(sweep: SweepSpec, journal: Journal) -> "optuna.Study":
-    """An Optuna study with the sweep's sampler and the ended trials of the journal."""
-    import optuna
+class SearchStudy:
+    """Suggests the parameters of the next trial, and learns how trials ended.
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = sweep.seed + len(journal.parameters)
-    sampler: optuna.samplers.BaseSampler
-    if sweep.search == "tpe":
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    elif sweep.search == "cmaes":
-        sampler = optuna.samplers.CmaEsSampler(seed=seed)
-    else:
-        sampler = optuna.samplers.RandomSampler(seed=seed)
-    direction = "maximize" if sweep.mode == "max" else "minimize"
-    study = optuna.create_study(sampler=sampler, direction=direction)
-    study.add_trials([frozen_trial(sweep, journal, number) for number in journal.ends])
-    return study
+    A suggestion depends on the sweep's spec, on the number of the trial, on the suggestions before
+    it and on the trials that have ended. The journal has all of them: also the state that Optuna's
+    samplers keep in the attributes of trials and of the study (the distribution of CMA-ES, the
+    parents of a generation, the place in a Sobol sequence). So a study that is made again from the
+    journal suggests what this one would have suggested.
+    """
+
+    def __init__(self, sweep: SweepSpec, journal: Journal) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._sweep, self._journal = sweep, journal
+        self._algorithm = algorithm(sweep)
+        self._learns = self._algorithm not in WITHOUT_MEMORY
+        self._objectives = 1 if self._algorithm in ONE_OBJECTIVE else max(1, len(sweep.objective))
+        self._study, self._storage = self._new_study()
+        self._numbers: dict[int, int] = {}
+        """Number of a trial -> its number in Optuna's study."""
+        self._tried = {_key(parameters) for parameters in journal.parameters.values()}
+        self._untried = self._combinations()
+        self._earlier: list[optuna.trial.FrozenTrial] = []
+        if self._learns:
+            self._restore()
+
+    def suggest(self, number: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The parameters of the next trial, and what the journal must have besides them.
+
+        No combination of values is suggested twice, except to pbt. None if there is no other one.
+        """
+        from optuna.trial import TrialState
+
+        before = dict(self._study_attributes())
+        discarded = -1
+        for parameters, trial in self._asked_values(number):
+            discarded += 1
+            if self._sweep.scheduler.name == "pbt" or _key(parameters) not in self._tried:
+                break
+            if trial is not None:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            return None
+        self._tried.add(_key(parameters))
+        if trial is None:
+            return parameters, {}
+        self._numbers[number] = trial.number
+        params, _ = optuna_parameters(self._sweep.parameters, parameters)
+        changed = {k: v for k, v in self._study_attributes().items() if before.get(k) != v}
+        suggestion = {
+            "params": trial.params if trial.params != params else {},
+            "discarded": discarded,
+            "trial": dict(self._storage.get_trial_system_attrs(self._trial_id(trial.number))),
+            "study": changed,
+        }
+        return parameters, {key: value for key, value in suggestion.items() if value}
+
+    def _asked_values(
+        self, number: int
+    ) -> "Iterator[tuple[dict[str, Any], optuna.trial.Trial | None]]":
+        """Suggestions for a trial, until one is taken, each with its trial in a study that learns.
+
+        First a point that the user gave, then the search, then chance, then, in a finite space,
+        what was not tried yet.
+        """
+        place = len(self._journal.parameters)
+        enqueued = self._sweep.enqueue[place] if place < len(self._sweep.enqueue) else {}
+        point = optuna_values(self._sweep.parameters, enqueued)
+        if point:
+            yield self._ask(number, 0, self._algorithm, point)
+        if self._algorithm not in EXHAUSTIVE:
+            for attempt in range(1, 1 + ATTEMPTS + RANDOM_ATTEMPTS):
+                name = self._algorithm if attempt <= ATTEMPTS else "random"
+                yield self._ask(number, attempt, name, {})
+        for parameters in self._untried:
+            if _key(parameters) in self._tried:
+                continue
+            if self._learns:
+                point, _ = optuna_parameters(self._sweep.parameters, parameters)
+                yield self._ask(number, 0, "random", point)
+            else:
+                yield parameters, None
+
+    def tell(self, number: int) -> None:
+        """Let the search learn from a trial whose end is in the journal."""
+        if not self._learns:
+            return
+        end = self._journal.ends[number]
+        if self._journal.changes.get(number):  # it was not trained with what was suggested
+            end = {**end, "value": None}
+        state, losses, reported, attributes = self._outcome(end)
+        trial_id = self._trial_id(self._numbers[number])
+        for key, value in attributes.items():
+            self._storage.set_trial_system_attr(trial_id, key, value)
+        for step, value in reported.items():
+            self._storage.set_trial_intermediate_value(trial_id, step, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CMA-ES does not look at constraints; see `_outcome`
+            self._study.tell(self._numbers[number], losses, state)
+
+    @property
+    def trials(self) -> "list[optuna.trial.FrozenTrial]":
+        """The trials as the search knows them; none for a search that does not learn."""
+        trials: list[optuna.trial.FrozenTrial] = self._study.trials
+        return trials
+
+    def _new_study(self) -> "tuple[optuna.Study, optuna.storages.BaseStorage]":
+        """A study of losses: each objective is minimised, NaN is infinite."""
+        import optuna
+
+        storage = optuna.storages.InMemoryStorage()
+        directions = ["minimize"] * self._objectives
+        return optuna.create_study(storage=storage, directions=directions), storage
+
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        """The combinations of a finite space: for grid in the order of the file, else mixed."""
+        count = count_combinations(self._sweep.parameters)
+        if count is None or count > MAX_COMBINATIONS:
+            return
+        listed = self._sweep.combinations()
+        if self._algorithm != "grid":
+            random.Random(self._sweep.seed).shuffle(listed)
+        yield from listed
+
+    def _restore(self) -> None:
+        """Put the journal's trials into the study, as they were suggested and then as they ended.
+
+        Trials that still ran are running: the search keeps away from them.
+        """
+        from optuna.trial import TrialState, create_trial
+
+        for trials in self._journal.earlier.values():
+            for trial in trials:
+                self._add_earlier(trial)
+        for number, parameters in self._journal.parameters.items():
+            suggestion = self._journal.suggestions[number]
+            for _ in range(suggestion.get("discarded", 0)):
+                self._study.add_trial(create_trial(state=TrialState.FAIL))
+            self._numbers[number] = self._count()
+            params, distributions = self._asked(parameters, suggestion)
+            self._study.add_trial(
+                create_trial(
+                    state=TrialState.RUNNING,
+                    params=params,
+                    distributions=distributions,
+                    system_attrs=suggestion.get("trial", {}),
+                )
+            )
+            for key, value in suggestion.get("study", {}).items():
+                self._storage.set_study_system_attr(self._study_id(), key, value)
+        for number in self._journal.ends:
+            self.tell(number)
+
+    def _asked(
+        self, parameters: Mapping[str, Any], suggestion: Mapping[str, Any]
+    ) -> "tuple[dict[str, Any], dict[str, optuna.distributions.BaseDistribution]]":
+        """What Optuna suggested for a trial, in the order in which it was asked."""
+        from optuna.trial import FixedTrial
+
+        params, _ = optuna_parameters(self._sweep.parameters, parameters)
+        fixed = FixedTrial({**params, **suggestion.get("params", {})})
+        suggest(fixed, self._sweep)
+        return fixed.params, fixed.distributions
+
+    def _add_earlier(self, trial: Mapping[str, Any]) -> None:
+        """Add a trial of an earlier sweep, whose entry has `parameters` and what an end has."""
+        from optuna.trial import create_trial
+
+        state, losses, reported, attributes = self._outcome(trial)
+        params, distributions = self._asked(trial["parameters"], {})
+        known = create_trial(
+            state=state,
+            values=losses,
+            params=params,
+            distributions=distributions,
+            intermediate_values=reported,
+            system_attrs=attributes,
+        )
+        self._study.add_trial(known)
+        if losses is not None and math.isfinite(losses[0]):
+            self._earlier.append(known)
+
+    def _outcome(
+        self, end: Mapping[str, Any]
+    ) -> "tuple[optuna.trial.TrialState, list[float] | None, dict[int, float], dict[str, Any]]":
+        """The state, losses, reported loss at a step, and attributes of a trial that ended.
+
+        A trial without a value failed, and samplers ignore it. One whose value is not finite is the
+        worst of all.
+        """
+        from optuna.trial import TrialState, create_trial
+
+        value, violations = end["value"], end.get("violations", {})
+        if value is None:
+            return TrialState.FAIL, None, {}, {}
+        losses = (end.get("losses") or [loss(self._sweep, value)])[: self._objectives]
+        attributes = {}
+        if self._algorithm in ONE_OBJECTIVE:  # they do not take constraints
+            losses = [math.inf] if any(v > 0 for v in violations.values()) else losses
+        elif violations:
+            attributes = create_trial(value=0.0, constraints=violations).system_attrs
+        if self._algorithm in FROM_LAST_VALUES:
+            return TrialState.COMPLETE, losses, {}, attributes
+        if not all(map(math.isfinite, losses)):  # TPE takes it for the worst of the stopped ones
+            return TrialState.PRUNED, None, {}, attributes
+        if end["complete"] or len(losses) > 1:
+            return TrialState.COMPLETE, losses, {}, attributes
+        return TrialState.PRUNED, None, {end["step"]: losses[0]}, attributes
+
+    def _ask(
+        self, number: int, attempt: int, name: str, point: dict[str, Any]
+    ) -> "tuple[dict[str, Any], optuna.trial.Trial | None]":
+        """Ask the sampler `name` for the parameters that `point` does not have."""
+        study = self._study if self._learns else self._new_study()[0]
+        study.sampler = build_sampler(
+            self._sweep, name, suggestion_seed(self._sweep, number, attempt), self._earlier
+        )
+        if point:
+            study.enqueue_trial(point)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are not finite
+            trial = study.ask()
+            _ = trial.relative_params  # a given point belongs to a generation as well
+            return suggest(trial, self._sweep), trial if self._learns else None
+
+    def _study_attributes(self) -> dict[str, Any]:
+        attributes: dict[str, Any] = self._storage.get_study_system_attrs(self._study_id())
+        return attributes
+
+    def _count(self) -> int:
+        """The number of trials in Optuna's study."""
+        count: int = self._storage.get_n_trials(self._study_id())
+        return count
+
+    def _study_id(self) -> int:
+        study_id: int = self._storage.get_study_id_from_name(self._study.study_name)
+        return study_id
+
+    def _trial_id(self, number: int) -> int:
+        trial_id: int = self._storage.get_trial_id_from_study_id_trial_number(
+            self._study_id(), number
+        )
+        return trial_id
+
+
+def _key(parameters: Mapping[str, Any]) -> str:
+    """Equal for two trials with the same values."""
+    return json.dumps(parameters, sort_keys=True, default=str)

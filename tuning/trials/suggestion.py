@@ -5,11 +5,11 @@ parameter that is tied to another. Optuna sees only those that are chosen: neith
 whose conditions do not hold.
 """
 
-import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cluster.base.config import with_value
+from cluster.base.config import did_you_mean, with_value
 from trainers.spec import RunSpec
 from tuning.trials.distributions import Distribution, Parameters, equal
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from tuning.trials.space import SweepSpec
 
-_MISSING = object()
+MISSING = object()
+"""In place of the value of a field that no parameter of the trial sets."""
 
 
 def suggest(trial: "optuna.Trial", sweep: "SweepSpec") -> dict[str, Any]:
@@ -53,25 +54,70 @@ def optuna_parameters(
     return values, {path: d.to_optuna() for path, d in asked.items()}
 
 
+def optuna_values(parameters: Parameters, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a point, or of a part of one, in Optuna's form; ValueError if it is outside."""
+    values = {}
+    for path, value in point.items():
+        if path not in parameters:
+            raise ValueError(f"{path} is not among the parameters{did_you_mean(path, parameters)}")
+        tied_to = parameters[path].same_as
+        if tied_to is not None:
+            raise ValueError(f"{path} is the same as {tied_to}; leave it out")
+        try:
+            values[path] = parameters[path].optuna_value(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values
+
+
+def completed(
+    parameters: Parameters, values: Mapping[str, Any], rng: random.Random
+) -> dict[str, Any]:
+    """The parameters of a trial with `values`: ties follow, those whose conditions do not hold are
+    left out, and those that are missing are chosen at random."""
+
+    def options(path: str, distribution: Distribution) -> list[Any]:
+        return [values[path] if path in values else distribution.sample(rng)]
+
+    return next(possible_parameters(parameters, options))
+
+
 def combinations(parameters: Parameters) -> Iterator[dict[str, Any]]:
     """Every combination of a finite space once, the last parameter changing fastest."""
     return possible_parameters(parameters, lambda _, distribution: distribution.values() or [])
 
 
 def count_combinations(parameters: Parameters) -> int | None:
-    """The number of combinations; None if the space is not finite."""
+    """The number of combinations; None if the space is not finite.
+
+    Lists the values of those parameters only on which the conditions of others depend.
+    """
     if any(d.values() is None for d in parameters.values() if d.same_as is None):
         return None
-    referenced = {path for d in parameters.values() for path in _referred_paths(d)}
-    alone = {
-        path: len(d.values() or [])
-        for path, d in parameters.items()
-        if d.same_as is None
-        and not d.when
-        and not any(_touches(path, d, other) for other in referenced)
-    }
-    rest = {path: d for path, d in parameters.items() if path not in alone}
-    return math.prod(alone.values()) * sum(1 for _ in combinations(rest))
+    order = dependency_order(parameters)
+    conditions = [path for d in parameters.values() for path in d.when]
+    deciding: set[str] = set()
+    for path in reversed(order):
+        tied_to = parameters[path].same_as
+        if any(path in parameters_setting(parameters, field) for field in conditions):
+            deciding.add(path)
+            conditions += [tied_to] if tied_to is not None else []
+
+    def count(chosen: dict[str, Any], place: int) -> int:
+        if place == len(order):
+            return 1
+        path = order[place]
+        distribution = parameters[path]
+        if not _is_active(distribution, chosen):
+            return count(chosen, place + 1)
+        if path not in deciding:
+            return len(distribution.values() or [None]) * count(chosen, place + 1)
+        values: Iterable[Any] = distribution.values() or []
+        if distribution.same_as is not None:
+            values = [field_value(distribution.same_as, chosen)]
+        return sum(count({**chosen, path: value}, place + 1) for value in values)
+
+    return count({}, 0)
 
 
 def possible_parameters(
@@ -92,15 +138,105 @@ def possible_parameters(
         distribution = parameters[path]
         values: Iterable[Any]
         if not _is_active(distribution, chosen):
-            values = [_MISSING]
+            values = [MISSING]
         elif distribution.same_as is not None:
-            values = [_field_value(distribution.same_as, chosen)]
+            values = [field_value(distribution.same_as, chosen)]
         else:
             values = options(path, distribution)
         for value in values:
-            yield from extended(chosen if value is _MISSING else {**chosen, path: value}, place + 1)
+            yield from extended(chosen if value is MISSING else {**chosen, path: value}, place + 1)
 
     return extended({}, 0)
+
+
+def reference(parameters: Parameters, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The trial in which each parameter has its last value, but for those with `values`."""
+
+    def options(path: str, distribution: Distribution) -> list[Any]:
+        return [values[path] if path in values else distribution.boundary_values()[-1]]
+
+    return next(possible_parameters(parameters, options))
+
+
+def example(parameters: Parameters, path: str, value: Any) -> dict[str, Any] | None:
+    """A trial in which the parameter `path` has the value; None if its conditions never hold.
+
+    The others have their last value, as far as the conditions allow.
+    """
+    needed = with_dependencies(parameters, [path])
+
+    def options(other: str, distribution: Distribution) -> list[Any]:
+        return [value] if other == path else _told_apart(distribution, needed)
+
+    found = (each for each in possible_parameters(needed, options) if path in each)
+    first = next(found, None)
+    return None if first is None else reference(parameters, first)
+
+
+def _told_apart(distribution: Distribution, parameters: Parameters) -> list[Any]:
+    """All values of a choice; of a range the last one, and those that a condition names."""
+    if distribution.choice is not None:
+        return distribution.choice[::-1]
+    listed = distribution.values() or distribution.boundary_values()
+    wanted = [each for other in parameters.values() for each in other.when.values()]
+    named = [
+        each for values in wanted for each in (values if isinstance(values, list) else [values])
+    ]
+    numbers = [each for each in named if isinstance(each, int | float) and each in listed]
+    return [listed[-1], *(listed[listed.index(each)] for each in numbers)]
+
+
+def with_dependencies(parameters: Parameters, paths: list[str]) -> dict[str, Distribution]:
+    """Those parameters, and all on which their conditions and ties depend."""
+    needed: set[str] = set()
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop()
+        if path not in needed:
+            needed.add(path)
+            for referred in referred_paths(parameters[path]):
+                waiting += parameters_setting(parameters, referred)
+    return {path: d for path, d in parameters.items() if path in needed}
+
+
+def field_values(parameters: Parameters, field: str) -> Iterator[Any]:
+    """All values that the parameters can give to a field; of a continuous range its bounds."""
+    for path in parameters_setting(parameters, field):
+        tied = parameters[path].same_as
+        if tied is not None:
+            yield from field_values(parameters, tied)
+            continue
+        for value in parameters[path].values() or parameters[path].boundary_values():
+            yield field_value(field, {path: value})
+
+
+def can_be(parameters: Parameters, field: str, wanted: Any) -> bool:
+    """Whether the parameters can give this value to a field."""
+    if field in parameters and parameters[field].same_as is None:
+        values = parameters[field].values()
+        if isinstance(values, range):
+            return type(wanted) in (int, float) and wanted in values
+    return any(equal(value, wanted) for value in field_values(parameters, field))
+
+
+def is_continuous(parameters: Parameters, field: str) -> bool:
+    """Whether a field has a range whose values cannot be listed."""
+    setting = [parameters[path] for path in parameters_setting(parameters, field)]
+    return any(
+        is_continuous(parameters, d.same_as) if d.same_as is not None else d.values() is None
+        for d in setting
+    )
+
+
+def section_values(parameters: Parameters, section: str) -> Iterator[dict[str, Any]]:
+    """Every combination of the parameters that can set a section or a part of it.
+
+    With the values of those on which their conditions and ties depend; of a continuous range the
+    bounds. Only {} if no parameter sets the section.
+    """
+    setting = [path for path, d in parameters.items() if touches(path, d, section)]
+    needed = with_dependencies(parameters, setting)
+    return possible_parameters(needed, lambda _, d: d.values() or d.boundary_values())
 
 
 def dependency_order(parameters: Parameters) -> list[str]:
@@ -117,19 +253,24 @@ def dependency_order(parameters: Parameters) -> list[str]:
             raise ValueError(f"conditions and ties go in a circle: {circle}")
         if path in order:
             return
-        for referred in _referred_paths(parameters[path]):
-            touching = [other for other, d in parameters.items() if _touches(other, d, referred)]
-            if referred in parameters:
-                touching = [referred]
-            if not touching:
+        for referred in referred_paths(parameters[path]):
+            setting = parameters_setting(parameters, referred)
+            if not setting:
                 raise ValueError(f"{path} depends on {referred}, which is no parameter")
-            for other in touching:
+            for other in setting:
                 add(other, (*above, path))
         order.append(path)
 
     for path in parameters:
         add(path, ())
     return order
+
+
+def parameters_setting(parameters: Parameters, field: str) -> list[str]:
+    """The parameter `field` or, if there is none, those that can set it with others."""
+    if field in parameters:
+        return [field]
+    return [path for path, d in parameters.items() if touches(path, d, field)]
 
 
 def assignments(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,48 +281,50 @@ def assignments(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for path, value in chosen.items():
-        fields |= value if _sets_several(path, value) else {path: value}
+        fields |= fields_of(path, value)
     return dict(sorted(fields.items(), key=lambda item: item[0].count(".")))
 
 
-def _sets_several(path: str, value: Any) -> bool:
-    return isinstance(value, Mapping) and "." not in path and path not in RunSpec.model_fields
+def fields_of(path: str, value: Any) -> dict[str, Any]:
+    """The fields that one parameter sets with a value: dotted path -> value."""
+    several = isinstance(value, Mapping) and "." not in path and path not in RunSpec.model_fields
+    return dict(value) if several else {path: value}
 
 
-def _referred_paths(distribution: Distribution) -> list[str]:
+def touches(path: str, distribution: Distribution, field: str) -> bool:
+    """Whether a parameter can set `field`, a part of it, or a section with it."""
+    return field == path or any(
+        _overlap(own, field)
+        for value in distribution.choice or [None]
+        for own in fields_of(path, value)
+    )
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted paths are the same, or one is within the section that the other is."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def referred_paths(distribution: Distribution) -> list[str]:
     tied = [distribution.same_as] if distribution.same_as is not None else []
     return [*distribution.when, *tied]
 
 
-def _touches(path: str, distribution: Distribution, field: str) -> bool:
-    """Whether a parameter can set `field`, a part of it, or a section with it."""
-    own = {path} if distribution.choice is None else set()
-    for value in distribution.choice or []:
-        own |= set(value) if _sets_several(path, value) else {path}
-    return (
-        any(
-            each == field or each.startswith(f"{field}.") or field.startswith(f"{each}.")
-            for each in own
-        )
-        or field == path
-    )
-
-
 def _is_active(distribution: Distribution, chosen: Mapping[str, Any]) -> bool:
     return all(
-        _fulfils(_field_value(path, chosen), wanted) for path, wanted in distribution.when.items()
+        fulfils(field_value(path, chosen), wanted) for path, wanted in distribution.when.items()
     )
 
 
-def _fulfils(value: Any, wanted: Any) -> bool:
+def fulfils(value: Any, wanted: Any) -> bool:
     """Whether a value is the wanted one, or in the wanted list."""
-    if value is _MISSING:
+    if value is MISSING:
         return False
     several = wanted if isinstance(wanted, list) else []
     return equal(value, wanted) or any(equal(value, each) for each in several)
 
 
-def _field_value(path: str, chosen: Mapping[str, Any]) -> Any:
+def field_value(path: str, chosen: Mapping[str, Any]) -> Any:
     """The value that the chosen parameters give to a field, or that of the parameter `path`."""
     if path in chosen:
         return chosen[path]
@@ -190,6 +333,6 @@ def _field_value(path: str, chosen: Mapping[str, Any]) -> Any:
         value = with_value(value, field, own)
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _MISSING
+            return MISSING
         value = value[part]
     return value

@@ -383,6 +383,23 @@ def test_a_stop_request_is_the_answer_to_the_next_metrics(tmp_path: Path) -> Non
     tracker.close()
 
 
+def test_steps_are_logged_again_after_a_take_over(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    """Also by the next writer, which reads of it in the log."""
+    expected: list[int] = []
+    for start, new in ((0, range(6)), (1, range(3, 7))):
+        tracker = Tracker(str(tmp_path), mlflow_server, "track")
+        tracker.start(TrackedRun("run", {}))
+        tracker.log("run", [p._replace(value=p.value + start) for p in rows(range(6 + start))], 6)
+        tracker.rewind("run", 3)
+        assert [point.step for point in tracker.poll("run")[1]] == [0, 1, 2][: 3 - 3 * start]
+        drained(tracker, wait_until)
+        expected = sorted([*expected, *new])
+        assert sorted(history(client, tracker.read("run")["run_id"])) == expected
+        tracker.close()
+
+
 def test_a_run_that_starts_again_was_asked_for_nothing(away: Tracker) -> None:
     """Nothing of the attempt before it counts: no request to stop, no points, no messages."""
     key = "sweep/0003"

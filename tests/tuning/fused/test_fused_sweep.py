@@ -13,6 +13,7 @@ import pytest
 
 from cluster.base.config import write_yaml
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.manifest import read_manifest
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs import run
 from tuning import sweep as sweeps
@@ -109,10 +110,19 @@ def test_a_fused_trial_is_tracked_like_any_other(run_sweep: Any, mlflow_server: 
 
 
 def test_fused_trials_have_the_same_metrics_and_asha_stops_the_same_ones(run_sweep: Any) -> None:
-    """One at a time, so that asha sees the same results in the same order."""
-    fp64 = ("train.precision=fp64", "sweep.concurrency=1")
-    _, fused, _, _ = run_sweep(*fp64)
-    _, alone, _, _ = run_sweep(*fp64, "sweep.fuse=off")
+    """One at a time, so that asha sees the same results in the same order. The best evaluation of
+    each trial counts, and has its checkpoint.
+    """
+    fp64 = ("train.precision=fp64", "sweep.concurrency=1", "sweep.select=best")
+    in_slots, fused, _, _ = run_sweep(*fp64)
+    in_processes, alone, _, _ = run_sweep(*fp64, "sweep.fuse=off")
+    for sweep, board in ((in_slots, fused), (in_processes, alone)):
+        for standing in board.results:
+            checkpoint = Checkpoints(sweep.trial_folder(standing.number) / "checkpoints").at(
+                standing.step
+            )
+            assert checkpoint is not None
+            assert read_manifest(checkpoint)["metrics"]["val/loss"] == standing.value
 
     def ends(board: Leaderboard) -> dict[int, tuple[int, bool]]:
         return {s.number: (s.step, s.complete) for s in board.results}

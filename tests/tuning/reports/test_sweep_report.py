@@ -221,7 +221,7 @@ def test_without_mlflow_the_page_is_written_and_a_line_says_so(
     assert len(output.splitlines()) == 2
     page = (small.folder / "report" / "index.html").read_text()
     assert "No trial was evaluated yet." in page
-    assert "Trial 0000 failed: made up" in page
+    assert "trial 0000 failed: made up" in page
 
 
 def test_an_unknown_name_is_an_error_in_one_line(

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from ray import tune
 
+from trainers.checkpoints.checkpoints import find_checkpoint
+from trainers.checkpoints.manifest import read_manifest
 from trainers.engine.loop import train
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
@@ -34,7 +36,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     """The step and the loss of each result that Tune is told."""
     results: list[tuple[int, float]] = []
 
-    def report(result: dict[str, Any], checkpoint: Any) -> None:
+    def report(result: dict[str, Any]) -> None:
         results.append((result["step"], result["val/loss"]))
 
     monkeypatch.setattr(tune, "report", report)
@@ -125,3 +127,20 @@ def test_a_machine_that_has_not_downloaded_the_data_set_counts_its_samples(
     monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "worker")
     assert sweep.samples == 280
     assert not sweep.dataset.exists()
+
+
+def test_the_best_evaluation_is_in_the_last_result_and_its_checkpoint_is_kept(
+    own_folder: Path, told: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a large learning rate the loss goes up and down. A restart remembers the best one."""
+    (own_folder / "s.yaml").write_text(SPEC)
+    changes = ["sweep.select=best", "checkpoint.keep=1", "train.epochs=12", "optimizer.lr=1.0"]
+    sweep = new_sweep("s.yaml", changes, "search")
+    folder = train_trial(sweep, 0, monkeypatch, lost_at=32)
+    train_trial(sweep, 0, monkeypatch)
+    step, value = min(told, key=lambda each: each[1])
+    last = last_result(folder)
+    assert (last["best/step"], last["best/val/loss"]) == (step, value)
+    assert last["val/loss"] == told[-1][1] != value
+    checkpoint = find_checkpoint(f"{folder}@{step}", own_folder)
+    assert read_manifest(checkpoint)["metrics"]["val/loss"] == value
