@@ -73,7 +73,7 @@ def _check_code(workload: str, folder: Path, sent: Collection[Path]) -> None:
         return
     there = {(folder / path).resolve() for path in sent}
     search_path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    own = [Path(each).resolve() for each in (folder, *search_path)]
+    own = [folder.resolve(), *(Path(each).resolve() for each in search_path)]
     for name, file in user_modules(load_workload(workload)).items():
         if file not in there and any(file.is_relative_to(each) for each in own):
             raise SpecError(
