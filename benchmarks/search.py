@@ -52,7 +52,14 @@ try:
     from contest import as_json, leave_out, options, parse, ratio
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
     from ray.tune.search.optuna import OptunaSearch
-    from search_surfaces import EVALUATIONS, Surface, Values, known_surfaces, real_surfaces
+    from search_surfaces import (
+        EVALUATIONS,
+        REAL,
+        Surface,
+        Values,
+        known_surfaces,
+        real_surfaces,
+    )
 
     from cluster.base.files import cache_folder
     from tuning.trials.schedulers import build_scheduler
@@ -65,7 +72,7 @@ AT_A_TIME = 4
 REDUCTION = 3
 """Of the trials at a rung, ASHA continues one of so many."""
 METRIC = "val/loss"
-SYNE_TUNE = "syne-tune[extra]==0.16.*"
+SYNE_TUNE = "syne-tune==0.16.*"
 
 
 class Contender(Protocol):
@@ -375,11 +382,11 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
     if "syne-tune" in names and not has_syne_tune(install=not args.tiny):
         names.remove("syne-tune")
     known = known_surfaces()
-    surfaces = {**known, **real_surfaces(args.tiny)}
+    wanted = args.surface or [*known, *REAL]
+    surfaces = known | real_surfaces([name for name in wanted if name in REAL], args.tiny)
     results = []
-    for name, surface in surfaces.items():
-        if args.surface and name not in args.surface:
-            continue
+    for name in wanted:
+        surface = surfaces[name]
         evaluations = 1 if name in known else (3 if args.tiny else EVALUATIONS)
         trials = 6 if args.tiny else surface.trials
         searches: dict[str, list[Search]] = defaultdict(list)
@@ -397,7 +404,9 @@ def compare(args: argparse.Namespace, names: list[str]) -> None:
 
 def main() -> None:
     parser = options(__doc__, rounds=10)
-    parser.add_argument("--surface", nargs="+", help="only these")
+    parser.add_argument(
+        "--surface", nargs="+", choices=[*known_surfaces(), *REAL], help="only these"
+    )
     parser.add_argument("--only", nargs="+", choices=[*CONTENDERS], help="only these contenders")
     args = parse(parser)
     warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ import hashlib
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,7 +164,7 @@ class Mlp(nn.Module):
 class Gpt(nn.Module):
     """One layer of causal attention on `context` tokens."""
 
-    def __init__(self, width: int, tokens: int, context: int = 48) -> None:
+    def __init__(self, width: int, tokens: int, context: int = 24) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(context, width)
         self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(3)])
@@ -211,7 +211,7 @@ def digits_mlp() -> Task:
         "rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
         "decay": [1e-4, 1e-2, 1.0],
         "dropout": [0.0, 0.25, 0.5],
-        "width": [16, 64, 256],
+        "width": [8, 32, 128],
     }
     return Task(Mlp, (x[:1257], y[:1257]), (x[1257:], y[1257:]), 64, 20, grid)
 
@@ -222,17 +222,17 @@ def small_gpt() -> Task:
     texts = [(folder / f"{name}.py").read_bytes() for name in files]
     number = {byte: i for i, byte in enumerate(sorted(set(b"".join(texts))))}
     windows = [
-        torch.tensor([number[byte] for byte in text[: len(text) // 49 * 49]]).view(-1, 49)
+        torch.tensor([number[byte] for byte in text[: len(text) // 25 * 25]]).view(-1, 25)
         for text in (b"".join(texts[:-1]), texts[-1])
     ]
-    train, val = ((each[:, :-1], each[:, 1:]) for each in (windows[0], windows[1][::3]))
+    train, val = ((each[:, :-1], each[:, 1:]) for each in (windows[0], windows[1][::20]))
     grid = {
         "rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
         "decay": [1e-3, 1.0],
         "dropout": [0.0, 0.15, 0.3],
-        "width": [16, 48],
+        "width": [16, 32],
     }
-    return Task(lambda width: Gpt(width, len(number)), train, val, 16, 20, grid)
+    return Task(lambda width: Gpt(width, len(number)), train, val, 8, 10, grid)
 
 
 def _train_together(
@@ -316,11 +316,14 @@ def _interpolated(
     return [float(each) for each in np.exp(curve)], float(seconds[width])
 
 
-def real_surfaces(tiny: bool) -> dict[str, Surface]:
+REAL: dict[str, Callable[[], Task]] = {"digits-mlp": digits_mlp, "small-gpt": small_gpt}
+
+
+def real_surfaces(names: Iterable[str], tiny: bool) -> dict[str, Surface]:
     """Train the tables that are not in the cache; minutes of one core the first time."""
     found = {}
-    for name, make in (("digits-mlp", digits_mlp), ("small-gpt", small_gpt)):
-        task = make()
+    for name in names:
+        task = REAL[name]()
         losses, seconds = _table(name, task, 3 if tiny else EVALUATIONS)
         grid = task.grid
         space: Space = {

@@ -132,7 +132,7 @@ def test_a_module_that_is_not_sent_is_refused(name: str, mine: Path) -> None:
     with pytest.raises(SpecError, match=refused):
         submission_of("train mine:Mine")
     with pytest.raises(SpecError, match=refused):
-        submission_of("sweep mine:Mine --set sweep.trials=2")
+        submission_of("data mine:Mine")
     subprocess.run(["git", "add", "-f", f"{name}.py"], check=True)
     assert submission_of("train mine:Mine --name a").name == "a"
     args = build_parser().parse_args(
