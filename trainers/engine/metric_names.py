@@ -10,11 +10,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from trainers.data.sampling import to_device
 from trainers.data.splits import read_dataset_manifest, split_files
 from trainers.data.tables import column_tensor
+from trainers.engine.evaluate import evaluate
+from trainers.modeling.build import build_network
+from trainers.modeling.forward import Forward
+from trainers.modeling.lazy_modules import give_shapes
+from trainers.modeling.model_inputs import convert_inputs
 from trainers.precision import weights_dtype
 from trainers.spec import RunSpec
+from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 SAMPLES = 2
@@ -80,10 +85,8 @@ def _names(spec: RunSpec, workload: Workload, samples: Batch) -> list[str] | Non
     if weights > MAX_WEIGHTS:
         return None
     torch.set_num_threads(1)  # the parent's other threads are not in a forked process
-    with torch.no_grad():
-        network = workload.build().eval()
-        batch = to_device(samples, torch.device("cpu"), weights_dtype(spec.train))
-        output = workload.forward(network, batch)
-        found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
-    means = {name: float(values.double().mean()) for name, values in found.items()}
-    return [f"val/{name}" for name in workload.summary(means)]
+    network, dtype = build_network(spec.train, workload), weights_dtype(spec.train)
+    give_shapes(workload, network, samples, dtype)
+    convert_inputs(network, samples, dtype, False)
+    means = evaluate(spec, workload, Forward(workload, network), samples, Worker())
+    return [f"val/{name}" for name in means]
