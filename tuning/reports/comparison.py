@@ -9,7 +9,6 @@ from typing import Any
 
 from cluster.base.config import flatten, read_yaml, validate
 from cluster.base.errors import SpecError
-from cluster.cost.budget import duration_text
 from trainers.reports.charts import PART_COLOURS
 from trainers.reports.history import RunHistory, read_histories
 from trainers.reports.page import DataTable, Page, Section, StatCard, format_number
@@ -276,10 +275,6 @@ def _differences(sweeps: Sequence[_Compared]) -> Iterator[DataTable | str]:
     if not rows:
         yield "The specs are the same in every field."
         return
-    spans = [
-        duration_text((sweep.history.last_update_ms - sweep.history.started_ms) / 1000)
-        for sweep in sweeps
-    ]
-    rows.append(("(wall time)", *spans))
+    rows.append(("(wall time)", *(wall_time_card(sweep.history).value for sweep in sweeps)))
     columns = ("field", *(sweep.name for sweep in sweeps))
     yield DataTable("differences", "Fields that differ", columns, rows)
