@@ -14,7 +14,10 @@ SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
 """Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
 MINUTES = ("answers", "forecast", "fused", "many", "recovery", "start", "track")
 ON_A_RACK = ("clusters",)
-PARTS = ("answer_", "bare", "browser", "contest", "guide", "models", "peers", "tutorial")
+PARTS = (
+    *("answer_", "bare", "browser", "contest", "guide"),
+    *("loop_in_turns", "models", "peers", "tutorial"),
+)
 """Modules that benchmarks share, and programs that they start; the last is a prefix."""
 
 
