@@ -40,7 +40,7 @@ def of(run: str, operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each for each in operations if each.get("run", each.get("key")) == run]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     runs=st.lists(st.sampled_from(RUNS), max_size=30),
     kept=st.floats(0, 1),
