@@ -33,7 +33,7 @@ LARGE_ROOMS = {
     "trainers.checkpoints": 13,
     "trainers.engine": 12,
     "trainers.modeling": 12,
-    "tuning.trials": 16,
+    "tuning.trials": 23,
 }
 """Room -> its limit, for rooms with more files than `MAX_ROOM_FILES`. `cluster.cost` has a file for
 each source of prices, power and carbon, and `trainers` one for each part of a run's definition."""
