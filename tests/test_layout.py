@@ -33,6 +33,7 @@ LARGE_ROOMS = {
     "trainers.checkpoints": 13,
     "trainers.engine": 12,
     "trainers.modeling": 12,
+    "trainers.tracking": 16,
     "tuning.trials": 23,
 }
 """Room -> its limit, for rooms with more files than `MAX_ROOM_FILES`. `cluster.cost` has a file for

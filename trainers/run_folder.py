@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from cluster.base.config import write_yaml
+from cluster.base.config import read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
 
@@ -55,6 +55,30 @@ def create_run_folder(
     write_yaml(data, folder / SPEC)
     write_environment(folder, kind)
     return folder
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The spec in a run's folder, as plain data, with its `present_paths`."""
+    return present_paths(read_yaml(folder / SPEC), folder)
+
+
+def present_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A spec from a run's folder, if the project was moved or copied since it was written.
+
+    It names the folder of all runs, and a SQLite file beside it, by absolute paths. They become
+    those of the present place.
+    """
+    storage, here = Path(data.get("storage", "")), folder.absolute().parent
+    same = storage == here or (storage.exists() and storage.samefile(here))
+    if same or not storage.is_absolute():
+        return data
+    data = {**data, "storage": str(here)}
+    tracking = data.get("tracking", {})
+    before, uri = f"sqlite:///{storage.parent}/", str(tracking.get("uri"))
+    moved = here.parent / uri.removeprefix(before)
+    if uri.startswith(before) and moved.exists():
+        data["tracking"] = {**tracking, "uri": f"sqlite:///{moved}"}
+    return data
 
 
 def write_environment(folder: Path, kind: Kind) -> None:

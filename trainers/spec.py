@@ -13,6 +13,7 @@ from cluster.base.errors import SpecError
 from cluster.cost.budget import BudgetSpec
 from cluster.cost.node_rates import CostSpec
 from trainers.changes import ChangeSpec
+from trainers.run_folder import ENVIRONMENT, present_paths
 
 if TYPE_CHECKING:
     from trainers.workload import Workload
@@ -272,7 +273,9 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
     """The short name and the plain data of a spec file, a shipped spec or a `module:Class`."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        return path.stem, read_yaml(path)
+        data = read_yaml(path)
+        of_run = (path.parent / ENVIRONMENT).is_file()  # its spec.yaml, or a sweep's best.yaml
+        return path.stem, present_paths(data, path.parent) if of_run else data
     if ":" in name:
         return name.partition(":")[2].lower(), {"workload": name}
     shipped = {file.stem: file for file in SPECS_FOLDER.glob("*.yaml")}

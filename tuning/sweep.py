@@ -3,13 +3,22 @@
 import contextlib
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.base.config import apply_overrides, read_yaml, write_yaml
-from trainers.run_folder import SPEC, TRIALS, find_run_folder, locked, require_kind, unique_name
+from cluster.base.config import apply_overrides, write_yaml
+from trainers.run_folder import (
+    SPEC,
+    TRIALS,
+    find_run_folder,
+    locked,
+    read_spec,
+    require_kind,
+    unique_name,
+)
 from trainers.runs import run
 from trainers.spec import resolve
 from trainers.tracking import mlflow_run
@@ -86,7 +95,7 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
     folder = find_run_folder(name, storage)
     require_kind(folder, "sweep")
     check_overrides(overrides)
-    data = apply_overrides(read_yaml(folder / SPEC), overrides)
+    data = apply_overrides(read_spec(folder), overrides)
     spec, _ = resolve(data, SweepRunSpec)
     check_trials(folder, spec.sweep, overrides)
     check_folds(data, spec.sweep)
@@ -272,10 +281,16 @@ def _best_metrics(metric: str, best: TrialResult) -> list[tuple[str, float, int,
 
 
 def _earlier_plan(sweep: Sweep) -> fusion_plan.FusionPlan | None:
-    """The plan with which the sweep began, unless that was made for a workload with a mistake."""
+    """The plan with which the sweep began, unless that was made for a workload with a mistake.
+
+    With another plan Ray Tune begins anew: its state is that of trials in processes.
+    """
     plan = fusion_plan.load_plan(sweep)
     evaluated = any(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}"))
-    return plan if plan is not None and (plan.slots or evaluated) else None
+    if plan is None or plan.slots or evaluated:
+        return plan
+    shutil.rmtree(sweep.folder / TUNE_FOLDER, ignore_errors=True)
+    return None
 
 
 @contextlib.contextmanager
@@ -286,6 +301,7 @@ def _fused_slots(
     import ray
 
     from tuning.fused.tune_adapter import start_engines, trials_in_slots
+    from tuning.fused.tune_internals import ended_trials_forgotten
 
     engines: list[Any] = []
     try:
@@ -308,7 +324,8 @@ def _fused_slots(
         if not engines:
             unfused = f"{max_concurrent_trials(spec)} at a time, each in a process"
             log_line(f"{plan.line}; {unfused}" if plan.line else unfused)
-            yield 0
+            with ended_trials_forgotten():
+                yield 0
             return
         log_line(plan.line)
         for engine in engines:

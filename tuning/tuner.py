@@ -1,6 +1,7 @@
 """Ray Tune's tuner for a sweep: its searcher, scheduler and resources, and the trials' events."""
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -192,10 +193,22 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
     def __init__(self, sweep: Sweep) -> None:
         self._sweep, self._metric = sweep, sweep.spec.metric
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A resumed sweep has another actor, and may be planned anew.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_actor", "_slots")}
+
     def _tracker(self) -> Any:
+        return self._actor
+
+    @functools.cached_property
+    def _actor(self) -> Any:
         import ray
 
-        return ray.get_actor(self._sweep.key)  # a resumed sweep has a new actor of this name
+        return ray.get_actor(self._sweep.key)
+
+    @functools.cached_property
+    def _slots(self) -> int:
+        return fusion_plan.planned_slots(self._sweep)
 
     def _notify(self, event: str, trial: Any) -> None:
         number, result = trial.config["trial"], trial.last_result or {}
@@ -221,11 +234,10 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
             parent=self._sweep.key,
             kind="trial",
         )
-        slots = fusion_plan.planned_slots(self._sweep)
         if REPEATS_FIELD in trial.config:
             tags["heliostat.repeats"] = f"{trial.config[REPEATS_FIELD]:04d}"
-        elif slots:
-            shared = f"a slot of {slots}; device time is divided by the trials that shared it"
+        elif self._slots:
+            shared = f"a slot of {self._slots}; device time is divided by the trials that shared it"
             tags["heliostat.fused"] = shared
         self._tracker().start.remote(replace(tracked, tags={**tracked.tags, **tags}))
         if number + 1 == self._sweep.spec.total_trials:

@@ -12,9 +12,12 @@ pytestmark = pytest.mark.thorough
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
 """Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
-MINUTES = ("answers", "forecast", "fused", "recovery", "start", "track")
+MINUTES = ("answers", "forecast", "fused", "many", "recovery", "start", "track")
 ON_A_RACK = ("clusters",)
-PARTS = ("answer_", "bare", "browser", "contest", "guide", "models", "peers", "tutorial")
+PARTS = (
+    *("answer_", "bare", "browser", "contest", "guide"),
+    *("loop_in_turns", "models", "peers", "tutorial"),
+)
 """Modules that benchmarks share, and programs that they start; the last is a prefix."""
 
 

@@ -1,8 +1,12 @@
 """The progress of a sweep in the terminal and in a log."""
 
+import contextlib
 import io
 import json
 import math
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,3 +100,39 @@ def test_best_is_by_the_evaluation_that_counts_also_of_trials_of_before(sweep: S
     assert progress._best_text() == "0.7500 (trial 0000)"
     progress.on_trial_event("result", 1, {**last, "best/val/accuracy": 0.875})
     assert progress._best_text() == "0.8750 (trial 0001)"
+
+
+def test_the_live_table_is_drawn_while_events_come(sweep: Sweep) -> None:
+    """By a thread of its own, which would end with `dictionary changed size during iteration`."""
+    progress = SweepProgress(Console(file=io.StringIO(), force_terminal=True), sweep)
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            try:
+                progress.table()
+            except Exception as error:
+                errors.append(error)
+                return
+
+    with more_switches_of_threads():
+        thread = threading.Thread(target=draw)
+        thread.start()
+        for trial in range(2000):
+            progress.on_trial_event("result", trial, {"val/accuracy": trial, "epoch": 1})
+            progress.on_trial_event("done", trial // 2, {"val/accuracy": trial, "epoch": 1})
+        done.set()
+        thread.join()
+    assert errors == []
+    assert [*progress.table().columns[0].cells] == ["1000/8"]
+
+
+@contextlib.contextmanager
+def more_switches_of_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

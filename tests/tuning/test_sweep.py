@@ -98,15 +98,15 @@ def test_every_trial_is_a_child_run_and_stopped_ones_say_so(
     sweep, board, tracked = run_sweep("sweep.trials=8", "sweep.scheduler.reduction=2")
     found = children(mlflow_server, tracked["run_id"])
     assert sorted(run.data.tags["mlflow.runName"] for run in found) == [
-        f"{number:04d}" for number in range(8)
+        f"{sweep.key}-{number:04d}" for number in range(8)
     ]
     assert {run.info.status for run in found} == {"FINISHED"}
     stopped = {r.data.tags["mlflow.runName"] for r in found if "heliostat.stopped" in r.data.tags}
-    by_board = {f"{s.number:04d}" for s in board.results if not s.complete}
+    by_board = {f"{sweep.key}-{s.number:04d}" for s in board.results if not s.complete}
     assert stopped == by_board
     assert stopped, "asha stopped none of eight trials"
     for run in found:
-        result = next(s for s in board.results if f"{s.number:04d}" == run.info.run_name)
+        result = next(s for s in board.results if f"{s.number:04d}" == run.info.run_name[-4:])
         assert float(run.data.params["optimizer.lr"]) == result.parameters["optimizer.lr"]
         assert run.data.metrics["val/loss"] == result.value
         assert f"| val/loss | {result.value:.4g} |" in run.data.tags["mlflow.note.content"]
@@ -153,7 +153,7 @@ def test_a_grid_tries_every_combination_once(run_sweep: Any, mlflow_server: str)
         assert result.step == math.ceil(samples / 128)
         assert result.epoch == pytest.approx(128 * result.step / samples, rel=0.01)
     for child in children(mlflow_server, tracked["run_id"]):
-        result = next(r for r in board.results if f"{r.number:04d}" in child.info.run_name)
+        result = next(r for r in board.results if child.info.run_name.endswith(f"-{r.number:04d}"))
         assert float(child.data.params["data.val_fraction"]) == result.parameters[paths[2]]
 
 
@@ -172,7 +172,7 @@ def test_a_failed_trial_has_its_reason_in_a_line_and_the_others_continue(
     assert list(board.failed) == [1]
     assert board.failed[1].startswith("the loss is nan at step 6 (the last finite one was ")
     assert [s.number for s in board.results] == [0]
-    by_name = {r.info.run_name: r for r in children(mlflow_server, tracked["run_id"])}
+    by_name = {r.info.run_name[-4:]: r for r in children(mlflow_server, tracked["run_id"])}
     assert by_name["0001"].info.status == "FAILED"
     assert by_name["0001"].data.tags["heliostat.reason"] == board.failed[1]
     assert by_name["0000"].info.status == "FINISHED"
@@ -205,7 +205,7 @@ def test_pbt_continues_from_the_better_trials_weights(
     assert journal.changes, "no trial took over another one's weights"
     by_name = {run.info.run_name: run for run in children(mlflow_server, tracked["run_id"])}
     for result in board.results:
-        run = by_name[f"{result.number:04d}"]
+        run = by_name[f"{sweep.key}-{result.number:04d}"]
         assert result.parameters == journal.parameters_after(result.number)
         assert run.data.metrics["val/loss"] == result.value
         assert run.data.metrics["optimizer.lr"] == result.parameters["optimizer.lr"]
@@ -249,7 +249,7 @@ sweep:
     output = heliostat("sweep", "--resume", "runs/cut")
     run_id = re.search(r"MLflow run: (\w+)", output)[1]
     found = children(mlflow_server, run_id)
-    assert sorted(run.info.run_name for run in found) == [f"{n:04d}" for n in range(8)]
+    assert sorted(run.info.run_name for run in found) == [f"cut-{n:04d}" for n in range(8)]
     assert {run.info.status for run in found} == {"FINISHED"}
     client = mlflow.MlflowClient(mlflow_server)
     for run in found:

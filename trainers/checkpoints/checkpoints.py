@@ -119,11 +119,16 @@ class Checkpoints:
         writer.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Block until the save under way is on disk; raises its error."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
+        """Block until the save under way is on disk; raises its error. Any thread may wait."""
+        writing = self._writing
+        if writing is None:
+            return
+        try:
             with external_wait():
                 writing.result()
+        finally:
+            if self._writing is writing:
+                self._writing = None
 
     def newest_step(self) -> int:
         """Steps of the latest checkpoint that is intact, 0 without one. Collective."""

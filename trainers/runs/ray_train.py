@@ -88,22 +88,21 @@ def run_workers(
         except BaseException as error:
             errors.append(error)
 
+    ray.get(tracker.watch.remote(config.key))
     thread = threading.Thread(target=train_to_end, daemon=True, name="ray-train")
     thread.start()
-    stop_requested = False
     stalls = StallWatch(config.folder / STALLS)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
-            if stop.is_set() and not stop_requested:
-                ray.get(tracker.request_stop.remote(config.key))
-                stop_requested = True
+            if stop.is_set():  # again and again: a tracker that was lost does not know it
+                tracker.request_stop.remote(config.key)
             steps, points, lines = ray.get(tracker.poll.remote(config.key))
             stall = stalls.poll()
             on_progress(steps, points, [*lines, str(stall)] if stall else lines)
         on_progress(*ray.get(tracker.poll.remote(config.key)))
     except SystemExit:  # Ray Tune ends the trial that this run is
-        tracker.request_stop.remote(config.key)
+        ray.get(tracker.request_stop.remote(config.key))
         thread.join()
         raise
     try:

@@ -33,6 +33,7 @@ from trainers.run_folder import (
     folder_kind,
     locked,
     name_taken_error,
+    read_spec,
     require_kind,
     unique_name,
     write_environment,
@@ -148,7 +149,7 @@ def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
             raise SpecError(
                 f"--set {assignment}: cannot change in a resumed run; start a new one with --from"
             )
-    data = apply_overrides(read_yaml(folder / SPEC), overrides)
+    data = apply_overrides(read_spec(folder), overrides)
     data.pop("sweep", None)
     spec, workload = resolve(data, RunSpec)
     dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)

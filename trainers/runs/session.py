@@ -21,7 +21,7 @@ from trainers.run_folder import (
 from trainers.runs.ray_train import resource_shortage
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
-from trainers.tracking.preflight import check_access
+from trainers.tracking.preflight import check_access, notices
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,14 +43,16 @@ def run_session(
     `shortage` says in a line what the cluster lacks; by default, for the workers of a run.
     Yields the console and the event that Ctrl-C sets, and `heliostat stop` from another process.
     """
-    unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
+    asked = str(spec.tracking.uri), spec.tracking.experiment
+    unreachable = check_access(*asked)
+    told = [unreachable] if unreachable else notices(*asked)
     with (
         folder_session(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
         interrupted_on_request(folder),
     ):
-        if unreachable:
-            console.print(unreachable, style="yellow", highlight=False)
+        for line in told:
+            console.print(line, style="yellow", highlight=False, markup=False)
         missing = shortage() if shortage is not None else resource_shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)

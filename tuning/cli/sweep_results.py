@@ -36,6 +36,8 @@ def print_results(
         console.print(f"{tracked['unsent']}; kept in {sweep.folder / TRACKING}", style="yellow")
     else:
         console.print(f"MLflow run: {tracked['run_id']} (heliostat ui)")
+    if "notice" in tracked:
+        console.print(tracked["notice"], style="yellow", markup=False)
     for name, text in tracked.get("account", {}).items():
         console.print(f"{name}: {text}", highlight=False)
     if board.failed or not has_ended(sweep, board):

@@ -27,6 +27,7 @@ from trainers.data.splits import open_splits
 from trainers.devices import local_device
 from trainers.engine.evaluate import check_ranking, evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
+from trainers.engine.host_memory import keep_freed_memory
 from trainers.engine.metrics import MetricsError
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
@@ -115,10 +116,11 @@ class EngineLoop:
 
     def stop(self, trial: EngineTrial) -> None:
         """End a trial, and begin to save its last evaluated state."""
+        trial.stopped = True
+        trial.results.put(SupersededError(trial.lease))  # for a call that still waits
         try:
             if not trial.ended:
                 trial.ended = True
-                trial.results.put(SupersededError(trial.number))
                 self._pool.stop_waiting(trial)
                 self._saver.save(trial)
         finally:
@@ -128,7 +130,12 @@ class EngineLoop:
         return self._saver.export(trial, checkpoints)
 
     def import_checkpoint(self, trial: EngineTrial, folder: Path) -> None:
-        """Have a trial continue from an exported checkpoint when it gets a slot again."""
+        """Have a trial continue from an exported checkpoint when it gets a slot again.
+
+        Raises SupersededError if it was stopped meanwhile.
+        """
+        if trial.stopped:
+            raise SupersededError(trial.lease)
         self._pool.free(trial)
         self._saver.import_from(trial, folder)
 
@@ -138,6 +145,7 @@ class EngineLoop:
         """Train for ever; an outage or an unforeseen error ends the process."""
         try:
             set_threads(self._sweep)
+            keep_freed_memory()
             stalls, timeout_s = self._sweep.folder / STALLS, self._spec.train.stall_timeout_s
             with stall_watchdog(stalls, 0, 1, timeout_s):
                 while True:

@@ -14,7 +14,6 @@ death of its trials' actors.
 import contextlib
 import itertools
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -39,6 +38,8 @@ from tuning.trials.trial import Sweep
 
 SLOT_RESOURCE = "heliostat_slot"
 """The resource that a fused trial takes; Ray does not know it, only Tune's controller counts it."""
+REORDERED_CALL_S = 1.0
+"""Seconds for which the first call to a trainable may arrive after the second one."""
 MAX_CONCURRENT_CALLS = 256
 """Calls that an engine's actor takes at a time; each waiting trial holds one or two."""
 
@@ -84,7 +85,7 @@ class EngineActor:
         self._trainables: dict[int, SlotTrainable] = {}
         self._program: Program | None = None
         self._compiles: Future[bool] = Future()
-        self._called: defaultdict[int, int] = defaultdict(int)
+        self._called: dict[int, int] = {}
         """Key of a trainable -> number of calls to it that have returned."""
 
     def plan(self, engines: int) -> FusionPlan:
@@ -120,7 +121,11 @@ class EngineActor:
     def call(self, key: int, sequence_number: int, method: str, args: Any, kwargs: Any) -> Any:
         """Call a method of a trainable, after its calls with smaller sequence numbers."""
         with self._lock:
-            if sequence_number and key not in self._called:
+            if sequence_number == 0:
+                self._called[key] = 0
+                self._lock.notify_all()
+            # Two calls that arrive together may come here in another order.
+            elif not self._lock.wait_for(lambda: key in self._called, REORDERED_CALL_S):
                 raise RuntimeError("the engine that had this trial was lost")
             self._lock.wait_for(lambda: self._called[key] == sequence_number)
         try:

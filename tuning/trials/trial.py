@@ -7,6 +7,7 @@ again.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -75,7 +76,7 @@ class Sweep:
     def key(self) -> str:
         return self.folder.name
 
-    @property
+    @functools.cached_property
     def samples(self) -> int:
         """Samples in the training split, as this machine's copy of the data set has them."""
         spec, _ = resolve(self.spec_data, RunSpec)

@@ -25,7 +25,7 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
 from trainers.cli.track import register_command
 from trainers.modeling.optimizer import build_optimizer
-from trainers.run_folder import MODEL, SPEC, TRACKING
+from trainers.run_folder import CHECKPOINTS, MODEL, SPEC, TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.tracker import TrackedRun, Tracker
 
@@ -71,21 +71,27 @@ print(json.dumps(model.predict(data).tolist()))
 """
 
 
+def export_spirals(folder: Path) -> torch.nn.Module:
+    """Export a model of `spirals:Spirals` as that of the run in `folder`; returns its network."""
+    data = {"workload": "spirals:Spirals", "model": {"width": 8, "dropout": 0.0}}
+    spec, workload = resolve(data, RunSpec)
+    network = workload.build()
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
+    checkpoints.wait()
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    export_model(folder / MODEL, spec, workload, checkpoint)
+    return network.eval()
+
+
 @pytest.fixture
 def tracked(
     own_folder: Path, tmp_path: Path, mlflow_server: str, wait_until: Callable[..., None]
 ) -> dict[str, Any]:
     """A finished run of a user's own workload: its folder, and the run as MLflow has it."""
-    data = {"workload": "spirals:Spirals", "model": {"width": 8, "dropout": 0.0}}
-    spec, workload = resolve(data, RunSpec)
-    network = workload.build()
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-    checkpoints.wait()
-    checkpoint = checkpoints.latest()
-    assert checkpoint is not None
     folder = tmp_path / "run"
-    export_model(folder / MODEL, spec, workload, checkpoint)
+    network = export_spirals(folder)
     write_yaml({"tracking": {"uri": mlflow_server, "experiment": "models"}}, folder / SPEC)
     tracker = Tracker(str(folder / TRACKING), mlflow_server, "models")
     tracker.start(TrackedRun("run", {"model.width": 8}, {"mlflow.source.git.commit": "abc"}))
@@ -94,7 +100,7 @@ def tracked(
     wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     found = tracker.read("run")
     tracker.close()
-    return {**found, "folder": folder, "network": network.eval()}
+    return {**found, "folder": folder, "network": network}
 
 
 def test_it_loads_without_heliostat(

@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,75 +14,17 @@ from cluster.base.errors import CheckpointError, TrainingError
 from tests.tuning.one_process_tune import Handle, OneProcessTune
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.manifest import read_manifest
-from trainers.data.splits import open_split
-from trainers.devices import Cpu
-from trainers.engine.reporter import NullReporter
 from trainers.run_folder import CHECKPOINTS
-from tuning.fused import engine as engine_module
-from tuning.fused import program_pool, trial_saver
+from tuning.fused import trial_saver
 from tuning.fused.engine import Engine
-from tuning.fused.sweep_variants import reference_variant
-from tuning.programs.program import Program
 from tuning.sweep import new_sweep
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import read_leaderboard
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE
 
-SPEC = """
-workload: spirals:Spirals
-model: {width: 8}
-train: {epochs: 4, global_batch: 70}
-checkpoint: {every_steps: 1000000}
-sweep:
-  parameters:
-    optimizer.lr: {loguniform: [1e-4, 1.0]}
-  search: random
-  trials: 8
-  fuse: 4
-"""
 EPOCH = 4
 """Steps of an epoch, after each of which a trial is evaluated."""
 StartEngine = Callable[..., Engine]
-
-
-class UntrackedReporter(NullReporter):
-    def __init__(self, tracker: Any, run: str, interval_s: float) -> None:
-        pass
-
-
-@pytest.fixture
-def start_engine(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEngine]:
-    """Starts an engine of four slots, with some fields of the spec changed.
-
-    An engine that would end its process fails the test.
-    """
-    exits: list[int] = []
-    monkeypatch.setattr(os, "_exit", exits.append)
-    monkeypatch.setattr(engine_module, "TrackerReporter", UntrackedReporter)
-    monkeypatch.setattr(program_pool, "set_gauge", lambda *_: None)
-    (own_folder / "s.yaml").write_text(SPEC)
-    started: list[Engine] = []
-
-    def start(*overrides: str) -> Engine:
-        sweep = new_sweep("s.yaml", list(overrides), None)
-        samples = open_split(sweep.dataset, "train")
-        program = Program(reference_variant(sweep), 4, samples, Cpu())  # not compiled, to save time
-        started.append(Engine(sweep, None, slots=4, program=program))
-        return started[-1]
-
-    yield start
-    ended_itself = bool(exits)
-    for engine in started:
-        engine._loop.post(_end_thread)
-    # A thread that is still alive would end the process of the tests, once `os._exit` is back.
-    deadline_s = time.monotonic() + 60
-    while len(exits) < len(started) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert not ended_itself, "the engine ended its process"
-
-
-def _end_thread() -> None:
-    raise SystemExit
 
 
 def config(number: int, lr: float = 0.01) -> dict[str, Any]:

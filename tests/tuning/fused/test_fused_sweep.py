@@ -74,7 +74,7 @@ def children(uri: str, run_id: str) -> list[Any]:
 def assert_tracked_once(uri: str, tracked: dict[str, Any], board: Leaderboard) -> None:
     """All trials are in MLflow, none twice, each with every step once."""
     client, found = mlflow.MlflowClient(uri), children(uri, tracked["run_id"])
-    by_number = {int(run.info.run_name): run for run in found}
+    by_number = {int(run.info.run_name[-4:]): run for run in found}
     assert len(by_number) == len(found)
     assert set(by_number) == {*board.ended}
     for standing in board.results:
@@ -173,7 +173,8 @@ def test_a_trial_that_diverges_fails_and_its_neighbours_go_on(
     assert re.match(line, board.failed[1])
     assert {s.number for s in board.results} == {0, 2}
     assert all(standing.complete for standing in board.results)
-    statuses = {r.info.run_name: r.info.status for r in children(mlflow_server, tracked["run_id"])}
+    found = children(mlflow_server, tracked["run_id"])
+    statuses = {run.info.run_name[-4:]: run.info.status for run in found}
     assert statuses == {"0000": "FINISHED", "0001": "FAILED", "0002": "FINISHED"}
 
 
@@ -246,7 +247,7 @@ def test_a_fused_sweep_whose_driver_was_killed_resumes_to_the_planned_trials(
     process.wait()
     output = heliostat("sweep", "--resume", "runs/cut", "--verify-fusion")
     found = children(mlflow_server, re.search(r"MLflow run: (\w+)", output)[1])
-    assert sorted(run.info.run_name for run in found) == [f"{n:04d}" for n in range(7)]
+    assert sorted(run.info.run_name for run in found) == [f"cut-{n:04d}" for n in range(7)]
     assert {run.info.status for run in found} == {"FINISHED"}
     client = mlflow.MlflowClient(mlflow_server)
     for each in found:

@@ -58,9 +58,3 @@ def test_the_crowding_distance_is_that_of_nsga_ii() -> None:
     front = np.array([(0.0, 5.0), (1.0, 3.0), (3.0, 1.0), (4.0, 0.0)])
     inner = [3 / 4 + 4 / 5, 3 / 4 + 3 / 5]
     assert crowding_distances(front).tolist() == pytest.approx([np.inf, *inner, np.inf])
-
-
-def test_a_front_of_twenty_thousand_points_takes_no_quadratic_time() -> None:
-    """All of them trade off. Comparing each with each would be 400 million comparisons."""
-    points = [(float(n), -float(n)) for n in range(20_000)]
-    assert first_front(points) == list(range(20_000))
