@@ -25,7 +25,6 @@ SHOWN_NUMBERS = 5
 """Failed trials that a line names; it counts the others."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
-
 logger = logging.getLogger(__name__)
 
 
