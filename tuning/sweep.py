@@ -147,7 +147,8 @@ def run_to_end(
                 create_tuner(sweep, spec, tracker, slots).fit()
         _repeat_best(sweep, spec, tracker, budget, log_line)
     board = end.track_importances()
-    end.export_best()
+    if has_ended(sweep, board):
+        export_best(sweep, board)
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
@@ -256,14 +257,6 @@ class _SweepEnd:
             tags = {DESCRIPTION_TAG: self._description(self._board)}
             self._tracker.set_tags.remote(self._sweep.key, tags)
         return self._board
-
-    def export_best(self) -> None:
-        """Export the best trial's model, which `load_model` takes with the sweep's folder."""
-        if self._status == "FINISHED" and self._board is not None and self._board.best is not None:
-            try:
-                export_best(self._sweep, self._board.best)
-            except Exception:
-                logger.exception("the model of the best trial could not be exported")
 
     def _description(self, board: Leaderboard) -> str:
         return sweep_description(self._sweep, board, self.summary.get("account", {}))
