@@ -14,16 +14,11 @@ SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
 """Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
 MINUTES = ("answers", "forecast", "fused", "recovery", "search", "start", "track")
 ON_A_RACK = ("clusters",)
-<<<<<<< HEAD
-PARTS = ("answer_", "bare", "browser", "contest", "guide", "models", "peers", "search_", "tutorial")
-"""Beginnings of modules that benchmarks share, and of programs that they start."""
-=======
 PARTS = (
     *("answer_", "bare", "browser", "contest", "guide"),
-    *("loop_in_turns", "models", "peers", "tutorial"),
+    *("loop_in_turns", "models", "peers", "search_", "tutorial"),
 )
-"""Modules that benchmarks share, and programs that they start; the last is a prefix."""
->>>>>>> main
+"""Beginnings of modules that benchmarks share, and of programs that they start."""
 
 
 def run_tiny(name: str, *options: str) -> None:
