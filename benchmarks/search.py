@@ -31,6 +31,7 @@ import json
 import logging
 import math
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,8 @@ AT_A_TIME = 4
 REDUCTION = 3
 """Of the trials at a rung, ASHA continues one of so many."""
 METRIC = "val/loss"
-SYNE_TUNE = "syne-tune==0.16.*"
+SYNE_TUNE = ("syne-tune==0.16.*", "huggingface_hub")
+"""Without its extras: they bring a PyTorch of their own, and CQR needs none."""
 
 
 class Contender(Protocol):
@@ -270,10 +272,10 @@ def has_syne_tune(install: bool) -> bool:
     works = [str(python), "-c", "import syne_tune.optimizer.baselines"]
     if install and not python.exists():
         venv.create(python.parents[1], with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", SYNE_TUNE], check=False)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *SYNE_TUNE], check=False)
     found = python.exists() and subprocess.run(works, capture_output=True).returncode == 0
     if not found:
-        leave_out("syne-tune", f"pip install {SYNE_TUNE!r} into {python.parents[1]} is needed")
+        leave_out("syne-tune", f"pip install {shlex.join(SYNE_TUNE)} into {python.parents[1]}")
     return found
 
 
