@@ -164,7 +164,7 @@ CONTRACTS = {
             *_TRIALS,
             *_in("cluster", "cli", "jobs"),
             *_in("trainers", "cli", "reports"),
-            *_in("tuning", "", "trials", "reports"),
+            *_in("tuning", "", "trials", "fused", "reports"),
         ),
     ),
     "heliostat": Contract(

@@ -55,9 +55,7 @@ EXACT = "On the same machine this file gives that very value, at that step."
 def _comment(sweep: Sweep, best: TrialResult, fused: bool, known: bool) -> str:
     """What the file gives, and how exactly."""
     value = f"{sweep.spec.metric} {best.value!r} at step {best.step}"
-    on_gpu = bool(sweep.spec.resources.gpu) or sweep.spec_data["scale"]["accelerator"] not in (
-        "auto",
-        "cpu",
-    )
+    accelerator = ScaleSpec.model_validate(sweep.spec_data["scale"]).accelerator
+    on_gpu = bool(sweep.spec.resources.gpu) or accelerator not in ("auto", "cpu")
     exactly = FUSED if fused else ON_GPU if on_gpu else EXACT
     return f"Trial {best.number:04d} of {sweep.key}: {value}.\n{exactly if known else UNKNOWN}"

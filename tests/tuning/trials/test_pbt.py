@@ -146,8 +146,8 @@ def test_leaderboard_files_tracking_and_best_yaml_have_one_truth(
         assert result.value == last_result(sweep.trial_folder(number))["val/loss"]
         assert result.parameters == journal.parameters_after(number)
         series = histories[key].series
-        steps = series["val/loss"].steps
-        assert list(steps) == sorted(set(steps))
+        steps = list(series["val/loss"].steps)
+        assert steps == sorted(set(steps))
         assert (steps[-1], series["val/loss"].values[-1]) == (STEPS, result.value)
         assert series["optimizer.lr"].values[-1] == result.parameters["optimizer.lr"]
         run = client.get_run(tracker.read(key)["run_id"])
