@@ -33,7 +33,6 @@ from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.best_spec import write_best
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
-from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import (
     Leaderboard,
     TrialResult,
@@ -45,7 +44,7 @@ from tuning.trials.leaderboard import (
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
 from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
-from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
+from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 from tuning.tuner import (
     TUNE_FOLDER,
     TrialCallback,
@@ -72,11 +71,7 @@ def new_sweep(
     """
     stem, spec = read_sweep_spec(name, overrides)
     data = run.resolved_data(spec)
-    if like is not None:
-        points = earlier.points_like(spec.sweep, like, Path(spec.storage))
-        data["sweep"]["enqueue"] = [*spec.sweep.enqueue, *points]
-    trials = earlier.find_earlier_trials(data, spec.sweep)
-    data["sweep"]["warm_start"] = list(trials)
+    trials = earlier.add_earlier(data, spec.sweep, like)
     spec, workload = resolve(data, SweepRunSpec)
     dataset, datasets = prepare_datasets(data, spec)
     check_metrics(spec, workload, dataset)
@@ -105,8 +100,7 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
         with locked(folder):
             write_yaml(data, folder / SPEC)
     sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
-    if spec.sweep.warm_start and not Journal(folder / JOURNAL_FILE).parameters:
-        earlier.record_earlier_trials(sweep, earlier.find_earlier_trials(data, spec.sweep))
+    earlier.complete_journal(sweep)
     return sweep
 
 
