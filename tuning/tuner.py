@@ -211,7 +211,9 @@ class _TrialEvents(tune.Callback):  # type: ignore[misc]
         return fusion_plan.planned_slots(self._sweep)
 
     def _notify(self, event: str, trial: Any) -> None:
-        number, result = trial.config["trial"], trial.last_result or {}
+        number = trial.config["trial"]
+        # Before the first one, `last_result` waits for the trial's actor.
+        result = trial.last_result if trial.has_reported_at_least_once else {}
         if REPEATS_FIELD in trial.config:  # its value counts in a mean, and is not a best one
             result = {name: each for name, each in result.items() if name != self._metric}
         budget = find_open_budget(self._sweep.key)

@@ -27,6 +27,7 @@ from trainers.runs.worker_meter import WorkerMeter
 from tuning.fused.engine import Engine
 from tuning.fused.fusion_plan import FusionPlan, planned_slots, try_plan
 from tuning.fused.tune_internals import (
+    METRICS_METHOD,
     READY_METHOD,
     TERMINATE_METHOD,
     ActorClassStandIn,
@@ -153,9 +154,10 @@ class _TrialActorHandle:
         self._ready = self._call("__init__", (), kwargs)
 
     def _call(self, method: str, args: Any, kwargs: Any) -> Any:
-        # A lost engine is started again by Ray; the first calls of its trials wait for that.
-        retries = -1 if method == "__init__" else 0
-        call = self._engine.call.options(max_task_retries=retries)
+        call = self._engine.call
+        if method == "__init__":
+            # A lost engine is started again by Ray; the first calls of its trials wait for that.
+            call = call.options(max_task_retries=-1)
         return call.remote(self._key, next(self._sequence), method, args, kwargs)
 
     def __getattr__(self, method: str) -> "_TrialActorMethod":
@@ -169,6 +171,8 @@ class _TrialActorMethod:
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         if self._name == READY_METHOD:
             return self._handle._ready
+        if self._name == METRICS_METHOD:
+            return {}
         return self._handle._call(self._name, args, kwargs)
 
 

@@ -7,17 +7,24 @@ one has changed.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.air.execution.resources.fixed import FixedResourceManager
+from ray.tune import registry
 from ray.tune import tune as tune_module
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
 READ_IN = "2.60.0"
+REMEMBERED = ("contains", "get")
+"""Methods of Tune's registry of trainables."""
+METRICS_METHOD = "get_auto_filled_metrics"
+"""The method of a trial's actor that Tune calls at each start, for a first result without metrics.
+A dict does in place of the future."""
 READY_METHOD = "__ray_ready__"
 """The method of every actor whose first result tells Tune that the actor was created."""
 TERMINATE_METHOD = "__ray_terminate__"
@@ -64,7 +71,16 @@ class LeanController(TuneController):  # type: ignore[misc]
     - `stop_trial` is what ends a trial for good. It is paused by other methods, and a trial that
       failed is kept, since `Tuner.restore` starts it again.
     - `_restore_trials` of a snapshot without trials takes the first one of them all the same.
+    - Each new trial asks the registry three times for its trainable, that is Ray's head for the
+      same bytes. A controller has one trainable, which is registered before.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in REMEMBERED:
+            asked = getattr(type(registry._global_registry), name)
+            remembered = functools.cache(functools.partial(asked, registry._global_registry))
+            setattr(registry._global_registry, name, remembered)
+        super().__init__(*args, **kwargs)
 
     def stop_trial(self, trial: Trial) -> None:
         super().stop_trial(trial)
@@ -73,8 +89,9 @@ class LeanController(TuneController):  # type: ignore[misc]
             self._trials.remove(trial)
             self._trials_to_cache.discard(trial)
             self._trial_metadata.pop(trial.trial_id, None)
-            with contextlib.suppress(OSError):  # it was never made, or somebody put a file there
-                Path(trial.local_path).rmdir()
+            if trial.storage.trial_dir_name is not None:  # it has been started
+                with contextlib.suppress(OSError):  # somebody put a file there
+                    Path(trial.local_path).rmdir()
 
     def add_trial(self, trial: Trial) -> None:
         if trial.status != Trial.TERMINATED:  # as in snapshots of other controllers
@@ -96,6 +113,8 @@ def _controller_replaced(controller: type[TuneController]) -> Iterator[None]:
         yield
     finally:
         tune_module.TuneController = original
+        for name in REMEMBERED:
+            vars(registry._global_registry).pop(name, None)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,12 @@ Losses = tuple[float, ...]
 def first_front(points: Sequence[Losses]) -> list[int]:
     """Positions of the points that no other point dominates, in ascending order.
 
-    O(n log n) for one or two losses. For more, n times the size of the front, in numpy.
+    O(n log n) for up to three losses. For more, n times the size of the front, in numpy.
     """
     order = sorted(range(len(points)), key=points.__getitem__)
     if not order:
         return []
-    if len(points[0]) <= 2:
+    if len(points[0]) <= 3:
         return sorted(_staircase(points, order))
     # In this order a point is dominated only by earlier ones, and then by one of the front.
     found: list[int] = []
@@ -37,12 +37,27 @@ def first_front(points: Sequence[Losses]) -> list[int]:
 
 
 def _staircase(points: Sequence[Losses], order: Sequence[int]) -> list[int]:
-    """The first front of points of one or two losses; `order` sorts them."""
-    found = [order[0]]
-    for position in order[1:]:
-        newest = points[found[-1]]
-        if points[position] == newest or points[position][-1] < newest[-1]:
+    """The first front of points of up to three losses; `order` sorts them.
+
+    A point is dominated only by one before it. In the losses after the first one, the points of the
+    front that matter are steps: the second loss rises and the third one falls.
+    """
+    found: list[int] = []
+    seconds, thirds = list[float](), list[float]()
+    for position in order:
+        point = points[position]
+        if found and points[found[-1]] == point:
             found.append(position)
+            continue
+        second, third = (*point, 0.0, 0.0)[1:3]
+        end = bisect.bisect_right(seconds, second)
+        if end and thirds[end - 1] <= third:
+            continue
+        found.append(position)
+        begin = stop = bisect.bisect_left(seconds, second)
+        while stop < len(thirds) and thirds[stop] >= third:
+            stop += 1
+        seconds[begin:stop], thirds[begin:stop] = [second], [third]
     return found
 
 

@@ -4,14 +4,15 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.air.execution.resources.fixed import FixedResourceManager
 from ray.exceptions import RayActorError
 from ray.train._internal.storage import StorageContext
+from ray.tune import registry
 from ray.tune import tune as tune_module
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
@@ -19,8 +20,10 @@ from ray.tune.search import Searcher, SearchGenerator
 
 from tuning.fused import tune_internals
 from tuning.fused.tune_internals import (
+    METRICS_METHOD,
     READ_IN,
     READY_METHOD,
+    REMEMBERED,
     TERMINATE_METHOD,
     ActorClassStandIn,
     LeanController,
@@ -67,6 +70,13 @@ ITEMS: dict[str, Callable[[], bool]] = {
     "TuneController looks at the first trial of a snapshot": lambda: (
         "trials[0].storage" in inspect.getsource(TuneController._restore_trials)
     ),
+    "tune.registry._global_registry has these methods": lambda: all(
+        callable(getattr(type(registry._global_registry), name)) for name in REMEMBERED
+    ),
+    f"Trial calls {METRICS_METHOD} of its actor, and takes a dict for its future": lambda: (
+        f"ray_actor.{METRICS_METHOD}.remote(" in inspect.getsource(Trial.set_ray_actor)
+        and "isinstance(" in inspect.getsource(Trial._get_default_result_or_future)
+    ),
     "ray.actor.ActorClass can be subclassed, with a constructor of one's own": lambda: isinstance(
         ActorClassStandIn(), ray.actor.ActorClass
     ),
@@ -81,12 +91,21 @@ def test_ray_tune_has(item: str) -> None:
     )
 
 
+class NoSearch(Searcher):  # type: ignore[misc]
+    def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+
 @pytest.fixture
-def controller(tmp_path: Path) -> LeanController:
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LeanController:
     """Without Ray: no trial gets an actor."""
     storage = StorageContext(str(tmp_path), "tune")
-    search = SearchGenerator(Searcher(metric="loss", mode="min"))
-    manager = FixedResourceManager({})
+    search = SearchGenerator(NoSearch(metric="loss", mode="min"))
+    monkeypatch.setattr(StorageContext, "_get_session_path", lambda self: str(tmp_path))
+    manager = SimpleNamespace()
     return LeanController(
         search_alg=search, storage=storage, resource_manager_factory=lambda: manager
     )
@@ -95,6 +114,7 @@ def controller(tmp_path: Path) -> LeanController:
 def trial_of(controller: LeanController, status: str = Trial.PENDING) -> Trial:
     trial = Trial("trainable", stub=True, storage=controller._storage)
     trial.status = status
+    trial.storage.trial_dir_name = f"trial-{trial.trial_id}"
     controller.add_trial(trial)
     return trial
 
@@ -108,6 +128,7 @@ def snapshot(controller: LeanController) -> dict[str, Any]:
 def test_a_controller_forgets_a_trial_that_has_ended(controller: LeanController) -> None:
     """What it does for a result takes no longer after 10,000 trials, nor does a snapshot."""
     goes_on, ended = trial_of(controller), trial_of(controller)
+    goes_on.storage.trial_dir_name = None  # it has not been started
     for trial in (goes_on, ended):
         controller._set_trial_status(trial, Trial.RUNNING)
     assert len(snapshot(controller)["trial_data"]) == 2
@@ -130,6 +151,7 @@ def test_a_controller_keeps_trials_that_are_paused_or_have_failed(
         controller._set_trial_status(trial, Trial.RUNNING)
     controller._schedule_trial_stop(paused)
     controller._set_trial_status(paused, Trial.PAUSED)
+    failed.init_local_path()
     controller._process_trial_failure(failed, RayActorError())
     assert [trial.status for trial in controller.get_trials()] == [Trial.PAUSED, Trial.ERROR]
     assert len(snapshot(controller)["trial_data"]) == 2
@@ -147,3 +169,4 @@ def test_the_controller_is_replaced_inside_the_context_only() -> None:
         assert issubclass(tune_module.TuneController, TuneController)
         assert tune_module.TuneController is not TuneController
     assert tune_internals.tune_module.TuneController is TuneController
+    assert not vars(registry._global_registry).keys() & {*REMEMBERED}
