@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -280,10 +281,16 @@ def _best_metrics(metric: str, best: TrialResult) -> list[tuple[str, float, int,
 
 
 def _earlier_plan(sweep: Sweep) -> fusion_plan.FusionPlan | None:
-    """The plan with which the sweep began, unless that was made for a workload with a mistake."""
+    """The plan with which the sweep began, unless that was made for a workload with a mistake.
+
+    With another plan Ray Tune begins anew: its state is that of trials in processes.
+    """
     plan = fusion_plan.load_plan(sweep)
     evaluated = any(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}"))
-    return plan if plan is not None and (plan.slots or evaluated) else None
+    if plan is None or plan.slots or evaluated:
+        return plan
+    shutil.rmtree(sweep.folder / TUNE_FOLDER, ignore_errors=True)
+    return None
 
 
 @contextlib.contextmanager
