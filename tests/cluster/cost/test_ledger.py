@@ -170,7 +170,7 @@ def test_totals_by_run_follow_each_change(changes: list[tuple[int, str, int]]) -
     with tempfile.TemporaryDirectory() as folder:
         ledger, newest = Ledger(Path(folder) / "ledger.jsonl"), dict[str, LedgerEntry]()
         for number, run, seconds in changes:
-            changed = replace(entry(f"e{number}", seconds, usd=seconds / 4), run=run)
+            changed = replace(entry(f"{run}{number}", seconds, usd=seconds / 4), run=run)
             newest[changed.id] = changed
             before = ledger.totals_by_run()
             ledger.append([changed])

@@ -61,14 +61,14 @@ class Caller(threading.Thread):
             result = self._engine.next(lease)
             self.calls += 1
             assert result["step"] <= STEPS
+            if result["done"]:
+                break
             if self._draw.random() < 0.3:
                 folder = self._exports / f"{self.calls}"
                 folder.mkdir(parents=True)
                 self._engine.save(lease, folder)
                 if self._draw.random() < 0.5:
                     self._engine.load(lease, folder)
-            if result["done"]:
-                break
         if self._draw.random() < 0.7:  # otherwise the next start of the trial stops it
             self._engine.stop(lease)
 
