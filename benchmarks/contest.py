@@ -7,9 +7,17 @@ are compared within the round; a number from another day or machine means nothin
 import argparse
 import importlib.util
 import json
+import os
 import random
+import signal
 import statistics
-from collections.abc import Callable, Mapping
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from typing import Any
 
 Contender = Callable[[], float]
@@ -67,6 +75,69 @@ def compete(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[
         random.Random(number).shuffle(order)
         for name in order:
             measured[name].append(contenders[name]())
+    return measured
+
+
+class Turns:
+    """A contender's side of `take_turns`: call `step_done` after each step."""
+
+    ADDRESS = "BENCHMARK_TURNS"
+    """Environment variable with the path of the socket of the benchmark."""
+
+    def __init__(self, steps_per_turn: int) -> None:
+        self._steps, self._per_turn = 0, steps_per_turn
+        self._benchmark: Connection = Client(os.environ[self.ADDRESS])
+        self._began = 0.0
+
+    def step_done(self) -> None:
+        """At the end of a turn, send the seconds per step and wait for the next turn."""
+        self._steps += 1
+        if self._steps % self._per_turn == 0:
+            self._benchmark.send((time.perf_counter() - self._began) / self._per_turn)
+            self._benchmark.recv()
+            self._began = time.perf_counter()
+
+
+def take_turns(
+    contenders: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], turns: int, rounds: int
+) -> dict[str, list[float]]:
+    """Run contenders, each a command with its environment, in turns of some steps.
+
+    In a round all live at the same time, and one at a time goes on, in another order each time: the
+    speed of the machine changes less between two turns than between two runs. The measurement of a
+    round is the median over its turns; the first one, with all starts, is not counted. A process
+    keeps its luck with memory and caches, of up to 10 %, so that it takes several rounds.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, seconds in _one_round_of_turns(contenders, turns, number).items():
+            measured[name].append(statistics.median(seconds))
+    return measured
+
+
+def _one_round_of_turns(
+    contenders: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], turns: int, seed: int
+) -> dict[str, list[float]]:
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        connections: dict[str, Connection] = {}
+        for number, (name, (command, variables)) in enumerate(contenders.items()):
+            listener = stack.enter_context(Listener(str(folder / str(number))))
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **variables, Turns.ADDRESS: str(folder / str(number))},
+                start_new_session=True,
+            )
+            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+            connections[name] = listener.accept()
+            connections[name].recv()
+        order, draw = list(contenders), random.Random(seed)
+        for _ in range(turns):
+            draw.shuffle(order)
+            for name in order:
+                connections[name].send(None)
+                measured[name].append(connections[name].recv())
     return measured
 
 

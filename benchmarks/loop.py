@@ -1,13 +1,18 @@
 """Step time of the training loop, compared with bare PyTorch, Lightning, Accelerate and Ray.
 
     pip install -e '.[peers]'     # a peer that is not installed gets a row that says so
-    python benchmarks/loop.py [--rounds 15] [--ray] [--tiny]
+    python benchmarks/loop.py [--rounds 5] [--ray] [--before FOLDER] [--tiny]
 
 All have the same model, data, batch, optimizer (fused AdamW), learning rate schedule and seeds, and
 no augmentation. Every contender logs its loss every ten steps. Only the steps after a warm-up are
 timed: no start, no evaluation, no checkpoint. Each worker has one thread.
+
+Bare PyTorch, and with `--before` the loop of an earlier commit's checkout, are compared in
+processes that live at the same time and take turns of some steps (`contest.take_turns`). The peers
+are compared by rounds of whole runs.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -16,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from bare import Bare
-from contest import Contender, compete, finish, installed, leave_out, options, parse, rows, show
+from contest import (
+    Contender,
+    compete,
+    finish,
+    installed,
+    leave_out,
+    options,
+    parse,
+    rows,
+    show,
+    take_turns,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -36,6 +53,8 @@ from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
 
 WARM_UP, STEPS = 10, 60
+TURNS = 10
+"""Turns of each contender in a round: see `loop_in_turns.STEPS_PER_TURN`."""
 
 CASES: dict[str, dict[str, Any]] = {
     "digits CNN": {
@@ -210,6 +229,15 @@ def two_workers(contender: Any, case: str) -> float:
     return float(queue.get())
 
 
+def in_turns(
+    kind: str, case: str, workers: int, checkout: Path
+) -> tuple[list[str], dict[str, str]]:
+    """A contender of `take_turns`, and its environment, which has a checkout's modules."""
+    script = str(Path(__file__).with_name("loop_in_turns.py"))
+    path = os.pathsep.join([str(checkout), str(checkout / "benchmarks")])
+    return [sys.executable, script, kind, case, str(workers)], {"PYTHONPATH": path}
+
+
 def ray_tutorial(workers: int, case: str) -> float:
     """The loop of Ray's tutorial on PyTorch."""
     from ray.train import RunConfig, ScalingConfig
@@ -261,40 +289,61 @@ def _tutorial(config: dict[str, Any]) -> float:
             step += 1
 
 
+def compare_in_turns(
+    cases: Iterable[str], before: Path | None, turns: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Rows against bare PyTorch, and against an earlier checkout if one is given."""
+    results, here = [], Path(__file__).parents[1]
+    for case, workers in itertools.product(cases, (1, 2)):
+        contenders = {
+            "Heliostat": in_turns("heliostat", case, workers, here),
+            "bare PyTorch": in_turns("bare", case, workers, here),
+        }
+        if before is not None:
+            contenders["before"] = in_turns("heliostat", case, workers, before.resolve())
+        measured = take_turns(contenders, turns, rounds)
+        title = f"{case}, {workers} worker{'s' * (workers > 1)}"
+        show(title, measured, "ms/step", 1e3)
+        results += rows(title, "Heliostat", measured)
+    return results
+
+
+def compare_peers(cases: Iterable[str], with_ray: bool, rounds: int) -> list[dict[str, Any]]:
+    """Rows against the peers that are installed, by rounds of whole runs."""
+    results = []
+    peers = {"lightning": lightning, "accelerate": accelerate}
+    there = {name.capitalize(): peer for name, peer in peers.items() if installed(name)}
+    if not with_ray:
+        leave_out("Ray Train tutorial", "needs --ray")
+    for case in cases:
+        alone: dict[str, Contender] = {name: partial(peer, case) for name, peer in there.items()}
+        both: dict[str, Contender] = {}
+        if with_ray:
+            alone["Ray Train tutorial"] = partial(ray_tutorial, 1, case)
+            both["Ray Train tutorial"] = partial(ray_tutorial, 2, case)
+        for title, ours, contenders in (
+            (f"{case}, 1 worker", partial(heliostat, case), alone),
+            (f"{case}, 2 workers", partial(two_workers, heliostat, case), both),
+        ):
+            if contenders:
+                measured = compete({"Heliostat": ours, **contenders}, rounds)
+                show(title, measured, "ms/step", 1e3)
+                results += rows(title, "Heliostat", measured)
+    return results
+
+
 def main() -> None:
-    parser = options(__doc__, rounds=15)
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--ray", action="store_true", help="also Ray's tutorial, a minute a round")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="an earlier checkout")
     args = parse(parser)
     cases = CASES
     if args.tiny:
         cases = {"digits CNN": CASES["digits CNN"]}
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    results = []
-    for case in cases:
-        alone: dict[str, Contender] = {
-            "Heliostat": partial(heliostat, case),
-            "bare PyTorch": partial(bare, case),
-        }
-        for name, peer in {"lightning": lightning, "accelerate": accelerate}.items():
-            if installed(name):
-                alone[name.capitalize()] = partial(peer, case)
-        both: dict[str, Contender] = {
-            "Heliostat": partial(two_workers, heliostat, case),
-            "bare PyTorch (DDP)": partial(two_workers, bare, case),
-        }
-        if not args.ray:
-            leave_out("Ray Train tutorial", "needs --ray")
-        else:
-            alone["Ray Train tutorial"] = partial(ray_tutorial, 1, case)
-            both["Ray Train tutorial"] = partial(ray_tutorial, 2, case)
-        for title, contenders, rounds in (
-            (f"{case}, 1 worker", alone, args.rounds),
-            (f"{case}, 2 workers", both, 1 if args.tiny else max(3, args.rounds // 3)),
-        ):
-            measured = compete(contenders, rounds)
-            show(title, measured, "ms/step", 1e3)
-            results += rows(title, "Heliostat", measured)
+    results = compare_in_turns(cases, args.before, 1 if args.tiny else TURNS, args.rounds)
+    results += compare_peers(cases, args.ray, args.rounds)
     finish("loop", results)
 
 

@@ -31,7 +31,7 @@ LARGE_ROOMS = {
     "cluster.cost": 11,
     "trainers": 13,
     "trainers.checkpoints": 13,
-    "trainers.engine": 12,
+    "trainers.engine": 13,
     "trainers.modeling": 12,
     "trainers.tracking": 16,
     "tuning.trials": 23,

@@ -150,6 +150,15 @@ def withdraw_stop(folder: Path) -> None:
     (folder / STOP / WHOLE).unlink(missing_ok=True)
 
 
+def run_files(storage: str) -> tuple[str, ...]:
+    """Patterns for the files that runs write into the working folder: they are no code."""
+    here = Path.cwd()
+    named = here / storage
+    places = (Path(os.path.normpath(named)), named.resolve())  # it may be a link
+    inside = {each.relative_to(here) for each in places if each.is_relative_to(here)} - {Path()}
+    return tuple(f"/{each.as_posix()}" for each in sorted(inside))
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder, so that only one process works on the run."""

@@ -27,6 +27,19 @@ EarlierTrials = dict[str, list[dict[str, Any]]]
 """Folder of an earlier sweep -> its trials, as `Journal.earlier` has them."""
 
 
+def add_earlier(spec_data: dict[str, Any], sweep: SweepSpec, like: str | None) -> EarlierTrials:
+    """Put the points of `--like` and the folders of `sweep.warm_start` into a new sweep's spec.
+
+    Returns the trials to learn from. Raises SpecError as `points_like` and `find_earlier_trials`.
+    """
+    if like is not None:
+        points = points_like(sweep, like, Path(spec_data["storage"]))
+        spec_data["sweep"]["enqueue"] = [*sweep.enqueue, *points]
+    found = find_earlier_trials(spec_data, sweep)
+    spec_data["sweep"]["warm_start"] = list(found)
+    return found
+
+
 def points_like(sweep: SweepSpec, name: str, storage: Path) -> list[dict[str, Any]]:
     """The values of a run, or of a sweep's best trials, as points for `sweep.enqueue`.
 
@@ -86,6 +99,12 @@ def record_earlier_trials(sweep: Sweep, found: EarlierTrials) -> None:
     for folder, trials in found.items():
         if folder not in journal.earlier and not journal.parameters:
             journal.record_earlier(folder, trials)
+
+
+def complete_journal(sweep: Sweep) -> None:
+    """Record the earlier trials of a sweep that was killed before it did so."""
+    if sweep.spec.warm_start and not Journal(sweep.folder / JOURNAL_FILE).parameters:
+        record_earlier_trials(sweep, find_earlier_trials(sweep.spec_data, sweep.spec))
 
 
 def _words(modes: Mapping[str, str]) -> str:

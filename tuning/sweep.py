@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,6 @@ from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.best_spec import write_best
 from tuning.trials.budget import SweepBudget, open_budget, settle
 from tuning.trials.datasets import prepare_datasets
-from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import (
     Leaderboard,
     TrialResult,
@@ -44,7 +44,7 @@ from tuning.trials.leaderboard import (
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
 from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
-from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
+from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 from tuning.tuner import (
     TUNE_FOLDER,
     TrialCallback,
@@ -71,11 +71,7 @@ def new_sweep(
     """
     stem, spec = read_sweep_spec(name, overrides)
     data = run.resolved_data(spec)
-    if like is not None:
-        points = earlier.points_like(spec.sweep, like, Path(spec.storage))
-        data["sweep"]["enqueue"] = [*spec.sweep.enqueue, *points]
-    trials = earlier.find_earlier_trials(data, spec.sweep)
-    data["sweep"]["warm_start"] = list(trials)
+    trials = earlier.add_earlier(data, spec.sweep, like)
     spec, workload = resolve(data, SweepRunSpec)
     dataset, datasets = prepare_datasets(data, spec)
     check_metrics(spec, workload, dataset)
@@ -104,8 +100,7 @@ def resumed_sweep(name: str, storage: Path, overrides: Sequence[str] = ()) -> Sw
         with locked(folder):
             write_yaml(data, folder / SPEC)
     sweep = Sweep(data, spec.sweep, dataset, folder, datasets=datasets)
-    if spec.sweep.warm_start and not Journal(folder / JOURNAL_FILE).parameters:
-        earlier.record_earlier_trials(sweep, earlier.find_earlier_trials(data, spec.sweep))
+    earlier.complete_journal(sweep)
     return sweep
 
 
@@ -146,7 +141,8 @@ def run_to_end(
                 create_tuner(sweep, spec, tracker, slots).fit()
         _repeat_best(sweep, spec, tracker, budget, log_line)
     board = end.track_importances()
-    end.export_best()
+    if has_ended(sweep, board):
+        export_best(sweep, board)
     return board, {**mlflow_run.end_tracking(tracker, sweep.key), **end.summary}
 
 
@@ -256,14 +252,6 @@ class _SweepEnd:
             self._tracker.set_tags.remote(self._sweep.key, tags)
         return self._board
 
-    def export_best(self) -> None:
-        """Export the best trial's model, which `load_model` takes with the sweep's folder."""
-        if self._status == "FINISHED" and self._board is not None and self._board.best is not None:
-            try:
-                export_best(self._sweep, self._board.best)
-            except Exception:
-                logger.exception("the model of the best trial could not be exported")
-
     def _description(self, board: Leaderboard) -> str:
         return sweep_description(self._sweep, board, self.summary.get("account", {}))
 
@@ -280,10 +268,16 @@ def _best_metrics(metric: str, best: TrialResult) -> list[tuple[str, float, int,
 
 
 def _earlier_plan(sweep: Sweep) -> fusion_plan.FusionPlan | None:
-    """The plan with which the sweep began, unless that was made for a workload with a mistake."""
+    """The plan with which the sweep began, unless that was made for a workload with a mistake.
+
+    With another plan Ray Tune begins anew: its state is that of trials in processes.
+    """
     plan = fusion_plan.load_plan(sweep)
     evaluated = any(sweep.folder.glob(f"{TRIALS}/*/{LAST_RESULT_FILE}"))
-    return plan if plan is not None and (plan.slots or evaluated) else None
+    if plan is None or plan.slots or evaluated:
+        return plan
+    shutil.rmtree(sweep.folder / TUNE_FOLDER, ignore_errors=True)
+    return None
 
 
 @contextlib.contextmanager

@@ -68,8 +68,7 @@ def submit_command(args: argparse.Namespace) -> int:
     from cluster.jobs.working_dir_package import build_package, format_mebibytes
 
     submission = _parse_submission(args)
-    exclude_patterns = (*submission.exclude_patterns, *args.exclude)
-    package = build_package(Path.cwd(), submission.required_files, exclude_patterns)
+    package = build_package(Path.cwd(), submission.required_files, submission.exclude_patterns)
     with dashboard(args) as url:
         job, new = submit(url, submission, package)
     if new:
@@ -96,6 +95,7 @@ def _parse_submission(args: argparse.Namespace) -> "Submission":
     inner = known[args.words[0]].parse_args(args.words[1:])
     if inner.address:
         raise SpecError("--address: must be given before the verb")
+    inner.exclude = tuple(args.exclude)
     submission: Submission = inner.plan(inner, tuple(args.words))
     check_submission(submission)
     return submission

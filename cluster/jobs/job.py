@@ -34,7 +34,7 @@ class Submission:
     required_files: tuple[Path, ...] = ()
     """Files that are packaged even if git ignores them."""
     exclude_patterns: tuple[str, ...] = ()
-    """Patterns of what runs write into the working folder."""
+    """Patterns of what runs write into the working folder, and of what the user leaves out."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
 """The working folder as a package that Ray unpacks on the cluster.
 
-Git decides what is left out: its own ignore rules apply, also in a folder that is no repository.
+Git decides what is left out, see `cluster.jobs.folder_files`. All else is sent, or refused.
 """
 
 import fnmatch
 import hashlib
 import io
+import ntpath
 import os
-import subprocess
-import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.base.errors import SpecError
+from cluster.jobs.folder_files import files_below
 from cluster.jobs.secret_scan import find_secrets
 
 MAX_PACKAGE_BYTES = 256 << 20
@@ -31,6 +31,8 @@ HELIOSTAT_ROOT = Path(__file__).resolve().parents[2]
 
 HELIOSTAT_PACKAGES = ("cluster", "trainers", "tuning", "heliostat")
 """They are left out of a package: the cluster has an installation of its own."""
+
+_CURE = "move these files out of the folder, name them in .gitignore or give submit --exclude"
 
 
 @dataclass(frozen=True)
@@ -55,43 +57,67 @@ def build_package(
 ) -> Package:
     """Package the files of `folder` that git does not ignore, and all `required_files`.
 
-    Paths and names that match `exclude_patterns` are left out. Raises SpecError for files that
-    seem to contain credentials, and for a folder that is too large, with a line for each file.
+    Paths and names that match `exclude_patterns` are left out. Raises SpecError, with a line for
+    each file, for files that seem to contain credentials, that cannot be sent, and that are too
+    large.
     """
     files = list_packaged_files(folder, exclude_patterns)
     files = sorted({*files, *(path for path in required_files if (folder / path).is_file())})
-    found = find_secrets(folder, files)
+    _check_names(files)
+    try:
+        sizes = {path: (folder / path).stat().st_size for path in files}
+        _check_sizes(sizes)
+        found = find_secrets(folder, files)
+        if found:
+            raise SpecError("\n".join(found) + f"\nnothing was sent; {_CURE}")
+        return Package(_zip_files(folder, files), tuple(files))
+    except OSError as error:
+        raise SpecError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def _check_names(files: Iterable[Path]) -> None:
+    """Raise SpecError for names that a zip cannot hold, or with which Ray 2.60 leaves files out."""
+    found = []
+    for path in files:
+        name = os.fsencode(path).decode(errors="backslashreplace")
+        if name != str(path):
+            found.append(f"{name}: the name is not UTF-8")
+        elif "\\" in name or ntpath.splitdrive(name)[0]:
+            found.append(f"{name}: Ray does not unpack files with such names")
     if found:
-        raise SpecError(
-            "\n".join(found) + "\nnothing was sent; move these files out of the folder, "
-            "name them in .gitignore or give --exclude"
-        )
-    sizes = {path: (folder / path).stat().st_size for path in files}
+        raise SpecError("\n".join(found[:5]) + f"\nnothing was sent; rename or {_CURE}")
+
+
+def _check_sizes(sizes: Mapping[Path, int]) -> None:
     total = sum(sizes.values())
     if total > MAX_PACKAGE_BYTES:
-        largest = sorted(files, key=lambda path: sizes[path], reverse=True)[:5]
+        largest = sorted(sizes, key=lambda path: sizes[path], reverse=True)[:5]
         raise SpecError(
             "\n".join(f"{path}: {format_mebibytes(sizes[path])}" for path in largest)
             + f"\nthe folder has {format_mebibytes(total)}, more than the "
             f"{format_mebibytes(MAX_PACKAGE_BYTES)} that can be sent; name large files in "
             ".gitignore, give --exclude, and keep data on storage that the cluster can see"
         )
-    return Package(_zip_files(folder, files), tuple(files))
 
 
 def list_packaged_files(folder: Path, exclude_patterns: Iterable[str] = ()) -> list[Path]:
-    """The files below `folder` that git does not ignore, relative to it, sorted."""
-    excluded = (*ALWAYS_EXCLUDED, *exclude_patterns)
+    """The files below `folder` that git does not ignore, relative to it, sorted.
+
+    Raises SpecError as `files_below` does.
+    """
+    exclude_patterns = tuple(exclude_patterns)
     own = {
         name for name in HELIOSTAT_PACKAGES if (folder / name).resolve() == HELIOSTAT_ROOT / name
     }
-    return sorted(
-        path
-        for path in map(Path, _git_files(folder))
-        if path.parts[0] not in own
-        and not any(_matches(path, pattern) for pattern in excluded)
-        and (folder / path).is_file()  # neither deleted nor a link to a folder
+    return files_below(
+        folder,
+        lambda path: path.parts[0] in own or is_left_out(path, exclude_patterns),
     )
+
+
+def is_left_out(path: Path, exclude_patterns: Iterable[str]) -> bool:
+    """Whether a path below the folder matches one of the patterns, or is never sent."""
+    return any(_matches(path, pattern) for pattern in (*ALWAYS_EXCLUDED, *exclude_patterns))
 
 
 def _matches(path: Path, pattern: str) -> bool:
@@ -106,39 +132,6 @@ def _matches(path: Path, pattern: str) -> bool:
         or (not pattern.startswith("/") and fnmatch.fnmatch(part.name, bare))
         for part in folders
     )
-
-
-def _git_files(folder: Path) -> list[str]:
-    """The files that git does not ignore; a folder outside a repository gets a temporary one."""
-    flags = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    inside = _git(["-C", str(folder), "rev-parse", "--is-inside-work-tree"])
-    if inside is None or inside.strip() != "true":
-        with tempfile.TemporaryDirectory() as empty:
-            if _git(["init", "--quiet", "--bare", empty]) is None:
-                return _without_git(folder)
-            options = [f"--git-dir={empty}", f"--work-tree={folder}", "-c", "core.bare=false"]
-            names = _git(["-C", str(folder), *options, *flags]) or ""
-    else:
-        names = _git(["-C", str(folder), *flags]) or ""
-    return [name for name in names.split("\0") if name]
-
-
-def _git(arguments: list[str]) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
-
-
-def _without_git(folder: Path) -> list[str]:
-    if any(folder.rglob(".gitignore")):
-        raise SpecError("git: is needed to read .gitignore; install it")
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in ALWAYS_EXCLUDED]
-        names += [str((Path(parent) / name).relative_to(folder)) for name in files]
-    return names
 
 
 def _zip_files(folder: Path, files: Iterable[Path]) -> bytes:

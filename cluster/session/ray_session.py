@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,13 @@ from cluster.session.session import RayLease, find_or_start_session
 @contextlib.contextmanager
 def ray_session(
     address: str | None = None,
-    code_folder: Path | None = None,
-    exclude: tuple[str, ...] = (),
+    pack_code: Callable[[], bytes] | None = None,
     keep_warm_s: float | None = None,
 ) -> Iterator[bool]:
     """Connect to `address`, else to RAY_ADDRESS, else to this machine's Ray, else to the session's.
 
-    `code_folder` is a folder of the user's from which workers import. It is uploaded with the
-    job, without the files that `exclude` names in the notation of .gitignore. The session's Ray
+    `pack_code` makes a zip of the working folder if the user's code is in it, and a cluster's
+    workers import from that. Workers of the session's Ray have the working folder itself. That Ray
     stays for `keep_warm_s` after its last use; where there can be no session, a Ray is started and
     stopped at the end. An existing connection is used and left open.
     Yields whether Ray is this machine's alone, in which case it cannot grow.
@@ -41,10 +41,6 @@ def ray_session(
     if ray.is_initialized():
         yield False
         return
-    runtime_env: dict[str, Any] = {}
-    # A submitted job already has a working directory, and Ray does not let a driver change it.
-    if code_folder is not None and submission_metadata() is None:
-        runtime_env = {"working_dir": str(code_folder), "excludes": list(exclude)}
     address = address or os.environ.get("RAY_ADDRESS")
     on_this_machine = not address
     lease: RayLease | None = None
@@ -54,17 +50,22 @@ def ray_session(
         lease = _lease_warm_ray()
         # Without an address Ray would wait for minutes for one that was killed.
         address = lease.address if lease else "local"
+    is_alone = lease is not None or address == "local"
+    # A submitted job already has a working directory, and Ray does not let a driver change it.
+    has_code = is_alone or submission_metadata() is not None
+    package = pack_code() if pack_code is not None and not has_code else None
     if address != "local" and read_token():
         # Ray enables authentication by itself for a cluster that it starts, never for a client.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         reload_configuration()
     try:
-        ray.init(
-            address=address,
-            runtime_env=runtime_env,
-            include_dashboard=False if on_this_machine and not lease else None,
-            logging_level=logging.WARNING,
-        )
+        with _working_dir(package) as runtime_env:
+            ray.init(
+                address=address,
+                runtime_env=runtime_env,
+                include_dashboard=False if on_this_machine and not lease else None,
+                logging_level=logging.WARNING,
+            )
     except Exception as error:  # Ray raises Exception itself if a node does not start in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if cause := str(error.__cause__ or "").strip():
@@ -75,11 +76,23 @@ def ray_session(
         lease.keep_command_state(ray.get_runtime_context().get_job_id())
     _remove_stale_placement_groups()
     try:
-        yield lease is not None or address == "local"
+        yield is_alone
     finally:
         ray.shutdown()
         if lease is not None:
             lease.release(keep_warm_s)
+
+
+@contextlib.contextmanager
+def _working_dir(package: bytes | None) -> Iterator[dict[str, Any]]:
+    """A runtime environment with a zip as the workers' working folder, which Ray reads in here."""
+    if package is None:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "working_dir.zip"
+        file.write_bytes(package)
+        yield {"working_dir": str(file)}
 
 
 def _lease_warm_ray() -> RayLease | None:

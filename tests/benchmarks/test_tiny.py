@@ -12,10 +12,13 @@ pytestmark = pytest.mark.thorough
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
 """Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
-MINUTES = ("answers", "forecast", "fused", "many", "recovery", "start", "track")
+MINUTES = ("answers", "forecast", "fused", "many", "recovery", "search", "start", "track")
 ON_A_RACK = ("clusters",)
-PARTS = ("answer_", "bare", "browser", "contest", "guide", "models", "peers", "tutorial")
-"""Modules that benchmarks share, and programs that they start; the last is a prefix."""
+PARTS = (
+    *("answer_", "bare", "browser", "contest", "guide"),
+    *("loop_in_turns", "models", "peers", "search_", "tutorial"),
+)
+"""Beginnings of modules that benchmarks share, and of programs that they start."""
 
 
 def run_tiny(name: str, *options: str) -> None:

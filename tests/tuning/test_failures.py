@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.checks.finite import not_finite, state_not_finite
@@ -109,6 +109,7 @@ def test_a_mistake_in_a_field_that_no_trial_varies_ends_the_sweep_at_once(tmp_pa
     assert watch.line == f"trial 0001 failed as all would: {missing}"
 
 
+@settings(max_examples=25)
 @given(st.lists(st.floats(1e-4, 1.0), max_size=12))
 def test_no_half_of_a_range_is_condemned_unseen(
     tmp_path_factory: pytest.TempPathFactory, rates: list[float]

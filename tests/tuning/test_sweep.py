@@ -153,7 +153,7 @@ def test_a_grid_tries_every_combination_once(run_sweep: Any, mlflow_server: str)
         assert result.step == math.ceil(samples / 128)
         assert result.epoch == pytest.approx(128 * result.step / samples, rel=0.01)
     for child in children(mlflow_server, tracked["run_id"]):
-        result = next(r for r in board.results if f"{r.number:04d}" in child.info.run_name)
+        result = next(r for r in board.results if child.info.run_name.endswith(f"-{r.number:04d}"))
         assert float(child.data.params["data.val_fraction"]) == result.parameters[paths[2]]
 
 
@@ -205,7 +205,7 @@ def test_pbt_continues_from_the_better_trials_weights(
     assert journal.changes, "no trial took over another one's weights"
     by_name = {run.info.run_name: run for run in children(mlflow_server, tracked["run_id"])}
     for result in board.results:
-        run = by_name[f"{result.number:04d}"]
+        run = by_name[f"{sweep.key}-{result.number:04d}"]
         assert result.parameters == journal.parameters_after(result.number)
         assert run.data.metrics["val/loss"] == result.value
         assert run.data.metrics["optimizer.lr"] == result.parameters["optimizer.lr"]

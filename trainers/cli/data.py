@@ -68,11 +68,11 @@ def _make(spec: "RunSpec", workload: "Workload", args: argparse.Namespace) -> in
     from cluster.session.ray_session import ray_session
     from trainers.cli.progress import bar_of
     from trainers.data.dataset import prepare_dataset
-    from trainers.runs.session import shipped_code
+    from trainers.runs.session import code_packer
     from trainers.workload import PartitionedWorkload
 
     partitioned = isinstance(workload, PartitionedWorkload)
-    ray = ray_session(args.address, *shipped_code(spec))
+    ray = ray_session(args.address, code_packer(spec))
     with (
         redirect_output(cache_folder() / "data.log", args.verbose) as console,
         ray if partitioned else contextlib.nullcontext(),

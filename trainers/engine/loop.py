@@ -16,6 +16,7 @@ from trainers.data.splits import count_samples, open_splits
 from trainers.engine.coordination import LossWindow, SaveSchedule, StepCoordinator
 from trainers.engine.evaluate import Evaluator
 from trainers.engine.heartbeat import heartbeat
+from trainers.engine.host_memory import keep_freed_memory
 from trainers.engine.reporter import Reporter
 from trainers.engine.step import TrainStep
 from trainers.modeling.dropout import NATIVE_RNG_NOTE
@@ -48,6 +49,7 @@ def train(
 
     Where the spec changes, the state is saved, and the model and optimizer are built once more.
     """
+    keep_freed_memory()
     worker = worker or Worker()
     total = spec.train.total_steps(count_samples(dataset, "train"))
     parts = [part for part in spec_parts(spec, workload) if part[0] < total]
@@ -101,7 +103,6 @@ def _train_part(
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_start(steps, checkpoints, reporter)
         evaluator.resume(start, checkpoints, reported=part.follows)
-
         done = start
         for step in range(start, part.end):
             heartbeat(step)

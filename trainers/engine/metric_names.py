@@ -10,14 +10,21 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from trainers.data.sampling import to_device
 from trainers.data.splits import read_dataset_manifest, split_files
 from trainers.data.tables import column_tensor
+from trainers.engine.evaluate import evaluate
+from trainers.modeling.build import build_network
+from trainers.modeling.forward import Forward
+from trainers.modeling.lazy_modules import give_shapes
+from trainers.modeling.model_inputs import convert_inputs
 from trainers.precision import weights_dtype
 from trainers.spec import RunSpec
+from trainers.worker import Worker
 from trainers.workload import Batch, Workload
 
 SAMPLES = 2
+MAX_WEIGHTS = 20_000_000
+"""A larger model is not built to look at its metrics."""
 TIMEOUT_S = 20.0
 """Seconds after which it is left to the first evaluation to tell."""
 
@@ -25,9 +32,8 @@ TIMEOUT_S = 20.0
 def validation_metrics(spec: RunSpec, workload: Workload, dataset: Path) -> list[str] | None:
     """The metrics `val/...` that the workload's evaluations report; None if that cannot be told.
 
-    The model and its metrics are tried on two samples, with shapes in place of numbers (PyTorch's
-    device `meta`): that takes no memory, however large the model. It is done in a forked process,
-    which the user's code may change, block or end as it likes.
+    The model, if it is small, and its metrics are tried on two samples. That is done in a forked
+    process, which the user's code may change, block or end as it likes.
     """
     samples = _first_samples(dataset)
     if samples is None:
@@ -73,11 +79,14 @@ def _send_names(connection: Connection, spec: RunSpec, workload: Workload, sampl
     connection.send(names)
 
 
-def _names(spec: RunSpec, workload: Workload, samples: Batch) -> list[str]:
-    meta = torch.device("meta")
-    with meta, torch.no_grad():
-        network = workload.build().eval()
-        batch = to_device(samples, meta, weights_dtype(spec.train))
-        output = workload.forward(network, batch)
-        found = {"loss": workload.loss(output, batch), **workload.metrics(output, batch)}
-    return [f"val/{name}" for name in workload.summary(dict.fromkeys(found, 1.0))]
+def _names(spec: RunSpec, workload: Workload, samples: Batch) -> list[str] | None:
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in workload.build().parameters())
+    if weights > MAX_WEIGHTS:
+        return None
+    torch.set_num_threads(1)  # the parent's other threads are not in a forked process
+    network, dtype = build_network(spec.train, workload), weights_dtype(spec.train)
+    give_shapes(workload, network, samples, dtype)
+    convert_inputs(network, samples, dtype, False)
+    means = evaluate(spec, workload, Forward(workload, network), samples, Worker())
+    return [f"val/{name}" for name in means]

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.errors import SpecError
 from cluster.base.terminal import redirect_output
+from cluster.jobs.working_dir_package import build_package
 from cluster.session.ray_session import ray_session
+from trainers.checkpoints.user_code import user_modules
 from trainers.run_folder import (
     LOG,
     WHOLE,
     display_path,
     locked,
+    run_files,
     stop_requests,
     withdraw_stop,
 )
@@ -22,6 +25,7 @@ from trainers.runs.ray_train import resource_shortage
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
 from trainers.tracking.preflight import check_access, notices
+from trainers.workload import load_workload
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,21 +78,29 @@ def folder_session(
     with (
         locked(folder),
         redirect_output(log, verbose) as console,
-        ray_session(address, *shipped_code(spec), spec.session.keep_warm_s) as started_here,
+        ray_session(address, code_packer(spec), spec.session.keep_warm_s) as started_here,
     ):
         if not verbose:
             console.print(f"log: {display_path(log)}", style="dim")
         yield console, started_here
 
 
-def shipped_code(spec: RunSpec) -> tuple[Path | None, tuple[str, ...]]:
-    """The folder of the user's code that Ray copies to the workers, and what it leaves out.
+def code_packer(spec: RunSpec) -> Callable[[], bytes] | None:
+    """Packs the working folder for a cluster's workers; None where the workload is one of ours.
 
-    None where the workload is one of ours.
+    The workload's own modules are in the package even if git ignores them, as a module may be that
+    a build has written.
     """
-    code = Path.cwd() if ":" in spec.workload else None
-    storage = Path(spec.storage).name  # the files that runs write are not code
-    return code, (".git", ".venv", "mlflow.db", "mlartifacts", storage, "__pycache__")
+    if ":" not in spec.workload:
+        return None
+    folder = Path.cwd()
+
+    def pack() -> bytes:
+        modules = user_modules(load_workload(spec.workload)).values()
+        needed = [file.relative_to(folder) for file in modules if file.is_relative_to(folder)]
+        return build_package(folder, needed, run_files(spec.storage)).data
+
+    return pack
 
 
 @contextlib.contextmanager

@@ -116,10 +116,10 @@ def _records(path: Path, log_end: int) -> tuple[bytes, int]:
     except FileNotFoundError:
         return b"", 0
     content = content[: len(content) // RECORD.size * RECORD.size]
-    offsets = array("Q", content)[1::2]
+    numbers = array("Q", content)
     last = -1
-    for count, offset in enumerate(offsets):
-        if not last < offset < log_end:
+    for count, (key, offset) in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
+        if not key or not last < offset < log_end:  # zeros: a machine lost its power
             content = content[: count * RECORD.size]
             break
         last = offset

@@ -49,7 +49,7 @@ def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
     line = wait_until_sent(tracker, timeout_s=60)
     if line and ray.get(tracker.unsent.remote()).metrics_bytes:
         return {"unsent": line}
-    waiting = f"{line}; heliostat track flush {key} sends what waits" if line else None
+    waiting = f"{line}; heliostat track flush {key} sends them" if line else None
     notices = [each for each in (waiting, ray.get(tracker.refused.remote())) if each]
     notice = {"notice": "; ".join(notices)} if notices else {}
     try:

@@ -84,9 +84,7 @@ def artifact_problem(uri: str, location: str) -> str | None:
     scheme = location.partition(":")[0]
     if path is None:
         if scheme == "mlflow-artifacts" and not uri.startswith("http"):
-            return (
-                f"tracking.uri: artifacts go to {location}, for which it must be that of a server"
-            )
+            return f"artifacts go to {location}, for which tracking.uri must be that of a server"
         package = PACKAGES.get(scheme)
         if package and find_spec(package.partition(".")[0]) is None:
             return f"artifacts go to {location}, for which the package {package} must be installed"

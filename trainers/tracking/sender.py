@@ -86,7 +86,7 @@ class Sender:
 
     def _note_end(self, operation: dict[str, Any]) -> None:
         if operation["do"] in ("start", "resume"):
-            self._running.add(operation.get("run", operation.get("key")))
+            self._running.add(operation["key" if operation["do"] == "start" else "run"])
         elif operation["do"] == "finish":
             self._running.discard(operation["run"])
 

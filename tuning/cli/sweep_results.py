@@ -104,12 +104,14 @@ def _how_to_use(sweep: "Sweep", best: "TrialResult") -> Iterator[str]:
     """The best checkpoint, and the commands that train from it."""
     from trainers.checkpoints.place import checkpoint_at
     from trainers.run_folder import CHECKPOINTS, MODEL, display_path, display_place
+    from tuning.fused.fusion_plan import planned_slots
 
     folder, trial = sweep.folder, sweep.trial_folder(best.number)
     train = f"heliostat train {display_path(folder)}/best.yaml"
     yield f"best checkpoint: {display_place(checkpoint_at(trial / CHECKPOINTS, best.step))}"
     if (folder / MODEL).exists():
         yield f'load its model: load_model("{display_path(folder)}")'
-    yield f"train it afresh: {train}"
+    rounding = " (alone, its value differs by rounding)" if planned_slots(sweep) else ""
+    yield f"train it afresh: {train}{rounding}"
     from_step = f"{display_path(trial)}@{best.step}"
     yield f"train it further: {train} --from {from_step} --set train.epochs=N"

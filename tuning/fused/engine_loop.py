@@ -27,6 +27,7 @@ from trainers.data.splits import open_splits
 from trainers.devices import local_device
 from trainers.engine.evaluate import check_ranking, evaluate, splits_due
 from trainers.engine.heartbeat import heartbeat, stall_watchdog
+from trainers.engine.host_memory import keep_freed_memory
 from trainers.engine.metrics import MetricsError
 from trainers.engine.out_of_memory import is_out_of_memory
 from trainers.engine.stall_files import STALLS
@@ -144,6 +145,7 @@ class EngineLoop:
         """Train for ever; an outage or an unforeseen error ends the process."""
         try:
             set_threads(self._sweep)
+            keep_freed_memory()
             stalls, timeout_s = self._sweep.folder / STALLS, self._spec.train.stall_timeout_s
             with stall_watchdog(stalls, 0, 1, timeout_s):
                 while True:

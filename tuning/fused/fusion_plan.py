@@ -14,6 +14,7 @@ from cluster.base.files import write_atomic
 from trainers.data.remote import local_dataset
 from trainers.data.splits import open_split
 from trainers.devices import Device, local_device
+from trainers.engine.host_memory import keep_freed_memory
 from trainers.modeling.build import build_network
 from trainers.runs.failure_policy import format_error
 from trainers.spec import RunSpec, resolve
@@ -100,6 +101,7 @@ def try_plan(
 ) -> tuple[FusionPlan, Program | None]:
     """`make_plan`, but a sweep whose trials cannot even be built is not fused."""
     threads = torch.get_num_threads()
+    keep_freed_memory()
     try:
         return make_plan(sweep, engines, on_compile=on_compile)
     except Exception as error:  # a trial in a process of its own will report what is wrong

@@ -9,7 +9,6 @@ from typing import Any
 
 from cluster.base.config import flatten, read_yaml, validate
 from cluster.base.errors import SpecError
-from cluster.cost.budget import duration_text
 from trainers.reports.charts import PART_COLOURS
 from trainers.reports.history import RunHistory, read_histories
 from trainers.reports.page import DataTable, Page, Section, StatCard, format_number
@@ -17,9 +16,10 @@ from trainers.reports.run_report import cost_cards, wall_time_card
 from trainers.reports.vega import Chart, Columns, choose_scale, data_source, quantitative, with_unit
 from trainers.run_folder import SPEC, display_path, folder_kind
 from tuning.reports.sweep_charts import cell_text, slug
+from tuning.trials.distributions import Distribution
 from tuning.trials.leaderboard import Leaderboard, TrialResult, read_leaderboard
 from tuning.trials.ranking import loss
-from tuning.trials.space import Distribution, SweepSpec
+from tuning.trials.space import SweepSpec
 from tuning.trials.trial import Sweep
 
 MAX_BEST = 10
@@ -275,10 +275,6 @@ def _differences(sweeps: Sequence[_Compared]) -> Iterator[DataTable | str]:
     if not rows:
         yield "The specs are the same in every field."
         return
-    spans = [
-        duration_text((sweep.history.last_update_ms - sweep.history.started_ms) / 1000)
-        for sweep in sweeps
-    ]
-    rows.append(("(wall time)", *spans))
+    rows.append(("(wall time)", *(wall_time_card(sweep.history).value for sweep in sweeps)))
     columns = ("field", *(sweep.name for sweep in sweeps))
     yield DataTable("differences", "Fields that differ", columns, rows)

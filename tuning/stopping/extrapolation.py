@@ -38,7 +38,8 @@ def forecast(at: Sequence[float], losses: Sequence[float], end: float) -> tuple[
     Every shape f of POWERS and RATES is fitted as c + a (f(u) - f(1)), u = at / end, so that c is
     the loss at the end: Bayesian regression with a normal-inverse-gamma prior. The shapes are
     weighted by their evidence. Before the curve is seen, c is the last loss, give or take as much
-    as the loss would change if it went on as on average so far.
+    as the loss would change if it went on as on average so far. Real curves leave these shapes as
+    they go on: the variance is divided by the share of the training that has been seen.
     """
     u, y = np.asarray(at) / end, np.asarray(losses)
     scale = max(float(np.ptp(y)), 1e-12 * max(1.0, float(np.abs(y).max())))
@@ -65,6 +66,7 @@ def forecast(at: Sequence[float], losses: Sequence[float], end: float) -> tuple[
     variances = squares / (degrees - 2) * (1 + aa / determinant)
     mean = float(weights @ means)
     variance = float(weights @ (variances + (means - mean) ** 2))
+    variance /= u[-1]
     return float(y[-1]) + scale * mean, scale * math.sqrt(variance)
 
 
@@ -75,7 +77,7 @@ def _shapes(u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 class Extrapolation:
-    """Stops a trial whose forecast, taken at its best, ends worse than another trial is already.
+    """Stops a trial whose forecast, taken at its best, ends worse than another trial is by now.
 
     How far forecasts were off is learned from the trials that were trained to the end: a schedule
     of the learning rate may improve all of them late. It compares by the first objective, and with
@@ -87,8 +89,11 @@ class Extrapolation:
         self._grace, self._end = grace, end
         self._curves: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
         """Trial -> (epoch, loss) at its finite evaluations."""
-        self._best: list[tuple[float, int]] = []
-        """The two best trials: their best loss and number."""
+        self._standings: list[tuple[float, int]] = []
+        """What counts of each trial by now, where it keeps the constraints, and its number; sorted.
+        """
+        self._losses: dict[int, float] = {}
+        """Trial -> its loss in `_standings`."""
         self._errors: defaultdict[int, list[float]] = defaultdict(list)
         """Number of evaluations -> by how many standard deviations the ends of earlier trials were
         better than forecast after so many, sorted."""
@@ -98,24 +103,29 @@ class Extrapolation:
             return evaluation.at * (1 + ROUNDING) >= self._grace
         curve = self._curves[evaluation.trial]
         curve.append((evaluation.at, evaluation.losses[0]))
-        if evaluation.violation == 0:
-            self._note_best(evaluation.trial, evaluation.losses[0])
+        self._note_standing(evaluation)
         if evaluation.at * (1 + ROUNDING) >= self._end:
             self._check_forecasts(self._curves.pop(evaluation.trial))
             return False
         return len(curve) >= MIN_POINTS and evaluation.at * (1 + ROUNDING) >= self._grace
 
-    def _note_best(self, trial: int, loss: float) -> None:
-        known = {number: best for best, number in self._best}
-        known[trial] = min(loss, known.get(trial, math.inf))
-        self._best = sorted((best, number) for number, best in known.items())[:2]
+    def _note_standing(self, evaluation: Evaluation) -> None:
+        trial, loss = evaluation.trial, evaluation.losses[0]
+        if trial in self._losses:
+            before = (self._losses.pop(trial), trial)
+            del self._standings[bisect.bisect_left(self._standings, before)]
+        if evaluation.violation == 0:
+            self._losses[trial] = loss
+            bisect.insort(self._standings, (loss, trial))
 
     def stops(self, evaluation: Evaluation) -> bool:
-        others = [best for best, trial in self._best if trial != evaluation.trial]
-        curve = self._curves[evaluation.trial]
-        if not others or min(loss for _, loss in curve) < others[0]:
+        best_two = self._standings[:2]
+        others = [loss for loss, trial in best_two if trial != evaluation.trial]
+        if not others or evaluation.losses[0] < others[0]:
             return False
-        mean, deviation = forecast(*zip(*curve, strict=True), self._end)
+        curve = self._curves[evaluation.trial]
+        at, losses = zip(*curve, strict=True)
+        mean, deviation = forecast(at, losses, self._end)
         return mean - self._width(len(curve)) * deviation > others[0]
 
     def _width(self, points: int) -> float:

@@ -7,7 +7,7 @@ on. Equal points are in the same front.
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,47 +18,44 @@ Losses = tuple[float, ...]
 def first_front(points: Sequence[Losses]) -> list[int]:
     """Positions of the points that no other point dominates, in ascending order.
 
-    O(n log n) for up to three losses. For more, n times the size of the front, in numpy.
+    O(n log n) for up to three losses (Kung, Luccio and Preparata, JACM 1975). For more, n times the
+    size of the front, in numpy.
     """
-    order = sorted(range(len(points)), key=points.__getitem__)
-    if not order:
-        return []
-    if len(points[0]) <= 3:
-        return sorted(_staircase(points, order))
-    # In this order a point is dominated only by earlier ones, and then by one of the front.
-    found: list[int] = []
-    front = np.empty((len(points), len(points[0])))
-    for position in order:
-        point = np.array(points[position])
-        if not _dominates(front[: len(found)], point):
-            front[len(found)] = point
-            found.append(position)
-    return sorted(found)
+    distinct = sorted(set(points))
+    few = not distinct or len(distinct[0]) <= 3
+    front = set(_front_of_three(distinct) if few else _front_of_many(distinct))
+    return [position for position, point in enumerate(points) if point in front]
 
 
-def _staircase(points: Sequence[Losses], order: Sequence[int]) -> list[int]:
-    """The first front of points of up to three losses; `order` sorts them.
+def _front_of_three(points: Sequence[Losses]) -> Iterator[Losses]:
+    """The first front of different points of up to three losses, which are sorted.
 
-    A point is dominated only by one before it. In the losses after the first one, the points of the
-    front that matter are steps: the second loss rises and the third one falls.
+    A point is dominated only by one before it. Of those it is enough to know the steps of the
+    second and third loss: the least third loss up to each second one.
     """
-    found: list[int] = []
-    seconds, thirds = list[float](), list[float]()
-    for position in order:
-        point = points[position]
-        if found and points[found[-1]] == point:
-            found.append(position)
+    seconds: list[float] = []
+    thirds: list[float] = []
+    for point in points:
+        _, second, third = (*point, 0.0, 0.0)[:3]
+        place = bisect.bisect_right(seconds, second)
+        if place and thirds[place - 1] <= third:
             continue
-        second, third = (*point, 0.0, 0.0)[1:3]
-        end = bisect.bisect_right(seconds, second)
-        if end and thirds[end - 1] <= third:
-            continue
-        found.append(position)
-        begin = stop = bisect.bisect_left(seconds, second)
-        while stop < len(thirds) and thirds[stop] >= third:
-            stop += 1
-        seconds[begin:stop], thirds[begin:stop] = [second], [third]
-    return found
+        yield point
+        begin = bisect.bisect_left(seconds, second)
+        end = begin
+        while end < len(thirds) and thirds[end] >= third:
+            end += 1
+        seconds[begin:end], thirds[begin:end] = [second], [third]
+
+
+def _front_of_many(points: Sequence[Losses]) -> Iterator[Losses]:
+    """The same of any number of losses. Who dominates a point is before it, and on the front."""
+    front, count = np.empty((len(points), len(points[0]))), 0
+    for point in points:
+        front[count] = point
+        if not _dominates(front[:count], front[count]):
+            count += 1
+            yield point
 
 
 def _dominates(members: npt.NDArray[np.float64], point: npt.NDArray[np.float64]) -> bool:

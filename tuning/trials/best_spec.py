@@ -43,20 +43,21 @@ def best_spec_data(sweep: Sweep, parts: list[tuple[int, Mapping[str, Any]]]) -> 
     return {**data, "changes": changes} if changes else data
 
 
+UNKNOWN = """An earlier release of pbt has changed its parameters, and not kept when. These are the
+last ones; training them afresh gives another value."""
+FUSED = """Trained alone, as by this file, the value differs by rounding: the trial was one of
+several in a program, which adds up in another order. --verify-fusion measures by how much."""
+ON_GPU = """On the same machine this file gives that value, to the last digit where the kernels of
+its device add up in a fixed order."""
+EXACT = "On the same machine this file gives that very value, at that step."
+
+
 def _comment(sweep: Sweep, best: TrialResult, fused: bool, known: bool) -> str:
     """What the file gives, and how exactly."""
-    metric = sweep.spec.metric
-    lines = [
-        f"Trial {best.number:04d} of {sweep.key}: {metric} {best.value!r} at step {best.step}."
-    ]
-    if not known:
-        lines.append(
-            "An earlier release of pbt has changed its parameters, and not kept when: these"
-        )
-        lines.append("are the last ones, and training them afresh gives another value.")
-    elif fused:
-        lines.append(f"Trained alone, as this file is, {metric} differs from that by rounding: the")
-        lines.append("trial shared a program with others, which adds up in another order.")
-    else:
-        lines.append("On the same machine this file gives that very value, at that step.")
-    return "\n".join(lines)
+    value = f"{sweep.spec.metric} {best.value!r} at step {best.step}"
+    on_gpu = bool(sweep.spec.resources.gpu) or sweep.spec_data["scale"]["accelerator"] not in (
+        "auto",
+        "cpu",
+    )
+    exactly = FUSED if fused else ON_GPU if on_gpu else EXACT
+    return f"Trial {best.number:04d} of {sweep.key}: {value}.\n{exactly if known else UNKNOWN}"

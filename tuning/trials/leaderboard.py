@@ -1,5 +1,6 @@
 """The results of a sweep's trials, from its folder: the leaderboard and the Pareto front."""
 
+import logging
 import math
 import re
 from collections import defaultdict
@@ -23,6 +24,8 @@ from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, la
 SHOWN_NUMBERS = 5
 """Failed trials that a line names; it counts the others."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -178,15 +181,22 @@ def pareto_front(values: Mapping[int, Mapping[str, float]], modes: Mapping[str, 
     return [numbers[position] for position in first_front(points)]
 
 
-def export_best(sweep: Sweep, best: TrialResult) -> None:
+def export_best(sweep: Sweep, board: Leaderboard) -> None:
     """Export the best trial's model, at the step that counts, to `model` in the sweep's folder.
 
-    Does nothing where there is no such checkpoint. Raises what the user's model raises.
+    So `load_model` takes the sweep's folder. Does nothing where there is no such checkpoint. What
+    the user's model raises is only logged: the sweep has ended.
     """
     from trainers.checkpoints.checkpoints import Checkpoints
     from trainers.checkpoints.export import export_model
 
-    checkpoint = Checkpoints(sweep.trial_folder(best.number) / CHECKPOINTS).at(best.step)
-    if checkpoint is not None:
-        spec, workload = resolve(sweep.trial_spec_data(best.parameters), RunSpec)
-        export_model(sweep.folder / MODEL, spec, workload, checkpoint)
+    if board.best is None:
+        return
+    trial = sweep.trial_folder(board.best.number)
+    try:
+        checkpoint = Checkpoints(trial / CHECKPOINTS).at(board.best.step)
+        if checkpoint is not None:
+            spec, workload = resolve(sweep.trial_spec_data(board.best.parameters), RunSpec)
+            export_model(sweep.folder / MODEL, spec, workload, checkpoint)
+    except Exception:
+        logger.exception("the model of the best trial could not be exported")

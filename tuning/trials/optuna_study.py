@@ -19,6 +19,7 @@ from tuning.trials.searches import (
 )
 from tuning.trials.space import SweepSpec
 from tuning.trials.suggestion import (
+    completed,
     count_combinations,
     optuna_parameters,
     optuna_values,
@@ -43,19 +44,14 @@ class SearchStudy:
     """
 
     def __init__(self, sweep: SweepSpec, journal: Journal) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._sweep, self._journal = sweep, journal
         self._algorithm = algorithm(sweep)
         self._learns = self._algorithm not in WITHOUT_MEMORY
         self._objectives = 1 if self._algorithm in ONE_OBJECTIVE else max(1, len(sweep.objective))
-        self._study, self._storage = self._new_study()
         self._numbers: dict[int, int] = {}
         """Number of a trial -> its number in Optuna's study."""
         self._tried = {_key(parameters) for parameters in journal.parameters.values()}
         self._untried = self._combinations()
-        self._earlier: list[optuna.trial.FrozenTrial] = []
         if self._learns:
             self._restore()
 
@@ -64,31 +60,14 @@ class SearchStudy:
 
         No combination of values is suggested twice, except to pbt. None if there is no other one.
         """
-        from optuna.trial import TrialState
-
-        before = dict(self._study_attributes())
-        discarded = -1
-        for parameters, trial in self._asked_values(number):
-            discarded += 1
+        before = dict(self._study_attributes()) if self._learns else {}
+        for discarded, (parameters, trial) in enumerate(self._asked_values(number)):
             if self._sweep.scheduler.name == "pbt" or _key(parameters) not in self._tried:
-                break
+                self._tried.add(_key(parameters))
+                return parameters, self._suggestion(number, parameters, trial, before, discarded)
             if trial is not None:
-                self._study.tell(trial.number, state=TrialState.FAIL)
-        else:
-            return None
-        self._tried.add(_key(parameters))
-        if trial is None:
-            return parameters, {}
-        self._numbers[number] = trial.number
-        params, _ = optuna_parameters(self._sweep.parameters, parameters)
-        changed = {k: v for k, v in self._study_attributes().items() if before.get(k) != v}
-        suggestion = {
-            "params": trial.params if trial.params != params else {},
-            "discarded": discarded,
-            "trial": dict(self._storage.get_trial_system_attrs(self._trial_id(trial.number))),
-            "study": changed,
-        }
-        return parameters, {key: value for key, value in suggestion.items() if value}
+                self._discard(trial)
+        return None
 
     def _asked_values(
         self, number: int
@@ -99,22 +78,17 @@ class SearchStudy:
         what was not tried yet.
         """
         place = len(self._journal.parameters)
-        enqueued = self._sweep.enqueue[place] if place < len(self._sweep.enqueue) else {}
-        point = optuna_values(self._sweep.parameters, enqueued)
-        if point:
+        if place < len(self._sweep.enqueue):
+            point = optuna_values(self._sweep.parameters, self._sweep.enqueue[place])
             yield self._ask(number, 0, self._algorithm, point)
         if self._algorithm not in EXHAUSTIVE:
             for attempt in range(1, 1 + ATTEMPTS + RANDOM_ATTEMPTS):
                 name = self._algorithm if attempt <= ATTEMPTS else "random"
                 yield self._ask(number, attempt, name, {})
         for parameters in self._untried:
-            if _key(parameters) in self._tried:
-                continue
-            if self._learns:
+            if _key(parameters) not in self._tried:
                 point, _ = optuna_parameters(self._sweep.parameters, parameters)
                 yield self._ask(number, 0, "random", point)
-            else:
-                yield parameters, None
 
     def tell(self, number: int) -> None:
         """Let the search learn from a trial whose end is in the journal."""
@@ -135,17 +109,8 @@ class SearchStudy:
 
     @property
     def trials(self) -> "list[optuna.trial.FrozenTrial]":
-        """The trials as the search knows them; none for a search that does not learn."""
-        trials: list[optuna.trial.FrozenTrial] = self._study.trials
-        return trials
-
-    def _new_study(self) -> "tuple[optuna.Study, optuna.storages.BaseStorage]":
-        """A study of losses: each objective is minimised, NaN is infinite."""
-        import optuna
-
-        storage = optuna.storages.InMemoryStorage()
-        directions = ["minimize"] * self._objectives
-        return optuna.create_study(storage=storage, directions=directions), storage
+        """The trials as Optuna knows them; none for a search that does not learn."""
+        return list(self._study.trials) if self._learns else []
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
         """The combinations of a finite space: for grid in the order of the file, else mixed."""
@@ -162,8 +127,15 @@ class SearchStudy:
 
         Trials that still ran are running: the search keeps away from them.
         """
+        import optuna
         from optuna.trial import TrialState, create_trial
 
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._storage = optuna.storages.InMemoryStorage()
+        directions = ["minimize"] * self._objectives  # of losses, for which NaN is infinite
+        self._study = optuna.create_study(storage=self._storage, directions=directions)
+        self._earlier: list[optuna.trial.FrozenTrial] = []
+        """Complete trials of other sweeps."""
         for trials in self._journal.earlier.values():
             for trial in trials:
                 self._add_earlier(trial)
@@ -245,18 +217,47 @@ class SearchStudy:
     def _ask(
         self, number: int, attempt: int, name: str, point: dict[str, Any]
     ) -> "tuple[dict[str, Any], optuna.trial.Trial | None]":
-        """Ask the sampler `name` for the parameters that `point` does not have."""
-        study = self._study if self._learns else self._new_study()[0]
-        study.sampler = build_sampler(
-            self._sweep, name, suggestion_seed(self._sweep, number, attempt), self._earlier
-        )
+        """Ask the sampler `name` for the parameters that `point`, in Optuna's form, has not."""
+        seed = suggestion_seed(self._sweep, number, attempt)
+        if not self._learns:
+            distributions = self._sweep.parameters
+            values = {path: distributions[path].from_optuna(own) for path, own in point.items()}
+            return completed(distributions, values, random.Random(seed)), None
+        self._study.sampler = build_sampler(self._sweep, name, seed, self._earlier)
         if point:
-            study.enqueue_trial(point)
+            self._study.enqueue_trial(point)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that are not finite
-            trial = study.ask()
+            trial = self._study.ask()
             _ = trial.relative_params  # a given point belongs to a generation as well
-            return suggest(trial, self._sweep), trial if self._learns else None
+            return suggest(trial, self._sweep), trial
+
+    def _suggestion(
+        self,
+        number: int,
+        parameters: Mapping[str, Any],
+        trial: "optuna.trial.Trial | None",
+        before: Mapping[str, Any],
+        discarded: int,
+    ) -> dict[str, Any]:
+        """What makes the study again, besides the parameters; `before` are its old attributes."""
+        if trial is None:
+            return {}
+        self._numbers[number] = trial.number
+        attributes = self._study_attributes()
+        params, _ = optuna_parameters(self._sweep.parameters, parameters)
+        found = {
+            "params": trial.params if trial.params != params else {},
+            "discarded": discarded,
+            "trial": dict(self._storage.get_trial_system_attrs(self._trial_id(trial.number))),
+            "study": {k: v for k, v in attributes.items() if before.get(k) != v},
+        }
+        return {key: value for key, value in found.items() if value}
+
+    def _discard(self, trial: "optuna.trial.Trial") -> None:
+        from optuna.trial import TrialState
+
+        self._study.tell(trial.number, state=TrialState.FAIL)
 
     def _study_attributes(self) -> dict[str, Any]:
         attributes: dict[str, Any] = self._storage.get_study_system_attrs(self._study_id())

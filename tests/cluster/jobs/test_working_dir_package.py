@@ -99,6 +99,63 @@ def test_for_a_folder_that_is_too_large_the_largest_files_are_named(
     assert "6.0 MiB, more than the 3.0 MiB" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (b"caf\xe9.txt", r"caf\xe9.txt: the name is not UTF-8"),
+        (b"lib/a\\b.txt", r"lib/a\b.txt: Ray does not unpack files with such names"),
+        (b"c:net.py", "c:net.py: Ray does not unpack files with such names"),
+    ],
+)
+def test_files_that_would_not_arrive_are_refused(folder: Path, name: bytes, reason: str) -> None:
+    (folder / os.fsdecode(name)).touch()
+    with pytest.raises(SpecError) as error:
+        build_package(folder)
+    assert str(error.value).splitlines()[0] == reason
+    assert "nothing was sent; rename or move" in str(error.value)
+    pattern = f"/{os.fsdecode(name)}".replace("\\", "?")
+    assert "train.py" in names(list(build_package(folder, exclude_patterns=[pattern]).files))
+
+
+def test_files_of_other_repositories_and_behind_links_are_sent(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    subprocess.run(["git", "init", "-q", folder / "clone"], check=True)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "sizes.json").write_text("[8, 16]")
+    (folder / "clone/made").symlink_to(elsewhere)
+    (folder / "clone/net.py").touch()
+    with zipfile.ZipFile(io.BytesIO(build_package(folder).data)) as archive:
+        assert {"clone/net.py", "train.py"} < set(archive.namelist())
+        assert archive.read("clone/made/sizes.json") == b"[8, 16]"
+
+
+def test_a_folder_that_is_too_large_is_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Such as the one that a link to all of somebody's data leads to."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    with (elsewhere / "data.bin").open("wb") as file:
+        file.truncate(1 << 40)
+    (folder / "data").symlink_to(elsewhere)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"reads {path}"))
+    monkeypatch.setattr(working_dir_package, "find_secrets", lambda *_: pytest.fail("reads"))
+    with pytest.raises(SpecError, match=r"^data/data\.bin: 1,048,576\.0 MiB\n"):
+        build_package(folder)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(SpecError, match=r"/\.gitignore: cannot be read: Permission denied$"):
+        build_package(folder)
+
+
 def test_heliostats_own_packages_are_left_out() -> None:
     """Sent from Heliostat's checkout, they would hide those that the cluster has installed."""
     files = list_packaged_files(working_dir_package.HELIOSTAT_ROOT)

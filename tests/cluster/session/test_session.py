@@ -124,14 +124,22 @@ def test_the_second_command_finds_the_first_ones_ray(user: User) -> None:
 
 
 def test_a_command_has_its_own_environment_and_the_modules_of_now(user: User) -> None:
-    """Also in its workers; the umask and the variables of an earlier command are not seen."""
+    """Also in its workers; the umask and the variables of an earlier command are not seen.
+
+    The workers use the folder itself: what git ignores is there, however large it is.
+    """
     output = user.train(SEEN="3")
     assert (_shown(output, "constant"), _shown(output, "seen")) == (1.0, 3.0)
     module = user.folder / "watched.py"
-    module.write_text(WATCHED.replace("CONSTANT = 1.0", "CONSTANT = 2.5"))
+    module.write_text(WATCHED.replace("CONSTANT = 1.0", "from _made import CONSTANT"))
+    (user.folder / "_made.py").write_text("CONSTANT = 2.5")
+    (user.folder / ".gitignore").write_text("_made.py\n")
+    with (user.folder / "large.bin").open("wb") as large:
+        large.truncate(600 << 20)
     output = user.train()
     assert (_shown(output, "constant"), _shown(output, "seen")) == (2.5, 0.0)
     module.write_text(WATCHED)
+    (user.folder / "large.bin").unlink()
 
 
 @pytest.mark.parametrize("victim", ["worker_zygote", "pid"])

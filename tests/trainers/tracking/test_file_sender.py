@@ -153,7 +153,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(EVENTS)
 def test_every_file_is_sent_whatever_happens(tmp_path_factory: Any, events: list[str]) -> None:
     shelf, folder = Shelf(), tmp_path_factory.mktemp("run")

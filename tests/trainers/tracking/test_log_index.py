@@ -40,7 +40,7 @@ def of(run: str, operations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each for each in operations if each.get("run", each.get("key")) == run]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     runs=st.lists(st.sampled_from(RUNS), max_size=30),
     kept=st.floats(0, 1),
@@ -97,5 +97,5 @@ def test_one_trial_of_many_is_read_without_the_others(tmp_path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     holes = [b"\0" * (len(line) - 1) + b"\n" for line in lines]
     path.write_bytes(b"".join([*holes[:70], lines[70], *holes[71:-1], lines[-1]]))
-    assert os.path.getsize(path) > 5_000_000  # noqa: PTH202
+    assert os.path.getsize(path) > 3_000_000  # noqa: PTH202
     assert [tuple(point) for point in read_metrics(tmp_path, "sweep/0070")] == rows

@@ -1,5 +1,6 @@
 """The private parts of MLflow that are used have the shape in which they were read (3.17.2)."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -21,12 +22,18 @@ from trainers.tracking.mlflow_internals import (
 READ_IN = "MLflow 3.17.2; see trainers/tracking/mlflow_internals.py"
 
 
-def test_a_new_store_is_at_the_head_of_the_migrations(tmp_path: Path) -> None:
-    create_sqlite_tables(tmp_path / "mlflow.db", tmp_path / "artifacts")
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    create_sqlite_tables(folder / "mlflow.db", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+def test_a_new_store_is_at_the_head_of_the_migrations(new_store: Path) -> None:
+    with sqlite3.connect(new_store) as database:
         found = database.execute("SELECT version_num FROM alembic_version").fetchall()
     assert {row[0] for row in found} == schema_heads(), f"another shape than in {READ_IN}"
-    assert not list(tmp_path.glob("*-journal")), "the store is still open"
+    assert not list(new_store.parent.glob("*-journal")), "the store is still open"
 
 
 def test_the_heads_of_the_migrations_are_those_that_alembic_finds() -> None:
@@ -34,10 +41,9 @@ def test_the_heads_of_the_migrations_are_those_that_alembic_finds() -> None:
     assert schema_heads() == set(heads), f"another shape than in {READ_IN}"
 
 
-def test_the_places_of_artifacts_are_in_known_columns(tmp_path: Path) -> None:
+def test_the_places_of_artifacts_are_in_known_columns(new_store: Path, tmp_path: Path) -> None:
     """`heliostat track relocate` replaces the beginning of each, and nothing else."""
-    file = tmp_path / "mlflow.db"
-    create_sqlite_tables(file, tmp_path / "artifacts")
+    file = Path(shutil.copy(new_store, tmp_path))
     with sqlite3.connect(file) as database:
         tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master")]
         columns = {

@@ -17,6 +17,8 @@ from trainers.checkpoints.manifest import read_manifest
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs import run
 from tuning import sweep as sweeps
+from tuning.fused.verify import measure_deviation
+from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep
 
@@ -179,7 +181,7 @@ def test_a_trial_that_diverges_fails_and_its_neighbours_go_on(
 
 
 @pytest.mark.slow
-def test_pbt_copies_weights_from_slot_to_slot(run_sweep: Any) -> None:
+def test_trials_of_pbt_take_over_from_slot_to_slot(run_sweep: Any) -> None:
     sweep, board, _, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 2}",
         "sweep.trials=4",
@@ -187,7 +189,13 @@ def test_pbt_copies_weights_from_slot_to_slot(run_sweep: Any) -> None:
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.results] == [True] * 4
-    assert list((sweep.folder / "tune").glob("pbt_policy_*.txt")), "no trial took over weights"
+    journal = Journal(sweep.folder / "journal.jsonl")
+    assert journal.changes, "no trial took over weights"
+    assert not list((sweep.folder / "tune").rglob("checkpoint_*"))
+    for result in board.results:
+        assert result.parameters == journal.parameters_after(result.number)
+        deviation = measure_deviation(sweep, result)
+        assert deviation.value < 1e-4, str(deviation)
 
 
 def test_trials_that_cannot_be_fused_get_processes_and_a_line_says_why(

@@ -74,24 +74,18 @@ def test_what_differs_is_listed_and_nothing_else(page: Page) -> None:
     assert rows["sweep.trials"] == ("9", "6")
 
 
-def test_every_chart_is_drawn(page: Page, tmp_path: Path) -> None:
-    from trainers.reports.page import write_report
-
-    write_report(page, tmp_path / "report")
-    names = {path.stem for path in (tmp_path / "report").glob("*.png")}
-    assert names == {chart.name for chart in page.charts}
-    assert {"best-over-trials", "best-over-time", "sorted-values"} < names
-    assert len(names) == len(page.charts)
-
-
-def test_the_command_writes_one_page(
-    sweeps: list[Sweep], capsys: pytest.CaptureFixture[str]
+def test_the_command_writes_one_page_with_its_charts(
+    sweeps: list[Sweep], page: Page, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = sweeps
     assert main(["report", str(first.folder), str(second.folder)]) == 0
-    html = (first.folder / "report-with-narrow" / "index.html").read_text()
-    assert "wide and narrow" in html
-    assert "report-with-narrow/index.html" in capsys.readouterr().out
+    folder = first.folder / "report-with-narrow"
+    assert "wide and narrow" in (folder / "index.html").read_text()
+    assert "report-with-narrow/index.html: " in capsys.readouterr().out
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {chart.name for chart in page.charts}
+    assert {"best-over-trials", "best-over-time", "sorted-values"} < names
+    assert len(names) == len(page.charts)
 
 
 def test_sweeps_of_other_metrics_and_runs_are_refused(sweeps: list[Sweep], tmp_path: Path) -> None:

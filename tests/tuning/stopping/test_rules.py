@@ -4,7 +4,7 @@ import math
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.stopping.rules import Asha, Evaluation, MedianRule, StoppingRule
@@ -35,6 +35,7 @@ def test_a_late_result_of_the_leader_is_filed_nowhere() -> None:
     assert ask(asha, 1, 4, 6, 0.9) is False  # the only one at the second rung
 
 
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 9).map(float) | st.just(math.inf), min_size=1), st.integers(2, 4))
 def test_asha_continues_the_best_of_each_rung(losses: list[float], reduction: int) -> None:
     asha = Asha([1], reduction)
@@ -66,6 +67,7 @@ def test_asha_puts_trials_that_break_a_constraint_behind_all_others() -> None:
     assert stopped == [False, False, False, False, False, True]
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.integers(0, 9).map(float), min_size=3, max_size=3), min_size=1),
     st.integers(1, 3),

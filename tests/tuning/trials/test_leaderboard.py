@@ -96,12 +96,6 @@ def test_objectives_are_those_of_the_evaluation_that_counts(tmp_path: Path) -> N
     assert board.results[0].objectives == {"val/loss": 1.0, "val/accuracy": 0.5}
 
 
-def test_a_front_of_ten_thousand_trials_takes_no_quadratic_time() -> None:
-    """All trade off. It took Optuna 5 s for 2,000 of them."""
-    figures = {n: {"val/accuracy": float(n), "cost_usd": float(n)} for n in range(10_000)}
-    assert pareto_front(figures, MODES) == list(figures)
-
-
 @given(st.integers(2, 4).flatmap(lambda n: st.lists(st.tuples(*[st.integers(0, 3)] * n))))
 def test_a_front_of_any_number_of_objectives(points: list[tuple[int, ...]]) -> None:
     """A trial is on it if each other one is worse in something, or the same."""

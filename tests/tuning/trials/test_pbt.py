@@ -12,7 +12,7 @@ import cloudpickle
 import mlflow
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.config import read_yaml
@@ -44,7 +44,7 @@ from tuning.trials.trial import (
 
 SPEC = """
 workload: spirals:Spirals
-train: {epochs: 12, global_batch: 70}
+train: {epochs: 5, global_batch: 70}
 optimizer: {schedule: {warmup: 0}}
 checkpoint: {keep: 1}
 tracking: {every_steps: 1}
@@ -55,19 +55,19 @@ sweep:
     optimizer.weight_decay: {choice: [0, 0.125, 0.5]}
     model.width: {choice: [8, 16]}
     model.dropout: {uniform: [0, 0.5]}
-  scheduler: {name: pbt, every_epochs: 2}
-  trials: 6
+  scheduler: {name: pbt, every_epochs: 1}
+  trials: 4
 """
-EPOCH, STEPS = 4, 48
+EPOCH, STEPS = 4, 20
 
 
 def suggested(number: int) -> dict[str, Any]:
     """Good parameters for the first trials, and bad ones for the last."""
     return {
-        "optimizer.lr": [0.02, 0.01, 0.1, 1e-5, 3e-5, 1e-5][number],
+        "optimizer.lr": [0.02, 0.05, 3e-5, 1e-5][number],
         "optimizer.name": ["adamw", "sgd"][number % 2],
         "optimizer.weight_decay": [0, 0.125, 0.5][number % 3],
-        "model.width": [8, 16][number // 3],
+        "model.width": [8, 16][number // 2],
         "model.dropout": 0.1 * (number % 3),
     }
 
@@ -139,7 +139,7 @@ def test_leaderboard_files_tracking_and_best_yaml_have_one_truth(
     board, histories = read_leaderboard(sweep), read_histories(sweep.folder)
     journal = Journal(sweep.folder / JOURNAL_FILE)
     changed = [result for result in board.results if result.changes]
-    assert len(changed) >= 2, "hardly a trial took over another one's state"
+    assert changed, "no trial took over another one's state"
     client = mlflow.MlflowClient(mlflow_server)
     for result in board.results:
         number, key = result.number, sweep.trial_key(result.number)
@@ -147,7 +147,7 @@ def test_leaderboard_files_tracking_and_best_yaml_have_one_truth(
         assert result.parameters == journal.parameters_after(number)
         series = histories[key].series
         steps = series["val/loss"].steps
-        assert steps == sorted(set(steps))
+        assert list(steps) == sorted(set(steps))
         assert (steps[-1], series["val/loss"].values[-1]) == (STEPS, result.value)
         assert series["optimizer.lr"].values[-1] == result.parameters["optimizer.lr"]
         run = client.get_run(tracker.read(key)["run_id"])
@@ -196,6 +196,7 @@ def test_checkpoints_at_a_uri_are_taken_over_as_well(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole sweep is the same as with checkpoints in its folder."""
+    monkeypatch.setattr("trainers.stores.cache_folder", lambda: own_folder / "cache")
     found = []
     for place in (None, f"file://{own_folder}/bucket"):
         sweep = started(own_folder, *([f"checkpoint.uri={place}"] if place else []))
@@ -219,8 +220,18 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [
+        ("after the copy", 2),
+        ("before the trial has it", 1),
+        *(
+            pytest.param(point, count, marks=pytest.mark.slow)
+            for point in POINTS
+            for count in (1, 3)
+        ),
+    ],
+)
 def test_a_driver_that_is_killed_leaves_whole_take_overs(
     point: str, count: int, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,14 +268,14 @@ def test_trials_whose_metric_is_nan_are_the_worst(
     sweep = started(own_folder)
 
     def spoil(result: dict[str, Any]) -> None:
-        if "changes" not in result and tune._running.config["trial"] in (0, 1):
+        if "changes" not in result and tune._running.config["trial"] == 0:
             result["val/loss"] = math.nan
 
     tune = tune_for(sweep, monkeypatch)
     tune.run(edit=spoil)
     changes = Journal(sweep.folder / JOURNAL_FILE).changes
-    assert {0, 1} <= set(changes)
-    assert not any(c.donor in (0, 1) and not c.donor_changes for cs in changes.values() for c in cs)
+    assert 0 in changes
+    assert not any(c.donor == 0 and not c.donor_changes for own in changes.values() for c in own)
 
 
 def test_nobody_goes_on_from_a_trial_that_has_ended(
@@ -273,11 +284,11 @@ def test_nobody_goes_on_from_a_trial_that_has_ended(
     """The best ones have: one complete, one stopped by hand. Tune may not know after a resume."""
     sweep = started(own_folder)
     tune = tune_for(sweep, monkeypatch)
-    loss = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6}
+    loss = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
 
     def result(number: int) -> dict[str, Any]:
         complete = number == 0
-        step = STEPS if complete else 4 * EPOCH
+        step = STEPS if complete else 3 * EPOCH
         return {"val/loss": loss[number], "step": step, "epoch": step / EPOCH, "complete": complete}
 
     for number in loss:
@@ -330,6 +341,7 @@ numbers = st.one_of(
 
 
 class TestExplored:
+    @settings(max_examples=60, deadline=None)
     @given(st.lists(numbers, min_size=1, max_size=4), st.integers())
     def test_values_stay_among_those_of_the_space(self, kinds: list[Any], seed: int) -> None:
         space = {

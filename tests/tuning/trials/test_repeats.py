@@ -177,8 +177,8 @@ def test_more_trials_after_the_repeats_have_numbers_of_their_own(tmp_path: Path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"repeat": 0}, "sweep.repeat: must be greater than or equal to 1 (got 0)"),
-        ({"finalists": 0}, "sweep.finalists: must be greater than or equal to 1 (got 0)"),
+        ({"repeat": 0}, "sweep.repeat: must be greater than 0 (got 0)"),
+        ({"finalists": 0}, "sweep.finalists: must be greater than 0 (got 0)"),
         ({"folds": {"data.fold": [1]}}, "sweep.folds.data.fold: "),
         ({"scheduler": {"name": "pbt"}}, "sweep: repeat: not with pbt"),
         (

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray import tune
 
+from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import find_checkpoint
 from trainers.checkpoints.manifest import read_manifest
 from trainers.engine.loop import train
@@ -132,15 +133,17 @@ def test_a_machine_that_has_not_downloaded_the_data_set_counts_its_samples(
 def test_the_best_evaluation_is_in_the_last_result_and_its_checkpoint_is_kept(
     own_folder: Path, told: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a large learning rate the loss goes up and down. A restart remembers the best one."""
+    """The largest loss is the first one. A restart remembers it."""
     (own_folder / "s.yaml").write_text(SPEC)
-    changes = ["sweep.select=best", "checkpoint.keep=1", "train.epochs=12", "optimizer.lr=1.0"]
+    changes = ["sweep.select=best", "sweep.mode=max", "checkpoint.keep=1"]
     sweep = new_sweep("s.yaml", changes, "search")
-    folder = train_trial(sweep, 0, monkeypatch, lost_at=32)
+    folder = train_trial(sweep, 0, monkeypatch, lost_at=8)
     train_trial(sweep, 0, monkeypatch)
-    step, value = min(told, key=lambda each: each[1])
+    assert max(told, key=lambda each: each[1]) == told[0]
     last = last_result(folder)
-    assert (last["best/step"], last["best/val/loss"]) == (step, value)
-    assert last["val/loss"] == told[-1][1] != value
-    checkpoint = find_checkpoint(f"{folder}@{step}", own_folder)
-    assert read_manifest(checkpoint)["metrics"]["val/loss"] == value
+    assert (last["best/step"], last["best/val/loss"]) == told[0]
+    assert (last["step"], last["val/loss"]) == told[-1]
+    checkpoint = find_checkpoint(f"{folder}@{told[0][0]}", own_folder)
+    assert read_manifest(checkpoint)["metrics"]["val/loss"] == told[0][1]
+    with pytest.raises(SpecError, match=r"@8: no checkpoint of step 8 there"):
+        find_checkpoint(f"{folder}@8", own_folder)
