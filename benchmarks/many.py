@@ -13,10 +13,10 @@ evaluation. So nearly all of the time is what a sweep costs besides training.
 | `Tune, reused` | Ray Tune with `reuse_actors` and its MLflow callback, see `peers.py` |
 
 Each begins with an empty folder and an existing database of MLflow, in which all of its trials must
-be FINISHED at the end, and ends its own Ray. Ours also makes the data set, saves a checkpoint of
-each trial, logs the whole spec as parameters, and writes a report. Ray Tune saves nothing, and runs
-`--peer-trials`, since 10,000 would take it an hour; its start counts for fewer trials, so its start
-is measured with a tenth of them, and taken out.
+be FINISHED at the end, and ends its own Ray: ours a session of its own. Ours also makes the data
+set, saves a checkpoint of each trial, logs the whole spec as parameters, and writes a report. Ray
+Tune saves nothing, and runs `--peer-trials`, since 10,000 would take it an hour; its start is
+measured with a tenth of them, and taken out.
 
 All processes that have the contender's mark in their environment count. Their CPU time is read
 every 0.2 s, so a process loses at most its last 0.2 s. Memory is the peak of the sum of their
@@ -155,7 +155,6 @@ def environment(temporary: Path, checkout: Path) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(checkout), str(HERE)]),
         "RAY_TMPDIR": str(temporary),  # the mark, too
-        "HELIOSTAT_SESSION": "off",  # a session would outlive the command
         "OMP_NUM_THREADS": "1",
     }
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
@@ -215,6 +214,8 @@ def heliostat(trials: int, checkout: Path, database: Path, folder: Path) -> Used
         [*python, *flush],
         [*python, "report", "many"],
     ]
+    if new:
+        commands.append([*python, "session", "--end"])
     return measured(commands, folder, checkout, trials, database)
 
 
