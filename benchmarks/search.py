@@ -371,10 +371,11 @@ def show(name: str, surface: Surface, searches: dict[str, list[Search]]) -> list
             flush=True,
         )
     result = []
+    ours = next((contender for contender in searches if contender.startswith("heliostat")), None)
     for figure, values in (("excess", excess), ("trial-seconds", needed)):
         for contender in values:
-            if contender != "heliostat" and "heliostat" in values:
-                middle, low, high = ratio(values["heliostat"], values[contender])
+            if ours and contender != ours:
+                middle, low, high = ratio(values[ours], values[contender])
                 row = {"case": f"{name}: {figure}", "against": contender}
                 result.append({**row, "ratio": middle, "low": low, "high": high})
     return result
