@@ -6,7 +6,8 @@
 | contender | what it is |
 |---|---|
 | `heliostat` | the section `sweep` of a spec with `search: auto` and asha, as by default |
-| `heliostat-tpe` | the same with `search: tpe` |
+| `heliostat-curves` | the same with the scheduler `extrapolation` on learning curves |
+| `heliostat-tpe` | the first with `search: tpe` |
 | `optuna` | Optuna alone: TPE, and on learning curves its own default, the median pruner |
 | `ray` | Ray Tune: OptunaSearch, and on learning curves its ASHA, with our grace and reduction |
 | `syne-tune` | Syne Tune 0.16: CQR, and on learning curves ASHACQR |
@@ -209,12 +210,15 @@ def ray(surface: Surface, evaluations: int, seed: int) -> Contender:
 class Heliostat(Tune):
     """A sweep's searcher and scheduler; `fields` are those of the section `sweep`."""
 
-    def __init__(self, surface: Surface, evaluations: int, seed: int, **fields: Any) -> None:
+    def __init__(
+        self, surface: Surface, evaluations: int, seed: int, stopping: str = "asha", **fields: Any
+    ) -> None:
+        stops = {"name": stopping, "reduction": REDUCTION}
         # On learning curves more trials than asha needs: the search ends when its time is spent.
         section = {
             "parameters": surface.space,
             "metric": METRIC,
-            "scheduler": {"name": "none"} if evaluations == 1 else {"reduction": REDUCTION},
+            "scheduler": {"name": "none"} if evaluations == 1 else stops,
             "trials": surface.trials if evaluations == 1 else surface.trials * evaluations // 2,
             "seed": seed,
             **fields,
@@ -281,6 +285,7 @@ def has_syne_tune(install: bool) -> bool:
 
 CONTENDERS: dict[str, Start] = {
     "heliostat": lambda *search: Heliostat(*search, search="auto"),
+    "heliostat-curves": lambda *search: Heliostat(*search, search="auto", stopping="extrapolation"),
     "heliostat-tpe": lambda *search: Heliostat(*search, search="tpe"),
     "optuna": Optuna,
     "ray": ray,
@@ -371,10 +376,11 @@ def show(name: str, surface: Surface, searches: dict[str, list[Search]]) -> list
             flush=True,
         )
     result = []
+    ours = next((contender for contender in searches if contender.startswith("heliostat")), None)
     for figure, values in (("excess", excess), ("trial-seconds", needed)):
         for contender in values:
-            if contender != "heliostat" and "heliostat" in values:
-                middle, low, high = ratio(values["heliostat"], values[contender])
+            if ours and contender != ours:
+                middle, low, high = ratio(values[ours], values[contender])
                 row = {"case": f"{name}: {figure}", "against": contender}
                 result.append({**row, "ratio": middle, "low": low, "high": high})
     return result
