@@ -181,7 +181,8 @@ class StopsByHand(tune.Stopper):  # type: ignore[misc]
         if time.monotonic() >= self._next_look:
             self._requested = stop_requests(self._folder)
             self._next_look = time.monotonic() + LOOK_S
-        return f"{result['config']['trial']:04d}" in self._requested
+        number = result.get("config", {}).get("trial")  # there is none before the first evaluation
+        return number is not None and f"{number:04d}" in self._requested
 
     def stop_all(self) -> bool:
         return False
