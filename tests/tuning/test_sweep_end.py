@@ -72,7 +72,7 @@ def sweep(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / LAST_RESULT_FILE).write_text(json.dumps(last))
         (folder / ENDED_FILE).write_text("{}")
     sweep = SweepSpec.model_validate(SPEC["sweep"])
-    return Sweep({**SPEC, "checkpoint": {}, "scale": {}}, sweep, tmp_path, tmp_path)
+    return Sweep({**SPEC, "checkpoint": {}, "scale": {"accelerator": "auto"}}, sweep, tmp_path, tmp_path)
 
 
 def damage_a_result(sweep: Sweep) -> None:
