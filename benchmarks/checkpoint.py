@@ -26,7 +26,8 @@ import torch.distributed.checkpoint as dcp
 from contest import compete, finish, options, parse, rows, show
 from torch import nn
 
-from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.engine.coordination import save_interval_s
 from trainers.spec import CheckpointSpec
 
 LAYERS = 24

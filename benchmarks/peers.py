@@ -1,14 +1,14 @@
 """A sweep without Heliostat: with Ray Tune, as its users write it, and as trials one by one.
 
-    python benchmarks/peers.py FOLDER tune [--reuse] [--per-device N]
+    python benchmarks/peers.py FOLDER tune [--reuse] [--per-device N] [--mlflow URI]
     python benchmarks/peers.py FOLDER turn [--fused] [--compile MODE] [--threads N]
 
-`fused.py` runs these, each in a process of its own, and makes FOLDER: the sweep, its trials'
-specs and the data set. `tune` is a function trainable as in Ray's guide to Tune with PyTorch
-(https://docs.ray.io/en/latest/tune/examples/tune-pytorch-cifar.html), without checkpoints. Where
-people know a faster way, it is used: batches are gathered by index from tensors instead of a
-DataLoader, and nothing waits for the loss. `turn` does steps of the first trial for a few seconds,
-without its evaluations.
+`fused.py` and `many.py` run these, each in a process of its own, and make FOLDER: the sweep, its
+trials' specs and the data set. `tune` is a function trainable as in Ray's guide to Tune with
+PyTorch (https://docs.ray.io/en/latest/tune/examples/tune-pytorch-cifar.html), without checkpoints;
+with --mlflow each trial is logged by Ray's own callback. Where people know a faster way, it is
+used: batches are gathered by index from tensors instead of a DataLoader, and nothing waits for the
+loss. `turn` does steps of the first trial for a few seconds, without its evaluations.
 
 The last line is JSON. `tune` prints each evaluation as [trial, step, Unix time, metric]. `turn`
 prints the number of `steps` that were timed, after compilation, and their `seconds`.
@@ -126,10 +126,16 @@ def train_trial(config: dict[str, Any], trials: list[dict[str, Any]], dataset: P
             tune.report({"val/loss": training.evaluate(), "epoch": epoch, "step": done})
 
 
-def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
-    """Run the whole sweep, with a trial at a time per core, or `per_device` trials per GPU."""
+def tune_sweep(
+    folder: Path, reuse: bool, per_device: int, mlflow_uri: str | None
+) -> list[list[float]]:
+    """Run the whole sweep, with a trial at a time per core, or `per_device` trials per GPU.
+
+    With `mlflow_uri` each trial is logged by Ray's own callback.
+    """
     import ray
     from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     from tuning.trials.schedulers import build_scheduler
 
@@ -148,16 +154,21 @@ def tune_sweep(folder: Path, reuse: bool, per_device: int) -> list[list[float]]:
     epochs = spec.train.total_steps(samples) * spec.train.global_batch / samples
     trainable = tune.with_parameters(train_trial, trials=trials, dataset=dataset)
     gpu = {"gpu": 1 / per_device} if per_device else {}
+    callbacks: list[tune.Callback] = [Follower()]
+    if mlflow_uri:
+        callbacks.append(MLflowLoggerCallback(mlflow_uri, experiment_name="tune"))
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, **gpu}),
         param_space={"trial": tune.grid_search(list(range(len(trials))))},
         tune_config=tune.TuneConfig(
             metric=spec.sweep.metric,
             mode=spec.sweep.mode,
-            scheduler=build_scheduler(spec.sweep, epochs),
+            scheduler=build_scheduler(
+                spec.sweep, epochs, evaluate_every_epochs=spec.train.evaluate_every_epochs
+            ),
             reuse_actors=reuse,
         ),
-        run_config=tune.RunConfig(storage_path=str(Path.cwd()), callbacks=[Follower()], verbose=0),
+        run_config=tune.RunConfig(storage_path=str(Path.cwd()), callbacks=callbacks, verbose=0),
     ).fit()
     ray.shutdown()
     return reports
@@ -190,13 +201,14 @@ def main() -> None:
     options.add_argument("kind", choices=("tune", "turn"))
     options.add_argument("--reuse", action="store_true")
     options.add_argument("--per-device", type=int, default=0)
+    options.add_argument("--mlflow", metavar="URI")
     options.add_argument("--fused", action="store_true")
     options.add_argument("--compile", metavar="MODE")
     options.add_argument("--threads", type=int, default=1)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     if args.kind == "tune":
-        print(json.dumps(tune_sweep(args.folder, args.reuse, args.per_device)))
+        print(json.dumps(tune_sweep(args.folder, args.reuse, args.per_device, args.mlflow)))
     else:
         print(json.dumps(in_turn(args.folder, args.fused, args.compile)))
 

@@ -136,8 +136,12 @@ CONTRACTS = {
             *_in("trainers", "tracking", "planning", "runs", "probes", "reports"),
         ),
     ),
+    "tuning.stopping": Contract(
+        "rules of early stopping, and fronts of several objectives: arithmetic alone"
+    ),
     "tuning.trials": Contract(
-        "search, early stopping, budget and leaderboard of trials; one trial in a process", _TRIALS
+        "search, early stopping, budget and leaderboard of trials; one trial in a process",
+        (*_TRIALS, *_in("tuning", "stopping")),
     ),
     "tuning.programs": Contract(
         "many trials as one program: traced, batched and compiled",

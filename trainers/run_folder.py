@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from cluster.base.config import write_yaml
+from cluster.base.config import read_yaml, write_yaml
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
 
@@ -24,6 +24,9 @@ SPEC, ENVIRONMENT, MODEL, LOG = "spec.yaml", "environment.json", "model", "ray.l
 CHECKPOINTS, TRACKING, LEDGER = "checkpoints", "track", "ledger.jsonl"
 TRIALS = "trials"
 """The folder in a sweep's folder that holds its trials' folders."""
+STOP, WHOLE = "stop", "all"
+"""The folder with the requests of other processes to stop, each an empty file, and the name of the
+request to end all. Those to end one trial of a sweep are named by its number."""
 RESUMABLE = ("train", "sweep")
 Kind = Literal["train", "sweep", "plan", "scaling"]
 """What a folder is of: the verb that made it."""
@@ -52,6 +55,30 @@ def create_run_folder(
     write_yaml(data, folder / SPEC)
     write_environment(folder, kind)
     return folder
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The spec in a run's folder, as plain data, with its `present_paths`."""
+    return present_paths(read_yaml(folder / SPEC), folder)
+
+
+def present_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A spec from a run's folder, if the project was moved or copied since it was written.
+
+    It names the folder of all runs, and a SQLite file beside it, by absolute paths. They become
+    those of the present place.
+    """
+    storage, here = Path(data.get("storage", "")), folder.absolute().parent
+    same = storage == here or (storage.exists() and storage.samefile(here))
+    if same or not storage.is_absolute():
+        return data
+    data = {**data, "storage": str(here)}
+    tracking = data.get("tracking", {})
+    before, uri = f"sqlite:///{storage.parent}/", str(tracking.get("uri"))
+    moved = here.parent / uri.removeprefix(before)
+    if uri.startswith(before) and moved.exists():
+        data["tracking"] = {**tracking, "uri": f"sqlite:///{moved}"}
+    return data
 
 
 def write_environment(folder: Path, kind: Kind) -> None:
@@ -102,6 +129,25 @@ def find_run_folder(name: str, storage: Path) -> Path:
         if (folder / SPEC).is_file():
             return folder.absolute()
     raise SpecError(f"--resume {name}: no such run in {display_path(storage)}")
+
+
+def request_stop(folder: Path, what: str = WHOLE) -> None:
+    """Ask the process that works on the run or sweep in `folder` to end it, or a trial of it."""
+    (folder / STOP).mkdir(exist_ok=True)
+    (folder / STOP / what).touch()
+
+
+def stop_requests(folder: Path) -> set[str]:
+    """What is to end: WHOLE, and numbers of trials."""
+    try:
+        return {path.name for path in (folder / STOP).iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def withdraw_stop(folder: Path) -> None:
+    """Take back the request to end all."""
+    (folder / STOP / WHOLE).unlink(missing_ok=True)
 
 
 def run_files(storage: str) -> tuple[str, ...]:

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.base.config import ModelT, Spec, did_you_mean, read_yaml, validate
+from cluster.base.config import ModelT, Spec, did_you_mean, read_yaml, validate, with_value
 from cluster.base.errors import SpecError
 from cluster.cost.budget import BudgetSpec
 from cluster.cost.node_rates import CostSpec
+from trainers.changes import ChangeSpec
+from trainers.run_folder import ENVIRONMENT, present_paths
 
 if TYPE_CHECKING:
     from trainers.workload import Workload
@@ -128,6 +131,10 @@ class ScaleSpec(Spec):
     """Workers per group of hsdp or tensor; the default for hsdp is the workers of one machine."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that Ray reserves per worker."""
+    threads: PositiveInt | None = None
+    """Threads with which a worker computes on a CPU: the last digits of its results depend on
+    their number. By default those of OMP_NUM_THREADS, or the worker's share of the machine's cores;
+    of a trial, the CPUs of `sweep.resources`."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often the workers are restarted after a failure. Preemptions don't count."""
 
@@ -227,6 +234,16 @@ class RunSpec(Spec):
     session: SessionSpec = SessionSpec()
     sweep: dict[str, Any] | None = None
     """The search of `heliostat sweep`."""
+    changes: list[ChangeSpec] = []
+    """Fields that change while the run goes on, in the order of their steps. So a trial of pbt is
+    trained once more, as `best.yaml` has it."""
+
+    @field_validator("changes")
+    @classmethod
+    def _check_order(cls, changes: list[ChangeSpec]) -> list[ChangeSpec]:
+        if any(later.step <= earlier.step for earlier, later in pairwise(changes)):
+            raise ValueError("must be in the order of their steps, each step once")
+        return changes
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunSpec":
@@ -256,7 +273,9 @@ def find_spec(name: str) -> tuple[str, dict[str, Any]]:
     """The short name and the plain data of a spec file, a shipped spec or a `module:Class`."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        return path.stem, read_yaml(path)
+        data = read_yaml(path)
+        of_run = (path.parent / ENVIRONMENT).is_file()  # its spec.yaml, or a sweep's best.yaml
+        return path.stem, present_paths(data, path.parent) if of_run else data
     if ":" in name:
         return name.partition(":")[2].lower(), {"workload": name}
     shipped = {file.stem: file for file in SPECS_FOLDER.glob("*.yaml")}
@@ -291,4 +310,29 @@ def resolve(data: Mapping[str, Any], spec_type: type[SpecT]) -> tuple[SpecT, "Wo
     if spec is None or own_data is None or own_model is None:
         raise SpecError("\n".join(dict.fromkeys(mistakes)))
     sections = {"data": own_data.model_dump(), "model": own_model.model_dump()}
-    return spec.model_copy(update=sections), workload(own_data, own_model)
+    found = spec.model_copy(update=sections), workload(own_data, own_model)
+    spec_parts(*found)
+    return found
+
+
+def spec_at(spec: SpecT, workload: "Workload", step: int) -> tuple[SpecT, "Workload"]:
+    """The spec and the workload of step `step`, counted from 1."""
+    *_, (_, at_step, own_workload) = (p for p in spec_parts(spec, workload) if p[0] < max(1, step))
+    return at_step, own_workload
+
+
+def spec_parts(spec: SpecT, workload: "Workload") -> list[tuple[int, SpecT, "Workload"]]:
+    """The parts of a run between its changes: first step, spec and workload of each.
+
+    Raises SpecError for a change to a value that its field does not accept.
+    """
+    parts = [(0, spec.model_copy(update={"changes": []}), workload)]
+    for number, change in enumerate(spec.changes):
+        data = parts[-1][1].model_dump(mode="json")
+        for path, value in change.set.items():
+            data = with_value(data, path, value)
+        try:
+            parts.append((change.step, *resolve(data, type(spec))))
+        except SpecError as error:
+            raise SpecError(f"changes.{number}.set: {error}") from None
+    return parts

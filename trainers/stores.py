@@ -1,8 +1,7 @@
 """Where checkpoints and data sets are kept: a folder, or a URI that pyarrow's file systems know.
 
-A store holds folders by name. A folder is either committed, with all its files, or it does not
-exist. On a file system, a rename commits it; in an object store, the manifest, which is uploaded
-last.
+A store holds folders by name. A folder is committed, with all its files, or it does not exist: a
+rename commits it or, in an object store, the manifest, which is uploaded last.
 """
 
 import contextlib
@@ -111,7 +110,9 @@ class LocalStore:
         return (self._folder / name / MANIFEST).read_bytes()
 
     def remove(self, name: str) -> None:
-        shutil.rmtree(self._folder / name)
+        self.abort(name)
+        (self._folder / name).rename(self.staging_dir(name))  # so none is ever half there
+        self.abort(name)
 
     def clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -148,6 +149,10 @@ class RemoteStore:
 
     def describe(self, name: str) -> str:
         return f"{self._base_uri}/{name}"
+
+    def location(self, name: str) -> tuple[pafs.FileSystem, str]:
+        """The file system of a folder, and its path there."""
+        return self._filesystem, f"{self._root}/{name}"
 
     def start_write(self, name: str) -> None:
         self._clear_staging(name)

@@ -1,6 +1,6 @@
 """The progress of a running sweep in the terminal."""
 
-import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,7 +15,9 @@ from cluster.cost.budget import usd_text
 from cluster.cost.energy_meter import joules_text
 from cluster.cost.ledger import CostTotals
 from tuning.trials.budget import find_open_budget
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, Sweep
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import is_ranked, loss, selected, selected_value, violation
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 
 MIN_LINE_INTERVAL_S = 1.0
 """Seconds between two lines where the output is no terminal, at least."""
@@ -31,22 +33,23 @@ class SweepProgress:
     ) -> None:
         self._console, self._sweep, self._clock = console, sweep, clock
         self._started_s = clock()
+        self._lock = threading.RLock()
+        """Guards all below: the live table is drawn by a thread of its own."""
         self._running: dict[int, float] = {}
         """Running trial -> its epochs so far."""
         self._ended: dict[int, str] = {}
         """Ended trial -> its status."""
-        self._epochs: list[float] = []
-        """Epochs of each trial that ended since this command started."""
-        self._values: dict[int, float] = {}
-        """Trial -> the metric at its last evaluation, which the leaderboard compares too."""
+        self._epochs, self._timed = 0.0, 0
+        """Epochs and number of the trials that ended since this command started."""
+        self._values = _earlier_values(sweep)
+        """Trial -> the metric at the evaluation that counts, which the leaderboard compares too."""
         self._totals: CostTotals | None = None
         self._events: list[str] = []
         self._line_s = -MIN_LINE_INTERVAL_S
-        self._ended_before = {
-            path.parent.name
-            for name in (ENDED_FILE, FAILED_FILE)
-            for path in sweep.folder.glob(f"trials/*/{name}")
+        self._all_ended = {  # those that failed run again
+            int(path.parent.name) for path in sweep.folder.glob(f"trials/*/{ENDED_FILE}")
         }
+        """Trials that ended, in earlier commands too."""
         self._live = Live(
             get_renderable=self.table,
             console=console,
@@ -67,21 +70,29 @@ class SweepProgress:
 
     def on_trial_event(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
         """A `tuning.tuner.TrialCallback`."""
-        value = result.get(self._sweep.spec.metric)
+        with self._lock:
+            self._record(event, trial, result)
+            self._write(self._clock())
+            ended = len(self._all_ended)
+            self._job_progress.report(lambda: f"{ended} trials ended  {self._summary()}")
+
+    def _record(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
+        value = selected_value(self._sweep.spec, result)
         if value is not None:
             self._values[trial] = value
-        if event == "error":
+        spec = self._sweep.spec
+        if event == "error" or violation(spec, selected(spec, result)) > 0:
             self._values.pop(trial, None)
         if event in END_STATUSES:
             self._running.pop(trial, None)
             if trial not in self._ended:
-                self._epochs.append(float(result.get("epoch", 0.0)))
+                self._epochs += float(result.get("epoch", 0.0))
+                self._timed += 1
+            self._all_ended.add(trial)
             self._ended[trial] = END_STATUSES[event]
             self._events.append(f"{trial:04d} {event}")
         else:
             self._running[trial] = float(result.get("epoch", 0.0))
-        self._write(self._clock())
-        self._job_progress.report(lambda: f"{self._count_ended()} trials ended  {self._summary()}")
 
     def _write(self, now_s: float) -> None:
         """Print the events since the last line, if that was long enough ago."""
@@ -95,17 +106,15 @@ class SweepProgress:
         self._console.print(f"trial{many} {', '.join(self._events)}  {self._summary()}")
         self._events, self._line_s = [], now_s
 
-    def _count_ended(self) -> int:
-        return len({f"{trial:04d}" for trial in self._ended} | self._ended_before)
-
     def remaining_s(self) -> float | None:
         """Seconds until all trials have ended, at the pace of those that did; None before that."""
-        mean = sum(self._epochs) / len(self._epochs) if self._epochs else 0.0
-        if not mean:
-            return None
-        running = sum(min(0.9, epoch / mean) for epoch in self._running.values())
-        done = len(self._epochs) + running
-        left = self._sweep.spec.total_trials - self._count_ended() - running
+        with self._lock:
+            mean = self._epochs / self._timed if self._timed else 0.0
+            if not mean:
+                return None
+            running = sum(min(0.9, epoch / mean) for epoch in self._running.values())
+            done = self._timed + running
+            left = self._sweep.spec.planned_trials - len(self._all_ended) - running
         return (self._clock() - self._started_s) / done * max(0.0, left)
 
     def _spent_text(self) -> str:
@@ -121,11 +130,11 @@ class SweepProgress:
 
     def _best_text(self) -> str:
         """The best value and its trial; empty before the first finite value."""
-        finite = {trial: value for trial, value in self._values.items() if math.isfinite(value)}
-        if not finite:
+        spec, values = self._sweep.spec, self._values
+        best = min(values, key=lambda trial: (loss(spec, values[trial]), trial), default=None)
+        if best is None or not is_ranked(spec, values[best]):
             return ""
-        best = (max if self._sweep.spec.mode == "max" else min)(finite, key=finite.__getitem__)
-        return f"{finite[best]:.4f} (trial {best:04d})"
+        return f"{values[best]:.4f} (trial {best:04d})"
 
     def _summary(self) -> str:
         best = self._best_text()
@@ -134,22 +143,37 @@ class SweepProgress:
 
     def table(self) -> Table:
         """The progress as a table of one row."""
-        counts = Counter(self._ended.values())
-        left_s = self.remaining_s()
-        cells = {
-            "trials": f"{self._count_ended()}/{self._sweep.spec.total_trials}",
-            "running": str(len(self._running)),
-            "complete": str(counts["complete"]),
-            "stopped": str(counts["stopped"]),
-            "failed": str(counts["failed"]),
-            f"best {self._sweep.spec.metric}": self._best_text(),
-            "time": _clock_text(self._clock() - self._started_s),
-            "left": f"about {_clock_text(left_s)}" if left_s else "",
-            "spent": self._spent_text(),
-        }
+        spent = self._spent_text()
+        with self._lock:
+            counts = Counter(self._ended.values())
+            left_s = self.remaining_s()
+            cells = {
+                "trials": f"{len(self._all_ended)}/{self._sweep.spec.planned_trials}",
+                "running": str(len(self._running)),
+                "complete": str(counts["complete"]),
+                "stopped": str(counts["stopped"]),
+                "failed": str(counts["failed"]),
+                f"best {self._sweep.spec.metric}": self._best_text(),
+                "time": _clock_text(self._clock() - self._started_s),
+                "left": f"about {_clock_text(left_s)}" if left_s else "",
+                "spent": spent,
+            }
         table = Table(*cells, box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_row(*cells.values())
         return table
+
+
+def _earlier_values(sweep: Sweep) -> dict[int, float]:
+    """Trial -> its value, for the trials of before an interruption that did not fail."""
+    values: dict[int, float] = {}
+    for number in Journal(sweep.folder / JOURNAL_FILE).parameters:
+        folder = sweep.trial_folder(number)
+        counts = selected(sweep.spec, last_result(folder))
+        value = counts.get(sweep.spec.metric)
+        failed = (folder / FAILED_FILE).exists()
+        if value is not None and not failed and not violation(sweep.spec, counts):
+            values[number] = value
+    return values
 
 
 def _clock_text(seconds: float) -> str:

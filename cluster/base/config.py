@@ -58,9 +58,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_yaml(data: Mapping[str, Any], path: Path) -> None:
-    """Write a mapping as block YAML that `read_yaml` gives back unchanged. Atomic."""
+def write_yaml(data: Mapping[str, Any], path: Path, comment: str = "") -> None:
+    """Write a mapping as block YAML that `read_yaml` gives back unchanged. Atomic.
+
+    The lines of the `comment` are at the top.
+    """
     text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in comment.splitlines())
     YAML().dump(dict(data), text)
     write_atomic(path, text.getvalue())
 
@@ -89,13 +93,26 @@ def apply_overrides(data: Mapping[str, Any], assignments: Iterable[str]) -> dict
 
 
 def with_value(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of `data` in which the value at the dotted `path` is `value`."""
-    head, _, rest = path.partition(".")
+    """A copy of `data` in which the value at the dotted `path` is `value`.
+
+    A key of `data` may have dots itself, as those of `sweep.parameters` do. An element of a list
+    has its index as its key.
+    """
+    head = next(
+        (key for key in data if "." in str(key) and f"{path}.".startswith(f"{key}.")),
+        path.partition(".")[0],
+    )
+    rest = path[len(head) + 1 :]
     result = dict(data)
     if not rest:
         result[head] = value
         return result
     inner = result.get(head)
+    index = rest.partition(".")[0]
+    if isinstance(inner, list | tuple) and index.isdecimal() and int(index) < len(inner):
+        elements = {str(place): element for place, element in enumerate(inner)}
+        result[head] = list(with_value(elements, rest, value).values())
+        return result
     if inner is not None and not isinstance(inner, Mapping):
         raise SpecError(f"{head}: has no key {rest!r}, it is {_shortened(inner)}")
     try:

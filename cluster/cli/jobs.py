@@ -1,4 +1,4 @@
-"""The verbs for jobs on a cluster: `submit`, `jobs`, `logs`, `stop`."""
+"""The verbs for jobs on a cluster: `submit`, `jobs`, `logs`, and what `stop` does to a job."""
 
 import argparse
 import contextlib
@@ -47,9 +47,6 @@ def add_verbs(verbs: Subparsers) -> None:
     logs.add_argument("name", help="the job's name, which is its run's")
     logs.add_argument("--follow", action="store_true", help="go on until the job ends")
     logs.set_defaults(command=logs_command)
-    stop = verbs.add_parser("stop", parents=[cluster_options()], help="have a job save and end")
-    stop.add_argument("name", help="the job's name, which is its run's")
-    stop.set_defaults(command=stop_command)
 
 
 @contextlib.contextmanager
@@ -135,7 +132,8 @@ def logs_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def stop_command(args: argparse.Namespace) -> int:
+def stop_job(args: argparse.Namespace) -> int:
+    """Have the job `args.name` of the cluster of `cluster_options` save and end."""
     from cluster.jobs.ray_jobs import get_job, stop
 
     with dashboard(args) as url:

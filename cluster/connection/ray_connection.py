@@ -38,8 +38,19 @@ def local_ray_answers(address_file: Path) -> bool:
     return True
 
 
+def room_for(needs: dict[str, float]) -> int:
+    """How many times the cluster's machines, if they were idle, have these resources together."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(int(machine.get(name, 0) / amount + 1e-9) for name, amount in needs.items() if amount)
+        for machine in machines
+    )
+
+
 def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:
-    """The first resource of which the cluster has too little for `workers` workers, or None."""
+    """What the cluster lacks for `workers` workers, each of them on one machine, or None."""
     import ray
 
     available = ray.cluster_resources()
@@ -49,4 +60,8 @@ def missing_resources(workers: int, per_worker: dict[str, float]) -> str | None:
                 f"{workers} x {amount:g} {resource} requested, "
                 f"the cluster has {available.get(resource, 0):g}"
             )
-    return None
+    room = room_for(per_worker)
+    if room >= workers:
+        return None
+    needs = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+    return f"{workers} x {needs} requested, the cluster's machines have room for {room}"

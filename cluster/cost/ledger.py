@@ -6,6 +6,7 @@ process that starts again uses new ids. A process that is killed leaves at most 
 """
 
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,34 +116,63 @@ def _sum(amounts: Iterable[float | None]) -> float | None:
 
 
 class Ledger:
-    """The ledger file of one run or sweep. One process writes at a time; others may read."""
+    """The ledger file of one run or sweep. One process writes at a time; others may read.
+
+    Threads may share it: a sweep's billing thread reads it while the driver ends the sweep.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the file at `path`, or create it. Raises ClusterError if it is damaged."""
+        self._lock = threading.Lock()
         self._entries: dict[str, LedgerEntry] = {}
+        self._by_run: dict[str, dict[str, LedgerEntry]] = {}
+        self._totals: CostTotals | None = None
+        self._totals_by_run: dict[str, CostTotals] = {}
+        """What was computed since the last change; a run whose entries changed has none."""
         self._file = path.open("a+b")
         truncate_partial_line(self._file.fileno())
         for entry in read_entries(path):
-            self._entries[entry.id] = entry
+            self._keep(entry)
 
     def append(self, entries: Iterable[LedgerEntry]) -> None:
         """Append changed entries. On return they survive the death of this process."""
-        for entry in entries:
-            if self._entries.get(entry.id) != entry:
-                self._entries[entry.id] = entry
-                self._file.write(json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        with self._lock:
+            for entry in entries:
+                if self._entries.get(entry.id) != entry:
+                    self._keep(entry)
+                    line = json.dumps(asdict(entry), separators=(",", ":"))
+                    self._file.write(line.encode() + b"\n")
+            self._file.flush()
 
     def totals(self) -> CostTotals:
         """The totals of all entries in the file."""
-        return total_costs(self._entries.values())
+        with self._lock:
+            if self._totals is None:
+                self._totals = total_costs(self._entries.values())
+            return self._totals
 
     def totals_by_run(self) -> dict[str, CostTotals]:
-        """The totals of each run or trial that pays, by its key."""
-        return total_costs_by_run(self._entries.values())
+        """The totals of each run or trial that pays, by its key.
+
+        Those of a run are the same object until one of its entries changes.
+        """
+        with self._lock:
+            for run in self._by_run.keys() - self._totals_by_run.keys():
+                self._totals_by_run[run] = total_costs(self._by_run[run].values())
+            return dict(self._totals_by_run)
 
     def close(self) -> None:
         self._file.close()
+
+    def _keep(self, entry: LedgerEntry) -> None:
+        before = self._entries.get(entry.id)
+        if before is not None and before.run != entry.run:
+            del self._by_run[before.run][entry.id]
+            self._totals_by_run.pop(before.run, None)
+        self._entries[entry.id] = entry
+        self._by_run.setdefault(entry.run, {})[entry.id] = entry
+        self._totals = None
+        self._totals_by_run.pop(entry.run, None)
 
 
 def read_entries(path: Path) -> Iterator[LedgerEntry]:

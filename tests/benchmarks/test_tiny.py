@@ -12,7 +12,7 @@ pytestmark = pytest.mark.thorough
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = ("checkpoint", "data", "gpu", "loop", "report")
 """Benchmarks that start neither Ray nor MLflow, or use made-up numbers."""
-MINUTES = ("answers", "forecast", "fused", "recovery", "search", "start", "track")
+MINUTES = ("answers", "forecast", "fused", "many", "recovery", "search", "start", "track")
 ON_A_RACK = ("clusters",)
 PARTS = (
     *("answer_", "bare", "browser", "contest", "guide"),

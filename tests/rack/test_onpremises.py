@@ -114,7 +114,8 @@ def test_a_sweep_survives_the_loss_of_the_head(cluster: OwnHosts) -> None:
     end(cluster, "many")
     assert len(ended(folder)) == 4
     runs = tracked(cluster, "many")
-    assert runs == dict.fromkeys(["many", "0000", "0001", "0002", "0003"], "FINISHED")
+    names = ["many", *(f"many-{number:04d}" for number in range(4))]
+    assert runs == dict.fromkeys(names, "FINISHED")
 
 
 def ended(sweep: Path) -> list[Path]:

@@ -293,6 +293,26 @@ BAD_SPECS = {
     "--set unknown": ("", ["--set", "train.stesp=3"], "train.stesp: unknown key; did you mean "),
     "--set below a leaf": ("storage: x", ["--set", "storage.x=3"], "storage: has no key 'x'"),
     "--from nothing": ("", ["--from", "absent"], "--from absent: no checkpoint there"),
+    "a change of what the data depend on": (
+        "changes: [{step: 3, set: {train.global_batch: 2}}]",
+        [],
+        "changes.0.set: train.global_batch cannot change while a run goes on; optimizer, model",
+    ),
+    "a change to no value": (
+        "changes: [{step: 3, set: {optimizer.lr: 1}}, {step: 4, set: {optimizer.lr: -1}}]",
+        [],
+        "changes.1.set: optimizer.lr: must be greater than 0 (got -1)",
+    ),
+    "a change of what is not there": (
+        "changes: [{step: 3, set: {model.widht: 2}}]",
+        [],
+        "changes.0.set: model.widht: unknown key; did you mean 'width'?",
+    ),
+    "changes out of order": (
+        "changes: [{step: 3, set: {}}, {step: 3, set: {}}]",
+        [],
+        "changes: must be in the order of their steps, each step once",
+    ),
     "no val split": ("data: {points: 1}", [], "the data set of spirals has no samples in its "),
 }
 BAD_ARGUMENTS = {

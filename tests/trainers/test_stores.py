@@ -109,6 +109,35 @@ def test_a_removed_folder_is_deleted(open_store: Open, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("step-1"))
 
 
+def test_a_removal_that_was_cut_leaves_no_half_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path / "place")
+    for name in ("step-1", "step-2"):
+        build(store, name, a=name)
+        store.commit(name)
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(path: Path, **_: object) -> None:
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise KilledError
+
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KilledError):
+            store.remove("step-1")
+    assert store.names() == ["step-2"]
+    build(store, "step-3", a="step-3")
+    store.commit("step-3")
+    assert {name: content(store, name) for name in store.names()} == {
+        name: {"a": name} for name in ("step-2", "step-3")
+    }
+    assert not list(tmp_path.rglob("*step-1"))
+
+
 @pytest.mark.parametrize("uri", ["nonsense", "nosuch://bucket/x", "s3://"])
 def test_an_unusable_uri_is_reported_in_one_line(uri: str) -> None:
     with pytest.raises(SpecError, match=r"^checkpoint\.uri: .* cannot be used: ") as caught:

@@ -1,13 +1,20 @@
 """The progress of a sweep in the terminal and in a log."""
 
+import contextlib
 import io
+import json
 import math
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from tuning.progress import SweepProgress
+from tuning.trials.journal import Journal
 from tuning.trials.space import SweepSpec
 from tuning.trials.trial import Sweep
 
@@ -80,3 +87,52 @@ def test_best_is_the_first_of_the_leaderboard(sweep: Sweep) -> None:
     assert after("result", 2, 0.625) == "0.6250 (trial 0002)"
     assert after("error", 2, 0.625) == "0.5000 (trial 0001)"
     assert after("result", 3, -math.inf) == "0.5000 (trial 0001)"
+
+
+def test_best_is_by_the_evaluation_that_counts_also_of_trials_of_before(sweep: Sweep) -> None:
+    """Trial 0 ended before this command started; trial 1 got worse after its best evaluation."""
+    spec = sweep.spec.model_copy(update={"select": "best"})
+    best = {"best/val/accuracy": 0.75, "best/step": 10, "best/epoch": 1.0}
+    last = {"val/accuracy": 0.25, "step": 20, "epoch": 2.0, **best}
+    (sweep.folder / "trials" / "0000" / "last.json").write_text(json.dumps(last))
+    Journal(sweep.folder / "journal.jsonl").record_suggestion(0, {"optimizer.lr": 0.5})
+    progress = SweepProgress(Console(file=io.StringIO()), replace(sweep, spec=spec))
+    assert progress._best_text() == "0.7500 (trial 0000)"
+    progress.on_trial_event("result", 1, {**last, "best/val/accuracy": 0.875})
+    assert progress._best_text() == "0.8750 (trial 0001)"
+
+
+def test_the_live_table_is_drawn_while_events_come(sweep: Sweep) -> None:
+    """By a thread of its own, which would end with `dictionary changed size during iteration`."""
+    progress = SweepProgress(Console(file=io.StringIO(), force_terminal=True), sweep)
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            try:
+                progress.table()
+            except Exception as error:
+                errors.append(error)
+                return
+
+    with more_switches_of_threads():
+        thread = threading.Thread(target=draw)
+        thread.start()
+        for trial in range(2000):
+            progress.on_trial_event("result", trial, {"val/accuracy": trial, "epoch": 1})
+            progress.on_trial_event("done", trial // 2, {"val/accuracy": trial, "epoch": 1})
+        done.set()
+        thread.join()
+    assert errors == []
+    assert [*progress.table().columns[0].cells] == ["1000/8"]
+
+
+@contextlib.contextmanager
+def more_switches_of_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

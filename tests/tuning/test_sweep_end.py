@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,17 @@ import pytest
 from cluster.base.errors import SpecError
 from trainers.run_folder import TRIALS
 from tuning import sweep as sweeps
+from tuning import tuner
 from tuning.trials.journal import Journal
 from tuning.trials.space import SweepSpec
-from tuning.trials.trial import ENDED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
+from tuning.tuner import TUNE_FOLDER
 
 SPEC = {
     "workload": "vision",
     "sweep": {"parameters": {"optimizer.lr": {"uniform": [0.1, 1]}}, "trials": 6},
 }
+CLEARED = {"heliostat.reason": ""}
 
 
 class Tracker:
@@ -68,7 +72,7 @@ def sweep(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / LAST_RESULT_FILE).write_text(json.dumps(last))
         (folder / ENDED_FILE).write_text("{}")
     sweep = SweepSpec.model_validate(SPEC["sweep"])
-    return Sweep({**SPEC, "checkpoint": {}}, sweep, tmp_path, tmp_path)
+    return Sweep({**SPEC, "checkpoint": {}, "scale": {}}, sweep, tmp_path, tmp_path)
 
 
 def damage_a_result(sweep: Sweep) -> None:
@@ -125,3 +129,76 @@ def test_a_sweep_without_importances_still_has_its_leaderboard(
     board, _ = sweeps.run_to_end(sweep, lambda *_: None)
     assert [result.number for result in board.results] == list(range(6))
     assert tracker.called("set_tags") == []
+
+
+def fail_all(sweep: Sweep, reason: str) -> None:
+    """All trials have failed, without a result."""
+    for number in range(6):
+        folder = sweep.trial_folder(number)
+        for name in (LAST_RESULT_FILE, ENDED_FILE):
+            (folder / name).unlink()
+        (folder / FAILED_FILE).write_text(reason)
+
+
+def test_a_sweep_without_a_result_has_failed(
+    sweep: Sweep, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit() -> None:
+        assert not list(sweep.folder.glob(f"{TRIALS}/*/{FAILED_FILE}")), "they run again"
+        fail_all(sweep, "ValueError: again")
+
+    (sweep.folder / TUNE_FOLDER).mkdir()
+    for number in range(6):
+        (sweep.trial_folder(number) / FAILED_FILE).write_text("ValueError: before")
+    monkeypatch.setattr(sweeps, "create_tuner", lambda *_: SimpleNamespace(fit=fit))
+    board, tracked = sweeps.run_to_end(sweep, lambda *_: None)
+    assert tracked["failure"] == "all 6 trials failed"
+    assert board.failed == dict.fromkeys(range(6), "ValueError: again")
+    [[_, status, tags]] = tracker.called("finish")
+    assert (status, tags["heliostat.reason"]) == ("FAILED", "all 6 trials failed")
+    cleared = [values for values in tracker.called("set_tags") if values[1:] == [CLEARED]]
+    again = [sweep.trial_key(number) for number in range(6)]
+    assert [key for key, _ in cleared] == [sweep.key, *again]
+
+
+def test_a_mistake_of_all_trials_interrupts_ray_tune(
+    sweep: Sweep, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune has a handler for Ctrl-C, and returns from `fit` after it."""
+    interrupted: list[int] = []
+
+    def fit() -> None:
+        fail_all(sweep, "TypeError: loss() takes 2 arguments")
+        (sweep.trial_folder(4) / FAILED_FILE).unlink()  # it was running
+        for number in (0, 5, 1, 2):
+            sweeps_callbacks[sweep.key]("error", number, {})
+            if interrupted:
+                return
+
+    sweeps_callbacks = tuner._trial_callbacks
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    monkeypatch.setattr(sweeps, "create_tuner", lambda *_: SimpleNamespace(fit=fit))
+    try:
+        _, tracked = sweeps.run_to_end(sweep, lambda *_: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interrupted == [signal.SIGINT]
+    # The middle of 0.1 to 1 is 0.55, and the learning rates were 0.1, 0.6 and 0.2.
+    line = "3 of the first trials failed alike: TypeError: loss() takes 2 arguments"
+    assert tracked["failure"] == line
+    [[_, status, tags]] = tracker.called("finish")
+    assert (status, tags["heliostat.reason"]) == ("FAILED", line)
+
+
+def test_some_failures_do_not_fail_the_sweep(
+    sweep: Sweep, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit() -> None:
+        (sweep.trial_folder(2) / FAILED_FILE).write_text("the loss is nan at step 3")
+
+    monkeypatch.setattr(sweeps, "create_tuner", lambda *_: SimpleNamespace(fit=fit))
+    board, tracked = sweeps.run_to_end(sweep, lambda *_: None)
+    assert "failure" not in tracked
+    assert list(board.failed) == [2]
+    [[_, status, _]] = tracker.called("finish")
+    assert status == "FINISHED"

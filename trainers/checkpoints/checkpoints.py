@@ -12,7 +12,6 @@ import datetime
 import errno
 import json
 import logging
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from trainers.checkpoints import shards
 from trainers.checkpoints.attributes import Attributes, described
 from trainers.checkpoints.collectives import run_on_all, run_on_rank_zero
 from trainers.checkpoints.manifest import file_digest, read_manifest, write_manifest
-from trainers.checkpoints.place import current_store, store_at
+from trainers.checkpoints.place import checkpoint_name, current_store, store_at
 from trainers.checkpoints.ranking import best_checkpoints
 from trainers.checkpoints.state import check_model_state, collect_state, load_checkpoint
 from trainers.run_folder import CHECKPOINTS
@@ -39,6 +38,8 @@ from trainers.worker import Worker
 
 NAME = re.compile(r"step-\d{8,}")
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+METERED = ("goodput.", "device_s")
+"""What the names of the numbers begin with that a meter has counted."""
 SAVE_TIMEOUT = datetime.timedelta(days=1)
 """How long workers wait for another one's files. The loss of that worker ends it sooner."""
 
@@ -118,20 +119,36 @@ class Checkpoints:
         writer.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Block until the save under way is on disk; raises its error."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
+        """Block until the save under way is on disk; raises its error. Any thread may wait."""
+        writing = self._writing
+        if writing is None:
+            return
+        try:
             with external_wait():
                 writing.result()
+        finally:
+            if self._writing is writing:
+                self._writing = None
+
+    def newest_step(self) -> int:
+        """Steps of the latest checkpoint that is intact, 0 without one. Collective."""
+        with external_wait():
+            name = self._run_on_rank_zero(lambda: (path := self.latest()) and path.name)
+        return step_of(name) if name else 0
 
     def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, workload: object = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        workload: object = None,
+        changed_at: int | None = None,
     ) -> tuple[int, dict[str, float]]:
         """Load the latest checkpoint that is intact; returns its step and scalars. Collective.
 
         The model, and `workload`, have to be as they were built: what later differs in their plain
         attributes is saved. Any number of workers may have written the checkpoint, in any parallel
-        mode. (0, {}) without one.
+        mode. (0, {}) without one. A checkpoint after `changed_at` steps is loaded like another
+        run's: the spec has changed there.
         Raises TrainingError if the model has a state that `save` cannot write.
         """
         check_model_state(model)
@@ -143,8 +160,10 @@ class Checkpoints:
             path = self._store.download(name)
             self.resumed_metrics = json.loads((path / MANIFEST).read_text()).get("metrics", {})
             loaded = load_checkpoint(
-                path, model, optimizer, self._group, self._note_taken, workload
+                path, model, optimizer, self._group, self._note_taken, workload, changed_at
             )
+        if loaded[0] == changed_at:
+            self.taken = None
         attributes.accept(model)
         return loaded
 
@@ -158,28 +177,30 @@ class Checkpoints:
     def _note_taken(self, line: str) -> None:
         self.taken = line
 
-    def import_from(self, path: Path) -> str:
+    def import_from(self, path: Path, donor: str | None = None) -> str:
         """Copy another run's checkpoint into this run; returns its name. Not collective.
 
         What the donor's meter has counted, and its evaluation, are not copied. This run may train
-        other parts of the model, see `load_checkpoint`.
+        other parts of the model, see `load_checkpoint`. `donor` is what users are told of where it
+        is from, by default what its path says.
         """
         manifest = read_manifest(path)
         name = _name(manifest)
-        scalars = {k: v for k, v in manifest["numbers"].items() if not k.startswith("goodput.")}
+        scalars = {k: v for k, v in manifest["numbers"].items() if not k.startswith(METERED)}
         with external_wait():
             self._store.start_write(name)
             for file in manifest["files"]:
                 shutil.copy(path / file, self._store.staging_dir(name))
                 self._store.upload(name, file)
-            content = {**manifest, "numbers": scalars, "metrics": {}, "from": _described(path)}
+            content = {**manifest, "numbers": scalars, "metrics": {}}
+            content["from"] = donor or _described(path)
             write_manifest(self._store.staging_dir(name), content)
             self._store.commit(name)
         return name
 
-    def replace_by(self, path: Path) -> None:
-        """Make another run's checkpoint the only one of this run; not collective."""
-        imported = self.import_from(path)
+    def replace_by(self, path: Path, donor: str | None = None) -> None:
+        """Make another run's checkpoint the only one of this run, see `import_from`."""
+        imported = self.import_from(path, donor)
         for name in self._names():
             if name != imported:
                 self._store.remove(name)
@@ -192,6 +213,11 @@ class Checkpoints:
         """The latest checkpoint that is intact; damaged ones are skipped with a warning."""
         with external_wait():
             return next(filter(None, map(self._validated, reversed(self._names()))), None)
+
+    def at(self, step: int) -> Path | None:
+        """The checkpoint after `step` steps, if it is there and intact."""
+        with external_wait():
+            return self._validated(_name({"step": step}))
 
     def _write(
         self,
@@ -283,21 +309,12 @@ class Checkpoints:
 
 
 def _name(manifest: Mapping[str, Any]) -> str:
-    return f"step-{manifest['step']:08d}"
+    return checkpoint_name(manifest["step"])
 
 
 def _described(checkpoint: Path) -> str:
     """A checkpoint as users know it: its run, and its step."""
     return f"{checkpoint.parents[1].name}, step {step_of(checkpoint.name)}"
-
-
-def save_interval_s(save_s: float, failure_every_s: float) -> float:
-    """Seconds between saves that lose the least time to saving and to steps done again.
-
-    Young's square root (CACM 1974) for a save that blocks training for `save_s`, but at least so
-    long that saving takes no more than 1 % of the time.
-    """
-    return max(math.sqrt(2 * save_s * failure_every_s), 100 * save_s)
 
 
 def _write_error(error: BaseException, place: str) -> BaseException:
@@ -314,10 +331,18 @@ def _write_error(error: BaseException, place: str) -> BaseException:
 
 
 def find_checkpoint(name: str, storage: Path) -> Path:
-    """The latest intact checkpoint of a run, a trial or a folder of checkpoints."""
-    for folder in (storage / name, Path(name)):
+    """The latest intact checkpoint of a run, a trial or a folder of checkpoints.
+
+    `NAME@STEP` is the one after so many steps.
+    """
+    run, _, step = name.rpartition("@")
+    wanted = int(step) if run and step.isdecimal() else None
+    source = name if wanted is None else run
+    for folder in (storage / source, Path(source)):
         for checkpoints in (folder / CHECKPOINTS, folder):
-            found = Checkpoints(checkpoints).latest()
+            known = Checkpoints(checkpoints)
+            found = known.latest() if wanted is None else known.at(wanted)
             if found is not None:
                 return found
-    raise SpecError(f"--from {name}: no checkpoint there")
+    of_step = "" if wanted is None else f" of step {wanted}"
+    raise SpecError(f"--from {name}: no checkpoint{of_step} there")

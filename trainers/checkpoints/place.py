@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cluster.base.errors import SpecError
 from cluster.base.files import write_atomic
-from trainers.stores import MANIFEST, LocalStore, RemoteStore, external_wait
+from trainers.stores import MANIFEST, STEP, LocalStore, RemoteStore, external_wait, step_of
 
 POINTER = "elsewhere.json"
 """In the folder of checkpoints that are kept at a URI: that URI, and their name there."""
@@ -29,8 +29,51 @@ def current_store(folder: Path) -> LocalStore | RemoteStore:
 def newest_checkpoint(folder: Path) -> str | None:
     """The path or URI of the newest checkpoint of `folder`, which is not read; None without one."""
     store = current_store(folder)
-    names = store.names()
+    names = [name for name in store.names() if step_of(name) >= 0]
     return store.describe(names[-1]) if names else None
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint after so many steps."""
+    return f"{STEP}{step:08d}"
+
+
+def copy_checkpoint(
+    source: LocalStore | RemoteStore, target: LocalStore | RemoteStore, name: str, new_name: str
+) -> None:
+    """Copy a checkpoint to another run whose checkpoints are kept in a place of the same kind.
+
+    Both runs may be saving: unlike `start_write`, this deletes nothing of a save under way. Raises
+    FileNotFoundError if there is no such checkpoint.
+    """
+    files = json.loads(source.read_manifest(name))["files"]
+    if isinstance(source, RemoteStore) and isinstance(target, RemoteStore):
+        filesystem, folder = target.location(new_name)
+        target.remove(new_name)
+        filesystem.create_dir(folder)
+        for file in [*files, MANIFEST]:  # an object store copies them by itself
+            filesystem.copy_file(f"{source.location(name)[1]}/{file}", f"{folder}/{file}")
+        return
+    if not (isinstance(source, LocalStore) and isinstance(target, LocalStore)):
+        raise FileNotFoundError(f"{source.describe(name)}: is kept in another kind of place")
+    target.abort(new_name)
+    target.staging_dir(new_name).mkdir(parents=True)
+    for file in [*files, MANIFEST]:
+        original, copy = source.download(name) / file, target.staging_dir(new_name) / file
+        try:
+            copy.hardlink_to(original)  # the files of checkpoints are never changed
+        except FileNotFoundError:
+            raise
+        except OSError:  # on another file system, or one without links
+            shutil.copy(original, copy)
+    target.commit(new_name)
+
+
+def checkpoint_at(folder: Path, step: int) -> str | None:
+    """The path or URI of the checkpoint of `folder` after `step` steps, which is not read."""
+    store = current_store(folder)
+    found = [name for name in store.names() if step_of(name) == step]
+    return store.describe(found[-1]) if found else None
 
 
 def store_at(folder: Path, uri: str | None, moves: bool) -> LocalStore | RemoteStore:

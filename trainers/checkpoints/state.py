@@ -112,15 +112,19 @@ def load_checkpoint(
     group: dist.ProcessGroup | None = None,
     note: Callable[[str], None] = lambda text: None,
     workload: object = None,
+    changed_at: int | None = None,
 ) -> tuple[int, dict[str, float]]:
     """Load a checkpoint into `model` and `optimizer`; returns its step and its scalars.
 
     Collective over `group`. Raises CheckpointError if the checkpoint is damaged or does not fit.
     Tensors are converted to the dtypes of the model. Of another run's checkpoint, which
     `Checkpoints.import_from` made, only the weights must fit: of the optimizer's state, that of
-    the weights that both runs train is taken. `note` is called with a line that says so.
+    the weights that both runs train is taken. `note` is called with a line that says so. The same
+    holds for a checkpoint after `changed_at` steps, where the run's own spec has changed.
     """
     manifest = read_manifest(path)
+    if manifest["step"] == changed_at:
+        manifest["from"] = f"step {changed_at}"
     donor, kind = manifest.get("from"), type(optimizer).__name__
     same_kind = manifest["optimizer"] == kind
     if not same_kind and not donor:

@@ -63,6 +63,8 @@ def scaling_command(args: argparse.Namespace) -> int:
         _show_study(console, study)
         console.print(f"plot: {display_path(plot)}")
         console.print(tracked.get("unsent") or f"MLflow run: {tracked['run_id']} (heliostat ui)")
+        if "notice" in tracked:
+            console.print(tracked["notice"], style="yellow", markup=False)
     return 0
 
 

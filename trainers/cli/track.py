@@ -1,4 +1,4 @@
-"""The verbs `track flush` and `model register`, on the MLflow run of a run or sweep."""
+"""The verbs `track flush`, `track relocate` and `model register`, on what MLflow has of runs."""
 
 import argparse
 import contextlib
@@ -23,6 +23,16 @@ def add_verbs(verbs: Subparsers) -> None:
     )
     flush.add_argument("run", metavar="RUN|SWEEP", help="its name, or its folder")
     flush.set_defaults(command=flush_command)
+    relocate = actions.add_parser(
+        "relocate",
+        help="find artifacts again after the project's folder was moved or copied",
+        description="MLflow's SQLite file has the place of each artifact in full. Make it that of "
+        "the folder mlartifacts beside the file.",
+    )
+    relocate.add_argument(
+        "--uri", help="MLflow tracking URI; MLFLOW_TRACKING_URI, else ./mlflow.db"
+    )
+    relocate.set_defaults(command=relocate_command)
     model = verbs.add_parser("model", help="trained models in MLflow's model registry")
     actions = model.add_subparsers(title="actions", metavar="ACTION", required=True)
     register = actions.add_parser(
@@ -42,8 +52,26 @@ def flush_command(args: argparse.Namespace) -> int:
 
     folder, tracking = folder_and_tracking(args.run)
     with locked(folder), mlflow_errors():
-        sent = flush(folder / TRACKING, str(tracking.uri), tracking.experiment)
+        sent, refused = flush(folder / TRACKING, str(tracking.uri), tracking.experiment)
     print(f"{folder.name}: {sent:,} bytes sent" if sent else f"{folder.name}: nothing was left")
+    if refused:
+        print(refused)
+    return 0
+
+
+def relocate_command(args: argparse.Namespace) -> int:
+    from cluster.base.errors import SpecError
+    from trainers.tracking.mlflow_internals import replace_places
+    from trainers.tracking.preflight import moved_roots, sqlite_file
+    from trainers.tracking.tracker import default_tracking_uri
+
+    uri = args.uri or default_tracking_uri()
+    file = sqlite_file(uri)
+    if file is None or not file.exists():
+        raise SpecError(f"--uri: must be a SQLite file, as sqlite:///mlflow.db (got {uri})")
+    for old, new in moved_roots(uri).items():
+        count = replace_places(file, old, new)
+        print(f"{count:,} places in {old} are in {new} now")
     return 0
 
 
@@ -104,14 +132,14 @@ def upload_artifacts(folder: Path, part: str) -> str:
 
 def folder_and_tracking(name: str) -> "tuple[Path, TrackingSpec]":
     """The folder and tracking spec of a run or sweep. Raises ClusterError without MLflow."""
-    from cluster.base.config import read_yaml, validate
+    from cluster.base.config import validate
     from cluster.base.errors import ClusterError
-    from trainers.run_folder import SPEC
+    from trainers.run_folder import read_spec
     from trainers.spec import TrackingSpec
     from trainers.tracking.preflight import check_access
 
     folder = tracked_folder(name)
-    tracking = validate(TrackingSpec, read_yaml(folder / SPEC)["tracking"], "tracking.")
+    tracking = validate(TrackingSpec, read_spec(folder)["tracking"], "tracking.")
     unreachable = check_access(str(tracking.uri), tracking.experiment)
     if unreachable:
         raise ClusterError(unreachable.partition(";")[0])

@@ -33,8 +33,8 @@ def add_verbs(verbs: Subparsers) -> None:
     train.add_argument(
         "--from",
         dest="source",
-        metavar="RUN",
-        help="start from the newest checkpoint of another run or trial",
+        metavar="RUN[@STEP]",
+        help="start from the newest checkpoint of another run or trial, or from that of a step",
     )
     train.set_defaults(command=train_command, plan=as_job, session_modules=())
     for module in (
@@ -97,6 +97,7 @@ def _show_outcome(
     console: "Console", run: "Run", outcome: "Outcome", summary: "dict[str, Any]", wall_s: float
 ) -> None:
     """Print the run's metrics as MLflow has them, its cost, and where its results are."""
+    from rich.markup import escape
     from rich.table import Table
 
     from cluster.connection.ray_connection import submission_metadata
@@ -120,10 +121,12 @@ def _show_outcome(
     table.add_row("checkpoint", display_place(newest_checkpoint(run.folder / CHECKPOINTS)))
     if "unsent" in summary:
         kept = f"{summary['unsent']}; kept in {run.folder / TRACKING}"
-        table.add_row("tracking", f"[yellow]{kept}[/]")
+        table.add_row("tracking", f"[yellow]{escape(kept)}[/]")
     else:
         table.add_row("model", summary["model_uri"] or "none")
         table.add_row("MLflow run", f"{summary['run_id']} (heliostat ui)")
+    if "notice" in summary:
+        table.add_row("tracking", f"[yellow]{escape(summary['notice'])}[/]")
     console.print(table)
     if not outcome.complete:
         reason = summary.get("reason")

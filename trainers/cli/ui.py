@@ -22,6 +22,7 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
     import sys
 
     from trainers.tracking.mlflow_store import create_database
+    from trainers.tracking.preflight import moved_roots
     from trainers.tracking.tracker import default_tracking_uri
 
     if args.cluster:
@@ -31,6 +32,8 @@ def ui_command(args: argparse.Namespace) -> int:  # noqa: RET503
         print(f"MLflow's pages are at {uri}")
         return 0
     create_database(uri)
+    if moved_roots(uri):
+        print(f"artifacts of earlier runs were moved; heliostat track relocate --uri {uri}")
     print(f"MLflow on {uri}: http://127.0.0.1:{args.port}  (Ctrl-C ends it)", flush=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     server = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]

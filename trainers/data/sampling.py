@@ -7,6 +7,8 @@ one worker and many workers see the same global batches, a resumed run continues
 sample, and every epoch contains every sample.
 """
 
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,33 @@ SIGNED_DTYPES = {
 }
 
 
-def epoch_permutation(seed: int, epoch: int, samples: int) -> Tensor:
-    """The order of an epoch's samples [N], as indices into the split."""
+MAX_INT32_SAMPLES = 2**31
+"""The orders of smaller splits are kept as int32, in half the memory."""
+
+_orders_in_use: WeakValueDictionary[tuple[int, int, int], Tensor] = WeakValueDictionary()
+"""(seed, epoch, samples) -> the permutation, as long as a stream of this process holds it."""
+
+
+def epoch_permutation(
+    seed: int, epoch: int, samples: int, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """The order of an epoch's samples [N], as indices into the split; the same in any `dtype`."""
     generator = torch.Generator().manual_seed(combine_seeds(seed, epoch))
-    return torch.randperm(samples, generator=generator)
+    return torch.randperm(samples, generator=generator, dtype=dtype)
+
+
+def _shared_permutation(seed: int, epoch: int, samples: int) -> Tensor:
+    """`epoch_permutation`, once for all streams of this process that are in the same epoch.
+
+    For 10 million samples it takes 0.4 s and 40 MB, and the trials of a sweep have the same ones.
+    """
+    key = seed, epoch, samples
+    order = _orders_in_use.get(key)
+    if order is None:
+        # Of two threads that compute it at the same time, both get the same order.
+        dtype = torch.int32 if samples < MAX_INT32_SAMPLES else torch.int64
+        order = _orders_in_use[key] = epoch_permutation(seed, epoch, samples, dtype)
+    return order
 
 
 def shard_bounds(count: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -95,13 +120,13 @@ class SampleStream:
             end = min(self._samples, offset + stop - start)
             parts.append(self._epoch_order(epoch)[offset:end])
             start += end - offset
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).long()
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch not in self._epoch_orders:
             # Most batches lie in one epoch or span two; older orders are dropped.
             self._epoch_orders = {k: v for k, v in self._epoch_orders.items() if k == epoch - 1}
-            self._epoch_orders[epoch] = epoch_permutation(self._seed, epoch, self._samples)
+            self._epoch_orders[epoch] = _shared_permutation(self._seed, epoch, self._samples)
         return self._epoch_orders[epoch]
 
 

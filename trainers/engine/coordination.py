@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cluster.base.errors import TrainingError
-from trainers.checkpoints.checkpoints import save_interval_s
 from trainers.checks.finite import not_finite
 from trainers.engine.reporter import Reporter
 from trainers.spec import CheckpointSpec
@@ -125,6 +124,15 @@ class SaveSchedule:
                 f"{every:.0f} s: a save stops training for {blocked_s * 1e3:.0f} ms, a failure is "
                 f"expected every {self._failure_s / 3600:.3g} h",
             )
+
+
+def save_interval_s(save_s: float, failure_every_s: float) -> float:
+    """Seconds between saves that lose the least time to saving and to steps done again.
+
+    Young's square root (CACM 1974) for a save that blocks training for `save_s`, but at least so
+    long that saving takes no more than 1 % of the time.
+    """
+    return max(math.sqrt(2 * save_s * failure_every_s), 100 * save_s)
 
 
 @dataclass(frozen=True)

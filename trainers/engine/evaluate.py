@@ -75,12 +75,16 @@ class Evaluator:
             self._reporter.log_metrics(metrics, done)
         return metrics
 
-    def resume(self, start: int, checkpoints: Checkpoints) -> None:
+    def resume(self, start: int, checkpoints: Checkpoints, reported: bool = False) -> None:
         """Report the evaluation that is due after the `start` steps of a checkpoint, if one is.
 
         The process that saved it may have ended before anybody was told. Its metrics are in the
-        checkpoint; one that was not evaluated is evaluated now. Collective.
+        checkpoint; one that was not evaluated is evaluated now. Collective. If it is `reported`,
+        it is only taken note of.
         """
+        if reported:
+            self.latest |= checkpoints.resumed_metrics
+            return
         if start not in self.steps:
             return
         if saved := checkpoints.resumed_metrics:

@@ -5,6 +5,8 @@ it is a function of (spec, step, state), so that a run that was killed and resum
 same weights as one that was not.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.checkpoints.checkpoints import Checkpoints
@@ -20,11 +22,11 @@ from trainers.engine.step import TrainStep
 from trainers.modeling.dropout import NATIVE_RNG_NOTE
 from trainers.outcome import Outcome
 from trainers.run_folder import CHECKPOINTS
-from trainers.spec import RunSpec
+from trainers.spec import RunSpec, spec_parts
 from trainers.stores import external_wait
 from trainers.torch_internals import compile_time_s
 from trainers.worker import Worker
-from trainers.workload import Workload
+from trainers.workload import Batch, Workload
 
 PERF_INTERVAL_S = 2.0
 """Seconds between reports of where the time goes, besides those at evaluations."""
@@ -44,23 +46,65 @@ def train(
     Stops early, with its state saved, when the reporter says so. `dataset` is a folder that
     `prepare_dataset` returned, `started` the Unix time of the user's command, from which goodput
     counts. Every worker calls this with the same arguments but its own `worker` and `reporter`.
+
+    Where the spec changes, the state is saved, and the model and optimizer are built once more.
     """
     keep_freed_memory()
-    samples = count_samples(dataset, "train")
-    total = spec.train.total_steps(samples)
+    worker = worker or Worker()
+    total = spec.train.total_steps(count_samples(dataset, "train"))
+    parts = [part for part in spec_parts(spec, workload) if part[0] < total]
+    ends = [first for first, *_ in parts[1:]] + [total]
+    begin = 0
+    if len(parts) > 1:
+        done = Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker).newest_step()
+        begin = next((n for n, end in enumerate(ends) if done < end), len(ends) - 1)
     splits = open_splits(dataset)
-    steps = TrainStep(spec, workload, splits["train"], worker or Worker(), total, started)
+    for number in range(begin, len(parts)):
+        first, part_spec, part_workload = parts[number]
+        part = _Part(part_spec, part_workload, splits, first, ends[number], number > begin)
+        outcome = _train_part(part, total, folder, reporter, worker, started)
+        if outcome.step < ends[number]:
+            break
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The steps of a run between two changes of its spec, or all of them."""
+
+    spec: RunSpec
+    workload: Workload
+    splits: Mapping[str, Batch]
+    first: int
+    """Step after which the spec changed to this one; 0 where the run begins."""
+    end: int
+    follows: bool
+    """Whether this process has just trained the part before."""
+
+
+def _train_part(
+    part: _Part,
+    total: int,
+    folder: Path,
+    reporter: Reporter,
+    worker: Worker,
+    started: float | None,
+) -> Outcome:
+    """Train from the latest checkpoint to the end of a part of the run's `total` steps."""
+    spec, workload, splits = part.spec, part.workload, part.splits
+    samples = len(next(iter(splits["train"].values())))
+    steps = TrainStep(spec, workload, splits["train"], worker, total, started)
     worker, meter = steps.worker, steps.meter
     with Checkpoints(folder / CHECKPOINTS, spec.checkpoint, worker) as checkpoints:
-        start, scalars = steps.resume(checkpoints)
+        start, scalars = steps.resume(checkpoints, changed_at=part.first or None)
         evaluator = Evaluator(spec, workload, splits, steps, reporter)
-        saves = SaveSchedule(spec.checkpoint, total, evaluator.steps, worker)
+        saves = SaveSchedule(spec.checkpoint, part.end, evaluator.steps, worker)
         coordinator = StepCoordinator(worker, reporter, start)
         losses = LossWindow(worker, scalars, skips=spec.train.on_nonfinite == "skip")
         _log_start(steps, checkpoints, reporter)
-        evaluator.resume(start, checkpoints)
+        evaluator.resume(start, checkpoints, reported=part.follows)
         done = start
-        for step in range(start, total):
+        for step in range(start, part.end):
             heartbeat(step)
             done = step + 1
             losses.add(steps.run(step), steps.fault, done)

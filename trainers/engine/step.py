@@ -188,9 +188,15 @@ class TrainStep:
         """The learning rate of step `step`, counted from 0."""
         return self._update.learning_rate(step)
 
-    def resume(self, checkpoints: Checkpoints) -> tuple[int, dict[str, float]]:
-        """Load the latest checkpoint; returns its steps and its scalars. Collective."""
-        done, scalars = checkpoints.resume(self.network, self.optimizer, self._workload)
+    def resume(
+        self, checkpoints: Checkpoints, changed_at: int | None = None
+    ) -> tuple[int, dict[str, float]]:
+        """Load the latest checkpoint; returns its steps and its scalars. Collective.
+
+        After `changed_at` steps the spec has changed to that of this object.
+        """
+        network, optimizer = self.network, self.optimizer
+        done, scalars = checkpoints.resume(network, optimizer, self._workload, changed_at)
         self._update.load_scalars(scalars)
         self._uses_host_rng = bool(scalars.get("host_rng", 0.0))
         self.meter.load_state_dict(scalars)

@@ -1,7 +1,8 @@
 """The history of a run or sweep, read from its operation log and ledger; no server is asked."""
 
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,20 +10,24 @@ from typing import Any, NamedTuple
 from cluster.base.errors import SpecError
 from cluster.cost.ledger import LedgerEntry, read_entries
 from trainers.run_folder import LEDGER, TRACKING
-from trainers.tracking.operation_log import OPERATION_LOG_FILE, read_operations
+from trainers.tracking.operation_log import END_TAGS, OPERATION_LOG_FILE, read_operations
 
 
 @dataclass
 class Series:
-    """The points of a metric, in the order in which they were logged."""
+    """The points of a metric, in the order in which they were logged.
 
-    steps: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    They are arrays in the histories of runs: a sweep of 10,000 trials has millions of points.
+    """
+
+    steps: MutableSequence[int] = field(default_factory=lambda: array("q"))
+    values: MutableSequence[float] = field(default_factory=lambda: array("d"))
 
 
 @dataclass
 class RunHistory:
-    """A run as MLflow has it, or will have it when everything is sent."""
+    """A run as MLflow has it, or will have it when everything is sent, without the points that are
+    no part of its past any more."""
 
     key: str
     params: Mapping[str, Any]
@@ -37,11 +42,12 @@ class RunHistory:
 
     def latest(self, name: str) -> float | None:
         """The newest value of a metric; None if it was never logged."""
-        return self.series[name].values[-1] if name in self.series else None
+        values = self.series[name].values if name in self.series else []
+        return values[-1] if values else None
 
     @property
     def latest_values(self) -> dict[str, float]:
-        return {name: series.values[-1] for name, series in self.series.items()}
+        return {name: series.values[-1] for name, series in self.series.items() if series.values}
 
 
 def read_histories(folder: Path) -> dict[str, RunHistory]:
@@ -66,13 +72,22 @@ def read_histories(folder: Path) -> dict[str, RunHistory]:
 
 
 def _apply(operation: Mapping[str, Any], run: RunHistory) -> None:
+    if operation["do"] == "resume":
+        run.tags = {name: text for name, text in run.tags.items() if name not in END_TAGS}
     run.tags |= operation.get("tags", {})
     if operation["do"] == "log":
         for name, value, step, timestamp_ms in operation["rows"]:
+            if not -(2**63) <= step < 2**63:  # MLflow refuses it too
+                continue
             series = run.series[name]
             series.steps.append(step)
             series.values.append(value)
             run.last_update_ms = max(run.last_update_ms, timestamp_ms)
+    elif operation["do"] == "rewind":
+        for series in run.series.values():
+            kept = [n for n, step in enumerate(series.steps) if step < operation["step"]]
+            series.steps = array("q", [series.steps[n] for n in kept])
+            series.values = array("d", [series.values[n] for n in kept])
     elif operation["do"] == "made":
         run.run_id = operation["id"]
     elif operation["do"] == "resume":

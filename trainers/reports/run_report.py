@@ -196,9 +196,9 @@ def scaling_blocks(run: RunHistory) -> Iterator[Chart | str]:
         fitted = run.series.get(f"scaling/{mode}/fitted_samples_per_s")
         if speed and fitted:
             table: Columns = {
-                "workers": speed.steps,
-                "speed": speed.values,
-                "fitted": fitted.values,
+                "workers": list(speed.steps),
+                "speed": list(speed.values),
+                "fitted": list(fitted.values),
             }
             measured[mode] = table
     if measured:

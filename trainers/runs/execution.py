@@ -20,6 +20,7 @@ from trainers.runs.ray_train import (
     run_workers,
 )
 from trainers.runs.run import Run
+from trainers.spec import spec_at
 from trainers.tracking.mlflow_run import (
     DESCRIPTION_TAG,
     end_tracking,
@@ -131,6 +132,6 @@ def _export_if_missing(run: Run) -> list[str]:
     """
     if (run.folder / MODEL).exists():
         return []
-    lines = export_latest(run.folder, run.spec, run.workload)
+    lines = export_latest(run.folder, *spec_at(run.spec, run.workload, run.total_steps))
     Checkpoints(run.folder / CHECKPOINTS).forget_copies()
     return lines

@@ -31,7 +31,7 @@ from trainers.runs.ray_train_internals import announced_preemption, trainer_clas
 from trainers.runs.stalls import StallWatch
 from trainers.runs.visibility import can_see_run, require_run_visible
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
-from trainers.spec import RunSpec, ScaleSpec, resolve
+from trainers.spec import RunSpec, ScaleSpec, resolve, spec_at
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
@@ -88,22 +88,21 @@ def run_workers(
         except BaseException as error:
             errors.append(error)
 
+    ray.get(tracker.watch.remote(config.key))
     thread = threading.Thread(target=train_to_end, daemon=True, name="ray-train")
     thread.start()
-    stop_requested = False
     stalls = StallWatch(config.folder / STALLS)
     try:
         while thread.is_alive():
             thread.join(POLL_S)
-            if stop.is_set() and not stop_requested:
-                ray.get(tracker.request_stop.remote(config.key))
-                stop_requested = True
+            if stop.is_set():  # again and again: a tracker that was lost does not know it
+                tracker.request_stop.remote(config.key)
             steps, points, lines = ray.get(tracker.poll.remote(config.key))
             stall = stalls.poll()
             on_progress(steps, points, [*lines, str(stall)] if stall else lines)
         on_progress(*ray.get(tracker.poll.remote(config.key)))
     except SystemExit:  # Ray Tune ends the trial that this run is
-        tracker.request_stop.remote(config.key)
+        ray.get(tracker.request_stop.remote(config.key))
         thread.join()
         raise
     try:
@@ -269,7 +268,7 @@ def _train(run: WorkerConfig, tracker: Any) -> dict[str, Any]:
             begin_s = run.started.unix_s_here()
             outcome = train(spec, workload, dataset, run.folder, reporter, worker, begin_s)
         if outcome.complete and worker.is_rank_zero and can_see_run(run.folder):
-            for line in export_latest(run.folder, spec, workload):
+            for line in export_latest(run.folder, *spec_at(spec, workload, outcome.step)):
                 reporter.log_note("export", line)
             reporter.flush()
         if outcome.complete and local_rank == 0:
@@ -287,9 +286,9 @@ def worker_context(config: WorkerConfig) -> Iterator[tuple[RunSpec, Workload, Wo
 
     place = _place(config)
     cores = (os.cpu_count() or 1) // place.local_world_size
-    torch.set_num_threads(config.threads or max(1, cores))
     try:
         spec, workload = resolve(config.spec_data, RunSpec)
+        torch.set_num_threads(spec.scale.threads or config.threads or max(1, cores))
         hardware = local_device(spec.scale.accelerator, place.device_index)
         hardware.select()
         yield spec, workload, Worker(place.rank, place.world_size, hardware, place.local_world_size)

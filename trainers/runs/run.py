@@ -33,6 +33,7 @@ from trainers.run_folder import (
     folder_kind,
     locked,
     name_taken_error,
+    read_spec,
     require_kind,
     unique_name,
     write_environment,
@@ -85,7 +86,7 @@ def new_run(name: str, overrides: list[str], run_name: str | None, source: str |
     """Create a run of the spec `name`, with a folder of its own.
 
     With `source`, the name of another run or trial, training starts from a copy of the newest
-    checkpoint of `source` and continues at that checkpoint's step.
+    checkpoint of `source`, or of that of a step (`NAME@STEP`), and continues at its step.
     """
     stem, data = find_spec(name)
     spec, _ = resolve(apply_overrides(data, overrides), RunSpec)
@@ -148,7 +149,7 @@ def resumed_run(name: str, storage: Path, overrides: list[str]) -> Run:
             raise SpecError(
                 f"--set {assignment}: cannot change in a resumed run; start a new one with --from"
             )
-    data = apply_overrides(read_yaml(folder / SPEC), overrides)
+    data = apply_overrides(read_spec(folder), overrides)
     data.pop("sweep", None)
     spec, workload = resolve(data, RunSpec)
     dataset = prepare_dataset(workload, Path(spec.storage), spec.datasets)
@@ -166,8 +167,9 @@ def resolved_data(spec: RunSpec) -> dict[str, Any]:
     It means the same in any working folder. Raises SpecError if a value looks like a secret.
     """
     data = spec.model_dump(mode="json")
-    if data["sweep"] is None:
-        del data["sweep"]
+    for name in ("sweep", "changes"):
+        if not data[name]:
+            del data[name]
     data["storage"] = str(base_folder() / spec.storage)
     data["tracking"]["uri"] = spec.tracking.uri or default_tracking_uri()
     refuse_secrets(data)

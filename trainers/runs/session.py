@@ -12,33 +12,52 @@ from cluster.base.terminal import redirect_output
 from cluster.jobs.working_dir_package import build_package
 from cluster.session.ray_session import ray_session
 from trainers.checkpoints.user_code import user_modules
-from trainers.run_folder import LOG, display_path, locked, run_files
+from trainers.run_folder import (
+    LOG,
+    WHOLE,
+    display_path,
+    locked,
+    run_files,
+    stop_requests,
+    withdraw_stop,
+)
 from trainers.runs.ray_train import resource_shortage
 from trainers.runs.visibility import require_visible_everywhere
 from trainers.spec import RunSpec
-from trainers.tracking.preflight import check_access
+from trainers.tracking.preflight import check_access, notices
 from trainers.workload import load_workload
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+STOP_POLL_S = 0.5
+"""Seconds between two looks at the requests to stop."""
+
 
 @contextlib.contextmanager
 def run_session(
-    folder: Path, spec: RunSpec, address: str | None, verbose: bool
+    folder: Path,
+    spec: RunSpec,
+    address: str | None,
+    verbose: bool,
+    shortage: Callable[[], str | None] | None = None,
 ) -> Iterator[tuple["Console", threading.Event]]:
     """Check MLflow, lock the folder, connect to Ray, check the cluster, and handle Ctrl-C.
 
-    Yields the console and the event that Ctrl-C sets.
+    `shortage` says in a line what the cluster lacks; by default, for the workers of a run.
+    Yields the console and the event that Ctrl-C sets, and `heliostat stop` from another process.
     """
-    unreachable = check_access(str(spec.tracking.uri), spec.tracking.experiment)
+    asked = str(spec.tracking.uri), spec.tracking.experiment
+    unreachable = check_access(*asked)
+    told = [unreachable] if unreachable else notices(*asked)
     with (
         folder_session(folder, spec, address, verbose) as (console, started_here),
         stop_on_signal() as stop,  # within: ray.init has a handler of its own
+        interrupted_on_request(folder),
     ):
-        if unreachable:
-            console.print(unreachable, style="yellow", highlight=False)
-        missing = resource_shortage(spec.scale)
+        for line in told:
+            console.print(line, style="yellow", highlight=False, markup=False)
+        missing = shortage() if shortage is not None else resource_shortage(spec.scale)
         if missing and started_here:
             raise SpecError(missing)
         require_visible_everywhere(folder, spec)
@@ -106,3 +125,28 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         signal.signal(signal.SIGTERM, terminate)
         signal.signal(signal.SIGINT, interrupt)
+
+
+@contextlib.contextmanager
+def interrupted_on_request(folder: Path) -> Iterator[None]:
+    """Interrupt this process, as Ctrl-C does, when it is asked to end the run in `folder`.
+
+    A request from before is of a process that is no more, and is withdrawn.
+    """
+    withdraw_stop(folder)
+    done, main = threading.Event(), threading.main_thread().ident
+    assert main is not None
+
+    def watch() -> None:
+        while not done.wait(STOP_POLL_S):
+            if WHOLE in stop_requests(folder):
+                withdraw_stop(folder)
+                signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True, name="stop-requests")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -11,13 +11,16 @@ The operation log keeps all points.
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from trainers.engine.reporter import mlflow_name
 from trainers.tracking.operation_log import MetricPoint
+from trainers.tracking.preflight import mask_password
 
 MAX_LENGTH = {"parameters": 6000, "tags": 5000}
 """Characters. MLflow cuts longer parameters without a word, and refuses longer tags."""
@@ -46,9 +49,28 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def excerpt(text: str, file: str) -> str:
-    """The beginning of a text that is too long, and where the whole of it is."""
-    return f"{text[:200]}... ({len(text)} characters, whole in {file})"
+def shortened(kind: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a kind, with the beginning of those too long for MLflow and where they are."""
+    short = dict(texts)
+    for name, text in texts.items():
+        if len(text) > MAX_LENGTH[kind]:
+            file = _file_of_text(kind, name)
+            short[name] = f"{text[:200]}... ({len(text)} characters, whole in {file})"
+    return short
+
+
+def long_texts(operation: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters and tags of an operation that are too long for MLflow, by their file."""
+    found = {}
+    for section, kind in (("params", "parameters"), ("tags", "tags")):
+        for name, value in operation.get(section, {}).items():
+            if isinstance(value, (str, list, dict)) and len(as_text(value)) > MAX_LENGTH[kind]:
+                found[_file_of_text(kind, name)] = mask_password(as_text(value))
+    return found
+
+
+def _file_of_text(kind: str, name: str) -> str:
+    return f"{kind}/{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt"
 
 
 class AllowedNames:
@@ -60,22 +82,27 @@ class AllowedNames:
     """
 
     def __init__(self) -> None:
-        self._allowed: dict[tuple[str, str, str], str] = {}
-        self._original: dict[tuple[str, str, str], str] = {}
+        self._allowed: defaultdict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+        self._original: defaultdict[str, dict[tuple[str, str], str]] = defaultdict(dict)
 
     def get(self, run: str, kind: str, name: str) -> str:
-        known = self._allowed.get((run, kind, name))
+        known = self._allowed[run].get((kind, name))
         if known is not None:
             return known
         allowed = mlflow_name(name)
-        if self._original.setdefault((run, kind, allowed), name) != name:
+        if self._original[run].setdefault((kind, allowed), name) != name:
             allowed = f"{allowed}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-            self._original[run, kind, allowed] = name
-        self._allowed[run, kind, name] = allowed
+            self._original[run][kind, allowed] = name
+        self._allowed[run][kind, name] = allowed
         return allowed
 
+    def forget(self, run: str) -> None:
+        """Drop the names of a run, which must be given again before it has others."""
+        self._allowed.pop(run, None)
+        self._original.pop(run, None)
 
-@dataclass
+
+@dataclass(slots=True)
 class _Series:
     count: int = 0
     width: int = 0
@@ -117,6 +144,23 @@ class Downsampler:
     def __init__(self) -> None:
         self._series: dict[str, dict[str, _Series]] = {}
 
+    def knows(self, run: str) -> bool:
+        return run in self._series
+
+    def restore(self, run: str, counts: Mapping[str, int]) -> bool:
+        """Begin with the number of points of each series of a run.
+
+        Returns False where that does not suffice: a series is downsampled, and depends on its
+        points.
+        """
+        if any(count > EXACT_POINTS for count in counts.values()):
+            return False
+        self._series[run] = {name: _Series(count) for name, count in counts.items()}
+        return True
+
+    def forget(self, run: str) -> None:
+        self._series.pop(run, None)
+
     def add(self, run: str, points: list[MetricPoint]) -> list[MetricPoint]:
         """Take a run's new points; returns the points that are to be sent now."""
         series = self._series.setdefault(run, {})
@@ -134,7 +178,3 @@ class Downsampler:
     def is_downsampled(self, run: str) -> bool:
         """Whether MLflow was not sent all points of a run."""
         return any(series.count > EXACT_POINTS for series in self._series.get(run, {}).values())
-
-    @property
-    def runs(self) -> list[str]:
-        return list(self._series)

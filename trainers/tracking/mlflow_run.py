@@ -41,12 +41,22 @@ def tracked_run(
 def end_tracking(tracker: Any, key: str) -> dict[str, Any]:
     """Wait until MLflow has everything; return the run's entry there (`Tracker.read`).
 
-    If MLflow cannot be reached, return {"unsent": LINE} instead.
+    If MLflow cannot be reached, return {"unsent": LINE} instead. `notice` is added where it is
+    without a part: one line on files that wait, and on what it refused.
     """
     import ray
 
-    unsent = wait_until_sent(tracker, timeout_s=60)
-    return {"unsent": unsent} if unsent else ray.get(tracker.read.remote(key))
+    line = wait_until_sent(tracker, timeout_s=60)
+    if line and ray.get(tracker.unsent.remote()).metrics_bytes:
+        return {"unsent": line}
+    waiting = f"{line}; heliostat track flush {key} sends them" if line else None
+    notices = [each for each in (waiting, ray.get(tracker.refused.remote())) if each]
+    notice = {"notice": "; ".join(notices)} if notices else {}
+    try:
+        return {**ray.get(tracker.read.remote(key)), **notice}
+    except Exception as error:  # a server that takes what is sent, and does not show it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return {"unsent": f"MLflow does not show the run ({reason})", **notice}
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -2,30 +2,39 @@
 
 import math
 import os
-import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from cluster.base.files import cache_folder
-from trainers.tracking.mlflow_internals import EXPERIMENT_KIND_TAGS, create_sqlite_tables
+from trainers.tracking.bulk_writer import KEY_TAG, RUN_TAG, BulkWriter, KnownRuns, name_of
+from trainers.tracking.mlflow_internals import (
+    EXPERIMENT_KIND_TAGS,
+    SqlRuns,
+    create_sqlite_tables,
+)
 from trainers.tracking.mlflow_limits import (
-    MAX_LENGTH,
     AllowedNames,
     NumberOutOfRangeError,
     as_text,
     check_range,
-    excerpt,
+    shortened,
 )
-from trainers.tracking.operation_log import MetricPoint
-from trainers.tracking.preflight import deleted_experiment_message, mask_password, sqlite_file
+from trainers.tracking.operation_log import END_TAGS
+from trainers.tracking.preflight import (
+    ARTIFACTS,
+    artifact_problem,
+    deleted_experiment_message,
+    mask_password,
+    sqlite_file,
+)
 from trainers.tracking.registry import log_model, logged_models
 
-RUN_TAG = "heliostat.run"
 REQUEST_TIMEOUT_S = 20
 
 
@@ -35,6 +44,10 @@ class UnknownRunError(Exception):
 
 class MissingFileError(Exception):
     """A file or folder that should be kept with a run is gone."""
+
+
+class MisplacedError(Exception):
+    """MLflow would keep a file where it is not looked for, or not keep it at all."""
 
 
 class MlflowStore:
@@ -60,11 +73,14 @@ class MlflowStore:
         """Keys of runs whose create request succeeded at the first attempt, so that no duplicate
         can exist."""
         self._names = AllowedNames()
-        self._tags_set_once: set[tuple[str, str]] = set()
+        known = KnownRuns(self.run_ids, self.new_runs, self._created_once, self._names)
+        self._bulk = BulkWriter(known, self._run_id, self._remember)
+        self._tags_set_once: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.RLock()
         """Held while the connection is made and while a run is looked up."""
         self._connection: Any = None
         self._experiment_id = ""
+        self._artifact_location = ""
 
     def _client(self) -> Any:
         with self._lock:
@@ -82,14 +98,17 @@ class MlflowStore:
         with FileLock(f"{file}.lock" if file else cache_folder() / "mlflow.lock"):
             client = mlflow.MlflowClient()
             found = client.get_experiment_by_name(self._experiment)
-            self._experiment_id = found.experiment_id if found else self._create_experiment(client)
-        if found is not None and found.lifecycle_stage == "deleted":
+            if found is None:
+                found = client.get_experiment(self._create_experiment(client))
+            self._experiment_id = found.experiment_id
+            self._artifact_location = found.artifact_location
+        if found.lifecycle_stage == "deleted":
             raise RuntimeError(deleted_experiment_message(self._experiment, found.experiment_id))
         return client
 
     def _create_experiment(self, client: Any) -> str:
         file = sqlite_file(self._uri)
-        location = (file.parent / "mlartifacts").as_uri() if file else None
+        location = (file.parent / ARTIFACTS).as_uri() if file else None
         return str(client.create_experiment(self._experiment, location, EXPERIMENT_KIND_TAGS))
 
     def _run_id(self, key: str) -> str:
@@ -122,6 +141,14 @@ class MlflowStore:
     def send(self, operation: dict[str, Any]) -> None:
         getattr(self, f"_send_{operation['do']}")(operation)
 
+    def send_in_bulk(self, operations: Sequence[dict[str, Any]]) -> int:
+        """Write the first operations into MLflow's database in one transaction; how many it took.
+
+        0 where MLflow is a server, or where something is wrong with one of them: `send` finds out
+        what.
+        """
+        return self._bulk.write(operations, lambda: SqlRuns(self._client(), self._experiment_id))
+
     def _send_start(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
@@ -136,19 +163,18 @@ class MlflowStore:
             except UnknownRunError:
                 run_id = self._create_run(operation)
         params = {k: mask_password(as_text(value)) for k, value in operation["params"].items()}
-        short = self._shortened(run_id, "parameters", params)
+        short = shortened("parameters", params)
         entities = [Param(self._allowed_name(key, "param", k), v) for k, v in short.items()]
-        tags = self._shortened(run_id, "tags", operation["tags"])
+        tags = shortened("tags", operation["tags"])
         client.log_batch(run_id, (), entities, [RunTag(*tag) for tag in tags.items()])
 
     def _create_run(self, operation: dict[str, Any]) -> str:
         client, key = self._client(), operation["key"]
-        tags = {RUN_TAG: operation["id"], "heliostat.key": key}
+        tags = {RUN_TAG: operation["id"], KEY_TAG: key}
         if operation["parent"] is not None:
             tags["mlflow.parentRunId"] = self._run_id(operation["parent"])
         try:
-            name = key.rpartition("/")[2]
-            run = client.create_run(self._experiment_id, operation["at"], tags, name)
+            run = client.create_run(self._experiment_id, operation["at"], tags, name_of(key))
         except Exception as error:  # never dropped: without its run nothing else can be sent
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         run_id = str(run.info.run_id)
@@ -158,8 +184,14 @@ class MlflowStore:
     def _send_made(self, operation: dict[str, Any]) -> None:
         """Our own record of the run's id; not for MLflow."""
 
+    def _send_rewind(self, operation: dict[str, Any]) -> None:
+        """For those who read the log: MLflow deletes no points."""
+
     def _send_resume(self, operation: dict[str, Any]) -> None:
-        self._client().update_run(self._run_id(operation["run"]), status="RUNNING")
+        client, run_id = self._client(), self._run_id(operation["run"])
+        client.update_run(run_id, status="RUNNING")
+        for name in set(END_TAGS) & client.get_run(run_id).data.tags.keys():
+            client.delete_tag(run_id, name)
         self._send_tag(operation)
 
     def _send_tag(self, operation: dict[str, Any]) -> None:
@@ -167,23 +199,27 @@ class MlflowStore:
         self._set_tags(self._run_id(operation["run"]), operation["tags"])
 
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        for name, value in self._shortened(run_id, "tags", tags).items():
+        for name, value in shortened("tags", tags).items():
             self._connection.set_tag(run_id, name, value)
 
-    def _shortened(self, run_id: str, kind: str, texts: Mapping[str, str]) -> dict[str, str]:
-        """The texts, with excerpts of those too long for MLflow, which are kept as artifacts."""
-        short = dict(texts)
-        for name, text in texts.items():
-            if len(text) > MAX_LENGTH[kind]:
-                file = f"{kind}/{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt"
-                self._connection.log_text(run_id, text, file)
-                short[name] = excerpt(text, file)
-        return short
-
-    def claim_names(self, key: str, points: Iterable[MetricPoint]) -> None:
+    def claim_names(self, key: str, metrics: Iterable[str]) -> None:
         """Give metrics that were sent before the names that they have in MLflow."""
-        for point in points:
-            self._names.get(key, "metric", point.name)
+        for name in metrics:
+            self._names.get(key, "metric", name)
+
+    def forget(self, key: str) -> None:
+        """Drop what is kept of a run for its next metrics; its names must be claimed again."""
+        self._names.forget(key)
+        self._created_once.discard(key)
+        self._tags_set_once.pop(self.run_ids.get(key, ""), None)
+
+    def accepts(self, key: str) -> bool:
+        """Whether MLflow takes something for a run now: a tag that the run has already."""
+        try:
+            self._client().set_tag(self._run_id(key), KEY_TAG, key)
+        except Exception:
+            return False
+        return True
 
     def _allowed_name(self, key: str, kind: str, name: str) -> str:
         """A name that MLflow accepts; a tag of the run has the original if it is another one."""
@@ -194,16 +230,17 @@ class MlflowStore:
 
     def _set_tag_once(self, run_id: str, tag: str, text: str) -> None:
         """Set a tag that does not change; only the first call is a request."""
-        if (run_id, tag) not in self._tags_set_once:
+        if tag not in self._tags_set_once[run_id]:
             self._connection.set_tag(run_id, tag, text)
-            self._tags_set_once.add((run_id, tag))
+            self._tags_set_once[run_id].add(tag)
 
     def _send_log(self, operation: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
         client, key = self._client(), operation["run"]
         run_id, points = self._run_id(key), operation["rows"]
-        self.claim_names(key, points)  # in the log's order, also where a point is refused below
+        # In the log's order, also where a point is refused below.
+        self.claim_names(key, (point.name for point in points))
         check_range(points)
         metrics = [
             Metric(self._allowed_name(key, "metric", name), value, timestamp_ms, step)
@@ -225,7 +262,7 @@ class MlflowStore:
                     self._client().delete_run(run.info.run_id)
 
     def _send_artifact(self, operation: dict[str, Any]) -> None:
-        client, path = self._client(), Path(operation["path"])
+        client, path = self._client_for_files(), Path(operation["path"])
         if not path.exists():
             raise MissingFileError(f"{path} is gone")
         run_id = self._run_id(operation["run"])
@@ -234,11 +271,23 @@ class MlflowStore:
         else:
             client.log_artifact(run_id, str(path))
 
+    def _send_text(self, operation: dict[str, Any]) -> None:
+        """A parameter or tag that is too long for MLflow."""
+        client = self._client_for_files()
+        client.log_text(self._run_id(operation["run"]), operation["text"], operation["file"])
+
     def _send_model(self, operation: dict[str, Any]) -> None:
-        client, folder = self._client(), Path(operation["folder"])
+        client, folder = self._client_for_files(), Path(operation["folder"])
         if not folder.exists():
             raise MissingFileError(f"{folder} is gone")
         log_model(client, self._run_id(operation["run"]), folder)
+
+    def _client_for_files(self) -> Any:
+        client = self._client()
+        problem = artifact_problem(self._uri, self._artifact_location)
+        if problem:
+            raise MisplacedError(problem)
+        return client
 
     def read_run(self, key: str) -> dict[str, Any]:
         """`run_id`, `experiment_id`, `status`, newest `metrics` and `model_uri` of a run."""
@@ -281,5 +330,5 @@ def create_database(uri: str) -> None:
         if file.exists():
             return
         staging = Path(folder) / file.name
-        create_sqlite_tables(staging, file.parent / "mlartifacts")
+        create_sqlite_tables(staging, file.parent / ARTIFACTS)
         staging.rename(file)

@@ -1,4 +1,7 @@
-"""Whether MLflow answers and grants access: asked before a run, without importing MLflow."""
+"""Whether MLflow answers and grants access, and where it keeps artifacts: asked before a run.
+
+MLflow is not imported for it.
+"""
 
 import base64
 import configparser
@@ -12,13 +15,25 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from cluster.base.errors import SpecError
 from trainers.tracking.mlflow_internals import schema_heads
 
 TIMEOUT_S = 5.0
 REVISIONS = "SELECT version_num FROM alembic_version"
+ARTIFACT_LOCATION = "SELECT artifact_location FROM experiments WHERE name = ?"
+ARTIFACTS = "mlartifacts"
+"""The folder of artifacts beside a SQLite store."""
+PACKAGES = {
+    "s3": "boto3",
+    "gs": "google.cloud.storage",
+    "wasbs": "azure.storage.blob",
+    "abfss": "azure.storage.filedatalake",
+}
+"""Scheme of an artifact location -> the package that MLflow needs for it."""
 TRAINING_GOES_ON = "training begins, and MLflow is told when it answers"
 
 
@@ -45,18 +60,136 @@ def check_access(uri: str, experiment: str) -> str | None:
     )
 
 
-def _check_server(uri: str, experiment: str) -> str | None:
-    if {"MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_AUTH"} & os.environ.keys():
-        return None  # requests are signed by MLflow's plug-ins
+def notices(uri: str, experiment: str) -> list[str]:
+    """Lines on what this MLflow cannot do for a run, which begins all the same.
+
+    To be asked after `check_access`. What MLflow does not answer is left out.
+    """
+    found: list[str] = []
+    if uri.startswith(("http://", "https://")) and not _is_signed():
+        version = _version(uri.rstrip("/"))
+        if version and int(version.partition(".")[0]) < 3:
+            found.append(
+                f"MLflow at {mask_password(uri)} is {version}: a model is kept among the artifacts "
+                "of its run, as runs:/RUN_ID/model"
+            )
+    location = _artifact_location(uri, experiment)
+    problem = artifact_problem(uri, location) if location else None
+    return [*found, f"{problem}; metrics are kept, and files wait"] if problem else found
+
+
+def artifact_problem(uri: str, location: str) -> str | None:
+    """Why the artifacts of an experiment with this location cannot be kept; None if they can."""
+    path = _local_path(location)
+    scheme = location.partition(":")[0]
+    if path is None:
+        if scheme == "mlflow-artifacts" and not uri.startswith("http"):
+            return f"artifacts go to {location}, for which tracking.uri must be that of a server"
+        package = PACKAGES.get(scheme)
+        if package and find_spec(package.partition(".")[0]) is None:
+            return f"artifacts go to {location}, for which the package {package} must be installed"
+        return None
+    old, file = moved_artifacts(uri, location), sqlite_file(uri)
+    if old is not None:
+        return (
+            f"{file} was moved or copied, and its artifacts are in {old}; to have them beside it: "
+            f"heliostat track relocate --uri {uri}"
+        )
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return f"artifacts go to {path}, and {place} cannot be written"
+    return None
+
+
+def moved_artifacts(uri: str, location: str) -> Path | None:
+    """The folder of a SQLite store's artifacts, if it is not beside the store any more.
+
+    Both were made together (`mlflow_store.create_database`), and then moved or copied; MLflow
+    writes the place of each artifact in full.
+    """
+    file, path = sqlite_file(uri), _local_path(location)
+    if file is None or path is None:
+        return None
+    for root in (path, *path.parents):
+        if root.name == ARTIFACTS and not _is_same(root.parent, file.parent):
+            return root
+    return None
+
+
+def moved_roots(uri: str) -> dict[str, str]:
+    """Beginnings of places in a SQLite store that was moved -> what they should be; else empty."""
+    file, found = sqlite_file(uri), {}
+    if file is None or not file.exists():
+        return {}
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        rows = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+    for (location,) in rows:
+        root, path = moved_artifacts(uri, location or ""), _local_path(location or "")
+        if root is not None and path is not None:
+            below = len(path.relative_to(root).parts)
+            new = file.parent / ARTIFACTS
+            is_uri = location.startswith("file:")
+            found[location.rsplit("/", below)[0]] = new.as_uri() if is_uri else str(new)
+    return found
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _local_path(location: str) -> Path | None:
+    """The path of a location on this machine; None for another kind of place."""
+    parts = urllib.parse.urlsplit(location)
+    return Path(urllib.parse.unquote(parts.path)) if parts.scheme in ("", "file") else None
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    """Where an experiment's artifacts go; None where it is unknown, or new."""
+    file = sqlite_file(uri)
+    if file is not None and file.exists():
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database,
+        ):
+            row = database.execute(ARTIFACT_LOCATION, (experiment,)).fetchone()
+            return row[0] if row else None
+    if uri.startswith(("http://", "https://")) and not _is_signed():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return str(_experiment(uri.rstrip("/"), experiment)["artifact_location"])
+    return None
+
+
+def _is_signed() -> bool:
+    """Whether requests are signed by MLflow's plug-ins."""
+    return bool({"MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_AUTH"} & os.environ.keys())
+
+
+def _version(uri: str) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        version = _answer(uri, f"{uri}/version").decode().strip()
+        return version if re.match(r"\d+\.\d+", version) else None
+    return None
+
+
+def _experiment(uri: str, experiment: str) -> dict[str, Any]:
     query = urllib.parse.urlencode({"experiment_name": experiment})
     address = f"{uri}/api/2.0/mlflow/experiments/get-by-name?{query}"
+    found: dict[str, Any] = json.loads(_answer(uri, address))["experiment"]
+    return found
+
+
+def _answer(uri: str, address: str) -> bytes:
     request = urllib.request.Request(address, headers=auth_headers(os.environ))
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_tls_context(uri)) as answer:
+        return bytes(answer.read())
+
+
+def _check_server(uri: str, experiment: str) -> str | None:
+    if _is_signed():
+        return None
     shown = mask_password(uri)
     try:
-        with urllib.request.urlopen(
-            request, timeout=TIMEOUT_S, context=_tls_context(uri)
-        ) as answer:
-            found = json.loads(answer.read())["experiment"]
+        found = _experiment(uri, experiment)
     except urllib.error.HTTPError as error:
         body = error.read(2000).decode(errors="replace")
         if error.code in (401, 403):

@@ -28,17 +28,47 @@ REQUIRED_PACKAGES = (
 TRAINERS = Path(__file__).parents[1]
 
 
+MODEL_TAG, MODEL_FOLDER = "heliostat.model", "model"
+"""Where a server has no logged models (MLflow 2): the tag of a run with the URI of its model, and
+the folder of the model among the run's artifacts."""
+HISTORY_TAG = "mlflow.log-model.history"
+"""MLflow 2's tag with the models of a run, by which its pages find them."""
+
+
 def logged_models(client: Any, run: Any) -> dict[str, bool]:
-    """The URIs of a run's logged models, newest first, and whether each is complete."""
+    """The URIs of a run's models, newest first, and whether each is complete."""
+    found = _logged_models(client, run)
+    if found is None:
+        uri = run.data.tags.get(MODEL_TAG)
+        return {uri: True} if uri else {}
+    return found
+
+
+def _logged_models(client: Any, run: Any) -> dict[str, bool] | None:
+    """The logged models of a run; None where the server has no such thing."""
+    from mlflow.exceptions import MlflowException
+
     query = f"source_run_id = '{run.info.run_id}'"
-    found = client.search_logged_models([run.info.experiment_id], filter_string=query)
+    try:
+        found = client.search_logged_models([run.info.experiment_id], filter_string=query)
+    except MlflowException as error:
+        if error.error_code != "ENDPOINT_NOT_FOUND":
+            raise
+        return None
     return {f"models:/{model.model_id}": str(model.status) == "READY" for model in found}
 
 
 def log_model(client: Any, run_id: str, folder: Path) -> None:
-    """Log an exported model with an MLflow run. Does nothing if the run has one already."""
+    """Log an exported model with an MLflow run. Does nothing if the run has one already.
+
+    A server of MLflow 2 gets it as artifacts of the run, as its own clients would send it.
+    """
     run = client.get_run(run_id)
-    started = logged_models(client, run)
+    started = _logged_models(client, run)
+    if started is None:
+        if MODEL_TAG not in run.data.tags:
+            _log_model_as_artifacts(client, run_id, folder)
+        return
     if any(started.values()):
         return
     if started:  # by a writer that was killed before the model was complete
@@ -50,13 +80,29 @@ def log_model(client: Any, run_id: str, folder: Path) -> None:
         model_id = client.create_logged_model(experiment, "model", run_id, tags, params).model_id
     with tempfile.TemporaryDirectory() as staging:
         files = Path(staging) / "model"
-        _save_pyfunc(folder, files, run_id, model_id)
+        _save_pyfunc(folder, files, run_id, model_id=model_id)
         client.log_model_artifacts(model_id, str(files))
     client.finalize_logged_model(model_id, "READY")
 
 
-def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
-    """Write an exported model as a folder of MLflow's pyfunc flavour."""
+def _log_model_as_artifacts(client: Any, run_id: str, folder: Path) -> None:
+    """The tags come last: a writer that is killed before begins again."""
+    from mlflow.models import Model
+
+    with tempfile.TemporaryDirectory() as staging:
+        files = Path(staging) / "model"
+        _save_pyfunc(folder, files, run_id, artifact_path=MODEL_FOLDER)
+        client.log_artifacts(run_id, str(files), MODEL_FOLDER)
+        history = json.dumps([Model.load(str(files)).get_tags_dict()])
+    client.set_tag(run_id, HISTORY_TAG, history)
+    client.set_tag(run_id, MODEL_TAG, f"runs:/{run_id}/{MODEL_FOLDER}")
+
+
+def _save_pyfunc(folder: Path, files: Path, run_id: str, **place: str) -> None:
+    """Write an exported model as a folder of MLflow's pyfunc flavour.
+
+    `place` is where it will be: `model_id`, or `artifact_path` among the run's artifacts.
+    """
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import Model, ModelSignature
@@ -78,7 +124,7 @@ def _save_pyfunc(folder: Path, files: Path, run_id: str, model_id: str) -> None:
             signature=ModelSignature(schemas["input"], schemas.get("output")) if schemas else None,
             input_example=example,
             pip_requirements=pip_requirements(folder / CODE),
-            mlflow_model=Model(run_id=run_id, model_id=model_id),
+            mlflow_model=Model(run_id=run_id, **place),
         )
 
 
@@ -112,10 +158,9 @@ def register_model(client: Any, run_id: str, name: str, alias: str | None) -> in
     """Register a run's model under `name`, once, and point `alias` to it; returns its version."""
     from mlflow.exceptions import MlflowException
 
-    ready_uris = [
-        uri for uri, ready in logged_models(client, client.get_run(run_id)).items() if ready
-    ]
-    if not ready_uris:
+    run = client.get_run(run_id)
+    ready = [uri for uri, complete in logged_models(client, run).items() if complete]
+    if not ready:
         raise HeliostatError(f"the run {run_id} has no model in MLflow; only a finished run has")
     try:
         client.create_registered_model(name)
@@ -123,11 +168,12 @@ def register_model(client: Any, run_id: str, name: str, alias: str | None) -> in
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    model_id = ready_uris[0].removeprefix("models:/")
+    if ready[0].startswith("models:/"):
+        source, model_id = ready[0], ready[0].removeprefix("models:/")
+    else:
+        source, model_id = f"{run.info.artifact_uri}/{MODEL_FOLDER}", None
     found = (
-        known[0]
-        if known
-        else client.create_model_version(name, ready_uris[0], run_id, model_id=model_id)
+        known[0] if known else client.create_model_version(name, source, run_id, model_id=model_id)
     )
     if alias:
         client.set_registered_model_alias(name, alias, str(found.version))

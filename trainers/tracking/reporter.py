@@ -27,6 +27,8 @@ class TrackerReporter(NullReporter):
         self._tracker, self._run, self._interval_s = tracker, run, interval_s
         self._lock = threading.Lock()  # checkpoints are written, and flush, in a thread
         self._unsent_points: list[MetricPoint] = []
+        self._unsynced = True
+        """Whether there is more than the last `flush` has sent."""
         self._step = 0
         self._next_send = 0.0
         self._in_flight: list[Any] = []
@@ -39,13 +41,15 @@ class TrackerReporter(NullReporter):
         points = [MetricPoint(name, float(value), step, now) for name, value in metrics.items()]
         with self._lock:
             self._unsent_points += points
+            self._unsynced = True
 
     def log_note(self, name: str, text: str) -> None:
         with self._lock:
+            self._unsynced = True
             self._in_flight.append(self._tracker.log_note.remote(self._run, name, text))
 
     def on_step_end(self, step: int) -> None:
-        self._step = step
+        self._step, self._unsynced = step, True
         now = time.monotonic()
         if now >= self._next_send:
             self._next_send = now + self._interval_s
@@ -58,6 +62,7 @@ class TrackerReporter(NullReporter):
     def _send(self, sync: bool = False) -> None:
         with self._lock:
             points, self._unsent_points = self._unsent_points, []
+            self._unsynced = not sync
             self._in_flight.append(self._tracker.log.remote(self._run, points, self._step, sync))
 
     def _collect(self, timeout_s: float | None) -> None:
@@ -75,7 +80,8 @@ class TrackerReporter(NullReporter):
             self._in_flight = [ref for ref in self._in_flight if ref not in done]
 
     def flush(self) -> None:
-        self._send(sync=True)
+        if self._unsynced:
+            self._send(sync=True)
         with external_wait():
             self._collect(timeout_s=None)
 

@@ -2,7 +2,8 @@
 
 Every operation goes first into the operation log, a file of JSON lines on the writer's machine,
 and from there in batches to MLflow; how far the log has been sent is kept beside it. A killed
-writer goes on where it stopped, and a server that is slow or away delays nobody.
+writer goes on where it stopped, and a server that is slow or away delays nobody. Artifacts and
+models have a queue of their own, for which metrics and status do not wait.
 
 A metric is sent once. Steps that are done again after a recovery are recognised by name and step.
 The timestamp is taken before the log, so that a batch sent twice is stored once: MLflow's SQL
@@ -12,18 +13,21 @@ store has name, timestamp, step and value as its key.
 import os
 import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from cluster.connection.ray_connection import base_folder
 from cluster.connection.run_gauges import RunGauges
 from cluster.cost.billing import UsageReport
+from trainers.tracking.file_sender import FileSender, portable
+from trainers.tracking.logged_runs import LoggedRuns
+from trainers.tracking.mailbox import DriverMailbox
 from trainers.tracking.mlflow_store import MlflowStore
 from trainers.tracking.operation_log import MetricPoint, OperationLog, now_ms
+from trainers.tracking.refusals import Refusals
 from trainers.tracking.sender import BackgroundSender, Sender
 
 WRITER_TIMEOUT_S = 30.0
@@ -31,8 +35,8 @@ WRITER_TIMEOUT_S = 30.0
 HOLD_S = 30.0
 """Seconds for which a new writer leaves MLflow alone, unless a run reports a step or ends before.
 MLflow's import takes 2 s of CPU time, which the workers need for their own."""
-MAX_UNPOLLED_POINTS = 10_000
-"""Points of a run that are kept for its driver; the oldest are dropped first."""
+MAX_FILE_FAILURES = 6
+"""Attempts to send files that fail, one after the other, before a run ends without them: 6 s."""
 
 
 @dataclass(frozen=True)
@@ -65,67 +69,34 @@ class TimestampClock:
         return self._latest_ms
 
 
-class RepeatedStepFilter:
-    """Drops points of steps that are done again after a recovery."""
+class Unsent(NamedTuple):
+    """What MLflow does not have yet."""
 
-    def __init__(self) -> None:
-        self._last_step: dict[tuple[str, str], int] = {}
+    metrics_bytes: int
+    """Bytes of the log, without files."""
+    error: str | None
+    """The error that keeps them here."""
+    files: int
+    """Artifacts and models."""
+    files_error: str | None
+    files_failures: int
+    """Attempts to send files that failed since one succeeded."""
+    files_untried: bool
+    """Whether there are files among them that nobody has tried to send."""
 
-    def new_points(self, run: str, points: Iterable[MetricPoint]) -> list[MetricPoint]:
-        """The points whose step is later than any before it in the same series."""
-        return [point for point in points if self._is_new(run, point)]
-
-    def _is_new(self, run: str, point: MetricPoint) -> bool:
-        if point.step <= self._last_step.get((run, point.name), -1):
-            return False
-        self._last_step[run, point.name] = point.step
-        return True
-
-
-class DriverMailbox:
-    """Messages between the workers of each run and its driver, which polls."""
-
-    def __init__(self) -> None:
-        self._points: defaultdict[str, deque[MetricPoint]] = defaultdict(
-            lambda: deque(maxlen=MAX_UNPOLLED_POINTS)
-        )
-        self._steps_done: dict[str, int] = {}
-        self._messages: defaultdict[str, list[str]] = defaultdict(list)
-        self._stop_requested: set[str] = set()
-        self._usage_reports: dict[str, UsageReport] = {}
-
-    def put_step(self, run: str, step: int) -> None:
-        self._steps_done[run] = step
-
-    def put_points(self, run: str, points: Iterable[MetricPoint]) -> None:
-        self._points[run].extend(points)
-
-    def put_message(self, run: str, message: str) -> None:
-        self._messages[run].append(message)
-
-    def take(self, run: str) -> tuple[int, list[MetricPoint], list[str]]:
-        """Steps done by a run, and its points and messages since the last call."""
-        points = list(self._points.pop(run, ()))
-        return self._steps_done.get(run, 0), points, self._messages.pop(run, [])
-
-    def request_stop(self, run: str) -> None:
-        self._stop_requested.add(run)
-
-    def is_stop_requested(self, run: str) -> bool:
-        return run in self._stop_requested
-
-    def put_usage_report(self, report: UsageReport) -> None:
-        """Replaces the report that the same meter sent before."""
-        self._usage_reports[report.session] = report
-
-    def take_usage_reports(self) -> list[UsageReport]:
-        """The reports that meters sent since the last call."""
-        reports, self._usage_reports = list(self._usage_reports.values()), {}
-        return reports
+    def line(self) -> str | None:
+        """One line on what is missing and why; None if nothing is."""
+        if self.metrics_bytes:
+            why = self.error or "it is slow"
+            return f"{self.metrics_bytes} bytes not yet sent to MLflow ({why})"
+        if self.files:
+            why = self.files_error or "it is slow"
+            return f"{self.files} file{'s' * (self.files > 1)} not yet in MLflow ({why})"
+        return None
 
 
 class Tracker:
-    """The one writer of a train or sweep. Its methods return at once; a thread does the sending.
+    """The one writer of a train or sweep. Its methods return at once; threads do the sending.
 
     Used as a Ray actor beside the driver. While MLflow is slow or away it goes on trying until
     `close`, then again when the run is resumed or `heliostat track flush` is called.
@@ -142,24 +113,37 @@ class Tracker:
         self._log = OperationLog(Path(folder), wait_s)
         self._started: set[str] = set()
         self._clock = TimestampClock()
-        self._repeated = RepeatedStepFilter()
+        self._runs = LoggedRuns(self._log, self._clock.observe)
         self._mailbox = DriverMailbox()
         self._gauges = RunGauges()
         self._store = MlflowStore(uri, experiment)
-        self._sender = Sender(self._log, self._store)
-        for operation, end in self._log.read():
-            self._observe(operation)
+        self._refusals = Refusals()
+        self._files = FileSender(self._log, self._store, self._refusals)
+        self._files_background = BackgroundSender(None, self._files, hold_s)
+        self._sender = Sender(
+            self._log, self._store, self._refusals, on_sent=self._files_background.wake
+        )
+        for operation, begin, end in self._log.outline():
+            if operation["do"] == "start":
+                self._started.add(operation["key"])
+            self._clock.observe(operation.get("at", 0))
+            self._runs.observe(operation, begin)
             self._sender.observe(operation, sent=end <= self._log.sent_offset)
+            self._files.observe(operation, begin, end)
         self._background = BackgroundSender(self._log, self._sender, hold_s)
         self._background.start()
+        self._files_background.start()
 
     def start(self, run: TrackedRun) -> None:
         """Create the run in MLflow, or set it running again if it is there."""
         known = run.key in self._started
         if not known:
             self._store.new_runs.add(run.key)
+            self._started.add(run.key)
         operation = {"do": "resume", "run": run.key, "tags": dict(run.tags)}
         new = {"do": "start", "id": uuid4().hex, **asdict(run), "at": self._clock.now()}
+        with self._lock:
+            self._mailbox.start(run.key)
         self._append(operation if known else new)
 
     def log(
@@ -172,7 +156,7 @@ class Tracker:
         with self._lock:
             self._mailbox.put_step(run, step)
         self.log_points(run, points)
-        self._background.release()
+        self._release()
         if sync:
             self._log.write_and_sync()
         return self._mailbox.is_stop_requested(run)
@@ -180,11 +164,11 @@ class Tracker:
     def log_points(self, run: str, points: Iterable[tuple[str, float, int, int]]) -> None:
         """Take metrics of a run whose steps need not be optimizer steps."""
         with self._lock:
-            new = self._new_points(run, points)
+            new = self._runs.append_points(run, points)
             if new:
-                self._log.append({"do": "log", "run": run, "rows": new})
                 self._mailbox.put_points(run, new)
-                self._gauges.record(run, new)
+                if self._runs.is_running(run):
+                    self._gauges.record(run, new)
         self._background.wake()
 
     def report_usage(self, report: UsageReport) -> None:
@@ -196,6 +180,15 @@ class Tracker:
         """The reports that meters sent since the last call."""
         with self._lock:
             return self._mailbox.take_usage_reports()
+
+    def rewind(self, run: str, step: int) -> None:
+        """The run goes on after `step` steps with another run's state: what it logged of that step
+        and of later ones is no part of its past any more. MLflow keeps those points, but newer
+        ones of the same steps come after them.
+        """
+        with self._lock:
+            self._mailbox.rewind(run, step)
+        self._append({"do": "rewind", "run": run, "step": step})
 
     def log_note(self, run: str, name: str, text: str) -> None:
         """Keep a fact about a run as its tag `heliostat.name`; the newest counts."""
@@ -211,17 +204,20 @@ class Tracker:
         """End a run as FINISHED, FAILED or KILLED."""
         operation = {"do": "finish", "run": run, "status": status, "tags": dict(tags or {})}
         self._append({**operation, "at": self._clock.now()})
-        self._background.release()
+        self._release()
         with self._lock:
             self._gauges.finish(run)
+            self._mailbox.finish(run)
 
     def log_artifact(self, run: str, path: str) -> None:
         """Keep a file with the run. It must stay where it is until it has been sent."""
-        self._append({"do": "artifact", "run": run, "path": path})
+        inside = portable(path, self._log.folder.parent)
+        self._append({"do": "artifact", "run": run, "path": inside})
 
     def log_model(self, run: str, folder: str) -> None:
         """Keep an exported model with the run, as an MLflow model."""
-        self._append({"do": "model", "run": run, "folder": folder})
+        inside = portable(folder, self._log.folder.parent)
+        self._append({"do": "model", "run": run, "folder": inside})
 
     def request_stop(self, run: str) -> None:
         """Have the run's next `log` return that it should stop."""
@@ -232,14 +228,38 @@ class Tracker:
         with self._lock:
             self._mailbox.put_message(run, message)
 
+    def watch(self, run: str) -> None:
+        """Keep the metrics of a trial for `poll`, which asks for them again and again."""
+        with self._lock:
+            self._mailbox.watch(run)
+
     def poll(self, run: str) -> tuple[int, list[MetricPoint], list[str]]:
         """Steps done by a run, and its metrics and messages since the last call."""
         with self._lock:
             return self._mailbox.take(run)
 
     def pending(self) -> tuple[int, str | None]:
-        """Bytes not yet sent to MLflow, and the error that keeps them here."""
-        return self._log.pending_bytes, self._log.write_error or self._background.error
+        """Bytes of the log not yet sent to MLflow, files too, and the error that keeps them."""
+        unsent = self.unsent()
+        left = unsent.metrics_bytes + self._files.pending_bytes
+        return left, unsent.error or unsent.files_error
+
+    def unsent(self) -> Unsent:
+        """What MLflow does not have yet; sends it at once."""
+        self._background.hurry()
+        self._files_background.hurry()
+        return Unsent(
+            self._log.pending_bytes,
+            self._log.write_error or self._background.error,
+            self._files.pending,
+            self._files_background.error,
+            self._files_background.failures,
+            self._files.untried,
+        )
+
+    def refused(self) -> str | None:
+        """One line on what MLflow refused for good, so that it was left out; None for nothing."""
+        return self._refusals.line()
 
     def read(self, run: str) -> dict[str, Any]:
         """The run as MLflow has it, as `MlflowStore.read_run` gives it."""
@@ -248,29 +268,21 @@ class Tracker:
     def close(self) -> None:
         """Stop sending, after the operation under way, and let another writer go on."""
         self._background.close()
+        self._files_background.close()
         self._log.close()
+
+    def _release(self) -> None:
+        self._background.release()
+        self._files_background.release()
 
     def _append(self, operation: dict[str, Any]) -> None:
         with self._lock:
-            self._observe(operation)
             self._sender.observe(operation, sent=False)
-            self._log.append(operation)
+            starts = operation["do"] == "start"
+            append = self._runs.append_start if starts else self._runs.append
+            begin, end = append(operation)
+            self._files.observe(operation, begin, end)
         self._background.wake()
-
-    def _observe(self, operation: dict[str, Any]) -> None:
-        if operation["do"] == "start":
-            self._started.add(operation["key"])
-            self._clock.observe(operation["at"])
-        elif operation["do"] == "log":
-            self._new_points(operation["run"], operation["rows"])
-
-    def _new_points(
-        self, run: str, points: Iterable[tuple[str, float, int, int]]
-    ) -> list[MetricPoint]:
-        taken = [MetricPoint(*point) for point in points]
-        for point in taken:
-            self._clock.observe(point.timestamp_ms)
-        return self._repeated.new_points(run, taken)
 
 
 def start_tracker(folder: Path, uri: str, experiment: str, name: str) -> Any:
@@ -292,32 +304,42 @@ def start_tracker(folder: Path, uri: str, experiment: str, name: str) -> Any:
 
 
 def wait_until_sent(tracker: Any, timeout_s: float) -> str | None:
-    """Wait until MLflow has everything; after `timeout_s`, a line on what is missing and why."""
+    """Wait until MLflow has everything; after `timeout_s`, a line on what is missing and why.
+
+    Files that MLflow has not taken in several attempts are not waited for, once it has the rest.
+    """
     import ray
 
     deadline = time.monotonic() + timeout_s
     while True:
-        left, error = ray.get(tracker.pending.remote())
-        if not left:
-            return None
-        if time.monotonic() > deadline:
-            return f"{left} bytes not yet sent to MLflow ({error or 'it is slow'})"
+        unsent: Unsent = ray.get(tracker.unsent.remote())
+        line = unsent.line()
+        tried = not unsent.metrics_bytes and not unsent.files_untried
+        hopeless = tried and unsent.files_failures >= MAX_FILE_FAILURES
+        if line is None or hopeless or time.monotonic() > deadline:
+            return line
         time.sleep(0.05)
 
 
-def flush(folder: Path, uri: str, experiment: str) -> int:
-    """Send the unsent part of the log in `folder`, in this process; returns the bytes sent.
+def flush(folder: Path, uri: str, experiment: str) -> tuple[int, str | None]:
+    """Send the unsent part of the log in `folder`, in this process.
 
-    Raises SpecError when the folder has another writer, else whatever MLflow raises.
+    Returns the bytes sent, and a line on what MLflow refused. Raises SpecError when the folder has
+    another writer, else whatever MLflow raises.
     """
     log = OperationLog(folder)
     try:
-        pending = log.pending_bytes
-        sender = Sender(log, MlflowStore(uri, experiment))
-        for operation, end in log.read():
+        store, refusals = MlflowStore(uri, experiment), Refusals()
+        sender = Sender(log, store, refusals, patience=1)
+        files = FileSender(log, store, refusals)
+        for operation, begin, end in log.outline():
             sender.observe(operation, sent=end <= log.sent_offset)
-        sender.send(threading.Event())
+            files.observe(operation, begin, end)
+        pending = log.pending_bytes + files.pending_bytes
+        closed = threading.Event()
+        sender.send(closed)
         sender.send_open_windows()
-        return pending
+        files.send(closed)
+        return pending, refusals.line()
     finally:
         log.close()

@@ -1,4 +1,4 @@
-"""The verbs `sweep`, `report` and `schema`, and the parser that has the verbs of all packages.
+"""The verbs `sweep`, `report`, `schema` and `stop`, and the parser with the verbs of all packages.
 
 Arguments and printed text, nothing else; Ray, torch and MLflow are imported only inside functions,
 so that `--help` is instant. May import all rooms of `tuning`. Begin reading with `parser`.

@@ -10,6 +10,7 @@ def build_parser() -> argparse.ArgumentParser:
     import cluster.cli.lifecycle
     import cluster.cli.session
     import trainers.cli.train
+    import tuning.cli.stop
     import tuning.cli.sweep
 
     top = argparse.ArgumentParser(
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     tuning.cli.sweep.add_verbs(verbs)
     cluster.cli.files.add_verbs(verbs)
     cluster.cli.jobs.add_verbs(verbs)
+    tuning.cli.stop.add_verbs(verbs)
     cluster.cli.lifecycle.add_verbs(verbs)
     cluster.cli.session.add_verbs(verbs)
     return top

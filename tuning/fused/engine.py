@@ -3,7 +3,8 @@
 Two kinds of threads meet here. Calls of Tune (`start`, `next`, `save`, `load`, `stop`) come on
 threads of their own, many at a time, and wait. One computing thread does all the work, and owns
 all state of it: `engine_loop.py` has both. Calls reach it through commands only. What the two
-sides share is a trial's queue of results, and the registry of trials, which has a lock.
+sides share is a trial's queue of results, and the registry of trials, which has a lock. The
+`tests/tuning/fused/test_engine_threads.py` start, save and stop trials as fast as they can.
 """
 
 import json
@@ -24,11 +25,15 @@ from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistr
 from tuning.fused.trial_saver import LEASE_FILE, write_origin
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
+from tuning.trials.take_over import Beginning
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, LAST_RESULT_FILE, Sweep, TuneReporter
 
 REPORT_S = 5.0
 """Seconds between a trial's reports to the tracker: there are many trials, and MLflow takes 10 to
 30 ms for each of them, however little it is sent."""
+
+START_LOCKS = 64
+"""Locks for the starts of trials, by number: two instances of a trial start one after another."""
 
 
 class Engine:
@@ -39,8 +44,8 @@ class Engine:
     ) -> None:
         """`slots` are those of each program. Without a `program`, the engine compiles one first."""
         self._sweep, self._tracker = sweep, tracker
-        self._samples = sweep.samples
         self._trials = TrialRegistry()
+        self._start_locks = [threading.Lock() for _ in range(START_LOCKS)]
         self._loop = EngineLoop(sweep, slots, self._trials, program)
         threading.Thread(target=self._loop.run, daemon=True, name="engine").start()
 
@@ -53,19 +58,20 @@ class Engine:
         number = int(config["trial"])
         folder = self._sweep.trial_folder(number)
         folder.mkdir(parents=True, exist_ok=True)
-        for other in self._trials.all():
-            if other.number == number:
-                self.stop(other.lease)
-        lease = uuid4().hex
-        write_atomic(folder / LEASE_FILE, lease)
-        trial = self._new_trial(number, lease, folder, config)
-        self._trials.add(trial)
+        with self._start_locks[number % START_LOCKS]:
+            for other in self._trials.all():
+                if other.number == number:
+                    self.stop(other.lease)
+            beginning = self._sweep.begin_trial(config, self._tracker)
+            lease = f"{number}-{uuid4().hex}"
+            write_atomic(folder / LEASE_FILE, lease)
+            self._trials.add(self._new_trial(number, lease, folder, beginning))
         return lease
 
     def next(self, lease: str) -> dict[str, Any]:
         """Wait for a trial's next evaluation, and return it as a result for Tune.
 
-        Raises TrainingError if the trial has failed.
+        Raises TrainingError if the trial has failed, SupersededError if it was stopped meanwhile.
         """
         trial = self._trials.get(lease)
         self._loop.post(lambda: self._loop.request_next(trial))
@@ -73,18 +79,24 @@ class Engine:
         if isinstance(result, SupersededError):
             raise result
         if isinstance(result, TrainingError):
-            write_atomic(trial.folder / FAILED_FILE, str(result))
+            trial.files.write(FAILED_FILE, str(result))
             raise result
+        if result["complete"] or self._sweep.spec.scheduler.name == "pbt":
+            trial.checkpoints.wait()  # another trial may take it over when Tune has this result
         if result["complete"]:
-            trial.checkpoints.wait()
             trial.reporter.flush()
-        write_atomic(trial.folder / LAST_RESULT_FILE, json.dumps(result))
+        if not trial.files.write(LAST_RESULT_FILE, json.dumps(result)):
+            raise SupersededError(lease)
         return {**result, "done": result["complete"] or trial.had_ended}
 
     def stop(self, lease: str) -> None:
-        """End a trial; when this returns, its last evaluated state is on disk."""
+        """End a trial; when this returns, its last evaluated state is on disk.
+
+        From then on this instance writes nothing into the trial's folder.
+        """
         trial = self._trials.pop(lease)
         if trial is not None:
+            trial.files.close()
             self._loop.call(lambda: self._loop.stop(trial))
             trial.checkpoints.wait()
             trial.checkpoints.forget_copies()
@@ -104,22 +116,24 @@ class Engine:
         self._loop.call(lambda: self._loop.import_checkpoint(trial, folder))
 
     def _new_trial(
-        self, number: int, lease: str, folder: Path, config: Mapping[str, Any]
+        self, number: int, lease: str, folder: Path, beginning: Beginning
     ) -> EngineTrial:
-        spec, workload = resolve(self._sweep.trial_spec_data(config), RunSpec)
+        spec, workload = resolve(self._sweep.fused_spec_data(beginning.parameters), RunSpec)
         last = folder / LAST_RESULT_FILE
         result = json.loads(last.read_text()) if last.exists() else {}
+        samples = self._sweep.samples_of(spec)
         trial = EngineTrial(
             number,
             lease,
-            Variant(spec, workload, spec.train.total_steps(self._samples)),
+            Variant(spec, workload, spec.train.total_steps(samples)),
             folder,
-            spec.train.evaluation_steps(self._samples),
-            TuneReporter(self._sweep, spec, folder),
+            spec.train.evaluation_steps(samples),
+            TuneReporter(self._sweep, spec, folder, changes=beginning.changes),
             TrackerReporter(self._tracker, self._sweep.trial_key(number), REPORT_S),
             Checkpoints(folder / CHECKPOINTS, spec.checkpoint),
             had_ended=bool(result) and ((folder / ENDED_FILE).exists() or result["complete"]),
-            reported_step=result.get("step", 0),
+            reported_step=beginning.known_step,
+            device_s=result.get("device_s", 0.0),
         )
         if (folder / FAILED_FILE).exists():  # a second attempt would not change it
             trial.results.put(TrainingError((folder / FAILED_FILE).read_text()))

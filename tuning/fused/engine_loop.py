@@ -36,6 +36,7 @@ from trainers.modeling.optimizer import learning_rate
 from trainers.runs.failure_policy import format_error, is_outage, log_traceback
 from trainers.spec import RunSpec, resolve
 from trainers.worker import Worker
+from trainers.workload import Batch
 from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistry
 from tuning.fused.program_pool import ProgramPool, ProgramSlots
 from tuning.fused.trial_saver import TrialSaver
@@ -66,13 +67,25 @@ class EngineLoop:
         self._spec, _ = resolve(sweep.spec_data, RunSpec)
         device = local_device(self._spec.scale.accelerator)
         self._worker = Worker(hardware=device)
-        self._splits = open_splits(local_dataset(sweep.dataset, self._spec))
-        self._samples = len(next(iter(self._splits["train"].values())))
-        self._pool = ProgramPool(sweep, slots, self._splits["train"], device, program)
+        self._splits: dict[Path, dict[str, Batch]] = {}
+        """The splits of each data set that trials have used."""
+        self._splits_of(self._spec)
+
+        def samples_of(spec: RunSpec) -> Batch:
+            return self._splits_of(spec)["train"]
+
+        self._pool = ProgramPool(sweep, slots, samples_of, device, program)
         self._saver = TrialSaver(self._spec, trials)
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         if program is None:
             self._commands.put(self._pool.compile_reference_program)
+
+    def _splits_of(self, spec: RunSpec) -> dict[str, Batch]:
+        """The data set of a trial with this spec."""
+        dataset = self._sweep.dataset_of(spec)
+        if dataset not in self._splits:
+            self._splits[dataset] = open_splits(local_dataset(dataset, spec))
+        return self._splits[dataset]
 
     # What other threads call.
 
@@ -103,10 +116,11 @@ class EngineLoop:
 
     def stop(self, trial: EngineTrial) -> None:
         """End a trial, and begin to save its last evaluated state."""
+        trial.stopped = True
+        trial.results.put(SupersededError(trial.lease))  # for a call that still waits
         try:
             if not trial.ended:
                 trial.ended = True
-                trial.results.put(SupersededError(trial.number))
                 self._pool.stop_waiting(trial)
                 self._saver.save(trial)
         finally:
@@ -116,7 +130,12 @@ class EngineLoop:
         return self._saver.export(trial, checkpoints)
 
     def import_checkpoint(self, trial: EngineTrial, folder: Path) -> None:
-        """Have a trial continue from an exported checkpoint when it gets a slot again."""
+        """Have a trial continue from an exported checkpoint when it gets a slot again.
+
+        Raises SupersededError if it was stopped meanwhile.
+        """
+        if trial.stopped:
+            raise SupersededError(trial.lease)
         self._pool.free(trial)
         self._saver.import_from(trial, folder)
 
@@ -214,11 +233,12 @@ class EngineLoop:
             trial.last_finite = loss
             trial.loss_sum, trial.losses = trial.loss_sum + loss, trial.losses + 1
             if step % spec.tracking.every_steps == 0 or step in trial.evaluation_steps:
+                samples = len(next(iter(self._splits_of(spec)["train"].values())))
                 rate = learning_rate(spec.optimizer, step - 1, trial.variant.total_steps)
                 measured = {
                     "train/loss": trial.loss_sum / trial.losses,
                     "train/lr": rate,
-                    "train/epoch": step * spec.train.global_batch / self._samples,
+                    "train/epoch": step * spec.train.global_batch / samples,
                 }
                 trial.loss_sum, trial.losses = 0.0, 0
                 trial.reporter.log_metrics(measured, step)
@@ -271,8 +291,9 @@ class EngineLoop:
         network = trial.program_slots.program.network_with(state)
         forward = Forward(variant.workload, network)
         found: dict[str, float] = {}
-        for split in splits_due(step, variant.total_steps, trial.evaluation_steps, self._splits):
-            samples = self._splits[split]
+        splits = self._splits_of(variant.spec)
+        for split in splits_due(step, variant.total_steps, trial.evaluation_steps, splits):
+            samples = splits[split]
             means = evaluate(variant.spec, variant.workload, forward, samples, self._worker)
             found |= {f"{split}/{name}": mean for name, mean in means.items()}
         check_ranking(variant.spec, found)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cluster.base.errors import TrainingError
+from cluster.base.files import write_atomic
 from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.tracking.reporter import TrackerReporter
 from tuning.programs.program_signature import Variant
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class SupersededError(TrainingError):
     """Another instance of the trial was started; this one is not trained any more."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, lease: str) -> None:
+        number = lease.partition("-")[0]
         super().__init__(f"trial {number} was started again, or has been stopped")
 
 
@@ -33,14 +35,16 @@ class EngineTrial:
     """An instance of a trial, from `Engine.start` to `Engine.stop`.
 
     Which thread uses what: the fields up to `checkpoints` never change; `reporter` has a lock of
-    its own; `results` goes from the computing thread to the call that waits in `Engine.next`.
-    Everything below `results` belongs to the computing thread. So does `checkpoints`, until the
-    trial has ended; from then on only calls use it, to wait for the last save.
+    its own; `results` goes from the computing thread to the call that waits in `Engine.next`;
+    `files` is of calls. Everything below `files` belongs to the computing thread. So does
+    `checkpoints`, until the trial has ended; from then on only calls use it, to wait for the last
+    save.
     """
 
     number: int
     lease: str
-    """Identifies the instance; the one named in the trial's folder may save there."""
+    """Identifies the instance, by its number and a random part; the one named in the trial's folder
+    may save there."""
     variant: Variant
     folder: Path
     evaluation_steps: set[int]
@@ -50,10 +54,13 @@ class EngineTrial:
     had_ended: bool = False
     """Whether the trial had ended before this instance, which only repeats its result."""
     results: "SimpleQueue[dict[str, Any] | TrainingError]" = field(default_factory=SimpleQueue)
+    files: "TrialFiles" = field(init=False)
 
     result_requested: bool = False
     """Whether Tune waits for its next evaluation."""
     ended: bool = False
+    stopped: bool = False
+    """Whether another instance may have the trial's checkpoints."""
     steps_done: int = 0
     reported_step: int = 0
     """The last step whose evaluation Tune knows."""
@@ -67,6 +74,8 @@ class EngineTrial:
     """The state at the last evaluation, which is saved, or given to another trial."""
     export_id: str | None = None
     """Identifies the export of `evaluated_state` to Tune; None if it has not been exported."""
+    best_losses: list[float] = field(default_factory=list)
+    """The best evaluations, as `loss_of` has them: those that `checkpoint.keep_best` keeps."""
     saved_step: int = -1
     saved_scalars: dict[str, float] = field(default_factory=dict)
     """Numbers that are saved with `evaluated_state`."""
@@ -80,6 +89,7 @@ class EngineTrial:
     """Time of the device since the last evaluation, undivided."""
 
     def __post_init__(self) -> None:
+        self.files = TrialFiles(self.folder)
         self._sorted_evaluation_steps = sorted(self.evaluation_steps)
 
     @property
@@ -106,6 +116,30 @@ class EngineTrial:
         return at_step and self.result_requested and not self.ended
 
 
+class TrialFiles:
+    """The results that an instance writes into the trial's folder: none once it was stopped.
+
+    The call that waits for a result may write it late, when the next instance has written more.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def write(self, name: str, text: str) -> bool:
+        """Write a file whole; False if the instance was stopped."""
+        with self._lock:
+            if not self._closed:
+                write_atomic(self._folder / name, text)
+            return not self._closed
+
+    def close(self) -> None:
+        """Write nothing any more, from when this returns."""
+        with self._lock:
+            self._closed = True
+
+
 class TrialRegistry:
     """The trials of an engine by lease. A lock guards it: every thread may use it."""
 
@@ -118,8 +152,10 @@ class TrialRegistry:
             self._trials[trial.lease] = trial
 
     def get(self, lease: str) -> EngineTrial:
-        """Raises KeyError after the trial was stopped."""
+        """Raises SupersededError after the trial was stopped."""
         with self._lock:
+            if lease not in self._trials:
+                raise SupersededError(lease)
             return self._trials[lease]
 
     def pop(self, lease: str) -> EngineTrial | None:

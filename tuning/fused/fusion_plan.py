@@ -29,10 +29,12 @@ from tuning.programs.measurements import (
     trial_key,
 )
 from tuning.programs.program import Program
-from tuning.programs.program_signature import unsupported_reason
+from tuning.programs.program_signature import Variant, unsupported_reason
 from tuning.programs.torch_internals import trace_operations
 from tuning.programs.vmap_rewrites import NotFusibleError
+from tuning.trials.samplers import algorithm
 from tuning.trials.schedulers import expected_step_share
+from tuning.trials.searches import WITHOUT_MEMORY
 from tuning.trials.trial import Sweep, set_threads
 
 PLAN_FILE = "fuse.json"
@@ -46,8 +48,8 @@ COMPILE_PER_TRACE = 30
 40 for a CNN. So the estimate holds on slow machines too."""
 PROCESS_TRIAL_S = 0.5
 """Seconds that a trial in a running process costs besides its steps."""
-ADAPTIVE_SEARCHES, GENERATIONS = ("tpe", "cmaes"), 4
-"""Searches that learn from earlier trials, and how many rounds of trials they get at least."""
+GENERATIONS = 4
+"""Rounds of trials that a search which learns from them gets at least."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that slots may take."""
 FIRST_CPU_SLOTS = 4
@@ -143,12 +145,13 @@ class _Traced:
 
 def _trace(sweep: Sweep) -> _Traced:
     """Trace the sweep's programs; raises NotFusibleError for the first that cannot be."""
-    device, samples = _device_and_samples(sweep)
+    device = _device(sweep)
     variants, programs = distinct_programs(sweep, MAX_TRIED_PROGRAMS)
     for variant in variants:
         _check_supported(variant.spec)
     first, *_ = [
-        Program(variant, 1, samples, device, varied_floats(sweep, variant)) for variant in variants
+        Program(variant, 1, _samples(sweep, variant), device, varied_floats(sweep, variant))
+        for variant in variants
     ]
     return _Traced(first, programs)
 
@@ -159,10 +162,15 @@ def _check_supported(spec: RunSpec) -> None:
         raise NotFusibleError(reason)
 
 
-def _device_and_samples(sweep: Sweep) -> tuple[Device, Batch]:
+def _device(sweep: Sweep) -> Device:
     spec, _ = resolve(sweep.spec_data, RunSpec)
-    dataset = local_dataset(sweep.dataset, spec)
-    return local_device(spec.scale.accelerator), open_split(dataset, "train")
+    return local_device(spec.scale.accelerator)
+
+
+def _samples(sweep: Sweep, variant: Variant) -> Batch:
+    """The training split of a trial."""
+    dataset = local_dataset(sweep.dataset_of(variant.spec), variant.spec)
+    return open_split(dataset, "train")
 
 
 @dataclass(frozen=True)
@@ -196,17 +204,18 @@ class _Planner:
     ) -> None:
         self._sweep, self._engines, self._free_bytes = sweep, engines, free_bytes
         self._on_compile = on_compile
-        self._device, self._samples = _device_and_samples(sweep)
-        self._variant = reference_variant(sweep)
+        self._device, self._variant = _device(sweep), reference_variant(sweep)
+        self._samples = _samples(sweep, self._variant)
         _check_supported(self._variant.spec)
         network = build_network(self._variant.spec.train, self._variant.workload)
         self._varied = varied_floats(sweep, self._variant)
         self._key = trial_key(self._variant, network, self._varied, self._device)
         self._alone = measure_unfused(self._key, self._variant, self._samples, self._device)
         trials, trial_steps = sweep.spec.total_trials, self._variant.total_steps
-        samples = sweep.samples
+        samples = sweep.samples_of(self._variant.spec)
         epochs = trial_steps * self._variant.spec.train.global_batch / samples
-        share = expected_step_share(sweep.spec.scheduler, epochs)
+        every = self._variant.spec.train.evaluate_every_epochs
+        share = expected_step_share(sweep.spec.scheduler, epochs, every)
         self._time_of = _SweepTime(round(trials * trial_steps * share), trial_steps, engines)
         self._unfused_s = (
             self._time_of.seconds(self._alone.step_s, 1) + PROCESS_TRIAL_S * trials / engines
@@ -297,7 +306,7 @@ class _Planner:
         if self._device.type == "cpu":
             room /= engines
         most = min(MAX_SLOTS, math.ceil(spec.total_trials / engines))
-        if spec.search in ADAPTIVE_SEARCHES:
+        if algorithm(spec) not in (*WITHOUT_MEMORY, "qmc"):
             most = min(most, math.ceil(spec.total_trials / engines / GENERATIONS))
         most = min(most, spec.concurrency or most)
         if room < math.inf:

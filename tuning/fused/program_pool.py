@@ -4,6 +4,7 @@ Used by the engine's computing thread only.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,6 +13,7 @@ from cluster.connection.run_gauges import set_gauge
 from trainers.devices import Device
 from trainers.modeling.build import build_network
 from trainers.modeling.optimizer import build_optimizer
+from trainers.spec import RunSpec
 from trainers.workload import Batch
 from tuning.fused.engine_trial import EngineTrial
 from tuning.fused.sweep_variants import reference_variant, varied_floats
@@ -41,11 +43,19 @@ class ProgramPool:
     """The programs of one device; compiles one when a trial fits none of them."""
 
     def __init__(
-        self, sweep: Sweep, slots: int, samples: Batch, device: Device, program: Program | None
+        self,
+        sweep: Sweep,
+        slots: int,
+        samples_of: Callable[[RunSpec], Batch],
+        device: Device,
+        program: Program | None,
     ) -> None:
-        """`slots` are those of each program, `program` is the first one, if there is one."""
+        """`slots` are those of each program, `program` is the first one, if there is one.
+
+        `samples_of` gives the training split of a trial with this spec.
+        """
         self._sweep, self._slots = sweep, slots
-        self._samples, self._device = samples, device
+        self._samples_of, self._device = samples_of, device
         self.programs = [ProgramSlots(program)] if program else []
         self._waiting: list[EngineTrial] = []
 
@@ -94,7 +104,7 @@ class ProgramPool:
         trial.program_slots.trials[slot] = trial
         trial.slot, trial.steps_done, trial.saved_step = slot, done, done
         trial.loss_sum, trial.losses = scalars.get("loss_sum", 0.0), int(scalars.get("losses", 0))
-        trial.device_s = scalars.get("device_s", 0.0)
+        trial.device_s = scalars.get("device_s", trial.device_s)
         trial.evaluated_state = program.state_of(slot).copy() if done else None
         trial.export_id = None
         trial.saved_scalars = dict(scalars)
@@ -119,7 +129,8 @@ class ProgramPool:
         for each in idle[: len(idle) - MAX_IDLE_PROGRAMS + 1]:
             self.programs.remove(each)
         varied = varied_floats(self._sweep, variant)
-        program = Program(variant, self._slots, self._samples, self._device, varied)
+        samples = self._samples_of(variant.spec)
+        program = Program(variant, self._slots, samples, self._device, varied)
         program.compile()
         self.programs.append(ProgramSlots(program))
         return self.programs[-1]

@@ -4,15 +4,18 @@ Used by the engine's computing thread only. A checkpoint is written by a thread 
 its tensors have been copied here.
 """
 
+import bisect
 import json
+import math
 import time
 from pathlib import Path
 from uuid import uuid4
 
 from cluster.base.errors import TrainingError
 from cluster.base.files import write_atomic
-from trainers.checkpoints.checkpoints import Checkpoints, save_interval_s
-from trainers.engine.coordination import FIRST_SAVE_S
+from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.ranking import loss_of
+from trainers.engine.coordination import FIRST_SAVE_S, save_interval_s
 from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec
 from tuning.fused.engine_trial import EngineTrial, TrialRegistry
@@ -54,8 +57,20 @@ class TrialSaver:
         spec = trial.variant.spec.checkpoint
         every = spec.every_steps
         due = every != "auto" and trial.evaluated_step - max(0, trial.saved_step) >= every
-        if due or spec.keep_best > 0:
+        if self._is_among_best(trial) or due:
             self.save(trial)
+
+    def _is_among_best(self, trial: EngineTrial) -> bool:
+        """Note the last evaluation; whether it is one of the `checkpoint.keep_best` best ones.
+
+        Those of before a restart are not known: then more are saved than are kept.
+        """
+        spec = trial.variant.spec.checkpoint
+        loss = loss_of(trial.metrics.get(spec.metric), spec.mode)
+        bisect.insort(trial.best_losses, loss)
+        place = bisect.bisect_right(trial.best_losses, loss)
+        del trial.best_losses[spec.keep_best :]
+        return place <= spec.keep_best and loss < math.inf
 
     def save(self, trial: EngineTrial) -> None:
         """Begin to write the last evaluated state, unless it has been saved already.
@@ -90,6 +105,7 @@ class TrialSaver:
         trial.checkpoints.replace_by(source)
         trial.network = trial.program_slots = trial.evaluated_state = trial.export_id = None
         trial.reported_step, trial.saved_step = origin["step"], -1
+        trial.progress.earlier, trial.best_losses = {}, []
 
     def _save_to(self, trial: EngineTrial, checkpoints: Checkpoints) -> None:
         state = trial.evaluated_state

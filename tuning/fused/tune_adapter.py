@@ -14,7 +14,6 @@ death of its trials' actors.
 import contextlib
 import itertools
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,6 +27,7 @@ from trainers.runs.worker_meter import WorkerMeter
 from tuning.fused.engine import Engine
 from tuning.fused.fusion_plan import FusionPlan, planned_slots, try_plan
 from tuning.fused.tune_internals import (
+    METRICS_METHOD,
     READY_METHOD,
     TERMINATE_METHOD,
     ActorClassStandIn,
@@ -39,6 +39,8 @@ from tuning.trials.trial import Sweep
 
 SLOT_RESOURCE = "heliostat_slot"
 """The resource that a fused trial takes; Ray does not know it, only Tune's controller counts it."""
+REORDERED_CALL_S = 1.0
+"""Seconds for which the first call to a trainable may arrive after the second one."""
 MAX_CONCURRENT_CALLS = 256
 """Calls that an engine's actor takes at a time; each waiting trial holds one or two."""
 
@@ -84,7 +86,7 @@ class EngineActor:
         self._trainables: dict[int, SlotTrainable] = {}
         self._program: Program | None = None
         self._compiles: Future[bool] = Future()
-        self._called: defaultdict[int, int] = defaultdict(int)
+        self._called: dict[int, int] = {}
         """Key of a trainable -> number of calls to it that have returned."""
 
     def plan(self, engines: int) -> FusionPlan:
@@ -120,7 +122,11 @@ class EngineActor:
     def call(self, key: int, sequence_number: int, method: str, args: Any, kwargs: Any) -> Any:
         """Call a method of a trainable, after its calls with smaller sequence numbers."""
         with self._lock:
-            if sequence_number and key not in self._called:
+            if sequence_number == 0:
+                self._called[key] = 0
+                self._lock.notify_all()
+            # Two calls that arrive together may come here in another order.
+            elif not self._lock.wait_for(lambda: key in self._called, REORDERED_CALL_S):
                 raise RuntimeError("the engine that had this trial was lost")
             self._lock.wait_for(lambda: self._called[key] == sequence_number)
         try:
@@ -148,9 +154,10 @@ class _TrialActorHandle:
         self._ready = self._call("__init__", (), kwargs)
 
     def _call(self, method: str, args: Any, kwargs: Any) -> Any:
-        # A lost engine is started again by Ray; the first calls of its trials wait for that.
-        retries = -1 if method == "__init__" else 0
-        call = self._engine.call.options(max_task_retries=retries)
+        call = self._engine.call
+        if method == "__init__":
+            # A lost engine is started again by Ray; the first calls of its trials wait for that.
+            call = call.options(max_task_retries=-1)
         return call.remote(self._key, next(self._sequence), method, args, kwargs)
 
     def __getattr__(self, method: str) -> "_TrialActorMethod":
@@ -164,6 +171,8 @@ class _TrialActorMethod:
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         if self._name == READY_METHOD:
             return self._handle._ready
+        if self._name == METRICS_METHOD:
+            return {}
         return self._handle._call(self._name, args, kwargs)
 
 

@@ -13,8 +13,10 @@ from trainers.run_folder import TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.operation_log import read_metrics
 from trainers.worker import Worker
+from tuning.trials.best_spec import best_spec_data
+from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import Leaderboard, TrialResult
-from tuning.trials.trial import Sweep, set_threads
+from tuning.trials.trial import JOURNAL_FILE, Sweep, set_threads
 
 VERIFIED_TRIALS = 3
 """The best, the middle and the worst of a leaderboard."""
@@ -56,17 +58,24 @@ def measure_deviation(sweep: Sweep, trial: TrialResult) -> Deviation:
     To be called in a process with the resources of a trial. Nothing is tracked or kept.
     """
     set_threads(sweep)
-    spec, workload = resolve(sweep.trial_spec_data(trial.parameters), RunSpec)
+    parts = Journal(sweep.folder / JOURNAL_FILE).schedule(trial.number, trial.changes)
+    assert parts is not None, "only an earlier release has not kept it"
+    spec, workload = resolve(best_spec_data(sweep, parts), RunSpec)
     alone = _Recorder(trial.step)
     worker = Worker(hardware=local_device(spec.scale.accelerator))
     # Its checkpoints are read by nobody.
     saves = spec.checkpoint.model_copy(update={"every_steps": "auto", "keep_best": 0, "uri": None})
     spec = spec.model_copy(update={"checkpoint": saves})
+    dataset = local_dataset(sweep.dataset_of(spec), spec)
     with TemporaryDirectory() as folder:
-        train(spec, workload, local_dataset(sweep.dataset, spec), Path(folder), alone, worker)
+        train(spec, workload, dataset, Path(folder), alone, worker)
     points = read_metrics(sweep.folder / TRACKING, sweep.trial_key(trial.number))
     fused = {(name, step): value for name, value, step, _ in points}
-    both = [(abs(value - fused[at]), at) for at, value in alone.series.items() if at in fused]
+    both = [
+        (abs(value - fused[metric, step]), (metric, step))
+        for (metric, step), value in alone.series.items()
+        if (metric, step) in fused and step > parts[-1][0]  # before, it was another trial's state
+    ]
     value, (metric, step) = max(both)
     return Deviation(trial.number, value, metric, step, len(both))
 

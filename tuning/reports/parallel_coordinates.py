@@ -6,8 +6,8 @@ from typing import Any
 
 from trainers.reports.vega import Chart, Columns, data_source, quantitative, with_unit
 from tuning.reports.sweep_charts import cell_text, selected_trial
+from tuning.trials.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
-from tuning.trials.space import Distribution
 
 AXIS_WIDTH = 95
 """Pixels that each axis needs for its labels."""
@@ -16,7 +16,10 @@ AXIS_WIDTH = 95
 def parallel_coordinates(
     results: Sequence[TrialResult], space: Mapping[str, Distribution], metric: str, mode: str
 ) -> Chart:
-    """Each trial as a line through its parameters; the last axis is the metric."""
+    """Each trial as a line through its parameters; the last axis is the metric.
+
+    A line leaves out the axes of parameters that its trial does not have.
+    """
     lines, ends = _datasets(results, space, metric)
     axes = [*space, metric]
     best = results[0].number
@@ -45,10 +48,11 @@ def _datasets(
     """The points of all lines, and the labels at both ends of each axis."""
     lines: dict[str, list[Any]] = {"trial": [], "axis": [], "at": [], "value": [], "set": []}
     ends: dict[str, list[Any]] = {"axis": [], "at": [], "text": []}
-    columns = [(path, [r.parameters[path] for r in results]) for path in space]
-    for path, values in [*columns, (metric, [r.value for r in results])]:
+    for path in [*space, metric]:
+        own = [r for r in results if path == metric or path in r.parameters]
+        values = [r.value if path == metric else r.parameters[path] for r in own]
         low, high, positions = _positions(values, space.get(path))
-        for result, value, position in zip(results, values, positions, strict=True):
+        for result, value, position in zip(own, values, positions, strict=True):
             row = (result.number, path, position, result.value, cell_text(value))
             for name, cell in zip(lines, row, strict=True):
                 lines[name].append(cell)
@@ -63,10 +67,10 @@ def _positions(values: Sequence[Any], space: Distribution | None) -> tuple[Any, 
     if space is not None and space.choice is not None:
         texts = [cell_text(choice) for choice in space.choice]
         top = max(1, len(texts) - 1)
-        return texts[0], texts[-1], [texts.index(cell_text(value)) / top for value in values]
+        return texts[0], texts[-1], [space.optuna_value(value) / top for value in values]
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = space.bounds if space and space.bounds else (min(finite), max(finite))
-    scaled = math.log if space is not None and "log" in space.kind else float
+    scaled = math.log if space is not None and space.is_log else float
     width = (scaled(high) - scaled(low)) or 1.0
     positions = [
         (scaled(value) - scaled(low)) / width if math.isfinite(value) else math.nan

@@ -6,8 +6,8 @@ from typing import Any
 from trainers.reports.charts import status_colours
 from trainers.reports.history import Series
 from trainers.reports.vega import Chart, Columns, choose_scale, data_source, quantitative, with_unit
+from tuning.trials.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
-from tuning.trials.space import Distribution
 
 STATUSES = ("complete", "running", "stopped", "failed")
 """In the order of the legend."""
@@ -101,7 +101,8 @@ def slice_chart(
     metric: str,
     statuses: Mapping[int, str],
 ) -> Chart:
-    """The metric over one parameter."""
+    """The metric over one parameter, of the trials that have it."""
+    results = [r for r in results if path in r.parameters]
     values = [r.parameters[path] for r in results]
     choice = space.choice is not None
     table: Columns = {
@@ -115,7 +116,7 @@ def slice_chart(
         order = [cell_text(value) for value in space.choice or []]
         axis = {"labelAngle": 0}
         x = {"field": "x", "type": "nominal", "title": path, "sort": order, "axis": axis}
-    elif "log" in space.kind:
+    elif space.is_log:
         x["scale"] = {"type": "log", "nice": False, "padding": 12}
     y = quantitative("value", with_unit(metric), scale=choose_scale(table["value"]))
     spec = _scatter(x, y, table, results[0].number)

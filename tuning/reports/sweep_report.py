@@ -1,7 +1,7 @@
 """The report of a sweep, finished or not, from its folder."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,17 @@ from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
-from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard, with_importances
+from tuning.trials.leaderboard import (
+    Leaderboard,
+    TrialResult,
+    failure_lines,
+    pareto_front,
+    read_leaderboard,
+    with_importances,
+)
+from tuning.trials.ranking import objective_modes
 from tuning.trials.space import COST_METRICS, SweepSpec
+from tuning.trials.take_over import changes_text
 from tuning.trials.trial import Sweep
 
 MAX_POINTS = 30_000
@@ -80,7 +89,8 @@ def _learning_curves(
 ) -> Iterator[Chart | str]:
     """The curves of the sweep's metric and of a few others, downsampled where they are long."""
     if board.best is None:
-        yield "No trial was evaluated yet."
+        finite = f"No trial has a finite {spec.metric} yet."
+        yield finite if board.results else "No trial was evaluated yet."
         return
     epochs_per_step = {r.number: r.epoch / r.step for r in board.results if r.step}
     others = _other_metrics(spec, [trials[number] for number in epochs_per_step])
@@ -125,14 +135,20 @@ def _leaderboard(
         (
             result.number,
             result.value,
-            *(trials[result.number].latest(name) for name in (*objectives, *costs)),
+            *_mean_cells(spec, result),
+            *(
+                result.objectives.get(name, trials[result.number].latest(name))
+                for name in (*objectives, *costs)
+            ),
             result.epoch,
-            statuses[result.number],
-            *(_cell(result.parameters[path]) for path in spec.parameters),
+            ", ".join([statuses[result.number], *_changed(result)]),
+            *(_cell(result.parameters.get(path, "")) for path in spec.parameters),
         )
         for result in board.results
     ]
-    columns = ("trial", spec.metric, *objectives, *costs, "epochs", "ended", *spec.parameters)
+    means = ("mean", "± (95 %)", "trainings") if spec.repeated_fields else ()
+    scores = (spec.metric, *means, *objectives, *costs)
+    columns = ("trial", *scores, "epochs", "ended", *spec.parameters)
     first = "lowest" if spec.mode == "min" else "highest"
     caption = (
         f"All trials that were evaluated, the {first} {spec.metric} first. Select a column to sort "
@@ -140,8 +156,20 @@ def _leaderboard(
     )
     titles = [with_unit(name) for name in columns]
     yield DataTable("leaderboard", caption, titles, rows, selects_trial=True)
-    for number, reason in board.failed.items():
-        yield f"Trial {number:04d} failed: {reason}"
+    yield from failure_lines(board.failed, spec.total_trials)
+
+
+def _mean_cells(spec: SweepSpec, result: TrialResult) -> Sequence[object]:
+    """The mean over the trainings of a configuration, half of its interval, and their number."""
+    if not spec.repeated_fields:
+        return ()
+    if result.repeated is None:
+        return (None, None, 1)
+    return result.repeated.mean, result.repeated.half_width, len(result.repeated.values)
+
+
+def _changed(result: TrialResult) -> list[str]:
+    return [changes_text(result.changes)] if result.changes else []
 
 
 def _cell(value: object) -> object:
@@ -155,10 +183,12 @@ def _parameter_charts(
     results = [r for r in board.results if math.isfinite(r.value)]
     if len(results) < 2:
         return
-    yield parallel_coordinates(results, spec.parameters, spec.metric, spec.mode)
+    tried = {path for r in results for path in r.parameters}
+    shown = {p: d for p, d in spec.parameters.items() if d.same_as is None and p in tried}
+    yield parallel_coordinates(results, shown, spec.metric, spec.mode)
     if board.importances:
         yield sweep_charts.importance_chart(board.importances, spec.metric)
-    for path, space in spec.parameters.items():
+    for path, space in shown.items():
         yield sweep_charts.slice_chart(path, results, space, spec.metric, statuses)
 
 
@@ -169,13 +199,13 @@ def _pareto_charts(
     statuses: Mapping[int, str],
 ) -> Iterator[Chart | str]:
     """The metric over each other objective, and over dollars and joules where they are known."""
-    objectives = dict(objective.split(" ") for objective in spec.objective)
+    objectives = objective_modes(spec) if spec.objective else {}
     modes = {"cost_usd": "min", "energy_j": "min"} | objectives
     for other, mode in modes.items():
         points = {
             r.number: (cost, r.value)
             for r in board.results
-            if (cost := trials[r.number].latest(other)) is not None
+            if (cost := r.objectives.get(other, trials[r.number].latest(other))) is not None
             and math.isfinite(cost)
             and math.isfinite(r.value)
         }

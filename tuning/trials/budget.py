@@ -10,7 +10,6 @@ import json
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +44,67 @@ class _TrialProgress:
     """Seconds of device time so far."""
     running_since_s: float | None = None
     """Time of the last event, by `time.monotonic`; None while the trial does not run."""
+    cost_per_device_s: float | None = None
+    """Cost of a second of its device; None where that is not known."""
+
+
+@dataclass
+class _Sums:
+    """What some trials have done together."""
+
+    epochs: float = 0.0
+    device_s: float = 0.0
+    cost: float = 0.0
+
+    def add(self, trial: _TrialProgress, sign: int = 1) -> None:
+        self.epochs += sign * trial.epoch
+        self.device_s += sign * trial.device_s
+        self.cost += sign * trial.device_s * (trial.cost_per_device_s or 0.0)
+
+
+class _Progress:
+    """The progress of all trials, and the sums over them, which a change brings up to date.
+
+    A sweep asks for a sum at each suggestion and evaluation: it may not look at 10,000 trials.
+    """
+
+    def __init__(self) -> None:
+        self.trials: dict[int, _TrialProgress] = {}
+        self.running: dict[int, _TrialProgress] = {}
+        self.all, self.priced = _Sums(), _Sums()
+        """Of all trials, and of those whose cost is known."""
+
+    def update(self, number: int, result: Mapping[str, Any], running_since_s: float | None) -> None:
+        """Record a trial's newest result; what it has done does not become less."""
+        trial = self._take(number)
+        trial.epoch = max(trial.epoch, result.get("epoch", 0.0))
+        trial.device_s = max(trial.device_s, result.get("device_s", 0.0))
+        trial.running_since_s = running_since_s
+        self._put(number, trial)
+
+    def price(self, number: int, cost_per_device_s: float) -> None:
+        """Record what a second of a trial's device costs."""
+        trial = self._take(number)
+        trial.cost_per_device_s = cost_per_device_s
+        self._put(number, trial)
+
+    def _take(self, number: int) -> _TrialProgress:
+        """A trial, taken out of the sums."""
+        trial = self.trials.setdefault(number, _TrialProgress())
+        self.all.add(trial, -1)
+        if trial.cost_per_device_s is not None:
+            self.priced.add(trial, -1)
+        return trial
+
+    def _put(self, number: int, trial: _TrialProgress) -> None:
+        """Add a trial to the sums again."""
+        self.all.add(trial)
+        if trial.cost_per_device_s is not None:
+            self.priced.add(trial)
+        if trial.running_since_s is not None:
+            self.running[number] = trial
+        else:
+            self.running.pop(number, None)
 
 
 class SweepBudget:
@@ -61,13 +121,22 @@ class SweepBudget:
                 raise SpecError(
                     f"sweep.scheduler.resource: {rate.price_source}; set cost.usd_per_h"
                 )
-        self._first_rung_epochs = first_rung_epochs(spec.sweep.scheduler, epochs_per_trial)
+            if rate.usd_per_h is None and any("cost_usd" in c for c in spec.sweep.constraints):
+                raise SpecError(f"sweep.constraints: {rate.price_source}; set cost.usd_per_h")
+        self._first_rung_epochs = first_rung_epochs(
+            spec.sweep.scheduler, epochs_per_trial, spec.train.evaluate_every_epochs
+        )
         self._lock = threading.Lock()
         self._totals = metering.ledger.totals()
-        self._trials: defaultdict[int, _TrialProgress] = defaultdict(_TrialProgress)
+        self._progress = _Progress()
         for number, last in _last_results(sweep).items():
-            self._trials[number] = _TrialProgress(last["epoch"], last["device_s"])
-        self._cost_per_device_s: dict[int, float] = {}
+            self._progress.update(number, last, None)
+        self._accounts: dict[str, CostTotals] = {}
+        """The ledger's accounts at the last tick."""
+        self._heard_of: set[int] = set()
+        """Trials that run, or had an event since the last tick."""
+        self._engine_cost: float | None = None
+        """The cost of the sweep's engines; None where each trial has its own."""
         self._stop_requested = False
         self.reason: str | None = metering.limit_reached
         """One line on why the sweep ends, or starts no more trials."""
@@ -75,34 +144,32 @@ class SweepBudget:
     def tick(self) -> None:
         """Charge the time since the last call; called by the billing thread."""
         reason = self.metering.tick()
+        totals = self.metering.ledger.totals()
+        accounts = {} if self._cost_metric is None else self.metering.ledger.totals_by_run()
         with self._lock:
-            self._totals = self.metering.ledger.totals()
+            self._totals = totals
             self.reason = reason or self.reason
-            if self._cost_metric is not None:
-                self._cost_per_device_s = self._compute_cost_per_device_s(self._cost_metric)
+            self._price_trials(accounts)
 
     def on_trial_event(self, event: str, trial: int, result: Mapping[str, Any]) -> None:
         """Record the progress of a trial; a `tuning.tuner.TrialCallback`."""
         with self._lock:
-            progress = self._trials[trial]
-            progress.epoch = max(progress.epoch, result.get("epoch", 0.0))
-            progress.device_s = max(progress.device_s, result.get("device_s", 0.0))
-            progress.running_since_s = time.monotonic() if event in ("start", "result") else None
+            running = event in ("start", "result")
+            self._progress.update(trial, result, time.monotonic() if running else None)
+            self._heard_of.add(trial)
 
     def cost_per_epoch(self, trial: int, result: Mapping[str, Any]) -> float:
         """Cost of the trial per epoch, divided by the sweep's average; 1 if unknown."""
         with self._lock:
-            charged = [
-                (rate, self._trials[number]) for number, rate in self._cost_per_device_s.items()
-            ]
-            cost = sum(rate * progress.device_s for rate, progress in charged)
-            seconds = sum(progress.device_s for _, progress in charged)
-            epochs = sum(progress.epoch for _, progress in charged)
-            if not (cost and epochs and result["epoch"]):
+            sums = self._progress.priced if self._engine_cost is None else self._progress.all
+            cost = sums.cost if self._engine_cost is None else self._engine_cost
+            if not (cost and sums.device_s and sums.epochs and result["epoch"]):
                 return 1.0
-            # Until this trial has been charged, assume the average price per second.
-            rate = self._cost_per_device_s.get(trial, cost / seconds)
-            return float(rate * result["device_s"] / result["epoch"] / (cost / epochs))
+            known = self._progress.trials.get(trial) if self._engine_cost is None else None
+            rate = known.cost_per_device_s if known is not None else None
+            if rate is None:  # of a slot, or not charged yet: the average price per second
+                rate = cost / sums.device_s
+            return float(rate * result["device_s"] / result["epoch"] / (cost / sums.epochs))
 
     @property
     def totals(self) -> CostTotals:
@@ -115,15 +182,28 @@ class SweepBudget:
         with self._lock:
             committed = sum(
                 max(0.0, self._first_rung_epochs - progress.epoch)
-                for progress in self._trials.values()
-                if progress.running_since_s is not None
+                for progress in self._progress.running.values()
             )
-            done = sum(progress.epoch for progress in self._trials.values())
+            done = self._progress.all.epochs
             shortfall = budget_shortfall(
                 self._budget, self._totals, done, committed, self._first_rung_epochs
             )
             self.reason = self.reason or shortfall
             return self.reason is None
+
+    def costs_of(self, trial: int) -> dict[str, float]:
+        """`cost_usd`, `energy_j` and `kg_co2e` of a trial so far, as far as they are known.
+
+        A trial that has not been charged yet, or that shares its device with others, has cost its
+        share of the sweep by its time on the device.
+        """
+        own = self.metering.ledger.totals_by_run().get(self._sweep.trial_key(trial))
+        with self._lock:
+            known, total_s = self._progress.trials.get(trial), self._progress.all.device_s
+            share = known.device_s / total_s if known is not None and total_s else 0.0
+            costs = account_metrics(self._totals)
+        costs = {name: share * cost for name, cost in costs.items()}
+        return costs | (account_metrics(own) if own is not None else {})
 
     def stop_when_spent(self, trials_left: bool) -> None:
         """End Ray Tune as Ctrl-C does, at most once; called in Tune's thread."""
@@ -134,25 +214,31 @@ class SweepBudget:
                 self._stop_requested = True
                 signal.raise_signal(signal.SIGINT)
 
-    def _compute_cost_per_device_s(self, metric: str) -> dict[int, float]:
-        """Number of each trial -> cost of a second of its device, where that is known."""
+    def _price_trials(self, accounts: dict[str, CostTotals]) -> None:
+        """Learn what a second of each trial's device costs, where that may have changed.
+
+        Trials in slots share the cost of their engines in proportion to their time.
+        """
+        self._engine_cost = self._cost(accounts.get(f"{self._sweep.key}/{ENGINE_ACCOUNT}"))
+        changed = {k for k, totals in accounts.items() if self._accounts.get(k) is not totals}
+        self._accounts = accounts
+        names = (key.rpartition("/")[2] for key in changed)
+        due = {int(name) for name in names if name.isdecimal()} | self._heard_of
+        self._heard_of = set(self._progress.running)  # its second gets cheaper until it reports
         now = time.monotonic()
-        costs = {
-            key: account_metrics(totals)
-            for key, totals in self.metering.ledger.totals_by_run().items()
-        }
-        of_engines = costs.get(f"{self._sweep.key}/{ENGINE_ACCOUNT}", {}).get(metric)
-        total_s = sum(progress.device_s for progress in self._trials.values())
-        result = {}
-        for number, progress in self._trials.items():
-            own = costs.get(self._sweep.trial_key(number), {}).get(metric)
-            since = progress.running_since_s
-            since_s = 0.0 if since is None else now - since
-            if of_engines is not None and total_s:
-                result[number] = of_engines / total_s
-            elif own and progress.device_s:
-                result[number] = own / (progress.device_s + since_s)
-        return result
+        for number in due & self._progress.trials.keys():
+            trial = self._progress.trials[number]
+            cost = self._cost(accounts.get(self._sweep.trial_key(number)))
+            if cost and trial.device_s:
+                since = trial.running_since_s
+                since_s = 0.0 if since is None else now - since
+                self._progress.price(number, cost / (trial.device_s + since_s))
+
+    def _cost(self, account: CostTotals | None) -> float | None:
+        """The cost by which trials are compared, of an account of the ledger."""
+        if account is None or self._cost_metric is None:
+            return None
+        return account_metrics(account).get(self._cost_metric)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """Which parameters of a sweep mattered: fANOVA by Optuna."""
 
 import threading
-from typing import TYPE_CHECKING
 
 from tuning.trials.journal import Journal
-from tuning.trials.optuna_study import study_from_journal
+from tuning.trials.ranking import is_ranked
 from tuning.trials.space import SweepSpec
-
-if TYPE_CHECKING:
-    import optuna
+from tuning.trials.suggestion import optuna_parameters
 
 FANOVA_TREE_DEPTH = 8
 """Optuna's default of 64 splits until each leaf holds a single trial, which gets slower with more
@@ -24,13 +21,20 @@ def parameter_importances(sweep: SweepSpec, journal: Journal) -> dict[str, float
     """
     import optuna
 
-    study = study_from_journal(sweep, journal)
-    trials = [_as_complete(trial) for trial in study.trials]
-    known = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    values = {trial.value for trial in known}
-    if len(known) < 4 or len(values) < 2:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    known = []
+    for number, end in journal.ends.items():
+        if is_ranked(sweep, end["value"]):
+            last = journal.parameters_after(number)
+            params, distributions = optuna_parameters(sweep.parameters, last)
+            known.append(
+                optuna.trial.create_trial(
+                    value=end["value"], params=params, distributions=distributions
+                )
+            )
+    if len(known) < 4 or len({trial.value for trial in known}) < 2:
         return {}
-    plain = optuna.create_study(direction=study.direction.name.lower())
+    plain = optuna.create_study()
     plain.add_trials(known)
     evaluator = optuna.importance.FanovaImportanceEvaluator(max_depth=FANOVA_TREE_DEPTH, seed=0)
     try:
@@ -48,13 +52,3 @@ def load_packages() -> None:
         import sklearn.ensemble  # noqa: F401
 
     threading.Thread(target=load, daemon=True, name="load-importances").start()
-
-
-def _as_complete(trial: "optuna.trial.FrozenTrial") -> "optuna.trial.FrozenTrial":
-    """A pruned trial as a complete one with its last value; any other trial as it is."""
-    from optuna.trial import TrialState, create_trial
-
-    if trial.state is not TrialState.PRUNED or not trial.intermediate_values:
-        return trial
-    value = list(trial.intermediate_values.values())[-1]
-    return create_trial(value=value, params=trial.params, distributions=trial.distributions)

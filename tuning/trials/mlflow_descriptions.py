@@ -5,6 +5,8 @@ from typing import Any
 
 from trainers.tracking.mlflow_run import markdown_table, with_facts
 from tuning.trials.leaderboard import Leaderboard
+from tuning.trials.ranking import selected
+from tuning.trials.take_over import CHANGES, changes_text
 from tuning.trials.trial import Sweep
 
 MAX_DESCRIBED_TRIALS = 10
@@ -17,7 +19,7 @@ def sweep_description(sweep: Sweep, board: Leaderboard, account: Mapping[str, st
     head = f"{len(board.ended)} of {total} trials have ended, {len(board.failed)} of them failed."
     paths = list(sweep.spec.parameters)
     rows = [
-        (f"{r.number:04d}", r.value, r.epoch, *(r.parameters[path] for path in paths))
+        (f"{r.number:04d}", r.value, r.epoch, *(r.parameters.get(path, "") for path in paths))
         for r in board.results[:MAX_DESCRIBED_TRIALS]
     ]
     best = markdown_table(("trial", sweep.spec.metric, "epochs", *paths), rows)
@@ -27,12 +29,17 @@ def sweep_description(sweep: Sweep, board: Leaderboard, account: Mapping[str, st
 
 
 def trial_description(
-    sweep: Sweep, parameters: Mapping[str, Any], result: Mapping[str, Any]
+    sweep: Sweep, parameters: Mapping[str, Any], result: Mapping[str, Any], stopped: str
 ) -> str:
-    """How far a trial came, with its parameters and its metrics."""
-    ended = "Complete" if result.get("complete") else f"Stopped by {sweep.spec.scheduler.name}"
-    tried = {path: parameters[path] for path in sweep.spec.parameters}
-    metrics = {name: value for name, value in result.items() if name.startswith("val/")}
-    return with_facts(
-        f"**{ended}** after {result.get('epoch', 0):.1f} epochs.", {**tried, **metrics}
-    )
+    """How far a trial came, with its parameters and its metrics.
+
+    `stopped` is what stopped it: a scheduler, or "hand"; empty for a complete trial.
+    """
+    ended = f"Stopped by {stopped}" if stopped else "Complete"
+    tried = {p: parameters[p] for p in sweep.spec.parameters if p in parameters}
+    counts = selected(sweep.spec, result)
+    metrics = {name: value for name, value in counts.items() if name.startswith("val/")}
+    head = f"**{ended}** after {result.get('epoch', 0):.1f} epochs."
+    if changes := result.get(CHANGES):
+        head += f" The parameters were {changes_text(changes)}; these are the last ones."
+    return with_facts(head, {**tried, **metrics})

@@ -5,44 +5,49 @@ learns from it. Tune's own snapshots are seconds old. With the journal, a sweep 
 killed continues with exactly the trials that it had, even those newer than the snapshot.
 """
 
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.tune.search import Searcher
 
 from tuning.trials.budget import find_open_budget
+from tuning.trials.constraints import violations
 from tuning.trials.journal import Journal
-from tuning.trials.optuna_study import (
-    frozen_trial,
-    optuna_distribution,
-    study_from_journal,
-    to_optuna,
-)
-from tuning.trials.space import SweepSpec
-
-if TYPE_CHECKING:
-    import optuna
+from tuning.trials.optuna_study import SearchStudy
+from tuning.trials.ranking import losses, selected, selected_value
+from tuning.trials.space import COST_METRICS, SweepSpec
 
 
 class JournaledSearcher(Searcher):  # type: ignore[misc]
     """A Ray Tune searcher that suggests `{"trial": number, path: value, ...}`."""
 
-    def __init__(self, sweep: SweepSpec, journal: Path) -> None:
+    def __init__(
+        self, sweep: SweepSpec, journal: Path, epochs_per_trial: float | None = None
+    ) -> None:
+        """`epochs_per_trial` are the epochs of a trial that no scheduler stops."""
         super().__init__(metric=sweep.metric, mode=sweep.mode)
         self._sweep, self._journal_path = sweep, journal
+        self._epochs_per_trial = epochs_per_trial
         self._trial_numbers: dict[str, int] = {}
         """Tune's trial id -> number of the trial in the journal."""
         self._load_journal()
 
     def _load_journal(self) -> None:
         self._journal = Journal(self._journal_path)
-        self._study = study_from_journal(self._sweep, self._journal)
-        self._open_trials: dict[int, optuna.Trial] = {}
-        """Trials that were suggested and have not ended, as Optuna's own."""
+        self._unknown: list[int] | None = None
+        """Numbers of the journaled trials that Tune does not know, the last one first; None where
+        they are not counted yet."""
+
+    @functools.cached_property
+    def _search(self) -> SearchStudy:
+        """Made when it is needed first: a resumed Tune reads two searchers and uses one."""
+        return SearchStudy(self._sweep, self._journal)
 
     def __getstate__(self) -> dict[str, Any]:
-        read_again = ("_journal", "_study", "_open_trials")
+        read_again = ("_journal", "_search", "_unknown")
         return {name: value for name, value in self.__dict__.items() if name not in read_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -54,33 +59,35 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         self._trial_numbers = json.loads(Path(checkpoint_path).read_text())
+        self._unknown = None
+
+    def live_trials(self) -> set[str]:
+        """Tune's ids of the trials that it knows and that have not ended."""
+        numbers = self._trial_numbers.items()
+        return {trial_id for trial_id, number in numbers if number not in self._journal.ends}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the parameters of a journaled trial that Tune does not know, otherwise a new
         suggestion. Return None while the budget does not cover another trial.
         """
-        unknown = sorted(set(self._journal.parameters) - set(self._trial_numbers.values()))
-        number = unknown[0] if unknown else len(self._journal.parameters)
-        if not unknown:
-            if number >= self._sweep.total_trials:
+        if self._unknown is None:
+            known = set(self._trial_numbers.values())
+            self._unknown = sorted(set(self._journal.parameters) - known, reverse=True)
+        if self._unknown:
+            number = self._unknown.pop()
+        else:
+            number = self._journal.next_number
+            if len(self._journal.parameters) >= self._sweep.total_trials:
                 return str(Searcher.FINISHED)
             budget = find_open_budget(self._journal_path.parent.name)
             if budget is not None and not budget.can_start_trial():
                 return None
-            self._journal.record_suggestion(number, self._new_parameters(number))
+            suggested = self._search.suggest(number)
+            if suggested is None:
+                return str(Searcher.FINISHED)
+            self._journal.record_suggestion(number, *suggested)
         self._trial_numbers[trial_id] = number
         return {"trial": number, **self._journal.parameters[number]}
-
-    def _new_parameters(self, number: int) -> dict[str, Any]:
-        if self._sweep.search == "grid":
-            return self._sweep.combinations()[number]
-        space = {path: optuna_distribution(d) for path, d in self._sweep.parameters.items()}
-        asked = self._open_trials[number] = self._study.ask(space)
-        return {path: self._from_optuna(path, value) for path, value in asked.params.items()}
-
-    def _from_optuna(self, path: str, value: Any) -> Any:
-        choice = self._sweep.parameters[path].choice
-        return value if choice is None else next(c for c in choice if to_optuna(c) == value)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -88,14 +95,34 @@ class JournaledSearcher(Searcher):  # type: ignore[misc]
         number, result = self._trial_numbers[trial_id], result or {}
         if number in self._journal.ends:
             return
-        value = None if error else result.get(self._sweep.metric)
-        complete = bool(result.get("complete"))
-        self._journal.record_end(number, value, int(result.get("step", 0)), complete)
-        ended = frozen_trial(self._sweep, self._journal, number)
-        asked = self._open_trials.pop(number, None)
-        if asked is None:
-            self._study.add_trial(ended)
-            return
-        for step, reported in ended.intermediate_values.items():
-            asked.report(reported, step)
-        self._study.tell(asked, ended.value if complete else None, ended.state)
+        sweep, search = self._sweep, self._search
+        value = None if error else selected_value(sweep, result)
+        step, complete = int(result.get("step", 0)), bool(result.get("complete"))
+        if value is None:
+            self._journal.record_end(number, None, step, complete)
+        else:
+            several = list(losses(sweep, self._at_full_length(result))) if sweep.objective else None
+            broken = violations(sweep.constraints, self._with_costs(number, result))
+            self._journal.record_end(number, value, step, complete, several, broken)
+        search.tell(number)
+
+    def _at_full_length(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The evaluation that counts, with the time on the device of a trial that is not stopped.
+
+        A trial that was stopped early has cost little, which is no merit of its parameters.
+        """
+        evaluation = dict(selected(self._sweep, result))
+        epoch, device_s = result.get("epoch"), result.get("device_s")
+        if not result.get("complete") and self._epochs_per_trial and epoch and device_s:
+            evaluation["device_s"] = device_s * self._epochs_per_trial / epoch
+        return evaluation
+
+    def _with_costs(self, number: int, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The evaluation that counts, with the costs of the trial if constraints need them."""
+        known = dict(selected(self._sweep, result))
+        budget = find_open_budget(self._journal_path.parent.name)
+        if budget is not None and any(
+            text.startswith(COST_METRICS) for text in self._sweep.constraints
+        ):
+            known |= budget.costs_of(number)
+        return known

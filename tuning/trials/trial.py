@@ -2,10 +2,12 @@
 
 A trial is identified by its number in the sweep's journal, and all its files are in a folder of
 that number. So Tune may forget it: a trial that is started again continues from its newest
-checkpoint, and an ended one reports its last result again.
+checkpoint, or from another trial's that it was offered, and an ended one reports its last result
+again.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -32,12 +34,16 @@ from trainers.runs.failure_policy import OutageError, format_error, is_outage, l
 from trainers.runs.ray_train import WorkerConfig, run_workers
 from trainers.runs.visibility import require_sweep_visible
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR, WorkerMeter
-from trainers.spec import RunSpec, resolve
+from trainers.spec import RunSpec, ScaleSpec, resolve
 from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
+from tuning.trials.datasets import dataset_key
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import with_best
 from tuning.trials.space import SweepSpec, trial_spec_data
+from tuning.trials.take_over import CHANGES, Beginning, begin_trial
 
 JOURNAL_FILE = "journal.jsonl"
 REPORT_S = 2.0
@@ -53,25 +59,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its spec, data set and folder, the same for all its trials."""
+    """A sweep: its spec, data sets and folder, the same for all its trials."""
 
     spec_data: Mapping[str, Any]
     """The sweep's whole spec as plain data."""
     spec: SweepSpec
     dataset: Path
+    """The data set of the spec's section `data`; of its first trials where they vary that."""
     folder: Path
     power_trace: str | None = field(default_factory=lambda: os.environ.get(POWER_TRACE_ENV_VAR))
     """Path of a recorded power trace that replaces the readings of the trials' devices."""
+    datasets: Mapping[str, Path] = field(default_factory=dict)
+    """The data sets of trials by `dataset_key`; a trial without an entry has `dataset`."""
 
     @property
     def key(self) -> str:
         return self.folder.name
 
-    @property
+    @functools.cached_property
     def samples(self) -> int:
         """Samples in the training split, as this machine's copy of the data set has them."""
         spec, _ = resolve(self.spec_data, RunSpec)
-        return count_samples(local_dataset(self.dataset, spec), "train")
+        return self.samples_of(spec)
+
+    def dataset_of(self, spec: RunSpec) -> Path:
+        """The data set of a trial with this spec."""
+        return self.datasets.get(dataset_key(spec), self.dataset)
+
+    def samples_of(self, spec: RunSpec) -> int:
+        """Samples in the training split of a trial with this spec."""
+        return count_samples(local_dataset(self.dataset_of(spec), spec), "train")
+
+    @property
+    def threads(self) -> int:
+        """Threads with which a trial computes on a CPU, or each of its workers."""
+        scale, cpus = self.spec_data["scale"], self.spec.resources.cpu
+        workers = ScaleSpec.model_validate(scale).max_workers
+        return scale.get("threads") or (max(1, int(cpus)) if workers == 1 else 1)
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / TRIALS / f"{number:04d}"
@@ -81,9 +105,20 @@ class Sweep:
 
     def trial_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The spec, as plain data, of the trial with these parameters."""
+        varied = (*self.spec.parameters, *self.spec.repeated_fields)
         return trial_spec_data(
-            self.spec_data, {path: parameters[path] for path in self.spec.parameters}
+            self.spec_data, {path: parameters[path] for path in varied if path in parameters}
         )
+
+    def begin_trial(self, config: Mapping[str, Any], tracker: Any) -> Beginning:
+        """Where a trial begins or goes on that Tune starts with this configuration."""
+        number = int(config["trial"])
+        folder = self.trial_folder(number)
+        last = last_result(folder)
+        if self.spec.scheduler.name != "pbt":
+            return Beginning(config, 0, int(last.get("step", 0)))
+        journal = Journal(self.folder / JOURNAL_FILE)
+        return begin_trial(number, folder, journal, last, tracker, self.trial_key(number))
 
     def executed_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The same spec with a checkpoint at each evaluation, as the trial is run.
@@ -93,7 +128,21 @@ class Sweep:
         data = self.trial_spec_data(parameters)
         checkpoint = data["checkpoint"]
         best = {"keep_best": max(1, checkpoint["keep_best"]), "metric": self.spec.metric}
+        if self.spec.scheduler.name == "pbt":  # a trial may be one evaluation ahead of the driver
+            best["keep"] = max(2, checkpoint["keep"])
         return {**data, "checkpoint": {**checkpoint, **best, "mode": self.spec.mode}}
+
+    def fused_spec_data(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The same as it is run in a slot, whose last evaluation is saved when the trial ends.
+
+        With pbt each evaluation is saved: another trial may take over its state.
+        """
+        if self.spec.scheduler.name == "pbt":
+            data = self.executed_spec_data(parameters)
+            return {**data, "checkpoint": {**data["checkpoint"], "every_steps": 1}}
+        if self.spec.select == "best":
+            return self.executed_spec_data(parameters)
+        return self.trial_spec_data(parameters)
 
 
 def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
@@ -110,24 +159,20 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
     if (folder / FAILED_FILE).exists():  # Ray retries, though the error would be the same
         raise TrainingError((folder / FAILED_FILE).read_text())
     last = last_result(folder)
-    known_step = last.get("step", 0)
-    exploited = tune.get_checkpoint()
-    if exploited is not None:
-        with exploited.as_directory() as source:
-            Checkpoints(folder / CHECKPOINTS).replace_by(Path(source))
-            known_step = int(read_manifest(Path(source))["step"])
-    elif last and ((folder / ENDED_FILE).exists() or last["complete"]):
+    if last and ((folder / ENDED_FILE).exists() or last["complete"]):
         tune.report(last)
         return
-    data = sweep.executed_spec_data(config)
     try:
+        beginning = sweep.begin_trial(config, tracker)
+        data = sweep.executed_spec_data(beginning.parameters)
         spec, workload = resolve(data, RunSpec)
-        dataset = local_dataset(sweep.dataset, spec)
+        prepared = sweep.dataset_of(spec)
+        dataset = local_dataset(prepared, spec)
         key = sweep.trial_key(number)
-        tune_reporter = TuneReporter(sweep, spec, folder, known_step)
+        tune_reporter = TuneReporter(sweep, spec, folder, beginning.known_step, beginning.changes)
         if spec.scale.max_workers > 1:
             tune_reporter.report_saved()
-            workers = WorkerConfig(data, sweep.dataset, folder, key, threads=1)
+            workers = WorkerConfig(data, prepared, folder, key, threads=sweep.threads)
             run_workers(workers, tracker, tune_reporter.on_progress, threading.Event())
         else:
             set_threads(sweep)
@@ -152,10 +197,10 @@ def run_trial(config: dict[str, Any], sweep: Sweep, tracker: Any) -> None:
 
 
 def set_threads(sweep: Sweep) -> None:
-    """Let PyTorch use as many threads as a trial has CPUs."""
+    """Let PyTorch use the threads of a trial."""
     import torch
 
-    torch.set_num_threads(max(1, int(sweep.spec.resources.cpu)))
+    torch.set_num_threads(sweep.threads)
 
 
 def last_result(folder: Path) -> dict[str, Any]:
@@ -169,17 +214,27 @@ class TuneReporter:
     """Reports a trial's evaluations to Ray Tune."""
 
     def __init__(
-        self, sweep: Sweep, spec: RunSpec, folder: Path, known_step: int | None = None
+        self,
+        sweep: Sweep,
+        spec: RunSpec,
+        folder: Path,
+        known_step: int | None = None,
+        changes: int = 0,
     ) -> None:
-        """`known_step` is that of the evaluation which is not to be reported again at a restart."""
-        samples = sweep.samples
+        """`known_step` is that of the evaluation which is not to be reported again at a restart,
+        `changes` the number of changes that were made to the trial's state.
+        """
+        samples = sweep.samples_of(spec)
         self._steps = spec.train.total_steps(samples)
         self._epoch_steps = samples / spec.train.global_batch
-        self._metric = sweep.spec.metric
-        self._folder, self._attaches_checkpoints = folder, sweep.spec.scheduler.name == "pbt"
+        self._sweep, self._metric = sweep.spec, sweep.spec.metric
+        self._folder, self._changes = folder, {CHANGES: changes} if changes else {}
         self._unreported: dict[int, dict[str, float]] = {}
         self._known_step = known_step
-        self._earlier_device_s = last_result(folder).get("device_s", 0.0)
+        last = last_result(folder)
+        self.earlier = last if last.get(CHANGES, 0) == changes else {}
+        """The result of the evaluation before; {} where it is of a state that is gone."""
+        self._earlier_device_s = last.get("device_s", 0.0)
         self._start_s = time.monotonic()
 
     def result(self, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
@@ -188,13 +243,16 @@ class TuneReporter:
             raise TrainingError(
                 f"sweep.metric: the workload has no {self._metric} (it has {', '.join(metrics)})"
             )
-        return {
+        result = {
             **metrics,
+            **self._changes,
             "step": step,
             "epoch": step / self._epoch_steps,
             "complete": step == self._steps,
             "device_s": self._earlier_device_s + time.monotonic() - self._start_s,
         }
+        self.earlier = with_best(self._sweep, result, self.earlier)
+        return dict(self.earlier)
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Blocks until Tune has decided. To end the trial, Tune raises SystemExit here."""
@@ -205,11 +263,8 @@ class TuneReporter:
             return
         result = self.result(metrics, step)
         write_atomic(self._folder / LAST_RESULT_FILE, json.dumps(result))
-        newest = None
-        if self._attaches_checkpoints:  # only where needed: finding it reads the whole checkpoint
-            newest = Checkpoints(self._folder / CHECKPOINTS).latest()
         with external_wait():  # Tune may pause the trial
-            tune.report(result, checkpoint=newest and tune.Checkpoint.from_directory(newest))
+            tune.report(result)
 
     def report_saved(self) -> None:
         """Report the evaluation of the newest checkpoint, unless Tune was told before.

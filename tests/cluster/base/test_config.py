@@ -144,7 +144,8 @@ def test_written_data_is_read_back_unchanged(
     tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
-    write_yaml(data, path)
+    write_yaml(data, path, comment="a: 1\n- of two lines")
+    assert path.read_text().startswith("# a: 1\n# - of two lines\n")
     read = read_yaml(path)
     assert repr(read) == repr(data)  # also types, the sign of zero, and the order of keys
 
@@ -203,6 +204,26 @@ def test_flatten_keeps_lists_whole_and_drops_empty_sections() -> None:
         "a.b": [1, {"c": 2}],
         "e": None,
     }
+
+
+def test_with_value_changes_an_element_of_a_list() -> None:
+    data = {"a": {"betas": (0.9, 0.99), "layers": [{"width": 1}, {"width": 2}]}}
+    assert with_value(data, "a.betas.1", 0.5)["a"]["betas"] == [0.9, 0.5]
+    changed = with_value(data, "a.layers.0.width", 5)
+    assert changed["a"]["layers"] == [{"width": 5}, {"width": 2}]
+    assert data["a"]["layers"][0] == {"width": 1}
+    for path in ("a.betas.2", "a.betas.-1", "a.betas.x"):
+        with pytest.raises(SpecError, match=r"^a.betas: has no key"):
+            with_value(data, path, 0.5)
+
+
+def test_with_value_finds_keys_that_have_dots() -> None:
+    data = {"when": {"a.b": 1, "a.bc": {"d": 2}, "a": 3}}
+    assert with_value(data, "when.a.b", 5) == {"when": {"a.b": 5, "a.bc": {"d": 2}, "a": 3}}
+    assert with_value(data, "when.a.bc.d", 5) == {"when": {"a.b": 1, "a.bc": {"d": 5}, "a": 3}}
+    assert with_value(data, "when.a", 5) == {"when": {"a.b": 1, "a.bc": {"d": 2}, "a": 5}}
+    with pytest.raises(SpecError, match=r"^when.a: has no key 'x', it is 3$"):
+        with_value(data, "when.a.x", 5)
 
 
 def test_with_value_fills_a_section_that_is_null() -> None:

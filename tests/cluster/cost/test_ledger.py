@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,55 @@ def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
     path.write_text(lines[0] + "#" * 20 + "\n" + lines[1])
     with pytest.raises(ClusterError, match=r"ledger.jsonl:2: is no entry"):
         Ledger(path)
+
+
+def test_a_thread_may_read_while_another_one_appends(tmp_path: Path) -> None:
+    """As a sweep's billing thread, while the driver ends the sweep."""
+    ledger, errors, done = Ledger(tmp_path / "ledger.jsonl"), list[Exception](), threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                assert ledger.totals().busy_s <= 2000
+                assert ledger.totals_by_run().keys() <= {f"run{n}" for n in range(7)}
+            except Exception as error:
+                errors.append(error)
+                return
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        reader = threading.Thread(target=read)
+        reader.start()
+        for number in range(2000):
+            ledger.append([replace(entry(f"e{number}", 1), run=f"run{number % 7}")])
+        done.set()
+        reader.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert errors == []
+    assert ledger.totals().busy_s == 2000
+
+
+RUNS = st.lists(
+    st.tuples(st.integers(0, 5), st.sampled_from("abc"), st.integers(0, 9)), max_size=30
+)
+
+
+@given(RUNS)
+def test_totals_by_run_follow_each_change(changes: list[tuple[int, str, int]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ledger, newest = Ledger(Path(folder) / "ledger.jsonl"), dict[str, LedgerEntry]()
+        for number, run, seconds in changes:
+            changed = replace(entry(f"e{number}", seconds, usd=seconds / 4), run=run)
+            newest[changed.id] = changed
+            before = ledger.totals_by_run()
+            ledger.append([changed])
+            found = ledger.totals_by_run()
+            for name in "abc":
+                own = [each for each in newest.values() if each.run == name]
+                if own or name in found:
+                    assert found[name] == total_costs(own)
+                if before.get(name) == found.get(name) and name != run:
+                    assert before.get(name) is found.get(name), "it was computed again"
+            assert ledger.totals() == total_costs(newest.values())

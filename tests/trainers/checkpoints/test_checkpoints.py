@@ -158,6 +158,31 @@ def test_an_error_waits_for_the_save_under_way(folder: Path) -> None:
     assert names(folder) == ["step-00000001"]
 
 
+def test_each_thread_that_waits_for_a_save_waits_for_its_end(folder: Path) -> None:
+    """As a trial's last call and the start of its next instance do."""
+    model, optimizer = make()
+    checkpoints, go_on, seen = Checkpoints(folder), threading.Event(), list[list[str]]()
+
+    def wait() -> None:
+        checkpoints.wait()
+        seen.append(names(folder))
+
+    checkpoints.save(1, model, optimizer, before_commit=lambda: assert_set(go_on))
+    waiting = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+    go_on.set()
+    for thread in waiting:
+        thread.join(30)
+    assert seen == [["step-00000001"]] * 3
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(30)
+
+
 class TestContinuation:
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     @pytest.mark.parametrize(

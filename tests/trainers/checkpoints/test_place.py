@@ -9,7 +9,12 @@ from torch import nn
 
 from cluster.base.errors import SpecError
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.checkpoints.place import POINTER, current_store, newest_checkpoint
+from trainers.checkpoints.place import (
+    POINTER,
+    copy_checkpoint,
+    current_store,
+    newest_checkpoint,
+)
 from trainers.spec import CheckpointSpec
 
 STEPS = ["step-00000003", "step-00000004"]
@@ -174,3 +179,35 @@ def test_the_place_of_the_newest_checkpoint_is_told_without_a_download(
     assert place.startswith(f"{uris['a']}/other-")
     assert files(tmp_path / "cache") == []
     assert resumed(other, uris["a"])[0] == 4
+
+
+@pytest.mark.parametrize("place", ["folder", "a"])
+def test_a_copy_for_another_run_is_whole_and_out_of_the_way(
+    place: str, uris: dict[str, str | None], tmp_path: Path
+) -> None:
+    """Both runs may be saving: what they have begun to write stays."""
+    one, other = (tmp_path / name / "checkpoints" for name in ("one", "other"))
+    network = saved(one, uris[place])
+    saved(other, uris[place])
+    source, target = current_store(one), current_store(other)
+    target.start_write("step-00000009")
+    begun = target.staging_dir("step-00000009") / "begun"
+    begun.touch()
+    for _ in range(2):
+        copy_checkpoint(source, target, STEPS[0], "taken-1")
+    assert begun.exists()
+    source.remove(STEPS[0])
+    checkpoints = Checkpoints(other)
+    assert checkpoints.newest_step() == 4
+    newest = newest_checkpoint(other)
+    assert newest is not None
+    assert newest.endswith(STEPS[1])
+    checkpoints.replace_by(target.download("taken-1"), "somebody, step 3")
+    step, _, found = resumed(other, uris[place])
+    assert step == 3
+    assert found.weight.equal(network.weight)
+    target.remove("taken-1")
+    assert not list(tmp_path.rglob("taken-1"))
+    with pytest.raises(FileNotFoundError):
+        copy_checkpoint(source, target, STEPS[0], "taken-2")
+    assert not list(tmp_path.rglob("*taken-2"))

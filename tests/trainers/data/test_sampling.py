@@ -2,10 +2,13 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from trainers.counter_rng import combine_seeds
+from trainers.data import sampling
 from trainers.data.sampling import SampleStream, epoch_permutation, shard_bounds
 
 
@@ -15,6 +18,14 @@ class TestEpochPermutation:
         order = epoch_permutation(seed, epoch, samples)
         assert sorted(order.tolist()) == list(range(samples))
         assert torch.equal(order, epoch_permutation(seed, epoch, samples))
+
+    @pytest.mark.parametrize("samples", [7, 30_000, 100_003])
+    def test_the_width_of_its_indices_does_not_change_it(self, samples: int) -> None:
+        """Runs of earlier versions, with 64 bits for each index, go on in the same order."""
+        generator = torch.Generator().manual_seed(combine_seeds(3, 5))
+        wide = torch.randperm(samples, generator=generator)
+        assert torch.equal(epoch_permutation(3, 5, samples), wide)
+        assert torch.equal(epoch_permutation(3, 5, samples, torch.int32).long(), wide)
 
     def test_epochs_and_seeds_differ(self) -> None:
         orders = [epoch_permutation(seed, epoch, 50) for seed in range(5) for epoch in range(5)]
@@ -85,3 +96,25 @@ class TestSampleStream:
         _, batch = SampleStream(split, seed=0, global_batch=8).batch(0)
         batch["x"] += 1
         assert split["x"].sum() == 0
+
+    def test_streams_in_the_same_epoch_share_its_order(self) -> None:
+        """64 slots of 10 million samples would otherwise hold 64 orders of 40 MB."""
+        streams = [stream(90, 30, seed=11) for _ in range(64)]
+        for each in streams:
+            each.batch(2)
+        assert len({id(each._epoch_order(0)) for each in streams}) == 1
+        assert streams[0]._epoch_order(0).nbytes == 4 * 90
+        streams[0].batch(3)
+        assert streams[0]._epoch_order(1) is not streams[1]._epoch_order(0)
+        assert streams[2]._epoch_order(1) is streams[0]._epoch_order(1)
+        assert stream(90, 30, seed=12)._epoch_order(0) is not streams[3]._epoch_order(0)
+
+    def test_an_order_that_no_stream_holds_is_forgotten(self) -> None:
+        one = stream(80, 30, seed=13)
+        one.batch(0)
+        assert (13, 0, 80) in sampling._orders_in_use
+        one.batch(6)
+        assert (13, 0, 80) not in sampling._orders_in_use
+        assert (13, 2, 80) in sampling._orders_in_use
+        del one
+        assert (13, 2, 80) not in sampling._orders_in_use

@@ -62,10 +62,24 @@ def test_the_history_is_as_it_was_logged(folder: Path) -> None:
     record = read_histories(folder)["best"]
     assert (record.status, record.run_id) == ("FINISHED", "abc")
     assert record.last_update_ms - record.started_ms == 60_000
-    assert record.series["train/loss"].steps == [1, 2, 3, 4, 5]
+    assert list(record.series["train/loss"].steps) == [1, 2, 3, 4, 5]
     assert record.latest("train/loss") == 0.4
     assert record.latest("nothing") is None
     assert math.isnan(record.series["val/loss"].values[1])
+
+
+def test_a_run_that_goes_on_has_not_ended(folder: Path) -> None:
+    """A trial that failed, or was stopped by a scheduler, and is started again."""
+    log = OperationLog(folder / TRACKING)
+    for tags in ({"heliostat.reason": "KeyError"}, {"heliostat.stopped": "asha"}):
+        log.append({"do": "finish", "run": "best", "status": "FAILED", "tags": tags, "at": 9})
+    assert read_histories(folder)["best"].tags["heliostat.reason"] == "KeyError"
+    log.append({"do": "resume", "run": "best", "tags": {"note": "again"}})
+    log.close()
+    record = read_histories(folder)["best"]
+    assert (record.status, record.tags["note"]) == ("RUNNING", "again")
+    assert {"heliostat.price", "heliostat.kind"} <= record.tags.keys()
+    assert not {"heliostat.reason", "heliostat.stopped"} & record.tags.keys()
 
 
 def test_devices_have_lanes_and_idle_times(folder: Path) -> None:

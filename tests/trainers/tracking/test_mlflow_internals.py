@@ -1,5 +1,6 @@
 """The private parts of MLflow that are used have the shape in which they were read (3.17.2)."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from alembic.script import ScriptDirectory
 from mlflow.utils import requirements_utils
 
 from trainers.tracking.mlflow_internals import (
+    ARTIFACT_PLACES,
     EXPERIMENT_KIND_TAGS,
     create_sqlite_tables,
     migrations,
+    replace_places,
     requirements_unchecked,
     schema_heads,
 )
@@ -19,17 +22,49 @@ from trainers.tracking.mlflow_internals import (
 READ_IN = "MLflow 3.17.2; see trainers/tracking/mlflow_internals.py"
 
 
-def test_a_new_store_is_at_the_head_of_the_migrations(tmp_path: Path) -> None:
-    create_sqlite_tables(tmp_path / "mlflow.db", tmp_path / "artifacts")
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    create_sqlite_tables(folder / "mlflow.db", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+def test_a_new_store_is_at_the_head_of_the_migrations(new_store: Path) -> None:
+    with sqlite3.connect(new_store) as database:
         found = database.execute("SELECT version_num FROM alembic_version").fetchall()
     assert {row[0] for row in found} == schema_heads(), f"another shape than in {READ_IN}"
-    assert not list(tmp_path.glob("*-journal")), "the store is still open"
+    assert not list(new_store.parent.glob("*-journal")), "the store is still open"
 
 
 def test_the_heads_of_the_migrations_are_those_that_alembic_finds() -> None:
     heads = ScriptDirectory(str(migrations())).get_heads()
     assert schema_heads() == set(heads), f"another shape than in {READ_IN}"
+
+
+def test_the_places_of_artifacts_are_in_known_columns(new_store: Path, tmp_path: Path) -> None:
+    """`heliostat track relocate` replaces the beginning of each, and nothing else."""
+    file = Path(shutil.copy(new_store, tmp_path))
+    with sqlite3.connect(file) as database:
+        tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master")]
+        columns = {
+            (table, row[1])
+            for table in tables
+            for row in database.execute(f"PRAGMA table_info({table})")
+        }
+        places = {c for c in columns if c[1].startswith(("artifact_", "storage_location"))}
+        assert places - {("traces", "artifact_uri")} <= set(ARTIFACT_PLACES) <= columns, (
+            f"another shape than in {READ_IN}"
+        )
+        for name, place in (("a", "/old"), ("b", "/old/7"), ("c", "/older/7"), ("d", "s3://x/old")):
+            database.execute(
+                "INSERT INTO experiments (name, artifact_location) VALUES (?, ?)", (name, place)
+            )
+    database.close()
+    assert replace_places(file, "/old", "/new") == 2
+    with sqlite3.connect(file) as database:
+        found = dict(database.execute("SELECT name, artifact_location FROM experiments"))
+    del found["Default"]
+    assert found == {"a": "/new", "b": "/new/7", "c": "/older/7", "d": "s3://x/old"}
 
 
 def test_a_model_is_saved_without_a_look_through_all_packages(

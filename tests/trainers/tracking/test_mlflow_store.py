@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import mlflow
 import pytest
 
 from cluster.base.errors import SpecError
+from trainers.cli.track import relocate_command
 from trainers.tracking.mlflow_store import MlflowStore, UnknownRunError
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.preflight import check_access
@@ -240,3 +242,43 @@ def test_two_threads_make_one_connection(tmp_path: Path, monkeypatch: pytest.Mon
         thread.join()
     assert len(found) == 2
     assert len(made) == 1
+
+
+def test_a_project_that_was_moved_keeps_its_artifacts_together(
+    tmp_path: Path, wait_until: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """New files wait, and nothing is made at the old place, until the store knows the new one."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    note = before / "runs" / "old" / "note.txt"
+    note.parent.mkdir(parents=True)
+    tracker = Tracker(str(note.parent / "track"), f"sqlite:///{before}/mlflow.db", "moving")
+    old_id = fill(tracker, wait_until, note)
+    tracker.close()
+    before.rename(now)
+    uri, folder = f"sqlite:///{now}/mlflow.db", now / "runs" / "new"
+    folder.mkdir()
+    (folder / "note.txt").write_text("hello")
+    tracker = Tracker(str(folder / "track"), uri, "moving")
+    tracker.start(TrackedRun("new", {}))
+    tracker.log("new", ROWS[:9], 9)
+    tracker.log_artifact("new", str(folder / "note.txt"))
+    tracker.finish("new", "FINISHED")
+    wait_until(lambda: tracker.unsent().files_failures > 0, lambda: str(tracker.unsent()))
+    assert f"heliostat track relocate --uri {uri}" in (tracker.unsent().line() or "")
+    assert tracker.read("new")["status"] == "FINISHED"
+    assert not before.exists()
+    assert relocate_command(Namespace(uri=uri)) == 0
+    assert relocate_command(Namespace(uri=uri)) == 0
+    assert capsys.readouterr().out.count("mlartifacts now") == 1
+    tracker.close()
+    tracker = Tracker(str(folder / "track"), uri, "moving")
+    wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
+    new_id = tracker.read("new")["run_id"]
+    tracker.close()
+    client = mlflow.MlflowClient(uri)
+    for run_id in (old_id, new_id):
+        place = client.get_run(run_id).info.artifact_uri
+        assert place.startswith((now / "mlartifacts").as_uri())
+        path = client.download_artifacts(run_id, "note.txt", str(tmp_path))
+        assert Path(path).read_text() == "hello"
+    assert not before.exists()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.base.errors import SpecError
-from trainers.tracking.operation_log import OperationLog, group_operations
+from trainers.tracking.operation_log import OperationLog, group_operations, read_metrics
 
 NOBODY = 65534
 
@@ -135,3 +135,16 @@ def test_batches_keep_each_runs_order_and_every_metric(operations: list[Any]) ->
     offsets = [offset for _, offset in groups]
     assert offsets == sorted(offsets)
     assert offsets[-1:] == ends[-1:]
+
+
+def test_points_from_before_a_take_over_are_no_part_of_a_runs_past(tmp_path: Path) -> None:
+    """Another run's state after 4 steps was taken over; a run beside it is not concerned."""
+    log = OperationLog(tmp_path)
+    for run in ("one", "other"):
+        for step, value in ((2, 1.0), (4, 2.0), (6, 3.0)):
+            log.append({"do": "log", "run": run, "rows": [("val/loss", value, step, 0)]})
+    log.append({"do": "rewind", "run": "one", "step": 4})
+    log.append({"do": "log", "run": "one", "rows": [("val/loss", 9.0, 4, 0)]})
+    log.close()
+    assert [(p.step, p.value) for p in read_metrics(tmp_path, "one")] == [(2, 1.0), (4, 9.0)]
+    assert [p.value for p in read_metrics(tmp_path, "other")] == [1.0, 2.0, 3.0]

@@ -1,5 +1,8 @@
 """MLflow is checked before a run: mistakes end it, a server that is away does not."""
 
+import json
+import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,17 +15,28 @@ from cluster.base.errors import SpecError
 from trainers.runs import session
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.mlflow_internals import schema_heads
-from trainers.tracking.preflight import check_access
+from trainers.tracking.preflight import artifact_problem, check_access, notices
 
 
 class Answer(BaseHTTPRequestHandler):
     """Answers with the status that the experiment's name asks for; accepts the login `me:it`."""
 
+    version = "3.17.2"
+    location = "mlflow-artifacts:/7"
+
     def do_GET(self) -> None:
+        if self.path == "/version":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.version.encode())
+            return
         code = int(self.path.rpartition("=")[2])
         if code == 401 and self.headers["Authorization"] == "Basic bWU6aXQ=":
             code = 200
-        body = b'{"experiment": {"experiment_id": "7", "lifecycle_stage": "active"}}'
+        experiment = {"experiment_id": "7", "lifecycle_stage": "active"}
+        body = json.dumps(
+            {"experiment": experiment | {"artifact_location": self.location}}
+        ).encode()
         if code == 404:
             body = b'{"error_code": "RESOURCE_DOES_NOT_EXIST"}'
         if code == 410:
@@ -114,3 +128,74 @@ def test_a_database_of_another_mlflow_version_names_the_upgrade_command(tmp_path
 def test_a_uri_that_mlflow_does_not_support(uri: str) -> None:
     with pytest.raises(SpecError, match=r"^tracking.uri: must be http"):
         check_access(uri, "x")
+
+
+def test_an_old_server_is_told_of_at_the_start(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert notices(server, "200") == []
+    monkeypatch.setattr(Answer, "version", "2.22.4")
+    (line,) = notices(server, "200")
+    assert line.startswith(f"MLflow at {server} is 2.22.4: a model is kept among the artifacts")
+    for answer in ("<html>login</html>", "", "ten"):  # of a proxy
+        monkeypatch.setattr(Answer, "version", answer)
+        assert notices(server, "200") == []
+    monkeypatch.setattr(Answer, "version", "1.30.0")
+    monkeypatch.setattr(Answer, "location", f"{tmp_path}/file/artifacts/7")
+    (tmp_path / "file").touch()
+    old, place = notices(server, "404"), notices(server, "200")
+    assert len(old) == 1
+    assert place[1] == (
+        f"artifacts go to {tmp_path}/file/artifacts/7, and {tmp_path}/file cannot be written; "
+        "metrics are kept, and files wait"
+    )
+
+
+def test_a_server_that_is_gone_by_then_is_not_told_of_twice(free_port: int) -> None:
+    assert notices(f"http://127.0.0.1:{free_port}", "x") == []
+
+
+SQLITE, SERVER = "sqlite:////data/mlflow.db", "http://mlflow:5000"
+
+
+@pytest.mark.parametrize(
+    ("uri", "location", "problem"),
+    [
+        (SERVER, "mlflow-artifacts:/7", None),
+        (SQLITE, "mlflow-artifacts:/7", "tracking.uri must be that of a server"),
+        (SERVER, "s3://bucket/x", "the package boto3 must be installed"),
+        (SERVER, "hdfs://host/x", None),
+        (SQLITE, "file:///data/mlartifacts", "/ cannot be written"),
+        (SQLITE, "/old%20place/mlartifacts/3", "its artifacts are in /old place/mlartifacts; "),
+        (SQLITE, "file:///old/mlartifacts", "heliostat track relocate --uri sqlite:////data"),
+    ],
+)
+def test_places_where_no_artifact_can_be_kept(
+    uri: str, location: str, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.tracking.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    found = artifact_problem(uri, location)
+    assert (problem or "None") in str(found)
+    assert (problem is None) == (found is None)
+
+
+def test_a_store_that_was_copied_names_the_command(tmp_path: Path) -> None:
+    """Else new artifacts go to the old project's folder."""
+    old, new, link = tmp_path / "old", tmp_path / "new", tmp_path / "link"
+    old.mkdir()
+    with sqlite3.connect(old / "mlflow.db") as database:
+        database.execute("CREATE TABLE experiments (name TEXT, artifact_location TEXT)")
+        place = (old / "mlartifacts").as_uri()
+        database.execute("INSERT INTO experiments VALUES ('heliostat', ?)", (place,))
+    database.close()
+    assert notices(f"sqlite:///{old}/mlflow.db", "heliostat") == []
+    link.symlink_to(old)
+    assert notices(f"sqlite:///{link}/mlflow.db", "heliostat") == [], "the same folder"
+    shutil.copytree(old, new)
+    assert notices(f"sqlite:///{new}/mlflow.db", "heliostat") == [
+        f"{new}/mlflow.db was moved or copied, and its artifacts are in {old}/mlartifacts; to have "
+        f"them beside it: heliostat track relocate --uri sqlite:///{new}/mlflow.db; metrics are "
+        "kept, and files wait"
+    ]
+    assert notices(f"sqlite:///{new}/mlflow.db", "another") == []

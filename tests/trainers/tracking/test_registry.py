@@ -17,6 +17,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
@@ -25,8 +27,9 @@ from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.export import export_model, refuse_pickles
 from trainers.cli.track import register_command
 from trainers.modeling.optimizer import build_optimizer
-from trainers.run_folder import MODEL, SPEC, TRACKING
+from trainers.run_folder import CHECKPOINTS, MODEL, SPEC, TRACKING
 from trainers.spec import RunSpec, resolve
+from trainers.tracking.registry import log_model, logged_models, register_model
 from trainers.tracking.tracker import TrackedRun, Tracker
 
 ELSEWHERE = """
@@ -71,21 +74,27 @@ print(json.dumps(model.predict(data).tolist()))
 """
 
 
+def export_spirals(folder: Path) -> torch.nn.Module:
+    """Export a model of `spirals:Spirals` as that of the run in `folder`; returns its network."""
+    data = {"workload": "spirals:Spirals", "model": {"width": 8, "dropout": 0.0}}
+    spec, workload = resolve(data, RunSpec)
+    network = workload.build()
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
+    checkpoints.wait()
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    export_model(folder / MODEL, spec, workload, checkpoint)
+    return network.eval()
+
+
 @pytest.fixture
 def tracked(
     own_folder: Path, tmp_path: Path, mlflow_server: str, wait_until: Callable[..., None]
 ) -> dict[str, Any]:
     """A finished run of a user's own workload: its folder, and the run as MLflow has it."""
-    data = {"workload": "spirals:Spirals", "model": {"width": 8, "dropout": 0.0}}
-    spec, workload = resolve(data, RunSpec)
-    network = workload.build()
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(7, network, build_optimizer(spec.optimizer, network))
-    checkpoints.wait()
-    checkpoint = checkpoints.latest()
-    assert checkpoint is not None
     folder = tmp_path / "run"
-    export_model(folder / MODEL, spec, workload, checkpoint)
+    network = export_spirals(folder)
     write_yaml({"tracking": {"uri": mlflow_server, "experiment": "models"}}, folder / SPEC)
     tracker = Tracker(str(folder / TRACKING), mlflow_server, "models")
     tracker.start(TrackedRun("run", {"model.width": 8}, {"mlflow.source.git.commit": "abc"}))
@@ -94,7 +103,7 @@ def tracked(
     wait_until(lambda: tracker.pending()[0] == 0, lambda: str(tracker.pending()))
     found = tracker.read("run")
     tracker.close()
-    return {**found, "folder": folder, "network": network.eval()}
+    return {**found, "folder": folder, "network": network}
 
 
 def test_it_loads_without_heliostat(
@@ -137,6 +146,54 @@ def test_it_loads_without_heliostat(
     assert np.allclose(json.loads(shown.stdout.splitlines()[-1]), outputs, atol=1e-6)
     example = mlflow.pyfunc.load_model(str(files)).input_example
     assert np.asarray(example).shape == (1, 2)
+
+
+def without_logged_models(client: mlflow.MlflowClient) -> mlflow.MlflowClient:
+    """The client as its requests to a server of MLflow 2 end."""
+
+    def search(*args: Any, **more: Any) -> Any:
+        raise MlflowException("404 != 200", error_code=ENDPOINT_NOT_FOUND)
+
+    client.search_logged_models = search
+    return client
+
+
+def test_a_server_without_logged_models_keeps_the_model_with_the_run(
+    own_folder: Path, tmp_path: Path, mlflow_server: str
+) -> None:
+    """Once, also after a writer that was killed before the model was complete."""
+    mlflow.set_tracking_uri(mlflow_server)
+    client = without_logged_models(mlflow.MlflowClient(mlflow_server))
+    network = export_spirals(tmp_path / "run")
+    experiment = client.create_experiment("two")
+    run_id = client.create_run(experiment).info.run_id
+    saves: list[str] = []
+    log_artifacts = client.log_artifacts
+
+    def fails_once(run_id: str, local_dir: str, artifact_path: str) -> None:
+        saves.append(artifact_path)
+        log_artifacts(run_id, local_dir, artifact_path)
+        if len(saves) == 1:
+            raise ConnectionError("killed")
+
+    client.log_artifacts = fails_once
+    with pytest.raises(ConnectionError):
+        log_model(client, run_id, tmp_path / "run" / MODEL)
+    assert logged_models(client, client.get_run(run_id)) == {}
+    for _ in range(2):
+        log_model(client, run_id, tmp_path / "run" / MODEL)
+    assert saves == ["model", "model"]
+    uri = f"runs:/{run_id}/model"
+    run = client.get_run(run_id)
+    assert logged_models(client, run) == {uri: True}
+    (told,) = json.loads(run.data.tags["mlflow.log-model.history"])
+    assert (told["run_id"], told["artifact_path"]) == (run_id, "model")
+    points = torch.tensor([[0.5, -0.25], [1.0, 2.0]])
+    with torch.inference_mode():
+        assert torch.equal(load_model(uri)(points), network(points))
+        assert register_model(client, run_id, "two", "champion") == 1
+        assert register_model(client, run_id, "two", "champion") == 1
+        assert torch.equal(load_model("models:/two@champion")(points), network(points))
 
 
 def test_mlflow_serves_it(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 import urllib.error
 import urllib.request
 from argparse import Namespace
@@ -21,6 +22,7 @@ from cluster.base.config import write_yaml
 from trainers.cli.track import flush_command
 from trainers.run_folder import SPEC, TRACKING
 from trainers.tracking.operation_log import MetricPoint, mlflow_run_id
+from trainers.tracking.sender import Sender
 from trainers.tracking.tracker import TrackedRun, Tracker
 
 Wait = Callable[..., None]
@@ -146,6 +148,8 @@ class Faults(ThreadingHTTPServer):
     def __init__(self, server: str, plan: str) -> None:
         super().__init__(("127.0.0.1", 0), _Fault)
         self.target, self.plan, self.lock = server, list(plan), threading.Lock()
+        self.refused_paths: dict[str, int] = {}
+        """Part of a path -> the status with which requests to it are answered."""
         self.given_up = threading.Event()
         self.uri = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -167,6 +171,10 @@ class _Fault(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         fate = self.server.fate(self.command, self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        for part, status in self.server.refused_paths.items():
+            if part in self.path:
+                self._answer(status, b"Refused by a proxy")
+                return
         if fate in "59":
             self._answer({"5": 500, "9": 429}[fate], b"Try later")
             return
@@ -194,7 +202,7 @@ class _Fault(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_PATCH = do_DELETE = _pass_on
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
 
     def log_message(self, *_: object) -> None:
         pass
@@ -357,6 +365,14 @@ def test_a_refused_operation_does_not_hold_up_the_rest(
     assert run.data.tags["heliostat.refused.artifact"].endswith("missing.txt is gone")
 
 
+@pytest.fixture
+def away(tmp_path: Path) -> Iterator[Tracker]:
+    """A tracker whose MLflow cannot be reached."""
+    made = Tracker(str(tmp_path / "track"), "http://127.0.0.1:9", "track", hold_s=3600)
+    yield made
+    made.close()
+
+
 def test_a_stop_request_is_the_answer_to_the_next_metrics(tmp_path: Path) -> None:
     tracker = Tracker(str(tmp_path), "http://127.0.0.1:9", "track")
     assert tracker.log("run", rows(range(2)), 2) is False
@@ -365,3 +381,159 @@ def test_a_stop_request_is_the_answer_to_the_next_metrics(tmp_path: Path) -> Non
     assert tracker.poll("run") == (3, rows(range(2)), [])
     assert tracker.poll("run") == (3, [], [])
     tracker.close()
+
+
+def test_steps_are_logged_again_after_a_take_over(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    """Also by the next writer, which reads of it in the log."""
+    expected: list[int] = []
+    for start, new in ((0, range(6)), (1, range(3, 7))):
+        tracker = Tracker(str(tmp_path), mlflow_server, "track")
+        tracker.start(TrackedRun("run", {}))
+        tracker.log("run", [p._replace(value=p.value + start) for p in rows(range(6 + start))], 6)
+        tracker.rewind("run", 3)
+        assert [point.step for point in tracker.poll("run")[1]] == [0, 1, 2][: 3 - 3 * start]
+        drained(tracker, wait_until)
+        expected = sorted([*expected, *new])
+        assert sorted(history(client, tracker.read("run")["run_id"])) == expected
+        tracker.close()
+
+
+def test_a_run_that_starts_again_was_asked_for_nothing(away: Tracker) -> None:
+    """Nothing of the attempt before it counts: no request to stop, no points, no messages."""
+    key = "sweep/0003"
+    away.start(TrackedRun(key, {}, parent="sweep"))
+    away.watch(key)
+    away.log(key, rows(range(4)), 4)
+    away.post_message(key, "worker 1 failed")
+    away.request_stop(key)
+    assert away.log(key, rows(range(4, 6)), 6) is True
+    away.finish(key, "FAILED")
+    away.start(TrackedRun(key, {}, parent="sweep"))
+    assert away.log(key, rows(range(6, 7)), 7) is False
+    assert away.log(key, rows(range(7, 8)), 8) is False
+    away.watch(key)
+    assert away.log(key, rows(range(8, 9)), 9) is False
+    assert away.poll(key) == (9, rows(range(8, 9)), [])
+
+
+def test_a_request_to_stop_outlives_the_runs_end(away: Tracker) -> None:
+    """The sweep ends a trial in MLflow before the trial's workers have heard that they stop."""
+    away.start(TrackedRun("sweep/0003", {}, parent="sweep"))
+    away.request_stop("sweep/0003")
+    away.finish("sweep/0003", "FINISHED")
+    assert away.log("sweep/0003", [], 5) is True
+
+
+def test_trials_that_ended_take_less_than_20_kb_of_memory(
+    away: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,700 points each, and their costs after their end."""
+    monkeypatch.setattr(Sender, "send", lambda self, closed: None)
+    at = 1_700_000_000_000
+
+    def train(number: int) -> None:
+        key = f"sweep/{number:04d}"
+        away.start(TrackedRun(key, {"optimizer.lr": 0.1 / (1 + number)}, {"k": "v"}, "sweep"))
+        for step in range(1, 101):
+            points = [(f"group/metric_{n}", step / 7, step, at) for n in range(17)]
+            away.log(key, points, step)
+        away.log_note(key, "device", "a note of the trial")
+        away.finish(key, "FINISHED", {"heliostat.stopped": "asha"})
+        away.log_points(key, [("cost_usd", 0.1, 1, at), ("energy_j", 5.0, 1, at)])
+
+    away.start(TrackedRun("sweep", {}))
+    train(0)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(1, 21):
+        train(number)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (after - before) / 20 < 20_000
+
+
+def test_a_place_for_artifacts_that_refuses_delays_nothing_else(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    """Neither metrics nor the status, nor other runs; the line at the end says what is missing."""
+    client.get_experiment_by_name("track") or client.create_experiment("track")
+    faults = Faults(mlflow_server, "")
+    faults.refused_paths = {"/mlflow-artifacts/": 503}
+    folder = tmp_path / "stuck"
+    folder.mkdir()
+    (folder / "spec.yaml").write_text("workload: vision\n")
+    tracker = Tracker(str(folder / TRACKING), faults.uri, "track")
+    tracker.start(TrackedRun("stuck", {"long": "x" * 7000}))
+    tracker.log_artifact("stuck", str(folder / "spec.yaml"))
+    tracker.log("stuck", rows(range(1500)), 1500)
+    tracker.finish("stuck", "FINISHED")
+    wait_until(lambda: not tracker.unsent().metrics_bytes, lambda: str(tracker.unsent()))
+    run_id = tracker.read("stuck")["run_id"]
+    assert history(client, run_id) == list(range(1500))
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["long"].endswith("(7000 characters, whole in parameters/long.txt)")
+    wait_until(lambda: tracker.unsent().files_failures > 1, lambda: str(tracker.unsent()))
+    assert re.match(r"2 files not yet in MLflow \(.*503", tracker.unsent().line() or "")
+    tracker.close()
+
+    faults.refused_paths = {"/spec.yaml": 413}  # the place is back, behind a limit on sizes
+    write_yaml({"tracking": {"uri": faults.uri, "experiment": "track"}}, folder / SPEC)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert flush_command(Namespace(run=str(folder))) == 0
+        assert flush_command(Namespace(run=str(folder))) == 0
+    sent, refused, nothing = output.getvalue().splitlines()
+    assert re.fullmatch(r"stuck: [\d,]+ bytes sent", sent)
+    assert re.match("MLflow refused, and is without spec.yaml: 413", refused)
+    assert nothing == "stuck: nothing was left"
+    path = client.download_artifacts(run_id, "parameters/long.txt", str(tmp_path))
+    assert Path(path).read_text() == "x" * 7000
+    assert "413" in client.get_run(run_id).data.tags["heliostat.refused.artifact"]
+    faults.end()
+
+
+def test_trials_are_named_after_their_sweep(
+    tracker: Tracker, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    tracker.start(TrackedRun("lr-sweep", {}))
+    tracker.start(TrackedRun("lr-sweep/0012", {}, parent="lr-sweep"))
+    drained(tracker, wait_until)
+    names = [
+        client.get_run(tracker.read(key)["run_id"]).info.run_name
+        for key in ("lr-sweep", "lr-sweep/0012")
+    ]
+    assert names == ["lr-sweep", "lr-sweep-0012"]
+
+
+def test_a_trial_that_ended_goes_on(
+    tmp_path: Path, mlflow_server: str, client: mlflow.MlflowClient, wait_until: Wait
+) -> None:
+    """After its end, and after a restart of the writer, steps that are done again count once."""
+    key = "going/0001"
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun("going", {}))
+    tracker.start(TrackedRun(key, {}, parent="going"))
+    tracker.log(key, rows(range(10)), 10)
+    tracker.finish(key, "FAILED", {"heliostat.reason": "KeyError", "note": "a"})
+    tracker.log_points(key, rows(range(1), "cost_usd"))
+    tracker.start(TrackedRun(key, {}, parent="going"))
+    tracker.log(key, rows(range(7, 15)), 15)
+    drained(tracker, wait_until)
+    tracker.close()
+    tracker = Tracker(str(tmp_path), mlflow_server, "track")
+    tracker.start(TrackedRun(key, {}, parent="going"))
+    tracker.log(key, rows(range(12, 20)), 20)
+    tracker.finish(key, "FINISHED")
+    tracker.log_points(key, rows(range(1), "cost_usd"))
+    tracker.log_points(key, rows(range(1, 2), "cost_usd"))
+    drained(tracker, wait_until)
+    run_id = tracker.read(key)["run_id"]
+    tracker.close()
+    assert history(client, run_id) == list(range(20))
+    assert history(client, run_id, "cost_usd") == [0, 1]
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["note"]) == ("FINISHED", "a")
+    assert "heliostat.reason" not in run.data.tags, "that of its failure"

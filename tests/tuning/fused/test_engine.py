@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,73 +11,20 @@ from typing import Any
 import pytest
 
 from cluster.base.errors import CheckpointError, TrainingError
+from tests.tuning.one_process_tune import Handle, OneProcessTune
 from trainers.checkpoints.checkpoints import Checkpoints
-from trainers.data.splits import open_split
-from trainers.devices import Cpu
-from trainers.engine.reporter import NullReporter
-from tuning.fused import engine as engine_module
-from tuning.fused import program_pool, trial_saver
+from trainers.checkpoints.manifest import read_manifest
+from trainers.run_folder import CHECKPOINTS
+from tuning.fused import trial_saver
 from tuning.fused.engine import Engine
-from tuning.fused.sweep_variants import reference_variant
-from tuning.programs.program import Program
 from tuning.sweep import new_sweep
-from tuning.trials.trial import ENDED_FILE, FAILED_FILE, LAST_RESULT_FILE
+from tuning.trials.journal import Journal
+from tuning.trials.leaderboard import read_leaderboard
+from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE
 
-SPEC = """
-workload: spirals:Spirals
-model: {width: 8}
-train: {epochs: 4, global_batch: 70}
-checkpoint: {every_steps: 1000000}
-sweep:
-  parameters:
-    optimizer.lr: {loguniform: [1e-4, 1.0]}
-  search: random
-  trials: 8
-  fuse: 4
-"""
 EPOCH = 4
 """Steps of an epoch, after each of which a trial is evaluated."""
 StartEngine = Callable[..., Engine]
-
-
-class UntrackedReporter(NullReporter):
-    def __init__(self, tracker: Any, run: str, interval_s: float) -> None:
-        pass
-
-
-@pytest.fixture
-def start_engine(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEngine]:
-    """Starts an engine of four slots, with some fields of the spec changed.
-
-    An engine that would end its process fails the test.
-    """
-    exits: list[int] = []
-    monkeypatch.setattr(os, "_exit", exits.append)
-    monkeypatch.setattr(engine_module, "TrackerReporter", UntrackedReporter)
-    monkeypatch.setattr(program_pool, "set_gauge", lambda *_: None)
-    (own_folder / "s.yaml").write_text(SPEC)
-    started: list[Engine] = []
-
-    def start(*overrides: str) -> Engine:
-        sweep = new_sweep("s.yaml", list(overrides), None)
-        samples = open_split(sweep.dataset, "train")
-        program = Program(reference_variant(sweep), 4, samples, Cpu())  # not compiled, to save time
-        started.append(Engine(sweep, None, slots=4, program=program))
-        return started[-1]
-
-    yield start
-    ended_itself = bool(exits)
-    for engine in started:
-        engine._loop.post(_end_thread)
-    # A thread that is still alive would end the process of the tests, once `os._exit` is back.
-    deadline_s = time.monotonic() + 60
-    while len(exits) < len(started) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert not ended_itself, "the engine ended its process"
-
-
-def _end_thread() -> None:
-    raise SystemExit
 
 
 def config(number: int, lr: float = 0.01) -> dict[str, Any]:
@@ -158,6 +103,34 @@ class TestSaving:
             train_to_end(engine, unsaved)
         assert (folder / FAILED_FILE).read_text() == "the disk is full"
         assert [next_step(engine, other) for _ in range(4)] == [4, 8, 12, 16]
+
+    def test_keeps_the_best_evaluation_where_it_counts(
+        self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only evaluations that are better than all before them are saved, and the last one."""
+        saved: list[int] = []
+        save = Checkpoints.save
+
+        def noted(self: Checkpoints, step: int, *args: Any, **kwargs: Any) -> None:
+            saved.append(step)
+            save(self, step, *args, **kwargs)
+
+        monkeypatch.setattr(Checkpoints, "save", noted)
+        engine = start_engine("sweep.select=best", "checkpoint.keep=1", "train.epochs=12")
+        lease = engine.start(config(0, lr=1.0))
+        folder = engine._trials.get(lease).folder
+        results = [within(30, engine.next, lease) for _ in range(12)]
+        told = {result["step"]: result["val/loss"] for result in results}
+        result = results[-1]
+        assert result["complete"]
+        best = min(told, key=told.__getitem__)
+        assert (result["best/step"], result["best/val/loss"]) == (best, told[best])
+        records = [s for s in told if all(told[s] < told[t] for t in told if t < s)]
+        assert saved == sorted({*records, max(told)})
+        within(30, engine.stop, lease)
+        checkpoint = Checkpoints(folder / CHECKPOINTS).at(best)
+        assert checkpoint is not None
+        assert read_manifest(checkpoint)["metrics"]["val/loss"] == told[best]
 
     def test_that_fails_when_a_trial_is_stopped_frees_its_slot(
         self, start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
@@ -309,3 +282,29 @@ class TestATrial:
         assert not trial.ended
         engine._loop.call(lambda: engine._loop._fail_by(trial, KeyError("x")))
         assert trial.ended
+
+
+def test_trials_of_pbt_in_slots_take_over_as_those_in_processes_do(
+    start_engine: StartEngine, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The take-overs are the same, and the values are but for rounding."""
+    pbt = ("sweep.scheduler={name: pbt, every_epochs: 1}", "sweep.trials=4", "train.epochs=6")
+    rates = [{"optimizer.lr": rate} for rate in (0.02, 0.05, 1e-4, 2e-4)]
+    found = []
+    for fused in (True, False):
+        engine = start_engine(*pbt, "checkpoint.keep=1") if fused else None
+        sweep = engine._sweep if engine else new_sweep("s.yaml", [*pbt], None)
+        if engine:
+            monkeypatch.setattr(engine, "_tracker", Handle())
+        OneProcessTune(sweep, rates, monkeypatch).run(engine=engine)
+        assert not list(sweep.folder.rglob("*taken*"))
+        board = read_leaderboard(sweep)
+        values = {result.number: result.value for result in board.results}
+        found.append((Journal(sweep.folder / JOURNAL_FILE).changes, values))
+        for number in values:
+            kept = sweep.trial_folder(number) / CHECKPOINTS
+            assert len(list(kept.glob("step-*"))) <= 3
+    (changes, values), (changes_alone, alone) = found
+    assert changes == changes_alone
+    assert changes
+    assert values == pytest.approx(alone, rel=1e-5)

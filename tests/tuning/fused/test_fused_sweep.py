@@ -13,9 +13,12 @@ import pytest
 
 from cluster.base.config import write_yaml
 from trainers.checkpoints.checkpoints import Checkpoints
+from trainers.checkpoints.manifest import read_manifest
 from trainers.run_folder import CHECKPOINTS
 from trainers.runs import run
 from tuning import sweep as sweeps
+from tuning.fused.verify import measure_deviation
+from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import Leaderboard
 from tuning.trials.trial import Sweep
 
@@ -73,7 +76,7 @@ def children(uri: str, run_id: str) -> list[Any]:
 def assert_tracked_once(uri: str, tracked: dict[str, Any], board: Leaderboard) -> None:
     """All trials are in MLflow, none twice, each with every step once."""
     client, found = mlflow.MlflowClient(uri), children(uri, tracked["run_id"])
-    by_number = {int(run.info.run_name): run for run in found}
+    by_number = {int(run.info.run_name[-4:]): run for run in found}
     assert len(by_number) == len(found)
     assert set(by_number) == {*board.ended}
     for standing in board.results:
@@ -109,10 +112,19 @@ def test_a_fused_trial_is_tracked_like_any_other(run_sweep: Any, mlflow_server: 
 
 
 def test_fused_trials_have_the_same_metrics_and_asha_stops_the_same_ones(run_sweep: Any) -> None:
-    """One at a time, so that asha sees the same results in the same order."""
-    fp64 = ("train.precision=fp64", "sweep.concurrency=1")
-    _, fused, _, _ = run_sweep(*fp64)
-    _, alone, _, _ = run_sweep(*fp64, "sweep.fuse=off")
+    """One at a time, so that asha sees the same results in the same order. The best evaluation of
+    each trial counts, and has its checkpoint.
+    """
+    fp64 = ("train.precision=fp64", "sweep.concurrency=1", "sweep.select=best")
+    in_slots, fused, _, _ = run_sweep(*fp64)
+    in_processes, alone, _, _ = run_sweep(*fp64, "sweep.fuse=off")
+    for sweep, board in ((in_slots, fused), (in_processes, alone)):
+        for standing in board.results:
+            checkpoint = Checkpoints(sweep.trial_folder(standing.number) / "checkpoints").at(
+                standing.step
+            )
+            assert checkpoint is not None
+            assert read_manifest(checkpoint)["metrics"]["val/loss"] == standing.value
 
     def ends(board: Leaderboard) -> dict[int, tuple[int, bool]]:
         return {s.number: (s.step, s.complete) for s in board.results}
@@ -163,12 +175,13 @@ def test_a_trial_that_diverges_fails_and_its_neighbours_go_on(
     assert re.match(line, board.failed[1])
     assert {s.number for s in board.results} == {0, 2}
     assert all(standing.complete for standing in board.results)
-    statuses = {r.info.run_name: r.info.status for r in children(mlflow_server, tracked["run_id"])}
+    found = children(mlflow_server, tracked["run_id"])
+    statuses = {run.info.run_name[-4:]: run.info.status for run in found}
     assert statuses == {"0000": "FINISHED", "0001": "FAILED", "0002": "FINISHED"}
 
 
 @pytest.mark.slow
-def test_pbt_copies_weights_from_slot_to_slot(run_sweep: Any) -> None:
+def test_trials_of_pbt_take_over_from_slot_to_slot(run_sweep: Any) -> None:
     sweep, board, _, _ = run_sweep(
         "sweep.scheduler={name: pbt, every_epochs: 2}",
         "sweep.trials=4",
@@ -176,7 +189,13 @@ def test_pbt_copies_weights_from_slot_to_slot(run_sweep: Any) -> None:
         "sweep.parameters={optimizer.lr: {loguniform: [1.0e-6, 1.0e-1]}}",
     )
     assert [s.complete for s in board.results] == [True] * 4
-    assert list((sweep.folder / "tune").glob("pbt_policy_*.txt")), "no trial took over weights"
+    journal = Journal(sweep.folder / "journal.jsonl")
+    assert journal.changes, "no trial took over weights"
+    assert not list((sweep.folder / "tune").rglob("checkpoint_*"))
+    for result in board.results:
+        assert result.parameters == journal.parameters_after(result.number)
+        deviation = measure_deviation(sweep, result)
+        assert deviation.value < 1e-4, str(deviation)
 
 
 def test_trials_that_cannot_be_fused_get_processes_and_a_line_says_why(
@@ -236,7 +255,7 @@ def test_a_fused_sweep_whose_driver_was_killed_resumes_to_the_planned_trials(
     process.wait()
     output = heliostat("sweep", "--resume", "runs/cut", "--verify-fusion")
     found = children(mlflow_server, re.search(r"MLflow run: (\w+)", output)[1])
-    assert sorted(run.info.run_name for run in found) == [f"{n:04d}" for n in range(7)]
+    assert sorted(run.info.run_name for run in found) == [f"cut-{n:04d}" for n in range(7)]
     assert {run.info.status for run in found} == {"FINISHED"}
     client = mlflow.MlflowClient(mlflow_server)
     for each in found:

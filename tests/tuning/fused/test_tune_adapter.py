@@ -55,3 +55,48 @@ def test_they_do_not_start_for_a_plan_that_compiles_nothing(
     monkeypatch.setattr(tune_adapter, "try_plan", lambda *_: (alone, None))
     assert engine.plan(2) == alone
     assert engine.compiles() is False
+
+
+class Recorded:
+    """A trainable that takes its calls, in their order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def first(self) -> str:
+        self.calls.append("first")
+        return "1"
+
+    def second(self) -> str:
+        self.calls.append("second")
+        return "2"
+
+
+def test_calls_that_overtake_one_another_wait_for_their_turn(
+    engine: EngineActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor has many threads: a later call may come to the lock before an earlier one."""
+    made = Recorded()
+    monkeypatch.setattr(engine, "prepare", lambda: None)
+    monkeypatch.setattr(tune_adapter, "SlotTrainable", lambda **_: made)
+    answers: dict[int, Any] = {}
+
+    def call(number: int, method: str) -> None:
+        answers[number] = engine.call(7, number, method, (), {})
+
+    calls = [(2, "second"), (1, "first"), (0, "__init__")]
+    threads = [threading.Thread(target=call, args=each) for each in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == {0: None, 1: "1", 2: "2"}
+    assert made.calls == ["first", "second"]
+
+
+def test_a_call_to_a_trial_of_a_lost_engine_says_so(
+    engine: EngineActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_adapter, "REORDERED_CALL_S", 0.01)
+    with pytest.raises(RuntimeError, match="the engine that had this trial was lost"):
+        engine.call(7, 3, "train", (), {})

@@ -96,7 +96,7 @@ def test_its_numbers_are_those_of_mlflow(tab: Any, mlflow_runs: dict[str, Any]) 
         "model.width": "param model.width",
     }
     for row in rows:
-        run = mlflow_runs[f"{int(row[0]):04d}"].data
+        run = mlflow_runs[f"wide-{int(row[0]):04d}"].data
         cells = dict(zip(heads, row, strict=True))
         stopped = "heliostat.stopped" in run.tags
         assert cells["ended"] == ("stopped" if stopped else "complete")
@@ -115,7 +115,9 @@ def test_its_curves_are_those_of_mlflow(
     points = tab.run("report.views.get('curves-val-loss').data('points')")
     client = mlflow.MlflowClient(sweep.spec_data["tracking"]["uri"])
     for number in range(TRIALS - 1):
-        history = client.get_metric_history(mlflow_runs[f"{number:04d}"].info.run_id, "val/loss")
+        history = client.get_metric_history(
+            mlflow_runs[f"wide-{number:04d}"].info.run_id, "val/loss"
+        )
         drawn = [point["value"] for point in points if point["trial"] == number]
         assert drawn == pytest.approx([metric.value for metric in history], rel=1e-5)
 
@@ -219,7 +221,7 @@ def test_without_mlflow_the_page_is_written_and_a_line_says_so(
     assert len(output.splitlines()) == 2
     page = (small.folder / "report" / "index.html").read_text()
     assert "No trial was evaluated yet." in page
-    assert "Trial 0000 failed: made up" in page
+    assert "trial 0000 failed: made up" in page
 
 
 def test_an_unknown_name_is_an_error_in_one_line(

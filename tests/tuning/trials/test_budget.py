@@ -1,12 +1,16 @@
 """A sweep's budget: the cost of each trial, and whether another one fits the budget."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
@@ -16,6 +20,7 @@ from cluster.cost.node_rates import NodeRate
 from trainers.run_folder import LEDGER
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
 from tuning import sweep as sweeps
+from tuning.trials import budget as budgets
 from tuning.trials.budget import SweepBudget, budget_shortfall
 from tuning.trials.schedulers import first_rung_epochs
 from tuning.trials.space import SchedulerSpec, SweepRunSpec
@@ -99,6 +104,85 @@ def test_the_cost_of_an_epoch_is_that_of_its_device_time(tmp_path: Path) -> None
     assert budget.cost_per_epoch(0, {"epoch": 10, "device_s": 10}) == pytest.approx(1 / 2.5)
     assert budget.cost_per_epoch(1, {"epoch": 10, "device_s": 10}) == pytest.approx(4 / 2.5)
     assert budget.cost_per_epoch(2, {"epoch": 1, "device_s": 3}) == pytest.approx(3)
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["start", "result", "result", "stop", "charge", "charge", "tick"]),
+        st.integers(0, 4),
+        st.floats(0.1, 9),
+    ),
+    max_size=40,
+)
+
+
+@given(events=EVENTS, engine=st.booleans())
+def test_the_running_sums_of_costs_are_those_over_all_trials(
+    events: list[tuple[str, int, float]], engine: bool
+) -> None:
+    """Trials that are charged at some time, run on and end; each sum is taken in a plain loop."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        now = [100.0]
+        patched.setattr(budgets.time, "monotonic", lambda: now[0])
+        budget = resumed_budget(Path(folder), BudgetSpec(), resource="usd")
+        ledger, key = budget.metering.ledger, Path(folder).name
+        done = {0: [10.0, 10.0], 1: [10.0, 10.0]}
+        usd = {0: 10.0, 1: 40.0}
+        since: dict[int, float] = {}
+        prices: dict[int, float] = {}
+        for event, number, amount in events:
+            now[0] += 1
+            epoch, device_s = done.get(number, [0.0, 0.0])
+            if event == "charge":
+                account = f"{key}/{'engine' if engine else f'{number:04d}'}"
+                usd[number] = usd.get(number, 0.0) + amount
+                total = sum(usd.values()) if engine else usd[number]
+                ledger.append([LedgerEntry(account, account, "busy", 0, 0, now[0], usd=total)])
+            elif event == "tick":
+                budget.tick()
+                for n, (_, seconds) in done.items():
+                    if usd.get(n) and seconds:
+                        prices[n] = usd[n] / (seconds + now[0] - since.get(n, now[0]))
+            else:
+                if event == "result":
+                    done[number] = [epoch + amount, device_s + 2 * amount]
+                else:
+                    done.setdefault(number, [0.0, 0.0])
+                result = dict(zip(("epoch", "device_s"), done[number], strict=True))
+                budget.on_trial_event(event, number, result)
+                since[number] = now[0]
+                if event == "stop":
+                    del since[number]
+        fused = engine and f"{key}/engine" in budget.metering.ledger.totals_by_run()
+        budget.tick()
+        for n, (_, seconds) in done.items():
+            if usd.get(n) and seconds:
+                prices[n] = usd[n] / (seconds + now[0] - since.get(n, now[0]))
+        epochs = sum(done[n][0] for n in (done if fused else prices))
+        seconds = sum(done[n][1] for n in (done if fused else prices))
+        cost = sum(prices[n] * done[n][1] for n in prices)
+        if fused:
+            cost = seconds
+        for n in (*done, 9):
+            price = 1.0 if fused else prices.get(n, cost / seconds)
+            expected = price * 3 / 2 / (cost / epochs)
+            found = budget.cost_per_epoch(n, {"epoch": 2, "device_s": 3})
+            assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_cost_per_epoch_takes_no_longer_with_10_000_trials(tmp_path: Path) -> None:
+    budget = resumed_budget(tmp_path, BudgetSpec(usd=1e9), resource="usd")
+    key = tmp_path.name
+    for number in range(10_000):
+        account = f"{key}/{number:04d}"
+        budget.metering.ledger.append([LedgerEntry(account, account, "busy", 0, 0, 10, usd=1)])
+        budget.on_trial_event("stop", number, {"epoch": 10, "device_s": 10})
+    budget.tick()
+    began = time.process_time()
+    for _ in range(1000):
+        budget.cost_per_epoch(5, {"epoch": 10, "device_s": 10})
+        assert budget.can_start_trial()
+    assert time.process_time() - began < 0.5, "it was 17 ms each"
 
 
 def test_trials_cannot_be_compared_by_dollars_without_a_price(tmp_path: Path) -> None:

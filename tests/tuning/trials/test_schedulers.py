@@ -6,36 +6,23 @@ from typing import Any
 
 import cloudpickle
 import pytest
-from ray.tune import schedulers
 
-from tuning.trials.schedulers import build_scheduler, expected_step_share
+from tuning.trials.schedulers import (
+    build_scheduler,
+    early_stopping_text,
+    expected_step_share,
+    first_rung_epochs,
+    rung_epochs,
+)
 from tuning.trials.space import SchedulerSpec, SweepSpec
+from tuning.trials.stopping_scheduler import InOrder, StoppingScheduler
 
 KINDS = {
-    "asha": schedulers.AsyncHyperBandScheduler,
-    "median": schedulers.MedianStoppingRule,
-    "pbt": schedulers.PopulationBasedTraining,
-    "none": schedulers.FIFOScheduler,
+    "asha": StoppingScheduler,
+    "median": StoppingScheduler,
+    "extrapolation": StoppingScheduler,
+    "none": InOrder,
 }
-
-
-class Trial:
-    """What Ray's PBT reads of a trial of Tune."""
-
-    experiment_tag = ""
-    run_metadata = SimpleNamespace(
-        checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
-    )
-
-    def __init__(self, number: int) -> None:
-        self.config = {
-            "trial": number,
-            "optimizer.lr": 0.01,
-            "model.dropout": 0.5,
-            "model.width": 64,
-            "optimizer.name": "sgd",
-            "train.seed": 3,
-        }
 
 
 def sweep(name: str, **scheduler: Any) -> SweepSpec:
@@ -52,9 +39,45 @@ def sweep(name: str, **scheduler: Any) -> SweepSpec:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_name_is_rays_scheduler(name: str) -> None:
-    assert type(build_scheduler(sweep(name), 10)) is KINDS[name] or name == "pbt"
+def test_each_name_is_a_scheduler(name: str) -> None:
+    assert type(build_scheduler(sweep(name), 10)) is KINDS[name]
     assert isinstance(build_scheduler(sweep(name), 10), KINDS[name])
+
+
+@pytest.mark.parametrize(
+    ("fields", "epochs", "every", "rungs"),
+    [
+        ({}, 20, 1, [1, 3, 9]),
+        ({}, 27, 1, [1, 3, 9]),  # a trial ends by itself
+        ({}, 20, 2, [2, 6, 18]),
+        ({"grace_epochs": 5, "reduction": 2}, 40, 2, [6, 12, 24]),
+        ({}, 2, 0.5, [1]),
+        ({}, 20, 0.3, [1.2, 3.6, 10.8]),
+        ({"grace_epochs": 4}, 20, 0, [4, 12]),
+        ({}, 5, 5, []),
+        ({"grace_epochs": 30}, 20, 1, []),
+    ],
+)
+def test_rungs_are_evaluations(
+    fields: dict[str, Any], epochs: float, every: float, rungs: list[float]
+) -> None:
+    spec = SchedulerSpec(**fields)
+    assert rung_epochs(spec, epochs, every) == pytest.approx(rungs)
+    assert first_rung_epochs(spec, epochs, every) == pytest.approx(min([*rungs, epochs]))
+
+
+def test_the_terminal_says_when_trials_are_compared() -> None:
+    assert early_stopping_text(sweep("asha"), 20, 2) == (
+        "asha compares trials after 2, 6, 18 of 20 epochs"
+    )
+    assert early_stopping_text(sweep("median", grace_epochs=3), 20, 2) == (
+        "median stops trials from 4 of 20 epochs on"
+    )
+    assert early_stopping_text(sweep("extrapolation"), 20, 2) == (
+        "extrapolation stops trials from 8 of 20 epochs on"
+    )
+    assert early_stopping_text(sweep("asha"), 5, 5).startswith("asha stops no trial: ")
+    assert early_stopping_text(sweep("none"), 5, 5) == ""
 
 
 def test_the_expected_share_of_steps_is_that_of_the_rungs() -> None:
@@ -99,27 +122,3 @@ def test_grace_epochs_may_exceed_the_epochs_of_a_trial() -> None:
 def test_only_schedulers_that_compare_trials_do_so_by_cost() -> None:
     with pytest.raises(ValueError, match="resource joule: pbt does not compare running trials"):
         SchedulerSpec(name="pbt", resource="joule")
-
-
-def test_pbt_clips_parameters_to_their_bounds() -> None:
-    pbt = build_scheduler(sweep("pbt"), 10)
-    config = {"optimizer.lr": 0.1, "model.dropout": 0.5, "model.width": 64, "train.seed": 3}
-    config |= {"optimizer.name": "sgd", "trial": 5}
-    raised = {"optimizer.lr": 0.12, "model.dropout": 0.6, "model.width": 76, "train.seed": 3}
-    assert pbt._custom_explore_fn({**config, **raised}) == config
-
-
-def test_a_trial_that_exploits_another_one_keeps_its_number() -> None:
-    """Ray explores a copy of the better trial's parameters, whose number is among them."""
-    pbt = build_scheduler(sweep("pbt", every_epochs=2), 10)
-    pbt.set_search_properties("val/loss", "min")
-    for number in (5, 7):
-        pbt.on_trial_add(None, Trial(number))
-    pbt = pickle.loads(cloudpickle.dumps(pbt))
-    better, worse = pbt._trial_state
-    for trial in (better, worse):
-        assert pbt.on_trial_result(None, trial, {"epoch": 1, "val/loss": 1.0}) == "CONTINUE"
-    for _ in range(50):
-        config, _ = pbt._get_new_config(worse, better)
-        assert config["trial"] == 7
-        assert config["optimizer.name"] in ("adamw", "sgd")

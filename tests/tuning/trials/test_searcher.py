@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
+from tuning.trials.journal import Journal
 from tuning.trials.searcher import JournaledSearcher
 from tuning.trials.space import SweepSpec
 
@@ -90,13 +91,55 @@ def test_a_restored_search_knows_how_the_trials_ended(tmp_path: Path) -> None:
     ended(search, "t1", 0.7, complete=False)
     search.on_trial_complete("t2", {}, error=True)
     restored: JournaledSearcher = pickle.loads(pickle.dumps(search))
-    states = [(trial.state.name, trial.value) for trial in restored._study.trials]
-    assert states == [("COMPLETE", 0.5), ("PRUNED", None), ("FAIL", None)]
-    assert restored._study.trials[1].intermediate_values == {10: 0.7}
+    states = [(trial.state.name, trial.value) for trial in restored._search.trials]
+    assert states == [("COMPLETE", 0.5), ("PRUNED", 0.7), ("FAIL", None)]
+    assert restored._search.trials[1].intermediate_values == {10: 0.7}
 
 
-def test_a_trial_whose_metric_is_nan_counts_as_failed(tmp_path: Path) -> None:
+def test_a_trial_whose_metric_is_nan_is_the_worst_one(tmp_path: Path) -> None:
+    """It is not ignored: its parameters are those to keep away from."""
     search = JournaledSearcher(sweep(), tmp_path / "journal")
     search.suggest("t0")
     ended(search, "t0", float("nan"))
-    assert [trial.state.name for trial in search._study.trials] == ["FAIL"]
+    (trial,) = search._search.trials
+    assert (trial.state.name, trial.value, trial.intermediate_values) == ("PRUNED", None, {})
+
+
+def test_the_end_of_a_trial_has_all_objectives_and_constraints(tmp_path: Path) -> None:
+    """The time on the device of a trial that was stopped after a quarter counts four times."""
+    spec = sweep(
+        objective=["val/loss min", "val/accuracy max", "cost_usd min"],
+        constraints=["val/latency_ms < 10"],
+    )
+    search = JournaledSearcher(spec, tmp_path / "journal", epochs_per_trial=8.0)
+    metrics = {"val/loss": 0.5, "val/accuracy": 0.75, "val/latency_ms": 12.0}
+    for number, (epoch, complete) in enumerate([(8.0, True), (2.0, False)]):
+        search.suggest(f"t{number}")
+        progress = {"step": 10, "epoch": epoch, "device_s": 3.0, "complete": complete}
+        search.on_trial_complete(f"t{number}", {**metrics, **progress})
+    ends = Journal(tmp_path / "journal").ends
+    assert [ends[number]["losses"] for number in (0, 1)] == [[0.5, -0.75, 3.0], [0.5, -0.75, 12.0]]
+    assert ends[0]["violations"] == {"val/latency_ms < 10": 2.0}
+    assert search._search.trials[1].values == [0.5, -0.75, 12.0]
+    assert search._search.trials[1].constraints == {"val/latency_ms < 10": 2.0}
+
+
+def test_the_value_that_counts_is_told(tmp_path: Path) -> None:
+    search = JournaledSearcher(sweep(select="best"), tmp_path / "journal")
+    search.suggest("t0")
+    last = {"val/loss": 0.9, "step": 30, "complete": True}
+    result = {**last, "best/val/loss": 0.25, "best/step": 20}
+    search.on_trial_complete("t0", result)
+    assert search._search.trials[0].value == 0.25
+
+
+def test_trials_that_tune_does_not_know_are_looked_for_once(tmp_path: Path) -> None:
+    """Not at each suggestion: that would be quadratic in the number of trials."""
+    spec = sweep(search="random", trials=50)
+    search = JournaledSearcher(spec, tmp_path / "journal")
+    for number in range(20):
+        search.suggest(f"t{number}")
+    again = JournaledSearcher(spec, tmp_path / "journal")
+    numbers = [again.suggest(f"new{number}")["trial"] for number in range(25)]
+    assert numbers == list(range(25))
+    assert again._unknown == []

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from ray import tune
 
+from cluster.base.errors import SpecError
+from trainers.checkpoints.checkpoints import find_checkpoint
+from trainers.checkpoints.manifest import read_manifest
 from trainers.engine.loop import train
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
@@ -34,7 +37,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     """The step and the loss of each result that Tune is told."""
     results: list[tuple[int, float]] = []
 
-    def report(result: dict[str, Any], checkpoint: Any) -> None:
+    def report(result: dict[str, Any]) -> None:
         results.append((result["step"], result["val/loss"]))
 
     monkeypatch.setattr(tune, "report", report)
@@ -125,3 +128,22 @@ def test_a_machine_that_has_not_downloaded_the_data_set_counts_its_samples(
     monkeypatch.setattr("trainers.stores.cache_folder", lambda: tmp_path / "worker")
     assert sweep.samples == 280
     assert not sweep.dataset.exists()
+
+
+def test_the_best_evaluation_is_in_the_last_result_and_its_checkpoint_is_kept(
+    own_folder: Path, told: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest loss is the first one. A restart remembers it."""
+    (own_folder / "s.yaml").write_text(SPEC)
+    changes = ["sweep.select=best", "sweep.mode=max", "checkpoint.keep=1"]
+    sweep = new_sweep("s.yaml", changes, "search")
+    folder = train_trial(sweep, 0, monkeypatch, lost_at=8)
+    train_trial(sweep, 0, monkeypatch)
+    assert max(told, key=lambda each: each[1]) == told[0]
+    last = last_result(folder)
+    assert (last["best/step"], last["best/val/loss"]) == told[0]
+    assert (last["step"], last["val/loss"]) == told[-1]
+    checkpoint = find_checkpoint(f"{folder}@{told[0][0]}", own_folder)
+    assert read_manifest(checkpoint)["metrics"]["val/loss"] == told[0][1]
+    with pytest.raises(SpecError, match=r"@8: no checkpoint of step 8 there"):
+        find_checkpoint(f"{folder}@8", own_folder)
