@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from cluster.connection.ray_internals import (
     reload_configuration,
 )
 from cluster.session.session import RayLease, find_or_start_session
+
+COMMAND_ENV_VAR = "HELIOSTAT_COMMAND"
+"""Variable of the workers in the session's Ray: a random word, another one for each command."""
 
 
 @contextlib.contextmanager
@@ -59,7 +63,7 @@ def ray_session(
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         reload_configuration()
     try:
-        with _working_dir(package) as runtime_env:
+        with _runtime_env(package, lease is not None) as runtime_env:
             ray.init(
                 address=address,
                 runtime_env=runtime_env,
@@ -84,10 +88,15 @@ def ray_session(
 
 
 @contextlib.contextmanager
-def _working_dir(package: bytes | None) -> Iterator[dict[str, Any]]:
-    """A runtime environment with a zip as the workers' working folder, which Ray reads in here."""
+def _runtime_env(package: bytes | None, is_leased: bool) -> Iterator[dict[str, Any]]:
+    """The workers' environment; a zip for their working folder is read by Ray in here.
+
+    In a Ray that other commands have used, a variable keeps its workers apart: Ray 2.60 gives a
+    worker that was started for one job and never used to the next job with the same environment,
+    and it would have the variables and the working folder of the earlier command.
+    """
     if package is None:
-        yield {}
+        yield {"env_vars": {COMMAND_ENV_VAR: secrets.token_hex(8)}} if is_leased else {}
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "working_dir.zip"
