@@ -55,8 +55,8 @@ try:
     from cluster.base.config import write_yaml
     from trainers.data.dataset import prepare_dataset
     from trainers.spec import resolve
-    from tuning.trials.searcher import JournaledSearcher
-    from tuning.trials.space import SweepRunSpec, trial_spec_data
+    from tuning.search.searcher import JournaledSearcher
+    from tuning.spaces.space import SweepRunSpec, trial_spec_data
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/fused.py: needs {error.name}, which is not installed here")
 

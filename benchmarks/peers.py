@@ -30,7 +30,7 @@ from trainers.data.dataset import prepare_dataset
 from trainers.data.sampling import epoch_permutation
 from trainers.data.splits import count_samples, open_split
 from trainers.spec import RunSpec, resolve
-from tuning.trials.space import SweepRunSpec
+from tuning.spaces.space import SweepRunSpec
 
 SWEEP, TRIALS = "sweep.yaml", "trials.json"
 WARM_UP = 20
@@ -137,7 +137,7 @@ def tune_sweep(
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    from tuning.trials.schedulers import build_scheduler
+    from tuning.search.schedulers import build_scheduler
 
     reports = []
 

@@ -25,8 +25,8 @@ from trainers.tracking.mlflow_run import tracked_run
 from trainers.tracking.operation_log import OperationLog
 from trainers.tracking.tracker import TrackedRun
 from tuning.reports.sweep_report import sweep_page
+from tuning.spaces.space import SweepRunSpec, read_sweep_spec
 from tuning.trials.journal import Journal
-from tuning.trials.space import SweepRunSpec, read_sweep_spec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
 BEGAN = 1_790_000_000

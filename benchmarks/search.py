@@ -64,9 +64,9 @@ try:
     )
 
     from cluster.base.files import cache_folder
-    from tuning.trials.schedulers import build_scheduler
-    from tuning.trials.searcher import JournaledSearcher
-    from tuning.trials.space import SweepSpec
+    from tuning.search.schedulers import build_scheduler
+    from tuning.search.searcher import JournaledSearcher
+    from tuning.spaces.space import SweepSpec
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks/search.py: needs {error.name}, which is not installed here")
 

@@ -139,9 +139,17 @@ CONTRACTS = {
     "tuning.stopping": Contract(
         "rules of early stopping, and fronts of several objectives: arithmetic alone"
     ),
+    "tuning.spaces": Contract(
+        "what a sweep varies, wants and compares, as its spec says it",
+        (*_in("cluster", "base"), *_in("trainers", ""), *_in("tuning", "stopping")),
+    ),
     "tuning.trials": Contract(
-        "search, early stopping, budget and leaderboard of trials; one trial in a process",
-        (*_TRIALS, *_in("tuning", "stopping")),
+        "journal, budget and leaderboard of trials; one trial in a process",
+        (*_TRIALS, *_in("tuning", "stopping", "spaces")),
+    ),
+    "tuning.search": Contract(
+        "what Ray Tune asks for: the next trial's parameters, and which trials go on",
+        (*_TRIALS, *_in("tuning", "stopping", "spaces", "trials")),
     ),
     "tuning.programs": Contract(
         "many trials as one program: traced, batched and compiled",
@@ -149,14 +157,19 @@ CONTRACTS = {
     ),
     "tuning.fused": Contract(
         "engines that train trials in the slots of programs, and their adapter to Ray Tune",
-        (*_TRIALS, *_in("tuning", "trials", "programs")),
+        (*_TRIALS, *_in("tuning", "spaces", "trials", "search", "programs")),
     ),
     "tuning": Contract(
-        "a sweep from its spec to its end", (*_TRIALS, *_in("tuning", "trials", "fused"))
+        "a sweep from its spec to its end",
+        (*_TRIALS, *_in("tuning", "spaces", "trials", "search", "fused")),
     ),
     "tuning.reports": Contract(
         "makes a page of charts from a sweep's folder",
-        (*_in("cluster", "base"), *_in("trainers", "", "tracking", "reports"), "tuning.trials"),
+        (
+            *_in("cluster", "base"),
+            *_in("trainers", "", "tracking", "reports"),
+            *_in("tuning", "spaces", "trials"),
+        ),
     ),
     "tuning.cli": Contract(
         "the verbs of sweeps, and the parser with all verbs",
@@ -164,7 +177,7 @@ CONTRACTS = {
             *_TRIALS,
             *_in("cluster", "cli", "jobs"),
             *_in("trainers", "cli", "reports"),
-            *_in("tuning", "", "trials", "fused", "reports"),
+            *_in("tuning", "", "spaces", "trials", "search", "fused", "reports"),
         ),
     ),
     "heliostat": Contract(

@@ -34,7 +34,7 @@ LARGE_ROOMS = {
     "trainers.engine": 13,
     "trainers.modeling": 12,
     "trainers.tracking": 16,
-    "tuning.trials": 23,
+    "tuning.trials": 11,
 }
 """Room -> its limit, for rooms with more files than `MAX_ROOM_FILES`. `cluster.cost` has a file for
 each source of prices, power and carbon, and `trainers` one for each part of a run's definition."""

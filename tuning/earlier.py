@@ -10,14 +10,14 @@ from cluster.base.config import flatten, read_yaml
 from cluster.base.errors import SpecError
 from trainers.run_folder import SPEC, display_path, folder_kind
 from trainers.spec import resolve
+from tuning.spaces.constraints import total_violation, violations
+from tuning.spaces.distributions import Parameters, equal
+from tuning.spaces.space import SweepRunSpec, SweepSpec
+from tuning.spaces.suggestion import assignments, suggest
 from tuning.trials.budget import trial_costs
-from tuning.trials.constraints import total_violation, violations
-from tuning.trials.distributions import Parameters, equal
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import read_leaderboard
 from tuning.trials.ranking import is_ranked, losses, objective_modes
-from tuning.trials.space import SweepRunSpec, SweepSpec
-from tuning.trials.suggestion import assignments, suggest
 from tuning.trials.trial import JOURNAL_FILE, Sweep, last_result
 
 LIKE_TRIALS = 3

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.spec import RunSpec
-from tuning.trials.distributions import Distribution, identical
+from tuning.spaces.distributions import Distribution, identical
+from tuning.spaces.suggestion import assignments
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import failure_kind
-from tuning.trials.suggestion import assignments
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep
 
 MIN_SAME_FAILURES = 3

@@ -28,6 +28,7 @@ from trainers.tracking.tracker import wait_until_sent
 from tuning import earlier
 from tuning.failures import MistakeWatch, run_failed_again
 from tuning.fused import fusion_plan
+from tuning.spaces.space import SweepRunSpec, check_folds, read_sweep_spec
 from tuning.sweep_checks import check_metrics, check_overrides, check_trials
 from tuning.trial_resources import cluster_capacity, max_concurrent_trials
 from tuning.trials.best_spec import write_best
@@ -43,7 +44,6 @@ from tuning.trials.leaderboard import (
 )
 from tuning.trials.mlflow_descriptions import sweep_description
 from tuning.trials.repeats import plan_repeats
-from tuning.trials.space import SweepRunSpec, check_folds, read_sweep_spec
 from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 from tuning.tuner import (
     TUNE_FOLDER,

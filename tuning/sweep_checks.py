@@ -7,10 +7,10 @@ from cluster.base.config import did_you_mean
 from cluster.base.errors import SpecError
 from trainers.engine.metric_names import validation_metrics
 from trainers.workload import Workload
-from tuning.trials.constraints import parse_constraint
+from tuning.spaces.constraints import parse_constraint
+from tuning.spaces.searches import EXHAUSTIVE
+from tuning.spaces.space import COST_METRICS, SweepRunSpec, SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.searches import EXHAUSTIVE
-from tuning.trials.space import COST_METRICS, SweepRunSpec, SweepSpec
 from tuning.trials.trial import JOURNAL_FILE
 
 CHANGEABLE = (

@@ -7,8 +7,8 @@ from cluster.base.config import validate
 from cluster.connection.ray_connection import missing_resources, room_for
 from trainers.runs.ray_train import resource_shortage, resources_per_worker
 from trainers.spec import ScaleSpec
-from tuning.trials.space import SweepRunSpec, trial_spec_data
-from tuning.trials.suggestion import section_values, touches
+from tuning.spaces.space import SweepRunSpec, trial_spec_data
+from tuning.spaces.suggestion import section_values, touches
 
 
 def sweep_shortage(spec: SweepRunSpec) -> str | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from ray.tune.search import ConcurrencyLimiter, Searcher, SearchGenerator
 
+from tuning.search.searcher import JournaledSearcher
 from tuning.trials.budget import find_open_budget
-from tuning.trials.searcher import JournaledSearcher
 
 ENDLESS = -1
 """Tune's `num_samples` of a search that ends by itself."""

@@ -20,16 +20,16 @@ from trainers.runs.stalls import last_stall
 from trainers.tracking import mlflow_run
 from trainers.tracking.mlflow_run import DESCRIPTION_TAG
 from tuning.fused import fusion_plan
+from tuning.search.pbt import PopulationBasedTraining
+from tuning.search.schedulers import build_scheduler
+from tuning.search.searcher import JournaledSearcher
+from tuning.spaces.space import SweepRunSpec
 from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
 from tuning.trials.mlflow_descriptions import trial_description
-from tuning.trials.pbt import PopulationBasedTraining
 from tuning.trials.ranking import best_points
 from tuning.trials.repeats import REPEATS_FIELD
-from tuning.trials.schedulers import build_scheduler
-from tuning.trials.searcher import JournaledSearcher
-from tuning.trials.space import SweepRunSpec
 from tuning.trials.trial import (
     ENDED_FILE,
     FAILED_FILE,

@@ -10,9 +10,9 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from trainers.tracking.reporter import TrackerReporter
+from tuning.search.pbt import PopulationBasedTraining
 from tuning.trials import trial as trials
 from tuning.trials.journal import Journal
-from tuning.trials.pbt import PopulationBasedTraining
 from tuning.trials.trial import JOURNAL_FILE, Sweep
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from cluster.base.errors import SpecError
 from trainers.run_folder import SPEC, TRIALS
 from trainers.spec import resolve
 from tuning import earlier
+from tuning.search.optuna_study import SearchStudy
+from tuning.spaces.space import SweepRunSpec, SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.optuna_study import SearchStudy
-from tuning.trials.space import SweepRunSpec, SweepSpec
 from tuning.trials.trial import ENDED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
 PARAMETERS = {

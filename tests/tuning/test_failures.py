@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from trainers.checks.finite import not_finite, state_not_finite
 from trainers.run_folder import TRIALS
 from tuning.failures import MistakeWatch, run_failed_again
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import failure_lines
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep
 
 MISTAKE = "TypeError: loss() takes 2 arguments (model.py:12)"

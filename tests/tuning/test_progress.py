@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from tuning.progress import SweepProgress
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import Sweep
 
 

@@ -15,8 +15,8 @@ from cluster.base.errors import SpecError
 from trainers.run_folder import TRIALS
 from tuning import sweep as sweeps
 from tuning import tuner
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 from tuning.tuner import TUNE_FOLDER
 
@@ -72,7 +72,9 @@ def sweep(tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> 
         (folder / LAST_RESULT_FILE).write_text(json.dumps(last))
         (folder / ENDED_FILE).write_text("{}")
     sweep = SweepSpec.model_validate(SPEC["sweep"])
-    return Sweep({**SPEC, "checkpoint": {}, "scale": {"accelerator": "auto"}}, sweep, tmp_path, tmp_path)
+    return Sweep(
+        {**SPEC, "checkpoint": {}, "scale": {"accelerator": "auto"}}, sweep, tmp_path, tmp_path
+    )
 
 
 def damage_a_result(sweep: Sweep) -> None:

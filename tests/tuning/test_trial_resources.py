@@ -7,8 +7,8 @@ import ray
 
 from cluster.base.config import validate
 from cluster.connection.ray_connection import missing_resources, room_for
+from tuning.spaces.space import SweepRunSpec
 from tuning.trial_resources import cluster_capacity, sweep_shortage, trial_scales, tune_resources
-from tuning.trials.space import SweepRunSpec
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 
 from ray.tune.search import ConcurrencyLimiter, Searcher, SearchGenerator
 
+from tuning.search.searcher import JournaledSearcher
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.searcher import JournaledSearcher
-from tuning.trials.space import SweepSpec
 from tuning.tune_search import RepeatSearch, SweepSearch
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from trainers.run_folder import request_stop
 from tuning import tuner
-from tuning.trials.space import SweepSpec
+from tuning.spaces.space import SweepSpec
 from tuning.trials.trial import FAILED_FILE, Sweep
 from tuning.tuner import StopsByHand, _TrialEvents
 

@@ -68,7 +68,7 @@ def add_verbs(verbs: Subparsers) -> None:
 
 def plan_sweep_submission(args: argparse.Namespace, command: tuple[str, ...]) -> "Submission":
     from trainers.cli.submission import plan_submission
-    from tuning.trials.space import read_sweep_spec
+    from tuning.spaces.space import read_sweep_spec
 
     return plan_submission(args, command, read_sweep_spec)
 
@@ -80,11 +80,11 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning import sweep as sweeps
     from tuning.cli.sweep_results import print_results
     from tuning.progress import SweepProgress
+    from tuning.search.samplers import search_words
+    from tuning.spaces.rungs import early_stopping_text
+    from tuning.spaces.space import SweepRunSpec
     from tuning.trial_resources import sweep_shortage
     from tuning.trials.leaderboard import has_ended
-    from tuning.trials.samplers import search_words
-    from tuning.trials.schedulers import early_stopping_text
-    from tuning.trials.space import SweepRunSpec
     from tuning.tuner import epochs_per_trial
 
     if args.or_resume and not args.name:
@@ -152,7 +152,7 @@ def schema_command(args: argparse.Namespace) -> int:
     import json
 
     from trainers.workload import load_workload
-    from tuning.trials.space import file_schema
+    from tuning.spaces.space import file_schema
 
     workload = load_workload(args.workload) if args.workload else None
     print(json.dumps(file_schema(workload), indent=2))

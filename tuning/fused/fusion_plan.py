@@ -32,9 +32,9 @@ from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant, unsupported_reason
 from tuning.programs.torch_internals import trace_operations
 from tuning.programs.vmap_rewrites import NotFusibleError
-from tuning.trials.samplers import algorithm
-from tuning.trials.schedulers import expected_step_share
-from tuning.trials.searches import WITHOUT_MEMORY
+from tuning.search.samplers import algorithm
+from tuning.spaces.rungs import expected_step_share
+from tuning.spaces.searches import WITHOUT_MEMORY
 from tuning.trials.trial import Sweep, set_threads
 
 PLAN_FILE = "fuse.json"

@@ -5,8 +5,8 @@ from typing import Any
 
 from trainers.spec import RunSpec, resolve
 from tuning.programs.program_signature import Variant, program_key
-from tuning.trials.distributions import Parameters
-from tuning.trials.suggestion import example, field_values, reference
+from tuning.spaces.distributions import Parameters
+from tuning.spaces.suggestion import example, field_values, reference
 from tuning.trials.trial import Sweep
 
 

@@ -16,10 +16,10 @@ from trainers.reports.run_report import cost_cards, wall_time_card
 from trainers.reports.vega import Chart, Columns, choose_scale, data_source, quantitative, with_unit
 from trainers.run_folder import SPEC, display_path, folder_kind
 from tuning.reports.sweep_charts import cell_text, slug
-from tuning.trials.distributions import Distribution
+from tuning.spaces.distributions import Distribution
+from tuning.spaces.space import SweepSpec
 from tuning.trials.leaderboard import Leaderboard, TrialResult, read_leaderboard
 from tuning.trials.ranking import loss
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import Sweep
 
 MAX_BEST = 10

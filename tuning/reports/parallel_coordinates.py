@@ -6,7 +6,7 @@ from typing import Any
 
 from trainers.reports.vega import Chart, Columns, data_source, quantitative, with_unit
 from tuning.reports.sweep_charts import cell_text, selected_trial
-from tuning.trials.distributions import Distribution
+from tuning.spaces.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
 
 AXIS_WIDTH = 95

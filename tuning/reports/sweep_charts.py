@@ -6,7 +6,7 @@ from typing import Any
 from trainers.reports.charts import status_colours
 from trainers.reports.history import Series
 from trainers.reports.vega import Chart, Columns, choose_scale, data_source, quantitative, with_unit
-from tuning.trials.distributions import Distribution
+from tuning.spaces.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
 
 STATUSES = ("complete", "running", "stopped", "failed")

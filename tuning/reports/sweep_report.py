@@ -14,6 +14,7 @@ from trainers.reports.vega import Chart, with_unit
 from trainers.run_folder import SPEC
 from tuning.reports import sweep_charts
 from tuning.reports.parallel_coordinates import parallel_coordinates
+from tuning.spaces.space import COST_METRICS, SweepSpec
 from tuning.trials.leaderboard import (
     Leaderboard,
     TrialResult,
@@ -23,7 +24,6 @@ from tuning.trials.leaderboard import (
     with_importances,
 )
 from tuning.trials.ranking import objective_modes
-from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.take_over import changes_text
 from tuning.trials.trial import Sweep
 

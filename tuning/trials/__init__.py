@@ -1,7 +1,7 @@
-"""The trials of a sweep: their parameters, their scheduler, their costs, and one trial's process.
+"""The trials of a sweep: their journal, their processes, their costs, and how they compare.
 
-`space` is the spec, `journal` the durable list of trials, `searcher` and `schedulers` are Ray
-Tune's with ours around them, `budget` decides whether another trial is affordable, `trial` is the
-trainable, and `leaderboard` reads the results. May import `trainers` and `cluster`, and of
-`tuning` only `stopping`. Begin reading with `trial.run_trial`, then `searcher`.
+`journal` is the durable list of trials, `trial` one trial in a process, `budget` decides whether
+another trial is affordable, `ranking` is the one rule by which trials are compared, `leaderboard`
+reads the results, and `best_spec` writes the best trial as a spec file. May import `trainers` and
+`cluster`, and of `tuning` `spaces` and `stopping`. Begin reading with `trial.run_trial`.
 """

@@ -20,8 +20,8 @@ from cluster.cost.budget import BudgetSpec, limit_usage
 from cluster.cost.ledger import CostTotals, read_entries, total_costs_by_run
 from trainers.run_folder import LEDGER
 from trainers.runs.driver_meter import DriverMeter, account_metrics
-from tuning.trials.schedulers import first_rung_epochs
-from tuning.trials.space import SweepRunSpec
+from tuning.spaces.rungs import first_rung_epochs
+from tuning.spaces.space import SweepRunSpec
 from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 
 ENGINE_ACCOUNT = "engine"
@@ -243,7 +243,7 @@ class SweepBudget:
 
 @dataclass(frozen=True)
 class SweepCostPerEpoch:
-    """The `tuning.trials.schedulers.CostPerEpoch` of the sweep `key`; it can be pickled."""
+    """The `tuning.search.schedulers.CostPerEpoch` of the sweep `key`; it can be pickled."""
 
     key: str
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainers.data.dataset import prepare_dataset
 from trainers.spec import RunSpec, resolve
-from tuning.trials.space import SweepRunSpec, trial_spec_data
-from tuning.trials.suggestion import section_values
+from tuning.spaces.space import SweepRunSpec, trial_spec_data
+from tuning.spaces.suggestion import section_values
 
 
 def dataset_key(spec: RunSpec) -> str:

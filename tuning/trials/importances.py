@@ -2,10 +2,10 @@
 
 import threading
 
+from tuning.spaces.space import SweepSpec
+from tuning.spaces.suggestion import optuna_parameters
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import is_ranked
-from tuning.trials.space import SweepSpec
-from tuning.trials.suggestion import optuna_parameters
 
 FANOVA_TREE_DEPTH = 8
 """Optuna's default of 64 splits until each leaf holds a single trial, which gets slower with more

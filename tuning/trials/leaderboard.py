@@ -11,13 +11,13 @@ from typing import Any
 from trainers.checkpoints.ranking import loss_of
 from trainers.run_folder import CHECKPOINTS, MODEL
 from trainers.spec import RunSpec, resolve
+from tuning.spaces.space import COST_METRICS, SweepSpec
 from tuning.stopping.fronts import first_front
 from tuning.trials.budget import trial_costs
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import loss, objective_modes, selected, violation
 from tuning.trials.repeats import Repeated, best_mean_first
-from tuning.trials.space import COST_METRICS, SweepSpec
 from tuning.trials.take_over import CHANGES
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from trainers.checkpoints.ranking import loss_of
 from trainers.tracking.operation_log import now_ms
-from tuning.trials.constraints import parse_constraint, total_violation
-from tuning.trials.space import COST_METRICS, SweepSpec
+from tuning.spaces.constraints import parse_constraint, total_violation
+from tuning.spaces.space import COST_METRICS, SweepSpec
 
 BEST = "best/"
 """Beginning of the fields of a trial's result that are its best evaluation so far, where

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tuning.trials.distributions import identical
+from tuning.spaces.distributions import identical
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import loss, selected_value
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, Sweep, last_result

@@ -39,10 +39,10 @@ from trainers.stores import external_wait
 from trainers.tracking.operation_log import MetricPoint
 from trainers.tracking.reporter import TrackerReporter
 from trainers.worker import Worker
+from tuning.spaces.space import SweepSpec, trial_spec_data
 from tuning.trials.datasets import dataset_key
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import with_best
-from tuning.trials.space import SweepSpec, trial_spec_data
 from tuning.trials.take_over import CHANGES, Beginning, begin_trial
 
 JOURNAL_FILE = "journal.jsonl"

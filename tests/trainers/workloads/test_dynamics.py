@@ -44,7 +44,7 @@ from trainers.workloads.dynamics.copper import simulate_trajectory
 from trainers.workloads.dynamics.workload import Dynamics, Potential, calculator
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
+from tuning.spaces.space import SweepRunSpec, check_parameters, trial_spec_data
 
 CUTOFF = 4.0
 

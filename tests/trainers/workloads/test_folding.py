@@ -53,7 +53,7 @@ from trainers.workloads.folding.structures import AMINO_ACIDS, UNKNOWN_INDEX, ch
 from trainers.workloads.folding.workload import Folding, fape, in_local_frames, input_features
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
+from tuning.spaces.space import SweepRunSpec, check_parameters, trial_spec_data
 
 LENGTH = 36
 ATOM = "ATOM  {:5}  {:3} ALA A   1    {:>8}   2.000   3.000  1.00  0.00"

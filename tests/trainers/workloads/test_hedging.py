@@ -24,7 +24,7 @@ from trainers.workloads.hedging.workload import (
     remaining_deviation,
     terminal_wealth,
 )
-from tuning.trials.space import SweepRunSpec, check_parameters
+from tuning.spaces.space import SweepRunSpec, check_parameters
 
 
 def hedging(model: dict[str, Any] | None = None, **data: Any) -> Hedging:

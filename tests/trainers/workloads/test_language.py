@@ -29,7 +29,7 @@ from trainers.workloads.language import text, tokenizer
 from trainers.workloads.language.workload import Language
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
-from tuning.trials.space import SweepRunSpec, check_parameters, trial_spec_data
+from tuning.spaces.space import SweepRunSpec, check_parameters, trial_spec_data
 
 POEM = "Füllest wieder Busch und Tal\nStill mit Nebelglanz,\nLösest endlich auch einmal\n"
 

@@ -26,7 +26,7 @@ from trainers.workloads.markets.simulation import (
     next_moves,
 )
 from trainers.workloads.markets.workload import Markets, mirror_book
-from tuning.trials.space import SweepRunSpec, check_parameters
+from tuning.spaces.space import SweepRunSpec, check_parameters
 
 PUBLISHED = """
 0.500 0.336 0.259 0.216 0.188

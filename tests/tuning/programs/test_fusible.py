@@ -25,7 +25,7 @@ from trainers.worker import Worker
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant, unsupported_reason
 from tuning.programs.vmap_rewrites import NotFusibleError
-from tuning.trials.space import trial_spec_data
+from tuning.spaces.space import trial_spec_data
 
 
 class Points(Workload):

@@ -29,7 +29,7 @@ from trainers.workloads.vision.workload import Vision
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
 from tuning.programs.trial_state import TrialState
-from tuning.trials.space import trial_spec_data
+from tuning.spaces.space import trial_spec_data
 
 pytestmark = pytest.mark.thorough
 

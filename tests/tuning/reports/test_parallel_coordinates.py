@@ -6,7 +6,7 @@ import pytest
 
 from tuning.reports.parallel_coordinates import parallel_coordinates
 from tuning.reports.sweep_charts import slice_chart
-from tuning.trials.distributions import Distribution
+from tuning.spaces.distributions import Distribution
 from tuning.trials.leaderboard import TrialResult
 
 SPACE = {

@@ -20,10 +20,10 @@ from cluster.cost.node_rates import NodeRate
 from trainers.run_folder import LEDGER
 from trainers.runs.worker_meter import POWER_TRACE_ENV_VAR
 from tuning import sweep as sweeps
+from tuning.spaces.rungs import first_rung_epochs
+from tuning.spaces.space import SchedulerSpec, SweepRunSpec
 from tuning.trials import budget as budgets
 from tuning.trials.budget import SweepBudget, budget_shortfall
-from tuning.trials.schedulers import first_rung_epochs
-from tuning.trials.space import SchedulerSpec, SweepRunSpec
 from tuning.trials.trial import LAST_RESULT_FILE, Sweep
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tuning.spaces.space import SweepSpec
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
-from tuning.trials.space import SweepSpec
 
 SWEEP = SweepSpec.model_validate(
     {"parameters": {"optimizer.lr": {"uniform": [0, 1]}, "train.seed": {"integer": [0, 9]}}}

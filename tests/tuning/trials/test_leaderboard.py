@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainers.run_folder import TRIALS
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import Leaderboard, pareto_front, read_leaderboard
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
 MODES = {"val/accuracy": "max", "cost_usd": "min"}

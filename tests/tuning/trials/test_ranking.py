@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuning.spaces.space import SweepSpec
 from tuning.trials.ranking import (
     best_points,
     is_ranked,
@@ -17,7 +18,6 @@ from tuning.trials.ranking import (
     violation,
     with_best,
 )
-from tuning.trials.space import SweepSpec
 
 VALUES = st.floats(-9, 9) | st.sampled_from([math.nan, math.inf, -math.inf])
 

@@ -14,10 +14,10 @@ from scipy import stats
 from cluster.base.config import validate
 from cluster.base.errors import SpecError
 from trainers.run_folder import TRIALS
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import has_ended, read_leaderboard
 from tuning.trials.repeats import Repeated, plan_repeats
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import ENDED_FILE, FAILED_FILE, JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
 SPEC: dict[str, Any] = {

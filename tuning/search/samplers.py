@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tuning.trials.space import SweepSpec
-from tuning.trials.suggestion import count_combinations
+from tuning.spaces.space import SweepSpec
+from tuning.spaces.suggestion import count_combinations
 
 if TYPE_CHECKING:
     import optuna

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
+from tuning.search.searcher import JournaledSearcher
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.searcher import JournaledSearcher
-from tuning.trials.space import SweepSpec
 
 PARAMETERS: dict[str, Any] = {
     "optimizer.lr": {"loguniform": [1e-4, 1e-1]},

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.base.config import did_you_mean, with_value
 from trainers.spec import RunSpec
-from tuning.trials.distributions import Distribution, Parameters, equal
+from tuning.spaces.distributions import Distribution, Parameters, equal
 
 if TYPE_CHECKING:
     import optuna
 
-    from tuning.trials.space import SweepSpec
+    from tuning.spaces.space import SweepSpec
 
 MISSING = object()
 """In place of the value of a field that no parameter of the trial sets."""

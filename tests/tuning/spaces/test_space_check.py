@@ -7,7 +7,7 @@ import pytest
 
 from cluster.base.config import write_yaml
 from cluster.base.errors import SpecError
-from tuning.trials.space import SweepRunSpec, read_sweep_spec
+from tuning.spaces.space import SweepRunSpec, read_sweep_spec
 
 
 def read(folder: Path, parameters: dict[str, Any], *overrides: str) -> SweepRunSpec:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.trials.constraints import parse_constraint, total_violation, violations
+from tuning.spaces.constraints import parse_constraint, total_violation, violations
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import read_leaderboard
 from tuning.trials.ranking import violation
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import JOURNAL_FILE, LAST_RESULT_FILE, Sweep
 
 

@@ -25,15 +25,15 @@ from trainers.run_folder import TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.mlflow_run import tracked_run
 from trainers.tracking.tracker import Tracker
+from tuning.search.pbt import explored
+from tuning.spaces.distributions import Distribution
+from tuning.spaces.suggestion import possible_parameters
 from tuning.sweep import new_sweep
 from tuning.trials import pbt, take_over
 from tuning.trials.best_spec import best_spec_data, write_best
-from tuning.trials.distributions import Distribution
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
 from tuning.trials.leaderboard import read_leaderboard
-from tuning.trials.pbt import explored
-from tuning.trials.suggestion import possible_parameters
 from tuning.trials.trial import (
     ENDED_FILE,
     JOURNAL_FILE,

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tuning.search.optuna_study import SearchStudy
+from tuning.spaces.searches import WITHOUT_MEMORY, Search
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.optuna_study import SearchStudy
-from tuning.trials.searches import WITHOUT_MEMORY, Search
-from tuning.trials.space import SweepSpec
 
 NUMBERS: dict[str, Any] = {
     "optimizer.lr": {"loguniform": [1e-4, 1e-1]},

@@ -6,8 +6,8 @@ import pytest
 
 from cluster.base.config import validate
 from cluster.base.errors import SpecError
-from tuning.trials.samplers import algorithm, build_sampler, search_words, suggestion_seed
-from tuning.trials.space import SweepSpec
+from tuning.search.samplers import algorithm, build_sampler, search_words, suggestion_seed
+from tuning.spaces.space import SweepSpec
 
 NUMBER = {"uniform": [0.1, 1]}
 

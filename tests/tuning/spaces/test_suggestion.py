@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from cluster.base.config import validate
 from cluster.base.errors import SpecError
-from tuning.trials.distributions import Distribution
-from tuning.trials.space import SweepSpec, trial_spec_data
-from tuning.trials.suggestion import (
+from tuning.spaces.distributions import Distribution
+from tuning.spaces.space import SweepSpec, trial_spec_data
+from tuning.spaces.suggestion import (
     assignments,
     combinations,
     completed,

@@ -16,11 +16,11 @@ from ray.tune.schedulers import FIFOScheduler
 
 from cluster.base.files import truncate_partial_line
 from trainers.run_folder import TRIALS
+from tuning.search.schedulers import EPOCH_ATTR, CostPerEpoch
+from tuning.spaces.space import SweepSpec
 from tuning.stopping.rules import Evaluation, StoppingRule
 from tuning.trials.journal import Journal
 from tuning.trials.ranking import losses, selected, violation
-from tuning.trials.schedulers import EPOCH_ATTR, CostPerEpoch
-from tuning.trials.space import SweepSpec
 from tuning.trials.trial import JOURNAL_FILE, last_result
 
 EVALUATIONS_FILE = "evaluations.jsonl"

@@ -10,10 +10,10 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from tuning.search.schedulers import build_scheduler
+from tuning.search.stopping_scheduler import EVALUATIONS_FILE
+from tuning.spaces.space import SweepSpec
 from tuning.trials.journal import Journal
-from tuning.trials.schedulers import build_scheduler
-from tuning.trials.space import SweepSpec
-from tuning.trials.stopping_scheduler import EVALUATIONS_FILE
 
 
 def sweep(**fields: Any) -> SweepSpec:

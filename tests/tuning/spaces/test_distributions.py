@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.base.config import validate
 from cluster.base.errors import SpecError
-from tuning.trials.distributions import Distribution, equal, identical
+from tuning.spaces.distributions import Distribution, equal, identical
 
 
 def of(**fields: Any) -> Distribution:

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.base.config import flatten
 from cluster.base.errors import SpecError
-from tuning.trials.distributions import Distribution, Parameters, identical
-from tuning.trials.suggestion import (
+from tuning.spaces.distributions import Distribution, Parameters, identical
+from tuning.spaces.suggestion import (
     MISSING,
     can_be,
     completed,

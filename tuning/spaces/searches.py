@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from tuning.trials.distributions import Parameters
-from tuning.trials.suggestion import optuna_values
+from tuning.spaces.distributions import Parameters
+from tuning.spaces.suggestion import optuna_values
 
 Search: TypeAlias = Literal[
     "auto",

@@ -20,10 +20,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from trainers.changes import can_change
-from tuning.trials.distributions import Distribution, Parameters
+from tuning.spaces.distributions import Distribution, Parameters
+from tuning.spaces.suggestion import assignments, possible_parameters
 from tuning.trials.journal import Change, Journal
 from tuning.trials.ranking import loss, selected, violation
-from tuning.trials.suggestion import assignments, possible_parameters
 from tuning.trials.take_over import CHANGES, offer_state
 from tuning.trials.trial import ENDED_FILE, JOURNAL_FILE, Sweep, last_result
 

@@ -7,7 +7,7 @@ import pytest
 from cluster.base.config import validate
 from cluster.base.errors import SpecError
 from trainers.workloads.vision.workload import Vision
-from tuning.trials.space import SweepSpec, file_schema, trial_spec_data
+from tuning.spaces.space import SweepSpec, file_schema, trial_spec_data
 
 
 @pytest.mark.parametrize(

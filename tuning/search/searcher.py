@@ -13,12 +13,12 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from tuning.search.optuna_study import SearchStudy
+from tuning.spaces.constraints import violations
+from tuning.spaces.space import COST_METRICS, SweepSpec
 from tuning.trials.budget import find_open_budget
-from tuning.trials.constraints import violations
 from tuning.trials.journal import Journal
-from tuning.trials.optuna_study import SearchStudy
 from tuning.trials.ranking import losses, selected, selected_value
-from tuning.trials.space import COST_METRICS, SweepSpec
 
 
 class JournaledSearcher(Searcher):  # type: ignore[misc]

@@ -7,24 +7,24 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tuning.trials.journal import Journal
-from tuning.trials.ranking import loss
-from tuning.trials.samplers import algorithm, build_sampler, suggestion_seed
-from tuning.trials.searches import (
+from tuning.search.samplers import algorithm, build_sampler, suggestion_seed
+from tuning.spaces.searches import (
     EXHAUSTIVE,
     FROM_LAST_VALUES,
     MAX_COMBINATIONS,
     ONE_OBJECTIVE,
     WITHOUT_MEMORY,
 )
-from tuning.trials.space import SweepSpec
-from tuning.trials.suggestion import (
+from tuning.spaces.space import SweepSpec
+from tuning.spaces.suggestion import (
     completed,
     count_combinations,
     optuna_parameters,
     optuna_values,
     suggest,
 )
+from tuning.trials.journal import Journal
+from tuning.trials.ranking import loss
 
 if TYPE_CHECKING:
     import optuna

@@ -11,11 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from cluster.base.config import Spec, apply_overrides, flatten, with_value
 from cluster.base.errors import SpecError
 from trainers.spec import PositiveInt, RunSpec, find_spec, resolve
-from tuning.trials.constraints import parse_constraint
-from tuning.trials.distributions import Distribution
-from tuning.trials.searches import EXHAUSTIVE, Search, check_finite, check_search
-from tuning.trials.space_check import check_space
-from tuning.trials.suggestion import (
+from tuning.spaces.constraints import parse_constraint
+from tuning.spaces.distributions import Distribution
+from tuning.spaces.searches import EXHAUSTIVE, Search, check_finite, check_search
+from tuning.spaces.space_check import check_space
+from tuning.spaces.suggestion import (
     assignments,
     combinations,
     count_combinations,
