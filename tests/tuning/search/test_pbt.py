@@ -25,11 +25,12 @@ from trainers.run_folder import TRACKING
 from trainers.spec import RunSpec, resolve
 from trainers.tracking.mlflow_run import tracked_run
 from trainers.tracking.tracker import Tracker
+from tuning.search import pbt
 from tuning.search.pbt import explored
 from tuning.spaces.distributions import Distribution
 from tuning.spaces.suggestion import possible_parameters
 from tuning.sweep import new_sweep
-from tuning.trials import pbt, take_over
+from tuning.trials import take_over
 from tuning.trials.best_spec import best_spec_data, write_best
 from tuning.trials.importances import parameter_importances
 from tuning.trials.journal import Journal
