@@ -39,7 +39,15 @@ def old_mlflow() -> Path:
     with FileLock(f"{folder}.lock"):
         if not complete.exists():
             venv.create(folder, with_pip=True, clear=True)
-            command = [python, "-m", "pip", "install", "--quiet", f"mlflow=={VERSION}"]
+            command = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                f"mlflow=={VERSION}",
+                "sqlalchemy<2.1",
+            ]
             installed = subprocess.run(command, capture_output=True, text=True, check=False)
             if installed.returncode:
                 reason = (installed.stderr.strip().splitlines() or ["no reason given"])[-1]
