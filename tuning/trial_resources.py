@@ -79,8 +79,12 @@ def _fitting(spec: SweepRunSpec, scale: ScaleSpec) -> int:
 
 
 def _reserved(spec: SweepRunSpec, scale: ScaleSpec) -> dict[str, float]:
-    """What Tune reserves for a trial; for several workers Ray Train reserves it."""
+    """What Tune reserves for a trial; for several workers Ray Train reserves it.
+
+    Tune wants a reservation. A part of a CPU would be missing where the workers need all of them,
+    and the sweep would wait for ever.
+    """
     if scale.max_workers > 1:
-        return {"CPU": 0.01}
+        return {"memory": 1}
     needs = spec.sweep.resources.model_dump()
     return {name.upper(): amount for name, amount in needs.items() if amount}

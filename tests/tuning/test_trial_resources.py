@@ -74,7 +74,7 @@ def test_trials_of_different_scale_reserve_their_own(machines: list[dict[str, fl
     assert sweep_shortage(varied) == "scale.workers: 8 x 1 CPU requested, the cluster has 6"
     reserved = tune_resources(varied)
     assert reserved({"trial": 0, "scale.workers": 1}).bundles == [{"CPU": 2}]
-    assert reserved({"trial": 1, "scale.workers": 2}).bundles == [{"CPU": 0.01}]
+    assert reserved({"trial": 1, "scale.workers": 2}).bundles == [{"memory": 1}], "no part of a CPU"
     narrow = spec({"scale.workers": {"choice": [1, 2]}}, scale={"accelerator": "cpu"})
     assert sweep_shortage(narrow) is None
     assert cluster_capacity(narrow) == 3
