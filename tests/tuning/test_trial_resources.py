@@ -75,7 +75,10 @@ def test_trials_of_different_scale_reserve_their_own(machines: list[dict[str, fl
     reserved = tune_resources(varied)
     assert reserved({"trial": 0, "scale.workers": 1}).bundles == [{"CPU": 2}]
     assert reserved({"trial": 1, "scale.workers": 2}).bundles == [{"memory": 1}], "no part of a CPU"
-    narrow = spec({"scale.workers": {"choice": [1, 2]}}, scale={"accelerator": "cpu"})
+    narrow = spec(
+        {"scale.workers": {"choice": [1, 2]}, "optimizer.lr": {"uniform": [0.1, 1]}},
+        scale={"accelerator": "cpu"},
+    )
     assert sweep_shortage(narrow) is None
     assert cluster_capacity(narrow) == 3
     alike = tune_resources(spec(sweep={"resources": {"cpu": 2, "gpu": 0.5}}))
