@@ -107,10 +107,6 @@ def complete_journal(sweep: Sweep) -> None:
         record_earlier_trials(sweep, find_earlier_trials(sweep.spec_data, sweep.spec))
 
 
-def _words(modes: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {mode}" for name, mode in modes.items())
-
-
 def _find(name: str, storage: Path, place: str) -> Path:
     for folder in (storage / name, Path(name)):
         if (folder / SPEC).is_file():

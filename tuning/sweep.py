@@ -204,7 +204,7 @@ class _SweepEnd:
 
     def settle(self, budget: SweepBudget) -> None:
         """Charge the rest to the budget."""
-        lines, self._tags = settle(self._sweep, budget, self._tracker)
+        lines, self._tags = settle(self._sweep, budget)
         self.summary = {"account": lines, "reason": budget.reason}
 
     def record_results(self) -> None:

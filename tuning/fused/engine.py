@@ -1,10 +1,10 @@
 """An engine: trains a sweep's trials on one device, as slots of programs.
 
-Two kinds of threads meet here. Calls of Tune (`start`, `next`, `save`, `load`, `stop`) come on
-threads of their own, many at a time, and wait. One computing thread does all the work, and owns
-all state of it: `engine_loop.py` has both. Calls reach it through commands only. What the two
-sides share is a trial's queue of results, and the registry of trials, which has a lock. The
-`tests/tuning/fused/test_engine_threads.py` start, save and stop trials as fast as they can.
+Two kinds of threads meet here. Calls of Tune (`start`, `next`, `stop`) come on threads of their
+own, many at a time, and wait. One computing thread does all the work, and owns all state of it:
+`engine_loop.py` has both. Calls reach it through commands only. What the two sides share is a
+trial's queue of results, and the registry of trials, which has a lock. The
+`tests/tuning/fused/test_engine_threads.py` start and stop trials as fast as they can.
 """
 
 import json
@@ -22,7 +22,7 @@ from trainers.spec import RunSpec, resolve
 from trainers.tracking.reporter import TrackerReporter
 from tuning.fused.engine_loop import EngineLoop
 from tuning.fused.engine_trial import EngineTrial, SupersededError, TrialRegistry
-from tuning.fused.trial_saver import LEASE_FILE, write_origin
+from tuning.fused.trial_saver import LEASE_FILE
 from tuning.programs.program import Program
 from tuning.programs.program_signature import Variant
 from tuning.trials.take_over import Beginning
@@ -101,19 +101,6 @@ class Engine:
             trial.checkpoints.wait()
             trial.checkpoints.forget_copies()
             trial.reporter.flush()
-
-    def save(self, lease: str, folder: Path) -> None:
-        """Write a trial's last evaluated state into a folder of Tune's."""
-        trial = self._trials.get(lease)
-        checkpoints = Checkpoints(folder / CHECKPOINTS)
-        origin = self._loop.call(lambda: self._loop.export(trial, checkpoints))
-        checkpoints.wait()
-        write_origin(folder, origin)
-
-    def load(self, lease: str, folder: Path) -> None:
-        """Have a trial continue from what `save` wrote for this or another trial."""
-        trial = self._trials.get(lease)
-        self._loop.call(lambda: self._loop.import_checkpoint(trial, folder))
 
     def _new_trial(
         self, number: int, lease: str, folder: Path, beginning: Beginning

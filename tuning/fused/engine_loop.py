@@ -20,7 +20,6 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from cluster.base.errors import TrainingError
-from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checks.finite import not_finite, state_not_finite
 from trainers.data.remote import local_dataset
 from trainers.data.splits import open_splits
@@ -116,7 +115,6 @@ class EngineLoop:
 
     def stop(self, trial: EngineTrial) -> None:
         """End a trial, and begin to save its last evaluated state."""
-        trial.stopped = True
         trial.results.put(SupersededError(trial.lease))  # for a call that still waits
         try:
             if not trial.ended:
@@ -125,19 +123,6 @@ class EngineLoop:
                 self._saver.save(trial)
         finally:
             self._pool.free(trial)
-
-    def export(self, trial: EngineTrial, checkpoints: Checkpoints) -> dict[str, int | str]:
-        return self._saver.export(trial, checkpoints)
-
-    def import_checkpoint(self, trial: EngineTrial, folder: Path) -> None:
-        """Have a trial continue from an exported checkpoint when it gets a slot again.
-
-        Raises SupersededError if it was stopped meanwhile.
-        """
-        if trial.stopped:
-            raise SupersededError(trial.lease)
-        self._pool.free(trial)
-        self._saver.import_from(trial, folder)
 
     # The loop.
 
@@ -268,7 +253,7 @@ class EngineLoop:
             self._report_performance(trial, steps, state.steps_done)
         trial.steps_s = 0.0
         result["device_s"] = trial.device_s
-        trial.evaluated_state, trial.export_id = state, None
+        trial.evaluated_state = state
         trial.saved_scalars = {
             "loss_sum": trial.loss_sum,
             "losses": trial.losses,

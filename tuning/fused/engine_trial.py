@@ -59,8 +59,6 @@ class EngineTrial:
     result_requested: bool = False
     """Whether Tune waits for its next evaluation."""
     ended: bool = False
-    stopped: bool = False
-    """Whether another instance may have the trial's checkpoints."""
     steps_done: int = 0
     reported_step: int = 0
     """The last step whose evaluation Tune knows."""
@@ -68,12 +66,8 @@ class EngineTrial:
     """As built, while the trial waits for a slot of `program_slots`."""
     program_slots: "ProgramSlots | None" = None
     slot: int = -1
-    donor_state: TrialState | None = None
-    """Another trial's state on this device, from which this one is to continue; used once."""
     evaluated_state: TrialState | None = None
-    """The state at the last evaluation, which is saved, or given to another trial."""
-    export_id: str | None = None
-    """Identifies the export of `evaluated_state` to Tune; None if it has not been exported."""
+    """The state at the last evaluation, which is saved."""
     best_losses: list[float] = field(default_factory=list)
     """The best evaluations, as `loss_of` has them: those that `checkpoint.keep_best` keeps."""
     saved_step: int = -1

@@ -97,16 +97,12 @@ class ProgramPool:
         optimizer = build_optimizer(spec.optimizer, network)
         done, scalars = trial.checkpoints.resume(network, optimizer)
         state = program.state_from(network, optimizer, done) if done else None
-        donated, trial.donor_state = trial.donor_state, None
-        if donated is not None and donated.steps_done == done:
-            state = donated  # from slot to slot, without the way through the host
         program.load_trial(slot, trial.variant, network, state)
         trial.program_slots.trials[slot] = trial
         trial.slot, trial.steps_done, trial.saved_step = slot, done, done
         trial.loss_sum, trial.losses = scalars.get("loss_sum", 0.0), int(scalars.get("losses", 0))
         trial.device_s = scalars.get("device_s", trial.device_s)
         trial.evaluated_state = program.state_of(slot).copy() if done else None
-        trial.export_id = None
         trial.saved_scalars = dict(scalars)
         self.stop_waiting(trial)
         self._export_gauges()

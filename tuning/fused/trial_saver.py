@@ -1,33 +1,20 @@
-"""Saves the trials of an engine, and passes their states on to other trials.
+"""Saves the trials of an engine.
 
 Used by the engine's computing thread only. A checkpoint is written by a thread of its own, after
 its tensors have been copied here.
 """
 
 import bisect
-import json
 import math
 import time
-from pathlib import Path
-from uuid import uuid4
 
-from cluster.base.errors import TrainingError
-from cluster.base.files import write_atomic
-from trainers.checkpoints.checkpoints import Checkpoints
 from trainers.checkpoints.ranking import loss_of
 from trainers.engine.coordination import FIRST_SAVE_S, save_interval_s
-from trainers.run_folder import CHECKPOINTS
 from trainers.spec import RunSpec
 from tuning.fused.engine_trial import EngineTrial, TrialRegistry
 
 LEASE_FILE = "lease"
 """In a trial's folder: the lease of the instance that may save there."""
-ORIGIN_FILE = "origin.json"
-"""Beside a checkpoint that Tune passes from trial to trial: whose state it is."""
-
-
-def write_origin(folder: Path, origin: dict[str, int | str]) -> None:
-    write_atomic(folder / ORIGIN_FILE, json.dumps(origin))
 
 
 class TrialSaver:
@@ -77,42 +64,14 @@ class TrialSaver:
 
         Raises what went wrong with the save before this one, as `Checkpoints.save` does.
         """
-        if trial.evaluated_state is None or trial.saved_step >= trial.evaluated_step:
-            return
-        if (trial.folder / LEASE_FILE).read_text() == trial.lease:
-            self._save_to(trial, trial.checkpoints)
-            trial.saved_step = trial.evaluated_step
-
-    def export(self, trial: EngineTrial, checkpoints: Checkpoints) -> dict[str, int | str]:
-        """Begin to write the last evaluated state for Tune; returns its origin."""
-        self._save_to(trial, checkpoints)
-        trial.export_id = trial.export_id or uuid4().hex
-        return {"trial": trial.number, "step": trial.evaluated_step, "export": trial.export_id}
-
-    def import_from(self, trial: EngineTrial, folder: Path) -> None:
-        """Make the exported checkpoint in `folder` the only one of a trial, which has no slot.
-
-        Where the state exported is still on this device, the trial will take it from there.
-        """
-        source = Checkpoints(folder / CHECKPOINTS).latest()
-        if source is None:
-            raise TrainingError(f"{folder}: no checkpoint to continue from")
-        origin = json.loads((folder / ORIGIN_FILE).read_text())
-        donors = (other for other in self._trials.all() if other.export_id is not None)
-        donor = next((d for d in donors if d.export_id == origin.get("export")), None)
-        trial.donor_state = donor.evaluated_state if donor is not None else None
-        trial.checkpoints.wait()
-        trial.checkpoints.replace_by(source)
-        trial.network = trial.program_slots = trial.evaluated_state = trial.export_id = None
-        trial.reported_step, trial.saved_step = origin["step"], -1
-        trial.progress.earlier, trial.best_losses = {}, []
-
-    def _save_to(self, trial: EngineTrial, checkpoints: Checkpoints) -> None:
         state = trial.evaluated_state
-        if state is None or trial.program_slots is None:
-            raise TrainingError(f"trial {trial.number} has no evaluation to save")
+        if state is None or trial.saved_step >= state.steps_done:
+            return
+        if (trial.folder / LEASE_FILE).read_text() != trial.lease:
+            return
+        assert trial.program_slots is not None
         program = trial.program_slots.program
-        checkpoints.save(
+        trial.checkpoints.save(
             state.steps_done,
             program.network_with(state),
             program.optimizer,
@@ -120,3 +79,4 @@ class TrialSaver:
             trial.metrics,
             trial.reporter.flush,
         )
+        trial.saved_step = state.steps_done

@@ -1,10 +1,10 @@
 """Ray Tune's trials in slots of engines: no process per trial.
 
 To Tune a fused trial is a trial like any other: a `Trainable` with its own resources, which Tune
-starts, resets, saves, restores and stops. So every searcher, scheduler and callback works as
-usual. But the trainables of all trials on a device live in one process, that of the engine there.
-A trainable only waits: an actor for each would cost 2 seconds of a CPU and 100 MB of memory, as
-often as there are slots.
+starts, resets and stops. So every searcher, scheduler and callback works as usual. But the
+trainables of all trials on a device live in one process, that of the engine there. A trainable only
+waits: an actor for each would cost 2 seconds of a CPU and 100 MB of memory, as often as there are
+slots.
 
 Tune is given stand-ins for the actor class and the actor handles of trials. Their calls become
 calls of the engine's actor, and return its futures. So Tune sees the death of that actor as the
@@ -16,7 +16,6 @@ import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
@@ -56,12 +55,12 @@ class SlotTrainable(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         return self.engine.next(self._lease)
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        self.engine.save(self._lease, Path(checkpoint_dir))
-
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
-        assert isinstance(checkpoint, str)
-        self.engine.load(self._lease, Path(checkpoint))
+        """The trial goes on from the checkpoints in its own folder.
+
+        Tune calls this when it resumes a sweep with pbt of an earlier release, which had Tune save
+        its trials. Nothing has Tune save trials any more.
+        """
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.engine.stop(self._lease)

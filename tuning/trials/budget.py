@@ -308,9 +308,7 @@ def open_budget(
         del _open_budgets[sweep.key]
 
 
-def settle(
-    sweep: Sweep, budget: SweepBudget, tracker: Any
-) -> tuple[dict[str, str], dict[str, str]]:
+def settle(sweep: Sweep, budget: SweepBudget) -> tuple[dict[str, str], dict[str, str]]:
     """Charge the time since the last billing, and log the cost of each trial to MLflow.
 
     Returns the costs as lines, and as tags of the sweep's run.

@@ -232,7 +232,7 @@ class TuneReporter:
         self._unreported: dict[int, dict[str, float]] = {}
         self._known_step = known_step
         last = last_result(folder)
-        self.earlier = last if last.get(CHANGES, 0) == changes else {}
+        self._earlier = last if last.get(CHANGES, 0) == changes else {}
         """The result of the evaluation before; {} where it is of a state that is gone."""
         self._earlier_device_s = last.get("device_s", 0.0)
         self._start_s = time.monotonic()
@@ -251,8 +251,8 @@ class TuneReporter:
             "complete": step == self._steps,
             "device_s": self._earlier_device_s + time.monotonic() - self._start_s,
         }
-        self.earlier = with_best(self._sweep, result, self.earlier)
-        return dict(self.earlier)
+        self._earlier = with_best(self._sweep, result, self._earlier)
+        return dict(self._earlier)
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Blocks until Tune has decided. To end the trial, Tune raises SystemExit here."""

@@ -9,7 +9,7 @@ import pytest
 
 from tuning.fused import tune_adapter
 from tuning.fused.fusion_plan import FusionPlan
-from tuning.fused.tune_adapter import EngineActor
+from tuning.fused.tune_adapter import EngineActor, SlotTrainable
 from tuning.sweep import new_sweep
 
 SPEC = """
@@ -100,3 +100,34 @@ def test_a_call_to_a_trial_of_a_lost_engine_says_so(
     monkeypatch.setattr(tune_adapter, "REORDERED_CALL_S", 0.01)
     with pytest.raises(RuntimeError, match="the engine that had this trial was lost"):
         engine.call(7, 3, "train", (), {})
+
+
+class RecordedEngine:
+    """An engine that keeps the calls of a trainable."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self, config: dict[str, Any]) -> str:
+        self.calls.append(f"start {config['trial']}")
+        return "lease"
+
+    def next(self, lease: str) -> dict[str, Any]:
+        self.calls.append(f"next {lease}")
+        return {"step": 8}
+
+    def stop(self, lease: str) -> None:
+        self.calls.append(f"stop {lease}")
+
+
+def test_a_trial_that_tune_had_saved_goes_on_from_its_own_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a sweep with pbt of an earlier release: a resumed Tune restores what it had saved."""
+    engine = RecordedEngine()
+    monkeypatch.setattr(SlotTrainable, "engine", engine, raising=False)
+    trainable = SlotTrainable(config={"trial": 3})
+    trainable.restore(str(tmp_path))
+    assert trainable.train()["step"] == 8
+    trainable.stop()
+    assert engine.calls == ["start 3", "next lease", "stop lease"]
