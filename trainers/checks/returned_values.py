@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.base.errors import SpecError, TrainingError
+from cluster.base.errors import TrainingError
 from trainers.workload import Workload
 
 
@@ -27,18 +27,6 @@ def check_network(workload: Workload, network: Any) -> None:
         raise TrainingError(
             f"{method} must return a network of which something is trained "
             f"(all {len(weights)} parameters are frozen: requires_grad is False)"
-        )
-
-
-def check_shardable(mode: str, network: nn.Module) -> None:
-    """Raise a SpecError unless all weights are real numbers of one dtype, as shards must be."""
-    kinds = {weight.dtype: name for name, weight in network.named_parameters()}
-    odd = [name for kind, name in kinds.items() if kind.is_complex]
-    if odd or len(kinds) > 1:
-        shown = ", ".join(f"{name} is {_dtype(kind)}" for kind, name in [*kinds.items()][:2])
-        raise SpecError(
-            f"scale.parallel: {mode} takes weights of one dtype, and no complex ones ({shown}); "
-            "ddp takes any"
         )
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.base.errors import SpecError, TrainingError
+from cluster.base.errors import TrainingError
 from tests.trainers.plain_loop import BATCH, Points, run, workload_of
 from trainers import Batch, table
-from trainers.checks.returned_values import check_shardable
 
 LOSSES = {
     "none": (lambda loss_B: None, "None"),
@@ -133,19 +132,3 @@ def test_an_augmented_batch_has_as_many_samples(case: str, tmp_path: Path) -> No
         "Odd.augment must return the batch, a dict of columns with 16 samples each "
         rf"\(got {got}\)",
     )
-
-
-def test_shards_are_of_one_real_dtype() -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    check_shardable("fsdp", network)
-    network.phase = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
-    line = (
-        r"^scale\.parallel: fsdp takes weights of one dtype, and no complex ones \(phase is compl"
-    )
-    with pytest.raises(SpecError, match=line):
-        check_shardable("fsdp", network)
-    with pytest.raises(SpecError, match=r"\(phase is complex64\); ddp takes any$"):
-        check_shardable("hsdp", nn.ParameterDict({"phase": network.phase}))
-    network.phase = nn.Parameter(torch.ones(2, dtype=torch.double))
-    with pytest.raises(SpecError, match="phase is float64"):
-        check_shardable("tensor", network)
