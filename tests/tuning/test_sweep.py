@@ -187,7 +187,7 @@ def test_trials_of_two_workers(run_sweep: Any, mlflow_server: str) -> None:
         assert "train/loss" in run.data.metrics
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_pbt_continues_from_the_better_trials_weights(
     run_sweep: Any, mlflow_server: str, tmp_path: Path
 ) -> None:

@@ -158,8 +158,20 @@ heartbeat(3)
 """
 
 
-@pytest.mark.parametrize(("store", "method"), [("LocalStore", "commit"), ("RemoteStore", "upload")])
-@pytest.mark.parametrize("waits", ["wait()", "save(2, network, optimizer)"])
+@pytest.mark.parametrize(
+    ("store", "method", "waits"),
+    [
+        ("LocalStore", "commit", "wait()"),
+        ("RemoteStore", "upload", "save(2, network, optimizer)"),
+        *[
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("LocalStore", "commit", "save(2, network, optimizer)"),
+                ("RemoteStore", "upload", "wait()"),
+            )
+        ],
+    ],
+)
 def test_waiting_for_a_save_is_a_sign_of_life(
     store: str, method: str, waits: str, tmp_path: Path
 ) -> None:

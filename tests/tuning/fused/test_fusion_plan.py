@@ -81,7 +81,7 @@ def test_a_model_that_keeps_the_device_busy_is_not_fused(own_folder: Path) -> No
     assert re.fullmatch(r"not fused: a lone trial keeps \d+% of its device busy", plan.line)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(
     sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:

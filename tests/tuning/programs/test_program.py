@@ -377,7 +377,7 @@ def test_float64_columns_are_converted_as_in_a_trial_alone() -> None:
 class TestATrialComputesWhatItComputesAlone:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("workload", VARIED)
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=3, deadline=None)
     @given(slots=st.permutations(range(3)), changes=st.tuples(CHANGES, CHANGES))
     def test_while_other_trials_come_and_go(
         self, workload: type[Workload], rule: str, slots: list[int], changes: Any
