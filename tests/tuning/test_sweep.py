@@ -450,7 +450,7 @@ sweep:
     text = (heliostat.folder / "runs/found/best.yaml").read_text()
     stated = re.search(r"val/loss (\S+) at step (\d+)\.", text)
     output = heliostat("train", "runs/found/best.yaml", "--name", "again")
-    run_id = re.search(r"MLflow run: (\w+)", output)[1]
+    run_id = re.search(r"MLflow run\s+(\w{32})", output)[1]
     history = mlflow.MlflowClient(mlflow_server).get_metric_history(run_id, "val/loss")
     values = {point.step: point.value for point in history}
     assert values[int(stated[2])] == float(stated[1])

@@ -157,7 +157,7 @@ def test_a_fused_trial_continues_as_an_ordinary_run(
         *("--set", "train.epochs=14", "--set", "scale.workers=2"),
     )
     assert re.search(r"196 of 196|196/196", output) or "196" in output
-    further = run.find_checkpoint("further", Path(sweep.data["storage"]))
+    further = run.find_checkpoint("further", Path(sweep.spec_data["storage"]))
     assert further.name == "step-00000196"
 
 
