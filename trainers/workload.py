@@ -4,6 +4,7 @@ import ast
 import importlib
 import random
 import sys
+import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -264,6 +265,19 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     kinds = (weight.dtype for weight in model.parameters())
     found = next((kind for kind in kinds if kind.is_floating_point or kind.is_complex), None)
     return found.to_real() if found is not None else torch.get_default_dtype()
+
+
+_parsing = threading.Lock()
+
+
+def parse_source(path: Path) -> ast.Module:
+    """A Python file as a syntax tree; raises SyntaxError.
+
+    One at a time: CPython 3.11.7 counts the recursion of its parser for all threads together, and
+    raises SystemError where two of them parse (github.com/python/cpython/issues/106905).
+    """
+    with _parsing:
+        return ast.parse(path.read_bytes())
 
 
 def imported_names(tree: ast.AST, package: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from trainers.checkpoints.manifest import is_pickle
-from trainers.workload import Workload, imported_names
+from trainers.workload import Workload, imported_names, parse_source
 
 OWN_PACKAGES = ("cluster", "trainers", "tuning", "heliostat")
 """Heliostat's: they are installed where a model is loaded, or come with it from MLflow."""
@@ -175,7 +175,7 @@ def user_modules(workload: type[Workload]) -> dict[str, Path]:
         if path.suffix != ".py":
             continue
         try:
-            tree = ast.parse(path.read_bytes())
+            tree = parse_source(path)
         except SyntaxError:  # never imported
             continue
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]

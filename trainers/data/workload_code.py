@@ -1,6 +1,5 @@
 """The code that a workload consists of: its own modules, and the packages that these import."""
 
-import ast
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from trainers.workload import PartitionedWorkload, Workload, imported_names
+from trainers.workload import PartitionedWorkload, Workload, imported_names, parse_source
 
 HELIOSTAT = ("cluster", "heliostat", "trainers", "tuning")
 """Packages that are no part of a user's workload."""
@@ -68,7 +67,7 @@ def _imported_modules(path: Path, module: str) -> Iterator[str]:
     if path.suffix != ".py":
         return
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    yield from imported_names(ast.parse(path.read_bytes()), package)
+    yield from imported_names(parse_source(path), package)
 
 
 def _find_module(name: str) -> ModuleSpec | None:

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.base.errors import HeliostatError
 from trainers.model_files import CODE, EXAMPLE, SIGNATURE
 from trainers.tracking.mlflow_internals import requirements_unchecked
+from trainers.workload import parse_source
 
 REQUIRED_PACKAGES = (
     "torch",
@@ -135,7 +136,7 @@ def pip_requirements(code: Path) -> list[str]:
     """
     imported = set()
     for path in code.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse_source(path)):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
