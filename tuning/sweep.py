@@ -50,6 +50,7 @@ from tuning.tuner import (
     TrialCallback,
     create_repeats_tuner,
     create_tuner,
+    end_interrupted_trials,
     epochs_per_trial,
     trial_events,
     trial_folder_name,
@@ -230,7 +231,8 @@ class _SweepEnd:
             self._status, self.summary["failure"] = "FAILED", failure
 
     def finish(self, error: BaseException | None) -> None:
-        """End the sweep's MLflow run."""
+        """End the sweep's MLflow run, and those of its trials that go on no more."""
+        end_interrupted_trials(self._sweep, self._tracker)
         tags = self._tags
         if self._status != "FINISHED":
             known = self.summary.get("failure") or self.summary.get("reason")

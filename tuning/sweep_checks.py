@@ -52,5 +52,7 @@ def check_trials(folder: Path, sweep: SweepSpec, overrides: Sequence[str]) -> No
     if sweep.search in EXHAUSTIVE:
         raise SpecError(f"sweep.trials: {sweep.search} tries every combination, and no more")
     begun = len(Journal(folder / JOURNAL_FILE).parameters)
+    if sweep.trials > sweep.total_trials <= begun:
+        raise SpecError(f"sweep.trials: all {begun} combinations of the space have been tried")
     if sweep.trials < begun:
         raise SpecError(f"sweep.trials: {begun} have begun already (got {sweep.trials})")

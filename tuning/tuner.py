@@ -27,6 +27,7 @@ from tuning.spaces.space import SweepRunSpec
 from tuning.trial_resources import max_concurrent_trials, tune_resources
 from tuning.trials.budget import SweepCostPerEpoch, find_open_budget
 from tuning.trials.importances import load_packages
+from tuning.trials.journal import Journal
 from tuning.trials.mlflow_descriptions import trial_description
 from tuning.trials.ranking import best_points
 from tuning.trials.repeats import REPEATS_FIELD
@@ -186,6 +187,19 @@ class StopsByHand(tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         return False
+
+
+def end_interrupted_trials(sweep: Sweep, tracker: Any) -> None:
+    """End the MLflow runs of trials that were at work when Tune was stopped: it tells nobody."""
+    journal = Journal(sweep.folder / JOURNAL_FILE)
+    for number in (*journal.parameters, *journal.repeats):
+        folder = sweep.trial_folder(number)
+        if not folder.exists() or (folder / ENDED_FILE).exists():
+            continue
+        failed = folder / FAILED_FILE
+        status, reason = ("FAILED", failed.read_text()) if failed.exists() else ("KILLED", "")
+        tags = {"heliostat.reason": reason or "interrupted"}
+        tracker.finish.remote(sweep.trial_key(number), status, tags)
 
 
 class _TrialEvents(tune.Callback):  # type: ignore[misc]

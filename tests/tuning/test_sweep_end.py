@@ -156,7 +156,7 @@ def test_a_sweep_without_a_result_has_failed(
     board, tracked = sweeps.run_to_end(sweep, lambda *_: None)
     assert tracked["failure"] == "all 6 trials failed"
     assert board.failed == dict.fromkeys(range(6), "ValueError: again")
-    [[_, status, tags]] = tracker.called("finish")
+    *_, [_, status, tags] = tracker.called("finish")
     assert (status, tags["heliostat.reason"]) == ("FAILED", "all 6 trials failed")
     cleared = [values for values in tracker.called("set_tags") if values[1:] == [CLEARED]]
     again = [sweep.trial_key(number) for number in range(6)]
@@ -188,8 +188,12 @@ def test_a_mistake_of_all_trials_interrupts_ray_tune(
     # The middle of 0.1 to 1 is 0.55, and the learning rates were 0.1, 0.6 and 0.2.
     line = "3 of the first trials failed alike: TypeError: loss() takes 2 arguments"
     assert tracked["failure"] == line
-    [[_, status, tags]] = tracker.called("finish")
-    assert (status, tags["heliostat.reason"]) == ("FAILED", line)
+    ends = {
+        key: (status, tags["heliostat.reason"]) for key, status, tags in tracker.called("finish")
+    }
+    assert ends[sweep.key] == ("FAILED", line)
+    assert ends[sweep.trial_key(4)] == ("KILLED", "interrupted"), "it goes on no more"
+    assert ends[sweep.trial_key(0)] == ("FAILED", "TypeError: loss() takes 2 arguments")
 
 
 def test_some_failures_do_not_fail_the_sweep(

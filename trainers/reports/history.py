@@ -34,7 +34,7 @@ class RunHistory:
     tags: dict[str, str]
     started_ms: int
     last_update_ms: int
-    """Timestamp of the newest metric, or of the end."""
+    """Timestamp of the newest metric or, when the run has ended, of its end: costs come later."""
     status: str = "RUNNING"
     run_id: str | None = None
     """MLflow's id of the run; None before it exists there."""
@@ -82,7 +82,8 @@ def _apply(operation: Mapping[str, Any], run: RunHistory) -> None:
             series = run.series[name]
             series.steps.append(step)
             series.values.append(value)
-            run.last_update_ms = max(run.last_update_ms, timestamp_ms)
+            if run.status == "RUNNING":
+                run.last_update_ms = max(run.last_update_ms, timestamp_ms)
     elif operation["do"] == "rewind":
         for series in run.series.values():
             kept = [n for n, step in enumerate(series.steps) if step < operation["step"]]
@@ -93,8 +94,9 @@ def _apply(operation: Mapping[str, Any], run: RunHistory) -> None:
     elif operation["do"] == "resume":
         run.status = "RUNNING"
     elif operation["do"] == "finish":
+        if run.status == "RUNNING":
+            run.last_update_ms = max(run.last_update_ms, operation["at"])
         run.status = operation["status"]
-        run.last_update_ms = max(run.last_update_ms, operation["at"])
 
 
 class Span(NamedTuple):

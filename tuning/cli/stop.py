@@ -1,6 +1,7 @@
 """The verb `stop`: ends a run, a sweep, one of its trials, or a job on a cluster."""
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,17 +36,38 @@ def stop_command(args: argparse.Namespace) -> int:
     if elsewhere and "/" in args.name:
         raise SpecError(f"{args.name}: a trial is stopped on the machine with its sweep's folder")
     here = None if elsewhere else _find_here(args.name)
+    reachable = elsewhere or "RAY_ADDRESS" in os.environ or _dashboard_answers()
     if here is None:
+        if not reachable:
+            raise SpecError(f"{args.name}: no run, sweep or job of this name here")
         return stop_job(args)
     folder, trial = here
     if is_worked_on(folder):
         return stop_trial(folder, trial) if trial is not None else stop_all(folder)
-    if trial is None:
+    if trial is None and reachable:
         try:
             return stop_job(args)  # it may run on another machine of a cluster
         except HeliostatError:
             pass
-    raise SpecError(f"{args.name}: {folder.name} is not running")
+    raise SpecError(f"{args.name}: is not running")
+
+
+def _dashboard_answers() -> bool:
+    """Whether a cluster's dashboard is on this machine; a job is asked for a minute long."""
+    from cluster.base.errors import ClusterError
+    from cluster.connection.job_server_client import (
+        LOCAL_DASHBOARD_URL,
+        ServerBusyError,
+        call_api,
+    )
+
+    try:
+        call_api(LOCAL_DASHBOARD_URL, "GET", "/api/version", timeout_s=2)
+    except ServerBusyError:
+        return False
+    except ClusterError:  # it wants a token
+        return True
+    return True
 
 
 def _find_here(name: str) -> tuple[Path, int | None] | None:

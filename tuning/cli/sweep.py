@@ -82,6 +82,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     from tuning.progress import SweepProgress
     from tuning.search.samplers import search_words
     from tuning.spaces.rungs import early_stopping_text
+    from tuning.spaces.searches import EXHAUSTIVE
     from tuning.spaces.space import SweepRunSpec
     from tuning.trial_resources import sweep_shortage
     from tuning.trials.leaderboard import has_ended
@@ -103,8 +104,11 @@ def sweep_command(args: argparse.Namespace) -> int:
     with session.run_session(
         sweep.folder, spec, args.address, args.verbose, lambda: sweep_shortage(spec)
     ) as (console, _):
+        count = f"{spec.sweep.total_trials} trials"
+        if spec.sweep.search not in EXHAUSTIVE and spec.sweep.total_trials < spec.sweep.trials:
+            count += f" (all combinations; sweep.trials is {spec.sweep.trials})"
         console.print(
-            f"[bold]{sweep.key}[/]: {spec.workload}, {spec.sweep.total_trials} trials by "
+            f"[bold]{sweep.key}[/]: {spec.workload}, {count} by "
             f"{search_words(spec.sweep)} and {spec.sweep.scheduler.name}"
         )
         every = spec.train.evaluate_every_epochs

@@ -66,7 +66,8 @@ def _leaderboard_table(sweep: "Sweep", board: "Leaderboard") -> "Table":
         objectives = [_format_cell(result.objectives.get(name, "unknown")) for name in others]
         mean = [str(result.repeated or "")] if repeated else []
         scores = (f"{result.value:.4f}", *mean, *objectives, f"{result.epoch:.1f}")
-        ended = [] if result.complete else ["stopped"]
+        stopped = "stopped" if result.number in board.ended else "interrupted"
+        ended = [] if result.complete else [stopped]
         ended += [changes_text(result.changes)] if result.changes else []
         ended += ["breaks a constraint"] if result.violation else []
         table.add_row(f"{result.number:04d}", *scores, ", ".join(ended), *parameters)

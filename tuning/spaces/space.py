@@ -157,7 +157,7 @@ class SweepSpec(Spec):
             return data
         metric, _, mode = str(data["objective"][0]).partition(" ")
         for name, value in (("metric", metric), ("mode", mode)):
-            if data.get(name, value) != value:
+            if data.get(name) not in (None, value):
                 raise ValueError(f"{name} and objective exclude each other; give one")
         return {**data, "metric": metric, "mode": mode}
 

@@ -34,6 +34,10 @@ def best_spec_data(sweep: Sweep, parts: list[tuple[int, Mapping[str, Any]]]) -> 
     if scale.accelerator == "auto" and scale.max_workers == 1 and not sweep.spec.resources.gpu:
         own["accelerator"] = "cpu"
     data = {**data, "scale": {**data["scale"], **own}}
+    if sweep.spec.select == "best":  # the state that counts, which need not be the last one
+        ranking = {"metric": sweep.spec.metric, "mode": sweep.spec.mode}
+        kept = max(1, data["checkpoint"].get("keep_best", 0))
+        data["checkpoint"] = {**data["checkpoint"], "keep_best": kept, **ranking}
     whole = [flatten(resolve(stage, RunSpec)[0].model_dump(mode="json")) for stage in stages]
     changes = []
     for before, after, (step, _) in zip(whole, whole[1:], parts[1:], strict=False):

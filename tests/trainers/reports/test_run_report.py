@@ -68,6 +68,17 @@ def test_the_history_is_as_it_was_logged(folder: Path) -> None:
     assert math.isnan(record.series["val/loss"].values[1])
 
 
+def test_costs_that_come_after_the_end_do_not_move_it(folder: Path) -> None:
+    """A sweep's trials are charged when all have ended, and again when it is resumed."""
+    log = OperationLog(folder / TRACKING)
+    log.append({"do": "log", "run": "best", "rows": [("cost_usd", 0.25, 10, 9_000_000)]})
+    log.append({"do": "finish", "run": "best", "status": "FINISHED", "tags": {}, "at": 9_000_001})
+    log.close()
+    record = read_histories(folder)["best"]
+    assert record.last_update_ms - record.started_ms == 60_000
+    assert record.latest("cost_usd") == 0.25
+
+
 def test_a_run_that_goes_on_has_not_ended(folder: Path) -> None:
     """A trial that failed, or was stopped by a scheduler, and is started again."""
     log = OperationLog(folder / TRACKING)

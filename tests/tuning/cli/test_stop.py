@@ -2,12 +2,14 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.base.config import write_yaml
+from cluster.connection import job_server_client
 from heliostat.main import main
 from trainers.run_folder import SPEC, TRIALS, WHOLE, locked, stop_requests
 from tuning.cli import stop
@@ -100,8 +102,15 @@ def test_what_does_not_run_is_said_in_a_line(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")  # where no job server listens
     assert main(["stop", "s/0007"]) == 2
-    assert capsys.readouterr().err == "s/0007: s is not running\n"
+    assert capsys.readouterr().err == "s/0007: is not running\n"
     assert main(["stop", "s/0007", "--address", "http://127.0.0.1:9"]) == 2
     line = "s/0007: a trial is stopped on the machine with its sweep's folder\n"
     assert capsys.readouterr().err == line
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(job_server_client, "LOCAL_DASHBOARD_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert [main(["stop", name]) for name in ("s", "other")] == [2, 2]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["s: is not running", "other: no run, sweep or job of this name here"]
+    assert time.monotonic() - began < 30, "only a job server that is there is asked for a minute"
     assert stop_requests(folder) == set()

@@ -81,6 +81,8 @@ def test_the_first_objective_is_the_metric_of_the_search() -> None:
     spec = validate(SweepSpec, {"parameters": parameters, "objective": several})
     assert (spec.metric, spec.mode) == ("val/accuracy", "max")
     assert validate(SweepSpec, spec.model_dump(mode="json")) == spec
+    unset = {"parameters": parameters, "objective": several, "metric": None, "mode": None}
+    assert validate(SweepSpec, unset) == spec, "the command line cannot take a field out"
 
 
 @pytest.mark.parametrize(
