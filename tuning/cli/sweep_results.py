@@ -20,7 +20,8 @@ def print_results(
     from trainers.run_folder import TRACKING
     from tuning.trials.leaderboard import failure_lines, has_ended
 
-    console.print(_leaderboard_table(sweep, board))
+    if board.results:
+        console.print(_leaderboard_table(sweep, board))
     if "failure" in tracked:
         console.print(f"the sweep failed: {tracked['failure']}", style="red", highlight=False)
     for line in failure_lines(board.failed, sweep.spec.total_trials):

@@ -307,7 +307,8 @@ def check_folds(spec_data: Mapping[str, Any], sweep: SweepSpec) -> None:
             try:
                 resolve(trial_spec_data(spec_data, {path: value}), RunSpec)
             except SpecError as error:
-                raise SpecError(f"sweep.folds.{path}: {error}") from None
+                mistake = str(error).removeprefix(f"{path}: ")
+                raise SpecError(f"sweep.folds.{path}: {mistake}") from None
 
 
 def trial_spec_data(spec_data: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
