@@ -53,7 +53,7 @@ def stop_command(args: argparse.Namespace) -> int:
 
 
 def _dashboard_answers() -> bool:
-    """Whether a cluster's dashboard is on this machine; a job is asked for a minute long."""
+    """Whether a Ray dashboard runs on this machine. Asking for a job waits a minute for one."""
     from cluster.base.errors import ClusterError
     from cluster.connection.job_server_client import (
         LOCAL_DASHBOARD_URL,

@@ -1,12 +1,12 @@
 """What is new in a run is known after its end, after a restart and after a take-over."""
 
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainers.tracking.kept_memory import kept_bytes
 from trainers.tracking.logged_runs import LoggedRuns
 from trainers.tracking.operation_log import OperationLog, read_metrics
 
@@ -79,14 +79,7 @@ def test_runs_that_ended_take_no_memory(tmp_path: Path) -> None:
         assert runs.append_points(key, [("cost_usd", 0.1, 5, 8)])
         assert not runs.append_points(key, [("cost_usd", 0.1, 5, 8)])
 
-    train(0)
-    tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    for number in range(1, 11):
-        train(number)
-    after, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert (after - before) / 10 < 3000, "bytes"
+    assert kept_bytes(train, 10) < 3000, "bytes"
     log.close()
 
 

@@ -1,13 +1,13 @@
 """The thread that sends, and what it does with an operation that MLflow does not take."""
 
 import threading
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from tests.trainers.tracking.kept_memory import kept_bytes
 from trainers.tracking import mlflow_limits
 from trainers.tracking.mlflow_store import MlflowStore
 from trainers.tracking.operation_log import MetricPoint, OperationLog
@@ -264,11 +264,4 @@ def test_runs_that_ended_take_no_memory(log: OperationLog) -> None:
         assert len(store.points) == 17 * 50 + 1
         store.taken.clear()
 
-    train(0)
-    tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    for number in range(1, 11):
-        train(number)
-    after, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert (after - before) / 10 < 3000, "bytes"
+    assert kept_bytes(train, 10) < 3000, "bytes"

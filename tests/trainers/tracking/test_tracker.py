@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import tracemalloc
 import urllib.error
 import urllib.request
 from argparse import Namespace
@@ -19,6 +18,7 @@ import mlflow
 import pytest
 
 from cluster.base.config import write_yaml
+from tests.trainers.tracking.kept_memory import kept_bytes
 from trainers.cli.track import flush_command
 from trainers.run_folder import SPEC, TRACKING
 from trainers.tracking.operation_log import MetricPoint, mlflow_run_id
@@ -444,14 +444,7 @@ def test_trials_that_ended_take_less_than_20_kb_of_memory(
         away.log_points(key, [("cost_usd", 0.1, 1, at), ("energy_j", 5.0, 1, at)])
 
     away.start(TrackedRun("sweep", {}))
-    train(0)
-    tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    for number in range(1, 21):
-        train(number)
-    after, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert (after - before) / 20 < 20_000
+    assert kept_bytes(train, 20) < 20_000
 
 
 def test_a_place_for_artifacts_that_refuses_delays_nothing_else(
